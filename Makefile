@@ -1,0 +1,32 @@
+# make install | test | demo | lint | bench. Each makes .venv on its first call and reuses it.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: install test slow demo lint bench
+
+install: .venv/built
+
+.venv/requirements: requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+# the build uses the pinned tools of .venv, not an isolated environment's
+.venv/built: .venv/requirements $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv/demo: requirements-demo.txt .venv/built
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-demo.txt
+	touch $@
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: .venv/demo
+	$(BIN)/python examples/finetune.py $(ARGS)
+
+lint: .venv/requirements
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy

@@ -1,0 +1,62 @@
+// Every kernel of one instruction set, and the choice among the sets at run time.
+#pragma once
+#include "../lora_linear/params.h"
+#include "../weight_norm/params.h"
+
+namespace lk {
+
+struct Kernels {
+  const char* level;
+  void (*forward_small)(const ForwardSmall&);
+  void (*shrink)(const Shrink&);
+  void (*expand)(const Expand&);
+  void (*outer)(const Outer&);
+  void (*column_sums)(const ColumnSums&);
+  void (*weight_norm)(const WeightNorm&);
+  void (*row_norm_squared)(const RowNormSquared&);
+  uint64_t (*checksum)(const Bytes*, int);
+};
+
+#define LK_DECLARE(level)                                                                            \
+  namespace level {                                                                                  \
+  void forward_small(const ForwardSmall&);                                                           \
+  void shrink(const Shrink&);                                                                        \
+  void expand(const Expand&);                                                                        \
+  void outer(const Outer&);                                                                          \
+  void column_sums(const ColumnSums&);                                                               \
+  void weight_norm(const WeightNorm&);                                                               \
+  void row_norm_squared(const RowNormSquared&);                                                      \
+  uint64_t checksum(const Bytes*, int);                                                              \
+  constexpr Kernels kernels{#level, forward_small, shrink,           expand,  outer,                 \
+                            column_sums, weight_norm, row_norm_squared, checksum};                   \
+  }
+
+LK_DECLARE(portable)
+#if defined(LK_X86)
+LK_DECLARE(avx2)
+LK_DECLARE(avx512)
+LK_DECLARE(avx512_bf16)
+#endif
+
+// the sets that this processor runs, the fastest last
+inline int supported(const Kernels* found[4]) {
+  int count = 0;
+  found[count++] = &portable::kernels;
+#if defined(LK_X86)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+      !__builtin_cpu_supports("f16c")) {
+    return count;
+  }
+  found[count++] = &avx2::kernels;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return count;
+  }
+  found[count++] = &avx512::kernels;
+  if (__builtin_cpu_supports("avx512bf16")) found[count++] = &avx512_bf16::kernels;
+#endif
+  return count;
+}
+
+}  // namespace lk

@@ -1,0 +1,21 @@
+// One source, compiled once per instruction set into its own namespace; the bindings choose at run time.
+//   portable     any CPU                    4 floats
+//   avx2         x86-64-v3: AVX2, FMA, F16C 8 floats
+//   avx512       x86-64-v4                  16 floats
+//   avx512_bf16  x86-64-v4 + AVX512_BF16    16 floats, bf16 dot products
+#pragma once
+
+#ifndef LK_LEVEL
+#error "compile with -DLK_LEVEL=portable|avx2|avx512|avx512_bf16"
+#endif
+
+#if defined(__AVX512F__)
+#define LK_VL 16
+#elif defined(__AVX2__)
+#define LK_VL 8
+#else
+#define LK_VL 4
+#endif
+
+#define LK_INLINE inline __attribute__((always_inline))
+#define LK_UNROLL _Pragma("GCC unroll 16")

@@ -1,0 +1,150 @@
+// The fused forward for few tokens. One parallel region: h = scale · drop(x) Aᵀ, a barrier, then every thread streams
+// its rows of W once. The LoRA term is rank more steps of the same dot product, so it costs no second pass.
+#include <omp.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "../common/dot.h"
+#include "../common/philox.h"
+#include "params.h"
+
+namespace lk::LK_LEVEL {
+
+namespace {
+
+constexpr int64_t BLOCK_K = 2048;  // columns of W a pass: keeps the tile of x in the second-level cache
+
+struct Scratch {
+  int64_t x_row, h_row;          // padded to whole vectors, the padding zero
+  float *x, *x_dropped, *h, *a;  // [tokens, x_row] twice (may be one) [tokens, h_row] [threads, NR * max(x_row, h_row)]
+};
+
+// rows of x as floats; dropped rows beside them
+template <typename T>
+void widen_rows(const ForwardSmall& p, const T* x, const Scratch& s, int64_t first, int64_t last) {
+  for (int64_t t = first; t < last; t++) {
+    float* row = s.x + t * s.x_row;
+    for (int64_t k = 0; k < p.n_in; k++) row[k] = to_float(x[t * p.x.row + k]);
+    std::fill(row + p.n_in, row + s.x_row, 0.f);
+    std::fill(s.h + t * s.h_row + p.rank, s.h + (t + 1) * s.h_row, 0.f);
+    if (!p.dropout.active()) continue;
+    float* dropped = s.x_dropped + t * s.x_row;
+    dropout_mask(p.dropout, t, 0, p.n_in, dropped);
+    for (int64_t k = 0; k < p.n_in; k++) dropped[k] *= row[k];
+    std::fill(dropped + p.n_in, dropped + s.x_row, 0.f);
+  }
+}
+
+// h of one row of A for every token
+template <typename T>
+void shrink_row(const ForwardSmall& p, const T* a, const Scratch& s, int64_t j, float* a_row) {
+  for (int64_t k = 0; k < p.n_in; k++) a_row[k] = to_float(a[k]);
+  std::fill(a_row + p.n_in, a_row + s.x_row, 0.f);
+  for (int64_t t = 0; t < p.tokens; t += 4) {
+    const int count = int(std::min<int64_t>(4, p.tokens - t));
+    with_count(count, [&](auto m) {
+      vec acc[1][m.value] = {};
+      dot(a_row, s.x_row, s.x_dropped + t * s.x_row, s.x_row, s.x_row, acc);
+      for (int i = 0; i < m.value; i++) {
+        const float value = p.scale * sum(acc[0][i]);
+        s.h[(t + i) * s.h_row + j] = value;
+        p.h[(t + i) * p.rank + j] = value;
+      }
+    });
+  }
+}
+
+// NROWS outputs of W for every token; b is [NROWS, h_row], sums [NROWS, tokens]
+template <int NROWS, typename W, typename X, typename Y>
+LK_INLINE void outputs(const ForwardSmall& p, const W* w, const X* x, int64_t x_row, const Scratch& s, const float* b,
+                       float* sums, Y* y, int64_t n) {
+  const int groups = int((p.tokens + MR - 1) / MR);
+  for (int64_t k = 0; k < p.n_in; k += BLOCK_K) {
+    const int64_t count = std::min(BLOCK_K, p.n_in - k);
+    const bool last = k + count == p.n_in;
+    for (int g = 0; g < groups; g++) {
+      const int64_t t = p.tokens * g / groups;
+      with_count(int(p.tokens * (g + 1) / groups - t), [&](auto m) {
+        if constexpr (m.value <= MR) {
+          vec acc[NROWS][m.value] = {};
+          dot(w + k, p.w.row, x + t * x_row + k, x_row, count, acc);
+          if (last) dot(b, s.h_row, s.h + t * s.h_row, s.h_row, s.h_row, acc);
+          LK_UNROLL for (int i = 0; i < m.value; i++) {
+            const Four four = sum4(acc[0][i], NROWS > 1 ? acc[NROWS > 1][i] : vec{},
+                                   NROWS > 2 ? acc[NROWS > 2 ? 2 : 0][i] : vec{},
+                                   NROWS > 3 ? acc[NROWS > 3 ? 3 : 0][i] : vec{});
+            for (int j = 0; j < NROWS; j++) {
+              float value = four.v[j];
+              if (k > 0) value += sums[j * p.tokens + t + i];
+              sums[j * p.tokens + t + i] = value;
+            }
+          }
+        }
+      });
+    }
+  }
+  for (int j = 0; j < NROWS; j++) {
+    float gain = 1.f, bias = 0.f;
+    if (p.gain.data) with_type(p.gain, [&](auto* v) { gain = to_float(v[(n + j) * p.gain.col]); });
+    if (p.bias.data) with_type(p.bias, [&](auto* v) { bias = to_float(v[(n + j) * p.bias.col]); });
+    for (int64_t t = 0; t < p.tokens; t++) put(y + t * p.y.row + n + j, gain * sums[j * p.tokens + t] + bias);
+  }
+}
+
+template <typename W, typename X, typename Y>
+void stream(const ForwardSmall& p, const W* w, const X* x, int64_t x_row, const Scratch& s, float* b, Y* y, Range rows) {
+  const auto sums = std::make_unique<float[]>(NR * p.tokens);
+  for (int64_t n = rows.first; n < rows.last; n += NR) {
+    const int count = int(std::min<int64_t>(NR, rows.last - n));
+    with_type(p.b, [&](auto* from) {
+      for (int j = 0; j < count; j++) {
+        for (int64_t i = 0; i < p.rank; i++) b[j * s.h_row + i] = to_float(from[(n + j) * p.b.row + i * p.b.col]);
+        std::fill(b + j * s.h_row + p.rank, b + (j + 1) * s.h_row, 0.f);
+      }
+    });
+    with_count(count, [&](auto rows_now) {
+      if constexpr (rows_now.value <= NR) outputs<rows_now.value>(p, w + n * p.w.row, x, x_row, s, b, sums.get(), y, n);
+    });
+  }
+}
+
+}  // namespace
+
+void forward_small(const ForwardSmall& p) {
+  Scratch s;
+  s.x_row = (p.n_in + VL - 1) / VL * VL;
+  s.h_row = (p.rank + VL - 1) / VL * VL;
+  const int64_t copies = p.dropout.active() ? 2 : 1, a_row = NR * std::max(s.x_row, s.h_row);
+  const std::unique_ptr<float[]> scratch(new float[copies * p.tokens * s.x_row + p.tokens * s.h_row + p.threads * a_row]);
+  s.x = scratch.get();
+  s.x_dropped = s.x + (copies - 1) * p.tokens * s.x_row;
+  s.h = s.x + copies * p.tokens * s.x_row;
+  s.a = s.h + p.tokens * s.h_row;
+#pragma omp parallel num_threads(p.threads)
+  {
+    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    float* own = s.a + thread * a_row;
+    const Range tokens = share(p.tokens, 1, thread, threads);
+    with_type(p.x, [&](auto* x) { widen_rows(p, x, s, tokens.first, tokens.last); });
+#pragma omp barrier
+    const Range ranks = share(p.rank, 1, thread, threads);
+    with_type(p.a, [&](auto* a) {
+      for (int64_t j = ranks.first; j < ranks.last; j++) shrink_row(p, a + j * p.a.row, s, j, own);
+    });
+#pragma omp barrier
+    const Range rows = share(p.n_out, NR, thread, threads);
+    with_type(p.w, [&](auto* w) {
+      using T = std::remove_pointer_t<decltype(w)>;
+      T* y = static_cast<T*>(p.y.data);
+#if defined(__AVX512BF16__)
+      if constexpr (std::is_same_v<T, bf16>) {
+        return stream(p, w, static_cast<const bf16*>(p.x.data), p.x.row, s, own, y, rows);
+      }
+#endif
+      stream(p, w, s.x, s.x_row, s, own, y, rows);
+    });
+  }
+}
+
+}  // namespace lk::LK_LEVEL

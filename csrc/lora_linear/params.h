@@ -1,0 +1,56 @@
+// The questions that lora_linear's CPU kernels answer. Shapes in brackets; every View may have any row stride.
+#pragma once
+#include "../common/types.h"
+
+namespace lk {
+
+// y = gain ⊙ (x Wᵀ + scale · drop(x) Aᵀ Bᵀ) + bias, W read once; h = scale · drop(x) Aᵀ.
+// For few tokens: bound by the bytes of W.
+struct ForwardSmall {
+  View x, w, a, b, y;  // [tokens, in] [out, in] [rank, in] [out, rank] [tokens, out]; y has the type of x
+  View bias, gain;     // [out], or no data
+  float* h;            // [tokens, rank]
+  float scale;
+  Dropout dropout;
+  int64_t tokens, n_in, n_out, rank;
+  int threads;
+};
+
+// h = scale · drop(x) (a ⊙ gain)ᵀ: [tokens, rank]
+struct Shrink {
+  View x, a, gain;  // [tokens, in] [rank, in] (any strides) [in] or no data
+  float* h;
+  float scale;
+  Dropout dropout;
+  int64_t tokens, n_in, rank;
+  int threads;
+};
+
+// to = gain ⊙ (from + mask ⊙ (h b)) + bias, or with mask_from gain ⊙ mask ⊙ (from + h b) + bias
+struct Expand {
+  View from, to, b, gain, bias;  // [tokens, out] twice (may be one) [rank, out] (any strides) [out] or no data
+  const float* h;                // [tokens, rank]
+  Dropout dropout;
+  bool mask_from;
+  int64_t tokens, n_out, rank;
+  int threads;
+};
+
+// d = (pᵀ drop(x)) ⊙ gain: [rank, in]
+struct Outer {
+  View x, d, gain;  // [tokens, in] [rank, in] (any strides) [in] or no data
+  const float* p;   // [tokens, rank]
+  Dropout dropout;
+  int64_t tokens, n_in, rank;
+  int threads;
+};
+
+// sums[n] = Σ over tokens of u[t, n] · v[t, n], or of u[t, n] where v has no data
+struct ColumnSums {
+  View u, v;
+  float* sums;
+  int64_t tokens, n_out;
+  int threads;
+};
+
+}  // namespace lk

@@ -1,0 +1,25 @@
+"""Fused LoRA and DoRA layers for PyTorch."""
+
+from lora_kernels import nn
+from lora_kernels._version import __version__
+from lora_kernels.adapters import AdapterError, LoraConfig, inject_adapter, load_adapter, save_adapter
+from lora_kernels.integrations import FuseReport, fuse, unfuse
+from lora_kernels.ops import FallbackWarning, explain, lora_linear, use_backend, weight_norm
+
+__all__ = [
+    "AdapterError",
+    "FallbackWarning",
+    "FuseReport",
+    "LoraConfig",
+    "__version__",
+    "explain",
+    "fuse",
+    "inject_adapter",
+    "load_adapter",
+    "lora_linear",
+    "nn",
+    "save_adapter",
+    "unfuse",
+    "use_backend",
+    "weight_norm",
+]

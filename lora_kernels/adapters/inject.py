@@ -1,0 +1,218 @@
+"""Puts LoRA layers in the place of a model's linear and embedding layers."""
+
+import copy
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lora_kernels.adapters.config import AdapterError, LoraConfig
+from lora_kernels.adapters.targets import Selection, Target, select
+from lora_kernels.nn import DoRALinear, LoRAEmbedding, LoRALinear
+from lora_kernels.ops.lora_linear.op import FLOATS
+
+Layer = LoRALinear | LoRAEmbedding
+ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B")
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def inject_adapter(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Replaces the modules that `config` selects by layers with an adapter, in place, and freezes the rest.
+
+    nn.Linear becomes LoRALinear, or DoRALinear with `use_dora`; nn.Embedding becomes LoRAEmbedding. They share the
+    weights of what they replace, and keep its hooks and its train or eval mode. As after peft.get_peft_model, only the
+    adapters require grad, with the biases that `bias` names and the copies of `modules_to_save`. All or nothing: if
+    anything raises, the model is as it was. "pissa" and "olora" change the base weights, as in PEFT.
+
+    Returns the names of the replaced modules.
+
+    Raises:
+        TypeError: config is not a LoraConfig of this package.
+        AdapterError: a target, name or pattern matches no module, or a module cannot take an adapter (a ValueError).
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(
+            f"inject_adapter: config must be a lora_kernels LoraConfig, found {type(config).__name__}"
+            " (LoraConfig.from_dict(config.to_dict()) converts PEFT's)"
+        )
+    model = unwrap(model)
+    config = replace(config)
+    refuse_peft(model)
+    layers = adapter_layers(model)
+    if layers:
+        raise AdapterError(f"inject_adapter: the model already has adapters in {len(layers)} modules: {some(layers)}")
+    if config.init_lora_weights in ("eva", "corda", "loftq", "lora_ga", "mica"):
+        raise AdapterError(f"inject_adapter: init_lora_weights={config.init_lora_weights!r} is not supported")
+    selection = select(model, config)
+    check_targets(model, selection, config)
+    with ExitStack() as undo:
+        install(model, build(model, selection, config, undo) | copies(model, selection), undo)
+        undo.pop_all()
+    set_trainable(model, selection, config.bias)
+    model._lora_config = resolved(config, selection)  # type: ignore[assignment]
+    return [target.name for target in selection.targets]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model under torch.compile, whose names the files use."""
+    return getattr(model, "_orig_mod", model)
+
+
+def adapter_layers(model: nn.Module) -> dict[str, Layer]:
+    """Our layers in a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear | LoRAEmbedding)}
+
+
+def refuse_peft(model: nn.Module) -> None:
+    """Raises if the model is PEFT's, whose layers are not ours."""
+    found = next((type(m).__name__ for m in model.modules() if type(m).__module__.startswith("peft.")), None)
+    if found is not None:
+        raise AdapterError(f"the model holds PEFT's {found}: use lora_kernels.fuse(model), or give the base model")
+
+
+def resolved(config: LoraConfig, selection: Selection) -> LoraConfig:
+    """The configuration as a file should hold it: with names in place of what depends on the model."""
+    return replace(config, target_modules=selection.target_modules, modules_to_save=list(selection.saving) or None)
+
+
+def check_targets(model: nn.Module, selection: Selection, config: LoraConfig) -> None:
+    """Raises if a selected module cannot take the adapter; names all that cannot, each with the reason."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    reasons = {}
+    for target in selection.targets:
+        module, parent = modules[target.name], modules[target.name.rpartition(".")[0]]
+        reason = _refusal(module, parent, config)
+        if reason is None and config.init_lora_weights == "orthogonal" and target.r % 2:
+            reason = f'init_lora_weights="orthogonal" needs an even r, found {target.r}'
+        if reason is None and target.name in selection.saved:
+            reason = "is also among modules_to_save"
+        if reason is not None:
+            reasons[target.name] = reason
+    for name in selection.saved:
+        if isinstance(modules[name], nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+            reasons[name] = f"modules_to_save cannot be a {type(modules[name]).__name__}"
+    if reasons:
+        raise AdapterError(f"{some([f'{name}: {reason}' for name, reason in reasons.items()], '; ')}")
+
+
+def _refusal(module: nn.Module, parent: nn.Module, config: LoraConfig) -> str | None:
+    """Why this module cannot take an adapter, in words; None if it can."""
+    kind = type(module).__name__
+    plain: type[nn.Module]
+    if isinstance(module, nn.Embedding):
+        plain = nn.Embedding
+        if config.use_dora:
+            return "use_dora is not supported for nn.Embedding; leave it out of target_modules"
+    elif isinstance(module, nn.Linear):
+        plain = nn.Linear
+        if isinstance(parent, nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads this weight without calling the layer; add it to exclude_modules"
+    elif kind == "Conv1D":
+        return "transformers' Conv1D stores its weight transposed and is not supported; PEFT with fuse(model) runs it"
+    else:
+        return f"is a {kind}; only nn.Linear and nn.Embedding can take an adapter"
+    if type(module).forward is not plain.forward or "forward" in vars(module):
+        return f"{kind} computes in its own way, which the adapter's layer would replace"
+    weight = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
+        return "its weight is not a plain parameter"
+    if weight.dtype not in FLOATS:
+        return f"its weight is {weight.dtype}; only float32, bfloat16, float16 and float64 are supported"
+    return None
+
+
+def build(model: nn.Module, selection: Selection, config: LoraConfig, undo: ExitStack) -> dict[str, nn.Module]:
+    """The new layers, not yet in the model; what building them changes in the base is put back by `undo`."""
+    for parameter in model.parameters():
+        undo.callback(parameter.requires_grad_, parameter.requires_grad)
+    changes_base = str(config.init_lora_weights).startswith(("pissa", "olora"))
+    new: dict[str, nn.Module] = {}
+    for target in selection.targets:
+        module = model.get_submodule(target.name)
+        if changes_base and isinstance(module, nn.Linear):
+            undo.callback(_put_back, module.weight, module.weight.data, module.weight.detach().clone())
+        new[target.name] = _layer(module, target, config)
+        for hooks in _HOOKS:
+            setattr(new[target.name], hooks, getattr(module, hooks))
+    return new
+
+
+def _layer(module: nn.Module, target: Target, config: LoraConfig) -> Layer:
+    options = {"r": target.r, "lora_alpha": target.lora_alpha, "use_rslora": config.use_rslora}
+    if isinstance(module, nn.Embedding):
+        # as PEFT: the named initialisations are for linear layers
+        return LoRAEmbedding.from_embedding(module, **options, init_lora_weights=config.init_lora_weights is not False)
+    assert isinstance(module, nn.Linear)
+    kind = DoRALinear if config.use_dora else LoRALinear
+    return kind.from_linear(
+        module, **options, lora_dropout=config.lora_dropout, init_lora_weights=config.init_lora_weights
+    )
+
+
+def copies(model: nn.Module, selection: Selection) -> dict[str, nn.Module]:
+    """Copies of the modules to save, to be trained in place of the base's."""
+    return {name: copy.deepcopy(model.get_submodule(name)) for name in selection.saved}
+
+
+def install(model: nn.Module, new: dict[str, nn.Module], undo: ExitStack) -> None:
+    """Puts the new modules in the places of the old ones."""
+    for name, module in new.items():
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        undo.callback(setattr, owner, child, getattr(owner, child))
+        setattr(owner, child, module)
+
+
+def set_trainable(model: nn.Module, selection: Selection, bias: str, trainable: bool = True) -> None:
+    """Freezes the model but for the adapters, the biases that `bias` names, and the modules to save."""
+    model.requires_grad_(False)
+    if not trainable:
+        return
+    for layer in adapter_layers(model).values():
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name in ADAPTER_PARAMETERS:
+                parameter.requires_grad_(True)
+    for parameter in trained_biases(model, selection, bias).values():
+        parameter.requires_grad_(True)
+    for name in selection.saved:
+        for parameter in model.get_submodule(name).parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+
+
+def trained_biases(model: nn.Module, selection: Selection, bias: str) -> dict[str, nn.Parameter]:
+    """The base biases that belong to the adapter, by name; those of modules to save are counted there."""
+    if bias == "none":
+        return {}
+    adapted = {target.name for target in selection.targets}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner, _, last = name.rpartition(".")
+        if last != "bias" or any(f"{owner}.".startswith(f"{saved}.") for saved in selection.saved):
+            continue
+        if bias == "all" or owner in adapted:
+            found[name] = parameter
+    return found
+
+
+@torch.no_grad()
+def _put_back(parameter: torch.Tensor, data: torch.Tensor, value: torch.Tensor) -> None:
+    parameter.data = data
+    parameter.copy_(value)
+
+
+def some(names: Iterable[str], separator: str = ", ") -> str:
+    """The first few names, for an error message."""
+    names = list(names)
+    return separator.join(names[:5]) + (f"{separator}and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,212 @@
+"""Which modules of a model a LoraConfig adapts, and with which r and lora_alpha: PEFT's rules."""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lora_kernels.adapters.config import AdapterError, LoraConfig, short
+from lora_kernels.adapters.patterns import NamePattern, starts
+from lora_kernels.nn import LoRALinear
+
+# what PEFT adapts when target_modules is None, by model_type
+_DEFAULTS = {
+    "q_proj v_proj": "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3",
+    "query value": "bert roberta xlm-roberta electra layoutlm",
+    "query_key_value": "bloom gpt_neox chatglm falcon RefinedWeb RefinedWebModel",
+    "q v": "t5 mt5",
+    "query_proj value_proj": "deberta-v2",
+    "q_proj v_proj fc1 fc2": "phi",
+}
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module to adapt."""
+
+    name: str
+    r: int
+    lora_alpha: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a configuration selects in one model."""
+
+    targets: list[Target]
+    saved: list[str]
+    """The modules to copy, train in full and save."""
+    saving: tuple[str, ...]
+    """The names that selected them: modules_to_save and the heads of the task."""
+    target_modules: list[str] | str
+    """The target_modules to write to a file: "all-linear" and None depend on the model, this does not."""
+
+
+def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Selection:
+    """Finds the modules that `config` adapts in `model`, as PEFT does.
+
+    Raises:
+        AdapterError: nothing is selected, a pattern is refused, or, if `strict`, some name or pattern matches no
+            module (PEFT ignores it); the message lists near names.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    wanted = _target_modules(model, config)
+    heads = _HEADS.get(config.task_type or "", ())
+    saving = tuple(dict.fromkeys((*(config.modules_to_save or ()), *heads)))
+    saved = _outermost([n for n, _ in model.named_modules(remove_duplicate=False) if n and n.endswith(saving)])
+    targeted = _Matcher(wanted, "target_modules")
+    excluded = _Matcher(config.exclude_modules or [], "exclude_modules")
+    layers = _Layers(config)
+    found = [
+        name
+        for name in names
+        if targeted(name)
+        and (targeted.whole(name) or layers(name))
+        and not excluded(name)
+        and not any(f".{m}." in f".{name}." for m in saving)
+    ]
+    if not found:
+        raise AdapterError(
+            f"target_modules={short(wanted)} selects no module of {type(model).__name__}"
+            f" (exclude_modules={short(config.exclude_modules)}, layers_to_transform="
+            f"{short(config.layers_to_transform)}); {_near(wanted, names)}"
+        )
+    ranks, alphas = (
+        [(NamePattern(key, field), value) for key, value in patterns.items()]
+        for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
+    )
+    if strict:
+        _check_all_match("target_modules", wanted, names)
+        _check_all_match("exclude_modules", config.exclude_modules or [], names)
+        for module in saving:
+            if module not in heads and not any(name.endswith(module) for name in names):
+                raise AdapterError(f"modules_to_save: {short(module)} matches no module; {_near([module], names)}")
+        for pattern, _ in ranks + alphas:
+            if not any(map(pattern.matches_end, found)):
+                raise AdapterError(f"{pattern.where}: matches no adapted module; {_near(pattern.text, found)}")
+    targets = [Target(name, _first(ranks, name, config.r), _first(alphas, name, config.lora_alpha)) for name in found]
+    return Selection(targets, saved, saving, wanted)
+
+
+class _Matcher:
+    """A list of names, each a whole name or its end after a dot; or one regular expression for whole names."""
+
+    def __init__(self, wanted: list[str] | str, field: str) -> None:
+        self._pattern = NamePattern(wanted, field) if isinstance(wanted, str) else None
+        self._names = frozenset(() if isinstance(wanted, str) else wanted)
+
+    def __call__(self, name: str) -> bool:
+        if self._pattern is not None:
+            return self._pattern.fullmatch(name)
+        parts = name.split(".")
+        return any(".".join(parts[i:]) in self._names for i in range(len(parts)))
+
+    def whole(self, name: str) -> bool:
+        """Whether the name is given in full, which PEFT adapts whatever the layer number."""
+        return name in self._names
+
+
+class _Layers:
+    """PEFT's layers_to_transform: the number after the first name in layers_pattern, or the first numbered part."""
+
+    def __init__(self, config: LoraConfig) -> None:
+        layers, patterns = config.layers_to_transform, config.layers_pattern
+        self._wanted = {layers} if isinstance(layers, int) else set(layers or ())
+        patterns = [patterns] if isinstance(patterns, str) else patterns or []
+        self._patterns = [NamePattern(pattern, "layers_pattern") for pattern in patterns]
+
+    def __call__(self, name: str) -> bool:
+        if not self._wanted:
+            return True
+        for pattern in self._patterns:
+            number = self._after(pattern, name)
+            if number is not None:
+                return number in self._wanted
+        if self._patterns:
+            return False
+        # PEFT wants two names before the number
+        numbers = [int(part) for part in name.split(".")[2:-1] if part.isdecimal()]
+        return bool(numbers) and numbers[0] in self._wanted
+
+    def _after(self, pattern: NamePattern, name: str) -> int | None:
+        begins = starts(name)
+        for start in range(len(name)):
+            for end in reversed(pattern.ends(name, start) if begins >> start & 1 else []):
+                parts = name[end:].split(".")
+                if len(parts) > 2 and not parts[0] and parts[1].isdecimal():
+                    return int(parts[1])
+        return None
+
+
+def _target_modules(model: nn.Module, config: LoraConfig) -> list[str] | str:
+    wanted = config.target_modules
+    if wanted is None:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        wanted = next((names.split() for names, kinds in _DEFAULTS.items() if kind in kinds.split()), None)
+        if wanted is None:
+            raise AdapterError('target_modules: must be given for this model, for example "all-linear"')
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
+        return _all_linear(model, config)
+    return wanted
+
+
+def _all_linear(model: nn.Module, config: LoraConfig) -> list[str] | str:
+    modules = {name: module for name, module in model.named_modules() if name}
+    head = _output_head(model, config)
+    wanted = [name for name, module in modules.items() if is_linear(module) and module is not head]
+    if not wanted:
+        raise AdapterError(f'target_modules="all-linear": {type(model).__name__} has no linear layer')
+    matches = _Matcher(wanted, "target_modules")
+    if [name for name in modules if matches(name)] == wanted:
+        return wanted
+    # some name is also the end of another module's, as in nested nn.Sequential
+    return "|".join(name.replace(".", r"\.") for name in wanted)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" includes this module: nn.Linear, our layers, and transformers' Conv1D."""
+    return isinstance(module, nn.Linear | LoRALinear) or _is_named(module, "Conv1D", "transformers.")
+
+
+def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
+    if not _is_named(model, "PreTrainedModel", "transformers."):
+        return None
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None and config.task_type == "SEQ_CLS":
+        head = getattr(model, "score", None) or getattr(model, "classifier", None)
+    return head
+
+
+def _is_named(module: nn.Module, name: str, package: str) -> bool:
+    return any(c.__name__ == name and c.__module__.startswith(package) for c in type(module).__mro__)
+
+
+def _first(patterns: list[tuple[NamePattern, Any]], name: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns if pattern.matches_end(name)), default)
+
+
+def _check_all_match(field: str, wanted: list[str] | str, names: list[str]) -> None:
+    if isinstance(wanted, str):
+        missed = [] if any(map(_Matcher(wanted, field), names)) else [wanted]
+    else:
+        ends = {".".join(parts[i:]) for parts in (name.split(".") for name in names) for i in range(len(parts))}
+        missed = [name for name in wanted if name not in ends]
+    if missed:
+        raise AdapterError(f"{field}: {short(missed[0])} matches no module; {_near(missed[:1], names)}")
+
+
+def _outermost(names: list[str]) -> list[str]:
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def _near(wanted: list[str] | str, names: list[str]) -> str:
+    ends = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdecimal()})
+    asked = [wanted] if isinstance(wanted, str) else wanted[:8]
+    near = [n for w in asked for n in difflib.get_close_matches(w.rpartition(".")[2][:64], ends, n=4, cutoff=0.5)]
+    return f"near names: {', '.join(dict.fromkeys(near))}" if near else f"the modules end in: {', '.join(ends[:16])}"

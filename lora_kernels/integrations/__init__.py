@@ -1,0 +1,108 @@
+"""Models of other libraries on our kernels. PEFT is imported only once a model may hold its layers."""
+
+import sys
+from importlib.util import find_spec
+from types import ModuleType
+from weakref import WeakValueDictionary
+
+from torch import nn
+
+from lora_kernels.integrations.report import FuseReport, Survey
+from lora_kernels.nn import DoRALinear, LoRAEmbedding, LoRALinear
+
+__all__ = ["FuseReport", "fuse", "unfuse"]
+
+
+def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
+    """Runs the LoRA layers of a PEFT model on our kernels, in place, and reports on every layer.
+
+    Each peft.tuners.lora.layer.Linear, over nn.Linear or GPT-2's Conv1D, becomes a subclass that overrides `forward`
+    alone. Parameters, names, hooks and PEFT's methods stay. Each call looks at the state it finds: one active LoRA,
+    rsLoRA or DoRA adapter runs on the kernels, also with dropout, bias, autocast, or adapters in another dtype than the
+    base; anything else (several active adapters, `adapter_names`, merged or disabled adapters, hooks on the inner
+    modules, other variants) runs in PEFT's own forward. The output has PEFT's dtype; dropout masks are drawn by us.
+
+    Adapters added later to a fused layer are covered too. Modules that become LoRA layers later are PEFT's until `fuse`
+    is called again; calling it twice does no harm. Layers of lora_kernels.nn are reported as fused. All or nothing: if
+    anything raises, the model is as it was.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+        ValueError: the model has no LoRA layers, or `strict` and PEFT's own forward would run at least one.
+        ImportError: the model has no layers of lora_kernels.nn and PEFT is not installed.
+    """
+    _check_module("fuse", model)
+    survey = Survey()
+    _ask_about_ours(model, survey)
+    peft = _peft()
+    layers = peft.lora_layers(model) if peft else {}
+    for name, layer in layers.items():
+        peft.ask(name, layer, survey)
+    if not survey.fused and not survey.left:
+        raise _no_layers()
+    if strict and survey.left:
+        name, reason = next(iter(survey.left.items()))
+        raise ValueError(
+            "fuse: strict wants every LoRA layer on our kernels, found"
+            f" {len(survey.left)} of {len(survey.left) + len(survey.fused)} left to PEFT; {name}: {reason}"
+        )
+    for layer in layers.values():
+        if peft.class_refusal(layer) is None:
+            peft.set_class(layer, peft.FusedLinear)
+
+    watched = WeakValueDictionary(layers)
+    return FuseReport(
+        survey.fused,
+        survey.left,
+        survey.slow,
+        lambda: {name: counts for name, layer in watched.items() if (counts := peft.fallbacks(layer))},
+    )
+
+
+def unfuse(model: nn.Module) -> None:
+    """Gives every layer that `fuse` changed PEFT's own class back; does nothing where there is none.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+        ValueError: a fused layer's class was changed again since (fully_shard and parametrize do); undo that first.
+    """
+    _check_module("unfuse", model)
+    peft = _peft()
+    fused = {n: m for n, m in model.named_modules() if isinstance(m, peft.FusedLinear)} if peft else {}
+    for name, layer in fused.items():
+        if type(layer) is not peft.FusedLinear:
+            raise ValueError(f"unfuse: {name} must be a FusedLinear, found its subclass {type(layer).__name__}")
+    for layer in fused.values():
+        peft.set_class(layer, peft.Linear)
+
+
+def _check_module(function: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, found {type(model).__name__}")
+
+
+def _peft() -> ModuleType | None:
+    """Our PEFT half; None while nobody has imported PEFT, for then no model can hold its layers."""
+    if "peft" not in sys.modules:
+        return None
+    from lora_kernels.integrations import peft
+
+    return peft
+
+
+def _ask_about_ours(model: nn.Module, survey: Survey) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALinear):
+            state = (layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling, layer.lora_dropout)
+            survey.ask(name, *state, isinstance(layer, DoRALinear))
+        elif isinstance(layer, LoRAEmbedding):
+            survey.fused[name] = "torch"
+
+
+def _no_layers() -> Exception:
+    if find_spec("peft") is None:
+        return ImportError(
+            "fuse: the model has no layers of lora_kernels.nn, and peft, whose LoRA layers fuse takes over, is not"
+            " installed; pip install peft"
+        )
+    return ValueError("fuse: model must have LoRA layers, of PEFT (peft.get_peft_model) or lora_kernels.nn, found none")

@@ -1,0 +1,117 @@
+"""What `fuse` did to each LoRA layer, and what has run since."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops import explain, lora_linear
+from lora_kernels.ops.registry import PREFERENCE
+
+_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True, repr=False)
+class FuseReport:
+    """Every LoRA layer of a model, by name; `print(report)` shows a summary.
+
+    `fused` maps a layer to the backend that takes its calls. `left` maps a layer to the reason why, as the model stands,
+    PEFT's own forward takes them. `slow` maps each layer on the reference to the reasons of the faster backends.
+    """
+
+    fused: Mapping[str, str]
+    left: Mapping[str, str]
+    slow: Mapping[str, str] = field(default_factory=dict)
+    _fallbacks: Callable[[], dict[str, dict[str, int]]] = field(default=dict, compare=False)
+
+    def fallbacks(self) -> dict[str, dict[str, int]]:
+        """How many calls of each fused layer went to PEFT's forward after all, by layer and reason, up to now."""
+        return self._fallbacks()
+
+    def summary(self) -> str:
+        """One line: how many layers are fused, and on which backends."""
+        total = len(self.fused) + len(self.left)
+        line = f"{len(self.fused)} of {total} LoRA layers fused"
+        backends = Counter(self.fused.values())
+        if len(backends) == 1:
+            return f"{line}; backend {next(iter(backends))}"
+        return "; ".join([line, *(f"{count} on backend {name}" for name, count in backends.most_common())])
+
+    def __repr__(self) -> str:
+        return f"<FuseReport: {self.summary()}>"
+
+    def __str__(self) -> str:
+        calls: Counter[str] = Counter()
+        for reasons in self.fallbacks().values():
+            calls.update(reasons)
+        lines = [self.summary()]
+        lines += _section("on the reference, because", _grouped(self.slow))
+        lines += _section("left to PEFT's own forward, because", _grouped(self.left))
+        lines += _section("calls that went to PEFT's own forward", {r: str(n) for r, n in calls.most_common()})
+        return "\n".join(lines)
+
+
+@dataclass
+class Survey:
+    """What the report will say; asks the registry once for each kind of layer."""
+
+    fused: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    slow: dict[str, str] = field(default_factory=dict)
+    _answers: dict[object, tuple[str, str]] = field(default_factory=dict)
+
+    def ask(
+        self,
+        name: str,
+        w: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float | Tensor,
+        dropout: float,
+        has_gain: bool,
+    ) -> None:
+        """Notes which backend takes one token through these weights, or why none does."""
+        tensors = (w, bias, a, b)
+        kind = (*((t.shape, t.stride(), t.dtype, t.device) for t in tensors if t is not None), dropout > 0, has_gain)
+        try:
+            if kind not in self._answers:
+                self._answers[kind] = _backend(w, bias, a, b, scale, dropout, has_gain)
+        except NotImplementedError as refusal:
+            self.left[name] = str(refusal)
+            return
+        self.fused[name], reasons = self._answers[kind]
+        if reasons:
+            self.slow[name] = reasons
+
+
+def _backend(w, bias, a, b, scale, dropout, has_gain) -> tuple[str, str]:
+    """The backend that is chosen, and for the reference the reasons of the faster ones."""
+    device = w.device
+    gain = torch.ones(len(w), device=device) if has_gain else None
+    # a given seed, so that asking draws nothing from the user's generator
+    seed = torch.zeros((), dtype=torch.int64)
+    with torch.no_grad():
+        explanation = explain(lora_linear, w.new_zeros(1, w.shape[1]), w, a, b, scale, bias, gain, dropout, seed=seed)
+    decision = explanation.decisions[-1]
+    faster = PREFERENCE.get(device.type, ()) if decision.chosen == "reference" else ()
+    return decision.chosen, "; ".join(f"{name}: {decision.others[name]}" for name in faster if name in decision.others)
+
+
+def _grouped(reasons: Mapping[str, str]) -> dict[str, str]:
+    """Each reason with its layers: "3 layers: a, b, c"."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        layers.setdefault(reason, []).append(name or "the model itself")
+    return {reason: _counted(names) for reason, names in layers.items()}
+
+
+def _counted(names: list[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
+    return f"{len(names)} layer{'s' if len(names) > 1 else ''}: {shown}"
+
+
+def _section(title: str, rows: Mapping[str, str]) -> list[str]:
+    return [f"  {title}", *(f"    {reason}: {what}" for reason, what in rows.items())] if rows else []

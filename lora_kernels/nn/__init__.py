@@ -1,0 +1,7 @@
+"""Layers with an adapter, in the place of torch's own."""
+
+from lora_kernels.nn.dora import DoRALinear
+from lora_kernels.nn.embedding import LoRAEmbedding
+from lora_kernels.nn.lora import LoRALinear
+
+__all__ = ["DoRALinear", "LoRAEmbedding", "LoRALinear"]

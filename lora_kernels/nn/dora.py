@@ -1,0 +1,127 @@
+"""A frozen linear layer with a DoRA adapter."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from lora_kernels.nn.lora import LoRALinear
+from lora_kernels.ops import NormCache, dora_gain, lora_linear, weight_norm
+from lora_kernels.ops.lora_linear.op import DROPOUT_SEMANTICS
+
+
+class DoRALinear(LoRALinear):
+    """y = gain ⊙ (x Wᵀ + scaling · drop(x) Aᵀ Bᵀ) + bias with gain = m / ‖W + scaling·BA‖, one per output feature.
+
+    Shapes and parameters as LoRALinear, and lora_magnitude_vector m [out], float32 whatever the layer is cast to
+    (float64 if weight is float64): in 16 bits the steps of an optimizer would round away. m begins as the norm, by the
+    same routine, so that gain is exactly 1. Where the norm is zero, gain is 1 and m gets no gradient.
+
+    `detach_norm`: the norm is a constant in backward, as in the paper (§4.3) and in PEFT; False: the exact gradient.
+    `dropout_semantics`: "peft" also drops the input of the rescaled base; "lora_only" is the formula above, one GEMM
+    cheaper.
+
+    Raises:
+        TypeError: an option has the wrong type, or the weight a dtype that is not supported.
+        ValueError: an option is outside its range, or tensors do not fit; the message names it. Nothing has changed.
+
+    Source: DoRA, arXiv:2402.09353, eq. 5 and §4.3.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        detach_norm: bool = True,
+        dropout_semantics: str = "peft",
+        **options: Any,
+    ) -> None:
+        self._check_options(detach_norm, dropout_semantics)
+        super().__init__(in_features, out_features, bias, **options)
+        self.detach_norm, self.dropout_semantics = detach_norm, dropout_semantics
+
+    @classmethod
+    def from_linear(  # type: ignore[override]
+        cls, linear: nn.Linear, *args: Any, detach_norm: bool = True, dropout_semantics: str = "peft", **options: Any
+    ) -> Self:
+        """A layer that shares the parameters of `linear`, which it freezes; other options as LoRALinear.from_linear."""
+        cls._check_options(detach_norm, dropout_semantics)
+        layer = super().from_linear(linear, *args, **options)
+        layer.detach_norm, layer.dropout_semantics = detach_norm, dropout_semantics
+        return layer
+
+    @classmethod
+    def _check_options(cls, detach_norm: Any, dropout_semantics: Any) -> None:
+        if not isinstance(detach_norm, bool):
+            raise TypeError(f"{cls.__name__}: detach_norm must be True or False, found {detach_norm!r}")
+        if dropout_semantics not in DROPOUT_SEMANTICS:
+            raise ValueError(
+                f"{cls.__name__}: dropout_semantics must be one of {', '.join(DROPOUT_SEMANTICS)},"
+                f" found {dropout_semantics!r}"
+            )
+
+    def _adapt(self, linear: nn.Linear, *options: Any) -> Self:
+        super()._adapt(linear, *options)
+        self._norm = NormCache()
+        with torch.no_grad():
+            norm = weight_norm(self.weight, self.lora_A, self.lora_B, self.scaling)
+        self.lora_magnitude_vector = nn.Parameter(norm)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x [..., in] → [..., out].
+
+        Raises:
+            TypeError, ValueError: x does not fit weight in dtype, shape or device, or weight requires grad.
+        """
+        if not self.enabled:
+            return F.linear(x, self._base_weight(), self.bias)
+        if self.merged:
+            return F.linear(x, self.weight, self.bias)
+        w, a, b, scaling = self.weight, self.lora_A, self.lora_B, self.scaling
+        norm = self._norm(w, a, b, scaling) if self.detach_norm else weight_norm(w, a, b, scaling)
+        gain = dora_gain(self.lora_magnitude_vector, norm)
+        dropout = self.lora_dropout if self.training else 0.0
+        return lora_linear(x, w, a, b, scaling, self.bias, gain, dropout, self.dropout_semantics)
+
+    def _adapted_weight(self) -> Tensor:
+        """gain ⊙ (W + scaling·BA), [out, in]."""
+        norm = weight_norm(self.weight, self.lora_A, self.lora_B, self.scaling)
+        return dora_gain(self.lora_magnitude_vector, norm)[:, None] * super()._adapted_weight()
+
+    def _replace_weight(self, data: Tensor) -> None:
+        super()._replace_weight(data)
+        self._norm.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        magnitude = self.lora_magnitude_vector
+        kept = (magnitude, magnitude.grad)
+
+        def widened(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if any(tensor is k for k in kept) and moved.dtype.itemsize < 4:
+                # again from the original: through 16 bits its values would be rounded
+                return tensor.to(moved.device, torch.float32)
+            return moved
+
+        super()._apply(widened, recurse)
+        self._norm.clear()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        magnitude = self.lora_magnitude_vector
+        if magnitude.dtype.itemsize < 4:
+            # load_state_dict(assign=True) takes over the dtype of the file
+            magnitude.data = magnitude.data.float()
+        self._norm.clear()
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        text += "" if self.detach_norm else ", detach_norm=False"
+        return text if self.dropout_semantics == "peft" else f"{text}, dropout_semantics={self.dropout_semantics!r}"

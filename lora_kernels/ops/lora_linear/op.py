@@ -1,0 +1,189 @@
+"""A frozen linear layer with a LoRA adapter, in one pass:
+
+    y = gain ⊙ (x Wᵀ + scale · drop(x) Aᵀ Bᵀ) + bias                                                    (1)
+
+With gain = m / ‖W + scale·BA‖, one number per output feature, this is DoRA.
+Sources: LoRA, arXiv:2106.09685, eq. 3; rsLoRA, arXiv:2312.03732; DoRA, arXiv:2402.09353, eq. 5.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.dropout import draw_seed
+from lora_kernels.ops.registry import declare
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DROPOUT_SEMANTICS = ("peft", "lora_only")
+
+
+def lora_linear(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_semantics: str = "peft",
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Applies formula (1).
+
+    Shapes: x [..., in], w [out, in], a [r, in], b [out, r], bias [out], gain [out]; returns [..., out] in the dtype
+    of x. x and w share one dtype (float32, bfloat16, float16 or float64); a and b share one, which may be another.
+    Sums are taken in float32 (float64 for float64) and rounded once. Under autocast x and w are cast to its dtype.
+    Gradients flow to x, a, b, bias, gain and to a tensor `scale`; w is frozen. A second differentiation raises.
+
+    Dropout, with probability `dropout`, acts on the input of A. `dropout_semantics` matters only with `gain`:
+    "peft" also drops the input of the rescaled base, as PEFT's DoRA does,
+        y = x Wᵀ + (gain - 1) ⊙ (drop(x) Wᵀ) + gain ⊙ scale · drop(x) Aᵀ Bᵀ + bias,
+    "lora_only" is formula (1) and one GEMM cheaper. The mask is a function of `seed` (int64 []), drawn from torch's
+    default CPU generator when not given; it is the same on every backend and never stored.
+
+    With `gain`, the gradient of gain reads y, so y must not be changed in place before backward.
+
+    Raises:
+        TypeError: a tensor has a dtype that is not supported.
+        ValueError: a shape, device, dropout or scale does not fit, or w requires grad; the message names the tensor.
+        NotImplementedError: the forced backend refuses; the message says why.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+        cast = torch.get_autocast_dtype(x.device.type)
+        x, w = x.to(cast), w.to(cast)
+    _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed)
+    if isinstance(scale, Tensor):
+        wide = torch.promote_types(b.dtype, torch.float32)
+        b, scale = b.to(wide) * scale.to(wide), 1.0
+    drop_base = dropout > 0 and gain is not None and dropout_semantics == "peft"
+    if dropout > 0 and seed is None:
+        seed = draw_seed()
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    args = (tokens, w, a, b, scale, bias, gain, dropout, seed if dropout > 0 else None, drop_base)
+    if torch.is_grad_enabled() and _wants_grad(x, a, b, bias, gain):
+        y = _LoRALinear.apply(*args)
+    else:
+        y = _forward(*args, False, False)[0]
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed):
+    if w.dim() != 2 or a.dim() != 2 or x.dim() < 1:
+        raise ValueError(
+            "lora_linear: x must have at least one dimension, w and a two, "
+            f"found x {list(x.shape)}, w {list(w.shape)}, a {list(a.shape)}"
+        )
+    (n_out, n_in), rank = w.shape, a.shape[0]
+    if rank < 1:
+        raise ValueError(f"lora_linear: a must have at least one row (the rank), found {list(a.shape)}")
+    if x.shape[-1] != n_in:
+        raise ValueError(f"lora_linear: x must have {n_in} features (w is [{n_out}, {n_in}]), found {list(x.shape)}")
+    _check_shape("a", a, (rank, n_in))
+    _check_shape("b", b, (n_out, rank))
+    if x.dtype not in FLOATS:
+        raise TypeError(f"lora_linear: x must be float32, bfloat16, float16 or float64, found {x.dtype}")
+    if w.dtype is not x.dtype:
+        raise TypeError(f"lora_linear: w must have the dtype of x, {x.dtype}, found {w.dtype}")
+    if a.dtype is not b.dtype or a.dtype not in FLOATS:
+        raise TypeError(f"lora_linear: a and b must share one floating dtype, found {a.dtype} and {b.dtype}")
+    if w.requires_grad:
+        raise ValueError("lora_linear: w is frozen and gets no gradient, but requires grad; call requires_grad_(False)")
+    device = x.device
+    if w.device != device or a.device != device or b.device != device:
+        found = f"w {w.device}, a {a.device}, b {b.device}"
+        raise ValueError(f"lora_linear: all tensors must be on {device} (x), found {found}")
+    for name, vector in (("bias", bias), ("gain", gain)):
+        if vector is None:
+            continue
+        _check_shape(name, vector, (n_out,))
+        if vector.dtype not in FLOATS:
+            raise TypeError(f"lora_linear: {name} must be floating, found {vector.dtype}")
+        if vector.device != device:
+            raise ValueError(f"lora_linear: {name} must be on {device} (x), found {vector.device}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"lora_linear: dropout must be in [0, 1), found {dropout}")
+    if dropout_semantics not in DROPOUT_SEMANTICS:
+        wanted = " or ".join(DROPOUT_SEMANTICS)
+        raise ValueError(f"lora_linear: dropout_semantics must be {wanted}, found {dropout_semantics!r}")
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            raise ValueError(f"lora_linear: scale must be a number or hold one, found {list(scale.shape)}")
+    elif not -math.inf < scale < math.inf:  # a compiled graph may hold it as a symbol, which math.isfinite refuses
+        raise ValueError(f"lora_linear: scale must be finite, found {scale}")
+    if seed is not None and (seed.dtype is not torch.int64 or seed.numel() != 1):
+        raise ValueError(f"lora_linear: seed must be one int64, found {seed.dtype} {list(seed.shape)}")
+
+
+def _check_shape(name, tensor, shape):
+    if tensor.shape != shape:
+        raise ValueError(f"lora_linear: {name} must have shape {list(shape)}, found {list(tensor.shape)}")
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, a, b, scale, bias, gain, dropout, seed, drop_base):
+        gain_wants = gain is not None and ctx.needs_input_grad[6]
+        # z cannot be had back from y once a bias is added (cancellation) or the base was dropped
+        keep_z = gain_wants and (bias is not None or drop_base)
+        y, h, z = _forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, True, keep_z)
+        kept_y = y if gain_wants and not keep_z else None
+        ctx.save_for_backward(x, w, a, b, bias, gain, seed, h, kept_y, z if keep_z else None)
+        ctx.scale, ctx.dropout, ctx.drop_base = scale, dropout, drop_base
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 5, 6)]
+        args = (dy, *ctx.saved_tensors, ctx.scale, ctx.dropout, ctx.drop_base, needs)
+        # grad mode is on here only under create_graph: go through the Function that raises on a second derivative
+        dx, da, db, dbias, dgain = _Once.apply(*args) if torch.is_grad_enabled() else _grads(*args)
+        return dx, None, da, db, None, dbias, dgain, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        return _grads(*args)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("lora_linear: the second derivative is not implemented")
+
+
+def _grads(dy, x, w, a, b, bias, gain, seed, h, y, z, scale, dropout, drop_base, needs):
+    grads = _backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs)
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+def _fake_forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
+    tokens, n_out = x.shape[0], w.shape[0]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty(tokens, n_out),
+        x.new_empty(tokens, a.shape[0], dtype=wide) if keep else x.new_empty(0),
+        x.new_empty(tokens, n_out) if keep_z else x.new_empty(0),
+    )
+
+
+def _fake_backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
+    like = (x, a, b, bias, gain)
+    return tuple(t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(like, needs, strict=True))
+
+
+_forward = declare(
+    "lora_linear_forward(Tensor x, Tensor w, Tensor a, Tensor b, float scale, Tensor? bias, Tensor? gain,"
+    " float dropout, Tensor? seed, bool drop_base, bool keep, bool keep_z) -> (Tensor y, Tensor h, Tensor z)",
+    _fake_forward,
+)
+_backward = declare(
+    "lora_linear_backward(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, float scale, Tensor? bias, Tensor? gain,"
+    " float dropout, Tensor? seed, bool drop_base, Tensor h, Tensor? y, Tensor? z, bool[] needs)"
+    " -> (Tensor dx, Tensor da, Tensor db, Tensor dbias, Tensor dgain)",
+    _fake_backward,
+)

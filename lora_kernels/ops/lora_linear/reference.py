@@ -1,0 +1,48 @@
+"""The formula in plain PyTorch, summed in float32 (float64 for float64). Every other backend is tested against it."""
+
+import torch
+
+from lora_kernels.ops.dropout import mask
+from lora_kernels.ops.registry import implements
+
+
+@implements("lora_linear_forward", "reference")
+def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
+    x_wide, w_wide, a_wide, b_wide = _widen(x, w, a, b)
+    x_dropped = x_wide * _keep(x, dropout, seed)
+    h = scale * (x_dropped @ a_wide.T)                                     # [tokens, r]
+    z = (x_dropped if drop_base else x_wide) @ w_wide.T + h @ b_wide.T     # [tokens, out]
+    y = z if gain is None else z * gain
+    if drop_base:
+        y = y + (x_wide - x_dropped) @ w_wide.T
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype), h if keep else x.new_empty(0), z.to(x.dtype) if keep_z else x.new_empty(0)
+
+
+@implements("lora_linear_backward", "reference")
+def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
+    dy_wide, x_wide, w_wide, a_wide, b_wide = _widen(dy, x, w, a, b)
+    keep = _keep(x, dropout, seed)
+    dz = dy_wide if gain is None else dy_wide * gain                       # [tokens, out]
+    p = scale * (dz @ b_wide)                                              # [tokens, r]
+    if drop_base:
+        dx = dy_wide @ w_wide + keep * ((dz - dy_wide) @ w_wide + p @ a_wide)
+    else:
+        dx = dz @ w_wide + keep * (p @ a_wide)
+    z_wide = (x_wide * keep if drop_base else x_wide) @ w_wide.T + h @ b_wide.T
+    da, db = p.T @ (x_wide * keep), dz.T @ h
+    dbias, dgain = dy_wide.sum(0), (dy_wide * z_wide).sum(0)
+    like = (x, a, b, bias, gain)
+    grads = (dx, da, db, dbias, dgain)
+    return tuple(g.to(t.dtype) if need else x.new_empty(0) for g, t, need in zip(grads, like, needs, strict=True))
+
+
+def _widen(x, *others):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return tuple(t.to(wide) for t in (x, *others))
+
+
+def _keep(x, dropout, seed):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return mask(seed, dropout, *x.shape, wide, x.device) if dropout > 0 else x.new_ones((), dtype=wide)

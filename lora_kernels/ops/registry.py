@@ -1,0 +1,213 @@
+"""The one place that joins ops to backends; nothing else branches on hardware.
+
+An op is declared once: its schema and its fake (shapes only). A backend adds an implementation and a refusal, which
+says in words why it cannot take some arguments. A call runs the first backend, in PREFERENCE order, that accepts them.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+_library = torch.library.Library("lora_kernels", "DEF")
+_implementations: dict[str, dict[str, "Implementation"]] = {}
+_missing: dict[str, str] = {}
+_warned: set[tuple[str, str]] = set()
+_forced: ContextVar[str | None] = ContextVar("forced_backend", default=None)
+_recorder: ContextVar["Explanation | None"] = ContextVar("recorder", default=None)
+
+
+class FallbackWarning(UserWarning):
+    """A call ran on the reference although a faster backend exists for its device."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    run: Callable[..., Any]
+    refusal: Callable[..., str | None]
+    """Why these arguments cannot run here, in words for the user; None if they can."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which backend ran one op, and why each other one did not."""
+
+    op: str
+    chosen: str
+    others: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.chosen}"] + [f"    {name}: {reason}" for name, reason in self.others.items()]
+        return "\n".join(lines)
+
+
+@dataclass
+class Explanation:
+    """Every decision taken while a call ran, in order."""
+
+    decisions: list[Decision] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.decisions)) or "no lora_kernels op ran"
+
+
+class Op:
+    """A declared op. Eager calls go straight to the backend; compiled and traced ones go through the dispatcher,
+    whose kernel is this same choice, so both give the same bits."""
+
+    def __init__(self, name: str, overload: torch._ops.OpOverload) -> None:
+        self.name = name
+        self._overload = overload
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN:
+            return self._overload(*args)
+        return choose(self.name, args).run(*args)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def declare(schema: str, fake: Callable[..., Any]) -> Op:
+    """Declares an op. `schema` is a torch schema, e.g. "f(Tensor x) -> Tensor".
+
+    Library.define and impl rather than torch.library.custom_op, which costs several times as much per call.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+    _library.impl(name, lambda *args: choose(name, args).run(*args), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lora_kernels::{name}", fake, lib=_library)
+    return Op(name, getattr(torch.ops.lora_kernels, name).default)
+
+
+def implements(
+    name: str, backend: str, refusal: Callable[..., str | None] = lambda *_: None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds a backend to an op; decorates the function that runs it."""
+
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
+        _implementations.setdefault(name, {})[backend] = Implementation(run, refusal)
+        return run
+
+    return register
+
+
+def load_backends(package: str) -> None:
+    """Imports each backend file of an op; one that is not there or cannot be imported is kept as a reason."""
+    for backend in BACKENDS:
+        module = f"{package}.{backend}"
+        try:
+            import_module(module)
+        except ImportError as error:
+            absent = isinstance(error, ModuleNotFoundError) and error.name == module
+            _missing.setdefault(backend, "this version has no such kernels" if absent else f"not built: {error}")
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Runs every op inside the block on one backend, or raises with the reason why it cannot.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    _check_name(backend)
+    token = _forced.set(backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def explain(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Runs `call(*args, **kwargs)` and says which backend each op took and why the others did not.
+
+    `call` is an op (`lora_linear`), a layer or a whole model.
+    """
+    explanation = Explanation()
+    token = _recorder.set(explanation)
+    try:
+        call(*args, **kwargs)
+    finally:
+        _recorder.reset(token)
+    return explanation
+
+
+def missing_backends() -> dict[str, str]:
+    """The backends that cannot run at all on this machine, each with its reason."""
+    return dict(_missing)
+
+
+def refusals(name: str, args: tuple[Any, ...]) -> dict[str, str | None]:
+    """For each backend of an op, why it refuses these arguments; None if it accepts them."""
+    found: dict[str, str | None] = dict(_missing)
+    found.update({b: i.refusal(*args) for b, i in _implementations[name].items()})
+    return found
+
+
+def choose(name: str, args: tuple[Any, ...]) -> Implementation:
+    """The implementation that runs these arguments.
+
+    Raises:
+        NotImplementedError: the forced backend refuses, or no backend accepts; the message gives each reason.
+    """
+    implementations = _implementations[name]
+    forced = _forced.get() or _FROM_ENVIRONMENT
+    order = (forced,) if forced else PREFERENCE.get(args[0].device.type, ("reference",))
+    for backend in order:
+        implementation = implementations.get(backend)
+        if implementation is not None and implementation.refusal(*args) is None:
+            if backend == "reference" and not forced and len(order) > 1:
+                _warn_of_fallback(name, order, args)
+            if _recorder.get() is not None:
+                _record(name, backend, args, bool(forced))
+            return implementation
+    reasons = refusals(name, args)
+    if forced:
+        raise NotImplementedError(f"{name} cannot run on {forced}: {reasons.get(forced, 'it has no such kernel')}")
+    raise NotImplementedError(f"{name}: no backend accepts these arguments: {reasons}")
+
+
+def _record(name: str, chosen: str, args: tuple[Any, ...], forced: bool) -> None:
+    recorder = _recorder.get()
+    assert recorder is not None
+    reasons = refusals(name, args)
+    order = PREFERENCE.get(args[0].device.type, ("reference",))
+    others = {}
+    for backend in BACKENDS:
+        if backend == chosen:
+            continue
+        reason = reasons.get(backend, "it has no such kernel")
+        if reason is None:
+            reason = f"{chosen} is forced" if forced else f"{chosen} comes first"
+            if backend not in order:
+                reason = f"does not run on {args[0].device.type}"
+        others[backend] = reason
+    recorder.decisions.append(Decision(name, chosen, others))
+
+
+def _warn_of_fallback(name: str, order: tuple[str, ...], args: tuple[Any, ...]) -> None:
+    reasons = refusals(name, args)
+    reason = "; ".join(f"{b}: {reasons.get(b, 'it has no such kernel')}" for b in order if b != "reference")
+    if (name, reason) not in _warned:
+        _warned.add((name, reason))
+        warnings.warn(f"{name} runs on the slow reference. {reason}", FallbackWarning, stacklevel=5)
+
+
+def _check_name(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, found {backend!r}")
+
+
+_FROM_ENVIRONMENT = os.environ.get("LORA_KERNELS_BACKEND") or None
+if _FROM_ENVIRONMENT:
+    _check_name(_FROM_ENVIRONMENT)

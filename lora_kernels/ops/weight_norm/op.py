@@ -1,0 +1,120 @@
+"""DoRA's norm, one number per output feature, without forming BA:
+
+    n = ‖W + scale·BA‖ over the input dimension                                                         (1)
+    n² = ‖W‖² + 2·scale·rowsum((W Aᵀ) ⊙ B) + scale²·rowsum((B A Aᵀ) ⊙ B)                                (2)
+
+Sources: DoRA, arXiv:2402.09353, eq. 5 and §4.3; the factored form, arXiv:2603.22276, §2.
+"""
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.lora_linear.op import FLOATS
+from lora_kernels.ops.registry import declare
+
+
+def weight_norm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, w_squared: Tensor | None = None) -> Tensor:
+    """Norm (1) of each row of the adapted weight.
+
+    Shapes: w [out, in], a [r, in], b [out, r]; returns [out] in float32 (float64 if w is float64). `w_squared` is
+    `row_norm_squared(w)` when the caller has it: w is frozen, so it need not be summed again.
+    Sums are float32, never TF32. Rows in which the terms of (2) cancel are summed directly as (1), so the relative
+    error stays below 1e-4 (16-bit w) and 1e-5 (float32 w) however strong the cancellation.
+    Gradients flow to a, b and a tensor `scale` (the exact gradient; detach the result for the paper's §4.3). The
+    gradient of a zero row is zero. A second differentiation raises.
+
+    Raises:
+        TypeError: a tensor has a dtype that is not supported.
+        ValueError: a shape or device does not fit, or w requires grad; the message names the tensor.
+    """
+    _check(w, a, b, scale, w_squared)
+    if isinstance(scale, Tensor):
+        wide = torch.promote_types(b.dtype, torch.float32)
+        b, scale = b.to(wide) * scale.to(wide), 1.0
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return _WeightNorm.apply(w, a, b, scale, w_squared)
+    return _forward(w, a, b, scale, w_squared)
+
+
+def row_norm_squared(w: Tensor) -> Tensor:
+    """‖W‖² of each row: w [out, in] → [out] in float32 (float64 if w is float64), by the sum that `weight_norm` uses."""
+    if w.dim() != 2:
+        raise ValueError(f"row_norm_squared: w must be [out, in], found {list(w.shape)}")
+    if w.dtype not in FLOATS:
+        raise TypeError(f"row_norm_squared: w must be floating, found {w.dtype}")
+    return _row_norm_squared(w.detach())
+
+
+def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """DoRA's gain m / n, [out]; 1, with no gradient, where the norm is zero (the layer then keeps that row as it is)."""
+    zero = norm == 0
+    return torch.where(zero, 1.0, magnitude / torch.where(zero, 1.0, norm))
+
+
+def _check(w, a, b, scale, w_squared):
+    if w.dim() != 2 or a.dim() != 2:
+        raise ValueError(f"weight_norm: w and a must have two dimensions, found w {list(w.shape)}, a {list(a.shape)}")
+    (n_out, n_in), rank = w.shape, a.shape[0]
+    for name, tensor, shape in (("a", a, (rank, n_in)), ("b", b, (n_out, rank)), ("w_squared", w_squared, (n_out,))):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"weight_norm: {name} must have shape {list(shape)}, found {list(tensor.shape)}")
+        if tensor.device != w.device:
+            raise ValueError(f"weight_norm: {name} must be on {w.device} (w), found {tensor.device}")
+    if w.dtype not in FLOATS:
+        raise TypeError(f"weight_norm: w must be float32, bfloat16, float16 or float64, found {w.dtype}")
+    if a.dtype is not b.dtype or a.dtype not in FLOATS:
+        raise TypeError(f"weight_norm: a and b must share one floating dtype, found {a.dtype} and {b.dtype}")
+    if w.requires_grad:
+        raise ValueError("weight_norm: w is frozen and gets no gradient, but it requires grad; call requires_grad_(False)")
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        raise ValueError(f"weight_norm: scale must be a number or hold one, found {list(scale.shape)}")
+
+
+class _WeightNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w, a, b, scale, w_squared):
+        n = _forward(w, a, b, scale, w_squared)
+        ctx.save_for_backward(w, a, b, n)
+        ctx.scale = scale
+        return n
+
+    @staticmethod
+    def backward(ctx, dn):
+        args = (dn, *ctx.saved_tensors, ctx.scale, [ctx.needs_input_grad[1], ctx.needs_input_grad[2]])
+        da, db = _Once.apply(*args) if torch.is_grad_enabled() else _grads(*args)
+        return None, da, db, None, None
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        return _grads(*args)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("weight_norm: the second derivative is not implemented")
+
+
+def _grads(dn, w, a, b, n, scale, needs):
+    da, db = _backward(dn, n, w, a, b, scale, needs)
+    return da if needs[0] else None, db if needs[1] else None
+
+
+def _row_vector(w):
+    return w.new_empty(w.shape[0], dtype=torch.promote_types(w.dtype, torch.float32))
+
+
+_forward = declare(
+    "weight_norm_forward(Tensor w, Tensor a, Tensor b, float scale, Tensor? w_squared) -> Tensor",
+    lambda w, a, b, scale, w_squared: _row_vector(w),
+)
+_backward = declare(
+    "weight_norm_backward(Tensor dn, Tensor n, Tensor w, Tensor a, Tensor b, float scale, bool[] needs)"
+    " -> (Tensor da, Tensor db)",
+    lambda dn, n, w, a, b, scale, needs: tuple(
+        t.new_empty(t.shape) if need else w.new_empty(0) for t, need in zip((a, b), needs, strict=True)
+    ),
+)
+_row_norm_squared = declare("row_norm_squared(Tensor w) -> Tensor", _row_vector)

@@ -1,0 +1,18 @@
+"""What the tests of this package are made of, public so that a new backend can be held to the same figures."""
+
+from lora_kernels.testing.check import assert_problem, run
+from lora_kernels.testing.exact import Problem, exact, make_problem
+from lora_kernels.testing.grid import LAYOUTS, RANKS, SHAPES, TOKENS, as_layout
+from lora_kernels.testing.poison import poisoned
+from lora_kernels.testing.tolerances import (
+    assert_componentwise,
+    assert_no_worse_than_torch,
+    assert_within_rounding,
+    rms,
+    unit_roundoff,
+)
+
+__all__ = [
+    "LAYOUTS", "RANKS", "SHAPES", "TOKENS", "Problem", "as_layout", "assert_componentwise", "assert_no_worse_than_torch",
+    "assert_problem", "assert_within_rounding", "exact", "make_problem", "poisoned", "rms", "run", "unit_roundoff",
+]

@@ -1,0 +1,128 @@
+"""lora_linear in float64 by autograd, from the formula alone: what every backend's values and gradients are compared with."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.dropout import mask
+
+GRADIENTS = ("x", "a", "b", "bias", "gain", "scale")
+
+
+@dataclass
+class Problem:
+    """The arguments of one `lora_linear` call, and the gradient that comes back into it."""
+
+    x: Tensor
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    scale: float | Tensor
+    bias: Tensor | None
+    gain: Tensor | None
+    dropout: float
+    dropout_semantics: str
+    seed: Tensor | None
+    dy: Tensor
+
+    def arguments(self) -> tuple:
+        """In the order of `lora_linear`'s parameters."""
+        return (
+            self.x, self.w, self.a, self.b, self.scale, self.bias, self.gain, self.dropout, self.dropout_semantics, self.seed,
+        )
+
+    def require_grad(self, names: tuple[str, ...] = GRADIENTS) -> dict[str, Tensor]:
+        """Marks the tensors among `names` and returns them."""
+        found = {n: t for n in names if isinstance(t := getattr(self, n), Tensor)}
+        for t in found.values():
+            t.requires_grad_()
+        return found
+
+    def terms(self) -> dict[str, int]:
+        """The length of the nested sums behind y and behind each gradient."""
+        (n_out, n_in), rank, tokens = self.w.shape, self.a.shape[0], self.x.shape[:-1].numel()
+        return {
+            "y": n_in + rank, "x": n_out + rank, "a": n_out + tokens, "b": n_in + tokens, "bias": tokens,
+            "gain": n_in + rank + tokens, "scale": n_in + n_out + rank + tokens,
+        }
+
+
+@dataclass
+class Exact:
+    """float64 values by name ("y", "x", "a", …), and the same formulas on absolute values."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
+
+
+def make_problem(
+    tokens: int | tuple[int, ...] = 5,
+    n_in: int = 64,
+    n_out: int = 48,
+    rank: int = 8,
+    dtype: torch.dtype = torch.float32,
+    adapter_dtype: torch.dtype | None = None,
+    bias: bool = False,
+    gain: bool = False,
+    scale: float | Tensor = 1.5,
+    dropout: float = 0.0,
+    dropout_semantics: str = "peft",
+    seed: int = 0,
+) -> Problem:
+    """A random problem with values of both signs, of the sizes of a trained layer. `tokens` () makes x a vector."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape, deviation, kind):
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * deviation).to(kind)
+
+    lead = tokens if isinstance(tokens, tuple) else (tokens,)
+    kind = adapter_dtype or dtype
+    vector = torch.promote_types(dtype, torch.float32)
+    return Problem(
+        x=normal((*lead, n_in), 1.0, dtype),
+        w=normal((n_out, n_in), n_in**-0.5, dtype),
+        a=normal((rank, n_in), n_in**-0.5, kind),
+        b=normal((n_out, rank), 0.5 * rank**-0.5, kind),
+        scale=scale,
+        bias=normal((n_out,), 0.5, dtype) if bias else None,
+        gain=1 + normal((n_out,), 0.3, vector) if gain else None,
+        dropout=dropout,
+        dropout_semantics=dropout_semantics,
+        seed=torch.tensor(0x1234_5678_9ABC_DEF0 ^ seed) if dropout else None,
+        dy=normal((*lead, n_out), 1.0, dtype),
+    )
+
+
+def exact(problem: Problem) -> Exact:
+    """y and the gradients that `problem.dy` sends to x, a, b, bias, gain and a tensor scale."""
+    out = Exact()
+    for absolute, into in ((False, out.values), (True, out.magnitudes)):
+        p = replace(problem)
+        for name in ("x", "w", "a", "b", "scale", "bias", "gain", "dy"):
+            value = getattr(problem, name)
+            if isinstance(value, Tensor):
+                value = value.detach().double().clone()
+            if value is not None:
+                setattr(p, name, abs(value) if absolute else value)
+        leaves = p.require_grad()
+        y = _formula(p, absolute)
+        into["y"] = y.detach()
+        into.update(zip(leaves, torch.autograd.grad(y, list(leaves.values()), p.dy), strict=True))
+    return out
+
+
+def _formula(p: Problem, absolute: bool) -> Tensor:
+    x_dropped = p.x
+    if p.dropout:
+        rows = p.x.shape[:-1].numel()
+        keep = mask(p.seed, p.dropout, rows, p.x.shape[-1], torch.float64, p.x.device)
+        x_dropped = p.x * keep.reshape(p.x.shape)
+    update = p.scale * (x_dropped @ p.a.T @ p.b.T)
+    if p.gain is None:
+        y = p.x @ p.w.T + update
+    elif p.dropout and p.dropout_semantics == "peft":
+        y = p.x @ p.w.T + (p.gain + (1 if absolute else -1)) * (x_dropped @ p.w.T) + p.gain * update
+    else:
+        y = p.gain * (p.x @ p.w.T + update)
+    return y if p.bias is None else y + p.bias
