@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,7 +111,12 @@ def load_backends(package: str) -> None:
             import_module(module)
         except ImportError as error:
             absent = isinstance(error, ModuleNotFoundError) and error.name == module
-            _missing.setdefault(backend, "this version has no such kernels" if absent else f"not built: {error}")
+            _missing.setdefault(backend, "this version has no such kernels" if absent else _not_built(error))
+
+
+def _not_built(error: ImportError) -> str:
+    note = Path(__file__).parent.parent / "_build_error.txt"
+    return f"not built: {note.read_text(encoding='utf-8').strip() if note.is_file() else error}"
 
 
 @contextmanager
@@ -166,7 +172,8 @@ def choose(name: str, args: tuple[Any, ...]) -> Implementation:
     for backend in order:
         implementation = implementations.get(backend)
         if implementation is not None and implementation.refusal(*args) is None:
-            if backend == "reference" and not forced and len(order) > 1:
+            # float64 is the reference's own: no kernel computes it
+            if backend == "reference" and not forced and len(order) > 1 and args[0].dtype is not torch.float64:
                 _warn_of_fallback(name, order, args)
             if _recorder.get() is not None:
                 _record(name, backend, args, bool(forced))

@@ -118,7 +118,8 @@ def _formula(p: Problem, absolute: bool) -> Tensor:
         rows = p.x.shape[:-1].numel()
         keep = mask(p.seed, p.dropout, rows, p.x.shape[-1], torch.float64, p.x.device)
         x_dropped = p.x * keep.reshape(p.x.shape)
-    update = p.scale * (x_dropped @ p.a.T @ p.b.T)
+    scale = p.scale.reshape(()) if isinstance(p.scale, Tensor) else p.scale
+    update = scale * (x_dropped @ p.a.T @ p.b.T)
     if p.gain is None:
         y = p.x @ p.w.T + update
     elif p.dropout and p.dropout_semantics == "peft":

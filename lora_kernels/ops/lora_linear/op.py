@@ -7,6 +7,7 @@ Sources: LoRA, arXiv:2106.09685, eq. 3; rsLoRA, arXiv:2312.03732; DoRA, arXiv:24
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -50,23 +51,30 @@ def lora_linear(
         ValueError: a shape, device, dropout or scale does not fit, or w requires grad; the message names the tensor.
         NotImplementedError: the forced backend refuses; the message says why.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
-        cast = torch.get_autocast_dtype(x.device.type)
-        x, w = x.to(cast), w.to(cast)
+    if torch.is_autocast_enabled(x.device.type):
+        cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
+        with without_autocast(x):
+            return lora_linear(x.to(cast), w.to(cast), a, b, scale, bias, gain, dropout, dropout_semantics, seed)
     _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed)
     if isinstance(scale, Tensor):
-        wide = torch.promote_types(b.dtype, torch.float32)
-        b, scale = b.to(wide) * scale.to(wide), 1.0
+        wide = torch.promote_types(torch.promote_types(b.dtype, x.dtype), torch.float32)
+        b, scale = b.to(wide) * scale.to(wide).reshape(()), 1.0
     drop_base = dropout > 0 and gain is not None and dropout_semantics == "peft"
     if dropout > 0 and seed is None:
         seed = draw_seed()
-    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    tokens = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     args = (tokens, w, a, b, scale, bias, gain, dropout, seed if dropout > 0 else None, drop_base)
     if torch.is_grad_enabled() and _wants_grad(x, a, b, bias, gain):
         y = _LoRALinear.apply(*args)
     else:
         y = _forward(*args, False, False)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """Inside it no cast of autocast reaches the float32 sums of a backend."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
@@ -157,7 +165,8 @@ class _Once(torch.autograd.Function):
 
 
 def _grads(dy, x, w, a, b, bias, gain, seed, h, y, z, scale, dropout, drop_base, needs):
-    grads = _backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs)
+    with without_autocast(dy):
+        grads = _backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 

@@ -12,11 +12,11 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
     x_dropped = x_wide * _keep(x, dropout, seed)
     h = scale * (x_dropped @ a_wide.T)                                     # [tokens, r]
     z = (x_dropped if drop_base else x_wide) @ w_wide.T + h @ b_wide.T     # [tokens, out]
-    y = z if gain is None else z * gain
+    y = z if gain is None else z * gain.to(z.dtype)
     if drop_base:
         y = y + (x_wide - x_dropped) @ w_wide.T
     if bias is not None:
-        y = y + bias
+        y = y + bias.to(z.dtype)
     return y.to(x.dtype), h if keep else x.new_empty(0), z.to(x.dtype) if keep_z else x.new_empty(0)
 
 
@@ -24,7 +24,7 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
 def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
     dy_wide, x_wide, w_wide, a_wide, b_wide = _widen(dy, x, w, a, b)
     keep = _keep(x, dropout, seed)
-    dz = dy_wide if gain is None else dy_wide * gain                       # [tokens, out]
+    dz = dy_wide if gain is None else dy_wide * gain.to(dy_wide.dtype)      # [tokens, out]
     p = scale * (dz @ b_wide)                                              # [tokens, r]
     if drop_base:
         dx = dy_wide @ w_wide + keep * ((dz - dy_wide) @ w_wide + p @ a_wide)

@@ -9,7 +9,7 @@ Sources: DoRA, arXiv:2402.09353, eq. 5 and §4.3; the factored form, arXiv:2603.
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.lora_linear.op import FLOATS
+from lora_kernels.ops.lora_linear.op import FLOATS, without_autocast
 from lora_kernels.ops.registry import declare
 
 
@@ -29,11 +29,12 @@ def weight_norm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, w_
     """
     _check(w, a, b, scale, w_squared)
     if isinstance(scale, Tensor):
-        wide = torch.promote_types(b.dtype, torch.float32)
-        b, scale = b.to(wide) * scale.to(wide), 1.0
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        return _WeightNorm.apply(w, a, b, scale, w_squared)
-    return _forward(w, a, b, scale, w_squared)
+        wide = torch.promote_types(torch.promote_types(b.dtype, w.dtype), torch.float32)
+        b, scale = b.to(wide) * scale.to(wide).reshape(()), 1.0
+    with without_autocast(w):
+        if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+            return _WeightNorm.apply(w, a, b, scale, w_squared)
+        return _forward(w, a, b, scale, w_squared)
 
 
 def row_norm_squared(w: Tensor) -> Tensor:
@@ -98,7 +99,8 @@ class _Once(torch.autograd.Function):
 
 
 def _grads(dn, w, a, b, n, scale, needs):
-    da, db = _backward(dn, n, w, a, b, scale, needs)
+    with without_autocast(w):
+        da, db = _backward(dn, n, w, a, b, scale, needs)
     return da if needs[0] else None, db if needs[1] else None
 
 

@@ -1,0 +1,199 @@
+"""CPU: for few tokens one C++ kernel that streams W once; above, the vendor's GEMM between thin C++ passes in place.
+
+16-bit weights on a processor whose GEMM is slow for them are widened block by block into a float32 scratch that stays
+in the cache, in both directions, so that W is never copied whole and sums are float32.
+"""
+
+import time
+from functools import lru_cache
+
+import torch
+
+from lora_kernels import _cpu
+from lora_kernels.ops.buffers import mask, matrix, refuse_dtypes, row_major, transposed, vector
+from lora_kernels.ops.registry import implements
+
+BLOCK = 256  # rows of W widened at a time: 4 MiB of float32 at 4096 columns
+
+
+def _refusal(x, w, a, b, bias, gain):
+    if w.numel() == 0:
+        return f"w is empty, {list(w.shape)}"
+    return refuse_dtypes(x=x, w=w, a=a, b=b, bias=bias, gain=gain)
+
+
+def refusal(x, w, a, b, scale, bias, gain, *_):
+    return _refusal(x, w, a, b, bias, gain)
+
+
+def backward_refusal(dy, x, w, a, b, scale, bias, gain, *_):
+    return _refusal(x, w, a, b, bias, gain)
+
+
+@implements("lora_linear_forward", "cpu", refusal)
+def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
+    tokens, (n_out, n_in), rank = x.shape[0], w.shape, a.shape[0]
+    h = x.new_empty(tokens, rank, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    drop = mask(dropout, seed)
+    x = row_major(x)
+    if tokens <= small(x.dtype) and not drop_base and not keep_z and w.stride(1) == 1:
+        y = x.new_empty(tokens, n_out)
+        if tokens:
+            _cpu.forward_small(
+                matrix(x), matrix(w), matrix(row_major(a)), matrix(b), matrix(y), vector(bias), vector(gain),
+                h.data_ptr(), scale, drop, tokens, n_in, n_out, rank, threads,
+            )  # fmt: skip
+        return y, h if keep else x.new_empty(0), x.new_empty(0)
+    _cpu.shrink(matrix(x), matrix(a), None, h.data_ptr(), scale, drop, tokens, n_in, rank, threads)
+    y, z = x.new_empty(tokens, n_out), x.new_empty(tokens, n_out if keep_z else 0)
+    kept = x
+    rest = None
+    if drop_base:
+        kept = x.new_empty(tokens, n_in, dtype=torch.float32)
+        _expand(x, kept, a[:0], h[:, :0], mask=drop, mask_from=True)
+        rest = x.float() - kept
+        if not blocked(x.dtype):
+            kept, rest = kept.to(x.dtype), rest.to(x.dtype)
+    # float32 between the passes where there is more than one, so that y is rounded once
+    for rows, part in _products(kept, w):
+        slice_b, slice_gain, slice_bias = b[rows], _slice(gain, rows), _slice(bias, rows)
+        target = y[:, rows]
+        if rest is None and not keep_z:
+            _expand(part, target, slice_b.T, h, gain=slice_gain, bias=slice_bias)
+            continue
+        wide = part if part.dtype is torch.float32 else part.float()
+        _expand(wide, wide, slice_b.T, h)
+        if keep_z:
+            z[:, rows].copy_(wide)
+        _expand(wide, wide, slice_b.T[:0], h[:, :0], gain=slice_gain, bias=slice_bias)
+        if rest is not None:
+            wide += rest @ w[rows].to(rest.dtype).T
+        target.copy_(wide)
+    return y, h if keep else x.new_empty(0), z if keep_z else x.new_empty(0)
+
+
+@implements("lora_linear_backward", "cpu", backward_refusal)
+def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
+    tokens, (n_out, n_in), rank = x.shape[0], w.shape, a.shape[0]
+    threads = torch.get_num_threads()
+    drop = mask(dropout, seed)
+    dy, x = row_major(dy), row_major(x)
+    dx = da = db = dbias = dgain = None
+    needs_dx, needs_da, needs_db, needs_dbias, needs_dgain = needs
+    p = None
+    if needs_dx or needs_da:
+        p = x.new_empty(tokens, rank, dtype=torch.float32)
+        _cpu.shrink(matrix(dy), transposed(b), vector(gain), p.data_ptr(), scale, None, tokens, n_out, rank, threads)
+    if needs_dx:
+        dx = _input_gradient(dy, x, w, a, gain, p, drop, drop_base)
+    if needs_da:
+        da = torch.empty_like(a, memory_format=torch.contiguous_format)
+        _cpu.outer(matrix(x), matrix(da), None, p.data_ptr(), drop, tokens, n_in, rank, threads)
+    if needs_db:
+        db = torch.empty_like(b, memory_format=torch.contiguous_format)
+        _cpu.outer(matrix(dy), transposed(db), vector(gain), h.data_ptr(), None, tokens, n_out, rank, threads)
+    if needs_dbias:
+        dbias = _column_sums(dy, None).to(bias.dtype)
+    if needs_dgain:
+        dgain = _gain_gradient(dy, x, w, a, b, scale, gain, dropout, seed, y, z).to(gain.dtype)
+    return tuple(x.new_empty(0) if g is None else g for g in (dx, da, db, dbias, dgain))
+
+
+def _input_gradient(dy, x, w, a, gain, p, drop, drop_base):
+    """(dy ⊙ gain) W + mask ⊙ (p A), or for a dropped base dy W + mask ⊙ ((dy ⊙ (gain - 1)) W + p A)."""
+    if drop_base:
+        wide = _times_weight(dy * (gain - 1), w, torch.float32)
+        _expand(wide, wide, a, p, mask=drop, mask_from=True)
+        return (wide + _times_weight(dy, w, torch.float32)).to(x.dtype)
+    dz = dy if gain is None else dy * gain.to(torch.float32)
+    dx = x.new_empty(x.shape)
+    product = _times_weight(dz, w, x.dtype)
+    _expand(product, dx, a, p, mask=drop)
+    return dx
+
+
+def _gain_gradient(dy, x, w, a, b, scale, gain, dropout, seed, y, z):
+    if z is not None:
+        return _column_sums(dy, z)
+    zero = gain == 0
+    if bool(zero.any()):
+        z = forward(x, w, a, b, scale, None, None, dropout, seed, False, False, False)[0]
+        return _column_sums(dy, z)
+    return _column_sums(dy, y) / gain
+
+
+def _column_sums(u, v):
+    sums = u.new_empty(u.shape[1], dtype=torch.float32)
+    view = None if v is None else matrix(row_major(v))
+    _cpu.column_sums(matrix(u), view, sums.data_ptr(), *u.shape, torch.get_num_threads())
+    return sums
+
+
+def _expand(source, target, b, h, *, gain=None, bias=None, mask=None, mask_from=False):
+    """target = gain ⊙ (source + mask ⊙ (h b)) + bias; with mask_from the mask is on both terms."""
+    tokens, n_out = source.shape
+    h = h.contiguous()
+    _cpu.expand(
+        matrix(source), matrix(target), matrix(b), vector(gain), vector(bias), h.data_ptr(), mask, mask_from,
+        tokens, n_out, b.shape[0], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _products(x, w):
+    """x Wᵀ as (rows of W, product): one piece, or float32 pieces where the GEMM of that dtype is slow."""
+    if not blocked(w.dtype):
+        yield slice(0, w.shape[0]), x @ w.T
+        return
+    wide, scratch = x.float(), x.new_empty(min(BLOCK, w.shape[0]), w.shape[1], dtype=torch.float32)
+    part = wide.new_empty(x.shape[0], len(scratch))
+    for first in range(0, w.shape[0], BLOCK):
+        rows = slice(first, min(first + BLOCK, w.shape[0]))
+        block = scratch[: rows.stop - first]
+        block.copy_(w[rows])
+        product = part if len(block) == len(scratch) else wide.new_empty(x.shape[0], len(block))
+        torch.mm(wide, block.T, out=product)
+        yield rows, product
+
+
+def _times_weight(dy, w, dtype):
+    """dy W, in `dtype` or in float32."""
+    if not blocked(w.dtype):
+        return (dy.to(w.dtype) @ w).to(torch.float32 if dtype is torch.float32 else w.dtype)
+    wide = dy.float()
+    out = wide.new_zeros(dy.shape[0], w.shape[1])
+    scratch = wide.new_empty(min(BLOCK, w.shape[0]), w.shape[1])
+    for first in range(0, w.shape[0], BLOCK):
+        rows = slice(first, min(first + BLOCK, w.shape[0]))
+        block = scratch[: rows.stop - first]
+        block.copy_(w[rows])
+        out.addmm_(wide[:, rows], block)
+    return out
+
+
+def _slice(vector, rows):
+    return None if vector is None else vector[rows]
+
+
+def small(dtype: torch.dtype) -> int:
+    """Up to how many tokens the fused kernel is faster than the GEMM."""
+    return 32 if dtype is torch.float32 or not blocked(dtype) else 64
+
+
+@lru_cache
+def blocked(dtype: torch.dtype) -> bool:
+    """Whether widening W by blocks beats this processor's own GEMM, as measured once for each 16-bit dtype."""
+    if dtype is torch.float32:
+        return False
+    return min(_seconds(dtype, t) / _seconds(torch.float32, t) for t in (False, True)) > 2
+
+
+def _seconds(dtype: torch.dtype, transpose: bool) -> float:
+    x, w = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    w = w.T if transpose else w
+    taken = []
+    for _ in range(4):
+        start = time.perf_counter()
+        x @ w
+        taken.append(time.perf_counter() - start)
+    return min(taken)
