@@ -92,10 +92,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_level", &set_level, "Uses another instruction set, for tests and benchmarks.");
 
   m.def("forward_small",
-        [](View x, View w, View a, View b, View y, View bias, View gain, uintptr_t h, float scale, Dropout dropout,
+        [](View x, View w, View a, View b, View y, View z, View bias, View gain, uintptr_t h, float scale, Dropout dropout,
            int64_t tokens, int64_t n_in, int64_t n_out, int64_t rank, int threads) {
           chosen->forward_small(
-              {x, w, a, b, y, bias, gain, at<float>(h), scale, dropout, tokens, n_in, n_out, rank, threads});
+              {x, w, a, b, y, z, bias, gain, at<float>(h), scale, dropout, tokens, n_in, n_out, rank, threads});
         },
         release());
   m.def("shrink",

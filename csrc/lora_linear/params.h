@@ -4,10 +4,11 @@
 
 namespace lk {
 
-// y = gain ⊙ (x Wᵀ + scale · drop(x) Aᵀ Bᵀ) + bias, W read once; h = scale · drop(x) Aᵀ.
+// y = gain ⊙ z + bias with z = x Wᵀ + scale · drop(x) Aᵀ Bᵀ, W read once; h = scale · drop(x) Aᵀ.
 // For few tokens: bound by the bytes of W.
 struct ForwardSmall {
   View x, w, a, b, y;  // [tokens, in] [out, in] [rank, in] [out, rank] [tokens, out]; y has the type of x
+  View z;              // as y, or no data
   View bias, gain;     // [out], or no data
   float* h;            // [tokens, rank]
   float scale;

@@ -54,6 +54,8 @@ class Exact:
 
     values: dict[str, Tensor] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    dgain_terms: Tensor | None = None
+    """√Σ (dy·z)² over the tokens, z being what gain multiplies: the length of the vector whose sum is gain's gradient."""
 
 
 def make_problem(
@@ -108,6 +110,12 @@ def exact(problem: Problem) -> Exact:
         leaves = p.require_grad()
         y = _formula(p, absolute)
         into["y"] = y.detach()
+        if p.gain is not None and not absolute:
+            with torch.no_grad():
+                z = _formula(replace(p, gain=torch.ones_like(p.gain)), False) - _formula(
+                    replace(p, gain=torch.zeros_like(p.gain)), False
+                )
+            out.dgain_terms = (p.dy * z).reshape(-1, z.shape[-1]).norm(dim=0)
         into.update(zip(leaves, torch.autograd.grad(y, list(leaves.values()), p.dy), strict=True))
     return out
 

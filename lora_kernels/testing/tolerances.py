@@ -23,19 +23,20 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def assert_within_rounding(
-    actual: Tensor, exact: Tensor, dtype: torch.dtype, ideal_ratio: float = 1.5, name: str = "result"
+    actual: Tensor, exact: Tensor, dtype: torch.dtype, ideal_ratio: float = 1.5, inherited: float = 0.0, name: str = "result"
 ) -> None:
     """rms(actual - exact) is at most `ideal_ratio` times that of `exact`, correctly rounded to `dtype`.
 
     For 16-bit results; the error of a float32 one is that of its sums (`assert_componentwise`). `dtype` is the lowest
-    precision that anything on the way may have. The rms of n < 1024 errors is itself uncertain by about 1/√n, which is
+    precision that anything on the way may have. `inherited` is the rms error that a correctly rounded operand brings
+    into a sum, where a result is defined on one; the larger of the two yardsticks counts. The rms of n < 1024 errors is itself uncertain by about 1/√n, which is
     allowed twice, and the yardstick is then at least that of evenly spread errors, ulp/√12.
     """
     actual, exact = actual.detach().double(), exact.detach().double()
     _assert_comparable(actual, exact, name)
     if not exact.numel():
         return
-    ideal, ratio = rms(exact.to(dtype).double() - exact), ideal_ratio
+    ideal, ratio = max(rms(exact.to(dtype).double() - exact), inherited), ideal_ratio
     if exact.numel() < _FEW:
         exponent = torch.frexp(exact).exponent.double()
         ulp = torch.maximum(2.0 ** (exponent - 1) * torch.finfo(dtype).eps, torch.tensor(_smallest(dtype)))

@@ -71,10 +71,15 @@ def lora_linear(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a device; devices that have none (meta) are not asked."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     """Inside it no cast of autocast reaches the float32 sums of a backend."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
@@ -101,7 +106,7 @@ def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed):
     if a.dtype is not b.dtype or a.dtype not in FLOATS:
         raise TypeError(f"lora_linear: a and b must share one floating dtype, found {a.dtype} and {b.dtype}")
     if w.requires_grad:
-        raise ValueError("lora_linear: w is frozen and gets no gradient, but requires grad; call requires_grad_(False)")
+        raise ValueError("lora_linear: w is frozen and gets no gradient, but it requires grad; call requires_grad_(False)")
     device = x.device
     if w.device != device or a.device != device or b.device != device:
         found = f"w {w.device}, a {a.device}, b {b.device}"
@@ -117,8 +122,7 @@ def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed):
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"lora_linear: dropout must be in [0, 1), found {dropout}")
     if dropout_semantics not in DROPOUT_SEMANTICS:
-        wanted = " or ".join(DROPOUT_SEMANTICS)
-        raise ValueError(f"lora_linear: dropout_semantics must be {wanted}, found {dropout_semantics!r}")
+        raise ValueError(f"lora_linear: dropout_semantics must be peft or lora_only, found {dropout_semantics!r}")
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
             raise ValueError(f"lora_linear: scale must be a number or hold one, found {list(scale.shape)}")

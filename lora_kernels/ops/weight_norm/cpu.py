@@ -12,8 +12,6 @@ MAX_CONDITION = {torch.float32: 4.0, torch.bfloat16: 64.0, torch.float16: 64.0}
 
 
 def refusal(w, a=None, b=None, scale=None, w_squared=None):
-    if w.numel() == 0:
-        return f"w is empty, {list(w.shape)}"
     return refuse_dtypes(w=w, a=a, b=b)
 
 
@@ -33,6 +31,8 @@ def _blocks(w):
 @implements("weight_norm_forward", "cpu", refusal)
 def forward(w, a, b, scale, w_squared):
     norm = w.new_empty(w.shape[0], dtype=torch.float32)
+    if w.numel() == 0:
+        return norm.zero_()
     squared = None if w_squared is None else w_squared.to(torch.float32).contiguous()
     for first, rows in _blocks(w):
         part = slice(first, first + len(rows))
@@ -66,6 +66,8 @@ def backward(dn, n, w, a, b, scale, needs):
 @implements("row_norm_squared", "cpu", refusal)
 def row_norm_squared(w):
     squared = w.new_empty(w.shape[0], dtype=torch.float32)
+    if w.numel() == 0:
+        return squared.zero_()
     for first, rows in _blocks(w):
         out = squared[first : first + len(rows)]
         _cpu.row_norm_squared(matrix(rows), out.data_ptr(), w.shape[1], len(rows), torch.get_num_threads())

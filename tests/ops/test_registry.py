@@ -1,0 +1,176 @@
+"""The choice of a backend: by preference, by force, by environment; and what it says of its reasons."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from lora_kernels import FallbackWarning, explain, lora_linear, use_backend, weight_norm
+from lora_kernels.ops import missing_backends, registry
+from lora_kernels.ops.registry import BACKENDS, choose, declare, implements, load_backends, refusals
+from lora_kernels.testing import make_problem
+
+
+@pytest.fixture
+def op(monkeypatch):
+    """An op with a reference that doubles and a cpu backend that refuses vectors of more than three."""
+    name = "op_of_the_registry_test"
+    if name not in registry._implementations:
+        call = declare(f"{name}(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape))
+        implements(name, "reference")(lambda x: 2 * x)
+        implements(name, "cpu", lambda x: f"x has {len(x)} elements, the limit is 3" if len(x) > 3 else None)(lambda x: x + x)
+        registry._implementations[name]["call"] = call
+    implementations = dict(registry._implementations[name])
+    call = implementations.pop("call", None) or op.call
+    op.call = call
+    monkeypatch.setitem(registry._implementations, name, implementations)
+    monkeypatch.setattr(registry, "_warned", set())
+    return call
+
+
+def test_the_first_that_accepts_runs(op):
+    assert choose(op.name, (torch.ones(3),)) is registry._implementations[op.name]["cpu"]
+    with pytest.warns(FallbackWarning):
+        assert choose(op.name, (torch.ones(4),)) is registry._implementations[op.name]["reference"]
+
+
+def test_a_fallback_warns_once_for_each_reason(op):
+    def warned(n):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            assert op(torch.ones(n)).equal(torch.full((n,), 2.0))
+        return [str(w.message) for w in seen]
+
+    assert warned(4) == [f"{op.name} runs on the slow reference. cpu: x has 4 elements, the limit is 3"]
+    assert warned(4) == [] and warned(3) == []
+    assert warned(5) == [f"{op.name} runs on the slow reference. cpu: x has 5 elements, the limit is 3"]
+    with use_backend("reference"):
+        assert warned(6) == []  # asked for
+
+
+def test_a_warning_points_at_the_caller(monkeypatch):
+    monkeypatch.setattr(registry, "_warned", set())
+    p = make_problem(3, 8, 8, 2, torch.float32, torch.float64)
+    with pytest.warns(FallbackWarning, match="lora_linear_forward runs on the slow reference. cpu: a is .*float64") as seen:
+        lora_linear(*p.arguments())
+    assert os.path.basename(seen[0].filename) == os.path.basename(__file__)
+
+
+def test_float64_is_the_reference_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        p = make_problem(3, 8, 8, 2, torch.float64)
+        decision = explain(lora_linear, *p.arguments()).decisions[0]
+    assert decision.chosen == "reference" and "float64" in decision.others["cpu"]
+
+
+def test_a_forced_backend_refuses_in_words(op):
+    with use_backend("cpu"):
+        assert op(torch.ones(2)).equal(torch.full((2,), 2.0))
+        with pytest.raises(NotImplementedError, match=f"^{op.name} cannot run on cpu: x has 4 elements, the limit is 3$"):
+            op(torch.ones(4))
+    with use_backend("cuda"), pytest.raises(NotImplementedError, match=f"^{op.name} cannot run on cuda: "):
+        op(torch.ones(2))
+
+
+def test_no_backend_at_all(op, monkeypatch):
+    monkeypatch.delitem(registry._implementations[op.name], "reference")
+    with pytest.raises(NotImplementedError, match="no backend accepts these arguments: .*'cpu': 'x has 4 elements"):
+        op(torch.ones(4))
+
+
+def test_use_backend_nests_and_restores():
+    def chosen():
+        return explain(lora_linear, *make_problem(3, 8, 8, 2).arguments()).decisions[0].chosen
+
+    before = chosen()
+    with use_backend("cpu"):
+        with use_backend("reference"):
+            assert chosen() == "reference"
+        assert chosen() == "cpu"
+        with pytest.raises(RuntimeError, match="leave"), use_backend("reference"):
+            raise RuntimeError("leave")
+        assert chosen() == "cpu"
+    assert chosen() == before
+    with pytest.raises(ValueError, match="backend must be one of reference, cpu, triton, cuda, found 'gpu'"):
+        with use_backend("gpu"):
+            pass
+
+
+def test_explain_says_what_ran_and_why_the_others_did_not():
+    p = make_problem(3, 8, 8, 2)
+    free = explain(lora_linear, *p.arguments())
+    assert [(d.op, d.chosen) for d in free.decisions] == [("lora_linear_forward", "cpu")]
+    assert str(free).splitlines()[0] == "lora_linear_forward: cpu"
+    assert free.decisions[0].others["reference"] == "cpu comes first"
+    assert set(free.decisions[0].others) == set(BACKENDS) - {"cpu"}
+    assert all(free.decisions[0].others.values()) and "    reference: cpu comes first" in str(free)
+
+    with use_backend("reference"):
+        forced = explain(lora_linear, *p.arguments())
+    assert forced.decisions[0].chosen == "reference" and forced.decisions[0].others["cpu"] == "reference is forced"
+
+
+def test_explain_follows_a_whole_call():
+    p = make_problem(3, 8, 8, 2, gain=True)
+
+    def step():
+        p.require_grad()
+        weight_norm(p.w, p.a, p.b).sum().backward()
+        lora_linear(*p.arguments()).sum().backward()
+
+    ops = ["weight_norm_forward", "weight_norm_backward", "lora_linear_forward", "lora_linear_backward"]
+    assert [d.op for d in explain(step).decisions] == ops
+    assert str(explain(lambda: None)) == "no lora_kernels op ran"
+
+
+def test_refusals_name_every_backend():
+    p = make_problem(3, 8, 8, 2)
+    found = refusals("row_norm_squared", (p.w,))
+    assert found["reference"] is None and found["cpu"] is None
+    assert found == {**missing_backends(), "reference": None, "cpu": None}
+
+
+def test_a_missing_backend_has_a_reason(tmp_path, monkeypatch):
+    package = tmp_path / "package_of_the_registry_test"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "reference.py").touch()
+    (package / "cpu.py").write_text("import a_module_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_missing", {})
+    load_backends(package.name)
+    assert registry.missing_backends() == {
+        "cpu": "not built: No module named 'a_module_that_is_not_there'",
+        "triton": "this version has no such kernels",
+        "cuda": "this version has no such kernels",
+    }
+    (package / "cpu.py").write_text("1 / 0\n")  # a broken file is no missing backend
+    sys.modules.pop(f"{package.name}.cpu", None)
+    with pytest.raises(ZeroDivisionError):
+        load_backends(package.name)
+
+
+CALL = """
+import torch, lora_kernels
+print(lora_kernels.explain(lora_kernels.lora_linear, torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)))
+"""
+
+
+@pytest.mark.parametrize("value, first_line, error", [
+    (None, "lora_linear_forward: cpu", ""),
+    ("", "lora_linear_forward: cpu", ""),
+    ("cpu", "lora_linear_forward: cpu", ""),
+    ("reference", "lora_linear_forward: reference", ""),
+    ("gpu", "", "ValueError: backend must be one of reference, cpu, triton, cuda, found 'gpu'"),
+    ("triton", "", "NotImplementedError: lora_linear_forward cannot run on triton: "),
+])
+def test_environment(value, first_line, error):
+    environment = {k: v for k, v in os.environ.items() if k != "LORA_KERNELS_BACKEND"}
+    environment |= {} if value is None else {"LORA_KERNELS_BACKEND": value}
+    done = subprocess.run([sys.executable, "-c", CALL], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout.splitlines() or [""])[0] == first_line, done.stderr
+    assert error in done.stderr and (done.returncode != 0) == bool(error)
