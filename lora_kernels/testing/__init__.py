@@ -13,6 +13,20 @@ from lora_kernels.testing.tolerances import (
 )
 
 __all__ = [
-    "LAYOUTS", "RANKS", "SHAPES", "TOKENS", "Problem", "as_layout", "assert_componentwise", "assert_no_worse_than_torch",
-    "assert_problem", "assert_within_rounding", "exact", "make_problem", "poisoned", "rms", "run", "unit_roundoff",
+    "LAYOUTS",
+    "RANKS",
+    "SHAPES",
+    "TOKENS",
+    "Problem",
+    "as_layout",
+    "assert_componentwise",
+    "assert_no_worse_than_torch",
+    "assert_problem",
+    "assert_within_rounding",
+    "exact",
+    "make_problem",
+    "poisoned",
+    "rms",
+    "run",
+    "unit_roundoff",
 ]

@@ -29,5 +29,7 @@ def assert_problem(problem: Problem) -> dict[str, Tensor]:
             assert_within_rounding(actual, truth.values[name], lowest, inherited=inherited, name=name)
         sums = torch.promote_types(problem.x.dtype, torch.float32)
         roundings = 1 if lowest.itemsize > 2 else 3
-        assert_componentwise(actual, truth.values[name], truth.magnitudes[name], terms[name], lowest, roundings, sums, name)
+        assert_componentwise(
+            actual, truth.values[name], truth.magnitudes[name], terms[name], lowest, roundings, sums, name
+        )
     return results

@@ -1,4 +1,4 @@
-"""lora_linear in float64 by autograd, from the formula alone: what every backend's values and gradients are compared with."""
+"""lora_linear in float64 by autograd, from the formula alone: what every backend is compared with."""
 
 from dataclasses import dataclass, field, replace
 
@@ -29,7 +29,16 @@ class Problem:
     def arguments(self) -> tuple:
         """In the order of `lora_linear`'s parameters."""
         return (
-            self.x, self.w, self.a, self.b, self.scale, self.bias, self.gain, self.dropout, self.dropout_semantics, self.seed,
+            self.x,
+            self.w,
+            self.a,
+            self.b,
+            self.scale,
+            self.bias,
+            self.gain,
+            self.dropout,
+            self.dropout_semantics,
+            self.seed,
         )
 
     def require_grad(self, names: tuple[str, ...] = GRADIENTS) -> dict[str, Tensor]:
@@ -43,8 +52,13 @@ class Problem:
         """The length of the nested sums behind y and behind each gradient."""
         (n_out, n_in), rank, tokens = self.w.shape, self.a.shape[0], self.x.shape[:-1].numel()
         return {
-            "y": n_in + rank, "x": n_out + rank, "a": n_out + tokens, "b": n_in + tokens, "bias": tokens,
-            "gain": n_in + rank + tokens, "scale": n_in + n_out + rank + tokens,
+            "y": n_in + rank,
+            "x": n_out + rank,
+            "a": n_out + tokens,
+            "b": n_in + tokens,
+            "bias": tokens,
+            "gain": n_in + rank + tokens,
+            "scale": n_in + n_out + rank + tokens,
         }
 
 
@@ -55,7 +69,7 @@ class Exact:
     values: dict[str, Tensor] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     dgain_terms: Tensor | None = None
-    """√Σ (dy·z)² over the tokens, z being what gain multiplies: the length of the vector whose sum is gain's gradient."""
+    """√Σ (dy·z)² over the tokens, z being what gain multiplies: gain's gradient is the sum of these terms."""
 
 
 def make_problem(

@@ -10,9 +10,21 @@ TOKENS = (0, 1, 2, 3, 5, 16, 33, 64, 65, 130, 600)
 RANKS = (1, 3, 8, 17, 64, 200, 512)
 # (tokens, in, out, rank)
 SHAPES = (
-    (0, 16, 16, 4), (1, 1, 1, 1), (1, 17, 31, 3), (2, 64, 48, 8), (3, 129, 65, 17), (5, 31, 7, 1), (16, 33, 100, 64),
-    (33, 250, 129, 8), (64, 16, 255, 3), (65, 127, 63, 17), (130, 96, 80, 200), (600, 67, 45, 8), (4, 5, 3, 512),
-    (7, 2050, 9, 2), (70, 2050, 9, 5),
+    (0, 16, 16, 4),
+    (1, 1, 1, 1),
+    (1, 17, 31, 3),
+    (2, 64, 48, 8),
+    (3, 129, 65, 17),
+    (5, 31, 7, 1),
+    (16, 33, 100, 64),
+    (33, 250, 129, 8),
+    (64, 16, 255, 3),
+    (65, 127, 63, 17),
+    (130, 96, 80, 200),
+    (600, 67, 45, 8),
+    (4, 5, 3, 512),
+    (7, 2050, 9, 2),
+    (70, 2050, 9, 5),
 )
 
 
@@ -57,8 +69,13 @@ def _expanded(t: Tensor) -> Tensor:
 
 # every layout but "expanded" keeps the values; what lies between the elements is NaN
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": _contiguous, "transposed": _transposed, "offset": _offset, "sliced_rows": _sliced_rows,
-    "every_other": _every_other, "gapped_rows": _gapped_rows, "expanded": _expanded,
+    "contiguous": _contiguous,
+    "transposed": _transposed,
+    "offset": _offset,
+    "sliced_rows": _sliced_rows,
+    "every_other": _every_other,
+    "gapped_rows": _gapped_rows,
+    "expanded": _expanded,
 }
 
 

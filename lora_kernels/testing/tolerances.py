@@ -18,19 +18,25 @@ def rms(t: Tensor) -> float:
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """The largest relative error of one rounding to `dtype`: 2⁻⁸ for bfloat16, 2⁻¹¹ float16, 2⁻²⁴ float32, 2⁻⁵³ float64."""
+    """The largest relative error of one rounding to `dtype`: 2⁻⁸ of bfloat16, 2⁻¹¹ of float16, 2⁻²⁴ of float32."""
     return torch.finfo(dtype).eps / 2
 
 
 def assert_within_rounding(
-    actual: Tensor, exact: Tensor, dtype: torch.dtype, ideal_ratio: float = 1.5, inherited: float = 0.0, name: str = "result"
+    actual: Tensor,
+    exact: Tensor,
+    dtype: torch.dtype,
+    ideal_ratio: float = 1.5,
+    inherited: float = 0.0,
+    name: str = "result",
 ) -> None:
     """rms(actual - exact) is at most `ideal_ratio` times that of `exact`, correctly rounded to `dtype`.
 
     For 16-bit results; the error of a float32 one is that of its sums (`assert_componentwise`). `dtype` is the lowest
     precision that anything on the way may have. `inherited` is the rms error that a correctly rounded operand brings
-    into a sum, where a result is defined on one; the larger of the two yardsticks counts. The rms of n < 1024 errors is itself uncertain by about 1/√n, which is
-    allowed twice, and the yardstick is then at least that of evenly spread errors, ulp/√12.
+    into a sum, where a result is defined on one; the larger of the two yardsticks counts. The rms of n < 1024 errors
+    is itself uncertain by about 1/√n, which is allowed twice, and the yardstick is then at least that of evenly spread
+    errors, ulp/√12.
     """
     actual, exact = actual.detach().double(), exact.detach().double()
     _assert_comparable(actual, exact, name)
@@ -43,8 +49,8 @@ def assert_within_rounding(
         ideal, ratio = max(ideal, rms(ulp) / math.sqrt(12)), ideal_ratio * (1 + 2 / math.sqrt(exact.numel()))
     error = rms(actual - exact)
     assert error <= ratio * ideal, (
-        f"{name} {list(exact.shape)}: rms error {error:.3e} is {error / ideal if ideal else math.inf:.3f} times that of the"
-        f" correctly rounded result ({ideal:.3e}, {dtype}); {ratio:.3f} is allowed"
+        f"{name} {list(exact.shape)}: rms error {error:.3e} is {error / ideal if ideal else math.inf:.3f} times that of"
+        f" the correctly rounded result ({ideal:.3e}, {dtype}); {ratio:.3f} is allowed"
     )
 
 
@@ -72,14 +78,16 @@ def assert_componentwise(
     if exact.numel() and not (excess <= 0).all():
         at = int(excess.argmax())
         raise AssertionError(
-            f"{name} {list(exact.shape)}: {int((excess > 0).sum())} elements outside the bound; worst at flat index {at}:"
+            f"{name} {list(exact.shape)}: {int((excess > 0).sum())} elements outside the bound; worst at index {at}:"
             f" {actual.flatten()[at]:.9g}, exact {exact.flatten()[at]:.9g}, allowed ±{bound.flatten()[at]:.3g}"
         )
 
 
 def assert_no_worse_than_torch(actual: Tensor, exact: Tensor, torch_result: Tensor, name: str = "result") -> None:
-    """FlashAttention's rule: max error <= 2 · max error of PyTorch's unfused result in the same dtype + 2 · noise floor,
-    which is what adding and subtracting 0.3 in that dtype does to the exact result."""
+    """FlashAttention's rule: max error <= 2 · that of PyTorch's unfused result in the same dtype + 2 · noise floor.
+
+    The noise floor is what adding and subtracting 0.3 in that dtype does to the exact result.
+    """
     actual, exact = actual.detach().double(), exact.detach().double()
     _assert_comparable(actual, exact, name)
     if not exact.numel():

@@ -16,7 +16,11 @@ def arguments(**changed):
 
 
 LORA_LINEAR = [
-    (ValueError, {"w": ones(5, 6, 1)}, r"x must have at least one dimension, w and a two, found x \[4, 6\], w \[5, 6, 1\], a"),
+    (
+        ValueError,
+        {"w": ones(5, 6, 1)},
+        r"x must have at least one dimension, w and a two, found x \[4, 6\], w \[5, 6, 1\], a",
+    ),
     (ValueError, {"a": ones(6)}, r"x must have at least one dimension, w and a two, .* a \[6\]"),
     (ValueError, {"x": torch.tensor(1.0)}, r"x must have at least one dimension, w and a two, found x \[\]"),
     (ValueError, {"a": ones(0, 6), "b": ones(5, 0)}, r"a must have at least one row \(the rank\), found \[0, 6\]"),
@@ -24,13 +28,29 @@ LORA_LINEAR = [
     (ValueError, {"a": ones(2, 5)}, r"a must have shape \[2, 6\], found \[2, 5\]"),
     (ValueError, {"b": ones(2, 5)}, r"b must have shape \[5, 2\], found \[2, 5\]"),
     (ValueError, {"b": ones(5, 3)}, r"b must have shape \[5, 2\], found \[5, 3\]"),
-    (TypeError, {"x": ones(4, 6, dtype=torch.int32)}, "x must be float32, bfloat16, float16 or float64, found torch.int32"),
+    (
+        TypeError,
+        {"x": ones(4, 6, dtype=torch.int32)},
+        "x must be float32, bfloat16, float16 or float64, found torch.int32",
+    ),
     (TypeError, {"x": ones(4, 6, dtype=torch.complex64)}, "x must be float32, .* found torch.complex64"),
     (TypeError, {"x": ones(4, 6, dtype=torch.bool)}, "x must be float32, .* found torch.bool"),
     (TypeError, {"x": ones(4, 6).to(torch.float8_e4m3fn)}, "x must be float32, .* found torch.float8_e4m3fn"),
-    (TypeError, {"w": ones(5, 6, dtype=torch.float16)}, "w must have the dtype of x, torch.float32, found torch.float16"),
-    (TypeError, {"a": ones(2, 6, dtype=torch.float16)}, "a and b must share one floating dtype, .*float16 and torch.float32"),
-    (TypeError, {"a": ones(2, 6).long(), "b": ones(5, 2).long()}, "a and b must share .* found torch.int64 and torch.int64"),
+    (
+        TypeError,
+        {"w": ones(5, 6, dtype=torch.float16)},
+        "w must have the dtype of x, torch.float32, found torch.float16",
+    ),
+    (
+        TypeError,
+        {"a": ones(2, 6, dtype=torch.float16)},
+        "a and b must share one floating dtype, .*float16 and torch.float32",
+    ),
+    (
+        TypeError,
+        {"a": ones(2, 6).long(), "b": ones(5, 2).long()},
+        "a and b must share .* found torch.int64 and torch.int64",
+    ),
     (ValueError, {"w": ones(5, 6).requires_grad_()}, r"w is frozen and gets no gradient, .*requires_grad_\(False\)"),
     (ValueError, {"b": ones(5, 2, device="meta")}, r"all tensors must be on cpu \(x\), found w cpu, a cpu, b meta"),
     (ValueError, {"w": ones(5, 6, device="meta")}, r"all tensors must be on cpu \(x\), found w meta, a cpu, b cpu"),
@@ -52,7 +72,9 @@ LORA_LINEAR = [
 ]
 
 
-@pytest.mark.parametrize("error, changed, message", LORA_LINEAR, ids=lambda v: None if isinstance(v, type) else str(v)[:50])
+@pytest.mark.parametrize(
+    "error, changed, message", LORA_LINEAR, ids=lambda v: None if isinstance(v, type) else str(v)[:50]
+)
 def test_lora_linear(error, changed, message):
     with pytest.raises(error, match="^lora_linear: " + message):
         lora_linear(**arguments(**changed))
@@ -66,13 +88,19 @@ WEIGHT_NORM = [
     (ValueError, {"w_squared": ones(6)}, r"w_squared must have shape \[5\], found \[6\]"),
     (ValueError, {"a": ones(2, 6, device="meta")}, r"a must be on cpu \(w\), found meta"),
     (TypeError, {"w": ones(5, 6).int()}, "w must be float32, bfloat16, float16 or float64, found torch.int32"),
-    (TypeError, {"b": ones(5, 2).half()}, "a and b must share one floating dtype, found torch.float32 and torch.float16"),
+    (
+        TypeError,
+        {"b": ones(5, 2).half()},
+        "a and b must share one floating dtype, found torch.float32 and torch.float16",
+    ),
     (ValueError, {"w": ones(5, 6).requires_grad_()}, r"w is frozen and gets no gradient, .*requires_grad_\(False\)"),
     (ValueError, {"scale": ones(2)}, r"scale must be a number or hold one, found \[2\]"),
 ]
 
 
-@pytest.mark.parametrize("error, changed, message", WEIGHT_NORM, ids=lambda v: None if isinstance(v, type) else str(v)[:50])
+@pytest.mark.parametrize(
+    "error, changed, message", WEIGHT_NORM, ids=lambda v: None if isinstance(v, type) else str(v)[:50]
+)
 def test_weight_norm(error, changed, message):
     call = arguments(**changed)
     call.pop("x")

@@ -9,7 +9,10 @@ from lora_kernels.testing import make_problem, run
 
 OPS = torch.ops.lora_kernels
 FLAGS = [
-    {}, {"bias": True}, {"gain": True}, {"gain": True, "bias": True, "dropout": 0.3},
+    {},
+    {"bias": True},
+    {"gain": True},
+    {"gain": True, "bias": True, "dropout": 0.3},
     {"gain": True, "dropout": 0.3, "dropout_semantics": "lora_only"},
 ]
 
@@ -22,7 +25,10 @@ def forward_arguments(tokens, dtype, flags, keep=True):
 
 
 CASES = [
-    (3, torch.float32, FLAGS[0]), (70, torch.float32, FLAGS[3]), (3, torch.bfloat16, FLAGS[2]), (70, torch.float16, FLAGS[4]),
+    (3, torch.float32, FLAGS[0]),
+    (70, torch.float32, FLAGS[3]),
+    (3, torch.bfloat16, FLAGS[2]),
+    (70, torch.float16, FLAGS[4]),
     (0, torch.float32, FLAGS[1]),
 ]
 
@@ -52,7 +58,9 @@ def test_opcheck_weight_norm(backend, dtype):
     check(OPS.weight_norm_backward.default, (torch.ones(20), n, p.w, p.a, p.b, 1.5, [True, True]))
 
 
-@pytest.mark.parametrize("needs", [[False] * 5, [True, False, True, False, True], [False, True, False, True, False]], ids=str)
+@pytest.mark.parametrize(
+    "needs", [[False] * 5, [True, False, True, False, True], [False, True, False, True, False]], ids=str
+)
 def test_the_fake_has_the_shapes_and_strides_of_the_op(backend, needs):
     for tokens in (0, 3, 70):
         for dtype in (torch.float32, torch.bfloat16):
@@ -62,7 +70,18 @@ def test_the_fake_has_the_shapes_and_strides_of_the_op(backend, needs):
                     compare_with_fake(OPS.lora_linear_forward.default, arguments)
                 p.bias, p.gain = torch.ones(20), torch.ones(20)
                 y, h, z = OPS.lora_linear_forward.default(*arguments)
-                rest = (p.scale, p.bias, p.gain, p.dropout, p.seed, arguments[9], h, y, z if arguments[-1] else None, needs)
+                rest = (
+                    p.scale,
+                    p.bias,
+                    p.gain,
+                    p.dropout,
+                    p.seed,
+                    arguments[9],
+                    h,
+                    y,
+                    z if arguments[-1] else None,
+                    needs,
+                )
                 compare_with_fake(OPS.lora_linear_backward.default, (p.dy, p.x, p.w, p.a, p.b, *rest))
 
 
@@ -95,7 +114,9 @@ def compiled_step(p, backend):
 @pytest.mark.parametrize("flags", [FLAGS[0], FLAGS[3], {"scale": torch.tensor(0.5), "gain": True}], ids=str)
 @pytest.mark.parametrize("tokens", [3, (2, 35)], ids=str)
 def test_compiled_gives_the_bits_of_eager(backend, flags, tokens):
-    eager, compiled = compiled_step(make_problem(tokens, 24, 20, 4, torch.bfloat16, torch.float32, **flags), "aot_eager")
+    eager, compiled = compiled_step(
+        make_problem(tokens, 24, 20, 4, torch.bfloat16, torch.float32, **flags), "aot_eager"
+    )
     for name in eager:
         assert eager[name].equal(compiled[name]), name
 

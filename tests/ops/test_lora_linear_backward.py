@@ -15,8 +15,13 @@ from lora_kernels.testing import exact, make_problem, run
 NAMES = ("x", "a", "b", "bias", "gain")
 SUBSETS = list(chain.from_iterable(combinations(NAMES, n) for n in range(len(NAMES) + 1)))
 FLAGS = [
-    {}, {"bias": True}, {"gain": True}, {"gain": True, "bias": True}, {"dropout": 0.4, "bias": True},
-    {"gain": True, "bias": True, "dropout": 0.4}, {"gain": True, "dropout": 0.4, "dropout_semantics": "lora_only"},
+    {},
+    {"bias": True},
+    {"gain": True},
+    {"gain": True, "bias": True},
+    {"dropout": 0.4, "bias": True},
+    {"gain": True, "bias": True, "dropout": 0.4},
+    {"gain": True, "dropout": 0.4, "dropout_semantics": "lora_only"},
 ]
 
 
@@ -36,7 +41,10 @@ def test_gradcheck(flags, tensor_scale):
 
 def test_cpu_refuses_float64_in_words():
     p = make_problem(4, 5, 3, 2, torch.float64)
-    with use_backend("cpu"), pytest.raises(NotImplementedError, match="lora_linear_forward cannot run on cpu: .*float64"):
+    with (
+        use_backend("cpu"),
+        pytest.raises(NotImplementedError, match="lora_linear_forward cannot run on cpu: .*float64"),
+    ):
         lora_linear(*p.arguments())
 
 
@@ -170,10 +178,13 @@ def test_the_number_of_threads_changes_no_bit(dtype):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             with use_backend("cpu"):
-                results.append([
-                    run(make_problem(tokens, 129, 101, 9, dtype, **flags))
-                    for tokens in (1, 3, 5) for flags in ({"gain": True}, {"bias": True}, {"dropout": 0.2})
-                ])
+                results.append(
+                    [
+                        run(make_problem(tokens, 129, 101, 9, dtype, **flags))
+                        for tokens in (1, 3, 5)
+                        for flags in ({"gain": True}, {"bias": True}, {"dropout": 0.2})
+                    ]
+                )
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

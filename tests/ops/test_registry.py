@@ -21,7 +21,9 @@ def op(monkeypatch):
     if name not in registry._implementations:
         call = declare(f"{name}(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape))
         implements(name, "reference")(lambda x: 2 * x)
-        implements(name, "cpu", lambda x: f"x has {len(x)} elements, the limit is 3" if len(x) > 3 else None)(lambda x: x + x)
+        implements(name, "cpu", lambda x: f"x has {len(x)} elements, the limit is 3" if len(x) > 3 else None)(
+            lambda x: x + x
+        )
         registry._implementations[name]["call"] = call
     implementations = dict(registry._implementations[name])
     call = implementations.pop("call", None) or op.call
@@ -54,7 +56,9 @@ def test_a_fallback_warns_once_for_each_reason(op):
 def test_a_warning_points_at_the_caller(monkeypatch):
     monkeypatch.setattr(registry, "_warned", set())
     p = make_problem(3, 8, 8, 2, torch.float32, torch.float64)
-    with pytest.warns(FallbackWarning, match="lora_linear_forward runs on the slow reference. cpu: a is .*float64") as seen:
+    with pytest.warns(
+        FallbackWarning, match="lora_linear_forward runs on the slow reference. cpu: a is .*float64"
+    ) as seen:
         lora_linear(*p.arguments())
     assert os.path.basename(seen[0].filename) == os.path.basename(__file__)
 
@@ -70,7 +74,9 @@ def test_float64_is_the_reference_without_a_warning():
 def test_a_forced_backend_refuses_in_words(op):
     with use_backend("cpu"):
         assert op(torch.ones(2)).equal(torch.full((2,), 2.0))
-        with pytest.raises(NotImplementedError, match=f"^{op.name} cannot run on cpu: x has 4 elements, the limit is 3$"):
+        with pytest.raises(
+            NotImplementedError, match=f"^{op.name} cannot run on cpu: x has 4 elements, the limit is 3$"
+        ):
             op(torch.ones(4))
     with use_backend("cuda"), pytest.raises(NotImplementedError, match=f"^{op.name} cannot run on cuda: "):
         op(torch.ones(2))
@@ -160,14 +166,17 @@ print(lora_kernels.explain(lora_kernels.lora_linear, torch.ones(2, 3), torch.one
 """
 
 
-@pytest.mark.parametrize("value, first_line, error", [
-    (None, "lora_linear_forward: cpu", ""),
-    ("", "lora_linear_forward: cpu", ""),
-    ("cpu", "lora_linear_forward: cpu", ""),
-    ("reference", "lora_linear_forward: reference", ""),
-    ("gpu", "", "ValueError: backend must be one of reference, cpu, triton, cuda, found 'gpu'"),
-    ("triton", "", "NotImplementedError: lora_linear_forward cannot run on triton: "),
-])
+@pytest.mark.parametrize(
+    "value, first_line, error",
+    [
+        (None, "lora_linear_forward: cpu", ""),
+        ("", "lora_linear_forward: cpu", ""),
+        ("cpu", "lora_linear_forward: cpu", ""),
+        ("reference", "lora_linear_forward: reference", ""),
+        ("gpu", "", "ValueError: backend must be one of reference, cpu, triton, cuda, found 'gpu'"),
+        ("triton", "", "NotImplementedError: lora_linear_forward cannot run on triton: "),
+    ],
+)
 def test_environment(value, first_line, error):
     environment = {k: v for k, v in os.environ.items() if k != "LORA_KERNELS_BACKEND"}
     environment |= {} if value is None else {"LORA_KERNELS_BACKEND": value}

@@ -15,7 +15,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 SHAPES = [
-    (1, 1, 1), (3, 5, 1), (31, 17, 3), (48, 64, 8), (65, 129, 17), (7, 2050, 5), (100, 33, 64), (9, 300, 200), (5, 3, 512),
+    (1, 1, 1),
+    (3, 5, 1),
+    (31, 17, 3),
+    (48, 64, 8),
+    (65, 129, 17),
+    (7, 2050, 5),
+    (100, 33, 64),
+    (9, 300, 200),
+    (5, 3, 512),
 ]
 
 
@@ -334,6 +342,9 @@ def test_anything(data):
         with use_backend(name):
             n = weight_norm(w, a, b, scale)
             assert weight_norm(w, a, b, scale).equal(n)
-            truth, terms = exact_norm(w, a, b, scale), w.double().abs() + abs(scale) * (b.double().abs() @ a.double().abs())
+            truth, terms = (
+                exact_norm(w, a, b, scale),
+                w.double().abs() + abs(scale) * (b.double().abs() @ a.double().abs()),
+            )
             # relative to n wherever n is not the difference of much larger terms, which float32 inputs cannot resolve
             assert ((n.double() - truth).abs() <= LIMIT[dtype] * truth + 1e-6 * terms.square().sum(1).sqrt()).all()
