@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_kernels import lora_linear, use_backend
-from lora_kernels.ops.dropout import _philox, draw_seed, mask, threshold
+from lora_kernels.ops.dropout import _philox, mask, threshold
 from lora_kernels.testing import make_problem, run
 
 # Random123, tests/kat_vectors: philox4x32 10
@@ -81,7 +81,7 @@ def test_peft_semantics_drop_the_rescaled_base(backend, tokens):
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.3, 0.5, 0.9])
 def test_rate(p):
     n = 1 << 18
-    kept = mask(draw_seed(), p, 512, 512, torch.float32, torch.device("cpu")).ne(0)
+    kept = mask(torch.tensor(20240517), p, 512, 512, torch.float32, torch.device("cpu")).ne(0)
     deviation = (p * (1 - p)) ** 0.5
     assert abs(kept.float().mean().item() - (1 - p)) <= 5 * deviation / n**0.5
     for rows in (kept.float().mean(0), kept.float().mean(1)):  # neither rows nor columns are favoured

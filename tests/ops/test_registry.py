@@ -162,7 +162,8 @@ def test_a_missing_backend_has_a_reason(tmp_path, monkeypatch):
 
 CALL = """
 import torch, lora_kernels
-print(lora_kernels.explain(lora_kernels.lora_linear, torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)))
+shapes = (2, 3), (4, 3), (1, 3), (4, 1)
+print(lora_kernels.explain(lora_kernels.lora_linear, *map(torch.ones, shapes)))
 """
 
 

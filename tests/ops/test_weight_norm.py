@@ -175,7 +175,7 @@ def test_gradients_where_rows_cancel(backend):
 
 
 def test_the_norm_of_dora_does_not_see_the_length_of_a_row():
-    # with the exact gradient, gain = m/n makes the layer blind to the length: Σ dB ⊙ B + … along the row is zero at W = 0
+    # with the exact gradient, gain = m/n makes the layer blind to the length of a row: at W = 0, Σ dB ⊙ B is zero
     a, b = torch.randn(4, 30, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64, requires_grad=True)
     w = torch.zeros(20, 30, dtype=torch.float64)
     with use_backend("reference"):
