@@ -1,7 +1,7 @@
 """PEFT's LoRA linear layer with a forward on our kernels. Importing this file imports PEFT.
 
 PEFT owns the layer: its parameters, names and methods stay, and any of them may change between two calls. So nothing is
-remembered from call to call: each one reads the state anew, and what the kernels do not cover goes to PEFT's forward.
+remembered from call to call but DoRA's norm, under the bits it was computed from: each call reads the state anew, and what the kernels do not cover goes to PEFT's forward.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.integrations.report import Survey
-from lora_kernels.ops import dora_gain, lora_linear, weight_norm
+from lora_kernels.ops import NormCache, dora_gain, lora_linear, weight_norm
 from lora_kernels.ops.lora_linear.op import FLOATS
 
 try:
@@ -34,6 +34,8 @@ _COMPUTED_AS_LORA = tuple(v for v in (getattr(variants, "MiCALinearVariant", Non
 _compiling = torch.compiler.is_compiling
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
+# one for each layer, whichever adapter is active: its key is what it was computed from
+_norms: WeakKeyDictionary[nn.Module, NormCache] = WeakKeyDictionary()
 _fallbacks: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
 
 
@@ -48,7 +50,7 @@ class FusedLinear(Linear):
                 _fallbacks.setdefault(self, Counter())[reason] += 1
             return super().forward(x, *args, **kwargs)
         w, bias, a, b, scale, dropout, magnitude = state
-        gain = None if magnitude is None else _gain(w, a, b, scale, magnitude)
+        gain = None if magnitude is None else _gain(self, w, a, b, scale, magnitude)
         return lora_linear(x, w, a, b, scale, bias, gain, dropout)
 
 
@@ -143,9 +145,15 @@ def _input_refusal(layer: Linear, x: Tensor, state: Any) -> str | None:
     return None
 
 
-def _gain(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
-    with torch.no_grad():
-        norm = weight_norm(w, a, b, scale)
+def _gain(layer: Linear, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
+    if _compiling():
+        with torch.no_grad():
+            norm = weight_norm(w, a, b, scale)
+    else:
+        cache = _norms.get(layer)
+        if cache is None:
+            cache = _norms[layer] = NormCache()
+        norm = cache(w, a, b, scale)
     return dora_gain(magnitude.to(norm.dtype), norm)
 
 
@@ -178,6 +186,7 @@ def set_class(layer: LoraLayer, cls: type[Linear]) -> None:
         return
     layer.__class__ = cls
     _fallbacks.pop(layer, None)
+    _norms.pop(layer, None)
     if "_hf_hook" in layer.__dict__:
         # accelerate kept the bound forward of the class that the layer had when the hook came
         layer._old_forward = MethodType(cls.forward, layer)
