@@ -1,7 +1,8 @@
 """PEFT's LoRA linear layer with a forward on our kernels. Importing this file imports PEFT.
 
-PEFT owns the layer: its parameters, names and methods stay, and any of them may change between two calls. So nothing is
-remembered from call to call but DoRA's norm, under the bits it was computed from: each call reads the state anew, and what the kernels do not cover goes to PEFT's forward.
+PEFT owns the layer: its parameters, names and methods stay, and any of them may change between two calls. So each call
+reads the state anew, and what the kernels do not cover goes to PEFT's forward. All that is remembered is DoRA's norm,
+under the bits it was computed from.
 """
 
 from collections import Counter
