@@ -1,0 +1,1 @@
+"""Benchmarks: ours against its rivals in one process, interleaved; ratios of medians, losing shapes included."""
