@@ -13,7 +13,11 @@ namespace lk::LK_LEVEL {
 
 namespace {
 
-constexpr int64_t BLOCK_K = 2048;  // columns of W a pass: keeps the tile of x in the second-level cache
+// columns of W a pass: the tile of x, which every group of rows reads again, stays in the first-level cache
+LK_INLINE int64_t block_k(int64_t tokens, int64_t size) {
+  constexpr int64_t TILE = 32 << 10, LEAST = 256;
+  return tokens * size * LEAST > TILE ? LEAST : TILE / (tokens * size) / 64 * 64;
+}
 
 struct Scratch {
   int64_t x_row, h_row;          // padded to whole vectors, the padding zero
@@ -55,30 +59,38 @@ void shrink_row(const ForwardSmall& p, const T* a, const Scratch& s, int64_t j, 
   }
 }
 
-// NROWS outputs of W for every token; b is [NROWS, h_row], sums [NROWS, tokens]
+// NROWS outputs of W for every token; b is [NROWS, h_row]. partial, [tokens, NROWS], holds sums between two blocks as
+// vectors, to be added up once at the end; sums is [NROWS, tokens].
 template <int NROWS, typename W, typename X, typename Y>
 LK_INLINE void outputs(const ForwardSmall& p, const W* w, const X* x, int64_t x_row, const Scratch& s, const float* b,
-                       float* sums, Y* y, int64_t n) {
+                       vec* partial, float* sums, Y* y, int64_t n) {
   const int groups = int((p.tokens + MR - 1) / MR);
-  for (int64_t k = 0; k < p.n_in; k += BLOCK_K) {
-    const int64_t count = std::min(BLOCK_K, p.n_in - k);
+  const int64_t block = block_k(p.tokens, sizeof(X));
+  for (int64_t k = 0; k < p.n_in; k += block) {
+    const int64_t count = std::min(block, p.n_in - k);
     const bool last = k + count == p.n_in;
     for (int g = 0; g < groups; g++) {
       const int64_t t = p.tokens * g / groups;
       with_count(int(p.tokens * (g + 1) / groups - t), [&](auto m) {
         if constexpr (m.value <= MR) {
           vec acc[NROWS][m.value] = {};
+          vec* kept = partial + t * NROWS;
+          if (k > 0) {
+            LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
+                acc[j][i] = kept[i * NROWS + j];
+          }
           dot(w + k, p.w.row, x + t * x_row + k, x_row, count, acc);
-          if (last) dot(b, s.h_row, s.h + t * s.h_row, s.h_row, s.h_row, acc);
+          if (!last) {
+            LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
+                kept[i * NROWS + j] = acc[j][i];
+            return;
+          }
+          dot(b, s.h_row, s.h + t * s.h_row, s.h_row, s.h_row, acc);
           LK_UNROLL for (int i = 0; i < m.value; i++) {
             const Four four = sum4(acc[0][i], NROWS > 1 ? acc[NROWS > 1][i] : vec{},
                                    NROWS > 2 ? acc[NROWS > 2 ? 2 : 0][i] : vec{},
                                    NROWS > 3 ? acc[NROWS > 3 ? 3 : 0][i] : vec{});
-            for (int j = 0; j < NROWS; j++) {
-              float value = four.v[j];
-              if (k > 0) value += sums[j * p.tokens + t + i];
-              sums[j * p.tokens + t + i] = value;
-            }
+            for (int j = 0; j < NROWS; j++) sums[j * p.tokens + t + i] = four.v[j];
           }
         }
       });
@@ -98,6 +110,7 @@ LK_INLINE void outputs(const ForwardSmall& p, const W* w, const X* x, int64_t x_
 template <typename W, typename X, typename Y>
 void stream(const ForwardSmall& p, const W* w, const X* x, int64_t x_row, const Scratch& s, float* b, Y* y, Range rows) {
   const auto sums = std::make_unique<float[]>(NR * p.tokens);
+  const auto partial = std::make_unique<vec[]>(NR * p.tokens);
   for (int64_t n = rows.first; n < rows.last; n += NR) {
     const int count = int(std::min<int64_t>(NR, rows.last - n));
     with_type(p.b, [&](auto* from) {
@@ -107,7 +120,7 @@ void stream(const ForwardSmall& p, const W* w, const X* x, int64_t x_row, const 
       }
     });
     with_count(count, [&](auto rows_now) {
-      if constexpr (rows_now.value <= NR) outputs<rows_now.value>(p, w + n * p.w.row, x, x_row, s, b, sums.get(), y, n);
+      if constexpr (rows_now.value <= NR) outputs<rows_now.value>(p, w + n * p.w.row, x, x_row, s, b, partial.get(), sums.get(), y, n);
     });
   }
 }
