@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 #include <cstring>
+#include <new>
 
 #include "level.h"
 #include "types.h"
@@ -17,6 +18,21 @@ typedef uint32_t uvec __attribute__((vector_size(VL * 4)));
 typedef uint16_t hvec __attribute__((vector_size(VL * 2)));
 
 LK_INLINE vec splat(float v) { return vec{} + v; }
+
+// Uninitialised floats on a cache line: a vector load that crosses two lines costs twice.
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<float*>(::operator new(size_t(count) * sizeof(float), std::align_val_t(64)))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  float* get() const { return data_; }
+
+ private:
+  float* data_;
+};
+// a count of floats that ends on a cache line
+LK_INLINE int64_t lines(int64_t count) { return (count + 15) / 16 * 16; }
 
 // f16 <-> f32 without hardware support (portable level and tails)
 LK_INLINE float f16_to_float(uint16_t h) {

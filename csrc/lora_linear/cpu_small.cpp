@@ -129,10 +129,12 @@ void stream(const ForwardSmall& p, const W* w, const X* x, int64_t x_row, const 
 
 void forward_small(const ForwardSmall& p) {
   Scratch s;
-  s.x_row = (p.n_in + VL - 1) / VL * VL;
-  s.h_row = (p.rank + VL - 1) / VL * VL;
+  // an odd number of cache lines a row: at a power of two the same columns of all rows would share one cache set
+  s.x_row = lines(p.n_in);
+  if (s.x_row % 32 == 0) s.x_row += 16;
+  s.h_row = lines(p.rank);
   const int64_t copies = p.dropout.active() ? 2 : 1, a_row = NR * std::max(s.x_row, s.h_row);
-  const std::unique_ptr<float[]> scratch(new float[copies * p.tokens * s.x_row + p.tokens * s.h_row + p.threads * a_row]);
+  const Buffer scratch(copies * p.tokens * s.x_row + p.tokens * s.h_row + p.threads * a_row);
   s.x = scratch.get();
   s.x_dropped = s.x + (copies - 1) * p.tokens * s.x_row;
   s.h = s.x + copies * p.tokens * s.x_row;

@@ -3,7 +3,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <memory>
 
 #include "../common/dot.h"
 #include "../common/philox.h"
@@ -53,14 +52,14 @@ constexpr int64_t SHRINK_K = 1024;  // columns of x at a time: the tile and A's 
 }  // namespace
 
 void shrink(const Shrink& p) {
-  const int64_t row = (p.n_in + VL - 1) / VL * VL;
-  const std::unique_ptr<float[]> a(new float[p.rank * row]);
+  const int64_t row = lines(p.n_in);
+  const Buffer a(p.rank * row);
 #pragma omp parallel num_threads(p.threads)
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     const Range ranks = share(p.rank, 1, thread, threads), tokens = share(p.tokens, MR, thread, threads);
     pack(p.a, p.gain, p.scale, ranks.first, ranks.last, p.n_in, a.get(), row);
-    const std::unique_ptr<float[]> x_tile(new float[MR * SHRINK_K]);
+    const Buffer x_tile(MR * SHRINK_K);
 #pragma omp barrier
     with_type(p.x, [&](auto* x) {
       using T = std::remove_pointer_t<decltype(x)>;
@@ -143,7 +142,7 @@ LK_INLINE void expand_tile(const Expand& p, const From* from, To* to, const floa
 
 void expand(const Expand& p) {
   const int64_t row = (p.n_out + COLUMNS - 1) / COLUMNS * COLUMNS;
-  const std::unique_ptr<float[]> packed(new float[(p.rank + 2) * row]);
+  const Buffer packed((p.rank + 2) * row);
   float *b = packed.get(), *gain = b + p.rank * row, *bias = gain + row;
 #pragma omp parallel num_threads(p.threads)
   {
@@ -204,7 +203,7 @@ void outer(const Outer& p) {
 #pragma omp parallel num_threads(p.threads)
   {
     const Range columns = share(p.n_in, COLUMNS, omp_get_thread_num(), omp_get_num_threads());
-    const std::unique_ptr<float[]> scratch(new float[OUTER_T * COLUMNS + p.rank * COLUMNS]);
+    const Buffer scratch(OUTER_T * COLUMNS + p.rank * COLUMNS);
     float *x_tile = scratch.get(), *d = x_tile + OUTER_T * COLUMNS;
     std::fill(x_tile, d, 0.f);
     with_type(p.x, [&](auto* x) {

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 
 #include "../common/dot.h"
 #include "params.h"
@@ -91,8 +90,8 @@ LK_INLINE void norms(const WeightNorm& p, const W* w, const Factors& f, float* u
 }  // namespace
 
 void weight_norm(const WeightNorm& p) {
-  const int64_t a_row = (p.n_in + VL - 1) / VL * VL;
-  const std::unique_ptr<float[]> shared(new float[p.rank * a_row + p.rank * p.rank]);
+  const int64_t a_row = lines(p.n_in);
+  const Buffer shared(p.rank * a_row + p.rank * p.rank);
   float *a = shared.get(), *gram = a + p.rank * a_row;
 #pragma omp parallel num_threads(p.threads)
   {
@@ -113,7 +112,7 @@ void weight_norm(const WeightNorm& p) {
       }
     }
 #pragma omp barrier
-    const std::unique_ptr<float[]> own(new float[2 * NR * p.rank]);
+    const Buffer own(2 * NR * p.rank);
     const Factors f{a, gram, a_row};
     with_type(p.w, [&](auto* w) {
       for (int64_t n = rows.first; n < rows.last; n += NR) {
