@@ -52,13 +52,13 @@ using lk::Dropout;
 using lk::View;
 
 const lk::Kernels* chosen = [] {
-  const lk::Kernels* found[4];
+  const lk::Kernels* found[lk::LEVELS];
   const int count = lk::supported(found);
   return found[count - 1];
 }();
 
 py::list levels() {
-  const lk::Kernels* found[4];
+  const lk::Kernels* found[lk::LEVELS];
   const int count = lk::supported(found);
   py::list names;
   for (int i = 0; i < count; i++) names.append(found[i]->level);
@@ -66,7 +66,7 @@ py::list levels() {
 }
 
 void set_level(const std::string& name) {
-  const lk::Kernels* found[4];
+  const lk::Kernels* found[lk::LEVELS];
   const int count = lk::supported(found);
   for (int i = 0; i < count; i++) {
     if (name == found[i]->level) {
@@ -119,6 +119,15 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("column_sums",
         [](View u, View v, uintptr_t sums, int64_t tokens, int64_t n_out, int threads) {
           chosen->column_sums({u, v, at<float>(sums), tokens, n_out, threads});
+        },
+        release());
+
+  m.def("has_matmul", [] { return chosen->matmul != nullptr; }, "Whether this level has bf16 products with float32 sums.");
+  m.def("matmul",
+        [](View x, View w, uintptr_t y, int64_t y_row, bool transposed, int64_t tokens, int64_t n_in, int64_t n_out,
+           int threads) {
+          if (chosen->matmul == nullptr) throw std::runtime_error("matmul: this level has no bf16 products");
+          chosen->matmul({x, w, at<float>(y), y_row, transposed, tokens, n_in, n_out, threads});
         },
         release());
 

@@ -2,6 +2,10 @@
 #pragma once
 #include "../lora_linear/params.h"
 #include "../weight_norm/params.h"
+#if defined(LK_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace lk {
 
@@ -15,6 +19,7 @@ struct Kernels {
   void (*weight_norm)(const WeightNorm&);
   void (*row_norm_squared)(const RowNormSquared&);
   uint64_t (*checksum)(const Bytes*, int);
+  void (*matmul)(const Matmul&) = nullptr;  // only with AMX
 };
 
 #define LK_DECLARE(level)                                                                            \
@@ -37,9 +42,27 @@ LK_DECLARE(avx2)
 LK_DECLARE(avx512)
 LK_DECLARE(avx512_bf16)
 #endif
+#if defined(LK_AMX)
+namespace amx {
+void matmul(const Matmul&);
+inline const Kernels kernels = [] {
+  Kernels all = avx512_bf16::kernels;
+  all.level = "amx";
+  all.matmul = matmul;
+  return all;
+}();
+}  // namespace amx
+
+// Linux hands the tiles' state only to a process that asks for it
+inline bool tiles_allowed() {
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+#endif
 
 // the sets that this processor runs, the fastest last
-inline int supported(const Kernels* found[4]) {
+constexpr int LEVELS = 5;
+inline int supported(const Kernels* (&found)[LEVELS]) {
   int count = 0;
   found[count++] = &portable::kernels;
 #if defined(LK_X86)
@@ -54,7 +77,11 @@ inline int supported(const Kernels* found[4]) {
     return count;
   }
   found[count++] = &avx512::kernels;
-  if (__builtin_cpu_supports("avx512bf16")) found[count++] = &avx512_bf16::kernels;
+  if (!__builtin_cpu_supports("avx512bf16")) return count;
+  found[count++] = &avx512_bf16::kernels;
+#if defined(LK_AMX)
+  if (__builtin_cpu_supports("amx-bf16") && tiles_allowed()) found[count++] = &amx::kernels;
+#endif
 #endif
   return count;
 }

@@ -3,10 +3,11 @@
 //   avx2         x86-64-v3: AVX2, FMA, F16C 8 floats
 //   avx512       x86-64-v4                  16 floats
 //   avx512_bf16  x86-64-v4 + AVX512_BF16    16 floats, bf16 dot products
+//   amx          the last + AMX_BF16        bf16 products on tiles (cpu_amx.cpp); the rest is avx512_bf16's
 #pragma once
 
 #ifndef LK_LEVEL
-#error "compile with -DLK_LEVEL=portable|avx2|avx512|avx512_bf16"
+#error "compile with -DLK_LEVEL=portable|avx2|avx512|avx512_bf16|amx"
 #endif
 
 #if defined(__AVX512F__)

@@ -54,4 +54,15 @@ struct ColumnSums {
   int threads;
 };
 
+// y = x Wᵀ if transposed (w is [out, in]), else x W (w is [in, out]); bf16 with float32 sums and result.
+// x has rows of zeros up to a multiple of 16 tokens and columns up to one of 32; y has room for multiples of 16.
+struct Matmul {
+  View x, w;
+  float* y;  // [tokens, out], rows y_row apart
+  int64_t y_row;
+  bool transposed;
+  int64_t tokens, n_in, n_out;
+  int threads;
+};
+
 }  // namespace lk

@@ -1,7 +1,9 @@
 """CPU: for few tokens one C++ kernel that streams W once; above, the vendor's GEMM between thin C++ passes in place.
 
-16-bit weights are widened block by block into a float32 scratch that stays in the cache, in both directions, so that W
-is never copied whole, sums are float32, and y is rounded once.
+The vendor's 16-bit GEMM rounds its result before the adapter's term is added, which costs 1.4 to 1.9 times the error of
+one rounding; without native support it is up to 100 times slower, and with AMX a NaN can reach other rows. So 16-bit
+products are ours: on AMX tiles where there are any, else W is widened block by block into a float32 scratch that stays in
+the cache, in both directions. Sums are float32 and y is rounded once.
 """
 
 import torch
@@ -11,6 +13,7 @@ from lora_kernels.ops.buffers import mask, matrix, refuse_dtypes, row_major, tra
 from lora_kernels.ops.registry import implements
 
 BLOCK = 256  # rows of W widened at a time: 4 MiB of float32 at 4096 columns
+TILE = 16  # rows of an AMX tile
 
 
 def refusal(x, w, a, b, scale, bias, gain, *_):
@@ -101,12 +104,21 @@ def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, 
 def _input_gradient(dy, x, w, a, gain, p, drop, drop_base):
     """(dy ⊙ gain) W + mask ⊙ (p A), or for a dropped base dy W + mask ⊙ ((dy ⊙ (gain - 1)) W + p A)."""
     if drop_base:
-        wide = _times_weight(dy * (gain - 1), w, torch.float32)
+        wide = _times_weight(dy * (gain - 1), w)
         _expand(wide, wide, a, p, mask=drop, mask_from=True)
-        return (wide + _times_weight(dy, w, torch.float32)).to(x.dtype)
-    dz = dy if gain is None else dy * gain.to(torch.float32)
+        return (wide + _times_weight(dy, w)).to(x.dtype)
     dx = x.new_empty(x.shape)
-    product = _times_weight(dz, w, x.dtype)
+    if gain is None:
+        product = _times_weight(dy, w)
+    else:
+        dz = dy * gain.to(torch.float32)
+        if _on_tiles(dy, w):
+            # two bf16 numbers hold dz to 2⁻¹⁷, so that its rounding does not show in dx
+            high = dz.to(torch.bfloat16)
+            product = _times_weight(high, w)
+            product += _times_weight((dz - high).to(torch.bfloat16), w)
+        else:
+            product = _times_weight(dz, w)
     _expand(product, dx, a, p, mask=drop)
     return dx
 
@@ -139,10 +151,19 @@ def _expand(source, target, b, h, *, gain=None, bias=None, mask=None, mask_from=
 
 
 def _products(x, w):
-    """x Wᵀ as (rows of W, product): one piece, or float32 pieces where the GEMM of that dtype is slow."""
-    if not blocked(w.dtype):
+    """x Wᵀ as (rows of W, product): one piece, or for 16-bit weights float32 pieces."""
+    if w.dtype is torch.float32:
         yield slice(0, w.shape[0]), x @ w.T
-        return
+    elif _on_tiles(x, w):
+        padded = _padded(x)
+        for first in range(0, w.shape[0], 4 * BLOCK):
+            rows = slice(first, min(first + 4 * BLOCK, w.shape[0]))
+            yield rows, _matmul(padded, w[rows], x.shape[0], transposed=True)
+    else:
+        yield from _widened(x, w)
+
+
+def _widened(x, w):
     wide, scratch = x.float(), x.new_empty(min(BLOCK, w.shape[0]), w.shape[1], dtype=torch.float32)
     part = wide.new_empty(x.shape[0], len(scratch))
     for first in range(0, w.shape[0], BLOCK):
@@ -154,10 +175,12 @@ def _products(x, w):
         yield rows, product
 
 
-def _times_weight(dy, w, dtype):
-    """dy W, in `dtype` or in float32."""
-    if not blocked(w.dtype):
-        return (dy.to(w.dtype) @ w).to(torch.float32 if dtype is torch.float32 else w.dtype)
+def _times_weight(dy, w):
+    """dy W, in float32."""
+    if w.dtype is torch.float32:
+        return dy @ w
+    if _on_tiles(dy, w):
+        return _matmul(_padded(dy), w, dy.shape[0], transposed=False)
     wide = dy.float()
     out = wide.new_zeros(dy.shape[0], w.shape[1])
     scratch = wide.new_empty(min(BLOCK, w.shape[0]), w.shape[1])
@@ -169,16 +192,34 @@ def _times_weight(dy, w, dtype):
     return out
 
 
+def _on_tiles(x, w):
+    """Whether the product runs on AMX tiles: bf16 both, and W by rows."""
+    return x.dtype is w.dtype is torch.bfloat16 and w.stride(1) == 1 and _cpu.has_matmul()
+
+
+def _padded(x):
+    """x with zeros up to whole tiles, its rows an odd number of cache lines apart so that they use all cache sets."""
+    tokens, n_in = x.shape
+    padded = x.new_zeros(-(-tokens // TILE) * TILE, -(-n_in // 64) * 64 + 32)
+    padded[:tokens, :n_in] = x
+    return padded
+
+
+def _matmul(padded, w, tokens, *, transposed):
+    n_out, n_in = w.shape if transposed else w.shape[::-1]
+    y = padded.new_empty(len(padded), -(-n_out // 32) * 32 + TILE, dtype=torch.float32)
+    _cpu.matmul(
+        matrix(padded), matrix(w), y.data_ptr(), y.stride(0), transposed, tokens, n_in, n_out, torch.get_num_threads()
+    )
+    return y[:tokens, :n_out]
+
+
 def _slice(vector, rows):
     return None if vector is None else vector[rows]
 
 
 def small(dtype: torch.dtype) -> int:
     """Up to how many tokens the fused kernel is faster than the GEMM."""
+    if dtype is torch.bfloat16 and _cpu.has_matmul():
+        return 4
     return 32 if dtype is torch.float32 else 64
-
-
-def blocked(dtype: torch.dtype) -> bool:
-    """Whether W is widened by blocks: the vendor's 16-bit GEMM rounds its result before the adapter's term is added,
-    which costs 1.4 to 1.9 times the error of one rounding, and without native support is up to 100 times slower."""
-    return dtype is not torch.float32
