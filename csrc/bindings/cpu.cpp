@@ -1,9 +1,10 @@
 // lora_kernels._cpu: the CPU kernels on raw pointers. Shapes, dtypes and strides are the caller's to check (op.py).
-// A matrix arrives as (address, row stride, column stride, dtype), a vector likewise with row stride 0, None as no data.
+// A matrix arrives as (address, row stride, column stride, dtype), a vector likewise with row stride 0, None as no
+// data.
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 
 #include "levels.h"
@@ -91,81 +92,93 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("level", [] { return chosen->level; }, "The instruction set in use.");
   m.def("set_level", &set_level, "Uses another instruction set, for tests and benchmarks.");
 
-  m.def("forward_small",
-        [](View x, View w, View a, View b, View y, View z, View bias, View gain, uintptr_t h, float scale, Dropout dropout,
-           int64_t tokens, int64_t n_in, int64_t n_out, int64_t rank, int threads) {
-          chosen->forward_small(
-              {x, w, a, b, y, z, bias, gain, at<float>(h), scale, dropout, tokens, n_in, n_out, rank, threads});
-        },
-        release());
-  m.def("shrink",
-        [](View x, View a, View gain, uintptr_t h, float scale, Dropout dropout, int64_t tokens, int64_t n_in,
-           int64_t rank, int threads) {
-          chosen->shrink({x, a, gain, at<float>(h), scale, dropout, tokens, n_in, rank, threads});
-        },
-        release());
-  m.def("expand",
-        [](View from, View to, View b, View gain, View bias, uintptr_t h, Dropout dropout, bool mask_from,
-           int64_t tokens, int64_t n_out, int64_t rank, int threads) {
-          chosen->expand({from, to, b, gain, bias, at<const float>(h), dropout, mask_from, tokens, n_out, rank, threads});
-        },
-        release());
-  m.def("outer",
-        [](View x, View d, View gain, uintptr_t p, Dropout dropout, int64_t tokens, int64_t n_in, int64_t rank,
-           int threads) {
-          chosen->outer({x, d, gain, at<const float>(p), dropout, tokens, n_in, rank, threads});
-        },
-        release());
-  m.def("column_sums",
-        [](View u, View v, uintptr_t sums, int64_t tokens, int64_t n_out, int threads) {
-          chosen->column_sums({u, v, at<float>(sums), tokens, n_out, threads});
-        },
-        release());
+  m.def(
+      "forward_small",
+      [](View x, View w, View a, View b, View y, View z, View bias, View gain, uintptr_t h, float scale,
+         Dropout dropout, int64_t tokens, int64_t n_in, int64_t n_out, int64_t rank, int threads) {
+        chosen->forward_small(
+            {x, w, a, b, y, z, bias, gain, at<float>(h), scale, dropout, tokens, n_in, n_out, rank, threads});
+      },
+      release());
+  m.def(
+      "shrink",
+      [](View x, View a, View gain, uintptr_t h, float scale, Dropout dropout, int64_t tokens, int64_t n_in,
+         int64_t rank,
+         int threads) { chosen->shrink({x, a, gain, at<float>(h), scale, dropout, tokens, n_in, rank, threads}); },
+      release());
+  m.def(
+      "expand",
+      [](View from, View to, View b, View gain, View bias, uintptr_t h, Dropout dropout, bool mask_from, int64_t tokens,
+         int64_t n_out, int64_t rank, int threads) {
+        if (from.type != lk::DType::f32 && to.type != lk::DType::f32) {
+          throw std::invalid_argument("expand: from or to must be float32");
+        }
+        chosen->expand({from, to, b, gain, bias, at<const float>(h), dropout, mask_from, tokens, n_out, rank, threads});
+      },
+      release());
+  m.def(
+      "outer",
+      [](View x, View d, View gain, uintptr_t p, Dropout dropout, int64_t tokens, int64_t n_in, int64_t rank,
+         int threads) { chosen->outer({x, d, gain, at<const float>(p), dropout, tokens, n_in, rank, threads}); },
+      release());
+  m.def(
+      "column_sums",
+      [](View u, View v, uintptr_t sums, int64_t tokens, int64_t n_out, int threads) {
+        chosen->column_sums({u, v, at<float>(sums), tokens, n_out, threads});
+      },
+      release());
 
-  m.def("has_matmul", [] { return chosen->matmul != nullptr; }, "Whether this level has bf16 products with float32 sums.");
-  m.def("matmul",
-        [](View x, View w, uintptr_t y, int64_t y_row, bool transposed, int64_t tokens, int64_t n_in, int64_t n_out,
-           int threads) {
-          if (chosen->matmul == nullptr) throw std::runtime_error("matmul: this level has no bf16 products");
-          chosen->matmul({x, w, at<float>(y), y_row, transposed, tokens, n_in, n_out, threads});
-        },
-        release());
+  m.def(
+      "has_matmul", [] { return chosen->matmul != nullptr; },
+      "Whether this level has bf16 products with float32 sums.");
+  m.def(
+      "matmul",
+      [](View x, View w, uintptr_t y, int64_t y_row, bool transposed, int64_t tokens, int64_t n_in, int64_t n_out,
+         int threads) {
+        if (chosen->matmul == nullptr) throw std::runtime_error("matmul: this level has no bf16 products");
+        chosen->matmul({x, w, at<float>(y), y_row, transposed, tokens, n_in, n_out, threads});
+      },
+      release());
 
-  m.def("weight_norm",
-        [](View w, View a, View b, View w_squared, uintptr_t norm, float scale, float max_condition, int64_t n_in,
-           int64_t n_out, int64_t rank, int threads) {
-          chosen->weight_norm({w, a, b, w_squared, at<float>(norm), scale, max_condition, n_in, n_out, rank, threads});
-        },
-        release());
-  m.def("row_norm_squared",
-        [](View w, uintptr_t squared, int64_t n_in, int64_t n_out, int threads) {
-          chosen->row_norm_squared({w, at<float>(squared), n_in, n_out, threads});
-        },
-        release());
-  m.def("checksum",
-        [](py::args ranges) {
-          lk::Bytes bytes[8];
-          const int count = int(ranges.size() / 2);
-          if (count > 8) throw std::invalid_argument("checksum: at most 8 ranges");
-          for (int i = 0; i < count; i++) {
-            bytes[i] = {PyLong_AsVoidPtr(ranges[2 * i].ptr()), PyLong_AsLongLong(ranges[2 * i + 1].ptr())};
-          }
-          if (PyErr_Occurred()) throw py::error_already_set();
-          return chosen->checksum(bytes, count);
-        },
-        "A 64-bit checksum of (address, bytes, address, bytes, …).");
-  m.def("sample",
-        [](const View& w, int64_t rows, int64_t columns, int64_t size) {
-          // one element of each of 64 rows, its column walking across the matrix
-          uint64_t sum = 0;
-          for (int64_t i = 0; i < 64; i++) {
-            const int64_t row = rows * i / 64, column = (columns * (2 * i + 1) / 128 + i) % columns;
-            uint64_t bits = 0;
-            std::memcpy(&bits, static_cast<const char*>(w.data) + (row * w.row + column * w.col) * size, size);
-            sum = (sum ^ bits) * 0x9E3779B97F4A7C15u;
-            sum ^= sum >> 29;
-          }
-          return sum;
-        },
-        "A checksum of 64 elements of a matrix; `size` is that of an element, in bytes.");
+  m.def(
+      "weight_norm",
+      [](View w, View a, View b, View w_squared, uintptr_t norm, float scale, float max_condition, int64_t n_in,
+         int64_t n_out, int64_t rank, int threads) {
+        chosen->weight_norm({w, a, b, w_squared, at<float>(norm), scale, max_condition, n_in, n_out, rank, threads});
+      },
+      release());
+  m.def(
+      "row_norm_squared",
+      [](View w, uintptr_t squared, int64_t n_in, int64_t n_out, int threads) {
+        chosen->row_norm_squared({w, at<float>(squared), n_in, n_out, threads});
+      },
+      release());
+  m.def(
+      "checksum",
+      [](py::args ranges) {
+        lk::Bytes bytes[8];
+        const int count = int(ranges.size() / 2);
+        if (count > 8) throw std::invalid_argument("checksum: at most 8 ranges");
+        for (int i = 0; i < count; i++) {
+          bytes[i] = {PyLong_AsVoidPtr(ranges[2 * i].ptr()), PyLong_AsLongLong(ranges[2 * i + 1].ptr())};
+        }
+        if (PyErr_Occurred()) throw py::error_already_set();
+        return chosen->checksum(bytes, count);
+      },
+      "A 64-bit checksum of (address, bytes, address, bytes, …).");
+  m.def(
+      "sample",
+      [](const View& w, int64_t rows, int64_t columns, int64_t size) {
+        // one element of each of 64 rows, its column walking across the matrix
+        uint64_t sum = 0;
+        for (int64_t i = 0; i < 64; i++) {
+          const int64_t row = rows * i / 64, column = (columns * (2 * i + 1) / 128 + i) % columns;
+          uint64_t bits = 0;
+          std::memcpy(&bits, static_cast<const char*>(w.data) + (row * w.row + column * w.col) * size, size);
+          sum = (sum ^ bits) * 0x9E3779B97F4A7C15u;
+          sum ^= sum >> 29;
+        }
+        return sum;
+      },
+      "A checksum of 64 elements of a matrix; `size` is that of an element, in bytes.");
 }

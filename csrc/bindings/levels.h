@@ -22,18 +22,18 @@ struct Kernels {
   void (*matmul)(const Matmul&) = nullptr;  // only with AMX
 };
 
-#define LK_DECLARE(level)                                                                            \
-  namespace level {                                                                                  \
-  void forward_small(const ForwardSmall&);                                                           \
-  void shrink(const Shrink&);                                                                        \
-  void expand(const Expand&);                                                                        \
-  void outer(const Outer&);                                                                          \
-  void column_sums(const ColumnSums&);                                                               \
-  void weight_norm(const WeightNorm&);                                                               \
-  void row_norm_squared(const RowNormSquared&);                                                      \
-  uint64_t checksum(const Bytes*, int);                                                              \
-  constexpr Kernels kernels{#level, forward_small, shrink,           expand,  outer,                 \
-                            column_sums, weight_norm, row_norm_squared, checksum};                   \
+#define LK_DECLARE(level)                                                                 \
+  namespace level {                                                                       \
+  void forward_small(const ForwardSmall&);                                                \
+  void shrink(const Shrink&);                                                             \
+  void expand(const Expand&);                                                             \
+  void outer(const Outer&);                                                               \
+  void column_sums(const ColumnSums&);                                                    \
+  void weight_norm(const WeightNorm&);                                                    \
+  void row_norm_squared(const RowNormSquared&);                                           \
+  uint64_t checksum(const Bytes*, int);                                                   \
+  constexpr Kernels kernels{#level,      forward_small, shrink,           expand,  outer, \
+                            column_sums, weight_norm,   row_norm_squared, checksum};      \
   }
 
 LK_DECLARE(portable)
@@ -67,8 +67,7 @@ inline int supported(const Kernels* (&found)[LEVELS]) {
   found[count++] = &portable::kernels;
 #if defined(LK_X86)
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
-      !__builtin_cpu_supports("f16c")) {
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
     return count;
   }
   found[count++] = &avx2::kernels;

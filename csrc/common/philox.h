@@ -1,4 +1,5 @@
-// The dropout mask of lora_kernels/ops/dropout.py: Philox4x32-10, key = seed, counter = (column / 4, row, row >> 32, 0).
+// The dropout mask of lora_kernels/ops/dropout.py: Philox4x32-10, key = seed, counter = (column / 4, row, row >> 32,
+// 0).
 #pragma once
 #include "vec.h"
 
@@ -25,7 +26,8 @@ LK_INLINE wide multiply(wide a, uint32_t b) {
 }
 
 // mask[i] = keep or 0 for columns first..first+count of one row; first is a multiple of 4
-LK_INLINE void dropout_mask(const Dropout& drop, int64_t row, int64_t first, int64_t count, float* mask) {
+static __attribute__((noinline)) void dropout_mask(const Dropout& drop, int64_t row, int64_t first, int64_t count,
+                                                   float* mask) {
   const wide low = wide{} + 0xffffffffu;
   wide lane;
   for (int i = 0; i < GROUPS; i++) lane[i] = i;
@@ -45,7 +47,8 @@ LK_INLINE void dropout_mask(const Dropout& drop, int64_t row, int64_t first, int
     }
     uint32_t word[GROUPS][4];
     for (int i = 0; i < GROUPS; i++) {
-      word[i][0] = uint32_t(c0[i]), word[i][1] = uint32_t(c1[i]), word[i][2] = uint32_t(c2[i]), word[i][3] = uint32_t(c3[i]);
+      word[i][0] = uint32_t(c0[i]), word[i][1] = uint32_t(c1[i]), word[i][2] = uint32_t(c2[i]),
+      word[i][3] = uint32_t(c3[i]);
     }
     const int64_t n = count - done < 4 * GROUPS ? count - done : 4 * GROUPS;
     for (int64_t i = 0; i < n; i++) mask[done + i] = word[i / 4][i % 4] >= drop.threshold ? drop.keep : 0.f;

@@ -12,9 +12,9 @@ namespace lk::LK_LEVEL {
 
 namespace {
 
-constexpr int64_t ROWS = 16, DEPTH = 32;            // a tile: 16 rows of 32 bf16, or of 16 floats
-constexpr int64_t COLUMNS = 256, CHUNK = 1024;      // packed at a time: 512 KiB, a quarter of the second-level cache
-constexpr int64_t TILE = ROWS * DEPTH;              // elements of a packed tile
+constexpr int64_t ROWS = 16, DEPTH = 32;        // a tile: 16 rows of 32 bf16, or of 16 floats
+constexpr int64_t COLUMNS = 256, CHUNK = 1024;  // packed at a time: 512 KiB, a quarter of the second-level cache
+constexpr int64_t TILE = ROWS * DEPTH;          // elements of a packed tile
 
 struct __attribute__((packed)) TileConfig {
   uint8_t palette = 1, start = 0, reserved[14] = {};

@@ -76,7 +76,7 @@ LK_INLINE void outputs(const ForwardSmall& p, const W* w, const X* x, int64_t x_
           vec acc[NROWS][m.value] = {};
           vec* kept = partial + t * NROWS;
           if (k > 0) {
-            LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
+  LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
                 acc[j][i] = kept[i * NROWS + j];
           }
           dot(w + k, p.w.row, x + t * x_row + k, x_row, count, acc);

@@ -47,6 +47,27 @@ LK_INLINE void tile(const T* x, int64_t x_row, const Dropout& drop, int64_t t, i
   }
 }
 
+// h[0:tokens, 0:rank] (+)= x · a over `width` columns
+__attribute__((noinline)) void shrink_tile(const float* a, int64_t a_row, const float* x, int64_t x_row, int tokens,
+                                           int64_t width, int64_t rank, float* h, bool add) {
+  for (int64_t j = 0; j < rank; j += NR) {
+    with_count(int(std::min<int64_t>(NR, rank - j)), [&](auto rows_a) {
+      with_count(tokens, [&](auto rows_x) {
+        if constexpr (rows_a.value <= NR && rows_x.value <= MR) {
+          vec acc[rows_a.value][rows_x.value] = {};
+          dot(a + j * a_row, a_row, x, x_row, width, acc);
+  LK_UNROLL for (int m = 0; m < rows_x.value; m++) {
+            LK_UNROLL for (int i = 0; i < rows_a.value; i++) {
+              float& to = h[m * rank + j + i];
+              to = (add ? to : 0.f) + sum(acc[i][m]);
+            }
+          }
+        }
+      });
+    });
+  }
+}
+
 constexpr int64_t SHRINK_K = 1024;  // columns of x at a time: the tile and A's block stay in the nearer caches
 
 }  // namespace
@@ -75,23 +96,7 @@ void shrink(const Shrink& p) {
           } else {
             tile(x, p.x.row, p.dropout, t, count, k, width, x_tile.get(), SHRINK_K);
           }
-          for (int64_t j = 0; j < p.rank; j += NR) {
-            const int n = int(std::min<int64_t>(NR, p.rank - j));
-            with_count(n, [&](auto rows_a) {
-              with_count(count, [&](auto rows_x) {
-                if constexpr (rows_a.value <= NR && rows_x.value <= MR) {
-                  vec acc[rows_a.value][rows_x.value] = {};
-                  dot(a.get() + j * row + k, row, rows, rows_row, width, acc);
-                  LK_UNROLL for (int m = 0; m < rows_x.value; m++) {
-                    LK_UNROLL for (int i = 0; i < rows_a.value; i++) {
-                      float& h = p.h[(t + m) * p.rank + j + i];
-                      h = (k > 0 ? h : 0.f) + sum(acc[i][m]);
-                    }
-                  }
-                }
-              });
-            });
-          }
+          shrink_tile(a.get() + k, row, rows, rows_row, count, width, p.rank, p.h + t * p.rank, k > 0);
         }
       }
     });
@@ -138,6 +143,31 @@ LK_INLINE void expand_tile(const Expand& p, const From* from, To* to, const floa
   }
 }
 
+template <typename From, typename To>
+void expand_rows(const Expand& p, const From* from, To* to, const float* b, int64_t b_row, const float* gain,
+                 const float* bias, Range tokens) {
+  // not instantiated for two 16-bit types, which nobody asks for: see params.h
+  if constexpr (std::is_same_v<From, float> || std::is_same_v<To, float>) {
+    float mask[CR * COLUMNS];
+    for (int64_t t = tokens.first; t < tokens.last; t += CR) {
+      const int count = int(std::min<int64_t>(CR, tokens.last - t));
+      for (int64_t n = 0; n < p.n_out; n += COLUMNS) {
+        const int64_t columns = std::min(COLUMNS, p.n_out - n);
+        if (p.dropout.active()) {
+          for (int m = 0; m < count; m++) dropout_mask(p.dropout, t + m, n, COLUMNS, mask + m * COLUMNS);
+        }
+        with_count(count, [&](auto rows) {
+          if constexpr (rows.value <= CR) {
+            expand_tile<rows.value>(p, from + t * p.from.row + n, to + t * p.to.row + n, b + n, b_row, p.h + t * p.rank,
+                                    p.gain.data ? gain + n : nullptr, p.bias.data ? bias + n : nullptr,
+                                    p.dropout.active() ? mask : nullptr, columns);
+          }
+        });
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void expand(const Expand& p) {
@@ -154,24 +184,7 @@ void expand(const Expand& p) {
 #pragma omp barrier
     float mask[CR * COLUMNS];
     with_type(p.from, [&](auto* from) {
-      with_type(p.to, [&](auto* to) {
-        for (int64_t t = tokens.first; t < tokens.last; t += CR) {
-          const int count = int(std::min<int64_t>(CR, tokens.last - t));
-          for (int64_t n = 0; n < p.n_out; n += COLUMNS) {
-            const int64_t columns = std::min(COLUMNS, p.n_out - n);
-            if (p.dropout.active()) {
-              for (int m = 0; m < count; m++) dropout_mask(p.dropout, t + m, n, COLUMNS, mask + m * COLUMNS);
-            }
-            with_count(count, [&](auto rows) {
-              if constexpr (rows.value <= CR) {
-                expand_tile<rows.value>(p, from + t * p.from.row + n, to + t * p.to.row + n, b + n, row,
-                                        p.h + t * p.rank, p.gain.data ? gain + n : nullptr,
-                                        p.bias.data ? bias + n : nullptr, p.dropout.active() ? mask : nullptr, columns);
-              }
-            });
-          }
-        }
-      });
+      with_type(p.to, [&](auto* to) { expand_rows(p, from, to, b, row, gain, bias, tokens); });
     });
   }
 }
@@ -195,6 +208,15 @@ LK_INLINE void outer_tile(const float* p, int64_t p_row, const float* x, int64_t
     }
   }
   LK_UNROLL for (int i = 0; i < ROWS; i++) LK_UNROLL for (int c = 0; c < CV; c++) store(d + i * d_row + c * VL, acc[i][c]);
+}
+
+__attribute__((noinline)) void outer_tiles(const float* p, int64_t rank, const float* x, int64_t x_row, int64_t tokens,
+                                           float* d) {
+  for (int64_t i = 0; i < rank; i += CR) {
+    with_count(int(std::min<int64_t>(CR, rank - i)), [&](auto ranks) {
+      if constexpr (ranks.value <= CR) outer_tile<ranks.value>(p + i, rank, x, x_row, tokens, d + i * COLUMNS, COLUMNS);
+    });
+  }
 }
 
 }  // namespace
@@ -221,13 +243,7 @@ void outer(const Outer& p) {
           } else {
             tile(x, p.x.row, p.dropout, t, tokens, k, width, x_tile, COLUMNS);
           }
-          for (int64_t i = 0; i < p.rank; i += CR) {
-            with_count(int(std::min<int64_t>(CR, p.rank - i)), [&](auto ranks) {
-              if constexpr (ranks.value <= CR) {
-                outer_tile<ranks.value>(p.p + t * p.rank + i, p.rank, rows, rows_row, tokens, d + i * COLUMNS, COLUMNS);
-              }
-            });
-          }
+          outer_tiles(p.p + t * p.rank, p.rank, rows, rows_row, tokens, d);
         }
         with_type(p.d, [&](auto* out) {
           for (int64_t c = 0; c < width; c++) {
@@ -248,7 +264,7 @@ void column_sums(const ColumnSums& p) {
     float* sums = p.sums;
     std::fill(sums + columns.first, sums + columns.last, 0.f);
     with_type(p.u, [&](auto* u) {
-      with_type(p.v, [&](auto* v) {
+        const auto* v = static_cast<decltype(u)>(p.v.data);
         for (int64_t t = 0; t < p.tokens; t++) {
           for (int64_t n = columns.first; n < columns.last; n += VL) {
             const int64_t left = columns.last - n;
@@ -261,7 +277,6 @@ void column_sums(const ColumnSums& p) {
                        : store_first(sums + n, load_first(sums + n, left) + value, left);
           }
         }
-      });
     });
   }
 }

@@ -29,7 +29,8 @@ struct Shrink {
 
 // to = gain ⊙ (from + mask ⊙ (h b)) + bias, or with mask_from gain ⊙ mask ⊙ (from + h b) + bias
 struct Expand {
-  View from, to, b, gain, bias;  // [tokens, out] twice (may be one) [rank, out] (any strides) [out] or no data
+  View from, to, b, gain, bias;  // [tokens, out] twice (may be one; at least one of them float32) [rank, out] (any
+                                 // strides) [out] or no data
   const float* h;                // [tokens, rank]
   Dropout dropout;
   bool mask_from;
@@ -46,7 +47,7 @@ struct Outer {
   int threads;
 };
 
-// sums[n] = Σ over tokens of u[t, n] · v[t, n], or of u[t, n] where v has no data
+// sums[n] = Σ over tokens of u[t, n] · v[t, n], or of u[t, n] where v has no data; v has the type of u
 struct ColumnSums {
   View u, v;
   float* sums;

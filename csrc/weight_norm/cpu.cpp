@@ -19,7 +19,7 @@ LK_INLINE float squared(const W* row, int64_t count) {
   vec acc[4] = {};
   int64_t k = 0;
   for (; k + 4 * VL <= count; k += 4 * VL) {
-    LK_UNROLL for (int i = 0; i < 4; i++) {
+  LK_UNROLL for (int i = 0; i < 4; i++) {
       const vec v = load(row + k + i * VL);
       acc[i] += v * v;
     }

@@ -135,7 +135,7 @@ def _gain_gradient(dy, x, w, a, b, scale, gain, dropout, seed, y, z):
 
 def _column_sums(u, v):
     sums = u.new_empty(u.shape[1], dtype=torch.float32)
-    v = None if v is None else row_major(v)
+    v = None if v is None else row_major(v.to(u.dtype))
     _cpu.column_sums(matrix(u), None if v is None else matrix(v), sums.data_ptr(), *u.shape, torch.get_num_threads())
     return sums
 
