@@ -110,8 +110,8 @@ PYBIND11_MODULE(_cpu, m) {
       "expand",
       [](View from, View to, View b, View gain, View bias, uintptr_t h, Dropout dropout, bool mask_from, int64_t tokens,
          int64_t n_out, int64_t rank, int threads) {
-        if (from.type != lk::DType::f32 && to.type != lk::DType::f32) {
-          throw std::invalid_argument("expand: from or to must be float32");
+        if (from.type != lk::DType::f32) {
+          throw std::invalid_argument("expand: from must be float32");
         }
         chosen->expand({from, to, b, gain, bias, at<const float>(h), dropout, mask_from, tokens, n_out, rank, threads});
       },

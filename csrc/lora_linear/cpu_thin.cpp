@@ -110,8 +110,8 @@ constexpr int CR = LK_VL == 16 ? 6 : 4;   // rows in a register tile
 constexpr int64_t COLUMNS = CV * VL;
 
 // ROWS × COLUMNS of `to`; b and mask cover these columns
-template <int ROWS, typename From, typename To>
-LK_INLINE void expand_tile(const Expand& p, const From* from, To* to, const float* b, int64_t b_row, const float* h,
+template <int ROWS, typename To>
+LK_INLINE void expand_tile(const Expand& p, const float* from, To* to, const float* b, int64_t b_row, const float* h,
                            const float* gain, const float* bias, const float* mask, int64_t columns) {
   vec acc[ROWS][CV] = {};
   for (int64_t i = 0; i < p.rank; i++) {
@@ -126,7 +126,7 @@ LK_INLINE void expand_tile(const Expand& p, const From* from, To* to, const floa
     LK_UNROLL for (int c = 0; c < CV; c++) {
       const int64_t left = columns - c * VL;
       if (left <= 0) continue;
-      const From* source = from + m * p.from.row + c * VL;
+      const float* source = from + m * p.from.row + c * VL;
       vec base = left >= VL ? load(source) : load_first(source, left);
       vec value = acc[m][c];
       if (mask) {
@@ -143,11 +143,9 @@ LK_INLINE void expand_tile(const Expand& p, const From* from, To* to, const floa
   }
 }
 
-template <typename From, typename To>
-void expand_rows(const Expand& p, const From* from, To* to, const float* b, int64_t b_row, const float* gain,
+template <typename To>
+void expand_rows(const Expand& p, const float* from, To* to, const float* b, int64_t b_row, const float* gain,
                  const float* bias, Range tokens) {
-  // not instantiated for two 16-bit types, which nobody asks for: see params.h
-  if constexpr (std::is_same_v<From, float> || std::is_same_v<To, float>) {
     float mask[CR * COLUMNS];
     for (int64_t t = tokens.first; t < tokens.last; t += CR) {
       const int count = int(std::min<int64_t>(CR, tokens.last - t));
@@ -165,7 +163,6 @@ void expand_rows(const Expand& p, const From* from, To* to, const float* b, int6
         });
       }
     }
-  }
 }
 
 }  // namespace
@@ -183,9 +180,7 @@ void expand(const Expand& p) {
     if (thread == threads - 1 && p.bias.data) pack(p.bias, View{}, 1.f, 0, 1, p.n_out, bias, row);
 #pragma omp barrier
     float mask[CR * COLUMNS];
-    with_type(p.from, [&](auto* from) {
-      with_type(p.to, [&](auto* to) { expand_rows(p, from, to, b, row, gain, bias, tokens); });
-    });
+    with_type(p.to, [&](auto* to) { expand_rows(p, static_cast<const float*>(p.from.data), to, b, row, gain, bias, tokens); });
   }
 }
 

@@ -29,7 +29,7 @@ struct Shrink {
 
 // to = gain ⊙ (from + mask ⊙ (h b)) + bias, or with mask_from gain ⊙ mask ⊙ (from + h b) + bias
 struct Expand {
-  View from, to, b, gain, bias;  // [tokens, out] twice (may be one; at least one of them float32) [rank, out] (any
+  View from, to, b, gain, bias;  // [tokens, out] twice (may be one; from is float32) [rank, out] (any
                                  // strides) [out] or no data
   const float* h;                // [tokens, rank]
   Dropout dropout;

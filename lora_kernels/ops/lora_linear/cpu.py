@@ -48,9 +48,10 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
     kept = x
     rest = None
     if drop_base:
-        kept = x.new_empty(tokens, n_in, dtype=torch.float32)
-        _expand(x, kept, a[:0], h[:, :0], mask=drop, mask_from=True)
-        rest = x.float() - kept
+        wide = x.float()
+        kept = torch.empty_like(wide)
+        _expand(wide, kept, a[:0], h[:, :0], mask=drop, mask_from=True)
+        rest = wide - kept
     # float32 between the passes where there is more than one, so that y is rounded once
     for rows, part in _products(kept, w):
         slice_b, slice_gain, slice_bias = b[rows], _slice(gain, rows), _slice(bias, rows)
