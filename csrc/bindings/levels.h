@@ -40,13 +40,12 @@ LK_DECLARE(portable)
 #if defined(LK_X86)
 LK_DECLARE(avx2)
 LK_DECLARE(avx512)
-LK_DECLARE(avx512_bf16)
 #endif
 #if defined(LK_AMX)
 namespace amx {
 void matmul(const Matmul&);
 inline const Kernels kernels = [] {
-  Kernels all = avx512_bf16::kernels;
+  Kernels all = avx512::kernels;
   all.level = "amx";
   all.matmul = matmul;
   return all;
@@ -61,7 +60,7 @@ inline bool tiles_allowed() {
 #endif
 
 // the sets that this processor runs, the fastest last
-constexpr int LEVELS = 5;
+constexpr int LEVELS = 4;
 inline int supported(const Kernels* (&found)[LEVELS]) {
   int count = 0;
   found[count++] = &portable::kernels;
@@ -76,8 +75,6 @@ inline int supported(const Kernels* (&found)[LEVELS]) {
     return count;
   }
   found[count++] = &avx512::kernels;
-  if (!__builtin_cpu_supports("avx512bf16")) return count;
-  found[count++] = &avx512_bf16::kernels;
 #if defined(LK_AMX)
   if (__builtin_cpu_supports("amx-bf16") && tiles_allowed()) found[count++] = &amx::kernels;
 #endif

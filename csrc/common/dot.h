@@ -31,23 +31,6 @@ LK_INLINE void dot(const W* w, int64_t w_row, const float* x, int64_t x_row, int
   }
 }
 
-#if defined(__AVX512BF16__)
-// the same for two bf16 matrices, two products a lane
-template <int N, int M>
-LK_INLINE void dot(const bf16* w, int64_t w_row, const bf16* x, int64_t x_row, int64_t count, vec (&acc)[N][M]) {
-  const auto pairs = [](const bf16* p, __mmask32 mask) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, p); };
-  for (int64_t k = 0; k < count; k += 32) {
-    const __mmask32 mask = count - k >= 32 ? ~0u : (1u << (count - k)) - 1;
-    __m512bh row[N];
-    LK_UNROLL for (int j = 0; j < N; j++) row[j] = pairs(w + j * w_row + k, mask);
-    LK_UNROLL for (int m = 0; m < M; m++) {
-      const __m512bh v = pairs(x + m * x_row + k, mask);
-      LK_UNROLL for (int j = 0; j < N; j++) acc[j][m] = (vec)_mm512_dpbf16_ps((__m512)acc[j][m], row[j], v);
-    }
-  }
-}
-#endif
-
 // f(std::integral_constant<int, n>) for the run-time 1 <= n <= 6
 template <typename F>
 LK_INLINE void with_count(int n, F&& f) {

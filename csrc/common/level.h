@@ -2,12 +2,11 @@
 //   portable     any CPU                    4 floats
 //   avx2         x86-64-v3: AVX2, FMA, F16C 8 floats
 //   avx512       x86-64-v4                  16 floats
-//   avx512_bf16  x86-64-v4 + AVX512_BF16    16 floats, bf16 dot products
-//   amx          the last + AMX_BF16        bf16 products on tiles (cpu_amx.cpp); the rest is avx512_bf16's
+//   amx          avx512 and AMX_BF16        bf16 products on tiles (cpu_amx.cpp), avx512 for the rest
 #pragma once
 
 #ifndef LK_LEVEL
-#error "compile with -DLK_LEVEL=portable|avx2|avx512|avx512_bf16|amx"
+#error "compile with -DLK_LEVEL=portable|avx2|avx512|amx"
 #endif
 
 #if defined(__AVX512F__)

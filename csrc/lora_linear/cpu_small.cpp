@@ -14,9 +14,9 @@ namespace lk::LK_LEVEL {
 namespace {
 
 // columns of W a pass: the tile of x, which every group of rows reads again, stays in the first-level cache
-LK_INLINE int64_t block_k(int64_t tokens, int64_t size) {
-  constexpr int64_t TILE = 32 << 10, LEAST = 256;
-  return tokens * size * LEAST > TILE ? LEAST : TILE / (tokens * size) / 64 * 64;
+LK_INLINE int64_t block_k(int64_t tokens) {
+  constexpr int64_t TILE = 8 << 10, LEAST = 256;
+  return tokens * LEAST > TILE ? LEAST : TILE / tokens / 64 * 64;
 }
 
 struct Scratch {
@@ -61,11 +61,11 @@ void shrink_row(const ForwardSmall& p, const T* a, const Scratch& s, int64_t j, 
 
 // NROWS outputs of W for every token; b is [NROWS, h_row]. partial, [tokens, NROWS], holds sums between two blocks as
 // vectors, to be added up once at the end; sums is [NROWS, tokens].
-template <int NROWS, typename W, typename X, typename Y>
-LK_INLINE void outputs(const ForwardSmall& p, const W* w, const X* x, int64_t x_row, const Scratch& s, const float* b,
-                       vec* partial, float* sums, Y* y, int64_t n) {
+template <int NROWS, typename W, typename Y>
+LK_INLINE void outputs(const ForwardSmall& p, const W* w, const Scratch& s, const float* b, vec* partial, float* sums,
+                       Y* y, int64_t n) {
   const int groups = int((p.tokens + MR - 1) / MR);
-  const int64_t block = block_k(p.tokens, sizeof(X));
+  const int64_t block = block_k(p.tokens);
   for (int64_t k = 0; k < p.n_in; k += block) {
     const int64_t count = std::min(block, p.n_in - k);
     const bool last = k + count == p.n_in;
@@ -79,7 +79,7 @@ LK_INLINE void outputs(const ForwardSmall& p, const W* w, const X* x, int64_t x_
   LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
                 acc[j][i] = kept[i * NROWS + j];
           }
-          dot(w + k, p.w.row, x + t * x_row + k, x_row, count, acc);
+          dot(w + k, p.w.row, s.x + t * s.x_row + k, s.x_row, count, acc);
           if (!last) {
             LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
                 kept[i * NROWS + j] = acc[j][i];
@@ -107,8 +107,8 @@ LK_INLINE void outputs(const ForwardSmall& p, const W* w, const X* x, int64_t x_
   }
 }
 
-template <typename W, typename X, typename Y>
-void stream(const ForwardSmall& p, const W* w, const X* x, int64_t x_row, const Scratch& s, float* b, Y* y, Range rows) {
+template <typename W, typename Y>
+void stream(const ForwardSmall& p, const W* w, const Scratch& s, float* b, Y* y, Range rows) {
   const auto sums = std::make_unique<float[]>(NR * p.tokens);
   const auto partial = std::make_unique<vec[]>(NR * p.tokens);
   for (int64_t n = rows.first; n < rows.last; n += NR) {
@@ -120,7 +120,7 @@ void stream(const ForwardSmall& p, const W* w, const X* x, int64_t x_row, const 
       }
     });
     with_count(count, [&](auto rows_now) {
-      if constexpr (rows_now.value <= NR) outputs<rows_now.value>(p, w + n * p.w.row, x, x_row, s, b, partial.get(), sums.get(), y, n);
+      if constexpr (rows_now.value <= NR) outputs<rows_now.value>(p, w + n * p.w.row, s, b, partial.get(), sums.get(), y, n);
     });
   }
 }
@@ -155,12 +155,7 @@ void forward_small(const ForwardSmall& p) {
     with_type(p.w, [&](auto* w) {
       using T = std::remove_pointer_t<decltype(w)>;
       T* y = static_cast<T*>(p.y.data);
-#if defined(__AVX512BF16__)
-      if constexpr (std::is_same_v<T, bf16>) {
-        return stream(p, w, static_cast<const bf16*>(p.x.data), p.x.row, s, own, y, rows);
-      }
-#endif
-      stream(p, w, s.x, s.x_row, s, own, y, rows);
+      stream(p, w, s, own, y, rows);
     });
   }
 }

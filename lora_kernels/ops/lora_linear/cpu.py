@@ -222,5 +222,5 @@ def _slice(vector, rows):
 def small(dtype: torch.dtype) -> int:
     """Up to how many tokens the fused kernel is faster than the GEMM."""
     if dtype is torch.bfloat16 and _cpu.has_matmul():
-        return 4
+        return 12
     return 32 if dtype is torch.float32 else 64
