@@ -44,6 +44,16 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
             )  # fmt: skip
         return y, h if keep else x.new_empty(0), z
     _cpu.shrink(matrix(x), matrix(a), None, h.data_ptr(), scale, drop, tokens, n_in, rank, threads)
+    if x.dtype is torch.float32 and not drop_base:
+        # in place: a second buffer of y's size costs more in page faults than the passes themselves
+        z = x @ w.T
+        y = torch.empty_like(z) if keep_z else z
+        if keep_z:
+            _expand(z, z, b.T, h)
+            _expand(z, y, b.T[:0], h[:, :0], gain=gain, bias=bias)
+        else:
+            _expand(z, y, b.T, h, gain=gain, bias=bias)
+        return y, h if keep else x.new_empty(0), z if keep_z else x.new_empty(0)
     y, z = x.new_empty(tokens, n_out), x.new_empty(tokens, n_out if keep_z else 0)
     kept = x
     rest = None
@@ -53,13 +63,12 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
         _expand(wide, kept, a[:0], h[:, :0], mask=drop, mask_from=True)
         rest = wide - kept
     # float32 between the passes where there is more than one, so that y is rounded once
-    for rows, part in _products(kept, w):
+    for rows, wide in _products(kept, w):
         slice_b, slice_gain, slice_bias = b[rows], _slice(gain, rows), _slice(bias, rows)
         target = y[:, rows]
         if rest is None and not keep_z:
-            _expand(part, target, slice_b.T, h, gain=slice_gain, bias=slice_bias)
+            _expand(wide, target, slice_b.T, h, gain=slice_gain, bias=slice_bias)
             continue
-        wide = part if part.dtype is torch.float32 else part.float()
         _expand(wide, wide, slice_b.T, h)
         if keep_z:
             z[:, rows].copy_(wide)
@@ -108,7 +117,6 @@ def _input_gradient(dy, x, w, a, gain, p, drop, drop_base):
         wide = _times_weight(dy * (gain - 1), w)
         _expand(wide, wide, a, p, mask=drop, mask_from=True)
         return (wide + _times_weight(dy, w)).to(x.dtype)
-    dx = x.new_empty(x.shape)
     if gain is None:
         product = _times_weight(dy, w)
     else:
@@ -120,6 +128,7 @@ def _input_gradient(dy, x, w, a, gain, p, drop, drop_base):
             product += _times_weight((dz - high).to(torch.bfloat16), w)
         else:
             product = _times_weight(dz, w)
+    dx = product if x.dtype is torch.float32 else x.new_empty(x.shape)
     _expand(product, dx, a, p, mask=drop)
     return dx
 
