@@ -53,7 +53,7 @@ void shrink_row(const ForwardSmall& p, const T* a, const Scratch& s, int64_t j, 
       for (int i = 0; i < m.value; i++) {
         const float value = p.scale * sum(acc[0][i]);
         s.h[(t + i) * s.h_row + j] = value;
-        p.h[(t + i) * p.rank + j] = value;
+        if (p.h) p.h[(t + i) * p.rank + j] = value;
       }
     });
   }

@@ -10,7 +10,7 @@ struct ForwardSmall {
   View x, w, a, b, y;  // [tokens, in] [out, in] [rank, in] [out, rank] [tokens, out]; y has the type of x
   View z;              // as y, or no data
   View bias, gain;     // [out], or no data
-  float* h;            // [tokens, rank]
+  float* h;            // [tokens, rank], or null
   float scale;
   Dropout dropout;
   int64_t tokens, n_in, n_out, rank;

@@ -12,7 +12,8 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 def matrix(t: Tensor) -> tuple[int, int, int, int]:
     """A matrix with any strides."""
-    return (t.data_ptr(), *t.stride(), CODES[t.dtype])
+    row, column = t.stride()
+    return (t.data_ptr(), row, column, CODES[t.dtype])
 
 
 def transposed(t: Tensor) -> tuple[int, int, int, int]:

@@ -82,13 +82,20 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def declare(schema: str, fake: Callable[..., Any]) -> Op:
     """Declares an op. `schema` is a torch schema, e.g. "f(Tensor x) -> Tensor".
 
+    A backend may return None for a result that the arguments say nobody wants; traced calls get an empty tensor there.
     Library.define and impl rather than torch.library.custom_op, which costs several times as much per call.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema)
-    _library.impl(name, lambda *args: choose(name, args).run(*args), "CompositeExplicitAutograd")
+    _library.impl(name, lambda *args: _filled(choose(name, args).run(*args), args[0]), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lora_kernels::{name}", fake, lib=_library)
     return Op(name, getattr(torch.ops.lora_kernels, name).default)
+
+
+def _filled(result: Any, like: Tensor) -> Any:
+    if isinstance(result, Tensor):
+        return result
+    return tuple(like.new_empty(0) if t is None else t for t in result)
 
 
 def implements(

@@ -9,7 +9,7 @@ the cache, in both directions. Sums are float32 and y is rounded once.
 import torch
 
 from lora_kernels import _cpu
-from lora_kernels.ops.buffers import mask, matrix, refuse_dtypes, row_major, transposed, vector
+from lora_kernels.ops.buffers import CODES, mask, matrix, refuse_dtypes, row_major, transposed, vector
 from lora_kernels.ops.registry import implements
 
 BLOCK = 256  # rows of W widened at a time: 4 MiB of float32 at 4096 columns
@@ -17,7 +17,15 @@ TILE = 16  # rows of an AMX tile
 
 
 def refusal(x, w, a, b, scale, bias, gain, *_):
-    return refuse_dtypes(x=x, w=w, a=a, b=b, bias=bias, gain=gain)
+    readable = (
+        x.dtype in CODES
+        and w.dtype in CODES
+        and a.dtype in CODES
+        and b.dtype in CODES
+        and (bias is None or bias.dtype in CODES)
+        and (gain is None or gain.dtype in CODES)
+    )
+    return None if readable else refuse_dtypes(x=x, w=w, a=a, b=b, bias=bias, gain=gain)
 
 
 def backward_refusal(dy, *args):
@@ -26,23 +34,42 @@ def backward_refusal(dy, *args):
 
 @implements("lora_linear_forward", "cpu", refusal)
 def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
+    tokens = x.shape[0]
+    if tokens <= small(x.dtype) and not drop_base:
+        base = matrix(w)
+        if base[2] == 1 and w.numel() and tokens:
+            return _forward_small(x, w.shape, base, a, b, scale, bias, gain, mask(dropout, seed), keep, keep_z)
+    return _forward_large(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z)
+
+
+def _forward_small(x, shape, w, a, b, scale, bias, gain, drop, keep, keep_z):
+    tokens, (n_out, n_in), rank = x.shape[0], shape, a.shape[0]
+    y = x.new_empty(tokens, n_out)
+    h = x.new_empty(tokens, rank, dtype=torch.float32) if keep else None
+    z = torch.empty_like(y) if keep_z else None
+    rows_x, rows_a = matrix(x), matrix(a)
+    if rows_x[2] != 1:
+        rows_x = matrix(x := x.contiguous())
+    if rows_a[2] != 1:
+        rows_a = matrix(a := a.contiguous())
+    _cpu.forward_small(
+        rows_x, w, rows_a, matrix(b), matrix(y), None if z is None else matrix(z), vector(bias), vector(gain),
+        0 if h is None else h.data_ptr(), scale, drop, tokens, n_in, n_out, rank, torch.get_num_threads(),
+    )  # fmt: skip
+    return y, h, z
+
+
+def _forward_large(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
     tokens, (n_out, n_in), rank = x.shape[0], w.shape, a.shape[0]
     h = x.new_empty(tokens, rank, dtype=torch.float32)
     threads = torch.get_num_threads()
     drop = mask(dropout, seed)
     x, a = row_major(x), row_major(a)
-    if w.numel() == 0:
-        y = x.new_zeros(tokens, n_out) if bias is None else bias.to(x.dtype).expand(tokens, n_out).clone()
-        return y, h.zero_() if keep else x.new_empty(0), torch.zeros_like(y) if keep_z else x.new_empty(0)
-    if tokens <= small(x.dtype) and not drop_base and w.stride(1) == 1:
-        y = x.new_empty(tokens, n_out)
-        z = torch.empty_like(y) if keep_z else x.new_empty(0)
-        if tokens:
-            _cpu.forward_small(
-                matrix(x), matrix(w), matrix(a), matrix(b), matrix(y), matrix(z) if keep_z else None,
-                vector(bias), vector(gain), h.data_ptr(), scale, drop, tokens, n_in, n_out, rank, threads,
-            )  # fmt: skip
-        return y, h if keep else x.new_empty(0), z
+    if w.numel() == 0 or tokens == 0:
+        y = x.new_zeros(tokens, n_out)
+        if bias is not None:
+            y += bias.to(x.dtype)
+        return y, h.zero_() if keep else None, torch.zeros_like(y) if keep_z else None
     _cpu.shrink(matrix(x), matrix(a), None, h.data_ptr(), scale, drop, tokens, n_in, rank, threads)
     if x.dtype is torch.float32 and not drop_base:
         # in place: a second buffer of y's size costs more in page faults than the passes themselves
@@ -53,7 +80,7 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
             _expand(z, y, b.T[:0], h[:, :0], gain=gain, bias=bias)
         else:
             _expand(z, y, b.T, h, gain=gain, bias=bias)
-        return y, h if keep else x.new_empty(0), z if keep_z else x.new_empty(0)
+        return y, h if keep else None, z if keep_z else None
     y, z = x.new_empty(tokens, n_out), x.new_empty(tokens, n_out if keep_z else 0)
     kept = x
     rest = None
@@ -76,7 +103,7 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
         if rest is not None:
             wide += rest @ w[rows].to(rest.dtype).T
         target.copy_(wide)
-    return y, h if keep else x.new_empty(0), z if keep_z else x.new_empty(0)
+    return y, h if keep else None, z if keep_z else None
 
 
 @implements("lora_linear_backward", "cpu", backward_refusal)
@@ -88,7 +115,7 @@ def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, 
     dx = da = db = dbias = dgain = None
     needs_dx, needs_da, needs_db, needs_dbias, needs_dgain = needs
     if w.numel() == 0 or tokens == 0:
-        zeros = [t.new_zeros(t.shape) if need else x.new_empty(0) for t, need in zip((x, a, b, bias, gain), needs, strict=True)]
+        zeros = [t.new_zeros(t.shape) if need else None for t, need in zip((x, a, b, bias, gain), needs, strict=True)]
         if needs_dbias:
             zeros[3] = dy.sum(0, dtype=torch.float32).to(bias.dtype)
         return tuple(zeros)
@@ -108,7 +135,7 @@ def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, 
         dbias = _column_sums(dy, None).to(bias.dtype)
     if needs_dgain:
         dgain = _gain_gradient(dy, x, w, a, b, scale, gain, dropout, seed, y, z).to(gain.dtype)
-    return tuple(x.new_empty(0) if g is None else g for g in (dx, da, db, dbias, dgain))
+    return dx, da, db, dbias, dgain
 
 
 def _input_gradient(dy, x, w, a, gain, p, drop, drop_base):

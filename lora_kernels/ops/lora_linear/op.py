@@ -17,6 +17,7 @@ from lora_kernels.ops.registry import declare
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DROPOUT_SEMANTICS = ("peft", "lora_only")
+_any_autocast = torch._C._is_any_autocast_enabled
 
 
 def lora_linear(
@@ -51,7 +52,7 @@ def lora_linear(
         ValueError: a shape, device, dropout or scale does not fit, or w requires grad; the message names the tensor.
         NotImplementedError: the forced backend refuses; the message says why.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if _any_autocast() and torch.is_autocast_enabled(x.device.type):
         cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
         with without_autocast(x):
             return lora_linear(x.to(cast), w.to(cast), a, b, scale, bias, gain, dropout, dropout_semantics, seed)
@@ -64,7 +65,14 @@ def lora_linear(
         seed = draw_seed()
     tokens = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     args = (tokens, w, a, b, scale, bias, gain, dropout, seed if dropout > 0 else None, drop_base)
-    if torch.is_grad_enabled() and _wants_grad(x, a, b, bias, gain):
+    wants_grad = (
+        x.requires_grad
+        or a.requires_grad
+        or b.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (gain is not None and gain.requires_grad)
+    )
+    if wants_grad and torch.is_grad_enabled():
         y = _LoRALinear.apply(*args)
     else:
         y = _forward(*args, False, False)[0]
@@ -82,11 +90,8 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
-def _wants_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
-
-
 def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed):
+    # one look at each attribute: the check is a good part of what a small call costs
     if w.dim() != 2 or a.dim() != 2 or x.dim() < 1:
         raise ValueError(
             "lora_linear: x must have at least one dimension, w and a two, "
@@ -97,14 +102,17 @@ def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed):
         raise ValueError(f"lora_linear: a must have at least one row (the rank), found {list(a.shape)}")
     if x.shape[-1] != n_in:
         raise ValueError(f"lora_linear: x must have {n_in} features (w is [{n_out}, {n_in}]), found {list(x.shape)}")
-    _check_shape("a", a, (rank, n_in))
-    _check_shape("b", b, (n_out, rank))
-    if x.dtype not in FLOATS:
-        raise TypeError(f"lora_linear: x must be float32, bfloat16, float16 or float64, found {x.dtype}")
-    if w.dtype is not x.dtype:
-        raise TypeError(f"lora_linear: w must have the dtype of x, {x.dtype}, found {w.dtype}")
-    if a.dtype is not b.dtype or a.dtype not in FLOATS:
-        raise TypeError(f"lora_linear: a and b must share one floating dtype, found {a.dtype} and {b.dtype}")
+    if a.shape != (rank, n_in):
+        raise _wrong_shape("a", a, (rank, n_in))
+    if b.shape != (n_out, rank):
+        raise _wrong_shape("b", b, (n_out, rank))
+    dtype, adapter_dtype = x.dtype, a.dtype
+    if dtype not in FLOATS:
+        raise TypeError(f"lora_linear: x must be float32, bfloat16, float16 or float64, found {dtype}")
+    if w.dtype is not dtype:
+        raise TypeError(f"lora_linear: w must have the dtype of x, {dtype}, found {w.dtype}")
+    if b.dtype is not adapter_dtype or adapter_dtype not in FLOATS:
+        raise TypeError(f"lora_linear: a and b must share one floating dtype, found {adapter_dtype} and {b.dtype}")
     if w.requires_grad:
         raise ValueError("lora_linear: w is frozen and gets no gradient, but it requires grad; call requires_grad_(False)")
     device = x.device
@@ -114,7 +122,8 @@ def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed):
     for name, vector in (("bias", bias), ("gain", gain)):
         if vector is None:
             continue
-        _check_shape(name, vector, (n_out,))
+        if vector.shape != (n_out,):
+            raise _wrong_shape(name, vector, (n_out,))
         if vector.dtype not in FLOATS:
             raise TypeError(f"lora_linear: {name} must be floating, found {vector.dtype}")
         if vector.device != device:
@@ -132,9 +141,8 @@ def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed):
         raise ValueError(f"lora_linear: seed must be one int64, found {seed.dtype} {list(seed.shape)}")
 
 
-def _check_shape(name, tensor, shape):
-    if tensor.shape != shape:
-        raise ValueError(f"lora_linear: {name} must have shape {list(shape)}, found {list(tensor.shape)}")
+def _wrong_shape(name, tensor, shape):
+    return ValueError(f"lora_linear: {name} must have shape {list(shape)}, found {list(tensor.shape)}")
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -17,7 +17,7 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
         y = y + (x_wide - x_dropped) @ w_wide.T
     if bias is not None:
         y = y + bias.to(z.dtype)
-    return y.to(x.dtype), h if keep else x.new_empty(0), z.to(x.dtype) if keep_z else x.new_empty(0)
+    return y.to(x.dtype), h if keep else None, z.to(x.dtype) if keep_z else None
 
 
 @implements("lora_linear_backward", "reference")
@@ -35,7 +35,7 @@ def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, 
     dbias, dgain = dy_wide.sum(0), (dy_wide * z_wide).sum(0)
     like = (x, a, b, bias, gain)
     grads = (dx, da, db, dbias, dgain)
-    return tuple(g.to(t.dtype) if need else x.new_empty(0) for g, t, need in zip(grads, like, needs, strict=True))
+    return tuple(g.to(t.dtype) if need else None for g, t, need in zip(grads, like, needs, strict=True))
 
 
 def _widen(x, *others):

@@ -80,7 +80,8 @@ def _key(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Any:
         return None
     version = -1 if w.is_inference() else w._version
     view = (w.data_ptr(), w.stride(0), w.stride(1), 0)
-    return (view, version, w.dtype, w.shape, _cpu.sample(view, *w.shape, w.element_size()))
+    rows, columns = w.shape
+    return (view, version, w.dtype, w.shape, _cpu.sample(view, rows, columns, w.element_size()))
 
 
 def _bytes(t: Tensor) -> tuple[int, int]:

@@ -60,7 +60,7 @@ def backward(dn, n, w, a, b, scale, needs):
     da.addmm_(weighted.T @ wide_b, wide_a, alpha=scale)
     db.addmm_(wide_b, gram, alpha=scale).mul_(c)
     grads = (da.mul_(scale).to(a.dtype), db.mul_(scale).to(b.dtype))
-    return tuple(g if need else w.new_empty(0) for g, need in zip(grads, needs, strict=True))
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
 @implements("row_norm_squared", "cpu", refusal)

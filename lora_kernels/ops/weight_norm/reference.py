@@ -15,7 +15,7 @@ def backward(dn, n, w, a, b, scale, needs):
     c = torch.where(n > 0, dn / n, 0.0)                                    # [out]; a zero row has no direction
     dv = c[:, None] * _adapted(w, a, b, scale)                             # [out, in]
     da, db = scale * (b.to(dv.dtype).T @ dv), scale * (dv @ a.to(dv.dtype).T)
-    return da.to(a.dtype) if needs[0] else w.new_empty(0), db.to(b.dtype) if needs[1] else w.new_empty(0)
+    return da.to(a.dtype) if needs[0] else None, db.to(b.dtype) if needs[1] else None
 
 
 @implements("row_norm_squared", "reference")
