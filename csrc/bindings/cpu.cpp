@@ -1,6 +1,5 @@
 // lora_kernels._cpu: the CPU kernels on raw pointers. Shapes, dtypes and strides are the caller's to check (op.py).
-// A matrix arrives as (address, row stride, column stride, dtype), a vector likewise with row stride 0, None as no
-// data.
+// A matrix arrives as (address, row stride, column stride, dtype), a vector likewise with row stride 0; None is no data.
 #include <pybind11/pybind11.h>
 
 #include <cstring>
@@ -139,12 +138,21 @@ PYBIND11_MODULE(_cpu, m) {
         chosen->matmul({x, w, at<float>(y), y_row, transposed, tokens, n_in, n_out, threads});
       },
       release());
+  m.def(
+      "matmul_few",
+      [](View x, View w, uintptr_t y, int64_t y_row, int64_t tokens, int64_t n_in, int64_t n_out, int threads) {
+        if (chosen->matmul_few == nullptr) throw std::runtime_error("matmul_few: this level has no bf16 products");
+        if (tokens > lk::FEW) throw std::invalid_argument("matmul_few: too many tokens");
+        chosen->matmul_few({x, w, at<float>(y), y_row, true, tokens, n_in, n_out, threads});
+      },
+      release());
 
   m.def(
       "weight_norm",
-      [](View w, View a, View b, View w_squared, uintptr_t norm, float scale, float max_condition, int64_t n_in,
-         int64_t n_out, int64_t rank, int threads) {
-        chosen->weight_norm({w, a, b, w_squared, at<float>(norm), scale, max_condition, n_in, n_out, rank, threads});
+      [](View w, View a, View b, View w_squared, View products, uintptr_t norm, float scale, float max_condition,
+         int64_t n_in, int64_t n_out, int64_t rank, int threads) {
+        chosen->weight_norm(
+            {w, a, b, w_squared, products, at<float>(norm), scale, max_condition, n_in, n_out, rank, threads});
       },
       release());
   m.def(

@@ -19,7 +19,8 @@ struct Kernels {
   void (*weight_norm)(const WeightNorm&);
   void (*row_norm_squared)(const RowNormSquared&);
   uint64_t (*checksum)(const Bytes*, int);
-  void (*matmul)(const Matmul&) = nullptr;  // only with AMX
+  void (*matmul)(const Matmul&) = nullptr;  // these two only with AMX
+  void (*matmul_few)(const Matmul&) = nullptr;
 };
 
 #define LK_DECLARE(level)                                                                 \
@@ -44,10 +45,12 @@ LK_DECLARE(avx512)
 #if defined(LK_AMX)
 namespace amx {
 void matmul(const Matmul&);
+void matmul_few(const Matmul&);
 inline const Kernels kernels = [] {
   Kernels all = avx512::kernels;
   all.level = "amx";
   all.matmul = matmul;
+  all.matmul_few = matmul_few;
   return all;
 }();
 }  // namespace amx

@@ -17,7 +17,7 @@ LK_INLINE void dot(const W* w, int64_t w_row, const float* x, int64_t x_row, int
   int64_t k = 0;
   for (; k + VL <= count; k += VL) {
     vec row[N];
-  LK_UNROLL for (int j = 0; j < N; j++) row[j] = load(w + j * w_row + k);
+    LK_UNROLL for (int j = 0; j < N; j++) row[j] = load(w + j * w_row + k);
     LK_UNROLL for (int m = 0; m < M; m++) {
       const vec v = load(x + m * x_row + k);
       LK_UNROLL for (int j = 0; j < N; j++) acc[j][m] += row[j] * v;

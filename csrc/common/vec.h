@@ -168,12 +168,9 @@ LK_INLINE float sum(vec v) { return sum4(v, vec{}, vec{}, vec{}).v[0]; }
 template <typename F>
 LK_INLINE void with_type(const View& view, F&& f) {
   switch (view.type) {
-    case DType::f32:
-      return f(static_cast<float*>(view.data));
-    case DType::bf16:
-      return f(static_cast<bf16*>(view.data));
-    case DType::f16:
-      return f(static_cast<f16*>(view.data));
+    case DType::f32: return f(static_cast<float*>(view.data));
+    case DType::bf16: return f(static_cast<bf16*>(view.data));
+    case DType::f16: return f(static_cast<f16*>(view.data));
   }
 }
 

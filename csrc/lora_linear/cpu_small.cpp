@@ -76,7 +76,7 @@ LK_INLINE void outputs(const ForwardSmall& p, const W* w, const Scratch& s, cons
           vec acc[NROWS][m.value] = {};
           vec* kept = partial + t * NROWS;
           if (k > 0) {
-  LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
+            LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
                 acc[j][i] = kept[i * NROWS + j];
           }
           dot(w + k, p.w.row, s.x + t * s.x_row + k, s.x_row, count, acc);
@@ -120,7 +120,8 @@ void stream(const ForwardSmall& p, const W* w, const Scratch& s, float* b, Y* y,
       }
     });
     with_count(count, [&](auto rows_now) {
-      if constexpr (rows_now.value <= NR) outputs<rows_now.value>(p, w + n * p.w.row, s, b, partial.get(), sums.get(), y, n);
+      if constexpr (rows_now.value <= NR)
+        outputs<rows_now.value>(p, w + n * p.w.row, s, b, partial.get(), sums.get(), y, n);
     });
   }
 }

@@ -56,7 +56,7 @@ __attribute__((noinline)) void shrink_tile(const float* a, int64_t a_row, const 
         if constexpr (rows_a.value <= NR && rows_x.value <= MR) {
           vec acc[rows_a.value][rows_x.value] = {};
           dot(a + j * a_row, a_row, x, x_row, width, acc);
-  LK_UNROLL for (int m = 0; m < rows_x.value; m++) {
+          LK_UNROLL for (int m = 0; m < rows_x.value; m++) {
             LK_UNROLL for (int i = 0; i < rows_a.value; i++) {
               float& to = h[m * rank + j + i];
               to = (add ? to : 0.f) + sum(acc[i][m]);
@@ -105,8 +105,8 @@ void shrink(const Shrink& p) {
 
 namespace {
 
-constexpr int CV = LK_VL == 16 ? 4 : 2;   // vectors of columns in a register tile
-constexpr int CR = LK_VL == 16 ? 6 : 4;   // rows in a register tile
+constexpr int CV = LK_VL == 16 ? 4 : 2;  // vectors of columns in a register tile
+constexpr int CR = LK_VL == 16 ? 6 : 4;  // rows in a register tile
 constexpr int64_t COLUMNS = CV * VL;
 
 // ROWS × COLUMNS of `to`; b and mask cover these columns
@@ -146,23 +146,23 @@ LK_INLINE void expand_tile(const Expand& p, const float* from, To* to, const flo
 template <typename To>
 void expand_rows(const Expand& p, const float* from, To* to, const float* b, int64_t b_row, const float* gain,
                  const float* bias, Range tokens) {
-    float mask[CR * COLUMNS];
-    for (int64_t t = tokens.first; t < tokens.last; t += CR) {
-      const int count = int(std::min<int64_t>(CR, tokens.last - t));
-      for (int64_t n = 0; n < p.n_out; n += COLUMNS) {
-        const int64_t columns = std::min(COLUMNS, p.n_out - n);
-        if (p.dropout.active()) {
-          for (int m = 0; m < count; m++) dropout_mask(p.dropout, t + m, n, COLUMNS, mask + m * COLUMNS);
-        }
-        with_count(count, [&](auto rows) {
-          if constexpr (rows.value <= CR) {
-            expand_tile<rows.value>(p, from + t * p.from.row + n, to + t * p.to.row + n, b + n, b_row, p.h + t * p.rank,
-                                    p.gain.data ? gain + n : nullptr, p.bias.data ? bias + n : nullptr,
-                                    p.dropout.active() ? mask : nullptr, columns);
-          }
-        });
+  float mask[CR * COLUMNS];
+  for (int64_t t = tokens.first; t < tokens.last; t += CR) {
+    const int count = int(std::min<int64_t>(CR, tokens.last - t));
+    for (int64_t n = 0; n < p.n_out; n += COLUMNS) {
+      const int64_t columns = std::min(COLUMNS, p.n_out - n);
+      if (p.dropout.active()) {
+        for (int m = 0; m < count; m++) dropout_mask(p.dropout, t + m, n, COLUMNS, mask + m * COLUMNS);
       }
+      with_count(count, [&](auto rows) {
+        if constexpr (rows.value <= CR) {
+          expand_tile<rows.value>(p, from + t * p.from.row + n, to + t * p.to.row + n, b + n, b_row, p.h + t * p.rank,
+                                  p.gain.data ? gain + n : nullptr, p.bias.data ? bias + n : nullptr,
+                                  p.dropout.active() ? mask : nullptr, columns);
+        }
+      });
     }
+  }
 }
 
 }  // namespace
@@ -180,7 +180,9 @@ void expand(const Expand& p) {
     if (thread == threads - 1 && p.bias.data) pack(p.bias, View{}, 1.f, 0, 1, p.n_out, bias, row);
 #pragma omp barrier
     float mask[CR * COLUMNS];
-    with_type(p.to, [&](auto* to) { expand_rows(p, static_cast<const float*>(p.from.data), to, b, row, gain, bias, tokens); });
+    with_type(p.to, [&](auto* to) {
+      expand_rows(p, static_cast<const float*>(p.from.data), to, b, row, gain, bias, tokens);
+    });
   }
 }
 
@@ -193,7 +195,8 @@ template <int ROWS>
 LK_INLINE void outer_tile(const float* p, int64_t p_row, const float* x, int64_t x_row, int64_t tokens, float* d,
                           int64_t d_row) {
   vec acc[ROWS][CV];
-  LK_UNROLL for (int i = 0; i < ROWS; i++) LK_UNROLL for (int c = 0; c < CV; c++) acc[i][c] = load(d + i * d_row + c * VL);
+  LK_UNROLL for (int i = 0; i < ROWS; i++) LK_UNROLL for (int c = 0; c < CV; c++)
+      acc[i][c] = load(d + i * d_row + c * VL);
   for (int64_t t = 0; t < tokens; t++) {
     vec row[CV];
     LK_UNROLL for (int c = 0; c < CV; c++) row[c] = load(x + t * x_row + c * VL);
@@ -202,7 +205,8 @@ LK_INLINE void outer_tile(const float* p, int64_t p_row, const float* x, int64_t
       LK_UNROLL for (int c = 0; c < CV; c++) acc[i][c] += v * row[c];
     }
   }
-  LK_UNROLL for (int i = 0; i < ROWS; i++) LK_UNROLL for (int c = 0; c < CV; c++) store(d + i * d_row + c * VL, acc[i][c]);
+  LK_UNROLL for (int i = 0; i < ROWS; i++) LK_UNROLL for (int c = 0; c < CV; c++)
+      store(d + i * d_row + c * VL, acc[i][c]);
 }
 
 __attribute__((noinline)) void outer_tiles(const float* p, int64_t rank, const float* x, int64_t x_row, int64_t tokens,
@@ -259,19 +263,19 @@ void column_sums(const ColumnSums& p) {
     float* sums = p.sums;
     std::fill(sums + columns.first, sums + columns.last, 0.f);
     with_type(p.u, [&](auto* u) {
-        const auto* v = static_cast<decltype(u)>(p.v.data);
-        for (int64_t t = 0; t < p.tokens; t++) {
-          for (int64_t n = columns.first; n < columns.last; n += VL) {
-            const int64_t left = columns.last - n;
-            const auto get = [&](auto* q, int64_t row) {
-              return left >= VL ? load(q + t * row + n) : load_first(q + t * row + n, left);
-            };
-            vec value = get(u, p.u.row);
-            if (p.v.data) value *= get(v, p.v.row);
-            left >= VL ? store(sums + n, load(sums + n) + value)
-                       : store_first(sums + n, load_first(sums + n, left) + value, left);
-          }
+      const auto* v = static_cast<decltype(u)>(p.v.data);
+      for (int64_t t = 0; t < p.tokens; t++) {
+        for (int64_t n = columns.first; n < columns.last; n += VL) {
+          const int64_t left = columns.last - n;
+          const auto get = [&](auto* q, int64_t row) {
+            return left >= VL ? load(q + t * row + n) : load_first(q + t * row + n, left);
+          };
+          vec value = get(u, p.u.row);
+          if (p.v.data) value *= get(v, p.v.row);
+          left >= VL ? store(sums + n, load(sums + n) + value)
+                     : store_first(sums + n, load_first(sums + n, left) + value, left);
         }
+      }
     });
   }
 }

@@ -56,7 +56,9 @@ struct ColumnSums {
 };
 
 // y = x Wᵀ if transposed (w is [out, in]), else x W (w is [in, out]); bf16 with float32 sums and result.
-// x has rows of zeros up to a multiple of 16 tokens and columns up to one of 32; y has room for multiples of 16.
+// matmul: x has rows of zeros up to a multiple of 16 tokens and columns up to one of 32; y has room for multiples of 16.
+// matmul_few: at most FEW tokens, transposed, of any size; W is streamed as it lies in memory.
+constexpr int64_t FEW = 64;
 struct Matmul {
   View x, w;
   float* y;  // [tokens, out], rows y_row apart

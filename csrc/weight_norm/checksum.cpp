@@ -32,7 +32,7 @@ uint64_t checksum(const Bytes* ranges, int count) {
     for (; left > 0; data += STEP, left -= STEP) {
       lanes v[CHAINS] = {};
       std::memcpy(v, data, left < STEP ? left : STEP);
-  LK_UNROLL for (int c = 0; c < CHAINS; c++) h[c] = mix(h[c], v[c]);
+      LK_UNROLL for (int c = 0; c < CHAINS; c++) h[c] = mix(h[c], v[c]);
     }
   }
   uint64_t sum = 0;

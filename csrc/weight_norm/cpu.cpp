@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "../common/dot.h"
 #include "params.h"
@@ -13,13 +14,15 @@ namespace lk::LK_LEVEL {
 
 namespace {
 
-// ‖row‖², the one sum that both kernels use, so that a cached value has the same bits
+constexpr int64_t ROWS = 2 * NR;  // rows of W that share one pass over A
+constexpr int CHAINS = 4;
+
+// acc += the squares of a row, four chains; a row may come in pieces of a multiple of CHAINS * VL
 template <typename W>
-LK_INLINE float squared(const W* row, int64_t count) {
-  vec acc[4] = {};
+LK_INLINE void add_squares(const W* row, int64_t count, vec (&acc)[CHAINS]) {
   int64_t k = 0;
-  for (; k + 4 * VL <= count; k += 4 * VL) {
-  LK_UNROLL for (int i = 0; i < 4; i++) {
+  for (; k + CHAINS * VL <= count; k += CHAINS * VL) {
+    LK_UNROLL for (int i = 0; i < CHAINS; i++) {
       const vec v = load(row + k + i * VL);
       acc[i] += v * v;
     }
@@ -28,60 +31,155 @@ LK_INLINE float squared(const W* row, int64_t count) {
     const vec v = count - k >= VL ? load(row + k) : load_first(row + k, count - k);
     acc[0] += v * v;
   }
-  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
+LK_INLINE float sum_squares(const vec (&acc)[CHAINS]) { return sum((acc[0] + acc[1]) + (acc[2] + acc[3])); }
+
+// A as floats in blocks of columns, [blocks, rank, block], padded with zeros: rows a power of two apart would share the
+// sets of the first-level cache. gram is A Aᵀ, [rank, r_row].
+struct Factors {
+  float *a, *gram;
+  int64_t rank, block, r_row;
+  float* at(int64_t j, int64_t k) const { return a + (k * rank + j * block); }  // k a multiple of block
+};
 
 // ‖row + Σ b[i] · a[i]‖², for a row whose factored form cancels
 template <typename W>
-float squared_directly(const W* row, const float* b, const float* a, int64_t a_row, int64_t rank, int64_t count) {
+float squared_directly(const W* row, const float* b, const Factors& f, int64_t n_in) {
   vec acc = {};
-  for (int64_t k = 0; k < count; k += VL) {
-    vec v = count - k >= VL ? load(row + k) : load_first(row + k, count - k);
-    for (int64_t i = 0; i < rank; i++) v += splat(b[i]) * load(a + i * a_row + k);
-    acc += v * v;
+  for (int64_t first = 0; first < n_in; first += f.block) {
+    const int64_t count = std::min(f.block, n_in - first);
+    for (int64_t k = 0; k < count; k += VL) {
+      const W* from = row + first + k;
+      vec v = count - k >= VL ? load(from) : load_first(from, count - k);
+      for (int64_t i = 0; i < f.rank; i++) v += splat(b[i]) * load(f.at(i, first) + k);
+      acc += v * v;
+    }
   }
   return sum(acc);
 }
 
-struct Factors {
-  const float *a, *gram;  // [rank, a_row] [rank, rank], both as floats
-  int64_t a_row;
+// columns of W a pass: A's block, which every row reads again, stays in the first-level cache while it is not too narrow
+LK_INLINE int64_t block_k(int64_t rank) {
+  constexpr int64_t BLOCK_BYTES = 24 << 10, LEAST = 256;
+  return std::max(LEAST, BLOCK_BYTES / 4 / rank / 64 * 64);
+}
+
+// partial[j, i] (+)= w[i] · a[j] over `count` columns, as vectors; `rows` <= NR rows of W
+__attribute__((noinline)) void products(const float* w, int64_t w_row, int rows, const float* a, int64_t a_row,
+                                        int64_t rank, int64_t count, bool add, vec* partial) {
+  for (int64_t j = 0; j < rank;) {
+    const int64_t groups = (rank - j + MR - 1) / MR;
+    const int ranks = int((rank - j + groups - 1) / groups);  // 16 as 6 + 5 + 5, for 4 alone would be slower
+    with_count(rows, [&](auto n) {
+      with_count(ranks, [&](auto m) {
+        if constexpr (n.value <= NR && m.value <= MR) {
+          vec acc[n.value][m.value] = {};
+          vec* kept = partial + j * NR;
+          if (add) {
+            LK_UNROLL for (int l = 0; l < m.value; l++) LK_UNROLL for (int i = 0; i < n.value; i++)
+                acc[i][l] = kept[l * NR + i];
+          }
+          dot(w, w_row, a + j * a_row, a_row, count, acc);
+          LK_UNROLL for (int l = 0; l < m.value; l++) LK_UNROLL for (int i = 0; i < n.value; i++)
+              kept[l * NR + i] = acc[i][l];
+        }
+      });
+    });
+    j += ranks;
+  }
+}
+
+struct Scratch {
+  vec *products, *squares;  // [ROWS / NR, rank, NR] [ROWS, CHAINS]
+  float *tile, *u, *b;      // [ROWS, block] [ROWS, r_row] twice: W Aᵀ and scale · B, padded with zeros
 };
 
-// norms of ROWS rows; u [ROWS, rank] = W Aᵀ and b [ROWS, rank] = scale · B are scratch
-template <int ROWS, typename W>
-LK_INLINE void norms(const WeightNorm& p, const W* w, const Factors& f, float* u, float* b, int64_t n) {
-  for (int64_t j = 0; j < p.rank; j += MR) {
-    with_count(int(std::min<int64_t>(MR, p.rank - j)), [&](auto ranks) {
-      if constexpr (ranks.value <= MR) {
-        vec acc[ROWS][ranks.value] = {};
-        dot(w, p.w.row, f.a + j * f.a_row, f.a_row, p.n_in, acc);
-        LK_UNROLL for (int i = 0; i < ROWS; i++) LK_UNROLL for (int m = 0; m < ranks.value; m++)
-            u[i * p.rank + j + m] = sum(acc[i][m]);
+// the two sums over the rank of NR rows: cross[i] = u[i] · b[i], update[i] = b[i] · (A Aᵀ) b[i]
+LK_INLINE void rank_sums(const Factors& f, const float* u, const float* b, int64_t rank, float* cross, float* update) {
+  vec crosses[NR] = {}, updates[NR] = {};
+  for (int64_t j = 0; j < f.r_row; j += VL) {
+    vec product[NR] = {};
+    for (int64_t l = 0; l < rank; l++) {
+      const vec row = load(f.gram + l * f.r_row + j);  // column l too: A Aᵀ is symmetric
+      LK_UNROLL for (int i = 0; i < NR; i++) product[i] += splat(b[i * f.r_row + l]) * row;
+    }
+    LK_UNROLL for (int i = 0; i < NR; i++) {
+      const vec now = load(b + i * f.r_row + j);
+      crosses[i] += now * load(u + i * f.r_row + j);
+      updates[i] += now * product[i];
+    }
+  }
+  for (int i = 0; i < NR; i++) cross[i] = sum(crosses[i]), update[i] = sum(updates[i]);
+}
+
+// norms of rows n..n+rows of W
+template <typename W>
+void norms(const WeightNorm& p, const W* w, int rows, const Factors& f, const Scratch& s, int64_t n) {
+  const int64_t block = f.block;
+  for (int64_t k = 0; k < p.n_in && !p.products.data; k += block) {
+    const int64_t count = std::min(block, p.n_in - k);
+    const float* from = s.tile;
+    int64_t from_row = block;
+    if constexpr (std::is_same_v<W, float>) {
+      from = w + k;
+      from_row = p.w.row;
+    } else {
+      for (int i = 0; i < rows; i++) {
+        const W* row = w + i * p.w.row + k;
+        float* to = s.tile + i * block;
+        int64_t c = 0;
+        for (; c + VL <= count; c += VL) store(to + c, load(row + c));
+        for (; c < count; c++) to[c] = to_float(row[c]);
       }
+    }
+    for (int i = 0; i < rows; i += NR) {
+      products(from + i * from_row, from_row, std::min(NR, rows - i), f.at(0, k), block, p.rank, count, k > 0,
+               s.products + i * p.rank);
+    }
+    if (p.w_squared.data) continue;
+    for (int i = 0; i < rows; i++) {
+      vec acc[CHAINS] = {};
+      if (k > 0) std::copy_n(s.squares + i * CHAINS, CHAINS, acc);
+      add_squares(from + i * from_row, count, acc);
+      std::copy_n(acc, CHAINS, s.squares + i * CHAINS);
+    }
+  }
+  float cross[ROWS], update[ROWS];
+  for (int i = 0; i < rows; i++) {
+    const vec* partial = s.products + i / NR * NR * p.rank + i % NR;
+    float *u = s.u + i * f.r_row, *b = s.b + i * f.r_row;
+    for (int64_t j = 0; j < p.rank && p.products.data; j++) {
+      u[j] = static_cast<const float*>(p.products.data)[j * p.products.row + (n + i) * p.products.col];
+    }
+    for (int64_t j = 0; j < p.rank && !p.products.data; j += 4) {
+      const auto at = [&](int64_t l) { return j + l < p.rank ? partial[(j + l) * NR] : vec{}; };
+      std::copy_n(sum4(at(0), at(1), at(2), at(3)).v, 4, u + j);  // r_row is a multiple of 4
+    }
+    with_type(p.b, [&](auto* from) {
+      const auto* row = from + (n + i) * p.b.row;
+      int64_t j = 0;
+      for (; p.b.col == 1 && j + VL <= p.rank; j += VL) store(b + j, p.scale * load(row + j));
+      for (; j < p.rank; j++) b[j] = p.scale * to_float(row[j * p.b.col]);
     });
   }
-  with_type(p.b, [&](auto* from) {
-    for (int i = 0; i < ROWS; i++) {
-      for (int64_t j = 0; j < p.rank; j++) b[i * p.rank + j] = p.scale * to_float(from[(n + i) * p.b.row + j * p.b.col]);
+  for (int i = 0; i < rows; i += NR) {
+    rank_sums(f, s.u + i * f.r_row, s.b + i * f.r_row, p.rank, cross + i, update + i);
+  }
+  for (int i = 0; i < rows; i++) {
+    float base;
+    if (p.w_squared.data) {
+      base = static_cast<const float*>(p.w_squared.data)[n + i];
+    } else {
+      vec acc[CHAINS] = {};
+      if (p.products.data) add_squares(w + i * p.w.row, p.n_in, acc);
+      else std::copy_n(s.squares + i * CHAINS, CHAINS, acc);
+      base = sum_squares(acc);
     }
-  });
-  for (int i = 0; i < ROWS; i++) {
-    const float *ui = u + i * p.rank, *bi = b + i * p.rank;
-    const float base = p.w_squared.data ? static_cast<const float*>(p.w_squared.data)[n + i]
-                                        : squared(w + i * p.w.row, p.n_in);
-    float cross = 0.f, update = 0.f;
-    for (int64_t j = 0; j < p.rank; j++) {
-      float gb = 0.f;
-      for (int64_t l = 0; l < p.rank; l++) gb += f.gram[j * p.rank + l] * bi[l];
-      cross += bi[j] * ui[j];
-      update += bi[j] * gb;
-    }
-    float total = base + 2.f * cross + update;
-    const float terms = base + std::fabs(2.f * cross) + update;
+    float total = base + 2.f * cross[i] + update[i];
+    const float terms = base + std::fabs(2.f * cross[i]) + update[i];
     // written so that a total of zero or below is summed again, and a NaN stays
     if (terms > 0.f && !(total * p.max_condition >= terms) && std::isfinite(terms)) {
-      total = squared_directly(w + i * p.w.row, bi, f.a, f.a_row, p.rank, p.n_in);
+      total = squared_directly(w + i * p.w.row, s.b + i * f.r_row, f, p.n_in);
     }
     p.norm[n + i] = std::sqrt(total);
   }
@@ -90,37 +188,47 @@ LK_INLINE void norms(const WeightNorm& p, const W* w, const Factors& f, float* u
 }  // namespace
 
 void weight_norm(const WeightNorm& p) {
-  const int64_t a_row = lines(p.n_in);
-  const Buffer shared(p.rank * a_row + p.rank * p.rank);
-  float *a = shared.get(), *gram = a + p.rank * a_row;
+  const int64_t block = block_k(p.rank), blocks = (p.n_in + block - 1) / block, r_row = lines(p.rank);
+  const Buffer shared(blocks * block * p.rank + p.rank * r_row);
+  const Factors f{shared.get(), shared.get() + blocks * block * p.rank, p.rank, block, r_row};
 #pragma omp parallel num_threads(p.threads)
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     const Range ranks = share(p.rank, 1, thread, threads), rows = share(p.n_out, NR, thread, threads);
+    const Buffer own(VL * (ROWS * p.rank + ROWS * CHAINS) + ROWS * block + 2 * ROWS * r_row);
+    Scratch s;
+    s.products = reinterpret_cast<vec*>(own.get());
+    s.squares = s.products + ROWS * p.rank;
+    s.tile = reinterpret_cast<float*>(s.squares + ROWS * CHAINS);
+    s.u = s.tile + ROWS * block;
+    s.b = s.u + ROWS * r_row;
+    std::fill(s.u, s.b + ROWS * r_row, 0.f);
     with_type(p.a, [&](auto* from) {
       for (int64_t j = ranks.first; j < ranks.last; j++) {
-        for (int64_t k = 0; k < p.n_in; k++) a[j * a_row + k] = to_float(from[j * p.a.row + k * p.a.col]);
-        std::fill(a + j * a_row + p.n_in, a + (j + 1) * a_row, 0.f);
+        for (int64_t k = 0; k < p.n_in; k += block) {
+          const int64_t count = std::min(block, p.n_in - k);
+          float* to = f.at(j, k);
+          for (int64_t c = 0; c < count; c++) to[c] = to_float(from[j * p.a.row + (k + c) * p.a.col]);
+          std::fill(to + count, to + block, 0.f);
+        }
       }
     });
 #pragma omp barrier
-    for (int64_t j = ranks.first; j < ranks.last; j++) {
-      for (int64_t l = 0; l < p.rank; l++) {
-        vec acc[1][1] = {};
-        dot(a + j * a_row, a_row, a + l * a_row, a_row, a_row, acc);
-        gram[j * p.rank + l] = sum(acc[0][0]);
+    for (int64_t j = ranks.first; j < ranks.last; j += NR) {
+      const int count = int(std::min<int64_t>(NR, ranks.last - j));
+      for (int64_t k = 0; k < p.n_in; k += block) {
+        products(f.at(j, k), block, count, f.at(0, k), block, p.rank, block, k > 0, s.products);
+      }
+      for (int i = 0; i < count; i++) {
+        float* row = f.gram + (j + i) * r_row;
+        for (int64_t l = 0; l < p.rank; l++) row[l] = sum(s.products[l * NR + i]);
+        std::fill(row + p.rank, row + r_row, 0.f);
       }
     }
 #pragma omp barrier
-    const Buffer own(2 * NR * p.rank);
-    const Factors f{a, gram, a_row};
     with_type(p.w, [&](auto* w) {
-      for (int64_t n = rows.first; n < rows.last; n += NR) {
-        with_count(int(std::min<int64_t>(NR, rows.last - n)), [&](auto count) {
-          if constexpr (count.value <= NR) {
-            norms<count.value>(p, w + n * p.w.row, f, own.get(), own.get() + NR * p.rank, n);
-          }
-        });
+      for (int64_t n = rows.first; n < rows.last; n += ROWS) {
+        norms(p, w + n * p.w.row, int(std::min<int64_t>(ROWS, rows.last - n)), f, s, n);
       }
     });
   }
@@ -131,7 +239,11 @@ void row_norm_squared(const RowNormSquared& p) {
   {
     const Range rows = share(p.n_out, NR, omp_get_thread_num(), omp_get_num_threads());
     with_type(p.w, [&](auto* w) {
-      for (int64_t n = rows.first; n < rows.last; n++) p.squared[n] = squared(w + n * p.w.row, p.n_in);
+      for (int64_t n = rows.first; n < rows.last; n++) {
+        vec acc[CHAINS] = {};
+        add_squares(w + n * p.w.row, p.n_in, acc);
+        p.squared[n] = sum_squares(acc);
+      }
     });
   }
 }

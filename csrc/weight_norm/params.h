@@ -3,10 +3,10 @@
 
 namespace lk {
 
-// norm[n] = ‖W[n] + scale · B[n] A‖. w_squared is ‖W[n]‖² where known, else no data.
+// norm[n] = ‖W[n] + scale · B[n] A‖. w_squared is ‖W[n]‖² and products A Wᵀ, floats, where known, else no data.
 struct WeightNorm {
-  View w, a, b, w_squared;  // [out, in] [rank, in] [out, rank] [out]
-  float* norm;              // [out]
+  View w, a, b, w_squared, products;  // [out, in] [rank, in] [out, rank] [out] [rank, out]
+  float* norm;                        // [out]
   float scale;
   float max_condition;  // rows whose terms cancel by more are summed directly
   int64_t n_in, n_out, rank;

@@ -11,9 +11,9 @@ import torch
 from lora_kernels import _cpu
 from lora_kernels.ops.buffers import CODES, mask, matrix, refuse_dtypes, row_major, transposed, vector
 from lora_kernels.ops.registry import implements
+from lora_kernels.ops.tiles import FEW, few_tokens, matmul, on_tiles, padded
 
 BLOCK = 256  # rows of W widened at a time: 4 MiB of float32 at 4096 columns
-TILE = 16  # rows of an AMX tile
 
 
 def refusal(x, w, a, b, scale, bias, gain, *_):
@@ -148,7 +148,7 @@ def _input_gradient(dy, x, w, a, gain, p, drop, drop_base):
         product = _times_weight(dy, w)
     else:
         dz = dy * gain.to(torch.float32)
-        if _on_tiles(dy, w):
+        if on_tiles(dy, w):
             # two bf16 numbers hold dz to 2⁻¹⁷, so that its rounding does not show in dx
             high = dz.to(torch.bfloat16)
             product = _times_weight(high, w)
@@ -191,11 +191,13 @@ def _products(x, w):
     """x Wᵀ as (rows of W, product): one piece, or for 16-bit weights float32 pieces."""
     if w.dtype is torch.float32:
         yield slice(0, w.shape[0]), x @ w.T
-    elif _on_tiles(x, w):
-        padded = _padded(x)
+    elif on_tiles(x, w) and len(x) <= FEW:
+        yield slice(0, w.shape[0]), few_tokens(x, w)
+    elif on_tiles(x, w):
+        whole = padded(x)
         for first in range(0, w.shape[0], 4 * BLOCK):
             rows = slice(first, min(first + 4 * BLOCK, w.shape[0]))
-            yield rows, _matmul(padded, w[rows], x.shape[0], transposed=True)
+            yield rows, matmul(whole, w[rows], x.shape[0], transposed=True)
     else:
         yield from _widened(x, w)
 
@@ -216,8 +218,8 @@ def _times_weight(dy, w):
     """dy W, in float32."""
     if w.dtype is torch.float32:
         return dy @ w
-    if _on_tiles(dy, w):
-        return _matmul(_padded(dy), w, dy.shape[0], transposed=False)
+    if on_tiles(dy, w):
+        return matmul(padded(dy), w, dy.shape[0], transposed=False)
     wide = dy.float()
     out = wide.new_zeros(dy.shape[0], w.shape[1])
     scratch = wide.new_empty(min(BLOCK, w.shape[0]), w.shape[1])
@@ -229,28 +231,6 @@ def _times_weight(dy, w):
     return out
 
 
-def _on_tiles(x, w):
-    """Whether the product runs on AMX tiles: bf16 both, and W by rows."""
-    return x.dtype is w.dtype is torch.bfloat16 and w.stride(1) == 1 and _cpu.has_matmul()
-
-
-def _padded(x):
-    """x with zeros up to whole tiles, its rows an odd number of cache lines apart so that they use all cache sets."""
-    tokens, n_in = x.shape
-    padded = x.new_zeros(-(-tokens // TILE) * TILE, -(-n_in // 64) * 64 + 32)
-    padded[:tokens, :n_in] = x
-    return padded
-
-
-def _matmul(padded, w, tokens, *, transposed):
-    n_out, n_in = w.shape if transposed else w.shape[::-1]
-    y = padded.new_empty(len(padded), -(-n_out // 32) * 32 + TILE, dtype=torch.float32)
-    _cpu.matmul(
-        matrix(padded), matrix(w), y.data_ptr(), y.stride(0), transposed, tokens, n_in, n_out, torch.get_num_threads()
-    )
-    return y[:tokens, :n_out]
-
-
 def _slice(vector, rows):
     return None if vector is None else vector[rows]
 
@@ -258,5 +238,5 @@ def _slice(vector, rows):
 def small(dtype: torch.dtype) -> int:
     """Up to how many tokens the fused kernel is faster than the GEMM."""
     if dtype is torch.bfloat16 and _cpu.has_matmul():
-        return 12
+        return 4
     return 32 if dtype is torch.float32 else 64

@@ -5,6 +5,7 @@ import torch
 from lora_kernels import _cpu
 from lora_kernels.ops.buffers import matrix, refuse_dtypes, vector
 from lora_kernels.ops.registry import implements
+from lora_kernels.ops.tiles import FEW, few_tokens, on_tiles
 
 BLOCK = 512  # rows of W copied or widened at a time
 MAX_CONDITION = {torch.float32: 4.0, torch.bfloat16: 64.0, torch.float16: 64.0}
@@ -34,14 +35,31 @@ def forward(w, a, b, scale, w_squared):
     if w.numel() == 0:
         return norm.zero_()
     squared = None if w_squared is None else w_squared.to(torch.float32).contiguous()
+    products = _products(w, a)
     for first, rows in _blocks(w):
         part = slice(first, first + len(rows))
         _cpu.weight_norm(
             matrix(rows), matrix(a), matrix(b[part]), vector(None if squared is None else squared[part]),
-            norm[part].data_ptr(), scale, MAX_CONDITION[w.dtype], w.shape[1], len(rows), a.shape[0],
-            torch.get_num_threads(),
+            None if products is None else matrix(products[:, part]), norm[part].data_ptr(), scale, MAX_CONDITION[w.dtype],
+            w.shape[1], len(rows), a.shape[0], torch.get_num_threads(),
         )  # fmt: skip
     return norm
+
+
+def _products(w, a):
+    """A Wᵀ, [r, out] in float32, where AMX tiles make it; None where the kernel itself is as fast."""
+    if not on_tiles(w, w):
+        return None
+    if a.dtype is torch.bfloat16:
+        parts = a
+    else:
+        # three bf16 numbers hold the 24 bits of a float32
+        high = a.to(torch.bfloat16)
+        rest = a.float() - high.float()
+        middle = rest.to(torch.bfloat16)
+        parts = torch.cat([high, middle, (rest - middle.float()).to(torch.bfloat16)])
+    sums = torch.cat([few_tokens(some.contiguous(), w) for some in parts.split(FEW)])
+    return sums if len(sums) == len(a) else sums.view(3, *a.shape[:1], -1).sum(0)
 
 
 @implements("weight_norm_backward", "cpu", backward_refusal)
