@@ -1,7 +1,8 @@
 # make install | test | demo | lint | bench. Each makes .venv on its first call and reuses it.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(CSRC) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: install test slow demo lint bench
 
@@ -30,3 +31,4 @@ demo: .venv/demo
 lint: .venv/requirements
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)

@@ -9,8 +9,9 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 CONFIG_NAME = "adapter_config.json"
 MAX_RANK = 4096
@@ -198,7 +199,7 @@ class LoraConfig:
         return (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode()
 
 
-def open_file(path: Path) -> tuple[BinaryIO, int]:
+def open_file(path: Path) -> tuple[BufferedReader, int]:
     """Opens a regular file, never a pipe or a device, for reading; returns it with its size."""
     try:
         # without O_NONBLOCK the opening of a pipe waits for its writer

@@ -9,8 +9,9 @@ import os
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -314,7 +315,7 @@ def _read(path: Path, slots: dict[str, _Slot]) -> dict[str, Tensor]:
             if key in header:
                 _check_entry(key, header[key], slot, path)
         data = bytearray(size - start)
-        if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+        if file.readinto(data) != len(data):
             raise AdapterError(f"{path}: became shorter while it was read")
     raw = torch.frombuffer(data, dtype=torch.uint8)
     tensors = {}
@@ -326,7 +327,7 @@ def _read(path: Path, slots: dict[str, _Slot]) -> dict[str, Tensor]:
     return tensors
 
 
-def _header(file: BinaryIO, size: int, path: Path, slots: dict[str, _Slot]) -> tuple[dict[str, Any], int]:
+def _header(file: BufferedReader, size: int, path: Path, slots: dict[str, _Slot]) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(file.read(8), "little")
     limit = max(_LEAST_HEADER, sum(len(key) + _HEADER_PER_TENSOR for key in slots))
     if size < 10 or length > size - 8:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -150,7 +151,7 @@ def build(model: nn.Module, selection: Selection, config: LoraConfig, undo: Exit
 
 
 def _layer(module: nn.Module, target: Target, config: LoraConfig) -> Layer:
-    options = {"r": target.r, "lora_alpha": target.lora_alpha, "use_rslora": config.use_rslora}
+    options: dict[str, Any] = {"r": target.r, "lora_alpha": target.lora_alpha, "use_rslora": config.use_rslora}
     if isinstance(module, nn.Embedding):
         # as PEFT: the named initialisations are for linear layers
         return LoRAEmbedding.from_embedding(module, **options, init_lora_weights=config.init_lora_weights is not False)

@@ -174,10 +174,10 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | LoRALinear) or _is_named(module, "Conv1D", "transformers.")
 
 
-def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
+def _output_head(model: Any, config: LoraConfig) -> nn.Module | None:
     if not _is_named(model, "PreTrainedModel", "transformers."):
         return None
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head: nn.Module | None = model.get_output_embeddings()
     if head is None and config.task_type == "SEQ_CLS":
         head = getattr(model, "score", None) or getattr(model, "classifier", None)
     return head

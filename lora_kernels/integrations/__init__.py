@@ -2,7 +2,7 @@
 
 import sys
 from importlib.util import find_spec
-from types import ModuleType
+from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import nn
@@ -46,10 +46,8 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
             "fuse: strict wants every LoRA layer on our kernels, found"
             f" {len(survey.left)} of {len(survey.left) + len(survey.fused)} left to PEFT; {name}: {reason}"
         )
-    for layer in layers.values():
-        if peft.class_refusal(layer) is None:
-            peft.set_class(layer, peft.FusedLinear)
-
+    if peft:
+        peft.set_class((layer for layer in layers.values() if peft.class_refusal(layer) is None), peft.FusedLinear)
     watched = WeakValueDictionary(layers)
     return FuseReport(
         survey.fused,
@@ -72,8 +70,8 @@ def unfuse(model: nn.Module) -> None:
     for name, layer in fused.items():
         if type(layer) is not peft.FusedLinear:
             raise ValueError(f"unfuse: {name} must be a FusedLinear, found its subclass {type(layer).__name__}")
-    for layer in fused.values():
-        peft.set_class(layer, peft.Linear)
+    if fused:
+        peft.set_class(fused.values(), peft.Linear)
 
 
 def _check_module(function: str, model: nn.Module) -> None:
@@ -81,7 +79,7 @@ def _check_module(function: str, model: nn.Module) -> None:
         raise TypeError(f"{function}: model must be a torch.nn.Module, found {type(model).__name__}")
 
 
-def _peft() -> ModuleType | None:
+def _peft() -> Any:
     """Our PEFT half; None while nobody has imported PEFT, for then no model can hold its layers."""
     if "peft" not in sys.modules:
         return None

@@ -6,6 +6,7 @@ under the bits it was computed from.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -44,7 +45,7 @@ class FusedLinear(Linear):
     """peft.tuners.lora.layer.Linear; a call that the kernels cover runs there, any other in PEFT's own forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        state = "the call has arguments besides the input" if args or kwargs else read(self)
+        state: Any = "the call has arguments besides the input" if args or kwargs else read(self)
         reason = state if type(state) is str else _input_refusal(self, x, state)
         if reason is not None:
             if not _compiling():
@@ -55,7 +56,7 @@ class FusedLinear(Linear):
         return lora_linear(x, w, a, b, scale, bias, gain, dropout)
 
 
-def read(layer: Linear) -> Any:
+def read(layer: Any) -> Any:
     """What the layer's next call computes with, (w, bias, a, b, scale, dropout, magnitude), or why PEFT must run it.
 
     Reads the modules' own dictionaries: one lookup through nn.Module.__getattr__ costs as much as ten of these checks.
@@ -64,7 +65,7 @@ def read(layer: Linear) -> Any:
         return "the adapters are disabled"
     if layer.merged_adapters:
         return "an adapter is merged into the base weight"
-    children = layer._modules
+    children: dict[str, Any] = layer._modules
     adapters = children["lora_A"]._modules
     name = layer._active_adapter
     if type(name) is not str:
@@ -82,6 +83,9 @@ def read(layer: Linear) -> Any:
         return f"lora_A and lora_B are {_name(lora_a)} and {_name(lora_b)}"
     if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
         return f"base_layer is {_name(base)}"
+    w: Any  # tensors only once their types are looked at
+    a: Any
+    b: Any
     w, a, b = base._parameters.get("weight"), lora_a._parameters.get("weight"), lora_b._parameters.get("weight")
     if type(w) not in _PLAIN or type(a) not in _PLAIN or type(b) not in _PLAIN:
         return f"the weights of base_layer, lora_A and lora_B are {_name(w)}, {_name(a)} and {_name(b)}"
@@ -121,8 +125,14 @@ def _hooked(module: nn.Module) -> Any:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or ("forward" in module.__dict__ and not _is_own(module, "forward"))
     )
+
+
+def _is_own(module: nn.Module, attribute: str) -> bool:
+    """Whether the instance holds its class's own bound forward: accelerate leaves it there when its hook is removed."""
+    held = module.__dict__.get(attribute)
+    return type(held) is MethodType and held.__self__ is module and held.__func__ is type(module).forward
 
 
 def _name(thing: Any) -> str:
@@ -158,39 +168,53 @@ def _gain(layer: Linear, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor,
     return dora_gain(magnitude.to(norm.dtype), norm)
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+def lora_layers(model: nn.Module) -> dict[str, Any]:
     """PEFT's LoRA layers of every kind, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def class_refusal(layer: LoraLayer) -> str | None:
+def class_refusal(layer: nn.Module) -> str | None:
     """Why the layer can never become a FusedLinear; None if it can or is one."""
     if type(layer) not in (Linear, FusedLinear):
         return f"{_name(layer)} layers are not covered"
-    if "forward" in layer.__dict__ and "_hf_hook" not in layer.__dict__:
+    held = "_old_forward" if "_hf_hook" in layer.__dict__ else "forward"
+    if held in layer.__dict__ and not _is_own(layer, held):
         return "its forward is replaced on the instance"
     return None
 
 
-def ask(name: str, layer: LoraLayer, survey: Survey) -> None:
+def ask(name: str, layer: nn.Module, survey: Survey) -> None:
     """Adds to the survey what the layer's next call would do if it were a FusedLinear."""
-    state = class_refusal(layer) or read(layer)
+    state: Any = class_refusal(layer) or read(layer)
     if isinstance(state, str):
         survey.left[name] = state
     else:
-        survey.ask(name, *state[:-1], state[-1] is not None)
+        w, bias, a, b, scale, dropout, magnitude = state
+        survey.ask(name, w, bias, a, b, scale, dropout, magnitude is not None)
 
 
-def set_class(layer: LoraLayer, cls: type[Linear]) -> None:
-    """Makes the layer a Linear or a FusedLinear; nothing else of it changes."""
+def set_class(layers: Iterable[nn.Module], cls: type[nn.Module]) -> None:
+    """Makes each layer a Linear or a FusedLinear, all or none of them; nothing else changes."""
+    before = [(layer, type(layer)) for layer in layers]
+    try:
+        for layer, _ in before:
+            _set_class(layer, cls)
+    except BaseException:
+        for layer, old in before:
+            _set_class(layer, old)
+        raise
+
+
+def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
     if type(layer) is cls:
         return
+    # accelerate keeps the bound forward of the class that the layer had when its hook came
+    bound = [attribute for attribute in ("_old_forward", "forward") if _is_own(layer, attribute)]
     layer.__class__ = cls
+    for attribute in bound:
+        layer.__dict__[attribute] = MethodType(cls.forward, layer)
     _fallbacks.pop(layer, None)
     _norms.pop(layer, None)
-    if "_hf_hook" in layer.__dict__:
-        # accelerate kept the bound forward of the class that the layer had when the hook came
-        layer._old_forward = MethodType(cls.forward, layer)
 
 
 def fallbacks(layer: nn.Module) -> dict[str, int]:

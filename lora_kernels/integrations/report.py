@@ -87,7 +87,9 @@ class Survey:
             self.slow[name] = reasons
 
 
-def _backend(w, bias, a, b, scale, dropout, has_gain) -> tuple[str, str]:
+def _backend(
+    w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor, dropout: float, has_gain: bool
+) -> tuple[str, str]:
     """The backend that is chosen, and for the reference the reasons of the faster ones."""
     device = w.device
     gain = torch.ones(len(w), device=device) if has_gain else None

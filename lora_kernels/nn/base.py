@@ -25,10 +25,10 @@ class AdapterLayer(nn.Module):
     enabled: bool
     """Whether the adapter takes part; if not, the layer computes what its base does."""
 
-    def _set_up(self, weight: nn.Parameter, r: int, lora_alpha: float, use_rslora: bool) -> None:
+    def _set_up(self, weight: nn.Parameter | None, r: int, lora_alpha: float, use_rslora: bool) -> None:
         """Takes the options, checked, and the base weight, whose owner may be another module too."""
         name = type(self).__name__
-        check_weight(name, weight)
+        weight = check_weight(name, weight)
         self.r = check_rank(name, r)
         self.lora_alpha = check_number(name, "lora_alpha", lora_alpha)
         if not isinstance(use_rslora, bool):
@@ -178,11 +178,12 @@ def freeze(*parameters: nn.Parameter | None) -> None:
             parameter.requires_grad_(False)
 
 
-def check_weight(layer: str, weight: Any) -> None:
+def check_weight(layer: str, weight: Any) -> nn.Parameter:
     if not isinstance(weight, nn.Parameter):
         raise TypeError(f"{layer}: weight must be a plain parameter, found {type(weight).__name__}")
     if weight.dtype not in FLOATS:
         raise TypeError(f"{layer}: weight must be float32, bfloat16, float16 or float64, found {weight.dtype}")
+    return weight
 
 
 def check_rank(layer: str, r: Any) -> int:

@@ -46,7 +46,7 @@ class DoRALinear(LoRALinear):
         self.detach_norm, self.dropout_semantics = detach_norm, dropout_semantics
 
     @classmethod
-    def from_linear(  # type: ignore[override]
+    def from_linear(
         cls, linear: nn.Linear, *args: Any, detach_norm: bool = True, dropout_semantics: str = "peft", **options: Any
     ) -> Self:
         """A layer that shares the parameters of `linear`, which it freezes; other options as LoRALinear.from_linear."""

@@ -71,7 +71,7 @@ class LoRAEmbedding(AdapterLayer):
     def _adapt(
         self, embedding: nn.Embedding, r: int, lora_alpha: float, use_rslora: bool, init_lora_weights: Any
     ) -> Self:
-        self._set_up(embedding._parameters.get("weight"), r, lora_alpha, use_rslora)  # type: ignore[arg-type]
+        self._set_up(embedding._parameters.get("weight"), r, lora_alpha, use_rslora)
         if not isinstance(init_lora_weights, bool):
             found = f"found {init_lora_weights!r}"
             raise TypeError(f"{self._named()}: init_lora_weights must be True or False, {found}")

@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from lora_kernels.nn.base import AdapterLayer, check_dropout, freeze
 from lora_kernels.nn.init import check_init, linear_factors
-from lora_kernels.ops import lora_linear
+from lora_kernels.ops.lora_linear import lora_linear
 
 
 class LoRALinear(AdapterLayer):
@@ -85,7 +85,7 @@ class LoRALinear(AdapterLayer):
     ) -> Self:
         """Builds the adapter; every check comes before the first change."""
         name, weight = type(self).__name__, linear._parameters.get("weight")
-        self._set_up(weight, r, lora_alpha, use_rslora)  # type: ignore[arg-type]
+        self._set_up(weight, r, lora_alpha, use_rslora)
         self.out_features, self.in_features = self.weight.shape
         self.lora_dropout = check_dropout(name, lora_dropout)
         init = check_init(name, init_lora_weights, self.r, self.weight, self.scaling)

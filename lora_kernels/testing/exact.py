@@ -1,6 +1,7 @@
 """lora_linear in float64 by autograd, from the formula alone: what every backend is compared with."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Problem:
     seed: Tensor | None
     dy: Tensor
 
-    def arguments(self) -> tuple:
+    def arguments(self) -> tuple[Any, ...]:
         """In the order of `lora_linear`'s parameters."""
         return (
             self.x,
@@ -89,7 +90,7 @@ def make_problem(
     """A random problem with values of both signs, of the sizes of a trained layer. `tokens` () makes x a vector."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(shape, deviation, kind):
+    def normal(shape: tuple[int, ...], deviation: float, kind: torch.dtype) -> Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * deviation).to(kind)
 
     lead = tokens if isinstance(tokens, tuple) else (tokens,)
@@ -137,6 +138,7 @@ def exact(problem: Problem) -> Exact:
 def _formula(p: Problem, absolute: bool) -> Tensor:
     x_dropped = p.x
     if p.dropout:
+        assert p.seed is not None
         rows = p.x.shape[:-1].numel()
         keep = mask(p.seed, p.dropout, rows, p.x.shape[-1], torch.float64, p.x.device)
         x_dropped = p.x * keep.reshape(p.x.shape)
