@@ -29,11 +29,13 @@ uint64_t checksum(const Bytes* ranges, int count) {
   for (int r = 0; r < count; r++) {
     const char* data = static_cast<const char*>(ranges[r].data);
     int64_t left = ranges[r].size;
-    for (; left > 0; data += STEP, left -= STEP) {
+    const auto take = [&](int64_t size) {
       lanes v[CHAINS] = {};
-      std::memcpy(v, data, left < STEP ? left : STEP);
+      std::memcpy(v, data, size);
       LK_UNROLL for (int c = 0; c < CHAINS; c++) h[c] = mix(h[c], v[c]);
-    }
+    };
+    for (; left >= STEP; data += STEP, left -= STEP) take(STEP);
+    if (left > 0) take(left);
   }
   uint64_t sum = 0;
   for (int c = 0; c < CHAINS; c++) {

@@ -160,12 +160,11 @@ def _gain(layer: Linear, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor,
     if _compiling():
         with torch.no_grad():
             norm = weight_norm(w, a, b, scale)
-    else:
-        cache = _norms.get(layer)
-        if cache is None:
-            cache = _norms[layer] = NormCache()
-        norm = cache(w, a, b, scale)
-    return dora_gain(magnitude.to(norm.dtype), norm)
+        return dora_gain(magnitude.to(norm.dtype), norm)
+    cache = _norms.get(layer)
+    if cache is None:
+        cache = _norms[layer] = NormCache()
+    return cache.gain(w, a, b, scale, magnitude)
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:

@@ -84,8 +84,11 @@ class DoRALinear(LoRALinear):
         if self.merged:
             return F.linear(x, self.weight, self.bias)
         w, a, b, scaling = self.weight, self.lora_A, self.lora_B, self.scaling
-        norm = self._norm(w, a, b, scaling) if self.detach_norm else weight_norm(w, a, b, scaling)
-        gain = dora_gain(self.lora_magnitude_vector, norm)
+        magnitude = self.lora_magnitude_vector
+        if self.detach_norm:
+            gain = self._norm.gain(w, a, b, scaling, magnitude)
+        else:
+            gain = dora_gain(magnitude, weight_norm(w, a, b, scaling))
         dropout = self.lora_dropout if self.training else 0.0
         return lora_linear(x, w, a, b, scaling, self.bias, gain, dropout, self.dropout_semantics)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.weight_norm.op import row_norm_squared, weight_norm
+from lora_kernels.ops.weight_norm.op import dora_gain, row_norm_squared, weight_norm
 
 try:
     from lora_kernels import _cpu
@@ -22,7 +22,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class NormCache:
-    """The last norm of one layer; call it with the layer's present weights.
+    """The last norm and gain of one layer; call it with the layer's present weights.
 
     Under `torch.no_grad()` a norm is reused if no bit of A and B changed, nor the address, version or a sample of W.
     With grad mode on it is computed anew, and only ‖W‖² is reused. On other devices than the CPU, while compiling, and
@@ -30,7 +30,7 @@ class NormCache:
     leaves the sampled elements, about 64 a matrix, as they were.
     """
 
-    __slots__ = ("_squared", "_norm")
+    __slots__ = ("_squared", "_norm", "_gain")
 
     def __init__(self) -> None:
         self.clear()
@@ -39,29 +39,41 @@ class NormCache:
         """Forgets everything."""
         self._squared: tuple[Any, Tensor | None] = (None, None)
         self._norm: tuple[Any, Tensor | None] = (None, None)
-
-    @torch.no_grad()
-    def _w_squared(self, w: Tensor, key: Any) -> Tensor:
-        held, squared = self._squared
-        if squared is None or held != key:
-            squared = row_norm_squared(w)
-            self._squared = (key, squared)
-        return squared
+        self._gain: tuple[Any, Tensor | None] = (None, None)
 
     def __call__(self, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
         """`weight_norm(w, a, b, scale)` without gradient: [out]."""
-        with torch.no_grad():
-            w_key = _key(w, a, b, scale)
-            if w_key is None:
-                return weight_norm(w, a, b, scale)
-        grad = torch.is_grad_enabled()
-        with torch.no_grad():
-            key = (w_key, a.shape, a.dtype, scale, _cpu.checksum(*_bytes(a), *_bytes(b)))
-            held, norm = self._norm
-            if grad or norm is None or held != key:
-                norm = weight_norm(w, a, b, scale, self._w_squared(w, w_key))
-                self._norm = (key, norm)
-            return norm
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._computed(w, a, b, scale, _weight_key(w, a, b, scale))
+        key = _key(w, a, b, scale)
+        held, norm = self._norm
+        if norm is None or key is None or held != key:
+            norm = self._computed(w, a, b, scale, key and key[0])
+            self._norm = (key, norm)
+        return norm
+
+    def gain(self, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
+        """DoRA's gain, `dora_gain(magnitude, norm)` with the norm detached: [out]. Reused as the norm is."""
+        if torch.is_grad_enabled():
+            norm = self(w, a, b, scale)
+            return dora_gain(magnitude.to(norm.dtype), norm)
+        key = _key(w, a, b, scale, magnitude)
+        held, gain = self._gain
+        if gain is None or key is None or held != key:
+            norm = self(w, a, b, scale)
+            gain = dora_gain(magnitude.to(norm.dtype), norm)
+            self._gain = (key, gain)
+        return gain
+
+    def _computed(self, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, weight_key: Any) -> Tensor:
+        if weight_key is None:
+            return weight_norm(w, a, b, scale)
+        held, squared = self._squared
+        if squared is None or held != weight_key:
+            squared = row_norm_squared(w)
+            self._squared = (weight_key, squared)
+        return weight_norm(w, a, b, scale, squared)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NormCache":
         return NormCache()
@@ -70,19 +82,26 @@ class NormCache:
         return NormCache, ()
 
 
-def _key(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Any:
+def _key(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, *others: Tensor) -> Any:
+    """What identifies all of the weights; None where nothing can be reused."""
+    weight = _weight_key(w, a, b, scale, *others)
+    if weight is None:
+        return None
+    ranges = [number for t in (a, b, *others) for number in (t.data_ptr(), t.nbytes)]
+    return (weight, a.shape, a.dtype, scale, _cpu.checksum(*ranges), *(t.dtype for t in others))
+
+
+def _weight_key(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, *others: Tensor) -> Any:
     """What identifies W; None where nothing can be reused."""
     if torch.compiler.is_compiling() or _cpu is None or isinstance(scale, Tensor):
         return None
-    if not all(type(t) in _PLAIN and t.device.type == "cpu" for t in (w, a, b)) or w.numel() == 0:
+    if type(w) not in _PLAIN or w.device.type != "cpu" or w.numel() == 0:
         return None
-    if not (a.is_contiguous() and b.is_contiguous()):
-        return None
+    for t in (a, b, *others):
+        if type(t) not in _PLAIN or t.device.type != "cpu" or not t.is_contiguous():
+            return None
     version = -1 if w.is_inference() else w._version
-    view = (w.data_ptr(), w.stride(0), w.stride(1), 0)
+    row, column = w.stride()
+    view = (w.data_ptr(), row, column, 0)
     rows, columns = w.shape
     return (view, version, w.dtype, w.shape, _cpu.sample(view, rows, columns, w.element_size()))
-
-
-def _bytes(t: Tensor) -> tuple[int, int]:
-    return t.data_ptr(), t.numel() * t.element_size()
