@@ -71,35 +71,35 @@ def _forward_large(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep
             y += bias.to(x.dtype)
         return y, h.zero_() if keep else None, torch.zeros_like(y) if keep_z else None
     _cpu.shrink(matrix(x), matrix(a), None, h.data_ptr(), scale, drop, tokens, n_in, rank, threads)
-    if x.dtype is torch.float32 and not drop_base:
+    if not drop_base and (wide := _one_product(x, w)) is not None:
         # in place: a second buffer of y's size costs more in page faults than the passes themselves
-        z = x @ w.T
-        y = torch.empty_like(z) if keep_z else z
+        in_place = x.dtype is torch.float32 and not keep_z
+        y, z, rows = wide if in_place else x.new_empty(tokens, n_out), None, transposed(b)
         if keep_z:
-            _expand(z, z, b.T, h)
-            _expand(z, y, b.T[:0], h[:, :0], gain=gain, bias=bias)
-        else:
-            _expand(z, y, b.T, h, gain=gain, bias=bias)
-        return y, h if keep else None, z if keep_z else None
+            _expand(wide, wide, rows, rank, h)
+            z = wide if x.dtype is torch.float32 else wide.to(x.dtype)
+            rank = 0
+        _expand(wide, y, rows, rank, h, gain=gain, bias=bias)
+        return y, h if keep else None, z
     y, z = x.new_empty(tokens, n_out), x.new_empty(tokens, n_out if keep_z else 0)
     kept = x
     rest = None
     if drop_base:
         wide = x.float()
         kept = torch.empty_like(wide)
-        _expand(wide, kept, a[:0], h[:, :0], mask=drop, mask_from=True)
+        _expand(wide, kept, None, 0, h, mask=drop, mask_from=True)
         rest = wide - kept
     # float32 between the passes where there is more than one, so that y is rounded once
     for rows, wide in _products(kept, w):
         slice_b, slice_gain, slice_bias = b[rows], _slice(gain, rows), _slice(bias, rows)
         target = y[:, rows]
         if rest is None and not keep_z:
-            _expand(wide, target, slice_b.T, h, gain=slice_gain, bias=slice_bias)
+            _expand(wide, target, transposed(slice_b), rank, h, gain=slice_gain, bias=slice_bias)
             continue
-        _expand(wide, wide, slice_b.T, h)
+        _expand(wide, wide, transposed(slice_b), rank, h)
         if keep_z:
             z[:, rows].copy_(wide)
-        _expand(wide, wide, slice_b.T[:0], h[:, :0], gain=slice_gain, bias=slice_bias)
+        _expand(wide, wide, None, 0, h, gain=slice_gain, bias=slice_bias)
         if rest is not None:
             wide += rest @ w[rows].to(rest.dtype).T
         target.copy_(wide)
@@ -142,7 +142,7 @@ def _input_gradient(dy, x, w, a, gain, p, drop, drop_base):
     """(dy ⊙ gain) W + mask ⊙ (p A), or for a dropped base dy W + mask ⊙ ((dy ⊙ (gain - 1)) W + p A)."""
     if drop_base:
         wide = _times_weight(dy * (gain - 1), w)
-        _expand(wide, wide, a, p, mask=drop, mask_from=True)
+        _expand(wide, wide, matrix(a), len(a), p, mask=drop, mask_from=True)
         return (wide + _times_weight(dy, w)).to(x.dtype)
     if gain is None:
         product = _times_weight(dy, w)
@@ -156,7 +156,7 @@ def _input_gradient(dy, x, w, a, gain, p, drop, drop_base):
         else:
             product = _times_weight(dz, w)
     dx = product if x.dtype is torch.float32 else x.new_empty(x.shape)
-    _expand(product, dx, a, p, mask=drop)
+    _expand(product, dx, matrix(a), len(a), p, mask=drop)
     return dx
 
 
@@ -177,22 +177,26 @@ def _column_sums(u, v):
     return sums
 
 
-def _expand(source, target, b, h, *, gain=None, bias=None, mask=None, mask_from=False):
-    """target = gain ⊙ (source + mask ⊙ (h b)) + bias; with mask_from the mask is on both terms."""
+def _expand(source, target, b, rank, h, *, gain=None, bias=None, mask=None, mask_from=False):
+    """target = gain ⊙ (source + mask ⊙ (h b)) + bias, b [rank, out]; with mask_from the mask is on both terms."""
     tokens, n_out = source.shape
-    h = h.contiguous()
     _cpu.expand(
-        matrix(source), matrix(target), matrix(b), vector(gain), vector(bias), h.data_ptr(), mask, mask_from,
-        tokens, n_out, b.shape[0], torch.get_num_threads(),
+        matrix(source), matrix(target), b, vector(gain), vector(bias), h.data_ptr(), mask, mask_from,
+        tokens, n_out, rank, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def _one_product(x, w):
+    """x Wᵀ in float32 where it is made in one piece, else None."""
+    if w.dtype is torch.float32:
+        return x @ w.T
+    return few_tokens(x, w) if x.shape[0] <= FEW and on_tiles(x, w) else None
 
 
 def _products(x, w):
     """x Wᵀ as (rows of W, product): one piece, or for 16-bit weights float32 pieces."""
     if w.dtype is torch.float32:
         yield slice(0, w.shape[0]), x @ w.T
-    elif on_tiles(x, w) and len(x) <= FEW:
-        yield slice(0, w.shape[0]), few_tokens(x, w)
     elif on_tiles(x, w):
         whole = padded(x)
         for first in range(0, w.shape[0], 4 * BLOCK):
