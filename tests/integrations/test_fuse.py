@@ -6,6 +6,7 @@ import warnings
 import peft
 import pytest
 import torch
+from fuse_helpers import inputs, model, pair, randomise, same
 from torch import nn
 
 import lora_kernels
@@ -20,47 +21,6 @@ KINDS = {
     "patterns": {"rank_pattern": {"b": 5}, "alpha_pattern": {"a": 3}},
     "lora_bias": {"lora_bias": True},
 }
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(24, 40), nn.Linear(40, 16, bias=False)
-
-    def forward(self, x):
-        return self.b(torch.tanh(self.a(x)))
-
-
-def model(dtype=torch.float32, **values):
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["a", "b"], **values)
-    made = peft.get_peft_model(Net().to(dtype), config)
-    randomise(made)
-    return made
-
-
-def randomise(made):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in made.named_parameters():
-            if "lora_B" in name or "lora_A" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-
-
-def pair(dtype=torch.float32, **values):
-    """(stock, fused) with the same weights."""
-    stock = model(dtype, **values)
-    fused = copy.deepcopy(stock)
-    fuse(fused)
-    return stock, fused
-
-
-def inputs(dtype=torch.float32, rows=7):
-    return torch.randn(rows, 24, generator=torch.Generator().manual_seed(2)).to(dtype)
-
-
-def same(stock, fused, x, **keywords):
-    torch.testing.assert_close(fused(x, **keywords), stock(x, **keywords))
 
 
 @pytest.mark.parametrize("kind", KINDS)

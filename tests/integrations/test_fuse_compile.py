@@ -1,0 +1,137 @@
+"""torch.compile of fused models: one graph, the bits of eager, and every later change of the adapter is seen."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import torch._dynamo.testing
+from fuse_helpers import LLAMA_LAYERS, fused_copy, inputs, llama, model, pair, randomise, step, tokens
+
+from lora_kernels import fuse, unfuse
+
+KINDS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "dropout": {"lora_dropout": 0.4},
+    "dora dropout": {"use_dora": True, "lora_dropout": 0.4},
+}
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(one, backend="aot_eager"):
+    return torch.compile(one, fullgraph=True, backend=backend)
+
+
+def kernel_calls(one, x):
+    """How often our op stands in the one graph of a model."""
+    backend = torch._dynamo.testing.EagerAndRecordGraphs()
+    compiled(one, backend)(x)
+    (graph,) = backend.graphs
+    return sum("lora_linear_forward" in str(node.target) for node in graph.graph.nodes)
+
+
+def results(call, one, x):
+    """The output and every gradient."""
+    torch.manual_seed(4)
+    x = x.clone().requires_grad_()
+    y = call(x)
+    wanted = [x, *(p for p in one.parameters() if p.requires_grad)]
+    return [y, *torch.autograd.grad(y.square().sum(), wanted)]
+
+
+def equal(ones, others):
+    return all(torch.equal(a, b) for a, b in zip(ones, others, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_model_gives_the_bits_of_eager(kind, dtype):
+    _, fused = pair(dtype, **KINDS[kind])
+    call = compiled(fused)
+    assert equal(results(call, fused, inputs(dtype)), results(fused, fused, inputs(dtype)))
+    with torch.no_grad():
+        fused.eval()
+        assert torch.equal(call(inputs(dtype)), fused(inputs(dtype)))
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_inductor_gives_the_bits_of_eager(use_dora):
+    # one layer, all of it our ops and DoRA's division: elsewhere inductor's own functions may round another way
+    layer = pair(use_dora=use_dora)[1].base_model.model.a
+    assert equal(results(compiled(layer, "inductor"), layer, inputs()), results(layer, layer, inputs()))
+
+
+def test_the_graph_holds_our_op_and_not_pefts_formula():
+    stock, fused = pair()
+    _, dora = pair(use_dora=True)  # PEFT's own DoRA layer cannot be compiled as one graph
+    with torch.no_grad():
+        assert [kernel_calls(one, inputs()) for one in (stock, fused, dora)] == [0, 2, 2]
+
+
+def test_a_model_compiled_first_and_fused_later():
+    one = model()
+    with torch.no_grad():
+        call = compiled(one)
+        expected = call(inputs())
+        report = fuse(call)
+        assert len(report.fused) == 2 and kernel_calls(one, inputs()) == 2
+        torch.testing.assert_close(call(inputs()), expected)
+        unfuse(call)
+        assert torch.equal(call(inputs()), expected)
+
+
+def set_active(one):
+    one.add_adapter("other", peft.LoraConfig(r=2, target_modules=["a"]))
+    randomise(one, 7)
+    one.set_adapter("other")
+
+
+CHANGES = {
+    "weights in place": lambda one: randomise(one, 9),
+    "weights by .data": lambda one: one.base_model.model.a.lora_B["default"].weight.data.mul_(2),
+    "scale": lambda one: one.base_model.model.a.set_scale("default", 3.0),
+    "another adapter": set_active,
+    "disabled": lambda one: one.base_model.disable_adapter_layers(),
+    "merged": lambda one: one.merge_adapter(),
+    "two adapters": lambda one: (set_active(one), one.base_model.set_adapter(["default", "other"])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_compiled_model_sees_every_change(change):
+    stock = model()
+    fused = fused_copy(stock)
+    call = compiled(fused)
+    before = call(inputs())
+    for one in (stock, fused):
+        CHANGES[change](one)
+    torch.testing.assert_close(call(inputs()), stock(inputs()))
+    assert torch.equal(call(inputs()), fused(inputs()))
+    # a merged adapter computes the same, by other means
+    assert torch.allclose(before, call(inputs()), atol=1e-5) is (change == "merged")
+
+
+def test_a_compiled_dora_model_sees_new_weights_without_gradients():
+    stock, fused = pair(use_dora=True)
+    call = compiled(fused)
+    with torch.no_grad():
+        for seed in (5, 6):
+            for one in (stock, fused):
+                randomise(one, seed)
+            torch.testing.assert_close(call(inputs()), stock(inputs()))
+
+
+def test_compiled_layers_of_a_llama():
+    eager = fused_copy(model(net=llama, target_modules=LLAMA_LAYERS, task_type="CAUSAL_LM", use_dora=True)).train()
+    other = copy.deepcopy(eager)
+    for layer in other.get_base_model().model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    ones, others = step(eager, tokens()), step(other, tokens())
+    assert ones.keys() == others.keys() and equal(ones.values(), others.values())
