@@ -132,18 +132,19 @@ PYBIND11_MODULE(_cpu, m) {
       "Whether this level has bf16 products with float32 sums.");
   m.def(
       "matmul",
-      [](View x, View w, uintptr_t y, int64_t y_row, bool transposed, int64_t tokens, int64_t n_in, int64_t n_out,
-         int threads) {
+      [](View x, View w, uintptr_t y, int64_t y_row, int64_t tokens, int64_t n_in, int64_t n_out, int threads) {
         if (chosen->matmul == nullptr) throw std::runtime_error("matmul: this level has no bf16 products");
-        chosen->matmul({x, w, at<float>(y), y_row, transposed, tokens, n_in, n_out, threads});
+        chosen->matmul({x, w, at<float>(y), y_row, tokens, n_in, n_out, threads});
       },
       release());
   m.def(
-      "matmul_few",
-      [](View x, View w, uintptr_t y, int64_t y_row, int64_t tokens, int64_t n_in, int64_t n_out, int threads) {
-        if (chosen->matmul_few == nullptr) throw std::runtime_error("matmul_few: this level has no bf16 products");
-        if (tokens > lk::FEW) throw std::invalid_argument("matmul_few: too many tokens");
-        chosen->matmul_few({x, w, at<float>(y), y_row, true, tokens, n_in, n_out, threads});
+      "forward_tiles",
+      [](View x, View w, View b, View y, View z, View bias, View gain, uintptr_t h, float scale, int64_t tokens,
+         int64_t n_in, int64_t n_out, int64_t rank, int threads) {
+        if (chosen->forward_tiles == nullptr)
+          throw std::runtime_error("forward_tiles: this level has no bf16 products");
+        chosen->forward_tiles(
+            {x, w, b, y, z, bias, gain, at<const float>(h), scale, tokens, n_in, n_out, rank, threads});
       },
       release());
 

@@ -20,7 +20,7 @@ struct Kernels {
   void (*row_norm_squared)(const RowNormSquared&);
   uint64_t (*checksum)(const Bytes*, int);
   void (*matmul)(const Matmul&) = nullptr;  // these two only with AMX
-  void (*matmul_few)(const Matmul&) = nullptr;
+  void (*forward_tiles)(const ForwardTiles&) = nullptr;
 };
 
 #define LK_DECLARE(level)                                                                 \
@@ -45,12 +45,12 @@ LK_DECLARE(avx512)
 #if defined(LK_AMX)
 namespace amx {
 void matmul(const Matmul&);
-void matmul_few(const Matmul&);
+void forward_tiles(const ForwardTiles&);
 inline const Kernels kernels = [] {
   Kernels all = avx512::kernels;
   all.level = "amx";
   all.matmul = matmul;
-  all.matmul_few = matmul_few;
+  all.forward_tiles = forward_tiles;
   return all;
 }();
 }  // namespace amx

@@ -55,16 +55,24 @@ struct ColumnSums {
   int threads;
 };
 
-// y = x Wᵀ if transposed (w is [out, in]), else x W (w is [in, out]); bf16 with float32 sums and result.
-// matmul: x has rows of zeros up to a multiple of 16 tokens and columns up to one of 32; y has room for multiples of 16.
-// matmul_few: at most FEW tokens, transposed, of any size; W is streamed as it lies in memory.
-constexpr int64_t FEW = 64;
+// y = x W, bf16 with float32 sums and result.
+// x has rows of zeros up to a multiple of 16 tokens and columns up to one of 32; y has room for multiples of 16.
 struct Matmul {
-  View x, w;
-  float* y;  // [tokens, out], rows y_row apart
+  View x, w;  // [tokens, in] [in, out]
+  float* y;   // [tokens, out], rows y_row apart
   int64_t y_row;
-  bool transposed;
   int64_t tokens, n_in, n_out;
+  int threads;
+};
+
+// y = gain ⊙ scale · z + bias with z = x Wᵀ + h Bᵀ, for bf16 x and W by rows; y and z bf16 or float32, both alike.
+struct ForwardTiles {
+  View x, w, b;     // [tokens, in] [out, in] [out, rank] (any strides)
+  View y, z;        // [tokens, out] twice; z may have no data
+  View bias, gain;  // [out], or no data
+  const float* h;   // [tokens, rank]
+  float scale;
+  int64_t tokens, n_in, n_out, rank;
   int threads;
 };
 

@@ -11,8 +11,9 @@ import torch
 from lora_kernels import _cpu
 from lora_kernels.ops.buffers import CODES, mask, matrix, refuse_dtypes, row_major, transposed, vector
 from lora_kernels.ops.registry import implements
-from lora_kernels.ops.tiles import FEW, few_tokens, matmul, on_tiles, padded
+from lora_kernels.ops.tiles import matmul, on_tiles, product
 
+FEW = 64  # tokens whose h the shrink pass makes as fast as tiles do
 BLOCK = 256  # rows of W widened at a time: 4 MiB of float32 at 4096 columns
 
 
@@ -39,6 +40,8 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
         base = matrix(w)
         if base[2] == 1 and w.numel() and tokens:
             return _forward_small(x, w.shape, base, a, b, scale, bias, gain, mask(dropout, seed), keep, keep_z)
+    elif on_tiles(x, w) and not drop_base and w.numel() and tokens:
+        return _forward_tiles(x, w, a, b, scale, bias, gain, mask(dropout, seed), keep, keep_z)
     return _forward_large(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z)
 
 
@@ -59,6 +62,24 @@ def _forward_small(x, shape, w, a, b, scale, bias, gain, drop, keep, keep_z):
     return y, h, z
 
 
+def _forward_tiles(x, w, a, b, scale, bias, gain, drop, keep, keep_z):
+    tokens, (n_out, n_in), rank, threads = x.shape[0], w.shape, a.shape[0], torch.get_num_threads()
+    x, a = row_major(x), row_major(a)
+    rows_x = matrix(x)
+    if tokens > FEW and drop is None and on_tiles(x, a):
+        h = product(x, a, scale)
+    else:
+        h = x.new_empty(tokens, rank, dtype=torch.float32)
+        _cpu.shrink(rows_x, matrix(a), None, h.data_ptr(), scale, drop, tokens, n_in, rank, threads)
+    y = x.new_empty(tokens, n_out)
+    z = torch.empty_like(y) if keep_z else None
+    _cpu.forward_tiles(
+        rows_x, matrix(w), matrix(b), matrix(y), None if z is None else matrix(z), vector(bias), vector(gain),
+        h.data_ptr(), 1.0, tokens, n_in, n_out, rank, threads,
+    )  # fmt: skip
+    return y, h if keep else None, z
+
+
 def _forward_large(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
     tokens, (n_out, n_in), rank = x.shape[0], w.shape, a.shape[0]
     h = x.new_empty(tokens, rank, dtype=torch.float32)
@@ -71,14 +92,13 @@ def _forward_large(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep
             y += bias.to(x.dtype)
         return y, h.zero_() if keep else None, torch.zeros_like(y) if keep_z else None
     _cpu.shrink(matrix(x), matrix(a), None, h.data_ptr(), scale, drop, tokens, n_in, rank, threads)
-    if not drop_base and (wide := _one_product(x, w)) is not None:
+    if x.dtype is torch.float32 and not drop_base:
         # in place: a second buffer of y's size costs more in page faults than the passes themselves
-        in_place = x.dtype is torch.float32 and not keep_z
-        y, z, rows = wide if in_place else x.new_empty(tokens, n_out), None, transposed(b)
+        wide, rows = x @ w.T, transposed(b)
+        y, z = wide, None
         if keep_z:
             _expand(wide, wide, rows, rank, h)
-            z = wide if x.dtype is torch.float32 else wide.to(x.dtype)
-            rank = 0
+            y, z, rank = torch.empty_like(wide), wide, 0
         _expand(wide, y, rows, rank, h, gain=gain, bias=bias)
         return y, h if keep else None, z
     y, z = x.new_empty(tokens, n_out), x.new_empty(tokens, n_out if keep_z else 0)
@@ -186,22 +206,12 @@ def _expand(source, target, b, rank, h, *, gain=None, bias=None, mask=None, mask
     )  # fmt: skip
 
 
-def _one_product(x, w):
-    """x Wᵀ in float32 where it is made in one piece, else None."""
-    if w.dtype is torch.float32:
-        return x @ w.T
-    return few_tokens(x, w) if x.shape[0] <= FEW and on_tiles(x, w) else None
-
-
 def _products(x, w):
     """x Wᵀ as (rows of W, product): one piece, or for 16-bit weights float32 pieces."""
     if w.dtype is torch.float32:
         yield slice(0, w.shape[0]), x @ w.T
     elif on_tiles(x, w):
-        whole = padded(x)
-        for first in range(0, w.shape[0], 4 * BLOCK):
-            rows = slice(first, min(first + 4 * BLOCK, w.shape[0]))
-            yield rows, matmul(whole, w[rows], x.shape[0], transposed=True)
+        yield slice(0, w.shape[0]), product(x, w)
     else:
         yield from _widened(x, w)
 
@@ -223,7 +233,7 @@ def _times_weight(dy, w):
     if w.dtype is torch.float32:
         return dy @ w
     if on_tiles(dy, w):
-        return matmul(padded(dy), w, dy.shape[0], transposed=False)
+        return matmul(dy, w)
     wide = dy.float()
     out = wide.new_zeros(dy.shape[0], w.shape[1])
     scratch = wide.new_empty(min(BLOCK, w.shape[0]), w.shape[1])

@@ -5,8 +5,9 @@ import torch
 from lora_kernels import _cpu
 from lora_kernels.ops.buffers import matrix, refuse_dtypes, vector
 from lora_kernels.ops.registry import implements
-from lora_kernels.ops.tiles import FEW, few_tokens, on_tiles
+from lora_kernels.ops.tiles import on_tiles, product
 
+FEW = 64  # rows of A for which W is streamed once, without a copy
 BLOCK = 512  # rows of W copied or widened at a time
 MAX_CONDITION = {torch.float32: 4.0, torch.bfloat16: 64.0, torch.float16: 64.0}
 """Cancellation up to which the factored form is within 1e-5 (float32) and 1e-4 (16-bit)."""
@@ -58,7 +59,7 @@ def _products(w, a):
         rest = a.float() - high.float()
         middle = rest.to(torch.bfloat16)
         parts = torch.cat([high, middle, (rest - middle.float()).to(torch.bfloat16)])
-    sums = torch.cat([few_tokens(some.contiguous(), w) for some in parts.split(FEW)])
+    sums = torch.cat([product(some, w) for some in parts.contiguous().split(FEW)])
     return sums if len(sums) == len(a) else sums.view(3, *a.shape[:1], -1).sum(0)
 
 
