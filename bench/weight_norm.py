@@ -1,34 +1,51 @@
-"""weight_norm and PEFT's norm of the same layer."""
+"""weight_norm and its rivals: PEFT's norm of the same layer, and the factored norm in plain PyTorch."""
 
+import pytest
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 
-from bench.paired import paired
+from bench.lora_linear import DTYPES, RANKS, SHAPES
+from bench.paired import paired, row
 from lora_kernels import weight_norm
 from lora_kernels.ops import row_norm_squared
 
 
-def rows(quick=False):
-    """Every measurement, as plain values."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for size in (1024, 4096):
-            for r in (16,) if quick else (8, 16, 64):
-                w, a, b = (torch.randn(shape, dtype=dtype) for shape in ((size, size), (r, size), (size, r)))
-                squared, peft_norm = row_norm_squared(w), DoraLinearLayer(fan_in_fan_out=False)
-                eye = torch.eye(size, dtype=dtype)
-                times = paired(
-                    {
-                        "ours": lambda: weight_norm(w, a, b, 0.5, squared),  # noqa: B023
-                        "ours with W squared": lambda: weight_norm(w, a, b, 0.5),  # noqa: B023
-                        "peft": lambda: peft_norm.get_weight_norm(w, ((eye @ a.T) @ b.T).T, 0.5),  # noqa: B023
-                    }
-                )
-                yield {
-                    "op": "weight_norm",
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "K": size,
-                    "N": size,
-                    "r": r,
-                    "seconds": times,
-                    "ours / peft": times["ours"] / times["peft"],
-                }
+def contenders(n_in, n_out, r, dtype):
+    """The calls to time, by name. W is frozen, so ours and torch have its own norm from before."""
+    w, a, b = (torch.randn(shape, dtype=dtype) for shape in ((n_out, n_in), (r, n_in), (n_out, r)))
+    squared, peft_norm = row_norm_squared(w), DoraLinearLayer(fan_in_fan_out=False)
+
+    def plain():
+        wide_b = b.float()
+        cross = ((w @ a.T).float() * wide_b).sum(1)
+        update = ((wide_b @ (a @ a.T).float()) * wide_b).sum(1)
+        return (squared + cross + 0.25 * update).sqrt()
+
+    def pefts():
+        # as peft/tuners/lora/dora.py does in each forward: B A by way of the identity, then the sum, then its norm
+        eye = torch.eye(n_in, dtype=dtype)
+        return peft_norm.get_weight_norm(w, ((eye @ a.T) @ b.T).T, 0.5)
+
+    return {
+        "ours": lambda: weight_norm(w, a, b, 0.5, squared),
+        "ours with W squared": lambda: weight_norm(w, a, b, 0.5),
+        "peft": pefts,
+        "torch": plain,
+    }
+
+
+def rows(quick=False, dtypes=DTYPES, slow_backward=False):
+    """Every measurement."""
+    for dtype in dtypes:
+        for n_in, n_out in SHAPES[:2] if quick or slow_backward else SHAPES:
+            for r in [16] if quick or slow_backward else RANKS:
+                seconds = paired(contenders(n_in, n_out, r, dtype))
+                yield row("weight_norm", "dora", dtype, {"K": n_in, "N": n_out, "r": r}, seconds, what="norm")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["ours", "ours with W squared", "peft", "torch"])
+def test_weight_norm(benchmark, name, dtype):
+    """`make bench-pytest`. pytest-benchmark does not interleave: for ratios use `python -m bench`."""
+    benchmark.group = str(dtype)
+    benchmark(contenders(1024, 1024, 16, dtype)[name])
