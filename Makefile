@@ -4,7 +4,7 @@ BIN := .venv/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 SOURCES := $(CSRC) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: install test slow demo lint bench
+.PHONY: install test demo lint bench bench-pytest
 
 install: .venv/built
 
@@ -32,3 +32,10 @@ lint: .venv/requirements
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+bench: install
+	$(BIN)/python -m bench $(ARGS)
+
+# without the options of `make test`, which skips benchmarks
+bench-pytest: install
+	$(BIN)/python -m pytest -o addopts= bench/lora_linear.py bench/weight_norm.py $(ARGS)
