@@ -94,9 +94,11 @@ struct Scratch {
   float *tile, *u, *b;      // [ROWS, block] [ROWS, r_row] twice: W Aᵀ and scale · B, padded with zeros
 };
 
-// the two sums over the rank of NR rows: cross[i] = u[i] · b[i], update[i] = b[i] · (A Aᵀ) b[i]
-LK_INLINE void rank_sums(const Factors& f, const float* u, const float* b, int64_t rank, float* cross, float* update) {
-  vec crosses[NR] = {}, updates[NR] = {};
+LK_INLINE vec magnitude(vec v) { return v > 0.f ? v : -v; }
+
+// The two sums over the rank of NR rows, added: 2 · u[i] · b[i] + b[i] · (A Aᵀ) b[i]; and the same of magnitudes.
+LK_INLINE void rank_sums(const Factors& f, const float* u, const float* b, int64_t rank, float* sums, float* sizes) {
+  vec sum_of[NR] = {}, size_of[NR] = {};
   for (int64_t j = 0; j < f.r_row; j += VL) {
     vec product[NR] = {};
     for (int64_t l = 0; l < rank; l++) {
@@ -105,11 +107,12 @@ LK_INLINE void rank_sums(const Factors& f, const float* u, const float* b, int64
     }
     LK_UNROLL for (int i = 0; i < NR; i++) {
       const vec now = load(b + i * f.r_row + j);
-      crosses[i] += now * load(u + i * f.r_row + j);
-      updates[i] += now * product[i];
+      const vec cross = 2.f * now * load(u + i * f.r_row + j), update = now * product[i];
+      sum_of[i] += cross + update;
+      size_of[i] += magnitude(cross) + magnitude(update);
     }
   }
-  for (int i = 0; i < NR; i++) cross[i] = sum(crosses[i]), update[i] = sum(updates[i]);
+  for (int i = 0; i < NR; i++) sums[i] = sum(sum_of[i]), sizes[i] = sum(size_of[i]);
 }
 
 // norms of rows n..n+rows of W
@@ -144,7 +147,7 @@ void norms(const WeightNorm& p, const W* w, int rows, const Factors& f, const Sc
       std::copy_n(acc, CHAINS, s.squares + i * CHAINS);
     }
   }
-  float cross[ROWS], update[ROWS];
+  float sums[ROWS], sizes[ROWS];
   for (int i = 0; i < rows; i++) {
     const vec* partial = s.products + i / NR * NR * p.rank + i % NR;
     float *u = s.u + i * f.r_row, *b = s.b + i * f.r_row;
@@ -163,7 +166,7 @@ void norms(const WeightNorm& p, const W* w, int rows, const Factors& f, const Sc
     });
   }
   for (int i = 0; i < rows; i += NR) {
-    rank_sums(f, s.u + i * f.r_row, s.b + i * f.r_row, p.rank, cross + i, update + i);
+    rank_sums(f, s.u + i * f.r_row, s.b + i * f.r_row, p.rank, sums + i, sizes + i);
   }
   for (int i = 0; i < rows; i++) {
     float base;
@@ -175,8 +178,8 @@ void norms(const WeightNorm& p, const W* w, int rows, const Factors& f, const Sc
       else std::copy_n(s.squares + i * CHAINS, CHAINS, acc);
       base = sum_squares(acc);
     }
-    float total = base + 2.f * cross[i] + update[i];
-    const float terms = base + std::fabs(2.f * cross[i]) + update[i];
+    float total = base + sums[i];
+    const float terms = base + sizes[i];
     // written so that a total of zero or below is summed again, and a NaN stays
     if (terms > 0.f && !(total * p.max_condition >= terms) && std::isfinite(terms)) {
       total = squared_directly(w + i * p.w.row, s.b + i * f.r_row, f, p.n_in);

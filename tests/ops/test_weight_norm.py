@@ -329,6 +329,16 @@ def test_offsets_beyond_int32(backend):
     assert row_norm_squared(huge).equal(row_norm_squared(w))
 
 
+@pytest.mark.parametrize("shape", [(65, 1, 64), (65, 1, 16), (65, 3, 33)], ids=str)
+def test_an_update_that_cancels_within_itself(backend, shape):
+    # Σ b·a is small beside its terms: n² must not be taken from the Gram matrix then
+    for seed in range(100):
+        w, a, b = draw(*shape, torch.float32, torch.float32, 0.5, seed=seed)
+        truth, terms = exact_norm(w, a, b, 1.0), w.double().abs() + b.double().abs() @ a.double().abs()
+        allowed = LIMIT[torch.float32] * truth + 1e-6 * terms.square().sum(1).sqrt()
+        assert ((weight_norm(w, a, b, 1.0).double() - truth).abs() <= allowed).all(), seed
+
+
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(data=st.data())
 def test_anything(data):
