@@ -45,11 +45,17 @@ def plain(x, w, a, b, scale, magnitude=None):
     if magnitude is None:
         return y
     with torch.no_grad():
-        wide_b = b.float()
-        cross = ((w @ a.T).float() * wide_b).sum(1)
-        update = ((wide_b @ (a @ a.T).float()) * wide_b).sum(1)
-        norm = (torch.linalg.vector_norm(w, dim=1, dtype=torch.float32) ** 2 + 2 * scale * cross + scale**2 * update).sqrt()
+        squared = torch.linalg.vector_norm(w, dim=1, dtype=torch.float32) ** 2
+        norm = factored_norm(w, a, b, scale, squared)
     return y * (magnitude / norm.to(x.dtype))
+
+
+def factored_norm(w, a, b, scale, squared):
+    """‖W + scale·BA‖ of each row in PyTorch, without forming BA; `squared` is ‖W‖² of each row."""
+    wide_b = b.float()
+    cross = ((w @ a.T).float() * wide_b).sum(1)
+    update = ((wide_b @ (a @ a.T).float()) * wide_b).sum(1)
+    return (squared + 2 * scale * cross + scale**2 * update).sqrt()
 
 
 def contenders(n_in, n_out, tokens, r, dtype, backward, use_dora, more=False):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 
-from bench.lora_linear import DTYPES, RANKS, SHAPES
+from bench.lora_linear import DTYPES, RANKS, SHAPES, factored_norm
 from bench.paired import paired, row
 from lora_kernels import weight_norm
 from lora_kernels.ops import row_norm_squared
@@ -15,12 +15,6 @@ def contenders(n_in, n_out, r, dtype):
     w, a, b = (torch.randn(shape, dtype=dtype) for shape in ((n_out, n_in), (r, n_in), (n_out, r)))
     squared, peft_norm = row_norm_squared(w), DoraLinearLayer(fan_in_fan_out=False)
 
-    def plain():
-        wide_b = b.float()
-        cross = ((w @ a.T).float() * wide_b).sum(1)
-        update = ((wide_b @ (a @ a.T).float()) * wide_b).sum(1)
-        return (squared + cross + 0.25 * update).sqrt()
-
     def pefts():
         # as peft/tuners/lora/dora.py does in each forward: B A by way of the identity, then the sum, then its norm
         eye = torch.eye(n_in, dtype=dtype)
@@ -30,7 +24,7 @@ def contenders(n_in, n_out, r, dtype):
         "ours": lambda: weight_norm(w, a, b, 0.5, squared),
         "ours with W squared": lambda: weight_norm(w, a, b, 0.5),
         "peft": pefts,
-        "torch": plain,
+        "torch": lambda: factored_norm(w, a, b, 0.5, squared),
     }
 
 

@@ -210,13 +210,7 @@ def _products(x, w):
     """x Wᵀ as (rows of W, product): one piece, or for 16-bit weights float32 pieces."""
     if w.dtype is torch.float32:
         yield slice(0, w.shape[0]), x @ w.T
-    elif on_tiles(x, w):
-        yield slice(0, w.shape[0]), product(x, w)
-    else:
-        yield from _widened(x, w)
-
-
-def _widened(x, w):
+        return
     wide, scratch = x.float(), x.new_empty(min(BLOCK, w.shape[0]), w.shape[1], dtype=torch.float32)
     part = wide.new_empty(x.shape[0], len(scratch))
     for first in range(0, w.shape[0], BLOCK):
