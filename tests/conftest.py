@@ -1,6 +1,11 @@
+import sys
+from pathlib import Path
+
 import pytest
 
 from lora_kernels import use_backend
+
+sys.path.append(str(Path(__file__).parents[1]))  # `pytest` finds bench too, as `python -m pytest` does
 
 
 @pytest.fixture(params=["reference", "cpu"])

@@ -128,23 +128,20 @@ PYBIND11_MODULE(_cpu, m) {
       release());
 
   m.def(
-      "has_matmul", [] { return chosen->matmul != nullptr; },
-      "Whether this level has bf16 products with float32 sums.");
+      "has_tiles", [] { return chosen->tiles != nullptr; }, "Whether this level has bf16 products with float32 sums.");
+  m.attr("built_with_tiles") =
+#if defined(LK_AMX)
+      true;
+#else
+      false;
+#endif
   m.def(
-      "matmul",
-      [](View x, View w, uintptr_t y, int64_t y_row, int64_t tokens, int64_t n_in, int64_t n_out, int threads) {
-        if (chosen->matmul == nullptr) throw std::runtime_error("matmul: this level has no bf16 products");
-        chosen->matmul({x, w, at<float>(y), y_row, tokens, n_in, n_out, threads});
-      },
-      release());
-  m.def(
-      "forward_tiles",
-      [](View x, View w, View b, View y, View z, View bias, View gain, uintptr_t h, float scale, int64_t tokens,
-         int64_t n_in, int64_t n_out, int64_t rank, int threads) {
-        if (chosen->forward_tiles == nullptr)
-          throw std::runtime_error("forward_tiles: this level has no bf16 products");
-        chosen->forward_tiles(
-            {x, w, b, y, z, bias, gain, at<const float>(h), scale, tokens, n_in, n_out, rank, threads});
+      "tiles",
+      [](View x, View w, View a, View b, View y, View z, View bias, View gain, uintptr_t h, float scale,
+         Dropout dropout, bool back, int64_t tokens, int64_t n_in, int64_t n_out, int64_t rank, int threads) {
+        if (chosen->tiles == nullptr) throw std::runtime_error("tiles: this level has no bf16 products");
+        chosen->tiles(
+            {x, w, a, b, y, z, bias, gain, at<float>(h), scale, dropout, back, tokens, n_in, n_out, rank, threads});
       },
       release());
 

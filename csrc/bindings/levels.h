@@ -19,8 +19,7 @@ struct Kernels {
   void (*weight_norm)(const WeightNorm&);
   void (*row_norm_squared)(const RowNormSquared&);
   uint64_t (*checksum)(const Bytes*, int);
-  void (*matmul)(const Matmul&) = nullptr;  // these two only with AMX
-  void (*forward_tiles)(const ForwardTiles&) = nullptr;
+  void (*tiles)(const Tiles&) = nullptr;  // only with AMX
 };
 
 #define LK_DECLARE(level)                                                                 \
@@ -44,13 +43,11 @@ LK_DECLARE(avx512)
 #endif
 #if defined(LK_AMX)
 namespace amx {
-void matmul(const Matmul&);
-void forward_tiles(const ForwardTiles&);
+void tiles(const Tiles&);
 inline const Kernels kernels = [] {
   Kernels all = avx512::kernels;
   all.level = "amx";
-  all.matmul = matmul;
-  all.forward_tiles = forward_tiles;
+  all.tiles = tiles;
   return all;
 }();
 }  // namespace amx
@@ -79,7 +76,7 @@ inline int supported(const Kernels* (&found)[LEVELS]) {
   }
   found[count++] = &avx512::kernels;
 #if defined(LK_AMX)
-  if (__builtin_cpu_supports("amx-bf16") && tiles_allowed()) found[count++] = &amx::kernels;
+  if (__builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") && tiles_allowed()) found[count++] = &amx::kernels;
 #endif
 #endif
   return count;

@@ -1,73 +1,176 @@
-// The fused forward on AMX tiles, in bf16: y = gain ⊙ (x Wᵀ + h Bᵀ) + bias, summed in float32 and rounded once.
-// Rows of W are the left operand, as they lie in memory, and x, packed once, the right one. h Bᵀ is more depth of the
-// same product: h, and B unless it is bf16, as the sum of two bf16 numbers, less the product of the two low ones
-// (2⁻¹⁸ of the term).
+// The fused layer on AMX tiles, in bf16, both ways, summed in float32 and rounded once:
+//   forward   y  = gain ⊙ (x Wᵀ + h Bᵀ) + bias,        h = scale · x Aᵀ
+//   backward  dx = (dy ⊙ gain) W + mask ⊙ (p A),       p = scale · (dy ⊙ gain) B
+// Both are `tokens` times `outputs` over a depth: first the rank, then the features of x. What is not bf16 enters as the
+// sum of two bf16 numbers, each more depth of the same product, less that of two low ones (2⁻¹⁸ of the term).
+// x is packed once. Of W, whose tiles are the left operand forward (rows as they lie in memory) and the right one
+// backward, a few panels are packed at a time, so that x's tiles come from the second-level cache and W's from the first.
 #include <omp.h>
 
 #include <algorithm>
 
 #include "../common/amx.h"
 #include "../common/dot.h"
+#include "../common/philox.h"
 #include "params.h"
 
 namespace lk::LK_LEVEL {
 
 namespace {
 
-constexpr int64_t PANEL = 2 * ROWS;        // rows of W at a time
+constexpr int64_t PANEL = 2 * ROWS;        // outputs at a time
 constexpr int64_t DIRECT = 4 * ROWS;       // tokens up to which W goes from memory straight into tiles, read once
-constexpr int64_t BLOCK = 8;               // steps of depth whose panel of W, 16 KiB, stays in the first-level cache
-constexpr int64_t PACKED_BYTES = 2 << 20;  // of x: the second-level cache
+constexpr int64_t CHUNK = 8;               // steps of depth whose panel of W, 16 KiB, stays in the first-level cache
+constexpr int64_t PACKED_BYTES = 5 << 18;  // of x, or of sums: half of the second-level cache
+constexpr int64_t TOKENS = 512;            // at a time, where x is larger than that,
+constexpr int64_t WIDE = 256;              // with as many outputs: their sums are half of that
 constexpr int64_t SQUARE = ROWS * ROWS;    // sums of one tile
 
+// Steps of depth, a tile each: first of the rank, then of the features.
 struct Depth {
-  int64_t steps, r_steps, parts;  // tiles of the input, of the rank, and pairs of parts of h and B
-  int64_t more() const { return parts * r_steps; }
-  int64_t all() const { return steps + more(); }
+  int64_t features, ranks;            // steps
+  int64_t x_parts, a_parts, h_parts;  // bf16 numbers for an element of x and of A, pairs of them for h and B
+  int64_t more() const { return h_parts * ranks; }
+  int64_t all() const { return more() + features; }
+  int64_t column() const { return (more() + features * x_parts) * TILE; }  // of packed x: 16 tokens
 };
 
-// v as the sum of two bf16 numbers
-LK_INLINE bf16 part_of(float v, bool low) {
-  bf16 part;
-  put(&part, v);
-  const float rest = v - to_float(part);
-  if (low) put(&part, std::isfinite(rest) ? rest : 0.f);
-  return part;
+LK_INLINE __mmask16 lanes(int64_t n) { return n >= ROWS ? 0xffff : n > 0 ? __mmask16((1u << n) - 1) : 0; }
+
+// the first n of 16, zeros beyond
+LK_INLINE vec first_of(const float* p, int64_t n) { return (vec)_mm512_maskz_loadu_ps(lanes(n), p); }
+LK_INLINE vec first_of(const bf16* p, int64_t n) {
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(n), p)), 16);
+}
+LK_INLINE vec first_of(const f16* p, int64_t n) { return (vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(n), p)); }
+
+// m[0:rows, 0:columns] as 16 rows of 32 floats, zeros beyond
+template <typename T>
+LK_INLINE void widen(const T* m, int64_t row, int64_t col, int64_t rows, int64_t columns, float* to) {
+  for (int64_t half = 0; half < DEPTH; half += ROWS) {
+    __m512i r[16];
+    if (row == 1) {
+      for (int64_t c = 0; c < ROWS; c++) {
+        r[c] = half + c < columns ? (__m512i)first_of(m + (half + c) * col, rows) : _mm512_setzero_si512();
+      }
+      transpose(r);
+    } else if (col == 1) {
+      for (int64_t i = 0; i < ROWS; i++) {
+        r[i] = i < rows ? (__m512i)first_of(m + i * row + half, columns - half) : _mm512_setzero_si512();
+      }
+    } else {
+      alignas(64) float v[SQUARE] = {};
+      for (int64_t i = 0; i < std::min(ROWS, rows); i++) {
+        for (int64_t c = 0; c < std::min(ROWS, columns - half); c++) {
+          v[i * ROWS + c] = to_float(m[i * row + (half + c) * col]);
+        }
+      }
+      for (int64_t i = 0; i < ROWS; i++) r[i] = _mm512_load_si512(v + i * ROWS);
+    }
+    for (int64_t i = 0; i < ROWS; i++) _mm512_store_si512(to + i * DEPTH + half, r[i]);
+  }
 }
 
-// 16 rows of 32 columns from column k of m [rows, rank], zeros beyond
+// gain ⊙ m[0:rows, 0:columns], 16 rows of 32 with zeros beyond, as the sum of `parts` bf16 numbers
 template <typename T>
-void part_tile(const T* m, int64_t row, int64_t col, int64_t rows, int64_t rank, int64_t k, bool low, bf16* to) {
-  std::fill(to, to + TILE, bf16{0});
-  for (int64_t i = 0; i < std::min(ROWS, rows); i++) {
-    for (int64_t c = 0; c < std::min(DEPTH, rank - k); c++) {
-      to[i * DEPTH + c] = part_of(to_float(m[i * row + (k + c) * col]), low);
+void split(const T* m, int64_t row, int64_t col, int64_t rows, int64_t columns, const float* gain, int64_t parts,
+           bf16 (*to)[TILE]) {
+  alignas(64) float v[TILE];
+  widen(m, row, col, rows, columns, v);
+  for (int64_t i = 0; i < TILE; i += VL) {
+    vec rest = gain ? load(v + i) * load(gain + i % DEPTH) : load(v + i);
+    for (int64_t j = 0; j < parts; j++) {
+      store(to[j] + i, rest);
+      rest -= load(to[j] + i);
+      rest = (vec)((uvec)rest & (uvec)(rest - rest == 0));  // 0 where it is not finite
     }
   }
 }
-
-// the tile of 16 tokens at one step: of x, then of h's parts high, low, high
-void pack_step(const ForwardTiles& p, const Depth& d, int64_t t, int64_t tokens, int64_t step, bf16* to) {
-  if (step < d.steps) {
-    const auto* x = static_cast<const bf16*>(p.x.data) + t * p.x.row + step * DEPTH;
-    return pack_rows(x, p.x.row, tokens, p.n_in - step * DEPTH, to);
-  }
-  alignas(64) bf16 rows[TILE];
-  const int64_t part = (step - d.steps) / d.r_steps, k = (step - d.steps) % d.r_steps * DEPTH;
-  part_tile(p.h + t * p.rank, p.rank, 1, tokens, p.rank, k, part == 1, rows);
-  pack_rows(rows, DEPTH, ROWS, DEPTH, to);
+// the same of a View, rows from `first` and columns from k
+void split(const View& m, int64_t first, int64_t rows, int64_t k, int64_t columns, int64_t parts, bf16 (*to)[TILE]) {
+  with_type(m, [&](auto* p) {
+    split(p + first * m.row + k * m.col, m.row, m.col, rows - first, columns - k, nullptr, parts, to);
+  });
 }
 
-// B's rows for a panel, [more, 2] tiles: parts high, high, low
-void b_tiles(const ForwardTiles& p, const Depth& d, int64_t n, int64_t rows, bf16* to) {
-  with_type(p.b, [&](auto* b) {
-    for (int64_t step = 0; step < d.more(); step++) {
-      for (int64_t i = 0; i < 2; i++) {
-        part_tile(b + (n + i * ROWS) * p.b.row, p.b.row, p.b.col, rows - i * ROWS, p.rank, step % d.r_steps * DEPTH,
-                  step / d.r_steps == 2, to + (step * 2 + i) * TILE);
+// One tile of an operand from 16 rows of 32: a left one as it is, a right one with pairs of columns side by side.
+template <bool LEFT>
+LK_INLINE void place(const bf16* rows, bf16* to) {
+  LEFT ? (void)std::copy_n(rows, TILE, to) : pack_rows(rows, DEPTH, ROWS, DEPTH, to);
+}
+
+// x's tiles of 16 tokens at one step of the features
+template <bool BACK>
+void x_tiles(const Tiles& p, const Depth& d, const float* gain, int64_t t, int64_t step, bf16* to) {
+  const int64_t k = step * DEPTH, tokens = p.tokens - t;
+  if (d.x_parts == 1) {
+    const auto* x = static_cast<const bf16*>(p.x.data) + t * p.x.row + k;
+    BACK ? left_tile(x, p.x.row, tokens, p.n_in - k, to) : pack_rows(x, p.x.row, tokens, p.n_in - k, to);
+    return;
+  }
+  alignas(64) bf16 parts[3][TILE];
+  with_type(p.x, [&](auto* x) {
+    split(x + t * p.x.row + k * p.x.col, p.x.row, p.x.col, tokens, p.n_in - k, gain ? gain + k : nullptr, d.x_parts,
+          parts);
+  });
+  for (int64_t i = 0; i < d.x_parts; i++) place<BACK>(parts[i], to + i * TILE);
+}
+
+// h's tiles of 16 tokens: parts high, low, high
+template <bool BACK>
+void h_tiles(const Tiles& p, const Depth& d, int64_t t, bf16* to) {
+  const View h{p.h, p.rank, 1, DType::f32};
+  alignas(64) bf16 parts[2][TILE];
+  for (int64_t k = 0; k < d.ranks; k++) {
+    split(h, t, p.tokens, k * DEPTH, p.rank, 2, parts);
+    for (int64_t i = 0; i < d.h_parts; i++) place<BACK>(parts[i == 1], to + (i * d.ranks + k) * TILE);
+  }
+}
+
+// A's tiles at one step of the features: [rank / 16] apart by `column`
+template <bool BACK>
+void a_tiles(const Tiles& p, const Depth& d, int64_t step, int64_t column, bf16* to) {
+  alignas(64) bf16 parts[2][TILE];
+  for (int64_t j = 0; j < p.rank; j += ROWS, to += column) {
+    split(p.a, j, p.rank, step * DEPTH, p.n_in, d.a_parts, parts);
+    for (int64_t i = 0; i < d.a_parts; i++) place<!BACK>(parts[i], to + (step * d.a_parts + i) * TILE);
+  }
+}
+
+// with w [depth, outputs], two rows of w are interleaved
+LK_INLINE void pack_pairs(const bf16* w, int64_t w_row, int64_t outputs, int64_t depth, bf16* to) {
+  const __mmask16 mask = lanes(outputs);
+  for (int i = 0; i < ROWS; i++) {
+    const auto row = [&](int64_t d) {
+      return d < depth ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, w + d * w_row)) : _mm512_setzero_si512();
+    };
+    _mm512_store_si512(to + i * DEPTH, _mm512_or_si512(row(2 * i), _mm512_slli_epi32(row(2 * i + 1), 16)));
+  }
+}
+
+// the two tiles of outputs n..n+32 at one step: of B, parts high, high, low, or of W
+template <bool BACK>
+LK_INLINE void w_tiles(const Tiles& p, const Depth& d, int64_t n, int64_t step, bf16* to) {
+  if (step < d.more()) {
+    alignas(64) bf16 parts[2][TILE];
+    const int64_t k = step % d.ranks * DEPTH, low = step / d.ranks == 2;
+    for (int64_t i = 0; i < 2; i++, to += TILE) {
+      const int64_t rows = p.n_out - n - i * ROWS;
+      if (rows > 0) {
+        split(p.b, n + i * ROWS, p.n_out, k, p.rank, 1 + low, parts);
+        place<!BACK>(parts[low], to);
+      } else {
+        std::fill_n(to, TILE, bf16{0});
       }
     }
-  });
+    return;
+  }
+  const int64_t k = (step - d.more()) * DEPTH, depth = p.n_in - k;
+  const auto* w = static_cast<const bf16*>(p.w.data);
+  for (int64_t i = 0; i < 2; i++, n += ROWS, to += TILE) {
+    if (BACK) pack_pairs(w + k * p.w.row + n, p.w.row, p.n_out - n, depth, to);
+    else left_tile(w + n * p.w.row + k, p.w.row, p.n_out - n, depth, to);
+  }
 }
 
 template <int COUNT>
@@ -92,189 +195,311 @@ LK_INLINE void store_sums(float* sums) {
   if constexpr (COUNT > 3) _tile_stored(3, sums + 3 * SQUARE, 64);
 }
 
+// tile `sum` += the product of one of W and one of x: [outputs, tokens] forward, [tokens, outputs] backward.
+// A macro, since the intrinsic wants its tiles as literals.
+#define LK_MULTIPLY(sum, w, x)                     \
+  do {                                             \
+    if constexpr (BACK) _tile_dpbf16ps(sum, x, w); \
+    else _tile_dpbf16ps(sum, w, x);                \
+  } while (false)
+
 // one step of depth: TM tiles of W, `bytes` a row, times TN tiles of x, `column` apart; sums of tile (j, i) in j·TM + i
-template <int TM, int TN>
+template <bool BACK, int TM, int TN>
 LK_INLINE void step(const bf16* first, const bf16* second, int64_t bytes, const bf16* x, int64_t column) {
-  static_assert(TM * TN <= 4 && TM <= 2, "four sums, two left tiles, two right tiles");
+  static_assert(TM * TN <= 4 && TM <= 2, "four sums, two tiles of W, two of x");
   _tile_loadd(4, first, bytes);
-  if constexpr (TM > 1) _tile_loadd(5, second, bytes);
   _tile_loadd(6, x, 64);
-  _tile_dpbf16ps(0, 4, 6);
-  if constexpr (TM == 2) _tile_dpbf16ps(1, 5, 6);
+  LK_MULTIPLY(0, 4, 6);
+  if constexpr (TM == 2) {
+    _tile_loadd(5, second, bytes);
+    LK_MULTIPLY(1, 5, 6);
+  }
   if constexpr (TN > 1) {
     _tile_loadd(7, x + column, 64);
     if constexpr (TM == 2) {
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+      LK_MULTIPLY(2, 4, 7);
+      LK_MULTIPLY(3, 5, 7);
     } else {
-      _tile_dpbf16ps(1, 4, 7);
+      LK_MULTIPLY(1, 4, 7);
     }
   }
   if constexpr (TN > 2) {
     _tile_loadd(6, x + 2 * column, 64);
-    _tile_dpbf16ps(2, 4, 6);
+    LK_MULTIPLY(2, 4, 6);
   }
   if constexpr (TN > 3) {
     _tile_loadd(7, x + 3 * column, 64);
-    _tile_dpbf16ps(3, 4, 7);
+    LK_MULTIPLY(3, 4, 7);
   }
 }
 
-// the sums of TM · 16 rows of W from memory, then of B's tiles
-template <int TM, int TN>
-void direct(const ForwardTiles& p, const Depth& d, const bf16* w, int64_t rows, const bf16* b, const bf16* x,
-            float* sums) {
-  alignas(64) bf16 padded[2 * TILE];
-  const int64_t column = d.all() * TILE;
-  zero<TM * TN>();
-  for (int64_t k = 0; k < p.n_in; k += DEPTH, x += TILE) {
-    if (rows >= TM * ROWS && p.n_in - k >= DEPTH) {
-      step<TM, TN>(w + k, w + ROWS * p.w.row + k, p.w.row * 2, x, column);
-    } else {
-      for (int i = 0; i < TM; i++) {
-        left_tile(w + i * ROWS * p.w.row + k, p.w.row, rows - i * ROWS, p.n_in - k, padded + i * TILE);
-      }
-      step<TM, TN>(padded, padded + TILE, 64, x, column);
-    }
-  }
-  for (int64_t s = 0; s < d.more(); s++, x += TILE) {
-    step<TM, TN>(b + s * 2 * TILE, b + (s * 2 + 1) * TILE, 64, x, column);
+// sums (+)= a panel [count, TM] of W times TN columns of x, which has `parts` tiles a step
+template <bool BACK, int TM, int TN>
+void blocked(const bf16* panel, int64_t count, const bf16* x, int64_t column, int64_t parts, bool add, float* sums) {
+  add ? load_sums<TM * TN>(sums) : zero<TM * TN>();
+  for (int64_t s = 0; s < count; s++, panel += TM * TILE) {
+    for (int64_t i = 0; i < parts; i++, x += TILE) step<BACK, TM, TN>(panel, panel + TILE, 64, x, column);
   }
   store_sums<TM * TN>(sums);
 }
 
-// sums (+)= a packed panel [count, 2] times TN columns of x
-template <int TN>
-void blocked(const bf16* panel, int64_t count, const bf16* x, int64_t column, bool add, float* sums) {
-  add ? load_sums<2 * TN>(sums) : zero<2 * TN>();
-  for (int64_t s = 0; s < count; s++) {
-    step<2, TN>(panel + s * 2 * TILE, panel + (s * 2 + 1) * TILE, 64, x + s * TILE, column);
-  }
-  store_sums<2 * TN>(sums);
+// rows of 16 outputs, one a token, from a tile of sums
+template <bool BACK>
+LK_INLINE void by_token(const float* sums, __m512i (&r)[16]) {
+  LK_UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(sums + i * ROWS);
+  if (!BACK) transpose(r);
 }
 
-// y and z from a tile of sums [16 outputs, 16 tokens]
-template <typename Y>
-LK_INLINE void finish(const ForwardTiles& p, const float* sums, int64_t t, int64_t tokens, int64_t n, int64_t outputs,
-                      const float* gain, const float* bias) {
-  __m512i r[16];
-  LK_UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(sums + i * ROWS);
-  transpose(r);
-  const vec g = load(gain), c = load(bias);
-  for (int64_t i = 0; i < std::min(ROWS, tokens); i++) {
-    const vec z = (vec)r[i], y = g * z + c;
-    const auto put_row = [&](const View& to, vec v) {
-      Y* row = static_cast<Y*>(to.data) + (t + i) * to.row + n;
-      outputs >= ROWS ? store(row, v) : store_first(row, v, outputs);
-    };
-    put_row(p.y, y);
-    if (p.z.data) put_row(p.z, z);
+// h of 16 or 32 tokens, from packed x and A
+template <bool BACK, int TN>
+void h_of(const Tiles& p, const Depth& d, const bf16* a, int64_t a_column, const bf16* x, int64_t t) {
+  alignas(64) float sums[TN * SQUARE];
+  for (int64_t j = 0; j < p.rank; j += ROWS, a += a_column) {
+    zero<TN>();
+    for (int64_t s = 0; s < d.features; s++) {
+      for (int64_t i = 0; i < d.a_parts; i++) {
+        for (int64_t c = 0; c < d.x_parts; c++) {
+          step<BACK, 1, TN>(a + (s * d.a_parts + i) * TILE, nullptr, 64, x + (s * d.x_parts + c) * TILE, d.column());
+        }
+      }
+    }
+    store_sums<TN>(sums);
+    for (int64_t c = 0; c < TN; c++) {
+      __m512i r[16];
+      by_token<BACK>(sums + c * SQUARE, r);
+      const int64_t tokens = std::min(ROWS, p.tokens - t - c * ROWS), ranks = std::min(ROWS, p.rank - j);
+      for (int64_t i = 0; i < tokens; i++) {
+        float* to = p.h + (t + c * ROWS + i) * p.rank + j;
+        const vec value = p.scale * (vec)r[i];
+        ranks == ROWS ? store(to, value) : store_first(to, value, ranks);
+      }
+    }
+  }
+}
+
+// two vectors as 32 outputs of which `count` are written
+LK_INLINE void put_pair(float* to, vec low, vec high, int64_t count) {
+  _mm512_mask_storeu_ps(to, lanes(count), (__m512)low);
+  _mm512_mask_storeu_ps(to + ROWS, lanes(count - ROWS), (__m512)high);
+}
+LK_INLINE void put_pair(bf16* to, vec low, vec high, int64_t count) {
+  constexpr int SUBNORMAL = 0x20;
+  __m512i pair = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  // the instruction takes subnormal numbers for zeros
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)low, SUBNORMAL) | _mm512_fpclass_ps_mask((__m512)high, SUBNORMAL),
+                       0)) {
+    alignas(64) bf16 exact[DEPTH];
+    store(exact, low), store(exact + ROWS, high);
+    pair = _mm512_load_si512(exact);
+  }
+  _mm512_mask_storeu_epi16(to, count >= DEPTH ? ~0u : (1u << count) - 1, pair);
+}
+
+// y and z of 16 tokens and 32 outputs
+template <bool BACK, typename Y>
+LK_INLINE void finish(const Tiles& p, const float* left, const float* right, int64_t t, int64_t n, const float* gain,
+                      const float* bias) {
+  __m512i low[16], high[16];
+  by_token<BACK>(left, low);
+  by_token<BACK>(right, high);
+  const int64_t outputs = p.n_out - n;
+  for (int64_t i = 0; i < std::min(ROWS, p.tokens - t); i++) {
+    vec first = (vec)low[i], second = (vec)high[i];
+    if (p.z.data) put_pair(static_cast<Y*>(p.z.data) + (t + i) * p.z.row + n, first, second, outputs);
+    if (!BACK) {
+      first = load(gain) * first + load(bias);
+      second = load(gain + ROWS) * second + load(bias + ROWS);
+    }
+    put_pair(static_cast<Y*>(p.y.data) + (t + i) * p.y.row + n, first, second, outputs);
   }
 }
 
 struct Scratch {
-  bf16 *b, *panel;            // [more, 2] tiles [BLOCK, 2] tiles
-  float *sums, *gain, *bias;  // [columns, 2] squares [PANEL] [PANEL]
+  bf16* panels;               // [outputs / 32] [CHUNK, 2] tiles
+  float *sums, *gain, *bias;  // [outputs / 32] [columns, 2] squares; [outputs] [outputs]
 };
 
-// outputs n..n+rows of tokens t..t+tokens, whose columns of packed tiles begin at x
-template <typename Y>
-void panel(const ForwardTiles& p, const Depth& d, const bf16* x, int64_t t, int64_t tokens, int64_t n, int64_t rows,
-           const Scratch& s) {
-  const auto* w = static_cast<const bf16*>(p.w.data) + n * p.w.row;
-  const int64_t columns = (tokens + ROWS - 1) / ROWS, column = d.all() * TILE;
-  b_tiles(p, d, n, rows, s.b);
-  std::fill(s.gain, s.gain + PANEL, p.scale);
-  std::fill(s.bias, s.bias + PANEL, 0.f);
-  for (int64_t i = 0; i < std::min(PANEL, rows); i++) {
-    if (p.gain.data) with_type(p.gain, [&](auto* v) { s.gain[i] *= to_float(v[(n + i) * p.gain.col]); });
+// gain and bias of outputs from n
+void vectors(const Tiles& p, int64_t n, int64_t outputs, const Scratch& s) {
+  std::fill(s.gain, s.gain + outputs, 1.f);
+  std::fill(s.bias, s.bias + outputs, 0.f);
+  for (int64_t i = 0; i < std::min(outputs, p.n_out - n); i++) {
+    if (p.gain.data) with_type(p.gain, [&](auto* v) { s.gain[i] = to_float(v[(n + i) * p.gain.col]); });
     if (p.bias.data) with_type(p.bias, [&](auto* v) { s.bias[i] = to_float(v[(n + i) * p.bias.col]); });
-  }
-  const auto finish_tile = [&](const float* sums, int64_t j, int64_t i) {
-    if (rows <= i * ROWS) return;
-    finish<Y>(p, sums, t + j * ROWS, tokens - j * ROWS, n + i * ROWS, rows - i * ROWS, s.gain + i * ROWS,
-              s.bias + i * ROWS);
-  };
-  if (p.tokens <= DIRECT) {
-    if (columns <= 2) {
-      columns == 1 ? direct<2, 1>(p, d, w, rows, s.b, x, s.sums) : direct<2, 2>(p, d, w, rows, s.b, x, s.sums);
-      for (int64_t j = 0; j < columns; j++)
-        finish_tile(s.sums + 2 * j * SQUARE, j, 0), finish_tile(s.sums + (2 * j + 1) * SQUARE, j, 1);
-      return;
-    }
-    for (int64_t i = 0; i < 2; i++) {
-      const bf16* half = w + i * ROWS * p.w.row;
-      const auto run = columns == 3 ? direct<1, 3> : direct<1, 4>;
-      run(p, d, half, rows - i * ROWS, s.b + i * TILE, x, s.sums);
-      for (int64_t j = 0; j < columns; j++) finish_tile(s.sums + j * SQUARE, j, i);
-    }
-    return;
-  }
-  for (int64_t first = 0; first < d.all(); first += BLOCK) {
-    const int64_t count = std::min(BLOCK, d.all() - first);
-    for (int64_t k = 0; k < count; k++) {
-      for (int64_t i = 0; i < 2; i++) {
-        const int64_t at = first + k;
-        bf16* to = s.panel + (k * 2 + i) * TILE;
-        if (at < d.steps)
-          left_tile(w + i * ROWS * p.w.row + at * DEPTH, p.w.row, rows - i * ROWS, p.n_in - at * DEPTH, to);
-        else std::copy_n(s.b + ((at - d.steps) * 2 + i) * TILE, TILE, to);
-      }
-    }
-    for (int64_t j = 0; j < columns; j += 2) {
-      const auto run = columns - j == 1 ? blocked<1> : blocked<2>;
-      run(s.panel, count, x + j * column + first * TILE, column, first > 0, s.sums + 2 * j * SQUARE);
-    }
-  }
-  for (int64_t j = 0; j < columns; j++) {
-    for (int64_t i = 0; i < 2; i++) finish_tile(s.sums + (2 * j + i) * SQUARE, j, i);
   }
 }
 
-}  // namespace
+// TM · 16 outputs of up to 64 tokens, W from memory; to sums
+template <int TM, int TN>
+void direct(const Tiles& p, const Depth& d, const bf16* b, int64_t n, const bf16* x, float* sums) {
+  alignas(64) bf16 padded[2 * TILE];
+  const auto* w = static_cast<const bf16*>(p.w.data) + n * p.w.row;
+  const int64_t column = d.column();
+  zero<TM * TN>();
+  for (int64_t s = 0; s < d.more(); s++, b += 2 * TILE, x += TILE) step<false, TM, TN>(b, b + TILE, 64, x, column);
+  for (int64_t k = 0; k < p.n_in; k += DEPTH, x += TILE) {
+    if (p.n_out - n >= TM * ROWS && p.n_in - k >= DEPTH) {
+      step<false, TM, TN>(w + k, w + ROWS * p.w.row + k, p.w.row * 2, x, column);
+    } else {
+      for (int i = 0; i < TM; i++) {
+        left_tile(w + i * ROWS * p.w.row + k, p.w.row, p.n_out - n - i * ROWS, p.n_in - k, padded + i * TILE);
+      }
+      step<false, TM, TN>(padded, padded + TILE, 64, x, column);
+    }
+  }
+  store_sums<TM * TN>(sums);
+}
 
-void forward_tiles(const ForwardTiles& p) {
+template <typename Y>
+void direct_panel(const Tiles& p, const Depth& d, const bf16* x, int64_t n, const Scratch& s) {
+  const int64_t columns = (p.tokens + ROWS - 1) / ROWS;
+  vectors(p, n, PANEL, s);
+  for (int64_t k = 0; k < d.more(); k++) w_tiles<false>(p, d, n, k, s.panels + k * 2 * TILE);
+  if (columns <= 2) {
+    (columns == 1 ? direct<2, 1> : direct<2, 2>)(p, d, s.panels, n, x, s.sums);
+  } else {
+    const auto run = columns == 3 ? direct<1, 3> : direct<1, 4>;
+    run(p, d, s.panels, n, x, s.sums);
+    if (n + ROWS < p.n_out) run(p, d, s.panels + TILE, n + ROWS, x, s.sums + columns * SQUARE);
+  }
+  for (int64_t j = 0; j < columns; j++) {
+    const float* left = s.sums + (columns <= 2 ? 2 * j : j) * SQUARE;
+    finish<false, Y>(p, left, left + (columns <= 2 ? 1 : columns) * SQUARE, j * ROWS, n, s.gain, s.bias);
+  }
+}
+
+// sums of 32 outputs ⊙ mask
+void mask_sums(const Tiles& p, int64_t t, int64_t columns, int64_t n, float* sums) {
+  float mask[PANEL];
+  for (int64_t j = 0; j < columns; j++) {
+    for (int64_t i = 0; i < std::min(ROWS, p.tokens - t - j * ROWS); i++) {
+      dropout_mask(p.dropout, t + j * ROWS + i, n, PANEL, mask);
+      for (int64_t c = 0; c < 2; c++) {
+        float* row = sums + (2 * j + c) * SQUARE + i * ROWS;
+        store(row, load(row) * load(mask + c * ROWS));
+      }
+    }
+  }
+}
+
+// outputs n..n+outputs of the tokens from t, whose `columns` of packed tiles begin at x
+template <bool BACK, typename Y>
+void block(const Tiles& p, const Depth& d, const bf16* x, int64_t t, int64_t columns, int64_t n, int64_t outputs,
+           const Scratch& s) {
+  const int64_t panels = (outputs + PANEL - 1) / PANEL, more = d.more(), all = d.all(), column = d.column();
+  const bool apart = p.dropout.active() || d.x_parts > 1;  // the rank's steps have sums, or tiles, of their own
+  for (int64_t first = 0, next; first < all; first = next) {
+    next = std::min(first + CHUNK, apart && first < more ? more : all);
+    const int64_t count = next - first, parts = first < more ? 1 : d.x_parts;
+    const bf16* from = x + (first < more ? first : more + (first - more) * parts) * TILE;
+    for (int64_t i = 0; i < count; i++) {
+      for (int64_t j = 0; j < panels; j++) {
+        w_tiles<BACK>(p, d, n + j * PANEL, first + i, s.panels + (j * CHUNK + i) * 2 * TILE);
+      }
+    }
+    for (int64_t i = 0; i < panels; i++) {
+      float* sums = s.sums + i * columns * 2 * SQUARE;
+      for (int64_t j = 0; j < columns; j += 2) {
+        const auto run = columns - j == 1 ? blocked<BACK, 2, 1> : blocked<BACK, 2, 2>;
+        run(s.panels + i * CHUNK * 2 * TILE, count, from + j * column, column, parts, first > 0, sums + 2 * j * SQUARE);
+      }
+      if (p.dropout.active() && next == more) mask_sums(p, t, columns, n + i * PANEL, sums);
+    }
+  }
+  if (!BACK) vectors(p, n, outputs, s);
+  for (int64_t j = 0; j < columns; j++) {
+    for (int64_t i = 0; i < panels; i++) {
+      const float* sums = s.sums + (i * columns + j) * 2 * SQUARE;
+      finish<BACK, Y>(p, sums, sums + SQUARE, t + j * ROWS, n + i * PANEL, s.gain + i * PANEL, s.bias + i * PANEL);
+    }
+  }
+}
+
+template <bool BACK>
+void run(const Tiles& p) {
   Depth d;
-  d.steps = (p.n_in + DEPTH - 1) / DEPTH;
-  d.r_steps = (p.rank + DEPTH - 1) / DEPTH;
-  d.parts = p.b.type == DType::bf16 ? 2 : 3;
-  const int64_t column = d.all() * TILE, fit = PACKED_BYTES / (column * 2) / 2 * PANEL;
-  const int64_t most = std::min((p.tokens + ROWS - 1) / ROWS * ROWS, std::max(DIRECT, fit));  // tokens at a time
-  const Buffer packed(most / ROWS * column / 2);
+  d.features = (p.n_in + DEPTH - 1) / DEPTH;
+  d.ranks = (p.rank + DEPTH - 1) / DEPTH;
+  d.x_parts = p.x.type == DType::f32 ? 3 : BACK && p.gain.data ? 2 : 1;
+  d.a_parts = p.a.type == DType::bf16 ? 1 : 2;
+  d.h_parts = p.b.type == DType::bf16 ? 2 : 3;
+  const int64_t column = d.column(), a_column = d.features * d.a_parts * TILE;
+  const int64_t rows = (p.tokens + ROWS - 1) / ROWS * ROWS;
+  const bool fits = rows / ROWS * column * 2 <= PACKED_BYTES;
+  const bool straight = !BACK && p.tokens <= DIRECT;
+  const int64_t most = fits || straight ? rows : std::min(rows, TOKENS);  // tokens at a time
+  // outputs at a time: one panel where x stays in the cache, but backward W is read along its outputs
+  const int64_t wide = !BACK && (fits || straight) ? PANEL : WIDE;
+  const Buffer packed(most / ROWS * column / 2 + (p.a.data ? (p.rank + ROWS - 1) / ROWS * a_column / 2 : 0));
+  const Buffer gains(BACK && p.gain.data ? d.features * DEPTH : 0);
   auto* x = reinterpret_cast<bf16*>(packed.get());
+  bf16* a = x + most / ROWS * column;
+  if (BACK && p.gain.data) {
+    std::fill(gains.get(), gains.get() + d.features * DEPTH, 0.f);
+    with_type(p.gain, [&](auto* v) {
+      for (int64_t k = 0; k < p.n_in; k++) gains.get()[k] = to_float(v[k * p.gain.col]);
+    });
+  }
 #pragma omp parallel num_threads(p.threads)
   {
     const TileConfig config;
     _tile_loadconfig(&config);
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    const Buffer own((d.more() + BLOCK) * TILE + most / ROWS * 2 * SQUARE + 2 * PANEL);
+    const int64_t held = straight ? std::max(d.more(), CHUNK) : CHUNK;
+    const Buffer own(wide / PANEL * (held * TILE + most / ROWS * 2 * SQUARE) + 2 * wide);
     Scratch s;
-    s.b = reinterpret_cast<bf16*>(own.get());
-    s.panel = s.b + d.more() * 2 * TILE;
-    s.sums = reinterpret_cast<float*>(s.panel + BLOCK * 2 * TILE);
-    s.gain = s.sums + most / ROWS * 2 * SQUARE;
-    s.bias = s.gain + PANEL;
-    // few outputs, as of A: the threads share the tokens instead
-    const bool by_tokens = p.n_out <= PANEL * (threads - 1);
+    s.panels = reinterpret_cast<bf16*>(own.get());
+    s.sums = own.get() + wide / PANEL * held * TILE;
+    s.gain = s.sums + wide / PANEL * most / ROWS * 2 * SQUARE;
+    s.bias = s.gain + wide;
+    // few outputs: the threads share the tokens instead
+    const bool by_tokens = !straight && p.n_out <= PANEL * (threads - 1);
     const Range outputs = by_tokens ? Range{0, p.n_out} : share(p.n_out, PANEL, thread, threads);
-    const Range depths = share(d.all(), 1, thread, threads);
+    const Range steps = share(d.features, 1, thread, threads);
+    for (int64_t k = steps.first; p.a.data && k < steps.last; k++) a_tiles<BACK>(p, d, k, a_column, a);
     for (int64_t t = 0; t < p.tokens; t += most) {
       const int64_t tokens = std::min(most, p.tokens - t), columns = (tokens + ROWS - 1) / ROWS;
       for (int64_t j = 0; j < columns; j++) {
-        for (int64_t k = depths.first; k < depths.last; k++) {
-          pack_step(p, d, t + j * ROWS, tokens - j * ROWS, k, x + j * column + k * TILE);
+        for (int64_t k = steps.first; k < steps.last; k++) {
+          x_tiles<BACK>(p, d, BACK && p.gain.data ? gains.get() : nullptr, t + j * ROWS, k,
+                        x + j * column + (d.more() + k * d.x_parts) * TILE);
         }
       }
 #pragma omp barrier
+      if (p.rank > 0) {
+        const Range mine = share(tokens, PANEL, thread, threads);
+        for (int64_t i = mine.first; i < mine.last; i += ROWS) {
+          bf16* at = x + i / ROWS * column;
+          const bool two = i % PANEL == 0 && mine.last - i > ROWS;
+          if (p.a.data && i % PANEL == 0) {
+            (two ? h_of<BACK, 2> : h_of<BACK, 1>)(p, d, a, a_column, at + d.more() * TILE, t + i);
+          }
+          h_tiles<BACK>(p, d, t + i, at);
+        }
+#pragma omp barrier
+      }
       const Range mine = by_tokens ? share(tokens, PANEL, thread, threads) : Range{0, tokens};
-      for (int64_t n = outputs.first; n < outputs.last && mine.first < mine.last; n += PANEL) {
-        const auto run = p.y.type == DType::f32 ? panel<float> : panel<bf16>;
-        run(p, d, x + mine.first / ROWS * column, t + mine.first, mine.last - mine.first, n, outputs.last - n, s);
+      const int64_t own_columns = (mine.last - mine.first + ROWS - 1) / ROWS;
+      const bf16* from = x + mine.first / ROWS * column;
+      for (int64_t n = outputs.first; n < outputs.last && own_columns > 0; n += wide) {
+        const bool narrow = p.y.type == DType::bf16;
+        if constexpr (!BACK) {
+          if (straight) {
+            (narrow ? direct_panel<bf16> : direct_panel<float>)(p, d, x, n, s);
+            continue;
+          }
+        }
+        const auto compute = narrow ? block<BACK, bf16> : block<BACK, float>;
+        compute(p, d, from, t + mine.first, own_columns, n, std::min(wide, outputs.last - n), s);
       }
 #pragma omp barrier
     }
     _tile_release();
   }
 }
+
+}  // namespace
+
+void tiles(const Tiles& p) { p.back ? run<true>(p) : run<false>(p); }
 
 }  // namespace lk::LK_LEVEL

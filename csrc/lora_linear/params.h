@@ -55,23 +55,17 @@ struct ColumnSums {
   int threads;
 };
 
-// y = x W, bf16 with float32 sums and result.
-// x has rows of zeros up to a multiple of 16 tokens and columns up to one of 32; y has room for multiples of 16.
-struct Matmul {
-  View x, w;  // [tokens, in] [in, out]
-  float* y;   // [tokens, out], rows y_row apart
-  int64_t y_row;
-  int64_t tokens, n_in, n_out;
-  int threads;
-};
-
-// y = gain ⊙ scale · z + bias with z = x Wᵀ + h Bᵀ, for bf16 x and W by rows; y and z bf16 or float32, both alike.
-struct ForwardTiles {
-  View x, w, b;     // [tokens, in] [out, in] [out, rank] (any strides)
+// y = gain ⊙ z + bias with z = x Wᵀ + h Bᵀ; or back, y = (x ⊙ gain) W + mask ⊙ (h Bᵀ).
+// W is bf16, by rows; x is too, or float32 with any strides; y and z are bf16 or float32, both alike.
+// With a, h = scale · x Aᵀ is computed first, back scale · (x ⊙ gain) Aᵀ; else it is read.
+struct Tiles {
+  View x, w, a, b;  // [tokens, in] [out, in], back [in, out]; [rank, in] or no data [out, rank] (any strides)
   View y, z;        // [tokens, out] twice; z may have no data
-  View bias, gain;  // [out], or no data
-  const float* h;   // [tokens, rank]
+  View bias, gain;  // [out], back [in]; or no data
+  float* h;         // [tokens, rank]
   float scale;
+  Dropout dropout;
+  bool back;
   int64_t tokens, n_in, n_out, rank;
   int threads;
 };

@@ -6,30 +6,26 @@ from torch import Tensor
 from lora_kernels import _cpu
 from lora_kernels.ops.buffers import matrix
 
-TILE = 16  # rows of a tile
-
 
 def on_tiles(x: Tensor, w: Tensor) -> bool:
     """Whether the product runs on tiles: bf16 both, and w by rows."""
-    return x.dtype is w.dtype is torch.bfloat16 and w.stride(1) == 1 and _cpu.has_matmul()
+    return x.dtype is w.dtype is torch.bfloat16 and w.stride(1) == 1 and _cpu.has_tiles()
 
 
-def product(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
-    """scale · x wᵀ in float32."""
-    y = x.new_empty(x.shape[0], w.shape[0], dtype=torch.float32)
-    tokens, n_in = x.shape
-    _cpu.forward_tiles(
-        matrix(x), matrix(w), None, matrix(y), None, None, None, 0, scale, tokens, n_in, w.shape[0], 0, torch.get_num_threads()
-    )
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """x wᵀ in float32: w [out, in]."""
+    return _product(x, w, False, x.new_empty(x.shape[0], w.shape[0], dtype=torch.float32))
+
+
+def product_back(dy: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+    """dy w in float32, or in `out`, float32 or bf16: dy bf16, or float32 with any strides, w [in, out]."""
+    return _product(dy, w, True, dy.new_empty(dy.shape[0], w.shape[1], dtype=torch.float32) if out is None else out)
+
+
+def _product(x: Tensor, w: Tensor, back: bool, y: Tensor) -> Tensor:
+    (tokens, n_in), n_out = x.shape, w.shape[back]
+    _cpu.tiles(
+        matrix(x), matrix(w), None, None, matrix(y), None, None, None, 0, 1.0, None, back,
+        tokens, n_in, n_out, 0, torch.get_num_threads(),
+    )  # fmt: skip
     return y
-
-
-def matmul(x: Tensor, w: Tensor) -> Tensor:
-    """x w in float32: x [tokens, in], w [in, out]."""
-    (tokens, n_in), n_out = x.shape, w.shape[1]
-    # zeros up to whole tiles, and rows an odd number of cache lines apart so that they use all cache sets
-    padded = x.new_zeros(-(-tokens // TILE) * TILE, -(-n_in // 64) * 64 + 32)
-    padded[:tokens, :n_in] = x
-    y = x.new_empty(len(padded), -(-n_out // 32) * 32 + TILE, dtype=torch.float32)
-    _cpu.matmul(matrix(padded), matrix(w), y.data_ptr(), y.stride(0), tokens, n_in, n_out, torch.get_num_threads())
-    return y[:tokens, :n_out]

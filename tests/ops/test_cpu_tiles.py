@@ -1,16 +1,21 @@
 """bf16 products on AMX tiles against float64, with odd shapes, strides, and NaN wherever nothing may be read or written."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 _cpu = pytest.importorskip("lora_kernels._cpu", reason="the CPU kernels are not built here")
-if not _cpu.has_matmul():
+if not _cpu.has_tiles():
+    cpuinfo = Path("/proc/cpuinfo")
+    assert _cpu.built_with_tiles or not (cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text()), "built without tiles"
     pytest.skip("this processor has no AMX tiles", allow_module_level=True)
 
-from lora_kernels.ops.buffers import matrix, vector  # noqa: E402
-from lora_kernels.ops.tiles import matmul, product  # noqa: E402
+from lora_kernels.ops.buffers import mask as drop_mask  # noqa: E402
+from lora_kernels.ops.buffers import matrix, transposed, vector  # noqa: E402
+from lora_kernels.ops.dropout import mask  # noqa: E402
+from lora_kernels.ops.tiles import product, product_back  # noqa: E402
 
 SHAPES = [(1, 1, 1), (3, 33, 17), (15, 64, 31), (16, 32, 16), (17, 100, 50), (33, 31, 65), (48, 129, 97), (64, 257, 40)]
 SHAPES += [(65, 33, 5), (90, 129, 97), (130, 1100, 300)]
@@ -27,6 +32,13 @@ def operands(tokens, n_in, n_out, gap=3):
     return made
 
 
+def by_columns(w, gap=5):
+    """wᵀ [in, out] inside a larger matrix of NaN."""
+    held = torch.full((w.shape[1], len(w) + gap), math.nan, dtype=torch.bfloat16)
+    held[:, : len(w)] = w.T
+    return held[:, : len(w)]
+
+
 def close(found, x, w):
     # float32 sums of exact products: n·2⁻²⁴ of the sum of their sizes
     wide_x, wide_w = x.double(), w.double()
@@ -38,41 +50,99 @@ def close(found, x, w):
 def test_product(shape):
     x, w = operands(*shape)
     close(product(x, w), x, w)
-    close(product(x, w, scale=0.25) * 4, x, w)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matmul(shape):
+def test_product_back(shape):
     x, w = operands(*shape)
-    close(matmul(x, w.T.contiguous()), x, w)
+    close(product_back(x, by_columns(w)), x, w)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+def random(seed, *shapes):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def outputs(tokens, n_out):
+    """A result inside a matrix with one row and five columns more, which must stay as they are."""
+    held = torch.full((tokens + 1, n_out + 5), 7.0)
+    return held, held[:tokens, :n_out].double
+
+
+def untouched(held, tokens, n_out):
+    return bool((held[tokens] == 7).all() and (held[:, n_out:] == 7).all())
+
+
+THREADS, TYPES = [1, 2, 3], [torch.bfloat16, torch.float16, torch.float32]
+LAYERS = [(1, 1, 1), (17, 100, 50), (48, 129, 97), (64, 257, 40), (130, 1100, 70), (530, 1100, 300)]
+# of the adapter's term 2⁻¹⁶ is lost: h, and B unless it is bf16, are two bf16 numbers each
+TWO_NUMBERS = 2.0**-16
+
+
+@pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("rank", [1, 5, 33, 70])
-@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 100, 50), (48, 129, 97), (64, 257, 40), (130, 1100, 70)], ids=str)
-def test_forward_tiles(shape, adapter_dtype, rank, threads):
+@pytest.mark.parametrize("adapter_dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+def test_forward(shape, adapter_dtype, rank, threads):
     x, w = operands(*shape)
-    tokens, n_in = x.shape
-    n_out = len(w)
-    generator = torch.Generator().manual_seed(rank)
-    h, b, gain, bias = (torch.randn(s, generator=generator) for s in ((tokens, rank), (n_out, rank), (n_out,), (n_out,)))
-    b = b.to(adapter_dtype)
-    # one row and five columns more than the result, which must stay as they are
-    y, z = torch.full((tokens + 1, n_out + 5), 7.0), torch.full((tokens + 1, n_out + 5), 7.0)
-    _cpu.forward_tiles(
-        matrix(x), matrix(w), matrix(b), matrix(y), matrix(z), vector(bias), vector(gain), h.data_ptr(), 1.0,
+    tokens, n_in, n_out = shape
+    h, a, b, gain, bias = random(rank, (tokens, rank), (rank, n_in), (n_out, rank), (n_out,), (n_out,))
+    a, b = a.to(adapter_dtype), b.to(adapter_dtype)
+    wide_x, wide_w, wide_a, wide_b = x.double(), w.double(), a.double(), b.double()
+    for from_a in (False, True):
+        (y, y_found), (z, z_found) = outputs(tokens, n_out), outputs(tokens, n_out)
+        given = h.clone()
+        if from_a:
+            given.fill_(math.nan)
+        _cpu.tiles(
+            matrix(x), matrix(w), matrix(a) if from_a else None, matrix(b), matrix(y), matrix(z), vector(bias),
+            vector(gain), given.data_ptr(), 0.5, None, False, tokens, n_in, n_out, rank, threads,
+        )  # fmt: skip
+        if from_a:
+            allowed_h = 0.5 * (wide_x.abs() @ wide_a.abs().T) * (TWO_NUMBERS + n_in * 2.0**-24)
+            assert ((given.double() - 0.5 * (wide_x @ wide_a.T)).abs() <= allowed_h).all()
+        else:
+            assert torch.equal(given, h)
+        wide_h = given.double()
+        truth = wide_x @ wide_w.T + wide_h @ wide_b.T
+        allowed = (wide_x.abs() @ wide_w.abs().T) * (n_in + rank) * 2.0**-24
+        allowed += (wide_h.abs() @ wide_b.abs().T) * (TWO_NUMBERS + (n_in + rank) * 2.0**-24)
+        assert ((z_found() - truth).abs() <= allowed).all()
+        scaled = allowed * gain.double().abs() + ((gain.double() * truth).abs() + bias.double().abs()) * 2.0**-22
+        assert ((y_found() - (gain.double() * truth + bias.double())).abs() <= scaled).all()
+        assert untouched(y, tokens, n_out) and untouched(z, tokens, n_out)
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("rank", [1, 16, 70])
+@pytest.mark.parametrize("adapter_dtype", TYPES, ids=str)
+@pytest.mark.parametrize("with_gain", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+def test_backward(shape, dropout, with_gain, adapter_dtype, rank, threads):
+    # dy [tokens, n_in], dx [tokens, n_out]: depth is what the layer gives out
+    dy, w = operands(*shape)
+    tokens, n_in, n_out = shape
+    a, b, gain = random(rank, (rank, n_out), (n_in, rank), (n_in,))
+    a, b, seed = a.to(adapter_dtype), b.to(adapter_dtype), torch.tensor(2**40 + rank)
+    p = torch.full((tokens, rank), math.nan)
+    dx, found = outputs(tokens, n_out)
+    across = by_columns(w)
+    _cpu.tiles(
+        matrix(dy), matrix(across), transposed(b), transposed(a), matrix(dx), None, None,
+        vector(gain) if with_gain else None, p.data_ptr(), 0.5, drop_mask(dropout, seed), True,
         tokens, n_in, n_out, rank, threads,
     )  # fmt: skip
-    truth = x.double() @ w.double().T + h.double() @ b.double().T
-    # of the adapter's term 2⁻¹⁶ is lost: h, and b unless it is bf16, are two bf16 numbers each
-    allowed = (x.double().abs() @ w.double().abs().T) * (n_in + rank) * 2.0**-24
-    allowed += (h.double().abs() @ b.double().abs().T) * (2.0**-16 + rank * 2.0**-24)
-    assert ((z[:tokens, :n_out].double() - truth).abs() <= allowed).all()
-    scaled = allowed * gain.double().abs() + (gain.double() * truth).abs() * 2.0**-22 + bias.double().abs() * 2.0**-22
-    assert ((y[:tokens, :n_out].double() - (gain.double() * truth + bias.double())).abs() <= scaled).all()
-    for held in (y, z):
-        assert (held[tokens] == 7).all() and (held[:, n_out:] == 7).all()
+    dz = dy.double() * (gain.double() if with_gain else 1.0)
+    lost = (TWO_NUMBERS if with_gain else 0.0) + (n_in + rank) * 2.0**-24
+    allowed_p = 0.5 * (dz.abs() @ b.double().abs()) * (TWO_NUMBERS + lost)
+    assert ((p.double() - 0.5 * (dz @ b.double())).abs() <= allowed_p).all()
+    kept = mask(seed, dropout, tokens, n_out, torch.float32, dy.device).double() if dropout else 1.0
+    truth = dz @ w.double().T + kept * (p.double() @ a.double())
+    allowed = (dz.abs() @ w.double().abs().T) * lost
+    allowed += kept * (p.double().abs() @ a.double().abs()) * (TWO_NUMBERS + (n_in + rank) * 2.0**-24)
+    assert ((found() - truth).abs() <= allowed).all()
+    assert untouched(dx, tokens, n_out)
 
 
 def test_a_nan_stays_in_its_token_and_in_its_row_of_w():
@@ -81,7 +151,7 @@ def test_a_nan_stays_in_its_token_and_in_its_row_of_w():
         x[7, 5] = w[33, 128] = math.nan
         bad = torch.zeros(tokens, 97, dtype=torch.bool)
         bad[7] = bad[:, 33] = True
-        for y in (product(x, w), matmul(x, w.T.contiguous())):
+        for y in (product(x, w), product_back(x, by_columns(w))):
             assert torch.equal(y.isnan(), bad)
 
 
@@ -97,6 +167,6 @@ def test_infinite_h_is_not_made_nan():
     x, w = operands(70, 64, 32)
     h, b = torch.full((70, 1), math.inf), torch.ones(32, 1, dtype=torch.bfloat16)
     y = torch.empty(70, 32)
-    arguments = (matrix(x), matrix(w), matrix(b), matrix(y), None, None, None, h.data_ptr(), 1.0, 70, 64, 32, 1, 2)
-    _cpu.forward_tiles(*arguments)
+    arguments = (matrix(x), matrix(w), None, matrix(b), matrix(y), None, None, None, h.data_ptr(), 1.0, None, False)
+    _cpu.tiles(*arguments, 70, 64, 32, 1, 2)
     assert (y == math.inf).all()

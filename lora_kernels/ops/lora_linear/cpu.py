@@ -11,9 +11,9 @@ import torch
 from lora_kernels import _cpu
 from lora_kernels.ops.buffers import CODES, mask, matrix, refuse_dtypes, row_major, transposed, vector
 from lora_kernels.ops.registry import implements
-from lora_kernels.ops.tiles import matmul, on_tiles, product
+from lora_kernels.ops.tiles import on_tiles, product_back
 
-FEW = 64  # tokens whose h the shrink pass makes as fast as tiles do
+FEW = 64  # tokens, up to which a pass in float32 vectors is faster than tiles and a transposing copy
 BLOCK = 256  # rows of W widened at a time: 4 MiB of float32 at 4096 columns
 
 
@@ -64,18 +64,17 @@ def _forward_small(x, shape, w, a, b, scale, bias, gain, drop, keep, keep_z):
 
 def _forward_tiles(x, w, a, b, scale, bias, gain, drop, keep, keep_z):
     tokens, (n_out, n_in), rank, threads = x.shape[0], w.shape, a.shape[0], torch.get_num_threads()
-    x, a = row_major(x), row_major(a)
-    rows_x = matrix(x)
-    if tokens > FEW and drop is None and on_tiles(x, a):
-        h = product(x, a, scale)
-    else:
-        h = x.new_empty(tokens, rank, dtype=torch.float32)
-        _cpu.shrink(rows_x, matrix(a), None, h.data_ptr(), scale, drop, tokens, n_in, rank, threads)
+    x = row_major(x)
+    rows_x, rows_a = matrix(x), matrix(a)
+    h = x.new_empty(tokens, rank, dtype=torch.float32)
+    if drop is not None:
+        _cpu.shrink(rows_x, rows_a, None, h.data_ptr(), scale, drop, tokens, n_in, rank, threads)
+        rows_a = None
     y = x.new_empty(tokens, n_out)
     z = torch.empty_like(y) if keep_z else None
-    _cpu.forward_tiles(
-        rows_x, matrix(w), matrix(b), matrix(y), None if z is None else matrix(z), vector(bias), vector(gain),
-        h.data_ptr(), 1.0, tokens, n_in, n_out, rank, threads,
+    _cpu.tiles(
+        rows_x, matrix(w), rows_a, matrix(b), matrix(y), None if z is None else matrix(z), vector(bias), vector(gain),
+        h.data_ptr(), scale, None, False, tokens, n_in, n_out, rank, threads,
     )  # fmt: skip
     return y, h if keep else None, z
 
@@ -139,18 +138,29 @@ def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, 
         if needs_dbias:
             zeros[3] = dy.sum(0, dtype=torch.float32).to(bias.dtype)
         return tuple(zeros)
-    p = None
-    if needs_dx or needs_da:
-        p = x.new_empty(tokens, rank, dtype=torch.float32)
+    p = x.new_empty(tokens, rank, dtype=torch.float32) if needs_dx or needs_da else None
+    if needs_dx and on_tiles(dy, w) and not drop_base:
+        dx = x.new_empty(x.shape)
+        _cpu.tiles(
+            matrix(dy), matrix(w), transposed(b), transposed(a), matrix(dx), None, None, vector(gain), p.data_ptr(),
+            scale, drop, True, tokens, n_out, n_in, rank, threads,
+        )  # fmt: skip
+    elif p is not None:
         _cpu.shrink(matrix(dy), transposed(b), vector(gain), p.data_ptr(), scale, None, tokens, n_out, rank, threads)
-    if needs_dx:
-        dx = _input_gradient(dy, x, w, a, gain, p, drop, drop_base)
+        if needs_dx:
+            dx = _input_gradient(dy, x, w, a, gain, p, drop, drop_base)
     if needs_da:
         da = torch.empty_like(a, memory_format=torch.contiguous_format)
-        _cpu.outer(matrix(x), matrix(da), None, p.data_ptr(), drop, tokens, n_in, rank, threads)
+        if drop is None and on_tiles(x, x) and a.dtype is not torch.float16:
+            product_back(p.T, x, out=da)
+        else:
+            _cpu.outer(matrix(x), matrix(da), None, p.data_ptr(), drop, tokens, n_in, rank, threads)
     if needs_db:
         db = torch.empty_like(b, memory_format=torch.contiguous_format)
-        _cpu.outer(matrix(dy), transposed(db), vector(gain), h.data_ptr(), None, tokens, n_out, rank, threads)
+        if gain is None and tokens > FEW and on_tiles(dy, dy):
+            db.copy_(product_back(h.T, dy).T)
+        else:
+            _cpu.outer(matrix(dy), transposed(db), vector(gain), h.data_ptr(), None, tokens, n_out, rank, threads)
     if needs_dbias:
         dbias = _column_sums(dy, None).to(bias.dtype)
     if needs_dgain:
@@ -164,17 +174,7 @@ def _input_gradient(dy, x, w, a, gain, p, drop, drop_base):
         wide = _times_weight(dy * (gain - 1), w)
         _expand(wide, wide, matrix(a), len(a), p, mask=drop, mask_from=True)
         return (wide + _times_weight(dy, w)).to(x.dtype)
-    if gain is None:
-        product = _times_weight(dy, w)
-    else:
-        dz = dy * gain.to(torch.float32)
-        if on_tiles(dy, w):
-            # two bf16 numbers hold dz to 2⁻¹⁷, so that its rounding does not show in dx
-            high = dz.to(torch.bfloat16)
-            product = _times_weight(high, w)
-            product += _times_weight((dz - high).to(torch.bfloat16), w)
-        else:
-            product = _times_weight(dz, w)
+    product = _times_weight(dy if gain is None else dy * gain.to(torch.float32), w)
     dx = product if x.dtype is torch.float32 else x.new_empty(x.shape)
     _expand(product, dx, matrix(a), len(a), p, mask=drop)
     return dx
@@ -227,7 +227,7 @@ def _times_weight(dy, w):
     if w.dtype is torch.float32:
         return dy @ w
     if on_tiles(dy, w):
-        return matmul(dy, w)
+        return product_back(dy, w)
     wide = dy.float()
     out = wide.new_zeros(dy.shape[0], w.shape[1])
     scratch = wide.new_empty(min(BLOCK, w.shape[0]), w.shape[1])
@@ -245,6 +245,6 @@ def _slice(vector, rows):
 
 def small(dtype: torch.dtype) -> int:
     """Up to how many tokens the fused kernel is faster than the GEMM."""
-    if dtype is torch.bfloat16 and _cpu.has_matmul():
+    if dtype is torch.bfloat16 and _cpu.has_tiles():
         return 4
     return 32 if dtype is torch.float32 else 64

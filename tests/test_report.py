@@ -1,0 +1,84 @@
+"""README's benchmark tables come from the JSON files in bench/results, not from anybody's hand."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from bench.report import BEGIN, END, README, between, main, named, tables
+
+STAMP = {
+    "processor": "A processor", "instructions": ["avx2"], "cores": 2, "level": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "OMP_NUM_THREADS": None, "torch": "2", "peft": "0", "python": "3", "commit": "abc",
+}  # fmt: skip
+
+
+def row(ours, peft, kind="lora", m=4, r=16, threads=2):
+    """A forward of `ours` and `peft` times nn.Linear's time."""
+    ratios = {"ours / linear": ours, "ours / peft": ours / peft, "peft / linear": peft}
+    shape = {"M": m, "K": 1024, "N": 2048, "r": r, "threads": threads}
+    return {"op": "lora_linear", "kind": kind, "dtype": "bfloat16", "what": "forward", **shape, "ratios": ratios}
+
+
+def text(*rows):
+    return tables({"a.json": {"stamp": STAMP, "rows": rows}})
+
+
+@pytest.fixture
+def readme(tmp_path):
+    """A README, written from a JSON file beside it that it names."""
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"stamp": STAMP, "rows": [row(0.5, 1.25), row(1.5, 1.25, m=64)]}), encoding="utf-8")
+    path = tmp_path / "README.md"
+    path.write_text(between(f"above\n{BEGIN}old\n{END}below\n", tables({"a.json": json.loads(file.read_text())})), "utf-8")
+    return path
+
+
+def test_readme_is_what_the_files_yield():
+    names = named(README.read_text(encoding="utf-8"))
+    assert names
+    for name in names:
+        assert (README.parent / name).with_suffix(".png").is_file(), "run python -m bench.report"
+    assert main(["--check"]) == 0, "run python -m bench.report"
+
+
+def test_cells_are_ours_and_pefts_and_a_row_that_is_missing_is_a_dash():
+    got = text(row(0.5, 1.25), row(0.625, 20, kind="dora", m=64))
+    assert "| ours / PEFT's | forward, M=4 | forward, M=64 |\n" in got
+    assert "| bf16 LoRA 1024×2048 | 0.50 / 1.25 | – |\n" in got
+    assert "| bf16 DoRA 1024×2048 | – | 0.62 / 20.00 |\n" in got
+    assert "A processor, 2 cores with avx2, our level avx2;" in got
+    assert "threads 2, OMP_NUM_THREADS not set, ONEDNN_MAX_CPU_ISA AVX2." in got
+
+
+def test_a_row_that_loses_is_listed_whatever_its_rank():
+    assert "none of 1 rows.\n" in text(row(1.25, 1.25))
+    got = text(row(0.5, 1.25), row(1.5, 1.25, m=64, r=8), row(9, 1, threads=1))
+    assert "1 of 2 rows, our time over PEFT's:\n\n* bf16 LoRA forward: 1024×2048 M=64 r=8 1.200\n" in got
+    norm = {"op": "weight_norm", "kind": "dora", "dtype": "float32", "what": "norm", "K": 8, "N": 9, "r": 16, "threads": 2}
+    assert "* fp32 DoRA norm: 8×9 r=16 1.500\n" in text({**norm, "ratios": {"ours / peft": 1.5}})
+
+
+def test_check_fails_when_a_digit_is_changed(readme, capsys):
+    assert main(["--check"], readme) == 0
+    right = readme.read_text(encoding="utf-8")
+    assert right.startswith("above\n") and right.endswith("below\n") and "old" not in right
+    wrong = right.replace("1.50 / 1.25", "1.40 / 1.25")
+    assert wrong != right
+    readme.write_text(wrong, encoding="utf-8")
+    assert main(["--check", str(readme.parent / "a.json")], readme) == 1
+    assert "is not what a.json yield" in capsys.readouterr().err
+    assert readme.read_text(encoding="utf-8") == wrong and not list(readme.parent.glob("*.png"))
+
+
+def test_a_readme_without_markers_is_refused():
+    for bad in ("", BEGIN, END + BEGIN, BEGIN + END + BEGIN):
+        with pytest.raises(ValueError, match=re.escape("bench:begin")):
+            between(bad, "text")
+
+
+def test_the_report_needs_no_torch():
+    code = "import sys, bench.report; assert not {'torch', 'peft', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=README.parent, check=True)
