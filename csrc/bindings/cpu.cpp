@@ -1,5 +1,4 @@
-// lora_kernels._cpu: the CPU kernels on raw pointers. Shapes, dtypes and strides are the caller's to check (op.py).
-// A matrix arrives as (address, row stride, column stride, dtype), a vector likewise with row stride 0; None is no data.
+// lora_kernels._cpu: the CPU kernels on tensors. That shapes fit one another is the caller's to check (op.py).
 #include <pybind11/pybind11.h>
 
 #include <cstring>
@@ -7,49 +6,14 @@
 #include <string>
 
 #include "levels.h"
+#include "tensor.h"
 
 namespace py = pybind11;
-
-namespace pybind11::detail {
-
-template <>
-struct type_caster<lk::View> {
-  PYBIND11_TYPE_CASTER(lk::View, const_name("View"));
-
-  bool load(handle source, bool) {
-    if (source.is_none()) return true;
-    PyObject* tuple = source.ptr();
-    if (!PyTuple_CheckExact(tuple) || PyTuple_GET_SIZE(tuple) != 4) return false;
-    value.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(tuple, 0));
-    value.row = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, 1));
-    value.col = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, 2));
-    value.type = static_cast<lk::DType>(PyLong_AsLong(PyTuple_GET_ITEM(tuple, 3)));
-    return !PyErr_Occurred();
-  }
-};
-
-// (seed, threshold, keep), or None
-template <>
-struct type_caster<lk::Dropout> {
-  PYBIND11_TYPE_CASTER(lk::Dropout, const_name("Dropout"));
-
-  bool load(handle source, bool) {
-    if (source.is_none()) return true;
-    PyObject* tuple = source.ptr();
-    if (!PyTuple_CheckExact(tuple) || PyTuple_GET_SIZE(tuple) != 3) return false;
-    value.seed = uint64_t(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, 0)));
-    value.threshold = uint32_t(PyLong_AsUnsignedLong(PyTuple_GET_ITEM(tuple, 1)));
-    value.keep = float(PyFloat_AsDouble(PyTuple_GET_ITEM(tuple, 2)));
-    return !PyErr_Occurred();
-  }
-};
-
-}  // namespace pybind11::detail
 
 namespace {
 
 using lk::Dropout;
-using lk::View;
+using lk::Matrix;
 
 const lk::Kernels* chosen = [] {
   const lk::Kernels* found[lk::LEVELS];
@@ -77,9 +41,71 @@ void set_level(const std::string& name) {
   throw std::invalid_argument("set_level: this processor has no level " + name);
 }
 
-template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+float* floats(const Matrix& m, const char* kernel) {
+  if (m.data && m.type != lk::DType::f32) throw py::type_error(std::string(kernel) + ": a float32 result is wanted");
+  return static_cast<float*>(m.data);
+}
+
+// Whether these are x [..., in], w [out, in], a [r, in], b [out, r] and vectors [out] on the CPU, x as w and a as b in
+// dtype, all of them ones that the kernels read: what a call nearly always brings.
+bool usual(py::handle x, py::handle w, py::handle a, py::handle b, py::handle bias, py::handle gain) {
+  lk::Tensor t[6];
+  const py::handle given[6] = {x, w, a, b, bias, gain};
+  for (int i = 0; i < 6; i++) {
+    if (i > 3 && given[i].is_none()) continue;
+    if (!lk::reader.try_read(given[i].ptr(), &t[i]) || t[i].device.type != lk::CPU || !lk::readable(t[i].type))
+      return false;
+    if (i == 0 ? t[i].dimensions < 1 : t[i].dimensions != (i < 4 ? 2 : 1)) return false;
+    if (i > 3 && t[i].shape[0] != t[1].shape[0]) return false;
+  }
+  const auto alike = [](const lk::DataType& one, const lk::DataType& other) {
+    return one.code == other.code && one.bits == other.bits;
+  };
+  const int64_t n_out = t[1].shape[0], n_in = t[1].shape[1], rank = t[2].shape[0];
+  return alike(t[0].type, t[1].type) && alike(t[2].type, t[3].type) && rank > 0 && t[2].shape[1] == n_in &&
+         t[0].shape[t[0].dimensions - 1] == n_in && t[3].shape[0] == n_out && t[3].shape[1] == rank;
+}
+
+uint64_t mix(uint64_t sum, uint64_t value) {
+  sum = (sum ^ value) * 0x9E3779B97F4A7C15u;
+  return sum ^ sum >> 29;
+}
+
+// A number that says whether a matrix and some tensors are still what they were: address, shape, strides and dtype of
+// each, every bit of the tensors, and of the matrix one element of each of 64 rows, its column walking across.
+// None where there is no such number: not on the CPU, or a tensor that is not contiguous.
+py::object fingerprint(py::handle w, const py::args& tensors) {
+  lk::Bytes bytes[8];
+  const int count = int(tensors.size());
+  if (count > 8) throw std::invalid_argument("fingerprint: at most 8 tensors");
+  uint64_t sum = 0;
+  for (int i = -1; i < count; i++) {
+    int64_t held[4];
+    const lk::Tensor t = lk::reader.read(i < 0 ? w.ptr() : tensors[i].ptr(), held);
+    const int64_t size = t.type.bits / 8;
+    if (t.device.type != lk::CPU || t.dimensions > 2 || (i < 0 && t.dimensions != 2)) return py::none();
+    sum = mix(sum, reinterpret_cast<uint64_t>(t.data));
+    sum = mix(sum, uint64_t(t.type.code) << 8 | t.type.bits);
+    int64_t elements = 1;
+    for (int d = t.dimensions - 1; d >= 0; d--) {
+      if (i >= 0 && t.shape[d] > 1 && t.strides[d] != elements) return py::none();
+      sum = mix(mix(sum, uint64_t(t.shape[d])), uint64_t(t.strides[d]));
+      elements *= t.shape[d];
+    }
+    if (i >= 0) {
+      bytes[i] = {t.data, elements * size};
+      continue;
+    }
+    if (elements == 0) return py::none();
+    const int64_t rows = t.shape[0], columns = t.shape[1];
+    for (int64_t j = 0; j < 64; j++) {
+      const int64_t row = rows * j / 64, column = (columns * (2 * j + 1) / 128 + j) % columns;
+      uint64_t bits = 0;
+      std::memcpy(&bits, static_cast<const char*>(t.data) + (row * t.strides[0] + column * t.strides[1]) * size, size);
+      sum = mix(sum, bits);
+    }
+  }
+  return py::int_(count ? mix(sum, chosen->checksum(bytes, count)) : sum);
 }
 
 }  // namespace
@@ -90,40 +116,48 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("levels", &levels, "The instruction sets that this processor runs, the fastest last.");
   m.def("level", [] { return chosen->level; }, "The instruction set in use.");
   m.def("set_level", &set_level, "Uses another instruction set, for tests and benchmarks.");
+  m.def(
+      "read_tensors", [](py::object capsule, py::object describe) { lk::reader.set(capsule, describe); },
+      "How tensors are read: torch's DLPack exchange functions, or where there are none a Python function.");
+  m.def("reads_fast", [] { return lk::reader.fast(); }, "Whether tensors are read by torch's own C function.");
+  m.def("usual", &usual, "Whether these arguments need no further look; False says nothing.");
 
   m.def(
       "forward_small",
-      [](View x, View w, View a, View b, View y, View z, View bias, View gain, uintptr_t h, float scale,
-         Dropout dropout, int64_t tokens, int64_t n_in, int64_t n_out, int64_t rank, int threads) {
-        chosen->forward_small(
-            {x, w, a, b, y, z, bias, gain, at<float>(h), scale, dropout, tokens, n_in, n_out, rank, threads});
+      [](const Matrix& x, const Matrix& w, const Matrix& a, const Matrix& b, const Matrix& y, const Matrix& z,
+         const Matrix& bias, const Matrix& gain, const Matrix& h, float scale, Dropout dropout, int threads) {
+        if (!x.by_rows() || !w.by_rows() || !a.by_rows()) return false;
+        chosen->forward_small({x, w, a, b, y, z, bias, gain, floats(h, "forward_small"), scale, dropout, x.rows, x.cols,
+                               w.rows, a.rows, threads});
+        return true;
+      },
+      release(), "False, and nothing done, unless the rows of x, w and a are contiguous.");
+  m.def(
+      "shrink",
+      [](const Matrix& x, const Matrix& a, const Matrix& gain, const Matrix& h, float scale, Dropout dropout,
+         int threads) {
+        chosen->shrink({x, a, gain, floats(h, "shrink"), scale, dropout, x.rows, x.cols, a.rows, threads});
       },
       release());
   m.def(
-      "shrink",
-      [](View x, View a, View gain, uintptr_t h, float scale, Dropout dropout, int64_t tokens, int64_t n_in,
-         int64_t rank,
-         int threads) { chosen->shrink({x, a, gain, at<float>(h), scale, dropout, tokens, n_in, rank, threads}); },
-      release());
-  m.def(
       "expand",
-      [](View from, View to, View b, View gain, View bias, uintptr_t h, Dropout dropout, bool mask_from, int64_t tokens,
-         int64_t n_out, int64_t rank, int threads) {
-        if (from.type != lk::DType::f32) {
-          throw std::invalid_argument("expand: from must be float32");
-        }
-        chosen->expand({from, to, b, gain, bias, at<const float>(h), dropout, mask_from, tokens, n_out, rank, threads});
+      [](const Matrix& from, const Matrix& to, const Matrix& b, const Matrix& gain, const Matrix& bias, const Matrix& h,
+         Dropout dropout, bool mask_from, int threads) {
+        floats(from, "expand");
+        chosen->expand(
+            {from, to, b, gain, bias, floats(h, "expand"), dropout, mask_from, from.rows, from.cols, b.rows, threads});
       },
       release());
   m.def(
       "outer",
-      [](View x, View d, View gain, uintptr_t p, Dropout dropout, int64_t tokens, int64_t n_in, int64_t rank,
-         int threads) { chosen->outer({x, d, gain, at<const float>(p), dropout, tokens, n_in, rank, threads}); },
+      [](const Matrix& x, const Matrix& d, const Matrix& gain, const Matrix& p, Dropout dropout, int threads) {
+        chosen->outer({x, d, gain, floats(p, "outer"), dropout, x.rows, x.cols, p.cols, threads});
+      },
       release());
   m.def(
       "column_sums",
-      [](View u, View v, uintptr_t sums, int64_t tokens, int64_t n_out, int threads) {
-        chosen->column_sums({u, v, at<float>(sums), tokens, n_out, threads});
+      [](const Matrix& u, const Matrix& v, const Matrix& sums, int threads) {
+        chosen->column_sums({u, v, floats(sums, "column_sums"), u.rows, u.cols, threads});
       },
       release());
 
@@ -137,54 +171,28 @@ PYBIND11_MODULE(_cpu, m) {
 #endif
   m.def(
       "tiles",
-      [](View x, View w, View a, View b, View y, View z, View bias, View gain, uintptr_t h, float scale,
-         Dropout dropout, bool back, int64_t tokens, int64_t n_in, int64_t n_out, int64_t rank, int threads) {
+      [](const Matrix& x, const Matrix& w, const Matrix& a, const Matrix& b, const Matrix& y, const Matrix& z,
+         const Matrix& bias, const Matrix& gain, const Matrix& h, float scale, Dropout dropout, bool back,
+         int threads) {
         if (chosen->tiles == nullptr) throw std::runtime_error("tiles: this level has no bf16 products");
-        chosen->tiles(
-            {x, w, a, b, y, z, bias, gain, at<float>(h), scale, dropout, back, tokens, n_in, n_out, rank, threads});
+        chosen->tiles({x, w, a, b, y, z, bias, gain, floats(h, "tiles"), scale, dropout, back, x.rows, x.cols, y.cols,
+                       h.cols, threads});
       },
       release());
 
   m.def(
       "weight_norm",
-      [](View w, View a, View b, View w_squared, View products, uintptr_t norm, float scale, float max_condition,
-         int64_t n_in, int64_t n_out, int64_t rank, int threads) {
-        chosen->weight_norm(
-            {w, a, b, w_squared, products, at<float>(norm), scale, max_condition, n_in, n_out, rank, threads});
+      [](const Matrix& w, const Matrix& a, const Matrix& b, const Matrix& w_squared, const Matrix& products,
+         const Matrix& norm, float scale, float max_condition, int threads) {
+        chosen->weight_norm({w, a, b, w_squared, products, floats(norm, "weight_norm"), scale, max_condition, w.cols,
+                             w.rows, a.rows, threads});
       },
       release());
   m.def(
       "row_norm_squared",
-      [](View w, uintptr_t squared, int64_t n_in, int64_t n_out, int threads) {
-        chosen->row_norm_squared({w, at<float>(squared), n_in, n_out, threads});
+      [](const Matrix& w, const Matrix& squared, int threads) {
+        chosen->row_norm_squared({w, floats(squared, "row_norm_squared"), w.cols, w.rows, threads});
       },
       release());
-  m.def(
-      "checksum",
-      [](py::args ranges) {
-        lk::Bytes bytes[8];
-        const int count = int(ranges.size() / 2);
-        if (count > 8) throw std::invalid_argument("checksum: at most 8 ranges");
-        for (int i = 0; i < count; i++) {
-          bytes[i] = {PyLong_AsVoidPtr(ranges[2 * i].ptr()), PyLong_AsLongLong(ranges[2 * i + 1].ptr())};
-        }
-        if (PyErr_Occurred()) throw py::error_already_set();
-        return chosen->checksum(bytes, count);
-      },
-      "A 64-bit checksum of (address, bytes, address, bytes, …).");
-  m.def(
-      "sample",
-      [](const View& w, int64_t rows, int64_t columns, int64_t size) {
-        // one element of each of 64 rows, its column walking across the matrix
-        uint64_t sum = 0;
-        for (int64_t i = 0; i < 64; i++) {
-          const int64_t row = rows * i / 64, column = (columns * (2 * i + 1) / 128 + i) % columns;
-          uint64_t bits = 0;
-          std::memcpy(&bits, static_cast<const char*>(w.data) + (row * w.row + column * w.col) * size, size);
-          sum = (sum ^ bits) * 0x9E3779B97F4A7C15u;
-          sum ^= sum >> 29;
-        }
-        return sum;
-      },
-      "A checksum of 64 elements of a matrix; `size` is that of an element, in bytes.");
+  m.def("fingerprint", &fingerprint, "A 64-bit number of (W, tensors…) as they are; None where there is none.");
 }

@@ -76,7 +76,8 @@ inline int supported(const Kernels* (&found)[LEVELS]) {
   }
   found[count++] = &avx512::kernels;
 #if defined(LK_AMX)
-  if (__builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") && tiles_allowed()) found[count++] = &amx::kernels;
+  if (__builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") && tiles_allowed())
+    found[count++] = &amx::kernels;
 #endif
 #endif
   return count;

@@ -1,30 +1,33 @@
-"""What the C++ kernels are told of a tensor: its address, strides and dtype."""
+"""What the C++ kernels are told of a tensor: its address, shape, strides and dtype."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_kernels import _cpu
 from lora_kernels.ops.dropout import threshold
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+READ = (torch.float32, torch.bfloat16, torch.float16)
+_CPU, _FLOAT, _BFLOAT = 1, 2, 4  # DLPack's numbers
 
 
-def matrix(t: Tensor) -> tuple[int, int, int, int]:
-    """A matrix with any strides."""
-    row, column = t.stride()
-    return (t.data_ptr(), row, column, CODES[t.dtype])
+def describe(t: Tensor) -> tuple[int, ...]:
+    """A vector or matrix as numbers: what DLPack's exchange function of torch tells, for a torch that has none."""
+    code = _BFLOAT if t.dtype is torch.bfloat16 else _FLOAT if t.is_floating_point() else 0
+    device = _CPU if t.device.type == "cpu" else 0
+    sizes, strides = (*t.shape, 1)[:2], (*t.stride(), 1)[:2]
+    return (t.data_ptr(), device, code, t.element_size() * 8, t.dim(), *sizes, *strides)
 
 
-def transposed(t: Tensor) -> tuple[int, int, int, int]:
-    """The transpose of a matrix."""
-    row, column = t.stride()
-    return (t.data_ptr(), column, row, CODES[t.dtype])
+_cpu.read_tensors(getattr(Tensor, "__dlpack_c_exchange_api__", None), describe)
+usual = _cpu.usual if _cpu.reads_fast() else None
+fingerprint = _cpu.fingerprint
 
 
-def vector(t: Tensor | None) -> tuple[int, int, int, int] | None:
-    """A vector with any stride, or nothing."""
-    return None if t is None else (t.data_ptr(), 0, t.stride(0), CODES[t.dtype])
+def transposed(t: Tensor) -> tuple[Tensor]:
+    """A matrix that the kernels are to read as its transpose, without the cost of a view."""
+    return (t,)
 
 
 def mask(dropout: float, seed: Tensor | None) -> tuple[int, int, float] | None:
@@ -40,6 +43,6 @@ def row_major(t: Tensor) -> Tensor:
 def refuse_dtypes(**tensors: Any) -> str | None:
     """Names the first tensor whose dtype the C++ kernels do not read."""
     for name, t in tensors.items():
-        if t is not None and t.dtype not in CODES:
+        if t is not None and t.dtype not in READ:
             return f"{name} is {t.dtype}; the kernels read float32, bfloat16 and float16"
     return None

@@ -175,7 +175,8 @@ def choose(name: str, args: tuple[Any, ...]) -> Implementation:
     """
     implementations = _implementations[name]
     forced = _forced.get() or _FROM_ENVIRONMENT
-    order = (forced,) if forced else PREFERENCE.get(args[0].device.type, ("reference",))
+    x = args[0]
+    order = (forced,) if forced else PREFERENCE.get("cpu" if x.is_cpu else x.device.type, ("reference",))
     for backend in order:
         implementation = implementations.get(backend)
         if implementation is not None and implementation.refusal(*args) is None:

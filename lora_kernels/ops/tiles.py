@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from lora_kernels import _cpu
-from lora_kernels.ops.buffers import matrix
 
 
 def on_tiles(x: Tensor, w: Tensor) -> bool:
@@ -23,9 +22,5 @@ def product_back(dy: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _product(x: Tensor, w: Tensor, back: bool, y: Tensor) -> Tensor:
-    (tokens, n_in), n_out = x.shape, w.shape[back]
-    _cpu.tiles(
-        matrix(x), matrix(w), None, None, matrix(y), None, None, None, 0, 1.0, None, back,
-        tokens, n_in, n_out, 0, torch.get_num_threads(),
-    )  # fmt: skip
+    _cpu.tiles(x, w, None, None, y, None, None, None, None, 1.0, None, back, torch.get_num_threads())
     return y

@@ -13,7 +13,7 @@ if not _cpu.has_tiles():
     pytest.skip("this processor has no AMX tiles", allow_module_level=True)
 
 from lora_kernels.ops.buffers import mask as drop_mask  # noqa: E402
-from lora_kernels.ops.buffers import matrix, transposed, vector  # noqa: E402
+from lora_kernels.ops.buffers import transposed  # noqa: E402
 from lora_kernels.ops.dropout import mask  # noqa: E402
 from lora_kernels.ops.tiles import product, product_back  # noqa: E402
 
@@ -95,8 +95,8 @@ def test_forward(shape, adapter_dtype, rank, threads):
         if from_a:
             given.fill_(math.nan)
         _cpu.tiles(
-            matrix(x), matrix(w), matrix(a) if from_a else None, matrix(b), matrix(y), matrix(z), vector(bias),
-            vector(gain), given.data_ptr(), 0.5, None, False, tokens, n_in, n_out, rank, threads,
+            x, w, a if from_a else None, b, y[:tokens, :n_out], z[:tokens, :n_out], bias, gain, given, 0.5, None, False,
+            threads,
         )  # fmt: skip
         if from_a:
             allowed_h = 0.5 * (wide_x.abs() @ wide_a.abs().T) * (TWO_NUMBERS + n_in * 2.0**-24)
@@ -129,9 +129,8 @@ def test_backward(shape, dropout, with_gain, adapter_dtype, rank, threads):
     dx, found = outputs(tokens, n_out)
     across = by_columns(w)
     _cpu.tiles(
-        matrix(dy), matrix(across), transposed(b), transposed(a), matrix(dx), None, None,
-        vector(gain) if with_gain else None, p.data_ptr(), 0.5, drop_mask(dropout, seed), True,
-        tokens, n_in, n_out, rank, threads,
+        dy, across, transposed(b), transposed(a), dx[:tokens, :n_out], None, None, gain if with_gain else None, p, 0.5,
+        drop_mask(dropout, seed), True, threads,
     )  # fmt: skip
     dz = dy.double() * (gain.double() if with_gain else 1.0)
     lost = (TWO_NUMBERS if with_gain else 0.0) + (n_in + rank) * 2.0**-24
@@ -167,6 +166,5 @@ def test_infinite_h_is_not_made_nan():
     x, w = operands(70, 64, 32)
     h, b = torch.full((70, 1), math.inf), torch.ones(32, 1, dtype=torch.bfloat16)
     y = torch.empty(70, 32)
-    arguments = (matrix(x), matrix(w), None, matrix(b), matrix(y), None, None, None, h.data_ptr(), 1.0, None, False)
-    _cpu.tiles(*arguments, 70, 64, 32, 1, 2)
+    _cpu.tiles(x, w, None, b, y, None, None, None, h, 1.0, None, False, 2)
     assert (y == math.inf).all()

@@ -9,7 +9,7 @@ the cache, in both directions. Sums are float32 and y is rounded once.
 import torch
 
 from lora_kernels import _cpu
-from lora_kernels.ops.buffers import CODES, mask, matrix, refuse_dtypes, row_major, transposed, vector
+from lora_kernels.ops.buffers import READ, mask, refuse_dtypes, row_major, transposed
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tiles import on_tiles, product_back
 
@@ -19,12 +19,12 @@ BLOCK = 256  # rows of W widened at a time: 4 MiB of float32 at 4096 columns
 
 def refusal(x, w, a, b, scale, bias, gain, *_):
     readable = (
-        x.dtype in CODES
-        and w.dtype in CODES
-        and a.dtype in CODES
-        and b.dtype in CODES
-        and (bias is None or bias.dtype in CODES)
-        and (gain is None or gain.dtype in CODES)
+        x.dtype in READ
+        and w.dtype in READ
+        and a.dtype in READ
+        and b.dtype in READ
+        and (bias is None or bias.dtype in READ)
+        and (gain is None or gain.dtype in READ)
     )
     return None if readable else refuse_dtypes(x=x, w=w, a=a, b=b, bias=bias, gain=gain)
 
@@ -36,69 +36,60 @@ def backward_refusal(dy, *args):
 @implements("lora_linear_forward", "cpu", refusal)
 def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
     tokens = x.shape[0]
-    if tokens <= small(x.dtype) and not drop_base:
-        base = matrix(w)
-        if base[2] == 1 and w.numel() and tokens:
-            return _forward_small(x, w.shape, base, a, b, scale, bias, gain, mask(dropout, seed), keep, keep_z)
-    elif on_tiles(x, w) and not drop_base and w.numel() and tokens:
-        return _forward_tiles(x, w, a, b, scale, bias, gain, mask(dropout, seed), keep, keep_z)
+    if tokens and not drop_base and w.numel():
+        if tokens <= small(x.dtype):
+            done = _forward_small(x, w, a, b, scale, bias, gain, mask(dropout, seed), keep, keep_z)
+            if done is not None:
+                return done
+        elif on_tiles(x, w):
+            return _forward_tiles(x, w, a, b, scale, bias, gain, mask(dropout, seed), keep, keep_z)
     return _forward_large(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z)
 
 
-def _forward_small(x, shape, w, a, b, scale, bias, gain, drop, keep, keep_z):
-    tokens, (n_out, n_in), rank = x.shape[0], shape, a.shape[0]
-    y = x.new_empty(tokens, n_out)
-    h = x.new_empty(tokens, rank, dtype=torch.float32) if keep else None
+def _forward_small(x, w, a, b, scale, bias, gain, drop, keep, keep_z):
+    """None if W is not by rows."""
+    tokens = x.shape[0]
+    y = x.new_empty(tokens, w.shape[0])
+    h = x.new_empty(tokens, a.shape[0], dtype=torch.float32) if keep else None
     z = torch.empty_like(y) if keep_z else None
-    rows_x, rows_a = matrix(x), matrix(a)
-    if rows_x[2] != 1:
-        rows_x = matrix(x := x.contiguous())
-    if rows_a[2] != 1:
-        rows_a = matrix(a := a.contiguous())
-    _cpu.forward_small(
-        rows_x, w, rows_a, matrix(b), matrix(y), None if z is None else matrix(z), vector(bias), vector(gain),
-        0 if h is None else h.data_ptr(), scale, drop, tokens, n_in, n_out, rank, torch.get_num_threads(),
-    )  # fmt: skip
+    rest = (b, y, z, bias, gain, h, scale, drop, torch.get_num_threads())
+    # the kernel looks at the strides: here that would take as long as a small layer
+    if not _cpu.forward_small(x, w, a, *rest) and not _cpu.forward_small(x.contiguous(), w, a.contiguous(), *rest):
+        return None
     return y, h, z
 
 
 def _forward_tiles(x, w, a, b, scale, bias, gain, drop, keep, keep_z):
-    tokens, (n_out, n_in), rank, threads = x.shape[0], w.shape, a.shape[0], torch.get_num_threads()
+    tokens, threads = x.shape[0], torch.get_num_threads()
     x = row_major(x)
-    rows_x, rows_a = matrix(x), matrix(a)
-    h = x.new_empty(tokens, rank, dtype=torch.float32)
+    h = x.new_empty(tokens, a.shape[0], dtype=torch.float32)
     if drop is not None:
-        _cpu.shrink(rows_x, rows_a, None, h.data_ptr(), scale, drop, tokens, n_in, rank, threads)
-        rows_a = None
-    y = x.new_empty(tokens, n_out)
+        _cpu.shrink(x, a, None, h, scale, drop, threads)
+    y = x.new_empty(tokens, w.shape[0])
     z = torch.empty_like(y) if keep_z else None
-    _cpu.tiles(
-        rows_x, matrix(w), rows_a, matrix(b), matrix(y), None if z is None else matrix(z), vector(bias), vector(gain),
-        h.data_ptr(), scale, None, False, tokens, n_in, n_out, rank, threads,
-    )  # fmt: skip
+    _cpu.tiles(x, w, a if drop is None else None, b, y, z, bias, gain, h, scale, None, False, threads)
     return y, h if keep else None, z
 
 
 def _forward_large(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
-    tokens, (n_out, n_in), rank = x.shape[0], w.shape, a.shape[0]
-    h = x.new_empty(tokens, rank, dtype=torch.float32)
-    threads = torch.get_num_threads()
+    tokens, n_out = x.shape[0], w.shape[0]
+    h = x.new_empty(tokens, a.shape[0], dtype=torch.float32)
     drop = mask(dropout, seed)
-    x, a = row_major(x), row_major(a)
+    x = row_major(x)
     if w.numel() == 0 or tokens == 0:
         y = x.new_zeros(tokens, n_out)
         if bias is not None:
             y += bias.to(x.dtype)
         return y, h.zero_() if keep else None, torch.zeros_like(y) if keep_z else None
-    _cpu.shrink(matrix(x), matrix(a), None, h.data_ptr(), scale, drop, tokens, n_in, rank, threads)
+    _cpu.shrink(x, a, None, h, scale, drop, torch.get_num_threads())
     if x.dtype is torch.float32 and not drop_base:
         # in place: a second buffer of y's size costs more in page faults than the passes themselves
         wide, rows = x @ w.T, transposed(b)
         y, z = wide, None
         if keep_z:
-            _expand(wide, wide, rows, rank, h)
-            y, z, rank = torch.empty_like(wide), wide, 0
-        _expand(wide, y, rows, rank, h, gain=gain, bias=bias)
+            _expand(wide, wide, rows, h)
+            y, z, rows = torch.empty_like(wide), wide, None
+        _expand(wide, y, rows, h, gain=gain, bias=bias)
         return y, h if keep else None, z
     y, z = x.new_empty(tokens, n_out), x.new_empty(tokens, n_out if keep_z else 0)
     kept = x
@@ -106,19 +97,19 @@ def _forward_large(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep
     if drop_base:
         wide = x.float()
         kept = torch.empty_like(wide)
-        _expand(wide, kept, None, 0, h, mask=drop, mask_from=True)
+        _expand(wide, kept, None, h, mask=drop, mask_from=True)
         rest = wide - kept
     # float32 between the passes where there is more than one, so that y is rounded once
     for rows, wide in _products(kept, w):
         slice_b, slice_gain, slice_bias = b[rows], _slice(gain, rows), _slice(bias, rows)
         target = y[:, rows]
         if rest is None and not keep_z:
-            _expand(wide, target, transposed(slice_b), rank, h, gain=slice_gain, bias=slice_bias)
+            _expand(wide, target, transposed(slice_b), h, gain=slice_gain, bias=slice_bias)
             continue
-        _expand(wide, wide, transposed(slice_b), rank, h)
+        _expand(wide, wide, transposed(slice_b), h)
         if keep_z:
             z[:, rows].copy_(wide)
-        _expand(wide, wide, None, 0, h, gain=slice_gain, bias=slice_bias)
+        _expand(wide, wide, None, h, gain=slice_gain, bias=slice_bias)
         if rest is not None:
             wide += rest @ w[rows].to(rest.dtype).T
         target.copy_(wide)
@@ -127,7 +118,7 @@ def _forward_large(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep
 
 @implements("lora_linear_backward", "cpu", backward_refusal)
 def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
-    tokens, (n_out, n_in), rank = x.shape[0], w.shape, a.shape[0]
+    tokens, rank = x.shape[0], a.shape[0]
     threads = torch.get_num_threads()
     drop = mask(dropout, seed)
     dy, x = row_major(dy), row_major(x)
@@ -141,12 +132,9 @@ def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, 
     p = x.new_empty(tokens, rank, dtype=torch.float32) if needs_dx or needs_da else None
     if needs_dx and on_tiles(dy, w) and not drop_base:
         dx = x.new_empty(x.shape)
-        _cpu.tiles(
-            matrix(dy), matrix(w), transposed(b), transposed(a), matrix(dx), None, None, vector(gain), p.data_ptr(),
-            scale, drop, True, tokens, n_out, n_in, rank, threads,
-        )  # fmt: skip
+        _cpu.tiles(dy, w, transposed(b), transposed(a), dx, None, None, gain, p, scale, drop, True, threads)
     elif p is not None:
-        _cpu.shrink(matrix(dy), transposed(b), vector(gain), p.data_ptr(), scale, None, tokens, n_out, rank, threads)
+        _cpu.shrink(dy, transposed(b), gain, p, scale, None, threads)
         if needs_dx:
             dx = _input_gradient(dy, x, w, a, gain, p, drop, drop_base)
     if needs_da:
@@ -154,13 +142,13 @@ def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, 
         if drop is None and on_tiles(x, x) and a.dtype is not torch.float16:
             product_back(p.T, x, out=da)
         else:
-            _cpu.outer(matrix(x), matrix(da), None, p.data_ptr(), drop, tokens, n_in, rank, threads)
+            _cpu.outer(x, da, None, p, drop, threads)
     if needs_db:
         db = torch.empty_like(b, memory_format=torch.contiguous_format)
         if gain is None and tokens > FEW and on_tiles(dy, dy):
             db.copy_(product_back(h.T, dy).T)
         else:
-            _cpu.outer(matrix(dy), transposed(db), vector(gain), h.data_ptr(), None, tokens, n_out, rank, threads)
+            _cpu.outer(dy, transposed(db), gain, h, None, threads)
     if needs_dbias:
         dbias = _column_sums(dy, None).to(bias.dtype)
     if needs_dgain:
@@ -172,11 +160,11 @@ def _input_gradient(dy, x, w, a, gain, p, drop, drop_base):
     """(dy ⊙ gain) W + mask ⊙ (p A), or for a dropped base dy W + mask ⊙ ((dy ⊙ (gain - 1)) W + p A)."""
     if drop_base:
         wide = _times_weight(dy * (gain - 1), w)
-        _expand(wide, wide, matrix(a), len(a), p, mask=drop, mask_from=True)
+        _expand(wide, wide, a, p, mask=drop, mask_from=True)
         return (wide + _times_weight(dy, w)).to(x.dtype)
     product = _times_weight(dy if gain is None else dy * gain.to(torch.float32), w)
     dx = product if x.dtype is torch.float32 else x.new_empty(x.shape)
-    _expand(product, dx, matrix(a), len(a), p, mask=drop)
+    _expand(product, dx, a, p, mask=drop)
     return dx
 
 
@@ -193,17 +181,13 @@ def _gain_gradient(dy, x, w, a, b, scale, gain, dropout, seed, y, z):
 def _column_sums(u, v):
     sums = u.new_empty(u.shape[1], dtype=torch.float32)
     v = None if v is None else row_major(v.to(u.dtype))
-    _cpu.column_sums(matrix(u), None if v is None else matrix(v), sums.data_ptr(), *u.shape, torch.get_num_threads())
+    _cpu.column_sums(u, v, sums, torch.get_num_threads())
     return sums
 
 
-def _expand(source, target, b, rank, h, *, gain=None, bias=None, mask=None, mask_from=False):
+def _expand(source, target, b, h, *, gain=None, bias=None, mask=None, mask_from=False):
     """target = gain ⊙ (source + mask ⊙ (h b)) + bias, b [rank, out]; with mask_from the mask is on both terms."""
-    tokens, n_out = source.shape
-    _cpu.expand(
-        matrix(source), matrix(target), b, vector(gain), vector(bias), h.data_ptr(), mask, mask_from,
-        tokens, n_out, rank, torch.get_num_threads(),
-    )  # fmt: skip
+    _cpu.expand(source, target, b, gain, bias, h, mask, mask_from, torch.get_num_threads())
 
 
 def _products(x, w):
@@ -245,6 +229,6 @@ def _slice(vector, rows):
 
 def small(dtype: torch.dtype) -> int:
     """Up to how many tokens the fused kernel is faster than the GEMM."""
-    if dtype is torch.bfloat16 and _cpu.has_tiles():
-        return 4
-    return 32 if dtype is torch.float32 else 64
+    if dtype is torch.float32:
+        return 32
+    return 4 if dtype is torch.bfloat16 and _cpu.has_tiles() else 64

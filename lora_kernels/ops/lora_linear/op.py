@@ -15,6 +15,11 @@ from torch import Tensor
 from lora_kernels.ops.dropout import draw_seed
 from lora_kernels.ops.registry import declare
 
+try:
+    from lora_kernels.ops.buffers import usual
+except ImportError:
+    usual = None
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DROPOUT_SEMANTICS = ("peft", "lora_only")
 _any_autocast = torch._C._is_any_autocast_enabled
@@ -56,7 +61,19 @@ def lora_linear(
         cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
         with without_autocast(x):
             return lora_linear(x.to(cast), w.to(cast), a, b, scale, bias, gain, dropout, dropout_semantics, seed)
-    _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed)
+    plain = (
+        usual is not None
+        and not torch.compiler.is_compiling()
+        and dropout == 0.0
+        and seed is None
+        and dropout_semantics == "peft"
+        and type(scale) is float
+        and -math.inf < scale < math.inf
+        and not w.requires_grad
+        and usual(x, w, a, b, bias, gain)
+    )
+    if not plain:
+        _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed)
     if isinstance(scale, Tensor):
         wide = torch.promote_types(torch.promote_types(b.dtype, x.dtype), torch.float32)
         b, scale = b.to(wide) * scale.to(wide).reshape(()), 1.0
@@ -177,8 +194,12 @@ class _Once(torch.autograd.Function):
 
 
 def _grads(dy, x, w, a, b, bias, gain, seed, h, y, z, scale, dropout, drop_base, needs):
-    with without_autocast(dy):
-        grads = _backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs)
+    args = (dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs)
+    if _any_autocast():
+        with without_autocast(dy):
+            grads = _backward(*args)
+    else:
+        grads = _backward(*args)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from lora_kernels.ops.weight_norm.op import dora_gain, row_norm_squared, weight_norm
 
 try:
-    from lora_kernels import _cpu
+    from lora_kernels.ops.buffers import fingerprint
 except ImportError:
-    _cpu = None  # type: ignore[assignment]
+    fingerprint = None  # type: ignore[assignment]
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -45,11 +45,11 @@ class NormCache:
         """`weight_norm(w, a, b, scale)` without gradient: [out]."""
         if torch.is_grad_enabled():
             with torch.no_grad():
-                return self._computed(w, a, b, scale, _weight_key(w, a, b, scale))
-        key = _key(w, a, b, scale)
+                return self._computed(w, a, b, scale)
+        key = _key(scale, w, a, b)
         held, norm = self._norm
         if norm is None or key is None or held != key:
-            norm = self._computed(w, a, b, scale, key and key[0])
+            norm = self._computed(w, a, b, scale)
             self._norm = (key, norm)
         return norm
 
@@ -58,7 +58,7 @@ class NormCache:
         if torch.is_grad_enabled():
             norm = self(w, a, b, scale)
             return dora_gain(magnitude.to(norm.dtype), norm)
-        key = _key(w, a, b, scale, magnitude)
+        key = _key(scale, w, a, b, magnitude)
         held, gain = self._gain
         if gain is None or key is None or held != key:
             norm = self(w, a, b, scale)
@@ -66,13 +66,14 @@ class NormCache:
             self._gain = (key, gain)
         return gain
 
-    def _computed(self, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, weight_key: Any) -> Tensor:
-        if weight_key is None:
+    def _computed(self, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+        key = _key(0.0, w)
+        if key is None:
             return weight_norm(w, a, b, scale)
         held, squared = self._squared
-        if squared is None or held != weight_key:
+        if squared is None or held != key:
             squared = row_norm_squared(w)
-            self._squared = (weight_key, squared)
+            self._squared = (key, squared)
         return weight_norm(w, a, b, scale, squared)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NormCache":
@@ -82,26 +83,12 @@ class NormCache:
         return NormCache, ()
 
 
-def _key(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, *others: Tensor) -> Any:
-    """What identifies all of the weights; None where nothing can be reused."""
-    weight = _weight_key(w, a, b, scale, *others)
-    if weight is None:
+def _key(scale: float | Tensor, w: Tensor, *others: Tensor) -> Any:
+    """What identifies W as far as a sample of it can, and every bit of the others; None where nothing can be reused."""
+    if fingerprint is None or isinstance(scale, Tensor) or torch.compiler.is_compiling():
         return None
-    ranges = [number for t in (a, b, *others) for number in (t.data_ptr(), t.nbytes)]
-    return (weight, a.shape, a.dtype, scale, _cpu.checksum(*ranges), *(t.dtype for t in others))
-
-
-def _weight_key(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, *others: Tensor) -> Any:
-    """What identifies W; None where nothing can be reused."""
-    if torch.compiler.is_compiling() or _cpu is None or isinstance(scale, Tensor):
-        return None
-    if type(w) not in _PLAIN or w.device.type != "cpu" or w.numel() == 0:
-        return None
-    for t in (a, b, *others):
-        if type(t) not in _PLAIN or t.device.type != "cpu" or not t.is_contiguous():
+    for t in (w, *others):
+        if type(t) not in _PLAIN:
             return None
-    version = -1 if w.is_inference() else w._version
-    row, column = w.stride()
-    view = (w.data_ptr(), row, column, 0)
-    rows, columns = w.shape
-    return (view, version, w.dtype, w.shape, _cpu.sample(view, rows, columns, w.element_size()))
+    found = fingerprint(w, *others)
+    return found and (found, scale, -1 if w.is_inference() else w._version)

@@ -3,7 +3,7 @@
 import torch
 
 from lora_kernels import _cpu
-from lora_kernels.ops.buffers import matrix, refuse_dtypes, vector
+from lora_kernels.ops.buffers import refuse_dtypes
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tiles import on_tiles, product
 
@@ -40,9 +40,8 @@ def forward(w, a, b, scale, w_squared):
     for first, rows in _blocks(w):
         part = slice(first, first + len(rows))
         _cpu.weight_norm(
-            matrix(rows), matrix(a), matrix(b[part]), vector(None if squared is None else squared[part]),
-            None if products is None else matrix(products[:, part]), norm[part].data_ptr(), scale, MAX_CONDITION[w.dtype],
-            w.shape[1], len(rows), a.shape[0], torch.get_num_threads(),
+            rows, a, b[part], None if squared is None else squared[part], None if products is None else products[:, part],
+            norm[part], scale, MAX_CONDITION[w.dtype], torch.get_num_threads(),
         )  # fmt: skip
     return norm
 
@@ -88,6 +87,5 @@ def row_norm_squared(w):
     if w.numel() == 0:
         return squared.zero_()
     for first, rows in _blocks(w):
-        out = squared[first : first + len(rows)]
-        _cpu.row_norm_squared(matrix(rows), out.data_ptr(), w.shape[1], len(rows), torch.get_num_threads())
+        _cpu.row_norm_squared(rows, squared[first : first + len(rows)], torch.get_num_threads())
     return squared

@@ -1,0 +1,150 @@
+// What the kernels are told of a torch tensor, read without torch's headers: one binary serves every torch.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "../common/types.h"
+
+namespace lk {
+
+// Of DLPack 1.x (dlpack.h: DLTensor, DLPackExchangeAPI), which torch gives as Tensor.__dlpack_c_exchange_api__ since
+// 2.10: the C function that fills a DLTensor in some 20 ns, where the Python attributes take 50 ns each.
+struct Device {
+  int32_t type, id;
+};
+struct DataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+struct Tensor {
+  void* data;
+  Device device;
+  int32_t dimensions;
+  DataType type;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct ExchangeApi {
+  uint32_t major, minor;
+  void *previous, *allocate, *managed_from_object, *managed_to_object;
+  int (*tensor_of)(void* object, Tensor* out);
+  void* stream;
+};
+constexpr int CPU = 1, FLOAT = 2, BFLOAT = 4;  // kDLCPU, kDLFloat, kDLBfloat
+
+inline bool readable(const DataType& t) {
+  return (t.code == FLOAT && (t.bits == 32 || t.bits == 16)) || (t.code == BFLOAT && t.bits == 16);
+}
+
+// a View with its shape; a vector is one row
+struct Matrix : View {
+  int64_t rows = 0, cols = 0;
+  bool by_rows() const { return col == 1 || cols < 2; }
+};
+
+class Reader {
+ public:
+  // `capsule` is None where torch has no such function; `describe` then gives the same as a tuple of numbers:
+  // (address, device type, type code, bits, dimensions, sizes and strides of up to two of them)
+  void set(pybind11::object capsule, pybind11::object describe) {
+    api_ = capsule.is_none() ? nullptr : capsule.cast<pybind11::capsule>().get_pointer<ExchangeApi>();
+    if (api_ && (api_->major != 1 || !api_->tensor_of)) api_ = nullptr;
+    describe_ = std::move(describe).release().ptr();  // for the life of the process
+  }
+  bool fast() const { return api_ != nullptr; }
+
+  Tensor read(PyObject* object, int64_t (&held)[4]) const {
+    Tensor tensor{};
+    if (api_) {
+      if (api_->tensor_of(object, &tensor) != 0) throw pybind11::error_already_set();
+      tensor.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+      return tensor;
+    }
+    const pybind11::tuple found = pybind11::reinterpret_borrow<pybind11::object>(describe_)(pybind11::handle(object));
+    tensor.data = PyLong_AsVoidPtr(found[0].ptr());
+    tensor.device.type = found[1].cast<int32_t>();
+    tensor.type.code = found[2].cast<uint8_t>();
+    tensor.type.bits = found[3].cast<uint8_t>();
+    tensor.dimensions = found[4].cast<int32_t>();
+    for (int i = 0; i < 4; i++) held[i] = found[5 + i].cast<int64_t>();
+    tensor.shape = held;
+    tensor.strides = held + 2;
+    return tensor;
+  }
+
+  // without an error, and only where torch has the function
+  bool try_read(PyObject* object, Tensor* tensor) const {
+    if (api_ && api_->tensor_of(object, tensor) == 0) return true;
+    PyErr_Clear();
+    return false;
+  }
+
+  Matrix matrix(PyObject* object) const {
+    int64_t held[4];
+    const Tensor t = read(object, held);
+    if (t.device.type != CPU || t.dimensions < 1 || t.dimensions > 2) {
+      throw pybind11::value_error("the CPU kernels read matrices and vectors in the memory of the CPU");
+    }
+    Matrix m;
+    m.data = t.data;
+    m.type = type_of(t);
+    const int last = t.dimensions - 1;
+    m.rows = last ? t.shape[0] : 1;
+    m.row = last ? t.strides[0] : 0;
+    m.cols = t.shape[last];
+    m.col = t.strides[last];
+    return m;
+  }
+
+ private:
+  static DType type_of(const Tensor& t) {
+    if (!readable(t.type)) throw pybind11::type_error("the CPU kernels read float32, bfloat16 and float16");
+    return t.type.code == BFLOAT ? DType::bf16 : t.type.bits == 32 ? DType::f32 : DType::f16;
+  }
+
+  const ExchangeApi* api_ = nullptr;
+  PyObject* describe_ = nullptr;
+};
+inline Reader reader;
+
+}  // namespace lk
+
+namespace pybind11::detail {
+
+// a tensor, a tensor to be read as its transpose in a tuple of one, or None
+template <>
+struct type_caster<lk::Matrix> {
+  PYBIND11_TYPE_CASTER(lk::Matrix, const_name("Matrix"));
+
+  bool load(handle source, bool) {
+    if (source.is_none()) return true;
+    if (!PyTuple_CheckExact(source.ptr())) {
+      value = lk::reader.matrix(source.ptr());
+      return true;
+    }
+    if (PyTuple_GET_SIZE(source.ptr()) != 1) return false;
+    value = lk::reader.matrix(PyTuple_GET_ITEM(source.ptr(), 0));
+    std::swap(value.row, value.col);
+    std::swap(value.rows, value.cols);
+    return true;
+  }
+};
+
+// (seed, threshold, keep), or None
+template <>
+struct type_caster<lk::Dropout> {
+  PYBIND11_TYPE_CASTER(lk::Dropout, const_name("Dropout"));
+
+  bool load(handle source, bool) {
+    if (source.is_none()) return true;
+    PyObject* tuple = source.ptr();
+    if (!PyTuple_CheckExact(tuple) || PyTuple_GET_SIZE(tuple) != 3) return false;
+    value.seed = uint64_t(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, 0)));
+    value.threshold = uint32_t(PyLong_AsUnsignedLong(PyTuple_GET_ITEM(tuple, 1)));
+    value.keep = float(PyFloat_AsDouble(PyTuple_GET_ITEM(tuple, 2)));
+    return !PyErr_Occurred();
+  }
+};
+
+}  // namespace pybind11::detail

@@ -1,0 +1,103 @@
+"""How the C++ kernels read tensors: by torch's DLPack function, or without it by a Python one, and never what they cannot."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+_cpu = pytest.importorskip("lora_kernels._cpu", reason="the CPU kernels are not built here")
+
+from lora_kernels import lora_linear, weight_norm  # noqa: E402
+from lora_kernels.ops import NormCache, buffers  # noqa: E402
+
+
+@pytest.fixture
+def without_exchange(monkeypatch):
+    """As with a torch that has no DLPack exchange functions."""
+    monkeypatch.setattr(import_module("lora_kernels.ops.lora_linear.op"), "usual", None)
+    _cpu.read_tensors(None, buffers.describe)
+    yield
+    _cpu.read_tensors(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), buffers.describe)
+
+
+def test_this_torch_has_the_function():
+    assert _cpu.reads_fast()
+
+
+def results(dtype, tokens):
+    torch.manual_seed(0)
+    x = torch.randn(tokens, 2 * 70, dtype=dtype)[:, ::2].requires_grad_()
+    w, bias = torch.randn(50, 70, dtype=dtype), torch.randn(50)
+    a, b = torch.randn(70, 5).T.requires_grad_(), torch.randn(50, 5, requires_grad=True)
+    gain = torch.rand(50, requires_grad=True)
+    y = lora_linear(x, w, a, b, 0.5, bias, gain, 0.2, seed=torch.tensor(5))
+    y.backward(torch.randn(tokens, 50, dtype=dtype))
+    norm = weight_norm(w, a.detach(), b.detach(), 0.5)
+    return [y, x.grad, a.grad, b.grad, gain.grad, norm]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [3, 90])
+def test_both_ways_of_reading_give_the_same_bits(dtype, tokens, request):
+    fast = results(dtype, tokens)
+    request.getfixturevalue("without_exchange")
+    assert not _cpu.reads_fast()
+    for one, other in zip(fast, results(dtype, tokens), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_norm_cache_without_the_function(without_exchange):
+    w, a, b = torch.randn(8, 6), torch.randn(2, 6), torch.randn(8, 2)
+    cache = NormCache()
+    with torch.no_grad():
+        first = cache(w, a, b, 1.0)
+        assert cache(w, a, b, 1.0) is first
+        b[3, 1] += 1
+        assert cache(w, a, b, 1.0) is not first
+
+
+W, A, B, V = torch.randn(8, 6), torch.randn(2, 6), torch.randn(8, 2), torch.randn(8)
+UNUSUAL = {
+    "a column too many": (torch.randn(3, 7), W, A, B, None, None),
+    "no dimension": (torch.tensor(1.0), W, A, B, None, None),
+    "w a vector": (torch.randn(3, 6), torch.randn(6), A, B, None, None),
+    "w of another dtype": (torch.randn(3, 6), W.half(), A, B, None, None),
+    "bfloat16 and float16": (torch.randn(3, 6).bfloat16(), W.half(), A, B, None, None),
+    "integers": (torch.ones(3, 6, dtype=torch.int32), W.int(), A, B, None, None),
+    "float64": (torch.randn(3, 6).double(), W.double(), A, B, None, None),
+    "a of another dtype": (torch.randn(3, 6), W, A.half(), B, None, None),
+    "a too narrow": (torch.randn(3, 6), W, A[:, :5], B, None, None),
+    "rank 0": (torch.randn(3, 6), W, A[:0], B[:, :0], None, None),
+    "b of another rank": (torch.randn(3, 6), W, A, B[:, :1], None, None),
+    "b too short": (torch.randn(3, 6), W, A, B[:7], None, None),
+    "bias too long": (torch.randn(3, 6), W, A, B, torch.randn(9), None),
+    "bias a matrix": (torch.randn(3, 6), W, A, B, torch.randn(8, 1), None),
+    "gain of integers": (torch.randn(3, 6), W, A, B, V, torch.ones(8, dtype=torch.int64)),
+    "gain too short": (torch.randn(3, 6), W, A, B, V, V[:7]),
+    "on meta": (torch.randn(3, 6, device="meta"), W, A, B, V, V),
+    "a number": (3.0, W, A, B, V, V),
+}
+
+
+@pytest.mark.parametrize("args", UNUSUAL.values(), ids=UNUSUAL)
+def test_what_is_not_usual_gets_the_long_look(args):
+    assert not _cpu.usual(*args)
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (3,), (2, 3), (2, 0, 3)], ids=str)
+def test_what_is_usual(lead):
+    x = torch.randn(*lead, 6, requires_grad=True)
+    assert _cpu.usual(x, W, A, B, None, None)
+    assert _cpu.usual(x.bfloat16(), W.bfloat16(), A.half(), B.half(), V, V.bfloat16())
+
+
+def test_kernels_refuse_what_they_cannot_read():
+    sums = torch.empty(6)
+    with pytest.raises(TypeError, match="float32, bfloat16 and float16"):
+        _cpu.column_sums(torch.ones(3, 6, dtype=torch.int64), None, sums, 1)
+    with pytest.raises(TypeError, match="column_sums: a float32 result is wanted"):
+        _cpu.column_sums(torch.ones(3, 6), None, sums.half(), 1)
+    with pytest.raises(ValueError, match="matrices and vectors in the memory of the CPU"):
+        _cpu.column_sums(torch.ones(3, 2, 3), None, sums, 1)
+    with pytest.raises((BufferError, RuntimeError, ValueError)):
+        _cpu.column_sums(torch.ones(3, 6, device="meta"), None, sums, 1)
