@@ -19,6 +19,7 @@ NAMES = {
     "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "lora": "LoRA", "dora": "DoRA",
     "ours": "ours", "peft": "PEFT", "linear": "nn.Linear alone",
 }  # fmt: skip
+RIVALS = {"peft": "PEFT", "torch": "the best plain PyTorch", "compile": "torch.compile of that"}
 INTRO = f"""\
 Written by `python -m bench.report` from the JSON files. A cell is ours / PEFT's, each divided by the time of `nn.Linear`
 alone (below 1: faster than the layer without an adapter); the machine is shared, so absolute times mean nothing. Shapes
@@ -131,14 +132,21 @@ def memory(rows: list[dict[str, Any]]) -> str:
 
 
 def losses(rows: list[dict[str, Any]]) -> str:
-    """Every row in which ours took longer than PEFT."""
-    rows = [row for row in rows if "ours / peft" in row["ratios"]]
-    lost = [row for row in rows if row["ratios"]["ours / peft"] > 1]
-    text = f"Where we lose to PEFT ({THREADS} threads, every rank): {len(lost) or 'none'} of {len(rows)} rows"
-    text += ", our time over PEFT's:\n\n" if lost else ".\n"
-    for dtype, kind, what in distinct(lost, "dtype", "kind", "what"):
-        places = [f"{place(row)} {against_peft([row])}" for row in pick(lost, dtype=dtype, kind=kind, what=what)]
-        text += f"* {NAMES[dtype]} {NAMES[kind]} {what}: {'; '.join(places)}\n"
+    """Every row in which ours took longer than a rival that computes the same."""
+    text = ""
+    for rival, name in RIVALS.items():
+        key = f"ours / {rival}"
+        met = [row for row in rows if key in row.get("ratios", ())]
+        lost = [row for row in met if row["ratios"][key] > 1]
+        if not met:
+            continue
+        text += f"Where we lose to {name} ({THREADS} threads, every rank): {len(lost) or 'none'} of {len(met)} rows"
+        text += ", our time over its:\n\n" if lost else ".\n"
+        for op, dtype, kind, what in distinct(lost, "op", "dtype", "kind", "what"):
+            found = pick(lost, op=op, dtype=dtype, kind=kind, what=what)
+            places = [f"{place(row)} {row['ratios'][key]:.3f}" for row in found]
+            text += f"* {NAMES[dtype]} {NAMES[kind]} {what}: {'; '.join(places)}\n"
+        text += "\n" if lost else ""
     return text
 
 

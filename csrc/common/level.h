@@ -2,7 +2,7 @@
 //   portable     any CPU                    4 floats
 //   avx2         x86-64-v3: AVX2, FMA, F16C 8 floats
 //   avx512       x86-64-v4                  16 floats
-//   amx          avx512 and AMX_BF16        bf16 products on tiles (cpu_amx.cpp), avx512 for the rest
+//   amx          avx512 and AMX_BF16        bf16 products on tiles (cpu_tiles.cpp), avx512 for the rest
 #pragma once
 
 #ifndef LK_LEVEL
