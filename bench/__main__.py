@@ -33,13 +33,13 @@ def main() -> None:
     if options.isa:
         _cpu.set_level(options.isa)
         limits = {"dtypes": [torch.bfloat16], "slow_backward": True}
-    found = []
+    found, circumstances = [], stamp()
 
     def keep(row):
         found.append(row)
         show(row)
         if options.out:
-            text = json.dumps({"stamp": stamp(), "rows": found}, indent=1)
+            text = json.dumps({"stamp": circumstances, "rows": found}, indent=1)
             options.out.write_text(text + "\n", encoding="utf-8")
 
     for threads in options.threads or [torch.get_num_threads()]:

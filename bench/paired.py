@@ -73,5 +73,5 @@ def stamp() -> dict[str, Any]:
         "torch": torch.__version__,
         "peft": __import__("peft").__version__,
         "python": platform.python_version(),
-        "commit": git("rev-parse", "--short", "HEAD") + (" and uncommitted changes" if git("status", "--porcelain") else ""),
+        "commit": git("rev-parse", "--short", "HEAD") + (" and uncommitted changes" if git("status", "--porcelain", ":!bench/results") else ""),
     }
