@@ -59,6 +59,7 @@ def stamp() -> dict[str, Any]:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
 
+    changed = git("status", "--porcelain", ":!bench/results")
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         lines = [line.split(":", 1) for line in file if ":" in line]
     found = {key.strip(): value.strip() for key, value in lines}
@@ -73,5 +74,5 @@ def stamp() -> dict[str, Any]:
         "torch": torch.__version__,
         "peft": __import__("peft").__version__,
         "python": platform.python_version(),
-        "commit": git("rev-parse", "--short", "HEAD") + (" and uncommitted changes" if git("status", "--porcelain", ":!bench/results") else ""),
+        "commit": git("rev-parse", "--short", "HEAD") + (" and uncommitted changes" if changed else ""),
     }

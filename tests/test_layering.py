@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "adapters": {"ops", "nn", "adapters"},
     "serving": {"ops", "nn", "serving"},
     "integrations": {"ops", "nn", "adapters", "serving", "integrations"},
-    "testing": {"ops", "testing"},
+    "testing": {"ops", "testing", "_ptxsim"},
 }
 BACKENDS = {"reference", "cpu", "triton", "cuda"}
 

@@ -8,6 +8,7 @@ namespace lk::LK_LEVEL {
 
 constexpr int64_t ROWS = 16, DEPTH = 32;  // a tile: 16 rows of 32 bf16, or of 16 floats
 constexpr int64_t TILE = ROWS * DEPTH;    // elements of a packed tile
+constexpr int64_t SQUARE = ROWS * ROWS;   // sums of one tile
 
 struct __attribute__((packed)) TileConfig {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -59,6 +60,82 @@ LK_INLINE void pack_rows(const bf16* w, int64_t w_row, int64_t columns, int64_t 
 LK_INLINE void left_tile(const bf16* w, int64_t w_row, int64_t rows, int64_t depth, bf16* to) {
   for (int i = 0; i < ROWS; i++) {
     _mm512_store_si512(to + i * DEPTH, i < rows ? row_of(w + i * w_row, depth) : _mm512_setzero_si512());
+  }
+}
+
+LK_INLINE __mmask16 lanes(int64_t n) { return n >= ROWS ? 0xffff : n > 0 ? __mmask16((1u << n) - 1) : 0; }
+
+// the first n of 16, zeros beyond
+LK_INLINE vec first_of(const float* p, int64_t n) { return (vec)_mm512_maskz_loadu_ps(lanes(n), p); }
+LK_INLINE vec first_of(const bf16* p, int64_t n) {
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(n), p)), 16);
+}
+LK_INLINE vec first_of(const f16* p, int64_t n) { return (vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(n), p)); }
+
+// m[0:rows, 0:columns] as 16 rows of 32 floats, zeros beyond
+template <typename T>
+LK_INLINE void widen(const T* m, int64_t row, int64_t col, int64_t rows, int64_t columns, float* to) {
+  for (int64_t half = 0; half < DEPTH; half += ROWS) {
+    __m512i r[16];
+    if (row == 1) {
+      for (int64_t c = 0; c < ROWS; c++) {
+        r[c] = half + c < columns ? (__m512i)first_of(m + (half + c) * col, rows) : _mm512_setzero_si512();
+      }
+      transpose(r);
+    } else if (col == 1) {
+      for (int64_t i = 0; i < ROWS; i++) {
+        r[i] = i < rows ? (__m512i)first_of(m + i * row + half, columns - half) : _mm512_setzero_si512();
+      }
+    } else {
+      alignas(64) float v[SQUARE] = {};
+      for (int64_t i = 0; i < std::min(ROWS, rows); i++) {
+        for (int64_t c = 0; c < std::min(ROWS, columns - half); c++) {
+          v[i * ROWS + c] = to_float(m[i * row + (half + c) * col]);
+        }
+      }
+      for (int64_t i = 0; i < ROWS; i++) r[i] = _mm512_load_si512(v + i * ROWS);
+    }
+    for (int64_t i = 0; i < ROWS; i++) _mm512_store_si512(to + i * DEPTH + half, r[i]);
+  }
+}
+
+// gain ⊙ m[0:rows, 0:columns], 16 rows of 32 with zeros beyond, as the sum of `parts` bf16 numbers
+template <typename T>
+void split(const T* m, int64_t row, int64_t col, int64_t rows, int64_t columns, const float* gain, int64_t parts,
+           bf16 (*to)[TILE]) {
+  alignas(64) float v[TILE];
+  widen(m, row, col, rows, columns, v);
+  for (int64_t i = 0; i < TILE; i += VL) {
+    vec rest = gain ? load(v + i) * load(gain + i % DEPTH) : load(v + i);
+    for (int64_t j = 0; j < parts; j++) {
+      store(to[j] + i, rest);
+      rest -= load(to[j] + i);
+      rest = (vec)((uvec)rest & (uvec)(rest - rest == 0));  // 0 where it is not finite
+    }
+  }
+}
+// the same of a View, rows from `first` and columns from k
+inline void split(const View& m, int64_t first, int64_t rows, int64_t k, int64_t columns, int64_t parts,
+                  bf16 (*to)[TILE]) {
+  with_type(m, [&](auto* p) {
+    split(p + first * m.row + k * m.col, m.row, m.col, rows - first, columns - k, nullptr, parts, to);
+  });
+}
+
+// One tile of an operand from 16 rows of 32: a left one as it is, a right one with pairs of columns side by side.
+template <bool LEFT>
+LK_INLINE void place(const bf16* rows, bf16* to) {
+  LEFT ? (void)std::copy_n(rows, TILE, to) : pack_rows(rows, DEPTH, ROWS, DEPTH, to);
+}
+
+// with w [depth, outputs], two rows of w are interleaved
+LK_INLINE void pack_pairs(const bf16* w, int64_t w_row, int64_t outputs, int64_t depth, bf16* to) {
+  const __mmask16 mask = lanes(outputs);
+  for (int i = 0; i < ROWS; i++) {
+    const auto row = [&](int64_t d) {
+      return d < depth ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, w + d * w_row)) : _mm512_setzero_si512();
+    };
+    _mm512_store_si512(to + i * DEPTH, _mm512_or_si512(row(2 * i), _mm512_slli_epi32(row(2 * i + 1), 16)));
   }
 }
 

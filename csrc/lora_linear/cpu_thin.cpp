@@ -16,8 +16,32 @@ namespace {
 void pack(const View& m, const View& gain, float scale, int64_t row_first, int64_t row_last, int64_t count, float* to,
           int64_t to_row) {
   with_type(m, [&](auto* from) {
+    if (m.row == 1) {
+      // m is the transpose of what lies in memory: squares of it, so that both are read and written along their rows
+      constexpr int64_t SIDE = 16;
+      float square[SIDE][SIDE];
+      for (int64_t j = row_first; j < row_last; j += SIDE) {
+        const int64_t rows = std::min(SIDE, row_last - j);
+        for (int64_t k = 0; k < count; k += SIDE) {
+          const int64_t columns = std::min(SIDE, count - k);
+          for (int64_t c = 0; c < columns; c++) {
+            for (int64_t r = 0; r < rows; r++) square[c][r] = scale * to_float(from[j + r + (k + c) * m.col]);
+          }
+          for (int64_t r = 0; r < rows; r++) {
+            for (int64_t c = 0; c < columns; c++) to[(j + r) * to_row + k + c] = square[c][r];
+          }
+        }
+      }
+    } else {
+      for (int64_t j = row_first; j < row_last; j++) {
+        int64_t k = 0;
+        if (m.col == 1) {
+          for (; k + VL <= count; k += VL) store(to + j * to_row + k, scale * load(from + j * m.row + k));
+        }
+        for (; k < count; k++) to[j * to_row + k] = scale * to_float(from[j * m.row + k * m.col]);
+      }
+    }
     for (int64_t j = row_first; j < row_last; j++) {
-      for (int64_t k = 0; k < count; k++) to[j * to_row + k] = scale * to_float(from[j * m.row + k * m.col]);
       std::fill(to + j * to_row + count, to + (j + 1) * to_row, 0.f);
       if (gain.data) {
         with_type(gain, [&](auto* g) {
@@ -179,7 +203,6 @@ void expand(const Expand& p) {
     if (thread == 0 && p.gain.data) pack(p.gain, View{}, 1.f, 0, 1, p.n_out, gain, row);
     if (thread == threads - 1 && p.bias.data) pack(p.bias, View{}, 1.f, 0, 1, p.n_out, bias, row);
 #pragma omp barrier
-    float mask[CR * COLUMNS];
     with_type(p.to, [&](auto* to) {
       expand_rows(p, static_cast<const float*>(p.from.data), to, b, row, gain, bias, tokens);
     });
@@ -244,11 +267,22 @@ void outer(const Outer& p) {
           }
           outer_tiles(p.p + t * p.rank, p.rank, rows, rows_row, tokens, d);
         }
+        if (p.gain.data) {
+          with_type(p.gain, [&](auto* g) {
+            for (int64_t c = 0; c < width; c++) {
+              for (int64_t i = 0; i < p.rank; i++) d[i * COLUMNS + c] *= to_float(g[(k + c) * p.gain.col]);
+            }
+          });
+        }
         with_type(p.d, [&](auto* out) {
-          for (int64_t c = 0; c < width; c++) {
-            float gain = 1.f;
-            if (p.gain.data) with_type(p.gain, [&](auto* g) { gain = to_float(g[(k + c) * p.gain.col]); });
-            for (int64_t i = 0; i < p.rank; i++) put(out + i * p.d.row + (k + c) * p.d.col, gain * d[i * COLUMNS + c]);
+          if (p.d.row == 1) {
+            for (int64_t c = 0; c < width; c++) {
+              for (int64_t i = 0; i < p.rank; i++) put(out + i + (k + c) * p.d.col, d[i * COLUMNS + c]);
+            }
+            return;
+          }
+          for (int64_t i = 0; i < p.rank; i++) {
+            for (int64_t c = 0; c < width; c++) put(out + i * p.d.row + (k + c) * p.d.col, d[i * COLUMNS + c]);
           }
         });
       }

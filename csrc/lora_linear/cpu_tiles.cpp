@@ -9,10 +9,10 @@
 
 #include <algorithm>
 
-#include "../common/amx.h"
 #include "../common/dot.h"
 #include "../common/philox.h"
 #include "params.h"
+#include "tiles_pack.h"
 
 namespace lk::LK_LEVEL {
 
@@ -21,157 +21,9 @@ namespace {
 constexpr int64_t PANEL = 2 * ROWS;        // outputs at a time
 constexpr int64_t DIRECT = 4 * ROWS;       // tokens up to which W goes from memory straight into tiles, read once
 constexpr int64_t CHUNK = 8;               // steps of depth whose panel of W, 16 KiB, stays in the first-level cache
-constexpr int64_t PACKED_BYTES = 5 << 18;  // of x, or of sums: half of the second-level cache
+constexpr int64_t PACKED_BYTES = 5 << 18;  // of x: some half of the second-level cache
 constexpr int64_t TOKENS = 512;            // at a time, where x is larger than that,
 constexpr int64_t WIDE = 256;              // with as many outputs: their sums are half of that
-constexpr int64_t SQUARE = ROWS * ROWS;    // sums of one tile
-
-// Steps of depth, a tile each: first of the rank, then of the features.
-struct Depth {
-  int64_t features, ranks;            // steps
-  int64_t x_parts, a_parts, h_parts;  // bf16 numbers for an element of x and of A, pairs of them for h and B
-  int64_t more() const { return h_parts * ranks; }
-  int64_t all() const { return more() + features; }
-  int64_t column() const { return (more() + features * x_parts) * TILE; }  // of packed x: 16 tokens
-};
-
-LK_INLINE __mmask16 lanes(int64_t n) { return n >= ROWS ? 0xffff : n > 0 ? __mmask16((1u << n) - 1) : 0; }
-
-// the first n of 16, zeros beyond
-LK_INLINE vec first_of(const float* p, int64_t n) { return (vec)_mm512_maskz_loadu_ps(lanes(n), p); }
-LK_INLINE vec first_of(const bf16* p, int64_t n) {
-  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(n), p)), 16);
-}
-LK_INLINE vec first_of(const f16* p, int64_t n) { return (vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(n), p)); }
-
-// m[0:rows, 0:columns] as 16 rows of 32 floats, zeros beyond
-template <typename T>
-LK_INLINE void widen(const T* m, int64_t row, int64_t col, int64_t rows, int64_t columns, float* to) {
-  for (int64_t half = 0; half < DEPTH; half += ROWS) {
-    __m512i r[16];
-    if (row == 1) {
-      for (int64_t c = 0; c < ROWS; c++) {
-        r[c] = half + c < columns ? (__m512i)first_of(m + (half + c) * col, rows) : _mm512_setzero_si512();
-      }
-      transpose(r);
-    } else if (col == 1) {
-      for (int64_t i = 0; i < ROWS; i++) {
-        r[i] = i < rows ? (__m512i)first_of(m + i * row + half, columns - half) : _mm512_setzero_si512();
-      }
-    } else {
-      alignas(64) float v[SQUARE] = {};
-      for (int64_t i = 0; i < std::min(ROWS, rows); i++) {
-        for (int64_t c = 0; c < std::min(ROWS, columns - half); c++) {
-          v[i * ROWS + c] = to_float(m[i * row + (half + c) * col]);
-        }
-      }
-      for (int64_t i = 0; i < ROWS; i++) r[i] = _mm512_load_si512(v + i * ROWS);
-    }
-    for (int64_t i = 0; i < ROWS; i++) _mm512_store_si512(to + i * DEPTH + half, r[i]);
-  }
-}
-
-// gain ⊙ m[0:rows, 0:columns], 16 rows of 32 with zeros beyond, as the sum of `parts` bf16 numbers
-template <typename T>
-void split(const T* m, int64_t row, int64_t col, int64_t rows, int64_t columns, const float* gain, int64_t parts,
-           bf16 (*to)[TILE]) {
-  alignas(64) float v[TILE];
-  widen(m, row, col, rows, columns, v);
-  for (int64_t i = 0; i < TILE; i += VL) {
-    vec rest = gain ? load(v + i) * load(gain + i % DEPTH) : load(v + i);
-    for (int64_t j = 0; j < parts; j++) {
-      store(to[j] + i, rest);
-      rest -= load(to[j] + i);
-      rest = (vec)((uvec)rest & (uvec)(rest - rest == 0));  // 0 where it is not finite
-    }
-  }
-}
-// the same of a View, rows from `first` and columns from k
-void split(const View& m, int64_t first, int64_t rows, int64_t k, int64_t columns, int64_t parts, bf16 (*to)[TILE]) {
-  with_type(m, [&](auto* p) {
-    split(p + first * m.row + k * m.col, m.row, m.col, rows - first, columns - k, nullptr, parts, to);
-  });
-}
-
-// One tile of an operand from 16 rows of 32: a left one as it is, a right one with pairs of columns side by side.
-template <bool LEFT>
-LK_INLINE void place(const bf16* rows, bf16* to) {
-  LEFT ? (void)std::copy_n(rows, TILE, to) : pack_rows(rows, DEPTH, ROWS, DEPTH, to);
-}
-
-// x's tiles of 16 tokens at one step of the features
-template <bool BACK>
-void x_tiles(const Tiles& p, const Depth& d, const float* gain, int64_t t, int64_t step, bf16* to) {
-  const int64_t k = step * DEPTH, tokens = p.tokens - t;
-  if (d.x_parts == 1) {
-    const auto* x = static_cast<const bf16*>(p.x.data) + t * p.x.row + k;
-    BACK ? left_tile(x, p.x.row, tokens, p.n_in - k, to) : pack_rows(x, p.x.row, tokens, p.n_in - k, to);
-    return;
-  }
-  alignas(64) bf16 parts[3][TILE];
-  with_type(p.x, [&](auto* x) {
-    split(x + t * p.x.row + k * p.x.col, p.x.row, p.x.col, tokens, p.n_in - k, gain ? gain + k : nullptr, d.x_parts,
-          parts);
-  });
-  for (int64_t i = 0; i < d.x_parts; i++) place<BACK>(parts[i], to + i * TILE);
-}
-
-// h's tiles of 16 tokens: parts high, low, high
-template <bool BACK>
-void h_tiles(const Tiles& p, const Depth& d, int64_t t, bf16* to) {
-  const View h{p.h, p.rank, 1, DType::f32};
-  alignas(64) bf16 parts[2][TILE];
-  for (int64_t k = 0; k < d.ranks; k++) {
-    split(h, t, p.tokens, k * DEPTH, p.rank, 2, parts);
-    for (int64_t i = 0; i < d.h_parts; i++) place<BACK>(parts[i == 1], to + (i * d.ranks + k) * TILE);
-  }
-}
-
-// A's tiles at one step of the features: [rank / 16] apart by `column`
-template <bool BACK>
-void a_tiles(const Tiles& p, const Depth& d, int64_t step, int64_t column, bf16* to) {
-  alignas(64) bf16 parts[2][TILE];
-  for (int64_t j = 0; j < p.rank; j += ROWS, to += column) {
-    split(p.a, j, p.rank, step * DEPTH, p.n_in, d.a_parts, parts);
-    for (int64_t i = 0; i < d.a_parts; i++) place<!BACK>(parts[i], to + (step * d.a_parts + i) * TILE);
-  }
-}
-
-// with w [depth, outputs], two rows of w are interleaved
-LK_INLINE void pack_pairs(const bf16* w, int64_t w_row, int64_t outputs, int64_t depth, bf16* to) {
-  const __mmask16 mask = lanes(outputs);
-  for (int i = 0; i < ROWS; i++) {
-    const auto row = [&](int64_t d) {
-      return d < depth ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, w + d * w_row)) : _mm512_setzero_si512();
-    };
-    _mm512_store_si512(to + i * DEPTH, _mm512_or_si512(row(2 * i), _mm512_slli_epi32(row(2 * i + 1), 16)));
-  }
-}
-
-// the two tiles of outputs n..n+32 at one step: of B, parts high, high, low, or of W
-template <bool BACK>
-LK_INLINE void w_tiles(const Tiles& p, const Depth& d, int64_t n, int64_t step, bf16* to) {
-  if (step < d.more()) {
-    alignas(64) bf16 parts[2][TILE];
-    const int64_t k = step % d.ranks * DEPTH, low = step / d.ranks == 2;
-    for (int64_t i = 0; i < 2; i++, to += TILE) {
-      const int64_t rows = p.n_out - n - i * ROWS;
-      if (rows > 0) {
-        split(p.b, n + i * ROWS, p.n_out, k, p.rank, 1 + low, parts);
-        place<!BACK>(parts[low], to);
-      } else {
-        std::fill_n(to, TILE, bf16{0});
-      }
-    }
-    return;
-  }
-  const int64_t k = (step - d.more()) * DEPTH, depth = p.n_in - k;
-  const auto* w = static_cast<const bf16*>(p.w.data);
-  for (int64_t i = 0; i < 2; i++, n += ROWS, to += TILE) {
-    if (BACK) pack_pairs(w + k * p.w.row + n, p.w.row, p.n_out - n, depth, to);
-    else left_tile(w + n * p.w.row + k, p.w.row, p.n_out - n, depth, to);
-  }
-}
 
 template <int COUNT>
 LK_INLINE void zero() {

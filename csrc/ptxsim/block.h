@@ -1,0 +1,136 @@
+// A launch, its blocks and their memory, with what is known of each byte: who wrote and read it last, and when.
+#pragma once
+#include <array>
+#include <map>
+#include <random>
+
+#include "machine.h"
+
+namespace lk::ptx {
+
+constexpr int WARPS = 32, BARRIERS = 16;
+// a generic address of shared or local memory is its offset in one of these windows
+constexpr uint64_t SHARED_WINDOW = 0x7f00000000000000, LOCAL_WINDOW = 0x7e00000000000000;
+
+// an access: of which lane of which warp, at which of its synchronisations
+struct Stamp {
+  uint32_t clock = 0;  // 0: none
+  uint16_t warp = 0;
+  uint16_t lane = 0;
+};
+
+// two bytes of shared memory
+struct Cell {
+  Stamp write, read;
+  int32_t readers = -1;  // where there are several warps since the last write: their clocks, in Block::readers
+  bool ready = false;    // written
+  bool flying = false;   // a cp.async will land here
+};
+
+// an access of one element of a writable tensor
+struct Mark {
+  uint32_t block = 0;    // its number and 1; 0: none
+  uint32_t clock = 0;    // of its warp; of the block's barriers if many
+  uint32_t release = 0;  // of its block
+  uint16_t warp = 0;
+  uint8_t lane = 0;
+  bool many = false;  // several warps or lanes
+};
+struct Element {
+  Mark write, read;
+  bool written() const { return write.block != 0; }
+};
+
+struct Shadow {
+  Element* elements = nullptr;  // sparse: pages that are never touched take no memory
+  uint64_t bytes = 0;
+};
+
+using Clocks = std::map<uint32_t, uint32_t>;  // of each block: up to which clock its accesses come before
+inline void join(Clocks& into, const Clocks& from) {
+  for (const auto& [block, clock] : from) into[block] = std::max(into[block], clock);
+}
+
+struct Arrival {
+  int warp;
+  uint32_t clock;
+  std::vector<uint32_t> known;
+  bool waits;
+};
+struct Barrier {
+  std::vector<Arrival> arrived;
+  uint32_t wanted = 0;  // threads; 0: all of the block
+};
+
+struct Options {
+  bool check = true;  // races, initialisation
+  bool late = true;   // cp.async lands when it is waited for, else at once
+  bool shuffle = true;
+  uint64_t seed = 0;
+  uint64_t steps = 0;  // a warp's instructions after which the launch is given up; 0: none
+  bool trace = false;
+  int resident = 8;  // blocks that run side by side
+};
+
+struct Launch;
+
+struct Block {
+  Launch* launch;
+  uint32_t index, id[3];
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<uint8_t> shared, local;
+  std::vector<Cell> cells;
+  std::vector<std::array<uint32_t, WARPS>> readers;
+  std::array<Barrier, BARRIERS> barriers;
+  uint32_t passed = 0;  // barriers of all threads
+  uint32_t clock = 1;   // counts releases to other blocks
+  Clocks known, pending;
+  bool fenced = false;
+  uint64_t done = 0;  // instructions
+};
+
+struct Launch {
+  const Program* program;
+  std::vector<Buffer> buffers;  // by address
+  std::vector<uint32_t> units;  // bytes of an element of each
+  std::vector<Shadow> shadows;
+  std::vector<uint8_t> parameters;
+  uint32_t grid[3], block[3];
+  uint32_t shared_bytes;
+  Options options;
+  Counters counters;
+  std::vector<uint64_t> by_opcode;
+  std::vector<std::string> errors;
+  std::vector<uint64_t> trace;  // sector · 2 + (a store)
+  std::map<uint64_t, Clocks> released;
+  std::mt19937_64 random;
+  size_t last_buffer = 0;
+
+  ~Launch();
+  void run();
+};
+
+enum class Access { load, store, atomic };
+
+// the bytes at a shared or global address if a lane may have them, else null; what is wrong is reported
+uint8_t* shared_at(Warp& w, int lane, uint32_t address, uint32_t bytes, Access access, const char* what,
+                   const void* value = nullptr);
+uint8_t* global_at(Warp& w, int lane, uint64_t address, uint32_t bytes, Access access, const char* what);
+
+// counted: the sectors of 32 bytes that one request touches; the passes that shared memory takes for it
+void count_global(Warp& w, const uint64_t* addresses, Mask mask, uint32_t bytes, bool store);
+void count_shared(Warp& w, const uint32_t* addresses, Mask mask, uint32_t bytes);
+
+// a cp.async lands
+void land(Warp& w, const Copy& copy);
+// this warp has synchronised with itself
+void tick(Warp& w);
+// other blocks learn what this one did before, and the reverse
+void release(Warp& w, uint64_t address);
+void acquire(Warp& w, uint64_t address, bool at_once);
+void fence(Warp& w);
+
+// the warp arrives at a barrier; the scheduler lets it go on
+void arrive(Warp& w, Mask lanes, int barrier, uint32_t wanted, bool waits);
+
+}  // namespace lk::ptx

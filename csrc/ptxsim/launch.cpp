@@ -1,0 +1,231 @@
+// Who runs when: the warps of a block in turn, a few blocks side by side, both in an order drawn from the seed.
+#include <algorithm>
+#include <climits>
+
+#include "block.h"
+
+namespace lk::ptx {
+
+namespace {
+
+constexpr uint64_t TURN = 4000;  // instructions of a warp before the next one has its turn
+
+std::vector<Entry>& all_entries() {
+  static std::vector<Entry> entries;
+  return entries;
+}
+
+void set_special(Warp& w, int32_t at, uint32_t value) {
+  if (at >= 0) std::fill_n(w.at<uint32_t>(at), LANES, value);
+}
+
+std::unique_ptr<Block> start(Launch& launch, uint32_t index) {
+  const Program& program = *launch.program;
+  auto block = std::make_unique<Block>();
+  block->launch = &launch;
+  block->index = index;
+  block->id[0] = index % launch.grid[0];
+  block->id[1] = index / launch.grid[0] % launch.grid[1];
+  block->id[2] = index / launch.grid[0] / launch.grid[1];
+  block->shared.assign(launch.shared_bytes, 0xff);  // NaN, should anyone read it
+  if (launch.options.check) block->cells.resize(launch.shared_bytes / 2 + 1);
+  const uint32_t* size = launch.block;
+  const uint32_t threads = size[0] * size[1] * size[2];
+  block->local.resize(uint64_t(threads + LANES) * program.local_bytes);
+  for (uint32_t first = 0; first < threads; first += LANES) {
+    auto w = std::make_unique<Warp>();
+    w->block = block.get();
+    w->index = int(first / LANES);
+    w->live = threads - first >= LANES ? ALL : (Mask{1} << (threads - first)) - 1;
+    w->groups = {{w->live, 0}};
+    w->registers.reset(new uint8_t[program.registers.size()]);
+    std::memcpy(w->registers.get(), program.registers.data(), program.registers.size());
+    w->known.resize(WARPS);
+    for (int d = 0; d < 3; d++) {
+      set_special(*w, program.ctaid[d], block->id[d]);
+      set_special(*w, program.nctaid[d], launch.grid[d]);
+      set_special(*w, program.ntid[d], size[d]);
+    }
+    set_special(*w, program.warpid, uint32_t(w->index));
+    for (int i = 0; i < LANES; i++) {
+      const uint32_t t = first + uint32_t(i);
+      const uint32_t tid[3] = {t % size[0], t / size[0] % size[1], t / size[0] / size[1]};
+      for (int d = 0; d < 3; d++) {
+        if (program.tid[d] >= 0) w->at<uint32_t>(program.tid[d])[i] = tid[d];
+      }
+      if (program.laneid >= 0) w->at<uint32_t>(program.laneid)[i] = uint32_t(i);
+    }
+    block->warps.push_back(std::move(w));
+  }
+  launch.counters.blocks++;
+  return block;
+}
+
+// lets those go on who wait at a barrier that is complete
+void settle(Block& block, Barrier& barrier) {
+  if (barrier.arrived.empty()) return;
+  size_t running = 0;
+  for (const auto& w : block.warps) running += w->live != 0;
+  const bool all = barrier.wanted == 0;
+  if (barrier.arrived.size() < (all ? running : barrier.wanted / LANES)) return;
+  for (const Arrival& to : barrier.arrived) {
+    if (!to.waits) continue;
+    Warp& w = *block.warps[to.warp];
+    for (const Arrival& from : barrier.arrived) {
+      for (int i = 0; i < WARPS; i++) w.known[i] = std::max(w.known[i], from.known[i]);
+      w.known[from.warp] = std::max(w.known[from.warp], from.clock);
+    }
+    w.waiting = -1;
+  }
+  barrier = {};
+  block.passed += all;
+}
+
+void finish(Warp& w, Mask lanes) {
+  w.live &= ~lanes;
+  if (w.live) return;
+  for (Barrier& barrier : w.block->barriers) {
+    if (barrier.wanted == 0) settle(*w.block, barrier);
+  }
+}
+
+// runs a warp until it waits, ends, or has had its turn
+void advance(Warp& w) {
+  Launch& launch = *w.block->launch;
+  const Instruction* code = launch.program->code.data();
+  uint64_t left = TURN;
+  while (w.live && w.waiting < 0 && left > 0) {
+    // the lanes at the lowest instruction run, up to where others are
+    std::sort(w.groups.begin(), w.groups.end(), [](const Group& a, const Group& b) { return a.pc < b.pc; });
+    while (w.groups.size() > 1 && w.groups[0].pc == w.groups[1].pc) {
+      w.groups[1].lanes |= w.groups[0].lanes;
+      w.groups.erase(w.groups.begin());
+    }
+    Group group = w.groups[0];
+    const int limit = w.groups.size() > 1 ? w.groups[1].pc : INT_MAX;
+    bool go = true;
+    while (go && left > 0) {
+      const Instruction& in = code[group.pc];
+      Mask mask = group.lanes;
+      if (in.predicate >= 0) {
+        const Mask p = *w.at<Mask>(in.predicate);
+        mask &= in.negated ? ~p : p;
+      }
+      w.now = &in;
+      left--;
+      launch.by_opcode[in.opcode]++;
+      switch (in.flow) {
+        case Flow::none:
+          if (mask) in.run(w, in, mask);
+          group.pc++;
+          break;
+        case Flow::branch: {
+          const int target = int(in.with[0]);
+          const Mask stay = group.lanes & ~mask;
+          if (mask && stay) {
+            w.groups.push_back({mask, target});
+            group.lanes = stay;
+            group.pc++;
+            go = false;
+          } else {
+            group.pc = mask ? target : group.pc + 1;
+          }
+          break;
+        }
+        case Flow::exit:
+          group.lanes &= ~mask;
+          group.pc++;
+          w.groups[0] = group;
+          finish(w, mask);
+          go = group.lanes != 0;
+          break;
+        case Flow::barrier:
+          group.pc++;
+          if (mask) {
+            launch.counters.barriers++;
+            in.run(w, in, mask);
+          }
+          go = w.waiting < 0;
+          break;
+        case Flow::pause:
+          group.pc++;
+          left = 0;
+          break;
+      }
+      if (group.pc >= limit) go = false;
+    }
+    if (group.lanes) w.groups[0] = group;
+    else w.groups.erase(w.groups.begin());
+  }
+  const uint64_t taken = TURN - left;
+  w.block->done += taken;
+  launch.counters.instructions += taken;
+}
+
+bool ended(const Block& block) {
+  return std::all_of(block.warps.begin(), block.warps.end(), [](const auto& w) { return w->live == 0; });
+}
+
+// a turn for each warp; false if none can go on
+bool turn(Block& block) {
+  Launch& launch = *block.launch;
+  std::vector<Warp*> order;
+  for (const auto& w : block.warps) {
+    if (w->live && w->waiting < 0) order.push_back(w.get());
+  }
+  if (order.empty()) return false;
+  if (launch.options.shuffle) std::shuffle(order.begin(), order.end(), launch.random);
+  for (Warp* w : order) advance(*w);
+  return true;
+}
+
+}  // namespace
+
+Table::Table(std::initializer_list<Entry> entries) { all_entries().insert(all_entries().end(), entries); }
+const std::vector<Entry>& table() { return all_entries(); }
+
+void arrive(Warp& w, Mask, int which, uint32_t wanted, bool waits) {
+  Block& block = *w.block;
+  Barrier& barrier = block.barriers[which];
+  if (!barrier.arrived.empty() && barrier.wanted != wanted) {
+    report(w, -1,
+           "bar: barrier " + std::to_string(which) + " waits for " + std::to_string(barrier.wanted) + " threads, not " +
+               std::to_string(wanted));
+  }
+  barrier.wanted = wanted;
+  barrier.arrived.push_back({w.index, w.clock, w.known, waits});
+  tick(w);
+  if (waits) w.waiting = which;
+  settle(block, barrier);
+}
+
+void Launch::run() {
+  random.seed(options.seed);
+  by_opcode.assign(program->names.size(), 0);
+  std::vector<uint32_t> order(uint64_t(grid[0]) * grid[1] * grid[2]);
+  for (size_t i = 0; i < order.size(); i++) order[i] = uint32_t(i);
+  if (options.shuffle) std::shuffle(order.begin(), order.end(), random);
+  std::vector<std::unique_ptr<Block>> resident;
+  size_t next = 0;
+  while (next < order.size() || !resident.empty()) {
+    while (next < order.size() && int(resident.size()) < options.resident)
+      resident.push_back(start(*this, order[next++]));
+    for (auto& block : resident) {
+      const bool goes_on = turn(*block);
+      const bool given_up = options.steps && block->done > options.steps;
+      if (ended(*block)) {
+        block.reset();
+      } else if (!goes_on || given_up) {
+        const auto stuck = std::find_if(block->warps.begin(), block->warps.end(),
+                                        [](const auto& w) { return w->live != 0; });
+        report(**stuck, -1,
+               goes_on ? "given up: the block runs on and on"
+                       : "deadlock: waits at barrier " + std::to_string((*stuck)->waiting));
+        block.reset();
+      }
+    }
+    resident.erase(std::remove(resident.begin(), resident.end(), nullptr), resident.end());
+  }
+}
+
+}  // namespace lk::ptx

@@ -1,0 +1,128 @@
+// A functional simulator of PTX: what one instruction sees. A warp runs its lanes in lockstep where they are at the same
+// instruction; lanes that diverge run apart, the lowest instruction first, and join where they meet.
+// PTX ISA: https://docs.nvidia.com/cuda/parallel-thread-execution (sections are cited at each instruction).
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace lk::ptx {
+
+constexpr int LANES = 32;
+using Mask = uint32_t;  // a bit a lane
+constexpr Mask ALL = ~Mask{0};
+
+struct Warp;
+struct Instruction;
+using Handler = void (*)(Warp&, const Instruction&, Mask);
+
+// what the counters and the scheduler distinguish
+enum class Flow : uint8_t { none, branch, exit, barrier, pause };
+
+struct Opcode {
+  Handler run;
+  Flow flow;
+};
+
+struct Instruction {
+  Handler run;
+  Flow flow;
+  const int32_t* at;    // operands: byte offsets into the warp's registers
+  const int64_t* with;  // immediates: offsets, counts, targets
+  int32_t predicate;    // offset of the guard, or -1
+  bool negated;
+  int32_t line;    // of the PTX text
+  int32_t opcode;  // index into the program's list of names, for the counters
+};
+
+struct Program {
+  std::vector<Instruction> code;
+  std::vector<int32_t> operands;
+  std::vector<int64_t> immediates;
+  std::vector<uint8_t> registers;  // of a warp at its start: constants and zeros
+  std::vector<std::string> names;
+  int32_t tid[3], ctaid[3], nctaid[3], ntid[3], laneid, warpid;  // where the special registers lie, or -1
+  uint32_t shared_bytes = 0;                                     // static
+  uint32_t local_bytes = 0;                                      // a thread
+};
+
+// A tensor that the launch may touch.
+struct Buffer {
+  std::string name;
+  uint64_t first, last;  // addresses, one past the end
+  bool writable;
+  bool poisoned;  // reading what was never written is an error
+};
+
+struct Counters {
+  uint64_t load_sectors = 0, store_sectors = 0, load_bytes = 0, store_bytes = 0;  // global; sectors of 32 bytes
+  uint64_t load_requests = 0, store_requests = 0;
+  uint64_t shared_wavefronts = 0, shared_ideal = 0;  // of loads, stores, ldmatrix, stmatrix and cp.async
+  uint64_t mma = 0, barriers = 0, atomics = 0, instructions = 0, blocks = 0;
+};
+
+struct Block;
+
+// lanes of a warp that are at the same instruction
+struct Group {
+  Mask lanes;
+  int32_t pc;
+};
+
+// a cp.async that has not been waited for
+struct Copy {
+  uint32_t to, bytes, taken;  // shared address, size, how much of it comes from memory (the rest is zero)
+  uint64_t from;
+  int lane;
+};
+
+struct Warp {
+  Block* block;
+  int index;
+  Mask live;
+  std::vector<Group> groups;
+  std::unique_ptr<uint8_t[]> registers;
+  uint32_t clock = 1;           // counts this warp's synchronisations
+  std::vector<uint32_t> known;  // of each warp of the block: up to which clock its accesses come before this warp's
+  std::vector<Copy> open;       // since the last commit
+  std::vector<std::vector<Copy>> committed;
+  int waiting = -1;  // at this barrier
+  Mask arrived = 0;  // lanes that wait there
+  const Instruction* now = nullptr;
+
+  template <typename T>
+  T* at(int32_t offset) const {
+    return reinterpret_cast<T*>(registers.get() + offset);
+  }
+};
+
+// out[i] = f(i) for the lanes of `mask`; without a branch where all take part
+template <typename T, typename F>
+inline void each(T* out, Mask mask, F&& f) {
+  if (mask == ALL) {
+    for (int i = 0; i < LANES; i++) out[i] = f(i);
+  } else {
+    for (int i = 0; i < LANES; i++) {
+      if (mask >> i & 1) out[i] = f(i);
+    }
+  }
+}
+
+// an error of the kernel, which is noted and does not stop the run
+void report(const Warp& warp, int lane, const std::string& what);
+
+// how a table of instructions enters the list that the decoder reads
+struct Entry {
+  const char* name;
+  const char* operands;  // widths in bits, results before '=': "32=32,32"; p a predicate, a an address, i an immediate
+  Handler run;
+  Flow flow;
+};
+struct Table {
+  explicit Table(std::initializer_list<Entry> entries);
+};
+const std::vector<Entry>& table();
+
+}  // namespace lk::ptx

@@ -1,0 +1,307 @@
+// Shared and global memory: bounds, alignment, initialisation, races, and the counts of what hardware would move.
+#include <sys/mman.h>
+
+#include <algorithm>
+
+#include "block.h"
+
+namespace lk::ptx {
+
+namespace {
+
+std::string thread_of(const Stamp& s) { return "warp " + std::to_string(s.warp) + " lane " + std::to_string(s.lane); }
+
+// whether an earlier access of this block comes before what `lane` of `w` does now
+bool ordered(const Warp& w, int lane, const Stamp& s) {
+  if (s.warp == w.index) return s.lane == lane || s.clock < w.clock;
+  return w.known[s.warp] >= s.clock;
+}
+
+void note_read(Block& block, Cell& cell, const Warp& w, int lane) {
+  const Stamp now{w.clock, uint16_t(w.index), uint16_t(lane)};
+  if (cell.readers < 0 && (cell.read.clock == 0 || cell.read.warp == w.index)) {
+    // of two lanes of one warp that read in one interval either stands for both, but not for itself: lane LANES is no lane
+    const bool both = cell.read.clock == w.clock && cell.read.lane != lane;
+    cell.read = now;
+    if (both) cell.read.lane = LANES;
+    return;
+  }
+  if (cell.readers < 0) {
+    cell.readers = int32_t(block.readers.size());
+    block.readers.push_back({});
+    block.readers.back()[cell.read.warp] = cell.read.clock;
+  }
+  block.readers[cell.readers][w.index] = w.clock;
+}
+
+// a reader that does not come before a write of `lane`, or -1
+int unordered_reader(const Block& block, const Cell& cell, const Warp& w, int lane) {
+  if (cell.readers < 0) return cell.read.clock && !ordered(w, lane, cell.read) ? cell.read.warp : -1;
+  for (int i = 0; i < WARPS; i++) {
+    const uint32_t clock = block.readers[cell.readers][i];
+    if (clock && !(i == w.index ? clock < w.clock : w.known[i] >= clock)) return i;
+  }
+  return -1;
+}
+
+bool before(const Warp& w, int lane, const Mark& m) {
+  const Block& block = *w.block;
+  if (m.block - 1 != block.index) {
+    const auto found = block.known.find(m.block - 1);
+    return found != block.known.end() && found->second >= m.release;
+  }
+  return m.many ? block.passed > m.clock : ordered(w, lane, {m.clock, m.warp, m.lane});
+}
+
+Mark mark(const Warp& w, int lane) {
+  return {w.block->index + 1, w.clock, w.block->clock, uint16_t(w.index), uint8_t(lane), false};
+}
+
+Element* element_of(Launch& launch, size_t buffer, uint64_t address) {
+  Shadow& shadow = launch.shadows[buffer];
+  const Buffer& b = launch.buffers[buffer];
+  if (!shadow.elements) {
+    shadow.bytes = ((b.last - b.first) / launch.units[buffer] + 1) * sizeof(Element);
+    void* pages = mmap(nullptr, shadow.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
+                       0);
+    if (pages == MAP_FAILED) return nullptr;
+    shadow.elements = static_cast<Element*>(pages);
+  }
+  return shadow.elements + (address - b.first) / launch.units[buffer];
+}
+
+size_t buffer_of(Launch& launch, uint64_t address) {
+  const auto& buffers = launch.buffers;
+  const auto holds = [&](size_t i) { return address >= buffers[i].first && address < buffers[i].last; };
+  if (launch.last_buffer < buffers.size() && holds(launch.last_buffer)) return launch.last_buffer;
+  for (size_t i = 0; i < buffers.size(); i++) {
+    if (holds(i)) return launch.last_buffer = i;
+  }
+  return buffers.size();
+}
+
+std::string nearest(const Launch& launch, uint64_t address) {
+  const Buffer* near = nullptr;
+  const auto distance = [&](const Buffer& b) { return address < b.first ? b.first - address : address - b.first; };
+  for (const Buffer& b : launch.buffers) {
+    if (!near || distance(b) < distance(*near)) near = &b;
+  }
+  if (!near) return "no tensor was given";
+  const auto offset = int64_t(address - near->first);
+  return near->name + (offset < 0 ? "" : "+") + std::to_string(offset) + " of " +
+         std::to_string(near->last - near->first) + " bytes";
+}
+
+bool check_global(Warp& w, int lane, size_t buffer, uint64_t address, uint32_t bytes, Access access, const char* what) {
+  Launch& launch = *w.block->launch;
+  const Buffer& b = launch.buffers[buffer];
+  const uint32_t unit = launch.units[buffer];
+  bool fine = true;
+  for (uint64_t a = address; a < address + bytes; a += unit) {
+    Element* e = element_of(launch, buffer, a);
+    if (!e) return true;
+    const auto conflict = [&](const Mark& m, const char* kind) {
+      if (!fine) return;
+      fine = false;
+      report(w, lane,
+             std::string(what) + ": race on " + b.name + "+" + std::to_string(a - b.first) + " with a " + kind +
+                 " of block " + std::to_string(m.block - 1) + " warp " + std::to_string(m.warp));
+    };
+    if (access == Access::load && b.poisoned && !e->written() && fine) {
+      fine = false;
+      report(w, lane,
+             std::string(what) + " reads " + b.name + "+" + std::to_string(a - b.first) + ", which nobody wrote");
+    }
+    if (access != Access::atomic) {
+      if (e->write.block && !before(w, lane, e->write)) conflict(e->write, "write");
+      if (access == Access::store && e->read.block && !before(w, lane, e->read)) conflict(e->read, "read");
+    }
+    if (access == Access::load) {
+      Mark now = mark(w, lane);
+      const Mark& old = e->read;
+      if (old.block == now.block &&
+          (old.many || old.warp != now.warp || (old.lane != now.lane && old.clock == now.clock))) {
+        now.many = true;
+        now.clock = w.block->passed;
+      }
+      e->read = now;
+    } else if (access == Access::store) {
+      e->write = mark(w, lane);
+      e->read = {};
+    } else if (!e->written()) {
+      e->write = mark(w, lane);
+    }
+  }
+  return fine;
+}
+
+}  // namespace
+
+Launch::~Launch() {
+  for (Shadow& s : shadows) {
+    if (s.elements) munmap(s.elements, s.bytes);
+  }
+}
+
+void report(const Warp& w, int lane, const std::string& what) {
+  Launch& launch = *w.block->launch;
+  if (launch.errors.size() >= 32) return;
+  const uint32_t* id = w.block->id;
+  std::string where = "PTX line " + std::to_string(w.now ? w.now->line : 0) + ", block (" + std::to_string(id[0]) +
+                      ", " + std::to_string(id[1]) + ", " + std::to_string(id[2]) + ") warp " + std::to_string(w.index);
+  if (lane >= 0) where += " lane " + std::to_string(lane);
+  launch.errors.push_back(where + ": " + what);
+}
+
+void tick(Warp& w) { w.clock++; }
+
+uint8_t* shared_at(Warp& w, int lane, uint32_t address, uint32_t bytes, Access access, const char* what,
+                   const void* value) {
+  Block& block = *w.block;
+  if (uint64_t(address) + bytes > block.shared.size()) {
+    report(w, lane,
+           std::string(what) + ": shared memory out of bounds, " + std::to_string(address) + " + " +
+               std::to_string(bytes) + " of " + std::to_string(block.shared.size()) + " bytes");
+    return nullptr;
+  }
+  if (address % std::min(bytes, 16u)) {
+    report(w, lane, std::string(what) + ": misaligned shared address " + std::to_string(address));
+    return nullptr;
+  }
+  uint8_t* data = block.shared.data() + address;
+  if (!block.launch->options.check) return data;
+  for (uint32_t i = address / 2; i <= (address + bytes - 1) / 2; i++) {
+    Cell& cell = block.cells[i];
+    const auto at = [&] { return " at " + std::to_string(i * 2); };
+    if (cell.flying) {
+      report(w, lane, std::string(what) + at() + ": a cp.async into it has not been waited for");
+      return data;
+    }
+    const bool same = access == Access::store && value && cell.ready && std::memcmp(data, value, bytes) == 0;
+    if (access != Access::atomic && cell.write.clock && !ordered(w, lane, cell.write) && !same) {
+      report(w, lane, std::string(what) + at() + ": shared race with a write of " + thread_of(cell.write));
+      return data;
+    }
+    if (access == Access::load) {
+      if (!cell.ready) {
+        report(w, lane, std::string(what) + at() + " reads shared memory that nobody wrote");
+        return data;
+      }
+      note_read(block, cell, w, lane);
+      continue;
+    }
+    if (access == Access::store) {
+      const int reader = unordered_reader(block, cell, w, lane);
+      if (reader >= 0 && !same) {
+        report(w, lane, std::string(what) + at() + ": shared race with a read of warp " + std::to_string(reader));
+        return data;
+      }
+      cell.write = {w.clock, uint16_t(w.index), uint16_t(lane)};
+      cell.read = {};
+      cell.readers = -1;
+    }
+    cell.ready = true;
+  }
+  return data;
+}
+
+uint8_t* global_at(Warp& w, int lane, uint64_t address, uint32_t bytes, Access access, const char* what) {
+  Launch& launch = *w.block->launch;
+  if (address % bytes) {
+    report(w, lane,
+           std::string(what) + ": misaligned address, " + nearest(launch, address) + " for " + std::to_string(bytes) +
+               " bytes");
+    return nullptr;
+  }
+  const size_t found = buffer_of(launch, address);
+  if (found == launch.buffers.size() || address + bytes > launch.buffers[found].last) {
+    report(w, lane, std::string(what) + ": out of bounds, " + nearest(launch, address));
+    return nullptr;
+  }
+  const Buffer& b = launch.buffers[found];
+  if (access != Access::load && !b.writable) {
+    report(w, lane, std::string(what) + ": writes " + b.name + ", which is read only");
+    return nullptr;
+  }
+  if (launch.options.check && b.writable) check_global(w, lane, found, address, bytes, access, what);
+  return reinterpret_cast<uint8_t*>(address);
+}
+
+void count_global(Warp& w, const uint64_t* addresses, Mask mask, uint32_t bytes, bool store) {
+  uint64_t sectors[LANES * 2];
+  int count = 0;
+  for (int i = 0; i < LANES; i++) {
+    if (!(mask >> i & 1)) continue;
+    for (uint64_t s = addresses[i] / 32; s <= (addresses[i] + bytes - 1) / 32; s++) sectors[count++] = s;
+  }
+  std::sort(sectors, sectors + count);
+  count = int(std::unique(sectors, sectors + count) - sectors);
+  Launch& launch = *w.block->launch;
+  Counters& c = launch.counters;
+  (store ? c.store_sectors : c.load_sectors) += count;
+  (store ? c.store_requests : c.load_requests) += 1;
+  (store ? c.store_bytes : c.load_bytes) += uint64_t(__builtin_popcount(mask)) * bytes;
+  if (launch.options.trace) {
+    for (int i = 0; i < count; i++) launch.trace.push_back(sectors[i] * 2 + store);
+  }
+}
+
+// Shared memory has 32 banks of 4 bytes and serves one word of each in a pass; a request of more than 128 bytes is cut
+// into halves or quarters of the warp.
+void count_shared(Warp& w, const uint32_t* addresses, Mask mask, uint32_t bytes) {
+  const int together = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
+  uint64_t passes = 0, ideal = 0;
+  for (int first = 0; first < LANES; first += together) {
+    uint32_t words[LANES];
+    int count = 0;
+    for (int i = first; i < first + together; i++) {
+      if (!(mask >> i & 1)) continue;
+      for (uint32_t k = 0; k < std::max(1u, bytes / 4); k++) words[count++] = addresses[i] / 4 + k;
+    }
+    if (count == 0) continue;
+    std::sort(words, words + count);
+    count = int(std::unique(words, words + count) - words);
+    int banks[32] = {}, most = 0;
+    for (int i = 0; i < count; i++) most = std::max(most, ++banks[words[i] % 32]);
+    passes += most;
+    ideal += (count + 31) / 32;
+  }
+  w.block->launch->counters.shared_wavefronts += passes;
+  w.block->launch->counters.shared_ideal += ideal;
+}
+
+void land(Warp& w, const Copy& copy) {
+  Block& block = *w.block;
+  std::memcpy(block.shared.data() + copy.to, reinterpret_cast<const void*>(copy.from), copy.taken);
+  std::memset(block.shared.data() + copy.to + copy.taken, 0, copy.bytes - copy.taken);
+  if (!block.launch->options.check) return;
+  for (uint32_t i = copy.to / 2; i < (copy.to + copy.bytes + 1) / 2; i++) {
+    Cell& cell = block.cells[i];
+    cell.write = {w.clock, uint16_t(w.index), uint16_t(copy.lane)};
+    cell.read = {};
+    cell.readers = -1;
+    cell.ready = true;
+    cell.flying = false;
+  }
+}
+
+void release(Warp& w, uint64_t address) {
+  Block& block = *w.block;
+  Clocks& there = block.launch->released[address];
+  join(there, block.known);
+  there[block.index] = block.clock++;
+}
+
+void acquire(Warp& w, uint64_t address, bool at_once) {
+  Block& block = *w.block;
+  const auto found = block.launch->released.find(address);
+  if (found != block.launch->released.end()) join(at_once ? block.known : block.pending, found->second);
+}
+
+void fence(Warp& w) {
+  Block& block = *w.block;
+  block.fenced = true;
+  join(block.known, block.pending);
+}
+
+}  // namespace lk::ptx

@@ -1,0 +1,90 @@
+// Numbers of 16 bits and their roundings, all to nearest even unless another is named.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace lk::ptx {
+
+template <typename To, typename From>
+inline To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &v, sizeof to);
+  return to;
+}
+
+constexpr uint16_t NAN16 = 0x7fff;  // what PTX makes of any NaN
+
+inline float from_bf16(uint16_t v) { return bits<float>(uint32_t(v) << 16); }
+inline uint16_t to_bf16(float v) {
+  const uint32_t u = bits<uint32_t>(v);
+  return v != v ? NAN16 : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+inline uint16_t to_bf16_zero(float v) { return v != v ? NAN16 : uint16_t(bits<uint32_t>(v) >> 16); }
+
+inline float from_f16(uint16_t v) {
+  const uint32_t sign = uint32_t(v & 0x8000) << 16, exponent = v >> 10 & 31, mantissa = v & 0x3ff;
+  if (exponent == 31) return bits<float>(sign | 0x7f800000u | mantissa << 13);
+  if (exponent == 0) return bits<float>(sign | bits<uint32_t>(float(mantissa) * 0x1p-24f));
+  return bits<float>(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+// a number whose float64 is exact, rounded once
+inline uint16_t to_f16(double v) {
+  if (v != v) return NAN16;
+  const uint16_t sign = std::signbit(v) ? 0x8000 : 0;
+  const double size = std::fabs(v);
+  if (size >= 65520.0) return sign | 0x7c00;
+  int exponent;
+  std::frexp(size, &exponent);
+  const int unit = std::max(exponent - 11, -24);  // the last bit
+  const auto steps = uint32_t(std::nearbyint(std::ldexp(size, -unit)));
+  // steps carry into the exponent by themselves
+  return sign | uint16_t(size == 0 ? 0 : unit == -24 ? steps : steps + uint32_t(unit + 24) * 1024);
+}
+inline uint16_t to_f16_zero(float v) {
+  const uint16_t near = to_f16(v);
+  const bool past = std::fabs(from_f16(near)) > std::fabs(v) && std::isfinite(v);
+  return past ? near - 1 : near;
+}
+
+// to nearest, ties away from zero, as cvt.rna.tf32: 10 bits of mantissa
+inline uint32_t to_tf32(float v) {
+  const uint32_t u = bits<uint32_t>(v);
+  return std::isfinite(v) ? (u + 0x1000) & 0xffffe000u : v != v ? 0x7fffffffu : u;
+}
+
+// a float as an integer, out of range the nearest one, NaN as 0
+template <typename T, typename F>
+inline T to_integer(F v) {
+  if (v != v) return 0;
+  if (v <= F(std::numeric_limits<T>::min())) return std::numeric_limits<T>::min();
+  if (v >= F(std::numeric_limits<T>::max())) return std::numeric_limits<T>::max();
+  return T(v);
+}
+
+// PTX's min and max: the other one if one is NaN, and -0 below +0
+template <typename F>
+inline F least(F a, F b) {
+  if (a != a) return b;
+  if (b != b) return a;
+  return a < b || (a == b && std::signbit(a)) ? a : b;
+}
+template <typename F>
+inline F most(F a, F b) {
+  if (a != a) return b;
+  if (b != b) return a;
+  return a > b || (a == b && !std::signbit(a)) ? a : b;
+}
+// the same, but NaN if one is
+template <typename F>
+inline F least_or_nan(F a, F b) {
+  return a != a || b != b ? std::numeric_limits<F>::quiet_NaN() : least(a, b);
+}
+template <typename F>
+inline F most_or_nan(F a, F b) {
+  return a != a || b != b ? std::numeric_limits<F>::quiet_NaN() : most(a, b);
+}
+
+}  // namespace lk::ptx

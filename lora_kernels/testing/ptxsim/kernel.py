@@ -1,0 +1,126 @@
+"""Launching a decoded kernel on tensors."""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lora_kernels import _ptxsim
+from lora_kernels.testing.ptxsim.decode import Decoded
+
+_FORMATS = {"f32": "<f", "f64": "<d"}
+STEPS = 200_000_000  # instructions of one block after which a launch is given up
+
+
+class SimulationError(AssertionError):
+    """The kernel did what a GPU might not forgive; the message lists each finding with its line of the PTX."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one launch did."""
+
+    errors: list[str]
+    counters: dict[str, int]
+    """Sectors of 32 bytes, bytes, requests, passes of shared memory and their ideal, mma, barriers, atomics, instructions."""
+    by_opcode: dict[str, int]
+    """Instructions that warps executed, by opcode."""
+    trace: bytes
+    """With `trace`: each sector as uint64, twice its number, and 1 for a store."""
+
+
+class Kernel:
+    """One kernel of a PTX text.
+
+    Raises:
+        Unsupported: it holds an instruction that the simulator does not know; the message names the line.
+        ValueError: the text has no such kernel.
+    """
+
+    def __init__(self, ptx: str, entry: str | None = None) -> None:
+        self._decoded = Decoded(ptx, entry)
+        self.name = self._decoded.kernel.name
+        self.parameters = self._decoded.parameters
+
+    def launch(
+        self,
+        grid: Sequence[int],
+        block: Sequence[int],
+        args: Sequence[Tensor | int | float | bytes],
+        writes: Sequence[Tensor] = (),
+        poisoned: Sequence[Tensor] = (),
+        shared: int = 0,
+        *,
+        check: bool = True,
+        late: bool = True,
+        shuffle: bool = True,
+        seed: int = 0,
+        trace: bool = False,
+        resident: int = 8,
+        tolerant: bool = False,
+    ) -> Run:
+        """Runs the kernel.
+
+        `args` stand for its parameters in order: a CPU tensor for a pointer, numbers, or the bytes of a struct. It may
+        touch only these tensors and change only those in `writes`; of those in `poisoned` it may read only what it wrote
+        itself. `shared` is the dynamic shared memory in bytes. Order of blocks and warps is drawn from `seed`, `resident`
+        blocks run side by side; a cp.async lands when it is waited for, or with late=False as soon as it is issued.
+
+        Raises:
+            SimulationError: something was found; with `tolerant` it is in the result's `errors` instead.
+            TypeError, ValueError: the arguments do not fit the parameters.
+        """
+        tensors: dict[int, tuple[str, Tensor]] = {}
+        packed = bytearray(sum_of(self.parameters))
+        if len(args) > len(self.parameters):
+            raise ValueError(f"{self.name}: {len(self.parameters)} parameters, found {len(args)} arguments")
+        for parameter, argument in zip(self.parameters, args, strict=False):
+            if isinstance(argument, Tensor):
+                if argument.device.type != "cpu":
+                    raise ValueError(f"{self.name}: {parameter.name} must be on the CPU, found {argument.device}")
+                tensors.setdefault(argument.data_ptr(), (parameter.name, argument))
+            packed[parameter.offset : parameter.offset + parameter.bytes] = _packed(self.name, parameter, argument)
+        for extra in (*writes, *poisoned):
+            tensors.setdefault(extra.data_ptr(), (f"tensor {len(tensors)}", extra))
+        changed, fresh = {t.data_ptr() for t in (*writes, *poisoned)}, {t.data_ptr() for t in poisoned}
+        buffers = [(name, at, _bytes_from(t), at in changed, at in fresh, t.element_size()) for at, (name, t) in tensors.items()]
+        size = [*block, 1, 1][:3]
+        threads = size[0] * size[1] * size[2]
+        if not 1 <= threads <= 1024:
+            raise ValueError(f"{self.name}: a block has 1 to 1024 threads, found {list(block)}")
+        found = _ptxsim.run(
+            self._decoded.program, [*grid, 1, 1][:3], size, bytes(packed), buffers, shared, check, late, shuffle, seed, STEPS,
+            trace, resident,
+        )  # fmt: skip
+        if found["errors"] and not tolerant:
+            raise SimulationError(f"{self.name}:\n" + "\n".join(found["errors"]))
+        return Run(**found)
+
+
+def _bytes_from(t: Tensor) -> int:
+    """What the tensor spans, from its first element."""
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else -1
+    return (last + 1) * t.element_size()
+
+
+def sum_of(parameters: Any) -> int:
+    return max((p.offset + p.bytes for p in parameters), default=0)
+
+
+def _packed(kernel: str, parameter: Any, argument: Any) -> bytes:
+    size = parameter.bytes
+    if isinstance(argument, Tensor):
+        if size != 8:
+            raise TypeError(f"{kernel}: {parameter.name} is .{parameter.type}, found a tensor")
+        return argument.data_ptr().to_bytes(8, "little")
+    if isinstance(argument, bytes):
+        if len(argument) != size:
+            raise ValueError(f"{kernel}: {parameter.name} has {size} bytes, found {len(argument)}")
+        return argument
+    if parameter.type in _FORMATS:
+        return struct.pack(_FORMATS[parameter.type], argument)
+    if isinstance(argument, float):
+        raise TypeError(f"{kernel}: {parameter.name} is .{parameter.type}, found the float {argument}")
+    return (int(argument) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
