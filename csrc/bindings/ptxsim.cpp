@@ -101,7 +101,11 @@ py::dict run(const Program& program, std::array<uint32_t, 3> grid, std::array<ui
   for (const auto& [name, value] : counted) counters[name] = value;
   for (size_t i = 0; i < launch.by_opcode.size(); i++) by_opcode[program.names[i].c_str()] = launch.by_opcode[i];
   py::dict result;
-  result["errors"] = launch.errors;
+  py::list errors;
+  for (const Finding& f : launch.findings) {
+    errors.append(f.more ? f.text + " (and " + std::to_string(f.more) + " more like it)" : f.text);
+  }
+  result["errors"] = errors;
   result["counters"] = counters;
   result["by_opcode"] = by_opcode;
   result["trace"] = py::bytes(reinterpret_cast<const char*>(launch.trace.data()), launch.trace.size() * 8);

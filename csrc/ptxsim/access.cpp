@@ -196,7 +196,6 @@ void copy_async(Warp& w, const Instruction& in, Mask mask) {
   }
   if (mask) count_shared(w, narrow, mask, uint32_t(bytes));
   if (reads) count_global(w, g, reads, uint32_t(bytes), false);
-  Block& block = *w.block;
   for (int i = 0; i < LANES; i++) {
     if (!(mask >> i & 1)) continue;
     const auto readable = [&](uint64_t address, uint32_t size) {
@@ -207,13 +206,7 @@ void copy_async(Warp& w, const Instruction& in, Mask mask) {
     if (taken[i] && !(whole ? readable(g[i], taken[i]) : readable(g[i], 1) && readable(g[i] + taken[i] - 1, 1)))
       taken[i] = 0;
     if (!shared_at(w, i, narrow[i], uint32_t(bytes), Access::store, "cp.async")) continue;
-    const Copy copy{narrow[i], uint32_t(bytes), taken[i], g[i], i};
-    if (block.launch->options.check) {
-      for (uint32_t c = narrow[i] / 2; c < (narrow[i] + bytes + 1) / 2; c++) block.cells[c].flying = true;
-    }
-    if (!block.launch->options.late)
-      std::memcpy(block.shared.data() + copy.to, reinterpret_cast<const void*>(copy.from), copy.taken);
-    w.open.push_back(copy);
+    launch_copy(w, {narrow[i], uint32_t(bytes), taken[i], g[i], i});
   }
 }
 

@@ -19,12 +19,19 @@ struct Stamp {
   uint16_t lane = 0;
 };
 
-// two bytes of shared memory
+// what is known of some bytes of shared memory
 struct Cell {
   Stamp write, read;
   int32_t readers = -1;  // where there are several warps since the last write: their clocks, in Block::readers
   bool ready = false;    // written
   bool flying = false;   // a cp.async will land here
+};
+
+// 16 bytes, which are accessed as one nearly always; else each two bytes have a cell of their own, in Block::pieces
+struct Chunk {
+  static constexpr uint32_t BYTES = 16, PIECE = 2, PIECES = BYTES / PIECE;
+  Cell whole;
+  int32_t pieces = -1;
 };
 
 // an access of one element of a writable tensor
@@ -79,7 +86,8 @@ struct Block {
   uint32_t index, id[3];
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<uint8_t> shared, local;
-  std::vector<Cell> cells;
+  std::vector<Chunk> chunks;
+  std::vector<std::array<Cell, Chunk::PIECES>> pieces;
   std::vector<std::array<uint32_t, WARPS>> readers;
   std::array<Barrier, BARRIERS> barriers;
   uint32_t passed = 0;  // barriers of all threads
@@ -87,6 +95,14 @@ struct Block {
   Clocks known, pending;
   bool fenced = false;
   uint64_t done = 0;  // instructions
+};
+
+// what was found, told once for all the lanes and places where one instruction does it
+struct Finding {
+  std::string text;
+  int32_t line;
+  std::string kind;  // the text without its numbers
+  uint64_t more = 0;
 };
 
 struct Launch {
@@ -100,7 +116,7 @@ struct Launch {
   Options options;
   Counters counters;
   std::vector<uint64_t> by_opcode;
-  std::vector<std::string> errors;
+  std::vector<Finding> findings;
   std::vector<uint64_t> trace;  // sector · 2 + (a store)
   std::map<uint64_t, Clocks> released;
   std::mt19937_64 random;
@@ -121,7 +137,12 @@ uint8_t* global_at(Warp& w, int lane, uint64_t address, uint32_t bytes, Access a
 void count_global(Warp& w, const uint64_t* addresses, Mask mask, uint32_t bytes, bool store);
 void count_shared(Warp& w, const uint32_t* addresses, Mask mask, uint32_t bytes);
 
-// a cp.async lands
+// f(cell, its first byte) for the cells that hold some bytes
+template <typename F>
+void each_cell(Block& block, uint32_t address, uint32_t bytes, F&& f);
+
+// a cp.async is under way; it lands
+void launch_copy(Warp& w, const Copy& copy);
 void land(Warp& w, const Copy& copy);
 // this warp has synchronised with itself
 void tick(Warp& w);
@@ -132,5 +153,47 @@ void fence(Warp& w);
 
 // the warp arrives at a barrier; the scheduler lets it go on
 void arrive(Warp& w, Mask lanes, int barrier, uint32_t wanted, bool waits);
+
+template <typename F>
+void each_cell(Block& block, uint32_t address, uint32_t bytes, F&& f) {
+  const uint32_t end = address + bytes;
+  for (uint32_t i = address / Chunk::BYTES; i * Chunk::BYTES < end; i++) {
+    Chunk& chunk = block.chunks[i];
+    const uint32_t first = i * Chunk::BYTES;
+    const bool covered = address <= first && end >= first + Chunk::BYTES;
+    if (covered && chunk.pieces < 0) {
+      f(chunk.whole, first);
+      continue;
+    }
+    if (chunk.pieces < 0) {
+      chunk.pieces = int32_t(block.pieces.size());
+      auto& fresh = block.pieces.emplace_back();
+      fresh.fill(chunk.whole);
+      for (Cell& cell : fresh) {
+        if (cell.readers < 0) continue;
+        block.readers.push_back(block.readers[cell.readers]);
+        cell.readers = int32_t(block.readers.size()) - 1;
+      }
+    }
+    auto& pieces = block.pieces[chunk.pieces];
+    for (uint32_t k = 0; k < Chunk::PIECES; k++) {
+      const uint32_t at = first + k * Chunk::PIECE;
+      if (at + Chunk::PIECE > address && at < end) f(pieces[k], at);
+    }
+    // bytes written together are one again
+    if (covered && pieces[0].read.clock == 0 && pieces[0].readers < 0) {
+      const auto same = [&](const Cell& c) {
+        return std::memcmp(&c.write, &pieces[0].write, sizeof c.write) == 0 && c.read.clock == 0 && c.readers < 0 &&
+               c.ready == pieces[0].ready && c.flying == pieces[0].flying;
+      };
+      bool alike = true;
+      for (const Cell& c : pieces) alike = alike && same(c);
+      if (alike) {
+        chunk.whole = pieces[0];
+        chunk.pieces = -1;
+      }
+    }
+  }
+}
 
 }  // namespace lk::ptx

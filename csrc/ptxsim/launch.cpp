@@ -28,7 +28,7 @@ std::unique_ptr<Block> start(Launch& launch, uint32_t index) {
   block->id[1] = index / launch.grid[0] % launch.grid[1];
   block->id[2] = index / launch.grid[0] / launch.grid[1];
   block->shared.assign(launch.shared_bytes, 0xff);  // NaN, should anyone read it
-  if (launch.options.check) block->cells.resize(launch.shared_bytes / 2 + 1);
+  if (launch.options.check) block->chunks.resize(launch.shared_bytes / Chunk::BYTES + 1);
   const uint32_t* size = launch.block;
   const uint32_t threads = size[0] * size[1] * size[2];
   block->local.resize(uint64_t(threads + LANES) * program.local_bytes);

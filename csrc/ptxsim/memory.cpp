@@ -82,7 +82,9 @@ size_t buffer_of(Launch& launch, uint64_t address) {
 
 std::string nearest(const Launch& launch, uint64_t address) {
   const Buffer* near = nullptr;
-  const auto distance = [&](const Buffer& b) { return address < b.first ? b.first - address : address - b.first; };
+  const auto distance = [&](const Buffer& b) {
+    return address < b.first ? b.first - address : address < b.last ? 0 : address - b.last;
+  };
   for (const Buffer& b : launch.buffers) {
     if (!near || distance(b) < distance(*near)) near = &b;
   }
@@ -145,12 +147,21 @@ Launch::~Launch() {
 
 void report(const Warp& w, int lane, const std::string& what) {
   Launch& launch = *w.block->launch;
-  if (launch.errors.size() >= 32) return;
+  const int32_t line = w.now ? w.now->line : 0;
+  std::string kind;
+  std::copy_if(what.begin(), what.end(), std::back_inserter(kind), [](char c) { return c < '0' || c > '9'; });
+  for (Finding& f : launch.findings) {
+    if (f.line == line && f.kind == kind) {
+      f.more++;
+      return;
+    }
+  }
+  if (launch.findings.size() >= 32) return;
   const uint32_t* id = w.block->id;
-  std::string where = "PTX line " + std::to_string(w.now ? w.now->line : 0) + ", block (" + std::to_string(id[0]) +
-                      ", " + std::to_string(id[1]) + ", " + std::to_string(id[2]) + ") warp " + std::to_string(w.index);
+  std::string where = "PTX line " + std::to_string(line) + ", block (" + std::to_string(id[0]) + ", " +
+                      std::to_string(id[1]) + ", " + std::to_string(id[2]) + ") warp " + std::to_string(w.index);
   if (lane >= 0) where += " lane " + std::to_string(lane);
-  launch.errors.push_back(where + ": " + what);
+  launch.findings.push_back({where + ": " + what, line, kind});
 }
 
 void tick(Warp& w) { w.clock++; }
@@ -170,38 +181,31 @@ uint8_t* shared_at(Warp& w, int lane, uint32_t address, uint32_t bytes, Access a
   }
   uint8_t* data = block.shared.data() + address;
   if (!block.launch->options.check) return data;
-  for (uint32_t i = address / 2; i <= (address + bytes - 1) / 2; i++) {
-    Cell& cell = block.cells[i];
-    const auto at = [&] { return " at " + std::to_string(i * 2); };
-    if (cell.flying) {
-      report(w, lane, std::string(what) + at() + ": a cp.async into it has not been waited for");
-      return data;
-    }
+  bool fine = true;  // one report an access
+  const auto wrong = [&](uint32_t at, const std::string& text) {
+    if (fine) report(w, lane, std::string(what) + " at " + std::to_string(at) + text);
+    fine = false;
+  };
+  each_cell(block, address, bytes, [&](Cell& cell, uint32_t at) {
+    if (cell.flying) return wrong(at, ": a cp.async into it has not been waited for");
     const bool same = access == Access::store && value && cell.ready && std::memcmp(data, value, bytes) == 0;
     if (access != Access::atomic && cell.write.clock && !ordered(w, lane, cell.write) && !same) {
-      report(w, lane, std::string(what) + at() + ": shared race with a write of " + thread_of(cell.write));
-      return data;
+      return wrong(at, ": shared race with a write of " + thread_of(cell.write));
     }
     if (access == Access::load) {
-      if (!cell.ready) {
-        report(w, lane, std::string(what) + at() + " reads shared memory that nobody wrote");
-        return data;
-      }
+      if (!cell.ready) return wrong(at, ": reads shared memory that nobody wrote");
       note_read(block, cell, w, lane);
-      continue;
+      return;
     }
     if (access == Access::store) {
       const int reader = unordered_reader(block, cell, w, lane);
-      if (reader >= 0 && !same) {
-        report(w, lane, std::string(what) + at() + ": shared race with a read of warp " + std::to_string(reader));
-        return data;
-      }
+      if (reader >= 0 && !same) return wrong(at, ": shared race with a read of warp " + std::to_string(reader));
       cell.write = {w.clock, uint16_t(w.index), uint16_t(lane)};
       cell.read = {};
       cell.readers = -1;
     }
     cell.ready = true;
-  }
+  });
   return data;
 }
 
@@ -270,19 +274,28 @@ void count_shared(Warp& w, const uint32_t* addresses, Mask mask, uint32_t bytes)
   w.block->launch->counters.shared_ideal += ideal;
 }
 
+void launch_copy(Warp& w, const Copy& copy) {
+  Block& block = *w.block;
+  if (block.launch->options.check)
+    each_cell(block, copy.to, copy.bytes, [](Cell& cell, uint32_t) { cell.flying = true; });
+  if (!block.launch->options.late) {
+    std::memcpy(block.shared.data() + copy.to, reinterpret_cast<const void*>(copy.from), copy.taken);
+  }
+  w.open.push_back(copy);
+}
+
 void land(Warp& w, const Copy& copy) {
   Block& block = *w.block;
   std::memcpy(block.shared.data() + copy.to, reinterpret_cast<const void*>(copy.from), copy.taken);
   std::memset(block.shared.data() + copy.to + copy.taken, 0, copy.bytes - copy.taken);
   if (!block.launch->options.check) return;
-  for (uint32_t i = copy.to / 2; i < (copy.to + copy.bytes + 1) / 2; i++) {
-    Cell& cell = block.cells[i];
+  each_cell(block, copy.to, copy.bytes, [&](Cell& cell, uint32_t) {
     cell.write = {w.clock, uint16_t(w.index), uint16_t(copy.lane)};
     cell.read = {};
     cell.readers = -1;
     cell.ready = true;
     cell.flying = false;
-  }
+  });
 }
 
 void release(Warp& w, uint64_t address) {

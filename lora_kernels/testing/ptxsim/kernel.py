@@ -85,7 +85,9 @@ class Kernel:
         for extra in (*writes, *poisoned):
             tensors.setdefault(extra.data_ptr(), (f"tensor {len(tensors)}", extra))
         changed, fresh = {t.data_ptr() for t in (*writes, *poisoned)}, {t.data_ptr() for t in poisoned}
-        buffers = [(name, at, _bytes_from(t), at in changed, at in fresh, t.element_size()) for at, (name, t) in tensors.items()]
+        buffers = [
+            (name, at, _bytes_from(t), at in changed, at in fresh, t.element_size()) for at, (name, t) in tensors.items()
+        ]
         size = [*block, 1, 1][:3]
         threads = size[0] * size[1] * size[2]
         if not 1 <= threads <= 1024:
