@@ -64,7 +64,8 @@ ATOMICS = {
     "min.s32": (np.int32, min), "max.s32": (np.int32, max), "min.u32": (np.uint32, min), "max.u32": (np.uint32, max),
     "and.b32": (np.uint32, and_), "or.b32": (np.uint32, or_), "xor.b32": (np.uint32, xor),
     "exch.b32": (np.uint32, lambda x, y: y),
-    "inc.u32": (np.uint32, lambda x, y: 0 if x >= y else x + 1), "dec.u32": (np.uint32, lambda x, y: y if x == 0 or x > y else x - 1),
+    "inc.u32": (np.uint32, lambda x, y: 0 if x >= y else x + 1),
+    "dec.u32": (np.uint32, lambda x, y: y if x == 0 or x > y else x - 1),
 }  # fmt: skip
 
 
