@@ -59,7 +59,7 @@ def parse(text: str, entry: str | None = None) -> Kernel:
     _parameters(kernel, head.group(2))
     dynamic: list[str] = []
     for found in re.finditer(
-        r"(?m)^\s*(?:\.(?:visible|weak|extern|common)\s+)*(\.(?:shared|const|global)\b[^;]*);", clean[: head.start()]
+        r"(?m)^\s*(?:\.(?:visible|weak|extern|common)\s+)*(\.shared\b[^;]*);", clean[: head.start()]
     ):
         _variable(kernel, found.group(1), dynamic, clean.count("\n", 0, found.start(1)) + 1)
     _Body(kernel, dynamic).read(clean, head.end())

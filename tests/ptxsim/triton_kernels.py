@@ -1,0 +1,112 @@
+"""Triton kernels of the kinds that this project needs, to try the simulator on what Triton makes of them."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def lora(x, w, a, b, y, m, n, k, scale, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """y = x wᵀ + scale · x aᵀ bᵀ: the product with a in the same loop."""
+    rows, columns = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    depth, ranks = tl.arange(0, BK), tl.arange(0, R)
+    sums = tl.zeros((BM, BN), tl.float32)
+    h = tl.zeros((BM, R), tl.float32)
+    for first in range(0, k, BK):
+        inside = first + depth < k
+        of_x, of_w = (rows < m)[:, None] & inside[None, :], (columns < n)[:, None] & inside[None, :]
+        xs = tl.load(x + rows[:, None] * k + first + depth[None, :], mask=of_x, other=0.0)
+        ws = tl.load(w + columns[:, None] * k + first + depth[None, :], mask=of_w, other=0.0)
+        as_ = tl.load(a + ranks[:, None] * k + first + depth[None, :], mask=inside[None, :], other=0.0)
+        sums = tl.dot(xs, tl.trans(ws), sums)
+        h = tl.dot(xs, tl.trans(as_), h)
+    bs = tl.load(b + columns[:, None] * R + ranks[None, :], mask=(columns < n)[:, None], other=0.0)
+    sums = tl.dot((h * scale).to(bs.dtype), tl.trans(bs), sums)
+    kept = (rows < m)[:, None] & (columns < n)[None, :]
+    tl.store(y + rows[:, None] * n + columns[None, :], sums.to(y.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def row_norm(w, a, b, norm, n, k, scale, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """‖w + scale · b a‖ of each row."""
+    rows, depth, ranks = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, R)
+    squares = tl.zeros((BN,), tl.float32)
+    bs = tl.load(b + rows[:, None] * R + ranks[None, :], mask=(rows < n)[:, None], other=0.0)
+    for first in range(0, k, BK):
+        inside = first + depth < k
+        as_ = tl.load(a + ranks[:, None] * k + first + depth[None, :], mask=inside[None, :], other=0.0)
+        ws = tl.load(w + rows[:, None] * k + first + depth[None, :], mask=(rows < n)[:, None] & inside[None, :], other=0.0)
+        adapted = ws.to(tl.float32) + scale * tl.dot(bs, as_)
+        squares += tl.sum(adapted * adapted, 1)
+    tl.store(norm + rows, tl.sqrt(squares), mask=rows < n)
+
+
+@triton.jit
+def dot(x, w, y, m, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
+    """y = x w with w [k, n]."""
+    rows, columns = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    sums = tl.zeros((BM, BN), tl.float32)
+    for first in range(0, k, BK):
+        depth = first + tl.arange(0, BK)
+        xs = tl.load(x + rows[:, None] * k + depth[None, :])
+        ws = tl.load(w + depth[:, None] * n + columns[None, :])
+        sums = tl.dot(xs, ws, sums, input_precision=PRECISION)
+    tl.store(y + rows[:, None] * n + columns[None, :], sums)
+
+
+@triton.jit
+def split_k(x, w, y, m, n, k, ATOMIC: tl.constexpr, PARTS: tl.constexpr, B: tl.constexpr):
+    """y += x wᵀ, the depth shared among programs."""
+    rows, columns = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1) * B + tl.arange(0, B)
+    sums = tl.zeros((B, B), tl.float32)
+    for first in range(tl.program_id(2) * B, k, B * PARTS):
+        depth = first + tl.arange(0, B)
+        xs, ws = tl.load(x + rows[:, None] * k + depth[None, :]), tl.load(w + columns[None, :] * k + depth[:, None])
+        sums = tl.dot(xs, ws, sums)
+    at = y + rows[:, None] * n + columns[None, :]
+    if ATOMIC:
+        tl.atomic_add(at, sums, sem="relaxed")
+    else:
+        tl.store(at, tl.load(at) + sums)
+
+
+@triton.jit
+def gather(x, a, which, h, k, R: tl.constexpr, BK: tl.constexpr):
+    """Each token's h = x a[which]ᵀ; nothing for which = -1."""
+    token = tl.program_id(0)
+    adapter = tl.load(which + token)
+    ranks = tl.arange(0, R)
+    sums = tl.zeros((R,), tl.float32)
+    if adapter >= 0:
+        for first in range(0, k, BK):
+            depth = first + tl.arange(0, BK)
+            xs = tl.load(x + token * k + depth, mask=depth < k, other=0.0).to(tl.float32)
+            at = a + adapter * R * k + ranks[:, None] * k + depth[None, :]
+            sums += tl.sum(tl.load(at, mask=(depth < k)[None, :], other=0.0).to(tl.float32) * xs[None, :], 1)
+    tl.store(h + token * R + ranks, sums)
+
+
+@triton.jit
+def dropout(x, y, n, p, seed, B: tl.constexpr):
+    """Philox, as tl.rand draws it."""
+    at = tl.program_id(0) * B + tl.arange(0, B)
+    kept = tl.rand(seed, at) > p
+    tl.store(y + at, tl.where(kept, tl.load(x + at, mask=at < n) / (1 - p), 0.0), mask=at < n)
+
+
+@triton.jit
+def softmax(x, y, n, B: tl.constexpr):
+    """One row a program: reductions, exp, division."""
+    at = tl.arange(0, B)
+    row = tl.load(x + tl.program_id(0) * n + at, mask=at < n, other=float("-inf")).to(tl.float32)
+    powers = tl.exp(row - tl.max(row, 0))
+    tl.store(y + tl.program_id(0) * n + at, (powers / tl.sum(powers, 0)).to(y.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def through_memory(x, scratch, y, n, B: tl.constexpr, BARRIER: tl.constexpr):
+    """Turned around by way of global memory inside one program, which needs a barrier."""
+    at = tl.arange(0, B)
+    tl.store(scratch + at, tl.load(x + at))
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(y + at, tl.load(scratch + B - 1 - at))
