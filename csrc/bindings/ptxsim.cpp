@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "../ptxsim/block.h"
+#include "../ptxsim/cache.h"
 
 namespace py = pybind11;
 using namespace lk::ptx;
@@ -124,5 +125,14 @@ PYBIND11_MODULE(_ptxsim, m) {
         return entries;
       },
       "The instructions: name to the widths of their operands in bits, '*' where the decoder knows the form.");
+  m.def(
+      "through_cache",
+      [](const py::bytes& trace, uint64_t capacity, uint64_t line_bytes) {
+        const std::string held = trace;
+        const Traffic t = through_cache(reinterpret_cast<const uint64_t*>(held.data()), held.size() / 8, capacity,
+                                        line_bytes);
+        return py::make_tuple(t.read, t.written);
+      },
+      "Bytes read from and written to memory behind a cache.");
   m.def("run", &run, "Runs a launch; gives its errors, counters and trace.");
 }

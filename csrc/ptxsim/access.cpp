@@ -157,14 +157,15 @@ void atomic(Warp& w, const Instruction& in, Mask mask, F&& f) {
   }
 }
 
+#define ATOM(name, T, value)                                                                                     \
+  {"atom." name, "*",                                                                                            \
+   [](Warp& w, const Instruction& in, Mask m) {                                                                  \
+     atomic<T, true>(w, in, m,                                                                                   \
+                     []([[maybe_unused]] T x, [[maybe_unused]] T y, [[maybe_unused]] T z) { return T(value); }); \
+   },                                                                                                            \
+   Flow::none}
 #define ATOMIC(name, T, value)                                                                                         \
-  {"atom." name, "*",                                                                                                  \
-   [](Warp& w, const Instruction& in, Mask m) {                                                                        \
-     atomic<T, true>(w, in, m,                                                                                         \
-                     []([[maybe_unused]] T x, [[maybe_unused]] T y, [[maybe_unused]] T z) { return T(value); });       \
-   },                                                                                                                  \
-   Flow::none},                                                                                                        \
-  {                                                                                                                    \
+  ATOM(name, T, value), {                                                                                              \
     "red." name, "*",                                                                                                  \
         [](Warp& w, const Instruction& in, Mask m) {                                                                   \
           atomic<T, false>(w, in, m,                                                                                   \
@@ -248,11 +249,11 @@ const Table entries{
     ATOMIC("and.b64", uint64_t, x& y),
     ATOMIC("or.b64", uint64_t, x | y),
     ATOMIC("xor.b64", uint64_t, x ^ y),
-    ATOMIC("exch.b32", uint32_t, y),
-    ATOMIC("exch.b64", uint64_t, y),
-    ATOMIC("cas.b32", uint32_t, x == y ? z : x),
-    ATOMIC("cas.b64", uint64_t, x == y ? z : x),
-    ATOMIC("cas.b16", uint16_t, x == y ? z : x),
+    ATOM("exch.b32", uint32_t, y),
+    ATOM("exch.b64", uint64_t, y),
+    ATOM("cas.b32", uint32_t, x == y ? z : x),
+    ATOM("cas.b64", uint64_t, x == y ? z : x),
+    ATOM("cas.b16", uint16_t, x == y ? z : x),
     ATOMIC("inc.u32", uint32_t, x >= y ? 0 : x + 1),
     ATOMIC("dec.u32", uint32_t, x == 0 || x > y ? y : x - 1),
     {"cp.async", "*", copy_async, Flow::none},

@@ -5,6 +5,7 @@ import torch
 
 from lora_kernels.testing.ptxsim import Kernel
 
+RAN: set[str] = set()  # the instructions that the tests of this folder have run so far
 REGISTER = {1: ".pred", 16: ".b16", 32: ".b32", 64: ".b64"}
 KIND = {
     "u16": np.uint16, "s16": np.int16, "u32": np.uint32, "s32": np.int32, "u64": np.uint64, "s64": np.int64,

@@ -78,6 +78,13 @@ def test_products(kind):
         kind,
         lambda x, y, z: wrapped(kind, [a * b + c for a, b, c in zip(*ints(x, y, z), strict=True)]),
     )
+    high = [a * b >> bits for a, b in zip(*ints(values(kind), values(kind, 1)), strict=True)]
+    check(
+        f"mad.hi.{kind}",
+        [kind] * 3,
+        kind,
+        lambda x, y, z: wrapped(kind, [a + c for a, c in zip(high, ints(z)[0], strict=True)]),
+    )
     if bits < 64:
         wide = f"{kind[0]}{bits * 2}"
         check(
@@ -213,6 +220,8 @@ def test_fma_rounds_once():
     with np.errstate(all="ignore"):
         exact = x.astype(np.float64) * y + z.astype(np.float64)  # the product is exact there
         check("fma.rn.f32", None, "f32", lambda *_: exact.astype(np.float32), [x, y, z])
+    a, b, c = np.full(32, 1 + 2.0**-30), np.full(32, 1 + 2.0**-30), np.full(32, -1 - 2.0**-29)
+    check("fma.rn.f64", None, "f64", lambda *_: np.full(32, 2.0**-60), [a, b, c])
 
 
 def test_approximations():
@@ -253,7 +262,33 @@ def test_joined_comparisons():
     np.testing.assert_array_equal(run_lanes(lines, [x, y], np.uint32), wanted)
 
 
+def test_ordered_or_not():
+    for kind in ("f32", "f64"):
+        x, y = values(kind), values(kind, 1)
+        neither = ~(np.isnan(x) | np.isnan(y))
+        for name, wanted in (("num", neither), ("nan", ~neither)):
+            lines = [".reg .pred %p;", f"setp.{name}.{kind} %p, %a, %b;", "selp.u32 %out, 1, 0, %p;"]
+            np.testing.assert_array_equal(run_lanes(lines, [x, y], np.uint32), wanted)
+
+
+@pytest.mark.parametrize("kind", ["b16", "b32", "b64"])
+def test_choice_and_predicates(kind):
+    x, y = values(kind), values(kind, 1)
+    lines = [
+        ".reg .pred %p, %q, %r; .reg .b32 %z; mov.u32 %z, %tid.x;", "setp.lt.u32 %p, %z, 20;", "setp.gt.u32 %q, %z, 10;",
+        "xor.pred %r, %p, %q;", f"selp.{kind} %out, %a, %b, %r;",
+    ]  # fmt: skip
+    lane = np.arange(32)
+    np.testing.assert_array_equal(run_lanes(lines, [x, y], x.dtype), np.where((lane < 20) ^ (lane > 10), x, y))
+
+
 def test_parts():
+    x = values("u64")
+    lines = [".reg .b32 %l, %h;", "mov.b64 {%l, %h}, %a;", "mov.b64 %out, {%h, %l};"]
+    np.testing.assert_array_equal(run_lanes(lines, [x], np.uint64), x << np.uint64(32) | x >> np.uint64(32))
+    lines = [".reg .b16 %s<4>;", "mov.b64 {%s0, %s1, %s2, %s3}, %a;", "mov.b64 %out, {%s3, %s2, %s1, %s0};"]
+    turned = x.view(np.uint16).reshape(32, 4)[:, ::-1]
+    np.testing.assert_array_equal(run_lanes(lines, [x], np.uint64).view(np.uint16).reshape(32, 4), turned)
     x = values("u64")
     lines = [".reg .b32 %l, %h; .reg .b16 %s<4>;", "mov.b64 {%l, %h}, %a;", "mov.b32 {%s0, %s1}, %l;", "mov.b32 {_, %s3}, %h;",
              "mov.b64 %out, {%s1, %s0, %s3, %s3};"]  # fmt: skip

@@ -87,6 +87,19 @@ def test_mma(depth, kind):
         np.testing.assert_allclose(d.view(np.float32), a @ b + c, atol=2e-6, rtol=2e-6)
 
 
+@pytest.mark.parametrize(("kind_a", "kind_b"), [("s8", "u8"), ("u8", "s8")])
+def test_mma_of_signed_and_unsigned(kind_a, kind_b):
+    (a, a_bits), (b, b_bits) = numbers(kind_a, (16, 32)), numbers(kind_b, (32, 8))
+    registers = fragment(a_bits, 4) + fragment(b_bits.T, 4) + [np.zeros(32, np.uint32)] * 4
+    line = f"mma.sync.aligned.m16n8k32.row.col.s32.{kind_a}.{kind_b}.s32 {braces('o', 0, 4)}, {braces('i', 0, 4)}, "
+    found = run_registers([line + f"{braces('i', 4, 2)}, {braces('i', 6, 4)};"], registers, 4).view(np.int32)
+    d = np.zeros((16, 8), np.int32)
+    for r in range(4):
+        for i in range(32):
+            d[i // 4 + r // 2 * 8, i % 4 * 2 + r % 2] = found[r, i]
+    np.testing.assert_array_equal(d, a @ b)
+
+
 def test_mma_with_half_sums():
     a, a_bits = numbers("f16", (16, 16))
     b, b_bits = numbers("f16", (16, 8))

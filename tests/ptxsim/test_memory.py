@@ -63,7 +63,9 @@ ATOMICS = {
     "add.u32": (np.uint32, add), "add.u64": (np.uint64, add), "add.f32": (np.float32, add), "add.f64": (np.float64, add),
     "min.s32": (np.int32, min), "max.s32": (np.int32, max), "min.u32": (np.uint32, min), "max.u32": (np.uint32, max),
     "and.b32": (np.uint32, and_), "or.b32": (np.uint32, or_), "xor.b32": (np.uint32, xor),
-    "exch.b32": (np.uint32, lambda x, y: y),
+    "exch.b32": (np.uint32, lambda x, y: y), "exch.b64": (np.uint64, lambda x, y: y), "and.b64": (np.uint64, and_),
+    "or.b64": (np.uint64, or_), "xor.b64": (np.uint64, xor), "add.s32": (np.int32, add), "add.s64": (np.int64, add),
+    "min.s64": (np.int64, min), "max.s64": (np.int64, max), "min.u64": (np.uint64, min), "max.u64": (np.uint64, max),
     "inc.u32": (np.uint32, lambda x, y: 0 if x >= y else x + 1),
     "dec.u32": (np.uint32, lambda x, y: y if x == 0 or x > y else x - 1),
 }  # fmt: skip
@@ -104,6 +106,12 @@ def test_atomics(name, space):
     assert done.counters["atomics"] == 32
     np.testing.assert_array_equal(y.numpy()[:step].view(dtype)[0], total)
     np.testing.assert_array_equal(y.numpy()[8 : 8 + 32 * step].view(dtype), np.array(before, dtype))
+    if "exch" in name:  # red has none
+        return
+    y = torch.zeros(8, dtype=torch.uint8)
+    run([f".reg .b{bits} %v;", f"mad.wide.u32 %d0, %t, {step}, %x;", f"ld.global.b{bits} %v, [%d0];",
+         f"red.global.{name} [%y], %v;"], x, y)  # fmt: skip
+    np.testing.assert_array_equal(y.numpy()[:step].view(dtype)[0], total)
 
 
 def test_compare_and_swap_and_halves():
@@ -118,6 +126,37 @@ def test_compare_and_swap_and_halves():
     one = torch.tensor([1.0, 2.0]).half().view(torch.int32).item()
     run([f"mov.u32 %r0, {one};", "red.global.add.noftz.f16x2 [%y], %r0;"], torch.zeros(1), y)
     assert y.tolist() == [32, 64, 0, 0]
+
+
+def test_compare_and_swap_of_other_widths():
+    y = torch.zeros(8, dtype=torch.int64)
+    run(["cvt.u64.u32 %d0, %t;", "add.u64 %d1, %d0, 1;", "atom.global.cas.b64 %d2, [%y], %d0, %d1;"], torch.zeros(1), y)
+    assert y[0] == 32
+    y = torch.zeros(8, dtype=torch.int16)
+    run(["cvt.u16.u32 %s0, %t;", "add.u16 %s1, %s0, 1;", "atom.global.cas.b16 %s2, [%y], %s0, %s1;"], torch.zeros(1), y)
+    assert y[0] == 32
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("f16", torch.float16), ("bf16", torch.bfloat16)])
+def test_atomic_sums_of_halves(kind, dtype):
+    one = torch.ones(1, dtype=dtype).view(torch.int16).item()
+    for opcode in ("atom", "red"):
+        y = torch.zeros(4, dtype=dtype)
+        result = "%s1, " if opcode == "atom" else ""
+        run([f"mov.b16 %s0, {one};", f"{opcode}.global.add.noftz.{kind} {result}[%y+2], %s0;"], torch.zeros(1), y)
+        assert y.tolist() == [0, 32, 0, 0]
+        y, pair = torch.zeros(4, dtype=dtype), one | one << 16
+        result = "%r1, " if opcode == "atom" else ""
+        run([f"mov.b32 %r0, {pair};", f"{opcode}.global.add.noftz.{kind}x2 {result}[%y+4], %r0;"], torch.zeros(1), y)
+        assert y.tolist() == [0, 0, 32, 32]
+
+
+def test_what_only_matters_to_other_launches_is_passed_over():
+    y = torch.zeros(32)
+    run(["griddepcontrol.wait;", "nanosleep.u32 20;", "membar.cta;", "fence.proxy.async;", "prefetch.global.L2 [%x];",
+         "mad.wide.u32 %d0, %t, 4, %y;", "mov.f32 %f0, 0f3F800000;", "griddepcontrol.launch_dependents;",
+         "st.global.f32 [%d0], %f0;"], torch.zeros(1), y)  # fmt: skip
+    assert (y == 1).all()
 
 
 def test_local_memory_and_generic_addresses():
@@ -227,8 +266,10 @@ def test_votes_and_sums():
     for name, value in (("all", 0), ("any", 1), ("uni", 0)):
         text = [*lines, f"vote.sync.{name}.pred %v, %q, -1;", "selp.u32 %out, 1, 0, %v;"]
         np.testing.assert_array_equal(run_lanes(text, [U32], np.uint32), np.full(32, value))
-    for name, value in (("add.u32", U32.sum()), ("max.u32", 31), ("min.s32", 0), ("xor.b32", 0), ("or.b32", 31)):
-        np.testing.assert_array_equal(run_lanes([f"redux.sync.{name} %out, %a, -1;"], [U32], np.uint32), np.full(32, value))
+    sums = {"add.u32": U32.sum(), "add.s32": U32.sum(), "max.u32": 31, "max.s32": 31, "min.s32": 0, "min.u32": 0}
+    for name, value in {**sums, "xor.b32": 0, "or.b32": 31, "and.b32": 0}.items():
+        found = run_lanes([f"redux.sync.{name} %out, %a, -1;"], [U32], np.uint32)
+        np.testing.assert_array_equal(found, np.full(32, value))
     active = ["setp.lt.u32 %q, %a, 4;", "mov.u32 %out, 0;", "@!%q bra $S;", "activemask.b32 %out;", "$S:"]
     np.testing.assert_array_equal(run_lanes([".reg .pred %q;", *active], [U32], np.uint32), np.where(U32 < 4, 15, 0))
     elect = [".reg .pred %q; .reg .b32 %z;", "elect.sync %z|%q, -1;", "selp.u32 %out, 1, 0, %q;"]

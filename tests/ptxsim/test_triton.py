@@ -9,8 +9,8 @@ from lora_kernels.testing.ptxsim import Kernel, SimulationError
 
 pytest.importorskip("triton", reason="triton is not installed here (requirements-dev.txt has it for Linux on x86-64)")
 
-from lora_kernels.testing.triton_ptx import compile_triton, simulate_triton  # noqa: E402
-from tests.ptxsim import triton_kernels as kernels  # noqa: E402
+from lora_kernels.testing.triton_ptx import compile_triton, simulate_triton
+from tests.ptxsim import triton_kernels as kernels
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,14 +6,13 @@ a flush that the table does not have is not dropped: it is `Unsupported`.
 """
 
 import re
-import struct
 from typing import Any
 
 from lora_kernels import _ptxsim
+from lora_kernels.testing.ptxsim.places import SPECIAL, Places
 from lora_kernels.testing.ptxsim.text import WIDTH, Kernel, Statement, Unsupported, parse, split
 
 TABLE: dict[str, str] = _ptxsim.table()
-SPECIAL = [f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"] + ["%laneid", "%warpid"]
 GENERIC, GLOBAL, SHARED, LOCAL, PARAM = range(5)
 SPACES = {"global": GLOBAL, "shared": SHARED, "shared::cta": SHARED, "local": LOCAL, "param": PARAM, "const": GLOBAL}
 WEAK, RELAXED, ACQUIRE, RELEASE = 0, 1, 2, 4
@@ -44,83 +43,13 @@ class Decoded:
         )  # fmt: skip
 
 
-class _Decoder:
+class _Decoder(Places):
     def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self.image = bytearray()
-        self.slots: dict[str, int] = {}
-        self.constants: dict[tuple[int, int], int] = {}
+        super().__init__(kernel)
         self.code: list[Any] = []
         self.starts: list[int] = []
         self.jumps: list[tuple[int, str, int]] = []
-        self.line, self.guard = 0, (-1, False)
-
-    # places
-
-    def place(self, width: int, value: int = 0) -> int:
-        """A new register of all lanes."""
-        self.image += bytes(-len(self.image) % 64)
-        at = len(self.image)
-        self.image += struct.pack("<I", -value & 0xFFFFFFFF) if width == 1 else value.to_bytes(width // 8, "little") * 32
-        return at
-
-    def constant(self, width: int, value: int) -> int:
-        value &= (1 << width) - 1
-        if (width, value) not in self.constants:
-            self.constants[width, value] = self.place(width, value)
-        return self.constants[width, value]
-
-    def width(self, operand: str) -> int | None:
-        """The width of a register; None for anything else."""
-        return 32 if operand in SPECIAL else self.kernel.registers.get(operand)
-
-    def slot(self, operand: str, width: int) -> int:
-        """The place of a register, of a constant, or of an address known beforehand."""
-        known = self.width(operand)
-        if known is not None:
-            if known != width:
-                raise self.unsupported(f"{operand} has {known} bits where {width} are wanted")
-            if operand not in self.slots:
-                self.slots[operand] = self.place(width)
-            return self.slots[operand]
-        if operand == "_":
-            return self.place(width)
-        return self.constant(width, self.value(operand, width))
-
-    def value(self, operand: str, width: int) -> int:
-        single, double = re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", operand), re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", operand)
-        if single and width == 64:
-            return int.from_bytes(struct.pack("<d", struct.unpack("<f", bytes.fromhex(single[1])[::-1])[0]), "little")
-        if single or double:
-            bits = int((single or double)[1], 16)  # type: ignore[index]
-            if double and width == 32:
-                return int.from_bytes(struct.pack("<f", struct.unpack("<d", bits.to_bytes(8, "little"))[0]), "little")
-            return bits
-        if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", operand):
-            return int(operand.rstrip("U"), 0)
-        if operand == "WARP_SZ":
-            return 32
-        name, _, offset = operand.partition("+")
-        for variables in (self.kernel.shared, self.kernel.local):
-            if name.strip() in variables:
-                return variables[name.strip()] + int(offset or "0", 0)
-        raise self.unsupported(f"the operand {operand}")
-
-    def address(self, operand: str) -> tuple[int, int, int]:
-        """(place of the register, offset, its bytes) of `[%rd1+16]`; without a register all is offset."""
-        found = re.fullmatch(r"\[\s*([%\w$.@]+)\s*(?:\+\s*(-?\w+))?\s*\]", operand)
-        if not found:
-            raise self.unsupported(f"the address {operand}")
-        base, offset = found[1], int(found[2] or "0", 0)
-        width = self.width(base)
-        if width is None:
-            return self.constant(64, 0), self.value(base, 64) + offset, 0
-        return self.slot(base, width), offset, width // 8
-
-    # instructions
-
-    def unsupported(self, what: str) -> Unsupported:
-        return Unsupported(f"ptxsim: line {self.line}: {what}")
+        self.guard = (-1, False)
 
     def emit(self, name: str, operands: list[int], immediates: list[int]) -> None:
         self.code.append((name, operands, immediates, *self.guard, self.line))
@@ -414,6 +343,9 @@ class _Decoder:
 
     def _griddepcontrol(self, parts: list[str], operands: list[str]) -> None:
         self.emit("griddepcontrol", [], [])
+
+    def _nanosleep(self, parts: list[str], operands: list[str]) -> None:
+        self.plain("nanosleep", operands)
 
     def _createpolicy(self, parts: list[str], operands: list[str]) -> None:
         self.plain("mov.b64", [operands[0], "0"])

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from lora_kernels import _ptxsim
 from lora_kernels.testing.ptxsim.decode import Decoded
+from lora_kernels.testing.ptxsim.device import current
 
+OPTIONS = {
+    "check": True, "late": True, "shuffle": True, "seed": 0, "resident": 8, "trace": False, "tolerant": False,
+}  # fmt: skip
 _FORMATS = {"f32": "<f", "f64": "<d"}
 STEPS = 200_000_000  # instructions of one block after which a launch is given up
 
@@ -52,24 +56,24 @@ class Kernel:
         writes: Sequence[Tensor] = (),
         poisoned: Sequence[Tensor] = (),
         shared: int = 0,
-        *,
-        check: bool = True,
-        late: bool = True,
-        shuffle: bool = True,
-        seed: int = 0,
-        trace: bool = False,
-        resident: int = 8,
-        tolerant: bool = False,
+        **options: Any,
     ) -> Run:
         """Runs the kernel.
 
         `args` stand for its parameters in order: a CPU tensor for a pointer, numbers, or the bytes of a struct. It may
         touch only these tensors and change only those in `writes`; of those in `poisoned` it may read only what it wrote
-        itself. `shared` is the dynamic shared memory in bytes. Order of blocks and warps is drawn from `seed`, `resident`
-        blocks run side by side; a cp.async lands when it is waited for, or with late=False as soon as it is issued.
+        itself. `shared` is the dynamic shared memory in bytes.
+
+        Options, which `device()` sets for many launches:
+            check (True): look for races and for memory that nobody wrote
+            late (True): a cp.async lands when it is waited for, else as soon as it is issued
+            shuffle (True), seed (0): blocks and warps take their turns in an order drawn from the seed
+            resident (8): blocks that run side by side
+            trace (False): keep every sector that was touched
+            tolerant (False): give back what was found in `errors` instead of raising it
 
         Raises:
-            SimulationError: something was found; with `tolerant` it is in the result's `errors` instead.
+            SimulationError: something was found.
             TypeError, ValueError: the arguments do not fit the parameters.
         """
         tensors: dict[int, tuple[str, Tensor]] = {}
@@ -92,13 +96,26 @@ class Kernel:
         threads = size[0] * size[1] * size[2]
         if not 1 <= threads <= 1024:
             raise ValueError(f"{self.name}: a block has 1 to 1024 threads, found {list(block)}")
+        o = self._options(options)
         found = _ptxsim.run(
-            self._decoded.program, [*grid, 1, 1][:3], size, bytes(packed), buffers, shared, check, late, shuffle, seed, STEPS,
-            trace, resident,
+            self._decoded.program, [*grid, 1, 1][:3], size, bytes(packed), buffers, shared, o["check"], o["late"], o["shuffle"],
+            o["seed"], STEPS, o["trace"], o["resident"],
         )  # fmt: skip
-        if found["errors"] and not tolerant:
+        if found["errors"] and not o["tolerant"]:
             raise SimulationError(f"{self.name}:\n" + "\n".join(found["errors"]))
+        if sim := current.get():
+            sim.launches += 1
+            sim.counters.update(found["counters"])
+            sim.by_opcode.update(found["by_opcode"])
+            sim.trace += found["trace"]
         return Run(**found)
+
+    def _options(self, given: dict[str, Any]) -> dict[str, Any]:
+        sim = current.get()
+        chosen = {**OPTIONS, **(sim.options if sim else {}), **given}
+        if unknown := set(chosen) - set(OPTIONS):
+            raise TypeError(f"{self.name}: launch has no option {', '.join(sorted(unknown))}")
+        return chosen
 
 
 def _bytes_from(t: Tensor) -> int:

@@ -1,0 +1,53 @@
+"""A simulated device: how the launches inside a block run, and what they count together."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_kernels import _ptxsim
+
+MIB = 2**20
+
+
+@dataclass
+class Device:
+    """What the launches so far did, added up."""
+
+    options: dict[str, Any]
+    launches: int = 0
+    counters: Counter[str] = field(default_factory=Counter)
+    by_opcode: Counter[str] = field(default_factory=Counter)
+    trace: bytearray = field(default_factory=bytearray)
+
+    def dram(self, cache: int = 50 * MIB, line: int = 128) -> tuple[int, int]:
+        """Bytes read from and written to memory behind a second-level cache of `cache` bytes, from the trace of all
+        launches in their order; `device(trace=True)` keeps it. 50 MiB is an H100's, 40 an A100's.
+
+        The least recently used line of `line` bytes goes; a load reads the sectors of 32 bytes that are not there, a store
+        reads nothing and is written once, when its line goes or at the end.
+
+        Raises:
+            ValueError: there is no trace, or a line is not a multiple of 32 bytes up to 1024.
+        """
+        if not self.options.get("trace"):
+            raise ValueError("ptxsim: dram() needs device(trace=True)")
+        if line % 32 or not 32 <= line <= 1024:
+            raise ValueError(f"ptxsim: a line must be a multiple of 32 bytes up to 1024, found {line}")
+        return _ptxsim.through_cache(bytes(self.trace), cache, line)
+
+
+current: ContextVar[Device | None] = ContextVar("device", default=None)
+
+
+@contextmanager
+def device(**options: Any) -> Iterator[Device]:
+    """Collects the counters of every launch inside the block; `options` are defaults of `Kernel.launch` there."""
+    made = Device(options)
+    token = current.set(made)
+    try:
+        yield made
+    finally:
+        current.reset(token)

@@ -1,0 +1,171 @@
+"""Triton's interpreter, mended: the same kernels as the simulator's, right numbers in every dtype, and what it finds."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed here (requirements-dev.txt has it for Linux on x86-64)")
+
+import triton
+import triton.language as tl
+from triton.runtime import interpreter as stock
+
+from lora_kernels.testing import triton_interpreter
+from lora_kernels.testing.triton_interpreter import InterpreterViolation, interpret
+from tests.ptxsim import triton_kernels as kernels
+from tests.ptxsim.test_triton import close, empty, lora_arguments
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("seed", [None, 1])
+def test_lora(dtype, seed):
+    args, wanted = lora_arguments(50, 72, 80, dtype)
+    args |= {"BM": 32, "BN": 32, "BK": 32}
+    interpret(kernels.lora, (2, 3), args, [args["y"]], seed=seed)
+    close(args["y"], wanted, {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 3e-3}[dtype])
+
+
+@pytest.mark.parametrize(("dtype", "precision", "tolerance"), [
+    (torch.float16, "ieee", 1e-6), (torch.bfloat16, "ieee", 1e-6), (torch.float32, "ieee", 1e-6), (torch.float32, "tf32", 3e-3),
+])  # fmt: skip
+def test_dot(dtype, precision, tolerance):
+    x, w, y = torch.randn(64, 64).to(dtype), torch.randn(64, 64).to(dtype), empty(64, 64)
+    args = {"x": x, "w": w, "y": y, "m": 64, "n": 64, "k": 64, "BM": 32, "BN": 64, "BK": 32, "PRECISION": precision}
+    interpret(kernels.dot, (2, 1), args, [y])
+    close(y, x.double() @ w.double(), tolerance)
+    error = (y.double() - x.double() @ w.double()).abs().max()
+    assert precision != "tf32" or error > 1e-4  # it is cut to ten bits indeed
+
+
+def test_a_row_of_a_dot_does_not_depend_on_the_others():
+    x, w = torch.randn(64, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    rows = []
+    for tile in (16, 32, 64):
+        y = empty(64, 64)
+        args = {"x": x, "w": w, "y": y, "m": 64, "n": 64, "k": 64, "BM": tile, "BN": tile, "BK": 32, "PRECISION": "ieee"}
+        interpret(kernels.dot, (64 // tile, 64 // tile), args, [y])
+        rows.append(y)
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
+
+
+def test_row_norm_softmax_and_dropout():
+    n, k = 72, 80
+    w, a, b, norm = torch.randn(n, k).bfloat16(), torch.randn(16, k).bfloat16(), torch.randn(n, 16).bfloat16(), empty(n)
+    args = {"w": w, "a": a, "b": b, "norm": norm, "n": n, "k": k, "scale": 0.5, "R": 16, "BN": 64, "BK": 32}
+    interpret(kernels.row_norm, (2,), args, [norm])
+    close(norm, torch.linalg.vector_norm(w.double() + 0.5 * b.double() @ a.double(), dim=1), 1e-6)
+    x, y = torch.randn(5, 200).bfloat16(), empty(5, 200, dtype=torch.bfloat16)
+    interpret(kernels.softmax, (5,), {"x": x, "y": y, "n": 200, "B": 256}, [y])
+    close(y, x.double().softmax(1), 2**-8)
+    x, y = torch.randn(1000), empty(1000)
+    interpret(kernels.dropout, (4,), {"x": x, "y": y, "n": 1000, "p": 0.3, "seed": 42, "B": 256}, [y])
+    assert 0.65 < (y != 0).float().mean() < 0.75
+
+
+def test_gather_and_split_k():
+    x, a, h = torch.randn(5, 200).bfloat16(), torch.randn(3, 16, 200).bfloat16(), empty(5, 16)
+    which = torch.tensor([0, 1, 2, -1, 1])
+    args = {"x": x, "a": a, "which": which, "h": h, "k": 200, "R": 16, "BK": 64}
+    interpret(kernels.gather, (5,), args, [h])
+    close(h[2], a[2].double() @ x[2].double(), 1e-6)
+    which[4] = 3
+    with pytest.raises(InterpreterViolation, match=r"program \(4, 0, 0\): load out of bounds, a\+19200 of 19200 bytes"):
+        interpret(kernels.gather, (5,), args, [h])
+    x, w = torch.randn(64, 128).bfloat16(), torch.randn(64, 128).bfloat16()
+    y = torch.zeros(64, 64)
+    args = {"x": x, "w": w, "y": y, "m": 64, "n": 64, "k": 128, "ATOMIC": True, "PARTS": 2, "B": 32}
+    interpret(kernels.split_k, (2, 2, 2), args, [y])
+    close(y, x.double() @ w.double().T, 1e-6)
+    with pytest.raises(InterpreterViolation, match=r"load of y element \d+: a race, it is written by program"):
+        interpret(kernels.split_k, (2, 2, 2), {**args, "ATOMIC": False}, [y])
+
+
+@triton.jit
+def touch(x, y, n, shift, B: tl.constexpr, MODE: tl.constexpr):
+    at = tl.program_id(0) * B + tl.arange(0, B)
+    v = tl.load(x + at, mask=at < n)
+    if MODE == "shift":
+        tl.store(y + at + shift, v, mask=at < n)
+    elif MODE == "twice":
+        tl.store(y + at // 2, v, mask=at < n)
+    elif MODE == "input":
+        tl.store(x + at, v, mask=at < n)
+    elif MODE == "neighbour":
+        tl.store(y + at, v, mask=at < n)
+        tl.store(y + n + at, tl.load(y + (at + B) % n, mask=at < n), mask=at < n)
+    elif MODE == "wraps":
+        tl.store(y + (at * shift) % 8, v, mask=at < 1)
+
+
+@pytest.mark.parametrize(("mode", "shift", "message"), [
+    ("shift", 1, r"store out of bounds, y\+512 of 512 bytes \(1 elements\)"),
+    ("shift", -1, r"store out of bounds, y-4 of 512 bytes"),
+    ("twice", 0, r"stores two values to element \d+ of y at once"),
+    ("input", 0, "store to x, which is not among the tensors it writes"),
+    ("neighbour", 0, r"(load|store) of y element \d+: a race, it is (written|read) by"),
+    ("wraps", 2**30, "overflow"),
+])  # fmt: skip
+def test_violations(mode, shift, message):
+    size = 256 if mode == "neighbour" else 128
+    x, y = torch.randn(128), torch.zeros(size)
+    # 16 programs, so that at times shift leaves 32 bits
+    args = {"x": x, "y": y, "n": 128, "shift": shift, "B": 8, "MODE": mode}
+    with pytest.raises((InterpreterViolation, stock.InterpreterError), match=message):
+        interpret(touch, (16,), args, [y])
+
+
+def test_a_store_of_one_value_twice_is_no_race():
+    y = torch.zeros(128)
+    interpret(touch, (16,), {"x": torch.ones(128), "y": y, "n": 128, "shift": 0, "B": 8, "MODE": "twice"}, [y])
+
+
+@triton.jit
+def ticket(y, counter, total, P: tl.constexpr, SEM: tl.constexpr):
+    """The last program adds up what all have left."""
+    p = tl.program_id(0)
+    tl.store(y + p, p.to(tl.float32) + 1)
+    if tl.atomic_add(counter, 1, sem=SEM) == P - 1:
+        tl.store(total, tl.sum(tl.load(y + tl.arange(0, P)), 0))
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_values_passed_on_by_an_atomic(seed):
+    for sem in ("acq_rel", "relaxed"):
+        y, counter, total = torch.zeros(8), torch.zeros(1, dtype=torch.int32), torch.zeros(1)
+        args = {"y": y, "counter": counter, "total": total, "P": 8, "SEM": sem}
+        if sem == "acq_rel":
+            interpret(ticket, (8,), args, [y, counter, total], seed=seed)
+            assert total.item() == 36
+        else:
+            with pytest.raises(InterpreterViolation, match="load of y element .: a race, it is written by program"):
+                interpret(ticket, (8,), args, [y, counter, total], seed=seed)
+
+
+@triton.jit
+def add_bf16(y, x, N: tl.constexpr):
+    tl.atomic_add(y + tl.arange(0, N) // 2, tl.load(x + tl.arange(0, N)), sem="relaxed")
+
+
+def test_bf16_atomics_and_constants():
+    x, y = torch.arange(8).bfloat16(), torch.zeros(4, dtype=torch.bfloat16)
+    interpret(add_bf16, (1,), {"y": y, "x": x, "N": 8}, [y])
+    assert y.tolist() == [1, 5, 9, 13]
+
+
+def test_what_is_mended_is_put_back(monkeypatch):
+    before = dict(stock.InterpreterBuilder.__dict__)
+    y = torch.zeros(128)
+    with pytest.raises(InterpreterViolation):
+        interpret(touch, (16,), {"x": torch.randn(128), "y": y, "n": 128, "shift": 1, "B": 8, "MODE": "shift"}, [y])
+    assert dict(stock.InterpreterBuilder.__dict__) == before
+
+    def changed(self, a, b):
+        raise AssertionError
+
+    monkeypatch.setattr(stock.InterpreterBuilder, "create_dot", changed)
+    with pytest.raises(RuntimeError, match=rf"triton {triton.__version__}: InterpreterBuilder.create_dot has parameters"):
+        triton_interpreter.check_version()
