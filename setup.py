@@ -1,4 +1,4 @@
-"""Builds lora_kernels._cpu with CMake and Ninja; pyproject.toml has the rest.
+"""Builds lora_kernels._cpu and _ptxsim with CMake and Ninja; pyproject.toml has the rest.
 
 LORA_KERNELS_CPU=0 leaves the extension out, =1 makes a failed build an error. By default a failed build leaves its
 reason in the package, where `python -m lora_kernels doctor` and `lora_kernels.explain` show it.
@@ -13,10 +13,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+MODULES = ["lora_kernels._cpu", "lora_kernels._ptxsim"]
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        if ext.name != MODULES[0]:
+            return  # one build makes both
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         note = target.parent / "_build_error.txt"
         note.unlink(missing_ok=True)
@@ -45,4 +48,4 @@ class CMakeBuild(build_ext):
         print(f"lora_kernels: the CPU extension is left out: {reason}", file=sys.stderr)
 
 
-setup(ext_modules=[Extension("lora_kernels._cpu", [], optional=True)], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension(name, [], optional=True) for name in MODULES], cmdclass={"build_ext": CMakeBuild})
