@@ -75,4 +75,5 @@ def checks(
         "stock PEFT with them gives the outputs of the unfused model": trip.stock_outputs_equal,
         "fused again, it gives the outputs of the fused model": trip.fused_outputs_equal,
         "merging changes the held-out loss by rounding only": close(after["fused"], trip.merged_loss),
+        "the fused and the merged model complete a held-out problem": all(t.strip() for t in trip.completions.values()),
     }

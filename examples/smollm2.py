@@ -122,7 +122,9 @@ def load_text(tokenizer: Any, tokens: int, seed: int) -> Text:
     train, held_out = split(read_problems())
     train_rows = rows(tokenizer, train, tokens)
     order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(seed))
-    return Text(train_rows[order], rows(tokenizer, held_out, tokens), min((p["prompt"] for p in held_out), key=len))
+    # without the line break at its end: a token that the text never has before a solution, after which the model stops
+    prompt = min((p["prompt"] for p in held_out), key=len).rstrip()
+    return Text(train_rows[order], rows(tokenizer, held_out, tokens), prompt)
 
 
 def read_problems() -> list[dict[str, str]]:
