@@ -5,6 +5,7 @@
 // sum of two bf16 numbers, each more depth of the same product, less that of two low ones (2⁻¹⁸ of the term).
 // x is packed once. Of W, whose tiles are the left operand forward (rows as they lie in memory) and the right one
 // backward, a few panels are packed at a time, so that x's tiles come from the second-level cache and W's from the first.
+// The tile instructions take and give numbers below 2⁻¹²⁶ as zeros, and so does this file.
 #include <omp.h>
 
 #include <algorithm>
@@ -135,15 +136,7 @@ LK_INLINE void put_pair(float* to, vec low, vec high, int64_t count) {
   _mm512_mask_storeu_ps(to + ROWS, lanes(count - ROWS), (__m512)high);
 }
 LK_INLINE void put_pair(bf16* to, vec low, vec high, int64_t count) {
-  constexpr int SUBNORMAL = 0x20;
-  __m512i pair = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  // the instruction takes subnormal numbers for zeros
-  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)low, SUBNORMAL) | _mm512_fpclass_ps_mask((__m512)high, SUBNORMAL),
-                       0)) {
-    alignas(64) bf16 exact[DEPTH];
-    store(exact, low), store(exact + ROWS, high);
-    pair = _mm512_load_si512(exact);
-  }
+  const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   _mm512_mask_storeu_epi16(to, count >= DEPTH ? ~0u : (1u << count) - 1, pair);
 }
 
