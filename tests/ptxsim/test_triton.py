@@ -62,6 +62,22 @@ def test_other_architectures(arch):
     close(args["y"], wanted, 2**-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tiles", [(64, 64, 64), (64, 128, 32), (128, 64, 64), (64, 32, 16)])
+def test_hopper(dtype, tiles):
+    """wgmma: operands in shared memory with every swizzle, in registers, and transposed."""
+    args, wanted = lora_arguments(128, 128, 192, dtype)
+    args |= dict(zip(("BM", "BN", "BK"), tiles, strict=True))
+    run = simulate_triton(kernels.lora, (128 // tiles[0], 128 // tiles[1]), args, [args["y"]], arch=90, warps=tiles[0] // 16)
+    close(args["y"], wanted, 2**-7)
+    assert run.by_opcode["wgmma.mma_async"] > 0
+    m, n, k = tiles
+    x, w, y = torch.randn(m, 2 * k).to(dtype), torch.randn(2 * k, n).to(dtype), empty(m, n)
+    args = {"x": x, "w": w, "y": y, "m": m, "n": n, "k": 2 * k, "BM": m, "BN": n, "BK": k, "PRECISION": "ieee"}
+    simulate_triton(kernels.dot, (1, 1), args, [y], arch=90, warps=m // 16)
+    close(y, x.double() @ w.double(), 1e-5)
+
+
 @pytest.mark.parametrize(("dtype", "precision", "tolerance"), [
     (torch.float16, "ieee", 1e-5), (torch.bfloat16, "ieee", 1e-5), (torch.float32, "tf32", 3e-3), (torch.float32, "ieee", 1e-5),
 ])  # fmt: skip

@@ -294,6 +294,24 @@ class _Decoder(Places):
         name = ".".join(["mma", *(each for each in parts[1:] if each not in ("sync", "aligned"))])
         self.plain(name, [each for operand in operands for each in (split(operand[1:-1]) if operand[0] == "{" else [operand])])
 
+    def _wgmma(self, parts: list[str], operands: list[str]) -> None:
+        if parts[1] != "mma_async":
+            return self.plain(".".join(parts[:2]), operands)
+        shape = re.fullmatch(r"m64n(\d+)k16", parts[4])
+        if not shape or parts[5] != "f32" or parts[6] not in ("bf16", "f16") or len(parts) > 8:
+            raise self.unsupported(".".join(parts))
+        n, in_registers = int(shape[1]), operands[1].startswith("{")
+        sums = split(operands[0][1:-1])
+        a = [self.slot(each, 32) for each in split(operands[1][1:-1])] if in_registers else [self.slot(operands[1], 64)]
+        immediates = [self.value(each, 64) for each in operands[4:]]
+        across = [0, *immediates[2:]] if in_registers else immediates[2:]
+        if len(sums) != n // 2 or len(across) != 2:
+            raise self.unsupported(f"{'.'.join(parts)} with these operands")
+        added = self.place(1, operands[3] != "0") if self.width(operands[3]) is None else self.slot(operands[3], 1)
+        places = [*(self.slot(each, 32) for each in sums), *a, self.slot(operands[2], 64), added]
+        form = [n, int(parts[6] == "bf16"), int(in_registers), *immediates[:2], *across]
+        self.emit("wgmma.mma_async", places, form)
+
     def _shfl(self, parts: list[str], operands: list[str]) -> None:
         to = operands[0].split("|")
         self.plain(".".join(parts), [to[0], to[1] if len(to) > 1 else "_", *operands[1:]])
