@@ -12,7 +12,7 @@ from lora_kernels.ops import explain, lora_linear, missing_backends
 
 
 def doctor() -> int:
-    """Prints versions, backends and one checked forward and backward; 0 if it is right."""
+    """Prints versions, backends and one checked forward; 0 if it is right."""
     print(f"lora_kernels {lora_kernels.__version__}, Python {platform.python_version()}, {platform.platform()}")
     for name in ("torch", "triton", "peft", "transformers", "safetensors", "pybind11"):
         try:

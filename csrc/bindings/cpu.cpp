@@ -81,9 +81,14 @@ py::object fingerprint(py::handle w, const py::args& tensors) {
   uint64_t sum = 0;
   for (int i = -1; i < count; i++) {
     int64_t held[4];
-    const lk::Tensor t = lk::reader.read(i < 0 ? w.ptr() : tensors[i].ptr(), held);
+    lk::Tensor t{};
+    try {
+      t = lk::reader.read(i < 0 ? w.ptr() : tensors[i].ptr(), held);
+    } catch (py::error_already_set&) {
+      return py::none();
+    }
     const int64_t size = t.type.bits / 8;
-    if (t.device.type != lk::CPU || t.dimensions > 2 || (i < 0 && t.dimensions != 2)) return py::none();
+    if (size > 8 || t.device.type != lk::CPU || t.dimensions > 2 || (i < 0 && t.dimensions != 2)) return py::none();
     sum = mix(sum, reinterpret_cast<uint64_t>(t.data));
     sum = mix(sum, uint64_t(t.type.code) << 8 | t.type.bits);
     int64_t elements = 1;

@@ -75,7 +75,7 @@ class Reader {
 
   // without an error, and only where torch has the function
   bool try_read(PyObject* object, Tensor* tensor) const {
-    if (api_ && api_->tensor_of(object, tensor) == 0) return true;
+    if (api_ && api_->tensor_of(object, tensor) == 0) return in_memory(*tensor);
     PyErr_Clear();
     return false;
   }
@@ -83,7 +83,7 @@ class Reader {
   Matrix matrix(PyObject* object) const {
     int64_t held[4];
     const Tensor t = read(object, held);
-    if (t.device.type != CPU || t.dimensions < 1 || t.dimensions > 2) {
+    if (t.device.type != CPU || t.dimensions < 1 || t.dimensions > 2 || !in_memory(t)) {
       throw pybind11::value_error("the CPU kernels read matrices and vectors in the memory of the CPU");
     }
     Matrix m;
@@ -98,6 +98,12 @@ class Reader {
   }
 
  private:
+  // a wrapper of other tensors, or torch's tensor of zeros, has elements and no memory
+  static bool in_memory(const Tensor& t) {
+    int64_t elements = 1;
+    for (int i = 0; i < t.dimensions; i++) elements *= t.shape[i];
+    return t.data != nullptr || elements == 0;
+  }
   static DType type_of(const Tensor& t) {
     if (!readable(t.type)) throw pybind11::type_error("the CPU kernels read float32, bfloat16 and float16");
     return t.type.code == BFLOAT ? DType::bf16 : t.type.bits == 32 ? DType::f32 : DType::f16;

@@ -2,7 +2,8 @@
 //   forward   y  = gain ⊙ (x Wᵀ + h Bᵀ) + bias,        h = scale · x Aᵀ
 //   backward  dx = (dy ⊙ gain) W + mask ⊙ (p A),       p = scale · (dy ⊙ gain) B
 // Both are `tokens` times `outputs` over a depth: first the rank, then the features of x. What is not bf16 enters as the
-// sum of two bf16 numbers, each more depth of the same product, less that of two low ones (2⁻¹⁸ of the term).
+// sum of two bf16 numbers (a float32 x of three), each more depth of the same product, less that of two low ones (2⁻¹⁸ of
+// the term). So an infinite factor, or one beyond bf16, gives NaN where its partner's low part is zero.
 // x is packed once. Of W, whose tiles are the left operand forward (rows as they lie in memory) and the right one
 // backward, a few panels are packed at a time, so that x's tiles come from the second-level cache and W's from the first.
 // The tile instructions take and give numbers below 2⁻¹²⁶ as zeros, and so does this file.

@@ -114,8 +114,11 @@ def read(layer: Any) -> Any:
             return f"lora_dropout is {drop}"
     elif type(drop) is not nn.Identity:
         return f"lora_dropout is {_name(drop)}"
+    bias: Any = base._parameters["bias"]
+    if bias is not None and type(bias) not in _PLAIN:
+        return f"the bias of base_layer is {_name(bias)}"
     w = w.t() if layer.fan_in_fan_out else w
-    return w, base._parameters["bias"], a, b, layer.scaling[name], dropout, magnitude
+    return w, bias, a, b, layer.scaling[name], dropout, magnitude
 
 
 def _hooked(module: nn.Module) -> Any:

@@ -179,7 +179,7 @@ def freeze(*parameters: nn.Parameter | None) -> None:
 
 
 def check_weight(layer: str, weight: Any) -> nn.Parameter:
-    if not isinstance(weight, nn.Parameter):
+    if type(weight) is not nn.Parameter:
         raise TypeError(f"{layer}: weight must be a plain parameter, found {type(weight).__name__}")
     if weight.dtype not in FLOATS:
         raise TypeError(f"{layer}: weight must be float32, bfloat16, float16 or float64, found {weight.dtype}")

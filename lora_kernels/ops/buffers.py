@@ -16,7 +16,7 @@ def describe(t: Tensor) -> tuple[int, ...]:
     """A vector or matrix as numbers: what DLPack's exchange function of torch tells, for a torch that has none."""
     code = _BFLOAT if t.dtype is torch.bfloat16 else _FLOAT if t.is_floating_point() else 0
     device = _CPU if t.device.type == "cpu" else 0
-    sizes, strides = (*t.shape, 1)[:2], (*t.stride(), 1)[:2]
+    sizes, strides = (*t.shape, 1, 1)[:2], (*t.stride(), 1, 1)[:2]
     return (t.data_ptr(), device, code, t.element_size() * 8, t.dim(), *sizes, *strides)
 
 
@@ -38,6 +38,14 @@ def mask(dropout: float, seed: Tensor | None) -> tuple[int, int, float] | None:
 def row_major(t: Tensor) -> Tensor:
     """The tensor itself if its rows are contiguous, else a copy."""
     return t if t.stride(1) == 1 and (t.shape[0] < 2 or t.stride(0) >= t.shape[1]) else t.contiguous()
+
+
+def refuse_negated(**tensors: Any) -> str | None:
+    """Names the first tensor whose memory holds the negative of its values, as conj().imag has: the kernels read memory."""
+    for name, t in tensors.items():
+        if t is not None and t.is_neg():
+            return f"{name} is a negated view; resolve_neg() makes it a plain tensor"
+    return None
 
 
 def refuse_dtypes(**tensors: Any) -> str | None:

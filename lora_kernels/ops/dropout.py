@@ -15,7 +15,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 def draw_seed() -> Tensor:
     """A fresh seed, int64 [], from torch's default CPU generator: `torch.manual_seed` and checkpointing govern it."""
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 
 def threshold(p: float) -> int:

@@ -1,4 +1,4 @@
-"""The one place that joins ops to backends; nothing else branches on hardware.
+"""The one place that joins ops to backends; which backend runs is decided here alone.
 
 An op is declared once: its schema and its fake (shapes only). A backend adds an implementation and a refusal, which
 says in words why it cannot take some arguments. A call runs the first backend, in PREFERENCE order, that accepts them.
@@ -63,20 +63,21 @@ class Explanation:
 
 
 class Op:
-    """A declared op. Eager calls go straight to the backend; compiled and traced ones go through the dispatcher,
-    whose kernel is this same choice, so both give the same bits."""
+    """A declared op. Eager calls go straight to the backend; those that something watches (a compiler, a tracer, selective
+    checkpointing, a tensor subclass) go through the dispatcher, whose kernel is this same choice: the same bits."""
 
     def __init__(self, name: str, overload: torch._ops.OpOverload) -> None:
         self.name = name
         self._overload = overload
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN:
+        if torch.compiler.is_compiling() or _modes() or _functorch() is not None or not _PLAIN.issuperset(map(type, args[:4])):
             return self._overload(*args)
         return choose(self.name, args).run(*args)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), float, int, bool, list}
+_modes, _functorch = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 
 
 def declare(schema: str, fake: Callable[..., Any]) -> Op:

@@ -221,3 +221,10 @@ def test_the_norm_is_never_stale(change, training):
         norm = layer._norm(layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
         assert torch.equal(norm, weight_norm(layer.weight, layer.lora_A, layer.lora_B, layer.scaling))
     torch.testing.assert_close(layer(x).detach(), after, rtol=1e-6, atol=1e-6)
+
+
+def test_on_the_meta_device():
+    layer = DoRALinear(6, 5, device="meta")
+    assert layer(torch.randn(3, 6, device="meta")).shape == (3, 5)
+    with torch.no_grad():
+        assert layer(torch.randn(3, 6, device="meta")).device.type == "meta"

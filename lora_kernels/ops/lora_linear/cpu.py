@@ -9,7 +9,7 @@ the cache, in both directions. Sums are float32 and y is rounded once.
 import torch
 
 from lora_kernels import _cpu
-from lora_kernels.ops.buffers import READ, mask, refuse_dtypes, row_major, transposed
+from lora_kernels.ops.buffers import READ, mask, refuse_dtypes, refuse_negated, row_major, transposed
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tiles import on_tiles, product_back
 
@@ -26,11 +26,15 @@ def refusal(x, w, a, b, scale, bias, gain, *_):
         and (bias is None or bias.dtype in READ)
         and (gain is None or gain.dtype in READ)
     )
-    return None if readable else refuse_dtypes(x=x, w=w, a=a, b=b, bias=bias, gain=gain)
+    negated = x.is_neg() or w.is_neg() or a.is_neg() or b.is_neg()
+    if readable and not negated and bias is None and gain is None:
+        return None
+    tensors = {"x": x, "w": w, "a": a, "b": b, "bias": bias, "gain": gain}
+    return refuse_negated(**tensors) if readable else refuse_dtypes(**tensors)
 
 
 def backward_refusal(dy, *args):
-    return refusal(*args)
+    return refusal(*args) or refuse_negated(dy=dy)
 
 
 @implements("lora_linear_forward", "cpu", refusal)

@@ -8,6 +8,7 @@ Sources: LoRA, arXiv:2106.09685, eq. 3; rsLoRA, arXiv:2312.03732; DoRA, arXiv:24
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +108,17 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
+def check_kinds(op: str, scale: Any, **tensors: Any) -> None:
+    """Raises TypeError unless `scale` is a number or tensor and the others are tensors or None, but for the first three."""
+    for i, (name, tensor) in enumerate(tensors.items()):
+        if not isinstance(tensor, Tensor) and (tensor is not None or i < 3):
+            raise TypeError(f"{op}: {name} must be a tensor, found {type(tensor).__name__}")
+    if not isinstance(scale, Tensor | float | int | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{op}: scale must be a number or a tensor, found {type(scale).__name__}")
+
+
 def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed):
+    check_kinds("lora_linear", scale, x=x, w=w, a=a, b=b, bias=bias, gain=gain, seed=seed)
     # one look at each attribute: the check is a good part of what a small call costs
     if w.dim() != 2 or a.dim() != 2 or x.dim() < 1:
         raise ValueError(

@@ -6,6 +6,7 @@ beside W's address and version. It costs the bytes of A and B, which the layer r
 """
 
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -26,8 +27,9 @@ class NormCache:
 
     Under `torch.no_grad()` a norm is reused if no bit of A and B changed, nor the address, version or a sample of W.
     With grad mode on it is computed anew, and only ‖W‖² is reused. On other devices than the CPU, while compiling, and
-    without the CPU extension, nothing is reused. `clear()` forgets: needed only after an edit of W through `.data` that
-    leaves the sampled elements, about 64 a matrix, as they were.
+    without the CPU extension, nothing is reused. `clear()` forgets: needed only after an edit of W through `.data`, or through
+    memory that it shares with numpy, that leaves the sampled elements, about 64 a matrix, as they were. What is given is the
+    kept tensor itself: do not change it.
     """
 
     __slots__ = ("_squared", "_norm", "_gain")
@@ -90,5 +92,10 @@ def _key(scale: float | Tensor, w: Tensor, *others: Tensor) -> Any:
     for t in (w, *others):
         if type(t) not in _PLAIN:
             return None
+        if t.is_neg():
+            return None
+    if w.is_inference():  # such tensors have no version
+        return None
     found = fingerprint(w, *others)
-    return found and (found, scale, -1 if w.is_inference() else w._version)
+    # the tensor itself, lest another one at the same address be taken for it
+    return found and (found, scale, w._version, ref(w if w._base is None else w._base))

@@ -3,7 +3,7 @@
 import torch
 
 from lora_kernels import _cpu
-from lora_kernels.ops.buffers import refuse_dtypes
+from lora_kernels.ops.buffers import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tiles import on_tiles, product
 
@@ -14,7 +14,7 @@ MAX_CONDITION = {torch.float32: 4.0, torch.bfloat16: 64.0, torch.float16: 64.0}
 
 
 def refusal(w, a=None, b=None, scale=None, w_squared=None):
-    return refuse_dtypes(w=w, a=a, b=b)
+    return refuse_dtypes(w=w, a=a, b=b) or refuse_negated(w=w, a=a, b=b)
 
 
 def backward_refusal(dn, n, w, a, b, scale, needs):

@@ -9,7 +9,7 @@ Sources: DoRA, arXiv:2402.09353, eq. 5 and §4.3; the factored form, arXiv:2603.
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.lora_linear.op import FLOATS, without_autocast
+from lora_kernels.ops.lora_linear.op import FLOATS, check_kinds, without_autocast
 from lora_kernels.ops.registry import declare
 
 
@@ -18,8 +18,9 @@ def weight_norm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, w_
 
     Shapes: w [out, in], a [r, in], b [out, r]; returns [out] in float32 (float64 if w is float64). `w_squared` is
     `row_norm_squared(w)` when the caller has it: w is frozen, so it need not be summed again.
-    Sums are float32, never TF32. Rows in which the terms of (2) cancel are summed directly as (1), so the relative
-    error stays below 1e-4 (16-bit w) and 1e-5 (float32 w) however strong the cancellation.
+    Sums are float32, never TF32. Rows in which the terms of (2) cancel are summed directly as (1), so the error stays
+    below 1e-4 (16-bit w) and 1e-5 (float32 w) of ‖W‖ + scale·‖|B| |A|‖, and below it of the norm itself unless single
+    elements of W and scale·BA cancel. Numbers whose squares leave float32's range are not provided for.
     Gradients flow to a, b and a tensor `scale` (the exact gradient; detach the result for the paper's §4.3). The
     gradient of a zero row is zero. A second differentiation raises.
 
@@ -53,9 +54,12 @@ def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
 
 
 def _check(w, a, b, scale, w_squared):
+    check_kinds("weight_norm", scale, w=w, a=a, b=b, w_squared=w_squared)
     if w.dim() != 2 or a.dim() != 2:
         raise ValueError(f"weight_norm: w and a must have two dimensions, found w {list(w.shape)}, a {list(a.shape)}")
     (n_out, n_in), rank = w.shape, a.shape[0]
+    if rank < 1:
+        raise ValueError(f"weight_norm: a must have at least one row (the rank), found {list(a.shape)}")
     for name, tensor, shape in (("a", a, (rank, n_in)), ("b", b, (n_out, rank)), ("w_squared", w_squared, (n_out,))):
         if tensor is None:
             continue
