@@ -54,8 +54,12 @@ Space resolve(Space space, uint64_t& address) {
 
 uint8_t* local_at(Warp& w, int lane, uint64_t address, uint64_t bytes, const char* what) {
   const uint64_t size = w.block->launch->program->local_bytes;
-  if (address + bytes > size) {
+  if (address > size || bytes > size - address) {
     report(w, lane, std::string(what) + ": local memory out of bounds");
+    return nullptr;
+  }
+  if (address % bytes) {
+    report(w, lane, std::string(what) + ": misaligned local address");
     return nullptr;
   }
   return w.block->local.data() + (w.index * LANES + lane) * size + address;
@@ -84,11 +88,21 @@ uint8_t* reach(Warp& w, int lane, Space space, uint64_t address, uint32_t bytes,
 void load(Warp& w, const Instruction& in, Mask mask) {
   const Form f = form(in);
   const auto bytes = uint32_t(f.bytes * f.count);
+  const auto put = [&](int64_t k, int lane, const uint8_t* from) {
+    uint64_t value = 0;
+    if (from) std::memcpy(&value, from, f.bytes);
+    if (f.is_signed && f.bytes < 8) {
+      const int rest = 64 - 8 * int(f.bytes);
+      value = uint64_t(int64_t(value << rest) >> rest);
+    }
+    std::memcpy(w.at<uint8_t>(in.at[k]) + lane * f.register_bytes, &value, f.register_bytes);
+  };
   if (f.space == PARAM) {
+    const auto& held = w.block->launch->parameters;
+    if (f.offset < 0 || uint64_t(f.offset) + bytes > held.size()) return report(w, -1, "ld.param: out of bounds");
     for (int64_t k = 0; k < f.count; k++) {
-      const uint8_t* from = w.block->launch->parameters.data() + f.offset + k * f.bytes;
       for (int i = 0; i < LANES; i++) {
-        if (mask >> i & 1) std::memcpy(w.at<uint8_t>(in.at[k]) + i * f.register_bytes, from, f.bytes);
+        if (mask >> i & 1) put(k, i, held.data() + f.offset + k * f.bytes);
       }
     }
     return;
@@ -101,15 +115,7 @@ void load(Warp& w, const Instruction& in, Mask mask) {
     if (!(mask >> i & 1)) continue;
     const uint8_t* from = reach(w, i, f.space, a[i], bytes, access, "ld");
     if (access == Access::atomic) acquire(w, a[i], f.order & ACQUIRE);
-    for (int64_t k = 0; k < f.count; k++) {
-      uint64_t value = 0;
-      if (from) std::memcpy(&value, from + k * f.bytes, f.bytes);
-      if (f.is_signed && f.bytes < 8) {
-        const int rest = 64 - 8 * int(f.bytes);
-        value = uint64_t(int64_t(value << rest) >> rest);
-      }
-      std::memcpy(w.at<uint8_t>(in.at[k]) + i * f.register_bytes, &value, f.register_bytes);
-    }
+    for (int64_t k = 0; k < f.count; k++) put(k, i, from ? from + k * f.bytes : nullptr);
   }
 }
 

@@ -259,6 +259,34 @@ inline u16 to_bf16_fma(float x, float y, float z) {
       CONVERT("u32", #T, u32, T, "32", #B, u32(x)), CONVERT("s32", #T, u32, T, "32", #B, u32(x)),            \
       CONVERT("u64", #T, u64, T, "64", #B, u64(x)), CONVERT("s64", #T, u64, T, "64", #B, u64(s64(x)))
 
+// .ftz: what is below the smallest normal number counts, and comes out, as a zero of its sign
+f32 flush(f32 v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.f, v) : v; }
+
+// clang-format off: a line a few instructions
+#define FTZ1(name, value) {name ".ftz.f32", "32=32", RUN { one<f32, f32>(w, in, mask, [](f32 x) { x = flush(x); return flush(value); }); }, Flow::none}
+#define FTZ2(name, value) {name ".ftz.f32", "32=32,32", RUN { two<f32, f32, f32>(w, in, mask, [](f32 x, f32 y) { x = flush(x), y = flush(y); return flush(value); }); }, Flow::none}
+#define FTZ_COMPARE(op, test) COMPARE(op ".ftz", f32, 32, [](f32 x, f32 y) { return test; }(flush(x), flush(y)))
+#define FTZ_ROUND(mode, f) \
+  CONVERT(mode ".ftz.f32", "f32", f32, f32, "32", "32", flush(f(flush(x)))), \
+  CONVERT(mode ".ftz.s32", "f32", s32, f32, "32", "32", to_integer<s32>(f(flush(x)))), CONVERT(mode ".ftz.u32", "f32", u32, f32, "32", "32", to_integer<u32>(f(flush(x))))
+f32 saturated(f32 v) { return v != v || v < 0 ? 0.f : v > 1 ? 1.f : v; }
+
+const Table flushed{
+    FTZ2("add", x + y), FTZ2("sub", x - y), FTZ2("mul", x * y), FTZ2("div", x / y), FTZ2("min", least(x, y)), FTZ2("max", most(x, y)),
+    {"fma.ftz.f32", "32=32,32,32", RUN { three<f32, f32, f32, f32>(w, in, mask, [](f32 x, f32 y, f32 z) { return flush(std::fma(flush(x), flush(y), flush(z))); }); }, Flow::none},
+    FTZ1("abs", std::fabs(x)), FTZ1("neg", -x), FTZ1("sqrt", std::sqrt(x)), FTZ1("rcp", 1 / x), FTZ1("rsqrt", 1 / std::sqrt(x)),
+    FTZ1("ex2", std::exp2(x)), FTZ1("lg2", std::log2(x)), FTZ1("sin", std::sin(x)), FTZ1("cos", std::cos(x)),
+    FTZ_COMPARE("eq", x == y), FTZ_COMPARE("ne", x < y || x > y), FTZ_COMPARE("lt", x < y), FTZ_COMPARE("le", x <= y),
+    FTZ_COMPARE("gt", x > y), FTZ_COMPARE("ge", x >= y), FTZ_COMPARE("equ", !(x < y || x > y)), FTZ_COMPARE("neu", x != y),
+    FTZ_COMPARE("ltu", !(x >= y)), FTZ_COMPARE("leu", !(x > y)), FTZ_COMPARE("gtu", !(x <= y)), FTZ_COMPARE("geu", !(x < y)),
+    FTZ_COMPARE("num", x == x && y == y), FTZ_COMPARE("nan", x != x || y != y),
+    FTZ_ROUND("rni", std::nearbyint), FTZ_ROUND("rzi", std::trunc), FTZ_ROUND("rmi", std::floor), FTZ_ROUND("rpi", std::ceil),
+    CONVERT("sat.f32", "f32", f32, f32, "32", "32", saturated(x)), CONVERT("ftz.sat.f32", "f32", f32, f32, "32", "32", saturated(flush(x))),
+    ONE("bfind.shiftamt.u32", "32=32", u32, u32, x ? __builtin_clz(x) : ~0u),
+    ONE("brev.b64", "64=64", u64, u64, ([](u64 v) { u64 r = 0; for (int i = 0; i < 64; i++) r |= (v >> i & 1) << (63 - i); return r; }(x))),
+};
+// clang-format on
+
 const Table entries{
     INTEGER(u16, 16), INTEGER(s16, 16), INTEGER(u32, 32), INTEGER(s32, 32), INTEGER(u64, 64), INTEGER(s64, 64),
     SIGNED(s16, 16), SIGNED(s32, 32), SIGNED(s64, 64), WIDE(u16, u32, "16", "32"), WIDE(s16, s32, "16", "32"),

@@ -22,14 +22,16 @@ struct Stamp {
 // what is known of some bytes of shared memory
 struct Cell {
   Stamp write, read;
-  int32_t readers = -1;  // where there are several warps since the last write: their clocks, in Block::readers
-  bool ready = false;    // written
-  bool flying = false;   // a cp.async will land here
+  int32_t readers =
+      -1;  // where there are several warps since the last write: their last reads or atomics, in Block::readers
+  bool ready = false;   // written
+  bool atomic = false;  // `read` and `readers` are atomics
+  bool flying = false;  // a cp.async will land here
 };
 
-// 16 bytes, which are accessed as one nearly always; else each two bytes have a cell of their own, in Block::pieces
+// 16 bytes, which are accessed as one nearly always; else each byte has a cell of its own, in Block::pieces
 struct Chunk {
-  static constexpr uint32_t BYTES = 16, PIECE = 2, PIECES = BYTES / PIECE;
+  static constexpr uint32_t BYTES = 16, PIECE = 1, PIECES = BYTES / PIECE;
   Cell whole;
   int32_t pieces = -1;
 };
@@ -42,10 +44,11 @@ struct Mark {
   uint16_t warp = 0;
   uint8_t lane = 0;
   bool many = false;  // several warps or lanes
+  bool atomic = false;
 };
 struct Element {
   Mark write, read;
-  bool written() const { return write.block != 0; }
+  bool written() const { return write.block != 0 || read.atomic; }
 };
 
 struct Shadow {
@@ -88,7 +91,7 @@ struct Block {
   std::vector<uint8_t> shared, local;
   std::vector<Chunk> chunks;
   std::vector<std::array<Cell, Chunk::PIECES>> pieces;
-  std::vector<std::array<uint32_t, WARPS>> readers;
+  std::vector<std::array<Stamp, WARPS>> readers;
   std::array<Barrier, BARRIERS> barriers;
   uint32_t passed = 0;  // barriers of all threads
   uint32_t clock = 1;   // counts releases to other blocks
@@ -184,7 +187,7 @@ void each_cell(Block& block, uint32_t address, uint32_t bytes, F&& f) {
     if (covered && pieces[0].read.clock == 0 && pieces[0].readers < 0) {
       const auto same = [&](const Cell& c) {
         return std::memcmp(&c.write, &pieces[0].write, sizeof c.write) == 0 && c.read.clock == 0 && c.readers < 0 &&
-               c.ready == pieces[0].ready && c.flying == pieces[0].flying;
+               c.ready == pieces[0].ready && c.flying == pieces[0].flying && c.atomic == pieces[0].atomic;
       };
       bool alike = true;
       for (const Cell& c : pieces) alike = alike && same(c);

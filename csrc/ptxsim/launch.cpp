@@ -89,22 +89,50 @@ void finish(Warp& w, Mask lanes) {
   }
 }
 
+// lanes that are at one instruction run as one group
+void merge(Warp& w) {
+  std::sort(w.groups.begin(), w.groups.end(), [](const Group& a, const Group& b) { return a.pc < b.pc; });
+  size_t last = 0;
+  for (size_t i = 1; i < w.groups.size(); i++) {
+    if (w.groups[i].pc == w.groups[last].pc) w.groups[last].lanes |= w.groups[i].lanes;
+    else w.groups[++last] = w.groups[i];
+  }
+  w.groups.resize(last + 1);
+}
+
+bool waits_for_others(const Warp& w, const Group& group, const Instruction* code) {
+  const Flow flow = code[group.pc].flow;
+  return (flow == Flow::together || flow == Flow::barrier) && group.lanes != w.live;
+}
+
+// The lanes at the lowest instruction, but those that wait there for others come last: these may arrive, or exit.
+size_t choose(const Warp& w, const Instruction* code) {
+  for (size_t i = 0; i < w.groups.size(); i++) {
+    if (!waits_for_others(w, w.groups[i], code)) return i;
+  }
+  return 0;
+}
+
 // runs a warp until it waits, ends, or has had its turn
 void advance(Warp& w) {
   Launch& launch = *w.block->launch;
   const Instruction* code = launch.program->code.data();
   uint64_t left = TURN;
   while (w.live && w.waiting < 0 && left > 0) {
-    // the lanes at the lowest instruction run, up to where others are
-    std::sort(w.groups.begin(), w.groups.end(), [](const Group& a, const Group& b) { return a.pc < b.pc; });
-    while (w.groups.size() > 1 && w.groups[0].pc == w.groups[1].pc) {
-      w.groups[1].lanes |= w.groups[0].lanes;
-      w.groups.erase(w.groups.begin());
-    }
-    Group group = w.groups[0];
-    const int limit = w.groups.size() > 1 ? w.groups[1].pc : INT_MAX;
-    bool go = true;
+    merge(w);
+    const size_t chosen = choose(w, code);
+    Group group = w.groups[chosen];
+    const bool alone = w.groups.size() == 1;
+    const auto meets = [&] {
+      for (size_t i = 0; i < w.groups.size(); i++) {
+        if (i != chosen && w.groups[i].pc == group.pc) return true;
+      }
+      return false;
+    };
+    bool go = true, first = true;
     while (go && left > 0) {
+      if (!alone && !first && (meets() || waits_for_others(w, group, code))) break;
+      first = false;
       const Instruction& in = code[group.pc];
       Mask mask = group.lanes;
       if (in.predicate >= 0) {
@@ -114,10 +142,13 @@ void advance(Warp& w) {
       w.now = &in;
       left--;
       launch.by_opcode[in.opcode]++;
+      launch.counters.instructions++;
+      w.block->done++;
+      group.pc++;
       switch (in.flow) {
         case Flow::none:
+        case Flow::together:
           if (mask) in.run(w, in, mask);
-          group.pc++;
           break;
         case Flow::branch: {
           const int target = int(in.with[0]);
@@ -125,41 +156,31 @@ void advance(Warp& w) {
           if (mask && stay) {
             w.groups.push_back({mask, target});
             group.lanes = stay;
-            group.pc++;
             go = false;
-          } else {
-            group.pc = mask ? target : group.pc + 1;
+          } else if (mask) {
+            group.pc = target;
           }
           break;
         }
         case Flow::exit:
           group.lanes &= ~mask;
-          group.pc++;
-          w.groups[0] = group;
+          w.groups[chosen] = group;
           finish(w, mask);
-          go = group.lanes != 0;
+          go = false;
           break;
         case Flow::barrier:
-          group.pc++;
           if (mask) {
             launch.counters.barriers++;
             in.run(w, in, mask);
           }
           go = w.waiting < 0;
           break;
-        case Flow::pause:
-          group.pc++;
-          left = 0;
-          break;
+        case Flow::pause: left = 0; break;
       }
-      if (group.pc >= limit) go = false;
     }
-    if (group.lanes) w.groups[0] = group;
-    else w.groups.erase(w.groups.begin());
+    if (group.lanes) w.groups[chosen] = group;
+    else w.groups.erase(w.groups.begin() + int64_t(chosen));
   }
-  const uint64_t taken = TURN - left;
-  w.block->done += taken;
-  launch.counters.instructions += taken;
 }
 
 bool ended(const Block& block) {

@@ -19,7 +19,7 @@ struct Instruction;
 using Handler = void (*)(Warp&, const Instruction&, Mask);
 
 // what the counters and the scheduler distinguish
-enum class Flow : uint8_t { none, branch, exit, barrier, pause };
+enum class Flow : uint8_t { none, together, branch, exit, barrier, pause };  // together: lanes wait for one another
 
 struct Opcode {
   Handler run;

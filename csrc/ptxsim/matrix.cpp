@@ -42,7 +42,7 @@ struct U8 {
 
 // D [16, 8] = A [16, K] B [K, 8] + C; operands D, A, B, C. Sums in the order of k, in the accumulator's type: the tensor
 // cores' own order and rounding are not documented.
-template <typename A, typename B, int K, bool HALF>
+template <typename A, typename B, int K, bool HALF, bool SATURATES = false>
 void mma(Warp& w, const Instruction& in, Mask mask) {
   using Number = typename A::Number;
   constexpr int E = A::PER, A_COUNT = ROWS * K / LANES / E, B_COUNT = COLUMNS * K / LANES / E, C_COUNT = HALF ? 2 : 4;
@@ -72,16 +72,26 @@ void mma(Warp& w, const Instruction& in, Mask mask) {
       }
     }
   }
-  typedef Number Row __attribute__((vector_size(COLUMNS * sizeof(Number))));
-  for (int m = 0; m < ROWS; m++) {
-    Row sum;
-    std::memcpy(&sum, d[m], sizeof sum);
-    for (int k = 0; k < K; k++) {
-      Row row;
-      std::memcpy(&row, b[k], sizeof row);
-      sum += a[m][k] * row;
+  if constexpr (SATURATES) {
+    for (int m = 0; m < ROWS; m++) {
+      for (int n = 0; n < COLUMNS; n++) {
+        int64_t sum = d[m][n];
+        for (int k = 0; k < K; k++) sum += int64_t(a[m][k]) * b[k][n];
+        d[m][n] = Number(sum < INT32_MIN ? INT32_MIN : sum > INT32_MAX ? INT32_MAX : sum);
+      }
     }
-    std::memcpy(d[m], &sum, sizeof sum);
+  } else {
+    typedef Number Row __attribute__((vector_size(COLUMNS * sizeof(Number))));
+    for (int m = 0; m < ROWS; m++) {
+      Row sum;
+      std::memcpy(&sum, d[m], sizeof sum);
+      for (int k = 0; k < K; k++) {
+        Row row;
+        std::memcpy(&row, b[k], sizeof row);
+        sum += a[m][k] * row;
+      }
+      std::memcpy(d[m], &sum, sizeof sum);
+    }
   }
   for (int r = 0; r < C_COUNT; r++) {
     uint32_t* v = w.at<uint32_t>(in.at[r]);
@@ -165,7 +175,7 @@ void movmatrix(Warp& w, const Instruction& in, Mask mask) {
 }
 
 #define MMA(shape, types, operands, A, B, K, HALF) \
-  {"mma." shape ".row.col." types, operands, mma<A, B, K, HALF>, Flow::none}
+  {"mma." shape ".row.col." types, operands, mma<A, B, K, HALF>, Flow::together}
 #define FOUR "32,32,32,32"
 
 const Table entries{
@@ -181,9 +191,13 @@ const Table entries{
     MMA("m16n8k32", "s32.s8.u8.s32", FOUR "=" FOUR ",32,32," FOUR, S8, U8, 32, false),
     MMA("m16n8k32", "s32.u8.s8.s32", FOUR "=" FOUR ",32,32," FOUR, U8, S8, 32, false),
     MMA("m16n8k16", "s32.s8.s8.s32", FOUR "=32,32,32," FOUR, S8, S8, 16, false),
-    {"ldmatrix", "*", ldmatrix, Flow::none},
-    {"stmatrix", "*", stmatrix, Flow::none},
-    {"movmatrix.sync.aligned.m8n8.trans.b16", "32=32", movmatrix, Flow::none},
+    {"mma.m16n8k32.row.col.satfinite.s32.s8.s8.s32", FOUR "=" FOUR ",32,32," FOUR, mma<S8, S8, 32, false, true>,
+     Flow::together},
+    {"mma.m16n8k16.row.col.satfinite.s32.s8.s8.s32", FOUR "=32,32,32," FOUR, mma<S8, S8, 16, false, true>,
+     Flow::together},
+    {"ldmatrix", "*", ldmatrix, Flow::together},
+    {"stmatrix", "*", stmatrix, Flow::together},
+    {"movmatrix.sync.aligned.m8n8.trans.b16", "32=32", movmatrix, Flow::together},
 };
 
 }  // namespace

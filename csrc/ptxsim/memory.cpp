@@ -17,29 +17,28 @@ bool ordered(const Warp& w, int lane, const Stamp& s) {
   return w.known[s.warp] >= s.clock;
 }
 
+// of two lanes of one warp that read in one interval either stands for both, but not for itself: lane LANES is no lane
+void add_read(Stamp& last, const Warp& w, int lane) {
+  const bool both = last.clock == w.clock && last.lane != lane;
+  last = {w.clock, uint16_t(w.index), uint16_t(both ? LANES : lane)};
+}
+
 void note_read(Block& block, Cell& cell, const Warp& w, int lane) {
-  const Stamp now{w.clock, uint16_t(w.index), uint16_t(lane)};
-  if (cell.readers < 0 && (cell.read.clock == 0 || cell.read.warp == w.index)) {
-    // of two lanes of one warp that read in one interval either stands for both, but not for itself: lane LANES is no lane
-    const bool both = cell.read.clock == w.clock && cell.read.lane != lane;
-    cell.read = now;
-    if (both) cell.read.lane = LANES;
-    return;
-  }
+  if (cell.readers < 0 && (cell.read.clock == 0 || cell.read.warp == w.index)) return add_read(cell.read, w, lane);
   if (cell.readers < 0) {
     cell.readers = int32_t(block.readers.size());
     block.readers.push_back({});
-    block.readers.back()[cell.read.warp] = cell.read.clock;
+    block.readers.back()[cell.read.warp] = cell.read;
   }
-  block.readers[cell.readers][w.index] = w.clock;
+  add_read(block.readers[cell.readers][w.index], w, lane);
 }
 
 // a reader that does not come before a write of `lane`, or -1
 int unordered_reader(const Block& block, const Cell& cell, const Warp& w, int lane) {
   if (cell.readers < 0) return cell.read.clock && !ordered(w, lane, cell.read) ? cell.read.warp : -1;
   for (int i = 0; i < WARPS; i++) {
-    const uint32_t clock = block.readers[cell.readers][i];
-    if (clock && !(i == w.index ? clock < w.clock : w.known[i] >= clock)) return i;
+    const Stamp& s = block.readers[cell.readers][i];
+    if (s.clock && !ordered(w, lane, s)) return i;
   }
   return -1;
 }
@@ -54,7 +53,7 @@ bool before(const Warp& w, int lane, const Mark& m) {
 }
 
 Mark mark(const Warp& w, int lane) {
-  return {w.block->index + 1, w.clock, w.block->clock, uint16_t(w.index), uint8_t(lane), false};
+  return {w.block->index + 1, w.clock, w.block->clock, uint16_t(w.index), uint8_t(lane), false, false};
 }
 
 Element* element_of(Launch& launch, size_t buffer, uint64_t address) {
@@ -109,30 +108,31 @@ bool check_global(Warp& w, int lane, size_t buffer, uint64_t address, uint32_t b
              std::string(what) + ": race on " + b.name + "+" + std::to_string(a - b.first) + " with a " + kind +
                  " of block " + std::to_string(m.block - 1) + " warp " + std::to_string(m.warp));
     };
-    if (access == Access::load && b.poisoned && !e->written() && fine) {
+    if (access != Access::store && b.poisoned && !e->written() && fine) {
       fine = false;
       report(w, lane,
              std::string(what) + " reads " + b.name + "+" + std::to_string(a - b.first) + ", which nobody wrote");
     }
-    if (access != Access::atomic) {
-      if (e->write.block && !before(w, lane, e->write)) conflict(e->write, "write");
-      if (access == Access::store && e->read.block && !before(w, lane, e->read)) conflict(e->read, "read");
-    }
-    if (access == Access::load) {
-      Mark now = mark(w, lane);
-      const Mark& old = e->read;
-      if (old.block == now.block &&
-          (old.many || old.warp != now.warp || (old.lane != now.lane && old.clock == now.clock))) {
-        now.many = true;
-        now.clock = w.block->passed;
-      }
-      e->read = now;
-    } else if (access == Access::store) {
-      e->write = mark(w, lane);
+    if (e->write.block && !before(w, lane, e->write)) conflict(e->write, "write");
+    const bool atomic = access == Access::atomic;
+    if (atomic ? !e->read.atomic : e->read.atomic || access == Access::store) {
+      if (e->read.block && !before(w, lane, e->read)) conflict(e->read, e->read.atomic ? "atomic" : "read");
+      if (access == Access::load) continue;  // after atomics a read is not kept: their mark is where it would be
       e->read = {};
-    } else if (!e->written()) {
-      e->write = mark(w, lane);
     }
+    if (access == Access::store) {
+      e->write = mark(w, lane);
+      continue;
+    }
+    Mark now = mark(w, lane);
+    now.atomic = atomic;
+    const Mark& old = e->read;
+    if (old.block == now.block &&
+        (old.many || old.warp != now.warp || (old.lane != now.lane && old.clock == now.clock))) {
+      now.many = true;
+      now.clock = w.block->passed;
+    }
+    e->read = now;
   }
   return fine;
 }
@@ -189,21 +189,27 @@ uint8_t* shared_at(Warp& w, int lane, uint32_t address, uint32_t bytes, Access a
   each_cell(block, address, bytes, [&](Cell& cell, uint32_t at) {
     if (cell.flying) return wrong(at, ": a cp.async into it has not been waited for");
     const bool same = access == Access::store && value && cell.ready && std::memcmp(data, value, bytes) == 0;
-    if (access != Access::atomic && cell.write.clock && !ordered(w, lane, cell.write) && !same) {
+    if (cell.write.clock && !ordered(w, lane, cell.write) && !same) {
       return wrong(at, ": shared race with a write of " + thread_of(cell.write));
     }
-    if (access == Access::load) {
-      if (!cell.ready) return wrong(at, ": reads shared memory that nobody wrote");
-      note_read(block, cell, w, lane);
-      return;
-    }
-    if (access == Access::store) {
-      const int reader = unordered_reader(block, cell, w, lane);
-      if (reader >= 0 && !same) return wrong(at, ": shared race with a read of warp " + std::to_string(reader));
-      cell.write = {w.clock, uint16_t(w.index), uint16_t(lane)};
+    if (access != Access::store && !cell.ready) return wrong(at, ": reads shared memory that nobody wrote");
+    const bool atomic = access == Access::atomic;
+    if (atomic ? !cell.atomic : cell.atomic || access == Access::store) {
+      const int other = unordered_reader(block, cell, w, lane);
+      if (other >= 0 && !same) {
+        return wrong(at, std::string(": shared race with ") + (cell.atomic ? "an atomic" : "a read") + " of warp " +
+                             std::to_string(other));
+      }
+      if (access == Access::load) return;  // after atomics a read is not kept: their warps' marks are where it would be
       cell.read = {};
       cell.readers = -1;
     }
+    if (access != Access::store) {
+      cell.atomic = atomic;
+      return note_read(block, cell, w, lane);
+    }
+    cell.write = {w.clock, uint16_t(w.index), uint16_t(lane)};
+    cell.atomic = false;
     cell.ready = true;
   });
   return data;
@@ -232,7 +238,7 @@ uint8_t* global_at(Warp& w, int lane, uint64_t address, uint32_t bytes, Access a
 }
 
 void count_global(Warp& w, const uint64_t* addresses, Mask mask, uint32_t bytes, bool store) {
-  uint64_t sectors[LANES * 2];
+  uint64_t sectors[LANES * 3];  // a lane has up to 64 bytes
   int count = 0;
   for (int i = 0; i < LANES; i++) {
     if (!(mask >> i & 1)) continue;
@@ -256,7 +262,7 @@ void count_shared(Warp& w, const uint32_t* addresses, Mask mask, uint32_t bytes)
   const int together = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
   uint64_t passes = 0, ideal = 0;
   for (int first = 0; first < LANES; first += together) {
-    uint32_t words[LANES];
+    uint32_t words[LANES * 2];
     int count = 0;
     for (int i = first; i < first + together; i++) {
       if (!(mask >> i & 1)) continue;
@@ -294,6 +300,7 @@ void land(Warp& w, const Copy& copy) {
     cell.read = {};
     cell.readers = -1;
     cell.ready = true;
+    cell.atomic = false;
     cell.flying = false;
   });
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 namespace lk::ptx {
 
@@ -55,10 +56,10 @@ inline uint32_t to_tf32(float v) {
   return std::isfinite(v) ? (u + 0x1000) & 0xffffe000u : v != v ? 0x7fffffffu : u;
 }
 
-// a float as an integer, out of range the nearest one, NaN as 0
+// a float as an integer, out of range the nearest one; NaN as 0, or where 64 bits take part as the highest bit alone
 template <typename T, typename F>
 inline T to_integer(F v) {
-  if (v != v) return 0;
+  if (v != v) return sizeof(F) < 8 && sizeof(T) < 8 ? T(0) : T(std::make_unsigned_t<T>(1) << (sizeof(T) * 8 - 1));
   if (v <= F(std::numeric_limits<T>::min())) return std::numeric_limits<T>::min();
   if (v >= F(std::numeric_limits<T>::max())) return std::numeric_limits<T>::max();
   return T(v);

@@ -98,7 +98,7 @@ void wgmma(Warp& w, const Instruction& in, Mask mask) {
 void nothing(Warp&, const Instruction&, Mask) {}
 
 const Table entries{
-    {"wgmma.mma_async", "*", wgmma, Flow::none},
+    {"wgmma.mma_async", "*", wgmma, Flow::together},
     {"wgmma.fence", "=", nothing, Flow::none},
     {"wgmma.commit_group", "=", nothing, Flow::none},
     {"wgmma.wait_group", "=i", nothing, Flow::none},

@@ -227,7 +227,7 @@ def test_fma_rounds_once():
 def test_approximations():
     x = np.abs(values("f32"))
     functions = {
-        "ex2.approx.ftz.f32": np.exp2, "lg2.approx.f32": np.log2, "rsqrt.approx.f32": lambda x: 1 / np.sqrt(x),
+        "ex2.approx.f32": np.exp2, "lg2.approx.f32": np.log2, "rsqrt.approx.f32": lambda x: 1 / np.sqrt(x),
         "sin.approx.f32": np.sin, "cos.approx.f32": np.cos, "tanh.approx.f32": np.tanh,
     }  # fmt: skip
     for opcode, function in functions.items():
@@ -309,7 +309,7 @@ def test_conversions_of_integers_and_floats(kind):
     for mode, rounded in (("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)):
         with np.errstate(all="ignore"):
             wanted = [
-                0
+                (0 if info.bits < 64 else 1 << 63 if info.min == 0 else info.min)
                 if math.isnan(v)
                 else max(info.min, min(info.max, int(v) if math.isfinite(v) else int(math.copysign(1e30, v))))
                 for v in rounded(x)
@@ -329,3 +329,57 @@ def test_bytes_in_wider_registers():
     np.testing.assert_array_equal(
         run_lanes(["cvt.s16.s32 %out, %a;"], [x.view(np.int32)], np.int32), x.astype(np.uint16).view(np.int16)
     )
+
+
+def flush(x):
+    return np.where(np.abs(x) < 2.0**-126, np.copysign(np.float32(0), x), x).astype(np.float32)
+
+
+def test_flushed_floats():
+    x, y, z = values("f32"), values("f32", 1), values("f32", 2)
+    x[:6], y[:6] = [1e-40, -1e-40, 1e-30, 2.0**-126, 1e-39, -3e-39], [1e-40, 1.0, 1e-10, -(2.0**-127), 2.0, 5e-39]
+    fx, fy, fz = flush(x), flush(y), flush(z)
+    with np.errstate(all="ignore"):
+        two = {"add": fx + fy, "sub": fx - fy, "mul": fx * fy, "div.rn": fx / fy, "min": np.fmin(fx, fy), "max": np.fmax(fx, fy)}
+        for name, wanted in two.items():
+            check(f"{name}.ftz.f32", None, "f32", lambda *_, w=flush(wanted): w, [x, y])
+        exact = flush((fx.astype(np.float64) * fy + fz).astype(np.float32))
+        check("fma.rn.ftz.f32", None, "f32", lambda *_: exact, [x, y, z])
+        one = {"abs": np.abs, "neg": np.negative, "sqrt.rn": np.sqrt, "rcp.rn": lambda v: 1 / v}
+        for name, function in one.items():
+            check(f"{name}.ftz.f32", None, "f32", lambda _, w=flush(function(fx)): w, [x])
+        near = {"rsqrt": lambda v: 1 / np.sqrt(v), "ex2": np.exp2, "lg2": np.log2, "sin": np.sin, "cos": np.cos}
+        for name, function in near.items():
+            found = run_lanes([f"{name}.approx.ftz.f32 %out, %a;"], [x], np.float32)
+            np.testing.assert_allclose(found, flush(function(fx.astype(np.float64))), rtol=1e-6, atol=1e-7)
+        for mode, function in (("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)):
+            check(f"cvt.{mode}.ftz.f32.f32", None, "f32", lambda _, w=function(fx): w, [x])
+            small = np.clip(np.nan_to_num(x), -1e6, 1e6).astype(np.float32)
+            check(f"cvt.{mode}.ftz.s32.f32", None, "s32", lambda _, w=function(flush(small)): w.astype(np.int32), [small])
+            check(f"cvt.{mode}.ftz.u32.f32", None, "u32", lambda _, w=function(np.abs(flush(small))): w.astype(np.uint32), [np.abs(small)])
+        check("cvt.sat.f32.f32", None, "f32", lambda _: np.where(np.isnan(x), 0, np.clip(x, 0, 1)).astype(np.float32), [x])
+        check("cvt.ftz.sat.f32.f32", None, "f32", lambda _: np.where(np.isnan(x), 0, np.clip(fx, 0, 1)).astype(np.float32), [x])
+    neither = ~(np.isnan(x) | np.isnan(y))
+    for name, function in COMPARISONS.items():
+        for suffix, wanted in (("", function(fx, fy) & neither), ("u", function(fx, fy) | ~neither)):
+            lines = [".reg .pred %p;", f"setp.{name}{suffix}.ftz.f32 %p, %a, %b;", "selp.u32 %out, 1, 0, %p;"]
+            np.testing.assert_array_equal(run_lanes(lines, [x, y], np.uint32), wanted)
+    for name, wanted in (("num", neither), ("nan", ~neither)):
+        lines = [".reg .pred %p;", f"setp.{name}.ftz.f32 %p, %a, %b;", "selp.u32 %out, 1, 0, %p;"]
+        np.testing.assert_array_equal(run_lanes(lines, [x, y], np.uint32), wanted)
+
+
+def test_more_counts_of_bits():
+    check("bfind.shiftamt.u32", ["u32"], "u32", lambda x: wrapped("u32", [32 - int(v).bit_length() if v else -1 for v in x]))
+    check("brev.b64", ["b64"], "b64", lambda x: np.array([int(f"{int(v):064b}"[::-1], 2) for v in x], np.uint64))
+
+
+def test_a_guard_that_is_a_target():
+    lane = np.arange(32, dtype=np.uint32)
+    lines = [
+        ".reg .pred %p, %q; .reg .b32 %u, %v;", "setp.lt.u32 %p, %a, 20;", "setp.lt.u32 %q, %a, 0;",
+        "@%p setp.lt.u32 %p|%q, %a, 10;", "selp.u32 %u, 1, 0, %p;", "selp.u32 %v, 2, 0, %q;", "add.u32 %out, %u, %v;",
+    ]  # fmt: skip
+    np.testing.assert_array_equal(run_lanes(lines, [lane], np.uint32), np.where(lane < 10, 1, np.where(lane < 20, 2, 0)))
+    lines[3] = "setp.lt.and.u32 %p|%q, %a, 10, %p;"
+    np.testing.assert_array_equal(run_lanes(lines, [lane], np.uint32), np.where(lane < 10, 1, np.where(lane < 20, 2, 0)))

@@ -135,7 +135,9 @@ def test_arrive_and_sync():
 
 
 def test_barrier_divergence():
-    finds("bar: not all lanes of the warp are here", ["setp.lt.u32 %p0, %r0, 7;", "@%p0 bra $S;", "bar.sync 0;", "$S:"])
+    skipped = ["setp.lt.u32 %p0, %r0, 7;", "@%p0 bra $S;", "bar.sync 0;", "$S:"]
+    finds("bar: not all lanes of the warp are here", [*skipped, "bar.sync 1;"])
+    launch(skipped)  # those that have ended are not waited for
     finds("bar: not all lanes", ["setp.lt.u32 %p0, %r0, 7;", "@%p0 bar.sync 0;"])
 
 
@@ -181,6 +183,63 @@ def test_memory_that_nobody_wrote():
     y = torch.zeros(256)
     launch([LOAD, STORE, "ld.global.f32 %f1, [%rd3];"], y=y, poisoned=[y])
     finds(r"ld reads y\+256, which nobody wrote", [LOAD, STORE, "ld.global.f32 %f1, [%rd3+256];"], y=y, poisoned=[y])
+
+
+HISTOGRAM = [
+    "setp.lt.u32 %p0, %r0, 8;", "mov.u32 %r3, 0;", "@%p0 st.shared.u32 [%r1], %r3;", "bar.sync 0;", "and.b32 %r4, %r0, 7;",
+    "mad.lo.u32 %r5, %r4, 4, %r31;", "mov.u32 %r6, 1;", "atom.shared.add.u32 %r7, [%r5], %r6;", "bar.sync 0;",
+    "@%p0 ld.shared.u32 %r8, [%r1];", "@%p0 st.global.u32 [%rd3], %r8;",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_atomics_and_plain_accesses(seed):
+    y = torch.zeros(256, dtype=torch.int32)
+    launch(HISTOGRAM, y=y, seed=seed, threads=128)
+    assert y[:8].tolist() == [16] * 8
+    for gone in (3, 8):
+        lines = [line for i, line in enumerate(HISTOGRAM) if i != gone]
+        finds("shared race|nobody wrote", lines, y=y, seed=seed, threads=128)
+    finds("nobody wrote", HISTOGRAM[3:], y=y, seed=seed, threads=128, body=[*START, "setp.lt.u32 %p0, %r0, 8;"])
+    add = "red.global.add.f32 [%rd3], %f0;"
+    scratch = torch.zeros(256)
+    finds("atom reads y.* nobody wrote", [LOAD, add], y=scratch, poisoned=[scratch], seed=seed)
+    other = ["xor.b32 %r3, %r0, 32;", "mad.wide.u32 %rd4, %r3, 4, %rd1;", "ld.global.f32 %f1, [%rd4];"]
+    finds("race on y", [LOAD, add, *other], seed=seed)
+    launch([LOAD, add, "bar.sync 0;", *other], seed=seed)
+
+
+def test_own_reads_are_no_race():
+    # every warp reads all of it, then each thread changes its own
+    lines = [
+        LOAD, "st.shared.f32 [%r1], %f0;", "bar.sync 0;", *TURNED[3:6], "bar.sync 0;", "ld.shared.f32 %f1, [%r1];",
+        "add.f32 %f1, %f1, %f0;", "st.shared.f32 [%r1], %f1;",
+    ]  # fmt: skip
+    for seed in range(4):
+        launch(lines, seed=seed)
+    launch(["add.u32 %r3, %r0, %r31;", "st.shared.u8 [%r3], %r0;"], threads=128)  # bytes of one word
+
+
+def test_early_exits():
+    lines = ["setp.ge.u32 %p0, %r0, 40;", "@%p0 ret;", LOAD, "bar.sync 0;", "vote.sync.ballot.b32 %r3, %p0, 0xffffffff;", STORE]
+    y, _ = launch(lines)
+    assert torch.equal(y[:40], torch.arange(40.0)) and (y[40:] == 0).all()
+
+
+def test_groups_with_masks_of_their_own():
+    lines = [
+        "setp.lt.u32 %p0, %r0, 16;", "selp.b32 %r3, 0xffff, 0xffff0000, %p0;", "redux.sync.add.u32 %r4, %r0, %r3;",
+        "cvt.rn.f32.u32 %f0, %r4;", STORE,
+    ]  # fmt: skip
+    y, _ = launch(lines, threads=32)
+    assert y[:32].tolist() == [120.0] * 16 + [376.0] * 16
+
+
+def test_local_memory():
+    head = [".local .align 4 .b8 own[8];"]
+    finds("st: local memory out of bounds", ["mov.u64 %rd4, own;", "st.local.u32 [%rd4+-4], %r0;"], head=head)
+    finds("st: local memory out of bounds", ["mov.u64 %rd4, own;", "st.local.u32 [%rd4+16], %r0;"], head=head)
+    finds("st: misaligned local address", ["mov.u64 %rd4, own;", "st.local.u32 [%rd4+2], %r0;"], head=head)
 
 
 def test_races_on_global_memory():
@@ -253,8 +312,16 @@ def test_32_bit_offsets_into_a_large_tensor():
 
 
 def test_lanes_that_are_not_here():
-    lines = ["setp.lt.u32 %p0, %r0, 7;", "@%p0 bra $S;", "shfl.sync.bfly.b32 %r3, %r0, 1, 31, 0xffffffff;", "$S:"]
-    finds("shfl: lanes of its member mask are not here", lines, threads=32)
+    shuffle = "shfl.sync.bfly.b32 %r3, %r0, 1, 31, 0xffffffff;"
+    lines = ["setp.lt.u32 %p0, %r0, 7;", "@%p0 bra $S;", shuffle, "bra $E;", "$S:", "bar.warp.sync 127;", "bra $S;", "$E:"]
+    with pytest.raises(SimulationError, match="shfl: lanes of its member mask are not here"):
+        launch([*lines[:5], "bar.warp.sync 0xffffffff;", "$E:"], threads=32)
+    # a lane outside of the mask that it names itself
+    finds("vote: a lane is not in its own member mask", ["vote.sync.ballot.b32 %r3, %p1, 0xffff;"], threads=32)
+    # lanes that are on their way are waited for
+    late = ["setp.lt.u32 %p0, %r0, 7;", "@!%p0 bra $J;", "add.u32 %r4, %r0, 1;", "bra $B;", "$J:", shuffle, "bra $E;", "$B:",
+            "add.u32 %r4, %r4, 1;", "bra $J;", "$E:"]  # fmt: skip
+    launch(late, threads=32)
     finds("ldmatrix: not all lanes", ["setp.lt.u32 %p0, %r0, 7;", "@%p0 bra $S;",
           "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r3}, [%r31];", "$S:"], threads=32)  # fmt: skip
 
@@ -265,6 +332,11 @@ def test_what_is_not_known_names_its_line():
             launch([line])
     with pytest.raises(Unsupported, match=r"line \d+: %rd0 has 64 bits where 32 are wanted"):
         launch(["add.s32 %r3, %rd0, %r1;"])
+    for line in ("cp.async.cg.shared.global [%r1], [%rd2], 8;", "bar.sync -1;", "bar.sync 1, 48;", "ld.global.v4.f32 {%f0}, [%rd2];",
+                 "setp.eq.u32 %p1;", "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r3}, [%r31];", "cvt.f32 %f0, %r0;",
+                 "atom.global.cas.b32 %r3, [%rd3], %r0;"):  # fmt: skip
+        with pytest.raises(Unsupported, match=r"ptxsim: line \d+"):
+            launch([line])
     with pytest.raises(Unsupported, match=r"line \d+: there is no label \$NOWHERE"):
         launch(["bra $NOWHERE;"])
 

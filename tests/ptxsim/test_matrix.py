@@ -100,6 +100,20 @@ def test_mma_of_signed_and_unsigned(kind_a, kind_b):
     np.testing.assert_array_equal(d, a @ b)
 
 
+@pytest.mark.parametrize("depth", [16, 32])
+def test_mma_that_saturates(depth):
+    a, b = np.full((16, depth), 127), np.full((depth, 8), 127)
+    a[8:] = -128
+    n_a, n_b = depth // 8, depth // 16
+    start = np.full(32, 2**31 - 1000, np.int64)
+    low = (-start).astype(np.uint32)
+    start = start.astype(np.uint32)
+    registers = fragment(a, 4) + fragment(b.T, 4) + [start, start, low, low]
+    line = f"mma.sync.aligned.m16n8k{depth}.row.col.satfinite.s32.s8.s8.s32 {braces('o', 0, 4)}, {braces('i', 0, n_a)}, "
+    found = run_registers([line + f"{braces('i', n_a, n_b)}, {braces('i', n_a + n_b, 4)};"], registers, 4).view(np.int32)
+    assert (found[:2] == 2**31 - 1).all() and (found[2:] == -(2**31)).all()
+
+
 def test_mma_with_half_sums():
     a, a_bits = numbers("f16", (16, 16))
     b, b_bits = numbers("f16", (16, 8))

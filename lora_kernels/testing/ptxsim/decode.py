@@ -2,7 +2,7 @@
 
 The simulator's table (csrc/ptxsim) gives the widths of most opcodes' operands. What PTX writes in many ways becomes one:
 `mov.u32`, `mov.f32` and `mov.b32` are `mov.b32`; hints for caches and alignment are dropped. A rounding, a saturation or
-a flush that the table does not have is not dropped: it is `Unsupported`.
+a flush to zero that the table does not have is not dropped: it is `Unsupported`.
 """
 
 import re
@@ -22,7 +22,7 @@ ORDERS = {
 }  # fmt: skip
 BITWISE = ("mov", "selp", "shl", "not", "and", "or", "xor", "cnot", "ld", "st")
 APPROXIMATE = ("ex2", "lg2", "rsqrt", "rcp", "sqrt", "sin", "cos", "tanh", "div")
-NOTHING = ("prefetch", "prefetchu", "discard", "applypriority", "isspacep", "brkpt", "pragma")
+NOTHING = ("prefetch", "prefetchu", "discard", "applypriority")
 INTEGERS = {"u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"}
 
 
@@ -36,6 +36,7 @@ class Decoded:
         for statement in self.kernel.statements:
             decoder.starts.append(len(decoder.code))
             decoder.statement(statement)
+        decoder.guard = (-1, False)
         decoder.emit("exit", [], [])  # a body may end without ret
         self.program = _ptxsim.Program(
             decoder.linked(), bytes(decoder.image), {name: decoder.slots[name] for name in SPECIAL if name in decoder.slots},
@@ -74,7 +75,10 @@ class _Decoder(Places):
         parts = s.opcode.split(".")
         form = getattr(self, f"_{parts[0]}", None)
         if form is not None:
-            form(parts, s.operands)
+            try:
+                form(parts, s.operands)
+            except (ValueError, IndexError, KeyError, StopIteration) as error:
+                raise self.unsupported(f"{s.opcode} {', '.join(s.operands)}") from error
         elif parts[0] not in NOTHING:
             self.plain(self.meaning(parts), s.operands)
 
@@ -84,7 +88,7 @@ class _Decoder(Places):
         kind = rest[-1] if rest else ""
         dropped = {"rn"} if kind.startswith(("f", "bf")) else set()
         if base in APPROXIMATE:
-            dropped |= {"approx", "full", "ftz"}
+            dropped |= {"approx", "full"}
         rest = [each for each in rest if each not in dropped]
         if base in BITWISE and kind in WIDTH and kind != "pred":
             rest[-1] = f"b{WIDTH[kind]}"
@@ -141,16 +145,17 @@ class _Decoder(Places):
     def _setp(self, parts: list[str], operands: list[str]) -> None:
         """setp.cmp{.bool}.type p{|q}, a, b{, c}: p = (a cmp b) bool c, q = not (a cmp b) bool c."""
         compare, kind, joins = parts[1], parts[-1], [each for each in parts[2:-1] if each in ("and", "or", "xor")]
-        if [each for each in parts[2:-1] if each not in joins]:
+        flush = ".ftz" if "ftz" in parts else ""
+        if [each for each in parts[2:-1] if each not in joins and each != "ftz"]:
             raise self.unsupported(".".join(parts))
         unsigned = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
         kind = f"u{WIDTH[kind]}" if kind.startswith("b") and kind in ("b16", "b32", "b64") else kind
-        name = f"setp.{unsigned.get(compare, compare)}.{kind}"
+        name = f"setp.{unsigned.get(compare, compare)}{flush}.{kind}"
         targets = operands[0].split("|")
-        found = self.place(1)
+        if name not in TABLE or len(operands) != 3 + len(joins):
+            raise self.unsupported(f"the instruction {'.'.join(parts)} with {len(operands)} operands")
+        found, guard, values = self.place(1), self.guard, []
         places = [self.slot(operand, WIDTH[kind]) for operand in operands[1:3]]
-        if name not in TABLE:
-            raise self.unsupported(f"the instruction {name}")
         self.emit(name, [found, *places], [])
         for target, inverted in zip(targets, (False, True), strict=False):
             value = found
@@ -166,6 +171,13 @@ class _Decoder(Places):
                     other = inverse
                 self.emit(f"{joins[0]}.pred", [joined, value, other], [])
                 value = joined
+            values.append((target, value))
+        if len(values) > 1 and guard[0] >= 0:  # the guard may be the first target
+            held = self.place(1)
+            self.guard = (-1, False)
+            self.emit("mov.pred", [held, guard[0]], [])
+            self.guard = (held, guard[1])
+        for target, value in values:
             if target != "_":
                 self.emit("mov.pred", [self.slot(target, 1), value], [])
 
@@ -224,6 +236,8 @@ class _Decoder(Places):
         targets = split(operands[0][1:-1]) if operands[0].startswith("{") else [operands[0]]
         width = next((self.width(each) for each in targets if each != "_"), WIDTH[kind]) or WIDTH[kind]
         places = [self.slot(each, width) for each in targets]
+        if len(targets) != count:
+            raise self.unsupported(f"{'.'.join(parts)} with {len(targets)} registers")
         if space == PARAM:
             found = re.fullmatch(r"\[\s*([\w$]+)\s*(?:\+\s*(\d+))?\s*\]", operands[1])
             offsets = {each.name: each.offset for each in self.kernel.parameters}
@@ -240,6 +254,8 @@ class _Decoder(Places):
         sources = split(operands[1][1:-1]) if operands[1].startswith("{") else [operands[1]]
         width = next((self.width(each) for each in sources if self.width(each)), None) or max(16, WIDTH[kind])
         base, offset, size = self.address(operands[0])
+        if len(sources) != count:
+            raise self.unsupported(f"{'.'.join(parts)} with {len(sources)} registers")
         form = [space, offset, size, WIDTH[kind] // 8, width // 8, 0, order, count]
         self.emit("st", [base, *(self.slot(each, width) for each in sources)], form)
 
@@ -256,9 +272,9 @@ class _Decoder(Places):
         if operation in ("exch", "cas", "and", "or", "xor"):
             kind = f"b{WIDTH[kind]}"
         name = ".".join([parts[0], operation, kind])
-        if len(rest) != 2 or name not in TABLE:
-            raise self.unsupported(f"the instruction {'.'.join(parts)}")
         has_result = parts[0] == "atom"
+        if len(rest) != 2 or name not in TABLE or len(operands) != has_result + (3 if operation == "cas" else 2):
+            raise self.unsupported(f"the instruction {'.'.join(parts)} with {len(operands)} operands")
         places = [self.slot(operands[0], WIDTH[kind])] if has_result else []
         address, *values = operands[has_result:]
         base, offset, size = self.address(address)
@@ -274,8 +290,14 @@ class _Decoder(Places):
             return self.plain(".".join(parts[:3]), operands)
         to, to_offset, to_size = self.address(operands[0])
         source, source_offset, source_size = self.address(operands[1])
-        taken = [self.slot(operands[3], 32)] if len(operands) > 3 and "L2::cache_hint" not in parts else []
-        form = [to_offset, source_offset, self.value(operands[2], 32), len(taken), to_size, source_size]
+        hints = int("L2::cache_hint" in parts)
+        if not 3 <= len(operands) - hints <= 4:
+            raise self.unsupported(f"{'.'.join(parts)} with {len(operands)} operands")
+        taken = [self.slot(operands[3], 32)] if len(operands) - hints == 4 else []
+        size = self.value(operands[2], 32)
+        if size not in ((16,) if "cg" in parts else (4, 8, 16)):
+            raise self.unsupported(f"{'.'.join(parts)} of {size} bytes")
+        form = [to_offset, source_offset, size, len(taken), to_size, source_size]
         self.emit("cp.async", [to, source, *taken], form)
 
     def _ldmatrix(self, parts: list[str], operands: list[str]) -> None:
@@ -286,6 +308,8 @@ class _Decoder(Places):
         registers, address = operands if load else reversed(operands)
         base, offset, size = self.address(address)
         places = [self.slot(each, 32) for each in split(registers[1:-1])]
+        if len(places) != count:
+            raise self.unsupported(f"{'.'.join(parts)} with {len(places)} registers")
         self.emit(parts[0], [*places, base] if load else [base, *places], [offset, size, count, int("trans" in parts)])
 
     _stmatrix = _ldmatrix
@@ -328,7 +352,10 @@ class _Decoder(Places):
         places, numbers = [], []
         for operand in (*operands, "0")[:2]:
             register = self.width(operand) is not None
-            numbers.append(-1 if register else self.value(operand, 32))
+            number = -1 if register else self.value(operand, 32)
+            if not register and (number < 0 or (len(numbers) == 1 and number % 32)):
+                raise self.unsupported(f"{'.'.join(parts)} {', '.join(operands)}")
+            numbers.append(number)
             if register:
                 places.append(self.slot(operand, 32))
         self.emit(f"bar.{kind}", places, numbers)

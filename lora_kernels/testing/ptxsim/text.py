@@ -51,7 +51,8 @@ def parse(text: str, entry: str | None = None) -> Kernel:
     """The kernel of that name (or part of it); the first one if none is given."""
     clean = _without_comments(text)
     heads = list(re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{;]*)\{", clean))
-    wanted = [head for head in heads if entry is None or entry in head.group(1)]
+    wanted = [head for head in heads if head.group(1) == entry]
+    wanted = wanted or [head for head in heads if entry is None or entry in head.group(1)]
     if not wanted:
         raise ValueError(f"ptxsim: the text has no kernel {entry or ''}; it has {[head.group(1) for head in heads]}")
     head = wanted[0]
@@ -138,7 +139,7 @@ class _Body:
     def read(self, text: str, at: int) -> None:
         line = text.count("\n", 0, at) + 1
         token = re.compile(
-            r"\s*(?:(\{|\})|([\w$%.]+)\s*:(?!:)|(\.(?:loc|file|pragma)\b[^\n]*)|((?:[^;{}]+|\{[^{}]*\})*;))", re.S
+            r"\s*(?:(\{|\})|([\w$%.]+)\s*:(?!:)|(\.(?:loc|file)\b[^\n;]*;?|\.pragma\b[^\n;]*;)|((?:[^;{}]+|\{[^{}]*\})*;))", re.S
         )
         while self.scopes:
             found = token.match(text, at)
@@ -173,9 +174,10 @@ class _Body:
             )
 
     def _registers(self, text: str, line: int) -> None:
-        kind, names = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", text).groups()  # type: ignore[union-attr]
-        if kind not in WIDTH:
-            raise Unsupported(f"ptxsim: line {line}: registers of .{kind}")
+        found = re.fullmatch(r"\.reg\s*\.(\w+)\s+(.*)", text)
+        if not found or found[1] not in WIDTH:
+            raise Unsupported(f"ptxsim: line {line}: {text}")
+        kind, names = found.groups()
         for name in split(names):
             many = re.fullmatch(r"(.+)<(\d+)>", name)
             for each in [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name]:
