@@ -129,6 +129,7 @@ void store(Warp& w, const Instruction& in, Mask mask) {
   const Access access = f.order & (RELAXED | RELEASE) ? Access::atomic : Access::store;
   for (int i = 0; i < LANES; i++) {
     if (!(mask >> i & 1)) continue;
+    if (access == Access::store && f.space <= GLOBAL) w.block->fenced = false;  // an earlier fence does not cover it
     uint8_t value[64];
     for (int64_t k = 0; k < f.count; k++) {
       std::memcpy(value + k * f.bytes, w.at<uint8_t>(in.at[1 + k]) + i * f.register_bytes, f.bytes);

@@ -77,8 +77,9 @@ void settle(Block& block, Barrier& barrier) {
     }
     w.waiting = -1;
   }
+  const uint32_t* size = block.launch->block;
+  block.passed += all || barrier.wanted == size[0] * size[1] * size[2];
   barrier = {};
-  block.passed += all;
 }
 
 void finish(Warp& w, Mask lanes) {

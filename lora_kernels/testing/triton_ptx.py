@@ -26,6 +26,11 @@ class Compiled:
     arguments: tuple[str, ...]
     """The parameters that are left at run time."""
 
+    def given(self, args: dict[str, Any], kernel: Kernel) -> list[Any]:
+        """The arguments of a launch; Triton adds pointers to scratch memory, which are null where there is none."""
+        values = [args[name] for name in self.arguments]
+        return values + [0] * (len(kernel.parameters) - len(values))
+
 
 def compile_triton(function: Any, args: dict[str, Any], arch: int = 80, warps: int = 4, stages: int = 3) -> Compiled:
     """Compiles a `@triton.jit` function for these arguments, as a launch with them would.
@@ -73,7 +78,7 @@ def simulate_triton(
     """Runs a Triton kernel's real PTX on CPU tensors; `options` are those of `ptxsim.Kernel.launch`."""
     made = compile_triton(function, args, arch, warps, stages)
     kernel = _kernel(made.ptx)
-    given = [args[name] for name in made.arguments]
+    given = made.given(args, kernel)
     return kernel.launch(grid, (made.warps * 32,), given, writes, shared=made.shared, **options)
 
 

@@ -339,32 +339,36 @@ def test_flushed_floats():
     x, y, z = values("f32"), values("f32", 1), values("f32", 2)
     x[:6], y[:6] = [1e-40, -1e-40, 1e-30, 2.0**-126, 1e-39, -3e-39], [1e-40, 1.0, 1e-10, -(2.0**-127), 2.0, 5e-39]
     fx, fy, fz = flush(x), flush(y), flush(z)
+
+    def same(opcode, wanted, kind, *inputs):
+        check(opcode, None, kind, lambda *_: wanted.astype(KIND[kind]), list(inputs))
+
     with np.errstate(all="ignore"):
-        two = {"add": fx + fy, "sub": fx - fy, "mul": fx * fy, "div.rn": fx / fy, "min": np.fmin(fx, fy), "max": np.fmax(fx, fy)}
+        two = {"add": fx + fy, "sub": fx - fy, "mul": fx * fy, "div.rn": fx / fy}
+        two |= {"min": np.fmin(fx, fy), "max": np.fmax(fx, fy)}
         for name, wanted in two.items():
-            check(f"{name}.ftz.f32", None, "f32", lambda *_, w=flush(wanted): w, [x, y])
-        exact = flush((fx.astype(np.float64) * fy + fz).astype(np.float32))
-        check("fma.rn.ftz.f32", None, "f32", lambda *_: exact, [x, y, z])
-        one = {"abs": np.abs, "neg": np.negative, "sqrt.rn": np.sqrt, "rcp.rn": lambda v: 1 / v}
-        for name, function in one.items():
-            check(f"{name}.ftz.f32", None, "f32", lambda _, w=flush(function(fx)): w, [x])
-        near = {"rsqrt": lambda v: 1 / np.sqrt(v), "ex2": np.exp2, "lg2": np.log2, "sin": np.sin, "cos": np.cos}
-        for name, function in near.items():
+            same(f"{name}.ftz.f32", flush(wanted), "f32", x, y)
+        same("fma.rn.ftz.f32", flush((fx.astype(np.float64) * fy + fz).astype(np.float32)), "f32", x, y, z)
+        one = {"abs": np.abs(fx), "neg": -fx, "sqrt.rn": np.sqrt(fx), "rcp.rn": 1 / fx}
+        for name, wanted in one.items():
+            same(f"{name}.ftz.f32", flush(wanted), "f32", x)
+        wide = fx.astype(np.float64)
+        near = {"rsqrt": 1 / np.sqrt(wide), "ex2": np.exp2(wide), "lg2": np.log2(wide)}
+        near |= {"sin": np.sin(wide), "cos": np.cos(wide)}
+        for name, wanted in near.items():
             found = run_lanes([f"{name}.approx.ftz.f32 %out, %a;"], [x], np.float32)
-            np.testing.assert_allclose(found, flush(function(fx.astype(np.float64))), rtol=1e-6, atol=1e-7)
+            np.testing.assert_allclose(found, flush(wanted), rtol=1e-6, atol=1e-7)
+        small = np.clip(np.nan_to_num(x), -1e6, 1e6).astype(np.float32)
         for mode, function in (("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)):
-            check(f"cvt.{mode}.ftz.f32.f32", None, "f32", lambda _, w=function(fx): w, [x])
-            small = np.clip(np.nan_to_num(x), -1e6, 1e6).astype(np.float32)
-            check(f"cvt.{mode}.ftz.s32.f32", None, "s32", lambda _, w=function(flush(small)): w.astype(np.int32), [small])
-            check(f"cvt.{mode}.ftz.u32.f32", None, "u32", lambda _, w=function(np.abs(flush(small))): w.astype(np.uint32), [np.abs(small)])
-        check("cvt.sat.f32.f32", None, "f32", lambda _: np.where(np.isnan(x), 0, np.clip(x, 0, 1)).astype(np.float32), [x])
-        check("cvt.ftz.sat.f32.f32", None, "f32", lambda _: np.where(np.isnan(x), 0, np.clip(fx, 0, 1)).astype(np.float32), [x])
+            same(f"cvt.{mode}.ftz.f32.f32", function(fx), "f32", x)
+            same(f"cvt.{mode}.ftz.s32.f32", function(flush(small)), "s32", small)
+            same(f"cvt.{mode}.ftz.u32.f32", function(np.abs(flush(small))), "u32", np.abs(small))
+        same("cvt.sat.f32.f32", np.where(np.isnan(x), 0, np.clip(x, 0, 1)), "f32", x)
+        same("cvt.ftz.sat.f32.f32", np.where(np.isnan(x), 0, np.clip(fx, 0, 1)), "f32", x)
     neither = ~(np.isnan(x) | np.isnan(y))
-    for name, function in COMPARISONS.items():
-        for suffix, wanted in (("", function(fx, fy) & neither), ("u", function(fx, fy) | ~neither)):
-            lines = [".reg .pred %p;", f"setp.{name}{suffix}.ftz.f32 %p, %a, %b;", "selp.u32 %out, 1, 0, %p;"]
-            np.testing.assert_array_equal(run_lanes(lines, [x, y], np.uint32), wanted)
-    for name, wanted in (("num", neither), ("nan", ~neither)):
+    compared = {name: function(fx, fy) & neither for name, function in COMPARISONS.items()}
+    compared |= {f"{name}u": function(fx, fy) | ~neither for name, function in COMPARISONS.items()}
+    for name, wanted in {**compared, "num": neither, "nan": ~neither}.items():
         lines = [".reg .pred %p;", f"setp.{name}.ftz.f32 %p, %a, %b;", "selp.u32 %out, 1, 0, %p;"]
         np.testing.assert_array_equal(run_lanes(lines, [x, y], np.uint32), wanted)
 

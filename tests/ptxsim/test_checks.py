@@ -332,9 +332,11 @@ def test_what_is_not_known_names_its_line():
             launch([line])
     with pytest.raises(Unsupported, match=r"line \d+: %rd0 has 64 bits where 32 are wanted"):
         launch(["add.s32 %r3, %rd0, %r1;"])
-    for line in ("cp.async.cg.shared.global [%r1], [%rd2], 8;", "bar.sync -1;", "bar.sync 1, 48;", "ld.global.v4.f32 {%f0}, [%rd2];",
-                 "setp.eq.u32 %p1;", "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r3}, [%r31];", "cvt.f32 %f0, %r0;",
-                 "atom.global.cas.b32 %r3, [%rd3], %r0;"):  # fmt: skip
+    for line in (
+        "cp.async.cg.shared.global [%r1], [%rd2], 8;", "bar.sync -1;", "bar.sync 1, 48;", "ld.global.v4.f32 {%f0}, [%rd2];",
+        "setp.eq.u32 %p1;", "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r3}, [%r31];", "cvt.f32 %f0, %r0;",
+        "atom.global.cas.b32 %r3, [%rd3], %r0;",
+    ):  # fmt: skip
         with pytest.raises(Unsupported, match=r"ptxsim: line \d+"):
             launch([line])
     with pytest.raises(Unsupported, match=r"line \d+: there is no label \$NOWHERE"):

@@ -349,7 +349,8 @@ class _Decoder(Places):
         kind = next((each for each in parts[1:] if each in ("sync", "arrive")), None)
         if kind is None:
             raise self.unsupported(".".join(parts))
-        places, numbers = [], []
+        places: list[int] = []
+        numbers: list[int] = []
         for operand in (*operands, "0")[:2]:
             register = self.width(operand) is not None
             number = -1 if register else self.value(operand, 32)

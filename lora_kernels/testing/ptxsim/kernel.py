@@ -78,7 +78,7 @@ class Kernel:
         """
         tensors: dict[int, tuple[str, Tensor]] = {}
         packed = bytearray(sum_of(self.parameters))
-        if len(args) > len(self.parameters):
+        if len(args) != len(self.parameters):
             raise ValueError(f"{self.name}: {len(self.parameters)} parameters, found {len(args)} arguments")
         for parameter, argument in zip(self.parameters, args, strict=False):
             if isinstance(argument, Tensor):
@@ -94,8 +94,9 @@ class Kernel:
         ]
         size = [*block, 1, 1][:3]
         threads = size[0] * size[1] * size[2]
-        if not 1 <= threads <= 1024:
-            raise ValueError(f"{self.name}: a block has 1 to 1024 threads, found {list(block)}")
+        most = self._decoded.kernel.most_threads or 1024
+        if not 1 <= threads <= most:
+            raise ValueError(f"{self.name}: a block has 1 to {most} threads, found {list(block)}")
         o = self._options(options)
         found = _ptxsim.run(
             self._decoded.program, [*grid, 1, 1][:3], size, bytes(packed), buffers, shared, o["check"], o["late"], o["shuffle"],

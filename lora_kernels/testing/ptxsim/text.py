@@ -42,6 +42,8 @@ class Kernel:
     shared_bytes: int = 0
     local: dict[str, int] = field(default_factory=dict)
     local_bytes: int = 0
+    most_threads: int | None = None
+    """Of a block, by .maxntid or .reqntid."""
     statements: list[Statement] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     """The index of the statement that follows each label."""
@@ -59,10 +61,17 @@ def parse(text: str, entry: str | None = None) -> Kernel:
     kernel = Kernel(head.group(1))
     _parameters(kernel, head.group(2))
     dynamic: list[str] = []
+    end = min((other.start() for other in heads if other.start() > head.start()), default=len(clean))
+    body = clean[head.end() : end]
     for found in re.finditer(
         r"(?m)^\s*(?:\.(?:visible|weak|extern|common)\s+)*(\.shared\b[^;]*);", clean[: head.start()]
     ):
-        _variable(kernel, found.group(1), dynamic, clean.count("\n", 0, found.start(1)) + 1)
+        name = re.search(r"([\w$.]+)(?:\[\d*\])*\s*$", found.group(1))
+        if name and re.search(rf"(?<![\w$.]){re.escape(name[1])}(?![\w$])", body):  # others are another kernel's
+            _variable(kernel, found.group(1), dynamic, clean.count("\n", 0, found.start(1)) + 1)
+    limit = re.search(r"\.(?:max|req)ntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", head.group(3))
+    if limit:
+        kernel.most_threads = int(limit[1]) * int(limit[2] or 1) * int(limit[3] or 1)
     _Body(kernel, dynamic).read(clean, head.end())
     kernel.shared_bytes = -(-kernel.shared_bytes // 128) * 128
     kernel.shared.update(dict.fromkeys(dynamic, kernel.shared_bytes))
@@ -139,7 +148,8 @@ class _Body:
     def read(self, text: str, at: int) -> None:
         line = text.count("\n", 0, at) + 1
         token = re.compile(
-            r"\s*(?:(\{|\})|([\w$%.]+)\s*:(?!:)|(\.(?:loc|file)\b[^\n;]*;?|\.pragma\b[^\n;]*;)|((?:[^;{}]+|\{[^{}]*\})*;))", re.S
+            r"\s*(?:(\{|\})|([\w$%.]+)\s*:(?!:)|(\.(?:loc|file)\b[^\n;]*;?|\.pragma\b[^\n;]*;)|((?:[^;{}]+|\{[^{}]*\})*;))",
+            re.S,
         )
         while self.scopes:
             found = token.match(text, at)
