@@ -3,56 +3,11 @@
 // shift, 9.7.9 data movement (mov, prmt, cvt).
 #include <algorithm>
 
-#include "machine.h"
-#include "numbers.h"
+#include "lanes.h"
 
 namespace lk::ptx {
 
 namespace {
-
-using u16 = uint16_t;
-using u32 = uint32_t;
-using u64 = uint64_t;
-using s16 = int16_t;
-using s32 = int32_t;
-using s64 = int64_t;
-using f32 = float;
-using f64 = double;
-__extension__ typedef unsigned __int128 u128;
-__extension__ typedef __int128 s128;
-
-// d = f(x), d = f(x, y), d = f(x, y, z) in every lane
-template <typename D, typename X, typename F>
-inline void one(Warp& w, const Instruction& in, Mask mask, F&& f) {
-  const X* x = w.at<X>(in.at[1]);
-  each(w.at<D>(in.at[0]), mask, [&](int i) { return D(f(x[i])); });
-}
-template <typename D, typename X, typename Y, typename F>
-inline void two(Warp& w, const Instruction& in, Mask mask, F&& f) {
-  const X* x = w.at<X>(in.at[1]);
-  const Y* y = w.at<Y>(in.at[2]);
-  each(w.at<D>(in.at[0]), mask, [&](int i) { return D(f(x[i], y[i])); });
-}
-template <typename D, typename X, typename Y, typename Z, typename F>
-inline void three(Warp& w, const Instruction& in, Mask mask, F&& f) {
-  const X* x = w.at<X>(in.at[1]);
-  const Y* y = w.at<Y>(in.at[2]);
-  const Z* z = w.at<Z>(in.at[3]);
-  each(w.at<D>(in.at[0]), mask, [&](int i) { return D(f(x[i], y[i], z[i])); });
-}
-
-// predicates are one bit a lane
-inline void set(Warp& w, int32_t to, Mask mask, Mask value) {
-  Mask& p = *w.at<Mask>(to);
-  p = (p & ~mask) | (value & mask);
-}
-template <typename X, typename F>
-inline Mask compare(Warp& w, const Instruction& in, int first, F&& f) {
-  const X *x = w.at<X>(in.at[first]), *y = w.at<X>(in.at[first + 1]);
-  Mask found = 0;
-  for (int i = 0; i < LANES; i++) found |= Mask(bool(f(x[i], y[i]))) << i;
-  return found;
-}
 
 // two numbers of 16 bits in 32
 template <typename F>
@@ -128,23 +83,6 @@ template <typename T>
 T high_product(T x, T y) {
   return T(wide_of<T>(x) * wide_of<T>(y) >> (sizeof(T) * 8));
 }
-
-#define RUN [](Warp& w, const Instruction& in, Mask mask)
-#define ONE(name, operands, D, X, value)                                  \
-  {name, operands, RUN{one<D, X>(w, in, mask, [](X x) { return value; }); \
-  }                                                                       \
-  , Flow::none                                                            \
-  }
-#define TWO(name, operands, D, X, Y, value)                                       \
-  {name, operands, RUN{two<D, X, Y>(w, in, mask, [](X x, Y y) { return value; }); \
-  }                                                                               \
-  , Flow::none                                                                    \
-  }
-#define THREE(name, operands, D, X, Y, Z, value)                                            \
-  {name, operands, RUN{three<D, X, Y, Z>(w, in, mask, [](X x, Y y, Z z) { return value; }); \
-  }                                                                                         \
-  , Flow::none                                                                              \
-  }
 
 #define INTEGER(T, B)                                                                                        \
   TWO("add." #T, #B "=" #B "," #B, T, T, T, T(std::make_unsigned_t<T>(x) + std::make_unsigned_t<T>(y))),     \
@@ -222,11 +160,6 @@ inline u16 to_bf16_fma(float x, float y, float z) {
   return to_bf16(near);
 }
 
-#define COMPARE(op, T, B, test)                                                                                        \
-  {"setp." op "." #T, "p=" #B "," #B, RUN{set(w, in.at[0], mask, compare<T>(w, in, 1, [](T x, T y) { return test; })); \
-  }                                                                                                                    \
-  , Flow::none                                                                                                         \
-  }
 #define ORDERED(T, B)                                                                                                \
   COMPARE("eq", T, B, x == y), COMPARE("ne", T, B, x != y), COMPARE("lt", T, B, x < y), COMPARE("le", T, B, x <= y), \
       COMPARE("gt", T, B, x > y), COMPARE("ge", T, B, x >= y)
@@ -243,7 +176,6 @@ inline u16 to_bf16_fma(float x, float y, float z) {
   }                                                                                          \
   , Flow::none                                                                               \
   }
-#define CONVERT(to, from, D, X, BD, BX, value) ONE("cvt." to "." from, BD "=" BX, D, X, value)
 #define TO_INTEGER(T, B)                                                                          \
   CONVERT("rni." #T, "f32", T, f32, #B, "32", to_integer<T>(std::nearbyint(x))),                  \
       CONVERT("rzi." #T, "f32", T, f32, #B, "32", to_integer<T>(std::trunc(x))),                  \
@@ -258,34 +190,6 @@ inline u16 to_bf16_fma(float x, float y, float z) {
       CONVERT("u16", #T, u16, T, "16", #B, u16(x)), CONVERT("s16", #T, u16, T, "16", #B, u16(x)),            \
       CONVERT("u32", #T, u32, T, "32", #B, u32(x)), CONVERT("s32", #T, u32, T, "32", #B, u32(x)),            \
       CONVERT("u64", #T, u64, T, "64", #B, u64(x)), CONVERT("s64", #T, u64, T, "64", #B, u64(s64(x)))
-
-// .ftz: what is below the smallest normal number counts, and comes out, as a zero of its sign
-f32 flush(f32 v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.f, v) : v; }
-
-// clang-format off: a line a few instructions
-#define FTZ1(name, value) {name ".ftz.f32", "32=32", RUN { one<f32, f32>(w, in, mask, [](f32 x) { x = flush(x); return flush(value); }); }, Flow::none}
-#define FTZ2(name, value) {name ".ftz.f32", "32=32,32", RUN { two<f32, f32, f32>(w, in, mask, [](f32 x, f32 y) { x = flush(x), y = flush(y); return flush(value); }); }, Flow::none}
-#define FTZ_COMPARE(op, test) COMPARE(op ".ftz", f32, 32, [](f32 x, f32 y) { return test; }(flush(x), flush(y)))
-#define FTZ_ROUND(mode, f) \
-  CONVERT(mode ".ftz.f32", "f32", f32, f32, "32", "32", flush(f(flush(x)))), \
-  CONVERT(mode ".ftz.s32", "f32", s32, f32, "32", "32", to_integer<s32>(f(flush(x)))), CONVERT(mode ".ftz.u32", "f32", u32, f32, "32", "32", to_integer<u32>(f(flush(x))))
-f32 saturated(f32 v) { return v != v || v < 0 ? 0.f : v > 1 ? 1.f : v; }
-
-const Table flushed{
-    FTZ2("add", x + y), FTZ2("sub", x - y), FTZ2("mul", x * y), FTZ2("div", x / y), FTZ2("min", least(x, y)), FTZ2("max", most(x, y)),
-    {"fma.ftz.f32", "32=32,32,32", RUN { three<f32, f32, f32, f32>(w, in, mask, [](f32 x, f32 y, f32 z) { return flush(std::fma(flush(x), flush(y), flush(z))); }); }, Flow::none},
-    FTZ1("abs", std::fabs(x)), FTZ1("neg", -x), FTZ1("sqrt", std::sqrt(x)), FTZ1("rcp", 1 / x), FTZ1("rsqrt", 1 / std::sqrt(x)),
-    FTZ1("ex2", std::exp2(x)), FTZ1("lg2", std::log2(x)), FTZ1("sin", std::sin(x)), FTZ1("cos", std::cos(x)),
-    FTZ_COMPARE("eq", x == y), FTZ_COMPARE("ne", x < y || x > y), FTZ_COMPARE("lt", x < y), FTZ_COMPARE("le", x <= y),
-    FTZ_COMPARE("gt", x > y), FTZ_COMPARE("ge", x >= y), FTZ_COMPARE("equ", !(x < y || x > y)), FTZ_COMPARE("neu", x != y),
-    FTZ_COMPARE("ltu", !(x >= y)), FTZ_COMPARE("leu", !(x > y)), FTZ_COMPARE("gtu", !(x <= y)), FTZ_COMPARE("geu", !(x < y)),
-    FTZ_COMPARE("num", x == x && y == y), FTZ_COMPARE("nan", x != x || y != y),
-    FTZ_ROUND("rni", std::nearbyint), FTZ_ROUND("rzi", std::trunc), FTZ_ROUND("rmi", std::floor), FTZ_ROUND("rpi", std::ceil),
-    CONVERT("sat.f32", "f32", f32, f32, "32", "32", saturated(x)), CONVERT("ftz.sat.f32", "f32", f32, f32, "32", "32", saturated(flush(x))),
-    ONE("bfind.shiftamt.u32", "32=32", u32, u32, x ? __builtin_clz(x) : ~0u),
-    ONE("brev.b64", "64=64", u64, u64, ([](u64 v) { u64 r = 0; for (int i = 0; i < 64; i++) r |= (v >> i & 1) << (63 - i); return r; }(x))),
-};
-// clang-format on
 
 const Table entries{
     INTEGER(u16, 16), INTEGER(s16, 16), INTEGER(u32, 32), INTEGER(s32, 32), INTEGER(u64, 64), INTEGER(s64, 64),

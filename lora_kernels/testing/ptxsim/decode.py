@@ -22,6 +22,7 @@ ORDERS = {
 }  # fmt: skip
 BITWISE = ("mov", "selp", "shl", "not", "and", "or", "xor", "cnot", "ld", "st")
 APPROXIMATE = ("ex2", "lg2", "rsqrt", "rcp", "sqrt", "sin", "cos", "tanh", "div")
+ALONE = {"ret": "exit", "exit": "exit", "griddepcontrol": "griddepcontrol"}
 NOTHING = ("prefetch", "prefetchu", "discard", "applypriority")
 INTEGERS = {"u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"}
 
@@ -79,6 +80,8 @@ class _Decoder(Places):
                 form(parts, s.operands)
             except (ValueError, IndexError, KeyError, StopIteration) as error:
                 raise self.unsupported(f"{s.opcode} {', '.join(s.operands)}") from error
+        elif parts[0] in ALONE:
+            self.emit(ALONE[parts[0]], [], [])
         elif parts[0] not in NOTHING:
             self.plain(self.meaning(parts), s.operands)
 
@@ -89,7 +92,7 @@ class _Decoder(Places):
         dropped = {"rn"} if kind.startswith(("f", "bf")) else set()
         if base in APPROXIMATE:
             dropped |= {"approx", "full"}
-        rest = [each for each in rest if each not in dropped]
+        rest = [each for each in rest if each not in dropped and base != "nanosleep"]
         if base in BITWISE and kind in WIDTH and kind != "pred":
             rest[-1] = f"b{WIDTH[kind]}"
         if base == "shr" and kind in WIDTH:
@@ -367,11 +370,6 @@ class _Decoder(Places):
         self.jumps.append((len(self.code), operands[0], self.line))
         self.emit("bra", [], [0])
 
-    def _ret(self, parts: list[str], operands: list[str]) -> None:
-        self.emit("exit", [], [])
-
-    _exit = _ret
-
     def _fence(self, parts: list[str], operands: list[str]) -> None:
         wide = any(each in ("gpu", "sys", "gl", "cluster") for each in parts) and "proxy" not in parts
         self.emit("fence" if wide else "fence.cta", [], [])
@@ -387,14 +385,14 @@ class _Decoder(Places):
         )
         self.plain(name, operands)
 
-    def _griddepcontrol(self, parts: list[str], operands: list[str]) -> None:
-        self.emit("griddepcontrol", [], [])
-
-    def _nanosleep(self, parts: list[str], operands: list[str]) -> None:
-        self.plain("nanosleep", operands)
-
     def _createpolicy(self, parts: list[str], operands: list[str]) -> None:
         self.plain("mov.b64", [operands[0], "0"])
+
+    def _max(self, parts: list[str], operands: list[str]) -> None:
+        name = self.meaning(parts)
+        self.plain(name.replace(parts[0], f"{parts[0]}3", 1) if len(operands) == 4 else name, operands)
+
+    _min = _max
 
     def _mul(self, parts: list[str], operands: list[str]) -> None:
         self.plain(self.meaning(parts), operands)

@@ -6,6 +6,11 @@ import struct
 from lora_kernels.testing.ptxsim.text import Kernel, Unsupported
 
 SPECIAL = [f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"] + ["%laneid", "%warpid"]
+LANE_MASKS = {
+    "%lanemask_eq": lambda lane: 1 << lane, "%lanemask_lt": lambda lane: (1 << lane) - 1,
+    "%lanemask_le": lambda lane: (2 << lane) - 1, "%lanemask_gt": lambda lane: -2 << lane,
+    "%lanemask_ge": lambda lane: -1 << lane,
+}  # fmt: skip
 
 
 class Places:
@@ -46,6 +51,11 @@ class Places:
                 raise self.unsupported(f"{operand} has {known} bits where {width} are wanted")
             if operand not in self.slots:
                 self.slots[operand] = self.place(width)
+            return self.slots[operand]
+        if operand in LANE_MASKS and width == 32:
+            self.slots[operand] = self.place(32)
+            masks = [LANE_MASKS[operand](lane) & 0xFFFFFFFF for lane in range(32)]
+            struct.pack_into("<32I", self.image, self.slots[operand], *masks)
             return self.slots[operand]
         if operand == "_":
             return self.place(width)
