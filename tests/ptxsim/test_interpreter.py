@@ -12,7 +12,7 @@ from triton.runtime import interpreter as stock
 from lora_kernels.testing import triton_interpreter
 from lora_kernels.testing.triton_interpreter import InterpreterViolation, interpret
 from tests.ptxsim import triton_kernels as kernels
-from tests.ptxsim.test_triton import close, empty, lora_arguments
+from tests.ptxsim.test_triton import close, dot_arguments, empty, lora_arguments, row_norm_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +33,10 @@ def test_lora(dtype, seed):
     (torch.float16, "ieee", 1e-6), (torch.bfloat16, "ieee", 1e-6), (torch.float32, "ieee", 1e-6), (torch.float32, "tf32", 3e-3),
 ])  # fmt: skip
 def test_dot(dtype, precision, tolerance):
-    x, w, y = torch.randn(64, 64).to(dtype), torch.randn(64, 64).to(dtype), empty(64, 64)
-    args = {"x": x, "w": w, "y": y, "m": 64, "n": 64, "k": 64, "BM": 32, "BN": 64, "BK": 32, "PRECISION": precision}
-    interpret(kernels.dot, (2, 1), args, [y])
-    close(y, x.double() @ w.double(), tolerance)
-    error = (y.double() - x.double() @ w.double()).abs().max()
+    args, wanted = dot_arguments(64, 64, 64, dtype, (32, 64, 32), precision)
+    interpret(kernels.dot, (2, 1), args, [args["y"]])
+    close(args["y"], wanted, tolerance)
+    error = (args["y"].double() - wanted).abs().max()
     assert precision != "tf32" or error > 1e-4  # it is cut to ten bits indeed
 
 
@@ -53,11 +52,9 @@ def test_a_row_of_a_dot_does_not_depend_on_the_others():
 
 
 def test_row_norm_softmax_and_dropout():
-    n, k = 72, 80
-    w, a, b, norm = torch.randn(n, k).bfloat16(), torch.randn(16, k).bfloat16(), torch.randn(n, 16).bfloat16(), empty(n)
-    args = {"w": w, "a": a, "b": b, "norm": norm, "n": n, "k": k, "scale": 0.5, "R": 16, "BN": 64, "BK": 32}
-    interpret(kernels.row_norm, (2,), args, [norm])
-    close(norm, torch.linalg.vector_norm(w.double() + 0.5 * b.double() @ a.double(), dim=1), 1e-6)
+    args, wanted = row_norm_arguments()
+    interpret(kernels.row_norm, (2,), args, [args["norm"]])
+    close(args["norm"], wanted, 1e-6)
     x, y = torch.randn(5, 200).bfloat16(), empty(5, 200, dtype=torch.bfloat16)
     interpret(kernels.softmax, (5,), {"x": x, "y": y, "n": 200, "B": 256}, [y])
     close(y, x.double().softmax(1), 2**-8)

@@ -42,6 +42,19 @@ def lora_arguments(m, n, k, dtype=torch.bfloat16):
     return args, x.double() @ w.double().T + h @ b.double().T
 
 
+def dot_arguments(m, n, k, dtype, tiles, precision="ieee"):
+    x, w = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    args = {"x": x, "w": w, "y": empty(m, n), "m": m, "n": n, "k": k, "PRECISION": precision}
+    return args | dict(zip(("BM", "BN", "BK"), tiles, strict=True)), x.double() @ w.double()
+
+
+def row_norm_arguments():
+    n, k = 72, 80
+    w, a, b = (torch.randn(shape).bfloat16() for shape in ((n, k), (16, k), (n, 16)))
+    args = {"w": w, "a": a, "b": b, "norm": empty(n), "n": n, "k": k, "scale": 0.5, "R": 16, "BN": 64, "BK": 32}
+    return args, torch.linalg.vector_norm(w.double() + 0.5 * b.double() @ a.double(), dim=1)
+
+
 @pytest.mark.parametrize("shape", [(128, 128, 128), (100, 144, 80), (130, 72, 208)], ids=str)
 @pytest.mark.parametrize(("tiles", "warps", "stages"), [((128, 128, 64), 8, 3), ((32, 64, 32), 4, 2), ((16, 32, 64), 1, 4)])
 def test_lora(shape, tiles, warps, stages):
@@ -72,10 +85,9 @@ def test_hopper(dtype, tiles):
     close(args["y"], wanted, 2**-7)
     assert run.by_opcode["wgmma.mma_async"] > 0
     m, n, k = tiles
-    x, w, y = torch.randn(m, 2 * k).to(dtype), torch.randn(2 * k, n).to(dtype), empty(m, n)
-    args = {"x": x, "w": w, "y": y, "m": m, "n": n, "k": 2 * k, "BM": m, "BN": n, "BK": k, "PRECISION": "ieee"}
-    simulate_triton(kernels.dot, (1, 1), args, [y], arch=90, warps=m // 16)
-    close(y, x.double() @ w.double(), 1e-5)
+    args, wanted = dot_arguments(m, n, 2 * k, dtype, tiles)
+    simulate_triton(kernels.dot, (1, 1), args, [args["y"]], arch=90, warps=m // 16)
+    close(args["y"], wanted, 1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "precision", "tolerance"), [
@@ -83,18 +95,15 @@ def test_hopper(dtype, tiles):
 ])  # fmt: skip
 @pytest.mark.parametrize("warps", [1, 4])
 def test_dot(dtype, precision, tolerance, warps):
-    x, w, y = torch.randn(64, 64).to(dtype), torch.randn(64, 64).to(dtype), empty(64, 64)
-    args = {"x": x, "w": w, "y": y, "m": 64, "n": 64, "k": 64, "BM": 32, "BN": 64, "BK": 32, "PRECISION": precision}
-    simulate_triton(kernels.dot, (2, 1), args, [y], warps=warps)
-    close(y, x.double() @ w.double(), tolerance)
+    args, wanted = dot_arguments(64, 64, 64, dtype, (32, 64, 32), precision)
+    simulate_triton(kernels.dot, (2, 1), args, [args["y"]], warps=warps)
+    close(args["y"], wanted, tolerance)
 
 
 def test_row_norm():
-    n, k = 72, 80
-    w, a, b, norm = torch.randn(n, k).bfloat16(), torch.randn(16, k).bfloat16(), torch.randn(n, 16).bfloat16(), empty(n)
-    args = {"w": w, "a": a, "b": b, "norm": norm, "n": n, "k": k, "scale": 0.5, "R": 16, "BN": 64, "BK": 32}
-    simulate_triton(kernels.row_norm, (2,), args, [norm])
-    close(norm, torch.linalg.vector_norm(w.double() + 0.5 * b.double() @ a.double(), dim=1), 1e-6)
+    args, wanted = row_norm_arguments()
+    simulate_triton(kernels.row_norm, (2,), args, [args["norm"]])
+    close(args["norm"], wanted, 1e-6)
 
 
 def test_split_k_needs_its_atomics():

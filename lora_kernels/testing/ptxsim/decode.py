@@ -27,6 +27,11 @@ NOTHING = ("prefetch", "prefetchu", "discard", "applypriority")
 INTEGERS = {"u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"}
 
 
+def pieces(operand: str) -> list[str]:
+    """The registers of `{%r1, %r2}`, or the one that the operand is."""
+    return split(operand[1:-1]) if operand.startswith("{") else [operand]
+
+
 class Decoded:
     """A kernel that can be launched: `program` is the simulator's, `parameters` say where the arguments go."""
 
@@ -105,6 +110,12 @@ class _Decoder(Places):
             base = "fma"
         return ".".join([base, *rest])
 
+    def inverse(self, predicate: int) -> int:
+        """A new place that holds the opposite of a predicate."""
+        place = self.place(1)
+        self.emit("not.pred", [place, predicate], [])
+        return place
+
     def plain(self, name: str, operands: list[str]) -> None:
         """An instruction whose operands have the widths that the table says."""
         widths = TABLE.get(name)
@@ -118,9 +129,7 @@ class _Decoder(Places):
             if kind == "i":
                 immediates.append(self.value(operand, 64))
             elif kind == "p" and operand.startswith("!"):
-                inverse = self.place(1)
-                self.emit("not.pred", [inverse, self.slot(operand[1:], 1)], [])
-                at.append(inverse)
+                at.append(self.inverse(self.slot(operand[1:], 1)))
             else:
                 at.append(self.slot(operand, 1 if kind == "p" else int(kind)))
         self.emit(name, at, immediates)
@@ -131,16 +140,14 @@ class _Decoder(Places):
         to, source = operands
         kind = parts[-1]
         if to.startswith("{"):
-            pieces = split(to[1:-1])
-            width = WIDTH[kind] // len(pieces)
-            for i, piece in enumerate(pieces):
+            width = WIDTH[kind] // len(pieces(to))
+            for i, piece in enumerate(pieces(to)):
                 if piece != "_":
                     place = self.slot(piece, width)
                     self.emit(f"part.b{width}.b{WIDTH[kind]}", [place, self.slot(source, WIDTH[kind])], [i])
         elif source.startswith("{"):
-            pieces = split(source[1:-1])
-            width = WIDTH[kind] // len(pieces)
-            places = [self.slot(piece, width) for piece in pieces]
+            width = WIDTH[kind] // len(pieces(source))
+            places = [self.slot(piece, width) for piece in pieces(source)]
             self.emit(f"pack.b{WIDTH[kind]}.b{width}", [self.slot(to, WIDTH[kind]), *places], [])
         else:
             self.plain(self.meaning(parts), operands)
@@ -152,7 +159,7 @@ class _Decoder(Places):
         if [each for each in parts[2:-1] if each not in joins and each != "ftz"]:
             raise self.unsupported(".".join(parts))
         unsigned = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
-        kind = f"u{WIDTH[kind]}" if kind.startswith("b") and kind in ("b16", "b32", "b64") else kind
+        kind = f"u{WIDTH[kind]}" if kind in ("b16", "b32", "b64") else kind
         name = f"setp.{unsigned.get(compare, compare)}{flush}.{kind}"
         targets = operands[0].split("|")
         if name not in TABLE or len(operands) != 3 + len(joins):
@@ -161,17 +168,12 @@ class _Decoder(Places):
         places = [self.slot(operand, WIDTH[kind]) for operand in operands[1:3]]
         self.emit(name, [found, *places], [])
         for target, inverted in zip(targets, (False, True), strict=False):
-            value = found
-            if inverted:
-                value = self.place(1)
-                self.emit("not.pred", [value, found], [])
+            value = self.inverse(found) if inverted else found
             if joins:
                 joined, third = self.place(1), operands[3]
                 other = self.slot(third.lstrip("!"), 1)
                 if third.startswith("!"):
-                    inverse = self.place(1)
-                    self.emit("not.pred", [inverse, other], [])
-                    other = inverse
+                    other = self.inverse(other)
                 self.emit(f"{joins[0]}.pred", [joined, value, other], [])
                 value = joined
             values.append((target, value))
@@ -236,7 +238,7 @@ class _Decoder(Places):
 
     def _ld(self, parts: list[str], operands: list[str]) -> None:
         space, kind, count, order = self._memory(parts)
-        targets = split(operands[0][1:-1]) if operands[0].startswith("{") else [operands[0]]
+        targets = pieces(operands[0])
         width = next((self.width(each) for each in targets if each != "_"), WIDTH[kind]) or WIDTH[kind]
         places = [self.slot(each, width) for each in targets]
         if len(targets) != count:
@@ -254,7 +256,7 @@ class _Decoder(Places):
 
     def _st(self, parts: list[str], operands: list[str]) -> None:
         space, kind, count, order = self._memory(parts)
-        sources = split(operands[1][1:-1]) if operands[1].startswith("{") else [operands[1]]
+        sources = pieces(operands[1])
         width = next((self.width(each) for each in sources if self.width(each)), None) or max(16, WIDTH[kind])
         base, offset, size = self.address(operands[0])
         if len(sources) != count:
@@ -319,7 +321,7 @@ class _Decoder(Places):
 
     def _mma(self, parts: list[str], operands: list[str]) -> None:
         name = ".".join(["mma", *(each for each in parts[1:] if each not in ("sync", "aligned"))])
-        self.plain(name, [each for operand in operands for each in (split(operand[1:-1]) if operand[0] == "{" else [operand])])
+        self.plain(name, [each for operand in operands for each in pieces(operand)])
 
     def _wgmma(self, parts: list[str], operands: list[str]) -> None:
         if parts[1] != "mma_async":
@@ -329,7 +331,7 @@ class _Decoder(Places):
             raise self.unsupported(".".join(parts))
         n, in_registers = int(shape[1]), operands[1].startswith("{")
         sums = split(operands[0][1:-1])
-        a = [self.slot(each, 32) for each in split(operands[1][1:-1])] if in_registers else [self.slot(operands[1], 64)]
+        a = [self.slot(each, 32 if in_registers else 64) for each in pieces(operands[1])]
         immediates = [self.value(each, 64) for each in operands[4:]]
         across = [0, *immediates[2:]] if in_registers else immediates[2:]
         if len(sums) != n // 2 or len(across) != 2:
@@ -393,6 +395,3 @@ class _Decoder(Places):
         self.plain(name.replace(parts[0], f"{parts[0]}3", 1) if len(operands) == 4 else name, operands)
 
     _min = _max
-
-    def _mul(self, parts: list[str], operands: list[str]) -> None:
-        self.plain(self.meaning(parts), operands)

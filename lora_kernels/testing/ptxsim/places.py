@@ -53,9 +53,10 @@ class Places:
                 self.slots[operand] = self.place(width)
             return self.slots[operand]
         if operand in LANE_MASKS and width == 32:
-            self.slots[operand] = self.place(32)
-            masks = [LANE_MASKS[operand](lane) & 0xFFFFFFFF for lane in range(32)]
-            struct.pack_into("<32I", self.image, self.slots[operand], *masks)
+            if operand not in self.slots:
+                self.slots[operand] = self.place(32)
+                masks = [LANE_MASKS[operand](lane) & 0xFFFFFFFF for lane in range(32)]
+                struct.pack_into("<32I", self.image, self.slots[operand], *masks)
             return self.slots[operand]
         if operand == "_":
             return self.place(width)
