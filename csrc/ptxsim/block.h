@@ -77,7 +77,7 @@ struct Options {
   bool late = true;   // cp.async lands when it is waited for, else at once
   bool shuffle = true;
   uint64_t seed = 0;
-  uint64_t steps = 0;  // a warp's instructions after which the launch is given up; 0: none
+  uint64_t steps = 0;  // a block's instructions after which the launch is given up; 0: none
   bool trace = false;
   int resident = 8;  // blocks that run side by side
 };
@@ -155,7 +155,7 @@ void acquire(Warp& w, uint64_t address, bool at_once);
 void fence(Warp& w);
 
 // the warp arrives at a barrier; the scheduler lets it go on
-void arrive(Warp& w, Mask lanes, int barrier, uint32_t wanted, bool waits);
+void arrive(Warp& w, int barrier, uint32_t wanted, bool waits);
 
 template <typename F>
 void each_cell(Block& block, uint32_t address, uint32_t bytes, F&& f) {

@@ -119,7 +119,7 @@ void barrier(Warp& w, const Instruction& in, Mask mask, bool waits) {
   const uint32_t which = number(0), wanted = number(1);
   if (which >= BARRIERS) return report(w, -1, "bar: barrier " + std::to_string(which) + " of 16");
   if (mask != w.live) report(w, -1, "bar: not all lanes of the warp are here (barrier divergence)");
-  arrive(w, mask, int(which), wanted, waits);
+  arrive(w, int(which), wanted, waits);
 }
 
 void nothing(Warp&, const Instruction&, Mask) {}

@@ -206,7 +206,7 @@ bool turn(Block& block) {
 Table::Table(std::initializer_list<Entry> entries) { all_entries().insert(all_entries().end(), entries); }
 const std::vector<Entry>& table() { return all_entries(); }
 
-void arrive(Warp& w, Mask, int which, uint32_t wanted, bool waits) {
+void arrive(Warp& w, int which, uint32_t wanted, bool waits) {
   Block& block = *w.block;
   Barrier& barrier = block.barriers[which];
   if (!barrier.arrived.empty() && barrier.wanted != wanted) {

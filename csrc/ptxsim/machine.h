@@ -21,11 +21,6 @@ using Handler = void (*)(Warp&, const Instruction&, Mask);
 // what the counters and the scheduler distinguish
 enum class Flow : uint8_t { none, together, branch, exit, barrier, pause };  // together: lanes wait for one another
 
-struct Opcode {
-  Handler run;
-  Flow flow;
-};
-
 struct Instruction {
   Handler run;
   Flow flow;

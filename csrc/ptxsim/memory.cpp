@@ -93,14 +93,14 @@ std::string nearest(const Launch& launch, uint64_t address) {
          std::to_string(near->last - near->first) + " bytes";
 }
 
-bool check_global(Warp& w, int lane, size_t buffer, uint64_t address, uint32_t bytes, Access access, const char* what) {
+void check_global(Warp& w, int lane, size_t buffer, uint64_t address, uint32_t bytes, Access access, const char* what) {
   Launch& launch = *w.block->launch;
   const Buffer& b = launch.buffers[buffer];
   const uint32_t unit = launch.units[buffer];
-  bool fine = true;
+  bool fine = true;  // one report an access
   for (uint64_t a = address; a < address + bytes; a += unit) {
     Element* e = element_of(launch, buffer, a);
-    if (!e) return true;
+    if (!e) return;
     const auto conflict = [&](const Mark& m, const char* kind) {
       if (!fine) return;
       fine = false;
@@ -134,7 +134,6 @@ bool check_global(Warp& w, int lane, size_t buffer, uint64_t address, uint32_t b
     }
     e->read = now;
   }
-  return fine;
 }
 
 }  // namespace

@@ -77,10 +77,10 @@ class Kernel:
             TypeError, ValueError: the arguments do not fit the parameters.
         """
         tensors: dict[int, tuple[str, Tensor]] = {}
-        packed = bytearray(sum_of(self.parameters))
+        packed = bytearray(max((p.offset + p.bytes for p in self.parameters), default=0))
         if len(args) != len(self.parameters):
             raise ValueError(f"{self.name}: {len(self.parameters)} parameters, found {len(args)} arguments")
-        for parameter, argument in zip(self.parameters, args, strict=False):
+        for parameter, argument in zip(self.parameters, args, strict=True):
             if isinstance(argument, Tensor):
                 if argument.device.type != "cpu":
                     raise ValueError(f"{self.name}: {parameter.name} must be on the CPU, found {argument.device}")
@@ -123,10 +123,6 @@ def _bytes_from(t: Tensor) -> int:
     """What the tensor spans, from its first element."""
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else -1
     return (last + 1) * t.element_size()
-
-
-def sum_of(parameters: Any) -> int:
-    return max((p.offset + p.bytes for p in parameters), default=0)
 
 
 def _packed(kernel: str, parameter: Any, argument: Any) -> bytes:
