@@ -49,6 +49,10 @@ Space resolve(Space space, uint64_t& address) {
     address -= LOCAL_WINDOW;
     return LOCAL;
   }
+  if (address >= PARAMETER_WINDOW) {
+    address -= PARAMETER_WINDOW;
+    return PARAM;
+  }
   return GLOBAL;
 }
 
@@ -65,10 +69,17 @@ uint8_t* local_at(Warp& w, int lane, uint64_t address, uint64_t bytes, const cha
   return w.block->local.data() + (w.index * LANES + lane) * size + address;
 }
 
+uint8_t* parameter_at(Warp& w, int lane, uint64_t address, uint64_t bytes, Access access, const char* what) {
+  auto& held = w.block->launch->parameters;
+  if (access == Access::load && address <= held.size() && bytes <= held.size() - address) return held.data() + address;
+  report(w, lane, std::string(what) + ": out of bounds of the parameters, or writes them");
+  return nullptr;
+}
+
 void count(Warp& w, Space space, const uint64_t (&a)[LANES], Mask mask, uint32_t bytes, bool store) {
-  if (space == GLOBAL || (space == GENERIC && mask && a[__builtin_ctz(mask)] < LOCAL_WINDOW)) {
+  if (space == GLOBAL || (space == GENERIC && mask && a[__builtin_ctz(mask)] < PARAMETER_WINDOW)) {
     count_global(w, a, mask, bytes, store);
-  } else if (space != LOCAL && space != PARAM) {
+  } else if (space == SHARED || (mask && a[__builtin_ctz(mask)] >= SHARED_WINDOW)) {
     uint32_t narrow[LANES];
     for (int i = 0; i < LANES; i++) narrow[i] = uint32_t(a[i]);
     count_shared(w, narrow, mask, bytes);
@@ -80,6 +91,7 @@ uint8_t* reach(Warp& w, int lane, Space space, uint64_t address, uint32_t bytes,
   switch (resolve(space, address)) {
     case SHARED: return shared_at(w, lane, uint32_t(address), bytes, access, what, value);
     case LOCAL: return local_at(w, lane, address, bytes, what);
+    case PARAM: return parameter_at(w, lane, address, bytes, access, what);
     default: return global_at(w, lane, address, bytes, access, what);
   }
 }

@@ -8,9 +8,11 @@
 
 namespace lk::ptx {
 
-constexpr int WARPS = 32, BARRIERS = 16;
+constexpr int BARRIERS = 16;
 // a generic address of shared or local memory is its offset in one of these windows
 constexpr uint64_t SHARED_WINDOW = 0x7f00000000000000, LOCAL_WINDOW = 0x7e00000000000000;
+// a kernel's parameters, whose address it may take
+constexpr uint64_t PARAMETER_WINDOW = 0x7d00000000000000;
 
 // an access: of which lane of which warp, at which of its synchronisations
 struct Stamp {
@@ -19,6 +21,9 @@ struct Stamp {
   uint16_t lane = 0;
 };
 
+// an asynchronous copy will write some bytes, or read them
+enum class Travel : uint8_t { none, arriving, leaving };
+
 // what is known of some bytes of shared memory
 struct Cell {
   Stamp write, read;
@@ -26,7 +31,7 @@ struct Cell {
       -1;  // where there are several warps since the last write: their last reads or atomics, in Block::readers
   bool ready = false;   // written
   bool atomic = false;  // `read` and `readers` are atomics
-  bool flying = false;  // a cp.async will land here
+  Travel travel = Travel::none;
 };
 
 // 16 bytes, which are accessed as one nearly always; else each byte has a cell of its own, in Block::pieces
@@ -64,12 +69,37 @@ inline void join(Clocks& into, const Clocks& from) {
 struct Arrival {
   int warp;
   uint32_t clock;
-  std::vector<uint32_t> known;
+  Past past;
   bool waits;
 };
 struct Barrier {
   std::vector<Arrival> arrived;
   uint32_t wanted = 0;  // threads; 0: all of the block
+};
+
+// PTX ISA 9.7.14.16: arrivals and bytes that a phase waits for
+struct MBarrier {
+  uint32_t expected, pending;
+  int64_t bytes = 0;  // still to come
+  uint32_t phase = 0;
+  Past arrived, passed;  // what comes before those who arrived; when the last phase was complete
+};
+
+// up to 16 bytes of shared memory, of which some come from or go to a tensor; the rest, past its end, is zero
+struct Piece {
+  uint32_t shared, size = 16, skip = 0, bytes = 0;
+  uint64_t global = 0;
+};
+// a copy in bulk that is under way: into shared memory until its mbarrier is waited for, out of it until its group is
+struct Bulk {
+  std::vector<Piece> pieces;
+  uint32_t mbarrier = 0;
+  int64_t bytes = 0;      // that the mbarrier is told of
+  uint32_t arrivals = 0;  // that it is told of
+};
+struct Groups {
+  std::vector<Bulk> open;
+  std::vector<std::vector<Bulk>> committed;
 };
 
 struct Options {
@@ -97,7 +127,12 @@ struct Block {
   uint32_t clock = 1;   // counts releases to other blocks
   Clocks known, pending;
   bool fenced = false;
-  uint64_t done = 0;  // instructions
+  uint64_t done = 0;                       // instructions
+  std::map<uint32_t, MBarrier> mbarriers;  // by address
+  std::vector<Bulk> arriving;
+  std::map<int, Groups> leaving;  // by thread
+  uint32_t engine = 0;            // the clock of ENGINE
+  uint64_t events = 0;            // at barriers of any kind
 };
 
 // what was found, told once for all the lanes and places where one instruction does it
@@ -138,6 +173,7 @@ uint8_t* global_at(Warp& w, int lane, uint64_t address, uint32_t bytes, Access a
 
 // counted: the sectors of 32 bytes that one request touches; the passes that shared memory takes for it
 void count_global(Warp& w, const uint64_t* addresses, Mask mask, uint32_t bytes, bool store);
+void count_span(Warp& w, uint64_t address, uint64_t bytes, bool store);
 void count_shared(Warp& w, const uint32_t* addresses, Mask mask, uint32_t bytes);
 
 // f(cell, its first byte) for the cells that hold some bytes
@@ -147,6 +183,25 @@ void each_cell(Block& block, uint32_t address, uint32_t bytes, F&& f);
 // a cp.async is under way; it lands
 void launch_copy(Warp& w, const Copy& copy);
 void land(Warp& w, const Copy& copy);
+// an asynchronous copy has landed: what it wrote is the warp's at that lane
+void landed(Block& block, uint32_t address, uint32_t bytes, Stamp by);
+// on its way: the bytes are marked
+void mark_travel(Block& block, uint32_t address, uint32_t bytes, Travel travel);
+// whether a fence.proxy.async has shown the bytes to the asynchronous proxy; else reported
+bool shown_to_proxy(Warp& w, int lane, uint32_t address, uint32_t bytes, const char* what);
+// the address in a register (4 or 8 bytes, 0 if there is none) and an offset
+inline uint64_t address_of(const Warp& w, int lane, int32_t at, int64_t offset, int64_t bytes) {
+  if (bytes == 8) return w.at<uint64_t>(at)[lane] + uint64_t(offset);
+  return bytes == 4 ? uint32_t(w.at<uint32_t>(at)[lane] + offset) : uint64_t(offset);
+}
+// the mbarrier at an address of shared memory, or null, which is reported; what is known to those who arrive is kept
+MBarrier* mbarrier_at(Warp& w, int lane, uint32_t address, const char* what);
+void arrive_at(Warp& w, int lane, MBarrier& m, uint32_t count, const char* what);
+// the copies in bulk that an mbarrier waits for land
+void land_for(Warp& w, uint32_t mbarrier);
+void land_bulk(Block& block, const Bulk& copy);
+// the thread ends: what it left under way is reported
+void check_left(Warp& w, Mask lanes);
 // this warp has synchronised with itself
 void tick(Warp& w);
 // other blocks learn what this one did before, and the reverse
@@ -187,7 +242,7 @@ void each_cell(Block& block, uint32_t address, uint32_t bytes, F&& f) {
     if (covered && pieces[0].read.clock == 0 && pieces[0].readers < 0) {
       const auto same = [&](const Cell& c) {
         return std::memcmp(&c.write, &pieces[0].write, sizeof c.write) == 0 && c.read.clock == 0 && c.readers < 0 &&
-               c.ready == pieces[0].ready && c.flying == pieces[0].flying && c.atomic == pieces[0].atomic;
+               c.ready == pieces[0].ready && c.travel == pieces[0].travel && c.atomic == pieces[0].atomic;
       };
       bool alike = true;
       for (const Cell& c : pieces) alike = alike && same(c);

@@ -40,7 +40,6 @@ std::unique_ptr<Block> start(Launch& launch, uint32_t index) {
     w->groups = {{w->live, 0}};
     w->registers.reset(new uint8_t[program.registers.size()]);
     std::memcpy(w->registers.get(), program.registers.data(), program.registers.size());
-    w->known.resize(WARPS);
     for (int d = 0; d < 3; d++) {
       set_special(*w, program.ctaid[d], block->id[d]);
       set_special(*w, program.nctaid[d], launch.grid[d]);
@@ -72,17 +71,19 @@ void settle(Block& block, Barrier& barrier) {
     if (!to.waits) continue;
     Warp& w = *block.warps[to.warp];
     for (const Arrival& from : barrier.arrived) {
-      for (int i = 0; i < WARPS; i++) w.known[i] = std::max(w.known[i], from.known[i]);
-      w.known[from.warp] = std::max(w.known[from.warp], from.clock);
+      w.past.join(from.past);
+      w.past.known[from.warp] = std::max(w.past.known[from.warp], from.clock);
     }
     w.waiting = -1;
   }
   const uint32_t* size = block.launch->block;
   block.passed += all || barrier.wanted == size[0] * size[1] * size[2];
   barrier = {};
+  block.events++;
 }
 
 void finish(Warp& w, Mask lanes) {
+  check_left(w, lanes);
   w.live &= ~lanes;
   if (w.live) return;
   for (Barrier& barrier : w.block->barriers) {
@@ -114,6 +115,17 @@ size_t choose(const Warp& w, const Instruction* code) {
   return 0;
 }
 
+// a register that wgmma will write is left alone until it is waited for
+void check_accumulators(Warp& w, const Instruction& in) {
+  const Program& program = *w.block->launch->program;
+  if (&in == &program.code.back()) return;
+  const bool adds = program.names[size_t(in.opcode)] == "wgmma.mma_async";  // to its own, in their order
+  for (const int32_t* at = in.at + (adds ? in.with[0] / 2 : 0); at != (&in)[1].at; at++) {
+    if (std::find(w.accumulators.begin(), w.accumulators.end(), *at) == w.accumulators.end()) continue;
+    return report(w, -1, "an accumulator of wgmma.mma_async is used before wgmma.wait_group");
+  }
+}
+
 // runs a warp until it waits, ends, or has had its turn
 void advance(Warp& w) {
   Launch& launch = *w.block->launch;
@@ -141,6 +153,7 @@ void advance(Warp& w) {
         mask &= in.negated ? ~p : p;
       }
       w.now = &in;
+      if (!w.accumulators.empty()) check_accumulators(w, in);
       left--;
       launch.by_opcode[in.opcode]++;
       launch.counters.instructions++;
@@ -176,7 +189,10 @@ void advance(Warp& w) {
           }
           go = w.waiting < 0;
           break;
-        case Flow::pause: left = 0; break;
+        case Flow::pause:
+          if (mask) in.run(w, in, mask);
+          left = 0;
+          break;
       }
     }
     if (group.lanes) w.groups[chosen] = group;
@@ -188,6 +204,8 @@ bool ended(const Block& block) {
   return std::all_of(block.warps.begin(), block.warps.end(), [](const auto& w) { return w->live == 0; });
 }
 
+constexpr int IDLE = 1000;  // turns in which all that runs waits at mbarriers and nothing happens: it never will
+
 // a turn for each warp; false if none can go on
 bool turn(Block& block) {
   Launch& launch = *block.launch;
@@ -195,7 +213,7 @@ bool turn(Block& block) {
   for (const auto& w : block.warps) {
     if (w->live && w->waiting < 0) order.push_back(w.get());
   }
-  if (order.empty()) return false;
+  if (std::all_of(order.begin(), order.end(), [](Warp* w) { return w->idle > IDLE; })) return false;
   if (launch.options.shuffle) std::shuffle(order.begin(), order.end(), launch.random);
   for (Warp* w : order) advance(*w);
   return true;
@@ -215,7 +233,7 @@ void arrive(Warp& w, int which, uint32_t wanted, bool waits) {
                std::to_string(wanted));
   }
   barrier.wanted = wanted;
-  barrier.arrived.push_back({w.index, w.clock, w.known, waits});
+  barrier.arrived.push_back({w.index, w.clock, w.past, waits});
   tick(w);
   if (waits) w.waiting = which;
   settle(block, barrier);
@@ -236,13 +254,16 @@ void Launch::run() {
       const bool goes_on = turn(*block);
       const bool given_up = options.steps && block->done > options.steps;
       if (ended(*block)) {
+        if (!block->arriving.empty())
+          report(*block->warps[0], -1, "exit: a cp.async.bulk into shared memory has not been waited for");
         block.reset();
       } else if (!goes_on || given_up) {
         const auto stuck = std::find_if(block->warps.begin(), block->warps.end(),
                                         [](const auto& w) { return w->live != 0; });
         report(**stuck, -1,
-               goes_on ? "given up: the block runs on and on"
-                       : "deadlock: waits at barrier " + std::to_string((*stuck)->waiting));
+               goes_on                 ? "given up: the block runs on and on"
+               : (*stuck)->waiting < 0 ? "deadlock: waits at an mbarrier"
+                                       : "deadlock: waits at barrier " + std::to_string((*stuck)->waiting));
         block.reset();
       }
     }

@@ -2,16 +2,20 @@
 // instruction; lanes that diverge run apart, the lowest instruction first, and join where they meet.
 // PTX ISA: https://docs.nvidia.com/cuda/parallel-thread-execution (sections are cited at each instruction).
 #pragma once
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 namespace lk::ptx {
 
-constexpr int LANES = 32;
-using Mask = uint32_t;  // a bit a lane
+constexpr int LANES = 32, WARPS = 32;  // of a warp, of a block
+constexpr int ENGINE = WARPS;          // whoever copies in bulk, as if it were one more warp
+using Mask = uint32_t;                 // a bit a lane
 constexpr Mask ALL = ~Mask{0};
 
 struct Warp;
@@ -73,18 +77,40 @@ struct Copy {
   int lane;
 };
 
+// up to which clock the accesses of each warp come before something
+struct Past {
+  std::array<uint32_t, WARPS + 1> known{}, proxied{};  // all; those that a fence.proxy.async follows
+  void join(const Past& other) {
+    for (size_t i = 0; i < known.size(); i++) {
+      known[i] = std::max(known[i], other.known[i]);
+      proxied[i] = std::max(proxied[i], other.proxied[i]);
+    }
+  }
+};
+
+// wgmma that have not been waited for, and the registers that they will write
+struct Products {
+  std::vector<std::function<void()>> run;
+  std::vector<int32_t> sums;
+};
+
 struct Warp {
   Block* block;
   int index;
   Mask live;
   std::vector<Group> groups;
   std::unique_ptr<uint8_t[]> registers;
-  uint32_t clock = 1;           // counts this warp's synchronisations
-  std::vector<uint32_t> known;  // of each warp of the block: up to which clock its accesses come before this warp's
-  std::vector<Copy> open;       // since the last commit
+  uint32_t clock = 1;      // counts this warp's synchronisations
+  Past past;               // what comes before this warp's accesses
+  std::vector<Copy> open;  // since the last commit
   std::vector<std::vector<Copy>> committed;
-  int waiting = -1;  // at this barrier
-  Mask arrived = 0;  // lanes that wait there
+  Products products;  // since the last commit
+  std::vector<Products> committed_products;
+  std::vector<int32_t> accumulators;  // of both
+  uint64_t seen = 0;                  // Block::events when it last waited at an mbarrier in vain
+  int idle = 0;                       // waits at an mbarrier, one after another, between which nothing happened
+  int waiting = -1;                   // at this barrier
+  Mask arrived = 0;                   // lanes that wait there
   const Instruction* now = nullptr;
 
   template <typename T>

@@ -9,12 +9,15 @@ namespace lk::ptx {
 
 namespace {
 
-std::string thread_of(const Stamp& s) { return "warp " + std::to_string(s.warp) + " lane " + std::to_string(s.lane); }
+std::string thread_of(const Stamp& s) {
+  if (s.warp == ENGINE) return "cp.async.bulk";
+  return "warp " + std::to_string(s.warp) + " lane " + std::to_string(s.lane);
+}
 
 // whether an earlier access of this block comes before what `lane` of `w` does now
 bool ordered(const Warp& w, int lane, const Stamp& s) {
   if (s.warp == w.index) return s.lane == lane || s.clock < w.clock;
-  return w.known[s.warp] >= s.clock;
+  return w.past.known[s.warp] >= s.clock;
 }
 
 // of two lanes of one warp that read in one interval either stands for both, but not for itself: lane LANES is no lane
@@ -186,7 +189,10 @@ uint8_t* shared_at(Warp& w, int lane, uint32_t address, uint32_t bytes, Access a
     fine = false;
   };
   each_cell(block, address, bytes, [&](Cell& cell, uint32_t at) {
-    if (cell.flying) return wrong(at, ": a cp.async into it has not been waited for");
+    if (cell.travel == Travel::arriving) return wrong(at, ": a cp.async into it has not been waited for");
+    if (cell.travel == Travel::leaving && access != Access::load) {
+      return wrong(at, ": a cp.async.bulk out of it has not been waited for");
+    }
     const bool same = access == Access::store && value && cell.ready && std::memcmp(data, value, bytes) == 0;
     if (cell.write.clock && !ordered(w, lane, cell.write) && !same) {
       return wrong(at, ": shared race with a write of " + thread_of(cell.write));
@@ -255,6 +261,16 @@ void count_global(Warp& w, const uint64_t* addresses, Mask mask, uint32_t bytes,
   }
 }
 
+void count_span(Warp& w, uint64_t address, uint64_t bytes, bool store) {
+  Launch& launch = *w.block->launch;
+  Counters& c = launch.counters;
+  const uint64_t first = address / 32, last = (address + bytes - 1) / 32;
+  (store ? c.store_sectors : c.load_sectors) += last - first + 1;
+  (store ? c.store_requests : c.load_requests) += 1;
+  (store ? c.store_bytes : c.load_bytes) += bytes;
+  for (uint64_t s = first; launch.options.trace && s <= last; s++) launch.trace.push_back(s * 2 + store);
+}
+
 // Shared memory has 32 banks of 4 bytes and serves one word of each in a pass; a request of more than 128 bytes is cut
 // into halves or quarters of the warp.
 void count_shared(Warp& w, const uint32_t* addresses, Mask mask, uint32_t bytes) {
@@ -281,8 +297,7 @@ void count_shared(Warp& w, const uint32_t* addresses, Mask mask, uint32_t bytes)
 
 void launch_copy(Warp& w, const Copy& copy) {
   Block& block = *w.block;
-  if (block.launch->options.check)
-    each_cell(block, copy.to, copy.bytes, [](Cell& cell, uint32_t) { cell.flying = true; });
+  mark_travel(block, copy.to, copy.bytes, Travel::arriving);
   if (!block.launch->options.late) {
     std::memcpy(block.shared.data() + copy.to, reinterpret_cast<const void*>(copy.from), copy.taken);
   }
@@ -293,15 +308,35 @@ void land(Warp& w, const Copy& copy) {
   Block& block = *w.block;
   std::memcpy(block.shared.data() + copy.to, reinterpret_cast<const void*>(copy.from), copy.taken);
   std::memset(block.shared.data() + copy.to + copy.taken, 0, copy.bytes - copy.taken);
+  landed(block, copy.to, copy.bytes, {w.clock, uint16_t(w.index), uint16_t(copy.lane)});
+}
+
+void landed(Block& block, uint32_t address, uint32_t bytes, Stamp by) {
   if (!block.launch->options.check) return;
-  each_cell(block, copy.to, copy.bytes, [&](Cell& cell, uint32_t) {
-    cell.write = {w.clock, uint16_t(w.index), uint16_t(copy.lane)};
-    cell.read = {};
-    cell.readers = -1;
+  each_cell(block, address, bytes, [&](Cell& cell, uint32_t) {
+    cell = Cell{};
+    cell.write = by;
     cell.ready = true;
-    cell.atomic = false;
-    cell.flying = false;
   });
+}
+
+void mark_travel(Block& block, uint32_t address, uint32_t bytes, Travel travel) {
+  if (!block.launch->options.check) return;
+  each_cell(block, address, bytes, [&](Cell& cell, uint32_t) { cell.travel = travel; });
+}
+
+bool shown_to_proxy(Warp& w, int lane, uint32_t address, uint32_t bytes, const char* what) {
+  bool fine = true;
+  if (!w.block->launch->options.check) return fine;
+  each_cell(*w.block, address, bytes, [&](Cell& cell, uint32_t at) {
+    const Stamp& by = cell.write;
+    if (!fine || !by.clock || by.warp == ENGINE || w.past.proxied[by.warp] >= by.clock) return;
+    fine = false;
+    report(
+        w, lane,
+        std::string(what) + " at " + std::to_string(at) + ": no fence.proxy.async after the write of " + thread_of(by));
+  });
+  return fine;
 }
 
 void release(Warp& w, uint64_t address) {

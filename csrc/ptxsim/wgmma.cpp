@@ -1,6 +1,5 @@
 // The matrix instructions of a warp group on sm_90. PTX ISA 9.7.15: wgmma.mma_async, its shared-memory descriptors and
-// swizzles. Each warp computes its own 16 of the 64 rows when it comes to the instruction: what is asynchronous on a GPU
-// is done at once, so a result that is used before wgmma.wait_group is not noticed.
+// swizzles. Each warp computes its own 16 of the 64 rows, when wgmma.wait_group is reached (Options::late) or at once.
 #include "block.h"
 #include "numbers.h"
 
@@ -38,45 +37,57 @@ struct Descriptor {
 
 float half_of(uint16_t v, bool bf16) { return bf16 ? from_bf16(v) : from_f16(v); }
 
-uint16_t element(Warp& w, const Descriptor& d, uint32_t m, uint32_t k, bool across, const char* what) {
-  uint16_t value = 0;
-  const uint8_t* at = shared_at(w, 0, d.address(m, k, across), 2, Access::load, what);
-  if (at) std::memcpy(&value, at, 2);
-  return value;
+constexpr uint32_t K = 16, PIECE = 8;  // depth of a product; elements of 16 bytes
+
+// to[k][i] is element (first + i, k) of an operand in shared memory, which is read 16 bytes at a time
+void read_operand(Warp& w, uint64_t descriptor, bool across, bool bf16, uint32_t first, uint32_t count,
+                  const char* what, std::vector<float>& to) {
+  const Descriptor d(descriptor);
+  to.assign(count * K, 0.f);
+  const uint32_t step_i = across ? PIECE : 1, step_k = across ? 1 : PIECE;
+  for (uint32_t i = 0; i < count; i += step_i) {
+    for (uint32_t k = 0; k < K; k += step_k) {
+      const uint32_t address = d.address(first + i, k, across);
+      const uint8_t* at = shared_at(w, 0, address, 16, Access::load, what);
+      if (!at || !shown_to_proxy(w, 0, address, 16, what)) continue;
+      uint16_t held[PIECE];
+      std::memcpy(held, at, sizeof held);
+      for (uint32_t e = 0; e < PIECE; e++) {
+        to[(across ? k : k + e) * count + (across ? i + e : i)] = half_of(held[e], bf16);
+      }
+    }
+  }
 }
 
 // operands: D (n / 2 registers), A (4 registers or a descriptor), B's descriptor, whether D is added;
 // immediates: n, whether bf16, whether A is in registers, signs of A and B, whether A and B run across
-void wgmma(Warp& w, const Instruction& in, Mask mask) {
-  if (mask != ALL) report(w, -1, "wgmma: not all lanes of the warp are here");
-  const auto n = uint32_t(in.with[0]);
-  const bool bf16 = in.with[1], in_registers = in.with[2];
-  const float sign = float(in.with[3]) * float(in.with[4]);
-  const int32_t *at_a = in.at + n / 2, *at_b = at_a + (in_registers ? 4 : 1);
-  constexpr int K = 16;
-  const uint32_t row0 = uint32_t(w.index % 4) * ROWS;
-  float a[ROWS][K];
+struct Product {
+  const Instruction* in;
+  uint64_t a, b;  // descriptors
+  Mask added;
+  void run(Warp& w) const;
+};
+
+void Product::run(Warp& w) const {
+  const auto n = uint32_t(in->with[0]);
+  const bool bf16 = in->with[1], in_registers = in->with[2];
+  const float sign = float(in->with[3]) * float(in->with[4]);
+  std::vector<float> x(ROWS * K), y;
   if (in_registers) {
     for (int r = 0; r < 4; r++) {
-      const uint32_t* v = w.at<uint32_t>(at_a[r]);
+      const uint32_t* v = w.at<uint32_t>(in->at[n / 2 + uint32_t(r)]);
       for (int i = 0; i < LANES; i++) {
-        for (int e = 0; e < 2; e++)
-          a[i / 4 + r % 2 * 8][i % 4 * 2 + r / 2 * 8 + e] = half_of(uint16_t(v[i] >> (16 * e)), bf16);
+        for (int e = 0; e < 2; e++) {
+          const int row = i / 4 + r % 2 * 8, k = i % 4 * 2 + r / 2 * 8 + e;
+          x[size_t(k * ROWS + row)] = half_of(uint16_t(v[i] >> (16 * e)), bf16);
+        }
       }
     }
   } else {
-    const Descriptor d(w.at<uint64_t>(at_a[0])[0]);
-    for (uint32_t m = 0; m < ROWS; m++) {
-      for (uint32_t k = 0; k < K; k++) a[m][k] = half_of(element(w, d, row0 + m, k, in.with[5], "wgmma A"), bf16);
-    }
+    read_operand(w, a, in->with[5], bf16, uint32_t(w.index % 4) * ROWS, ROWS, "wgmma A", x);
   }
-  const Descriptor d(w.at<uint64_t>(at_b[0])[0]);
-  std::vector<float> b(n * K);
-  for (uint32_t j = 0; j < n; j++) {
-    for (uint32_t k = 0; k < K; k++) b[k * n + j] = half_of(element(w, d, j, k, in.with[6], "wgmma B"), bf16);
-  }
-  const Mask added = *w.at<Mask>(at_b[1]);
-  std::vector<float> row(n);
+  read_operand(w, b, in->with[6], bf16, 0, n, "wgmma B", y);
+  std::vector<float> sums(n);
   for (int m = 0; m < ROWS; m++) {
     const auto each_sum = [&](auto f) {  // f(column, register, lane) of this row
       for (int i = m % 8 * 4; i < m % 8 * 4 + 4; i++) {
@@ -85,23 +96,52 @@ void wgmma(Warp& w, const Instruction& in, Mask mask) {
         }
       }
     };
-    each_sum([&](uint32_t j, uint32_t r, int i) { row[j] = added >> i & 1 ? w.at<float>(in.at[r])[i] : 0.f; });
-    for (int k = 0; k < K; k++) {
-      const float x = sign * a[m][k];
-      for (uint32_t j = 0; j < n; j++) row[j] += x * b[uint32_t(k) * n + j];
+    each_sum([&](uint32_t j, uint32_t r, int i) { sums[j] = added >> i & 1 ? w.at<float>(in->at[r])[i] : 0.f; });
+    for (uint32_t k = 0; k < K; k++) {
+      const float left = sign * x[k * ROWS + uint32_t(m)];
+      for (uint32_t j = 0; j < n; j++) sums[j] += left * y[k * n + j];
     }
-    each_sum([&](uint32_t j, uint32_t r, int i) { w.at<float>(in.at[r])[i] = row[j]; });
+    each_sum([&](uint32_t j, uint32_t r, int i) { w.at<float>(in->at[r])[i] = sums[j]; });
   }
+}
+
+void issue(Warp& w, const Instruction& in, Mask mask) {
+  if (mask != ALL) report(w, -1, "wgmma: not all lanes of the warp are here");
+  const auto n = uint32_t(in.with[0]);
+  const int32_t *at_a = in.at + n / 2, *at_b = at_a + (in.with[2] ? 4 : 1);
+  const Product product{&in, in.with[2] ? 0 : w.at<uint64_t>(at_a[0])[0], w.at<uint64_t>(at_b[0])[0],
+                        *w.at<Mask>(at_b[1])};
   w.block->launch->counters.mma++;
+  if (!w.block->launch->options.late) return product.run(w);
+  w.products.run.push_back([product, &w] { product.run(w); });
+  w.products.sums.insert(w.products.sums.end(), in.at, in.at + n / 2);
+  w.accumulators.insert(w.accumulators.end(), in.at, in.at + n / 2);
+}
+
+void commit(Warp& w, const Instruction&, Mask) {
+  w.committed_products.push_back(std::move(w.products));
+  w.products = {};
+}
+
+void wait_group(Warp& w, const Instruction& in, Mask) {
+  const Instruction* now = w.now;
+  while (w.committed_products.size() > size_t(in.with[0])) {
+    for (const auto& run : w.committed_products.front().run) run();
+    w.committed_products.erase(w.committed_products.begin());
+  }
+  w.now = now;
+  w.accumulators = w.products.sums;
+  for (const Products& p : w.committed_products)
+    w.accumulators.insert(w.accumulators.end(), p.sums.begin(), p.sums.end());
 }
 
 void nothing(Warp&, const Instruction&, Mask) {}
 
 const Table entries{
-    {"wgmma.mma_async", "*", wgmma, Flow::together},
+    {"wgmma.mma_async", "*", issue, Flow::together},
     {"wgmma.fence", "=", nothing, Flow::none},
-    {"wgmma.commit_group", "=", nothing, Flow::none},
-    {"wgmma.wait_group", "=i", nothing, Flow::none},
+    {"wgmma.commit_group", "=", commit, Flow::together},
+    {"wgmma.wait_group", "=i", wait_group, Flow::together},
 };
 
 }  // namespace

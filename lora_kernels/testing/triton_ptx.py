@@ -1,13 +1,15 @@
 """Triton kernels to PTX without a GPU."""
 
 import functools
+import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_kernels.testing.ptxsim import Kernel, Run
+from lora_kernels.testing.ptxsim import Kernel, Run, TensorMap
 
 _TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
@@ -23,13 +25,35 @@ class Compiled:
     shared: int
     """Dynamic shared memory in bytes."""
     warps: int
+    """Of a block, those that Triton adds to specialise them included."""
+    scratch: int
+    """Bytes of global memory that each block needs beside its arguments, for the maps of tensors."""
     arguments: tuple[str, ...]
     """The parameters that are left at run time."""
 
-    def given(self, args: dict[str, Any], kernel: Kernel) -> list[Any]:
+    maps: tuple[Any, ...] = ()
+    """What Triton says of each tensor descriptor among them; nothing where they are not maps."""
+
+    def given(self, args: dict[str, Any], kernel: Kernel, scratch: Any = 0) -> list[Any]:
         """The arguments of a launch; Triton adds pointers to scratch memory, which are null where there is none."""
-        values = [args[name] for name in self.arguments]
-        return values + [0] * (len(kernel.parameters) - len(values))
+        values, maps = [], iter(self.maps)
+        for name in self.arguments:
+            values += _expanded(args[name], next(maps, None)) if _is_descriptor(args[name]) else [args[name]]
+        rest = len(kernel.parameters) - len(values)
+        return values + [scratch, 0][:rest]
+
+
+def _is_descriptor(value: Any) -> bool:
+    return hasattr(value, "block_shape") and hasattr(value, "base")
+
+
+def _expanded(descriptor: Any, form: Any) -> list[Any]:
+    """The parameters that stand for a `TensorDescriptor`, as Triton's launcher passes them."""
+    shape, strides = list(descriptor.shape), list(descriptor.strides)
+    if form is None:
+        return [descriptor.base, *shape, *strides, descriptor.padding == "nan", descriptor.round_f32_to_tf32, *shape, *strides]
+    tensor = descriptor.base.as_strided(shape, strides)
+    return [TensorMap(tensor, form["block_size"], (0, 32, 64, 128)[form["swizzle"]]), *shape, *strides]
 
 
 def compile_triton(function: Any, args: dict[str, Any], arch: int = 80, warps: int = 4, stages: int = 3) -> Compiled:
@@ -46,6 +70,8 @@ def compile_triton(function: Any, args: dict[str, Any], arch: int = 80, warps: i
         elif isinstance(value, Tensor):
             signature[parameter.name] = _TYPES[value.dtype]
             divisible += [position] if value.data_ptr() % 16 == 0 else []
+        elif _is_descriptor(value):
+            signature[parameter.name] = f"tensordesc<{_TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
@@ -68,7 +94,10 @@ def _compiled(
     )  # fmt: skip
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages})
     names = tuple(name for name, kind in signature if kind != "constexpr")
-    return Compiled(made.asm["ptx"], made.metadata.shared, warps, names)
+    maps = tuple(getattr(made.metadata, "tensordesc_meta", None) or ())
+    threads = re.search(r"\.reqntid\s+(\d+)", made.asm["ptx"])
+    warps = int(threads[1]) // 32 if threads else warps
+    return Compiled(made.asm["ptx"], made.metadata.shared, warps, made.metadata.global_scratch_size, names, maps)
 
 
 def simulate_triton(
@@ -78,8 +107,18 @@ def simulate_triton(
     """Runs a Triton kernel's real PTX on CPU tensors; `options` are those of `ptxsim.Kernel.launch`."""
     made = compile_triton(function, args, arch, warps, stages)
     kernel = _kernel(made.ptx)
-    given = made.given(args, kernel)
+    scratch = aligned(made.scratch * math.prod(grid))
+    given = made.given(args, kernel, scratch if made.scratch else 0)
+    own = [scratch] if made.scratch else []
+    options["poisoned"] = [*options.get("poisoned", ()), *own]
     return kernel.launch(grid, (made.warps * 32,), given, writes, shared=made.shared, **options)
+
+
+def aligned(size: int) -> Tensor:
+    """Bytes at an address that is a multiple of 128, as a map of a tensor wants it."""
+    held = torch.empty(size + 128, dtype=torch.uint8)
+    first = -held.data_ptr() % 128
+    return held[first : first + size]
 
 
 @functools.cache

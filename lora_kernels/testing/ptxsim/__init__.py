@@ -14,6 +14,7 @@ Source: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution.
 
 from lora_kernels.testing.ptxsim.device import Device, device
 from lora_kernels.testing.ptxsim.kernel import Kernel, Run, SimulationError
+from lora_kernels.testing.ptxsim.tensor_map import TensorMap
 from lora_kernels.testing.ptxsim.text import Unsupported
 
-__all__ = ["Device", "Kernel", "Run", "SimulationError", "Unsupported", "device"]
+__all__ = ["Device", "Kernel", "Run", "SimulationError", "TensorMap", "Unsupported", "device"]

@@ -9,10 +9,11 @@ import re
 from typing import Any
 
 from lora_kernels import _ptxsim
-from lora_kernels.testing.ptxsim.places import SPECIAL, Places
+from lora_kernels.testing.ptxsim.emitter import TABLE, pieces
+from lora_kernels.testing.ptxsim.hopper import Hopper
+from lora_kernels.testing.ptxsim.places import SPECIAL
 from lora_kernels.testing.ptxsim.text import WIDTH, Kernel, Statement, Unsupported, parse, split
 
-TABLE: dict[str, str] = _ptxsim.table()
 GENERIC, GLOBAL, SHARED, LOCAL, PARAM = range(5)
 SPACES = {"global": GLOBAL, "shared": SHARED, "shared::cta": SHARED, "local": LOCAL, "param": PARAM, "const": GLOBAL}
 WEAK, RELAXED, ACQUIRE, RELEASE = 0, 1, 2, 4
@@ -25,11 +26,6 @@ APPROXIMATE = ("ex2", "lg2", "rsqrt", "rcp", "sqrt", "sin", "cos", "tanh", "div"
 ALONE = {"ret": "exit", "exit": "exit", "griddepcontrol": "griddepcontrol"}
 NOTHING = ("prefetch", "prefetchu", "discard", "applypriority")
 INTEGERS = {"u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"}
-
-
-def pieces(operand: str) -> list[str]:
-    """The registers of `{%r1, %r2}`, or the one that the operand is."""
-    return split(operand[1:-1]) if operand.startswith("{") else [operand]
 
 
 class Decoded:
@@ -50,16 +46,11 @@ class Decoded:
         )  # fmt: skip
 
 
-class _Decoder(Places):
+class _Decoder(Hopper):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
-        self.code: list[Any] = []
         self.starts: list[int] = []
         self.jumps: list[tuple[int, str, int]] = []
-        self.guard = (-1, False)
-
-    def emit(self, name: str, operands: list[int], immediates: list[int]) -> None:
-        self.code.append((name, operands, immediates, *self.guard, self.line))
 
     def linked(self) -> list[Any]:
         for index, label, line in self.jumps:
@@ -109,30 +100,6 @@ class _Decoder(Places):
         if base == "mad" and kind in ("f32", "f64"):
             base = "fma"
         return ".".join([base, *rest])
-
-    def inverse(self, predicate: int) -> int:
-        """A new place that holds the opposite of a predicate."""
-        place = self.place(1)
-        self.emit("not.pred", [place, predicate], [])
-        return place
-
-    def plain(self, name: str, operands: list[str]) -> None:
-        """An instruction whose operands have the widths that the table says."""
-        widths = TABLE.get(name)
-        if widths is None or widths == "*":
-            raise self.unsupported(f"the instruction {name}")
-        kinds = [each for side in widths.split("=") for each in side.split(",") if each]
-        if len(kinds) != len(operands):
-            raise self.unsupported(f"{name} with {len(operands)} operands, not {len(kinds)}")
-        at, immediates = [], []
-        for kind, operand in zip(kinds, operands, strict=True):
-            if kind == "i":
-                immediates.append(self.value(operand, 64))
-            elif kind == "p" and operand.startswith("!"):
-                at.append(self.inverse(self.slot(operand[1:], 1)))
-            else:
-                at.append(self.slot(operand, 1 if kind == "p" else int(kind)))
-        self.emit(name, at, immediates)
 
     # forms of their own
 
@@ -246,9 +213,10 @@ class _Decoder(Places):
         if space == PARAM:
             found = re.fullmatch(r"\[\s*([\w$]+)\s*(?:\+\s*(\d+))?\s*\]", operands[1])
             offsets = {each.name: each.offset for each in self.kernel.parameters}
-            if not found or found[1] not in offsets:
-                raise self.unsupported(f"ld.param of {operands[1]}")
-            base, offset, size = 0, offsets[found[1]] + int(found[2] or 0), 0
+            if found and found[1] in offsets:
+                base, offset, size = 0, offsets[found[1]] + int(found[2] or 0), 0
+            else:
+                space, (base, offset, size) = GENERIC, self.address(operands[1])
         else:
             base, offset, size = self.address(operands[1])
         form = [space, offset, size, WIDTH[kind] // 8, width // 8, int(kind[0] == "s"), order, count]
@@ -289,8 +257,12 @@ class _Decoder(Places):
     _red = _atom
 
     def _cp(self, parts: list[str], operands: list[str]) -> None:
-        if parts[1] != "async" or "bulk" in parts or "mbarrier" in parts:
+        if parts[1] != "async":
             raise self.unsupported(".".join(parts))
+        if "bulk" in parts:
+            return self.bulk(parts, operands)
+        if "mbarrier" in parts:
+            return self.arrive_after_copies(parts, operands)
         if parts[2] in ("commit_group", "wait_group", "wait_all"):
             return self.plain(".".join(parts[:3]), operands)
         to, to_offset, to_size = self.address(operands[0])
@@ -323,30 +295,9 @@ class _Decoder(Places):
         name = ".".join(["mma", *(each for each in parts[1:] if each not in ("sync", "aligned"))])
         self.plain(name, [each for operand in operands for each in pieces(operand)])
 
-    def _wgmma(self, parts: list[str], operands: list[str]) -> None:
-        if parts[1] != "mma_async":
-            return self.plain(".".join(parts[:2]), operands)
-        shape = re.fullmatch(r"m64n(\d+)k16", parts[4])
-        if not shape or parts[5] != "f32" or parts[6] not in ("bf16", "f16") or len(parts) > 8:
-            raise self.unsupported(".".join(parts))
-        n, in_registers = int(shape[1]), operands[1].startswith("{")
-        sums = split(operands[0][1:-1])
-        a = [self.slot(each, 32 if in_registers else 64) for each in pieces(operands[1])]
-        immediates = [self.value(each, 64) for each in operands[4:]]
-        across = [0, *immediates[2:]] if in_registers else immediates[2:]
-        if len(sums) != n // 2 or len(across) != 2:
-            raise self.unsupported(f"{'.'.join(parts)} with these operands")
-        added = self.place(1, operands[3] != "0") if self.width(operands[3]) is None else self.slot(operands[3], 1)
-        places = [*(self.slot(each, 32) for each in sums), *a, self.slot(operands[2], 64), added]
-        form = [n, int(parts[6] == "bf16"), int(in_registers), *immediates[:2], *across]
-        self.emit("wgmma.mma_async", places, form)
-
     def _shfl(self, parts: list[str], operands: list[str]) -> None:
         to = operands[0].split("|")
         self.plain(".".join(parts), [to[0], to[1] if len(to) > 1 else "_", *operands[1:]])
-
-    def _elect(self, parts: list[str], operands: list[str]) -> None:
-        self.plain("elect.sync", [*operands[0].split("|"), operands[1]])
 
     def _bar(self, parts: list[str], operands: list[str]) -> None:
         if "warp" in parts:
@@ -373,7 +324,9 @@ class _Decoder(Places):
         self.emit("bra", [], [0])
 
     def _fence(self, parts: list[str], operands: list[str]) -> None:
-        wide = any(each in ("gpu", "sys", "gl", "cluster") for each in parts) and "proxy" not in parts
+        if "proxy" in parts or "mbarrier_init" in parts:
+            return self.fence_proxy(parts, operands)
+        wide = any(each in ("gpu", "sys", "gl", "cluster") for each in parts)
         self.emit("fence" if wide else "fence.cta", [], [])
 
     _membar = _fence

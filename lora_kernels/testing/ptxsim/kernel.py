@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_kernels import _ptxsim
 from lora_kernels.testing.ptxsim.decode import Decoded
 from lora_kernels.testing.ptxsim.device import current
+from lora_kernels.testing.ptxsim.tensor_map import TensorMap
 
 OPTIONS = {
     "check": True, "late": True, "shuffle": True, "seed": 0, "resident": 8, "trace": False, "tolerant": False,
@@ -52,7 +53,7 @@ class Kernel:
         self,
         grid: Sequence[int],
         block: Sequence[int],
-        args: Sequence[Tensor | int | float | bytes],
+        args: Sequence[Tensor | TensorMap | int | float | bytes],
         writes: Sequence[Tensor] = (),
         poisoned: Sequence[Tensor] = (),
         shared: int = 0,
@@ -60,9 +61,9 @@ class Kernel:
     ) -> Run:
         """Runs the kernel.
 
-        `args` stand for its parameters in order: a CPU tensor for a pointer, numbers, or the bytes of a struct. It may
-        touch only these tensors and change only those in `writes`; of those in `poisoned` it may read only what it wrote
-        itself. `shared` is the dynamic shared memory in bytes.
+        `args` stand for its parameters in order: a CPU tensor for a pointer, numbers, a `TensorMap` or the bytes of a
+        struct. It may touch only these tensors and change only those in `writes`; of those in `poisoned` it may read only
+        what it wrote itself. `shared` is the dynamic shared memory in bytes.
 
         Options, which `device()` sets for many launches:
             check (True): look for races and for memory that nobody wrote
@@ -81,10 +82,11 @@ class Kernel:
         if len(args) != len(self.parameters):
             raise ValueError(f"{self.name}: {len(self.parameters)} parameters, found {len(args)} arguments")
         for parameter, argument in zip(self.parameters, args, strict=True):
-            if isinstance(argument, Tensor):
-                if argument.device.type != "cpu":
-                    raise ValueError(f"{self.name}: {parameter.name} must be on the CPU, found {argument.device}")
-                tensors.setdefault(argument.data_ptr(), (parameter.name, argument))
+            tensor = argument.tensor if isinstance(argument, TensorMap) else argument
+            if isinstance(tensor, Tensor):
+                if tensor.device.type != "cpu":
+                    raise ValueError(f"{self.name}: {parameter.name} must be on the CPU, found {tensor.device}")
+                tensors.setdefault(tensor.data_ptr(), (parameter.name, tensor))
             packed[parameter.offset : parameter.offset + parameter.bytes] = _packed(self.name, parameter, argument)
         for extra in (*writes, *poisoned):
             tensors.setdefault(extra.data_ptr(), (f"tensor {len(tensors)}", extra))
@@ -127,6 +129,7 @@ def _bytes_from(t: Tensor) -> int:
 
 def _packed(kernel: str, parameter: Any, argument: Any) -> bytes:
     size = parameter.bytes
+    argument = argument.encoded() if isinstance(argument, TensorMap) else argument
     if isinstance(argument, Tensor):
         if size != 8:
             raise TypeError(f"{kernel}: {parameter.name} is .{parameter.type}, found a tensor")

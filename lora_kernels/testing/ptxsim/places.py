@@ -6,6 +6,7 @@ import struct
 from lora_kernels.testing.ptxsim.text import Kernel, Unsupported
 
 SPECIAL = [f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"] + ["%laneid", "%warpid"]
+PARAMETER_WINDOW = 0x7D << 56  # generic addresses of the parameters, as in csrc/ptxsim/block.h
 LANE_MASKS = {
     "%lanemask_eq": lambda lane: 1 << lane, "%lanemask_lt": lambda lane: (1 << lane) - 1,
     "%lanemask_le": lambda lane: (2 << lane) - 1, "%lanemask_gt": lambda lane: -2 << lane,
@@ -76,6 +77,9 @@ class Places:
         if operand == "WARP_SZ":
             return 32
         name, _, offset = operand.partition("+")
+        for parameter in self.kernel.parameters:
+            if parameter.name == name.strip():
+                return PARAMETER_WINDOW + parameter.offset + int(offset or "0", 0)
         for variables in (self.kernel.shared, self.kernel.local):
             if name.strip() in variables:
                 return variables[name.strip()] + int(offset or "0", 0)

@@ -160,13 +160,23 @@ class _Body:
             line += text.count("\n", at, found.end())
             at = found.end()
             if brace == "{":
-                self.scopes.append({})
+                self.scopes.append(self._labels_of(text, at))
             elif brace == "}":
                 self.scopes.pop()
             elif label:
-                self.kernel.labels[label] = len(self.kernel.statements)
+                self.kernel.labels[self._renamed(label)] = len(self.kernel.statements)
             elif statement and statement.strip(" \n\t;"):
                 self._statement(" ".join(statement.strip()[:-1].split()), begin)
+
+    def _labels_of(self, text: str, at: int) -> dict[str, str]:
+        """The labels of the scope that begins there, which branches may name before they come."""
+        depth, end = 1, at
+        while depth and end < len(text):
+            depth += (text[end] == "{") - (text[end] == "}")
+            end += 1
+        found = re.findall(r"(?:^|[\s;{}])([A-Za-z$%_][\w$%.]*)\s*:(?!:)", text[at:end])
+        self.inner += bool(found)
+        return {label: f"{label}@{self.inner}" for label in found}
 
     def _statement(self, text: str, line: int) -> None:
         if text.startswith(".reg"):
