@@ -7,6 +7,7 @@ Strict: every access lies inside a tensor that was given, only those in `writes`
 overflow, and no two programs touch one element, one of them writing, unless an atomic orders them.
 Not seen, since programs run one after another and have no threads: what needs a barrier inside a program, the number of
 warps and stages, shared memory. The simulator (ptxsim) sees those.
+With which versions of Triton, and what differs between them: triton_versions.py.
 """
 
 import contextlib
@@ -19,7 +20,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton._C.libtriton import interpreter as native
@@ -27,20 +27,10 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter as stock
 from triton.runtime.jit import JITFunction
 
+from lora_kernels.testing.triton_versions import EXPECTED, SINCE_3_9, check_version
+
 BF16 = np.dtype(ml_dtypes.bfloat16)
 Handle = stock.TensorHandle
-# what is replaced, with the parameters that it had when this file was written
-EXPECTED = {
-    "create_masked_load": ("self", "ptrs", "mask", "other", "cache_modifier", "eviction_policy", "is_volatile"),
-    "create_masked_store": ("self", "ptrs", "value", "mask", "cache_modifier", "eviction_policy"),
-    "cast_impl": ("self", "src", "dst_type"),
-    "create_fp_to_fp": ("self", "src", "dst_type", "rounding_mode"),
-    "create_dot": ("self", "a", "b", "d", "input_precision", "max_num_imprecise_acc"),
-    "create_fma": ("self", "x", "y", "z"),
-    "create_fabs": ("self", "arg"),
-    "create_atomic_rmw": ("self", "rmwOp", "ptr", "val", "mask", "sem", "scope"),
-    "create_atomic_cas": ("self", "ptr", "cmp", "val", "sem", "scope"),
-}
 
 
 class InterpreterViolation(AssertionError):
@@ -54,42 +44,31 @@ def interpret(
     """Runs a `@triton.jit` function on CPU tensors. Programs run in order, or in an order drawn from `seed`.
 
     Raises:
-        InterpreterViolation: an access or a race as above.
-        RuntimeError: this version of Triton has another interpreter than this file mends.
+        InterpreterViolation: an access, a race or an overflow as above, or a `tl.device_assert` that fails.
+        RuntimeError: this version of Triton has another interpreter than those that are mended.
     """
+    check_version()
     sizes = (*grid, 1, 1)[:3]
     places = [(x, y, z) for z in range(sizes[2]) for y in range(sizes[1]) for x in range(sizes[0])]
     if seed is not None:
         random.Random(seed).shuffle(places)
     function = stock.InterpretedFunction(kernel.fn).rewrite()
     constants = {p.name for p in kernel.params if p.is_constexpr}
-    given = {name: value if name in constants else stock._implicit_cvt(value) for name, value in args.items()}
-    memory = _Memory({name: value for name, value in args.items() if isinstance(value, Tensor)}, writes)
+    # a TensorDescriptor's tensor is its base
+    tensors = {name: getattr(value, "base", value) for name, value in args.items()}
+    memory = _Memory({name: value for name, value in tensors.items() if isinstance(value, Tensor)}, writes)
     with _mended(memory, overflow) as builder, _language(function):
+        given = {name: value if name in constants else stock._implicit_cvt(value) for name, value in args.items()}
         try:
             builder.set_grid_dim(*sizes)
             for place in places:
                 builder.set_grid_idx(*place)
                 memory.program = place
                 function(**given)
-        except AssertionError as error:
-            if "overflow" in str(error):  # Triton's own sanitizer
-                raise InterpreterViolation(f"program {memory.program}: {error}") from None
+        except InterpreterViolation:
             raise
-
-
-def check_version() -> None:
-    """Raises RuntimeError, naming the version, if Triton's interpreter is not the one that this file mends."""
-    for name, wanted in EXPECTED.items():
-        method = getattr(stock.InterpreterBuilder, name, None)
-        found = tuple(inspect.signature(method).parameters) if method else None
-        if found != wanted:
-            raise RuntimeError(
-                f"triton {triton.__version__}: InterpreterBuilder.{name} has parameters {found}, this file mends {wanted}"
-            )
-    for name in ("_get_np_dtype", "_implicit_cvt", "_patch_lang", "InterpretedFunction", "interpreter_builder"):
-        if not hasattr(stock, name):
-            raise RuntimeError(f"triton {triton.__version__}: triton.runtime.interpreter has no {name}")
+        except AssertionError as error:  # Triton's own: its sanitizer of overflow, device_assert, a descriptor's alignment
+            raise InterpreterViolation(f"program {memory.program}: {error}") from error
 
 
 class _Memory:
@@ -120,7 +99,7 @@ class _Memory:
         raise InterpreterViolation(f"program {self.program}: {text}")
 
     def access(self, pointers: np.ndarray, mask: np.ndarray, size: int, kind: str, values: np.ndarray | None = None) -> None:
-        """Checks one tile's access; kind is load, store or atomic."""
+        """Checks one tile's access; kind is load, store, atomic or atomic load."""
         used = np.broadcast_to(mask, pointers.shape)
         at = pointers[used].astype(np.uint64)
         if not at.size:
@@ -135,14 +114,14 @@ class _Memory:
         me = self._numbers.setdefault(self.program, len(self._numbers) + 1)
         for i in np.unique(which):
             base, _, name, unit = self.spans[i]
-            if kind != "load" and not self.writable[i]:
+            if kind in ("store", "atomic") and not self.writable[i]:
                 self.fail(f"{kind} to {name}, which is not among the tensors it writes")
             if not self.writable[i]:
                 continue
             elements = ((at[which == i] - np.uint64(base)) // np.uint64(unit)).astype(np.int64)
             if kind == "store" and values is not None:
                 self._same_values(name, elements, np.broadcast_to(values, pointers.shape)[used][which == i])
-            if kind != "atomic":
+            if kind in ("load", "store"):
                 self._ordered(self.wrote[i], elements, me, f"{kind} of {name}", "written")
             if kind == "store":
                 self._ordered(self.read[i], elements, me, f"store of {name}", "read")
@@ -169,11 +148,13 @@ class _Memory:
                 by = "several programs" if other == self.MANY else f"program {names[int(other)]}"
                 self.fail(f"{what} element {int(element)}: a race, it is {how} by {by}")
 
-    def synchronise(self, pointers: np.ndarray, mask: np.ndarray, order: Any) -> None:
+    def synchronise(self, pointers: np.ndarray, mask: np.ndarray, order: Any, *, replaces: bool = False) -> None:
         """An atomic passes on what its program did before, and brings what was passed on there."""
         me = self._numbers.setdefault(self.program, len(self._numbers) + 1)
         known = self._known.setdefault(me, {})
         for address in pointers[np.broadcast_to(mask, pointers.shape)].ravel().tolist():
+            if replaces:  # a store, not a read and a write: what was passed on before is gone
+                self._released[int(address)] = {}
             there = self._released.setdefault(int(address), {})
             if order in (ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE):
                 for program, clock in there.items():
@@ -191,7 +172,10 @@ def _language(function: Any) -> Iterator[None]:
     stack = contextlib.ExitStack()
 
     def enter(function: Any) -> Any:
-        stack.callback(stock._patch_lang(function).restore)
+        scope = stock._patch_lang(function)
+        stack.callback(scope.restore)
+        # that of 3.6 needs an older NumPy
+        scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
         return function
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -217,10 +201,20 @@ def _to_tf32(x: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(x, np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
+def _by_name(method: Any, stock_method: Any) -> Any:
+    """`method` with those of stock_method's arguments that it names."""
+    signature, names = inspect.signature(stock_method), inspect.signature(method).parameters
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        return method(*(given[name] for name in names))
+
+    return call
+
+
 @contextmanager
 def _mended(memory: _Memory, overflow: bool) -> Iterator[Any]:
     """Inside it the interpreter computes in bfloat16 and asks `memory` about every access."""
-    check_version()
     builder, cls = stock.interpreter_builder, stock.InterpreterBuilder
     original = {name: cls.__dict__[name] for name in EXPECTED}
     stock_dtype, options = stock._get_np_dtype, builder.options
@@ -232,20 +226,27 @@ def _mended(memory: _Memory, overflow: bool) -> Iterator[Any]:
         scalar = kind.element_ty if isinstance(kind, tl.block_type) else kind
         return BF16 if scalar == tl.bfloat16 else stock_dtype(kind)
 
-    def load(self: Any, ptrs: Any, mask: Any, other: Any, cache_modifier: Any, eviction_policy: Any, is_volatile: Any) -> Any:
+    def fetch(ptrs: Any, mask: Any, other: Any) -> Any:
         kind = ptrs.get_element_ty()
         dtype = np_dtype(kind)
-        memory.access(ptrs.data, mask.data, dtype.itemsize, "load")
         rest = np.zeros(ptrs.data.shape, dtype) if other is None else np.ascontiguousarray(other.data)
         if dtype != BF16:
-            return Handle(native.load(ptrs.data, mask.data, rest, dtype), kind)
-        bits = native.load(ptrs.data, mask.data, rest.view(np.uint16), np.dtype(np.uint16))
+            return Handle(native.load(ptrs.data, mask, rest, dtype), kind)
+        bits = native.load(ptrs.data, mask, rest.view(np.uint16), np.dtype(np.uint16))
         return Handle(bits.view(BF16), kind)
 
-    def store(self: Any, ptrs: Any, value: Any, mask: Any, cache_modifier: Any, eviction_policy: Any) -> Any:
-        data = value.data
-        memory.access(ptrs.data, mask.data, data.dtype.itemsize, "store", data)
-        return native.store(ptrs.data, np.ascontiguousarray(data).view(np.uint16) if data.dtype == BF16 else data, mask.data)
+    def put(ptrs: Any, data: np.ndarray, mask: Any) -> Any:
+        return native.store(ptrs.data, np.ascontiguousarray(data).view(np.uint16) if data.dtype == BF16 else data, mask)
+
+    def load(ptrs: Any, mask: Any, other: Any) -> Any:
+        inside = np.asarray(mask.data)
+        memory.access(ptrs.data, inside, np_dtype(ptrs.get_element_ty()).itemsize, "load")
+        return fetch(ptrs, inside, other)
+
+    def store(ptrs: Any, value: Any, mask: Any) -> Any:
+        inside = np.asarray(mask.data)
+        memory.access(ptrs.data, inside, value.data.dtype.itemsize, "store", value.data)
+        return put(ptrs, value.data, inside)
 
     def cast(self: Any, src: Any, dst_type: Any) -> Any:
         return Handle(src.data.astype(np_dtype(dst_type)), dst_type.scalar)
@@ -299,19 +300,40 @@ def _mended(memory: _Memory, overflow: bool) -> Iterator[Any]:
         memory.synchronise(ptr.data, everywhere, sem)
         return original["create_atomic_cas"](self, ptr, cmp, val, sem, scope)
 
+    def atomic_load(ptr: Any, mask: Any, sem: Any) -> Any:
+        memory.access(ptr.data, mask.data, np_dtype(ptr.get_element_ty()).itemsize, "atomic load")
+        memory.synchronise(ptr.data, mask.data, sem)
+        return fetch(ptr, mask.data, None)
+
+    def atomic_store(ptr: Any, val: Any, mask: Any, sem: Any) -> Any:
+        memory.access(ptr.data, mask.data, val.data.dtype.itemsize, "atomic")
+        memory.synchronise(ptr.data, mask.data, sem, replaces=True)
+        return put(ptr, val.data, mask.data)
+
+    def atomic_poll(ptr: Any, expected: Any, timeout_ns: Any, sem: Any) -> Any:
+        everywhere = np.ones(ptr.data.shape, bool)
+        memory.access(ptr.data, everywhere, expected.data.dtype.itemsize, "atomic load")
+        found = fetch(ptr, everywhere, None).data == expected.data
+        memory.synchronise(ptr.data, found, sem)
+        if not found.all() and not isinstance(timeout_ns, Handle):
+            memory.fail("waits for a value that no program before it stored")
+        return Handle(found, tl.int1)
+
     new = {
         "create_masked_load": load, "create_masked_store": store, "cast_impl": cast, "create_fp_to_fp": float_to_float,
         "create_dot": dot, "create_fma": fma, "create_fabs": absolute, "create_atomic_rmw": atomic_rmw,
         "create_atomic_cas": atomic_cas,
     }  # fmt: skip
+    if SINCE_3_9:
+        new |= {"create_atomic_load": atomic_load, "create_atomic_store": atomic_store, "create_atomic_poll": atomic_poll}
     try:
         stock._get_np_dtype = np_dtype
         for name, method in new.items():
-            setattr(cls, name, method)
+            setattr(cls, name, _by_name(method, original[name]))
         for name in old_casts:
             setattr(cls, name, cast)
         cls.get_bf16 = lambda self, value: Handle(np.array([value], BF16), tl.bfloat16)
-        builder.options = dataclasses.replace(options, debug=overflow)
+        builder.options = dataclasses.replace(options, debug=True, sanitize_overflow=overflow)
         yield builder
     finally:
         stock._get_np_dtype, builder.options = stock_dtype, options

@@ -8,11 +8,12 @@ pytest.importorskip("triton", reason="triton is not installed here (requirements
 import triton
 import triton.language as tl
 from triton.runtime import interpreter as stock
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_kernels.testing import triton_interpreter
+from lora_kernels.testing import triton_versions
 from lora_kernels.testing.triton_interpreter import InterpreterViolation, interpret
 from tests.ptxsim import triton_kernels as kernels
-from tests.ptxsim.test_triton import close, dot_arguments, empty, lora_arguments, row_norm_arguments
+from tests.ptxsim.test_triton import close, descriptor_arguments, dot_arguments, empty, lora_arguments, row_norm_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +82,75 @@ def test_gather_and_split_k():
         interpret(kernels.split_k, (2, 2, 2), {**args, "ATOMIC": False}, [y])
 
 
+def test_descriptors_mask_what_is_outside():
+    args, wanted = descriptor_arguments(50, 72, 80)
+    interpret(kernels.descriptors, (2, 3), args, [args["y"]])
+    close(args["y"], wanted, 2**-8)
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"m": 51}, r"program \(1, 0, 0\): load out of bounds, x\+8000 of 8000 bytes"),
+    ({"n": 80, "y": torch.zeros(50, 80, dtype=torch.bfloat16)}, r"program \(0, 2, 0\): load out of bounds, w\+11520 of 11520"),
+    ({"y": torch.zeros(50, 64, dtype=torch.bfloat16)}, r"store out of bounds, y\+6480 of 6400 bytes"),
+    ({"k": 84}, r"program \(0, 0, 0\): stride must be 16-byte aligned"),
+])  # fmt: skip
+def test_descriptors_of_another_shape_than_the_tensor(changed, message):
+    args = descriptor_arguments(50, 72, 80)[0] | changed
+    with pytest.raises(InterpreterViolation, match=message):
+        interpret(kernels.descriptors, (2, 3), args, [args["y"]])
+
+
+@triton.jit
+def add_row(x, y, ROW: tl.constexpr):
+    """By descriptors that the host made."""
+    y.store([ROW, 0], x.load([ROW, 0]) + 1)
+
+
+@triton.jit
+def gather_rows(x, which, y, m, N: tl.constexpr):
+    xs = tl.make_tensor_descriptor(x, [m, N], [N, 1], [1, N])
+    ys = tl.make_tensor_descriptor(y, [8, N], [N, 1], [1, N])
+    rows = tl.load(which + tl.arange(0, 8))
+    ys.scatter(xs.gather(rows, 0), tl.arange(0, 8), 0)
+
+
+def test_descriptors_from_the_host_and_of_many_rows():
+    x, y = torch.randn(5, 32).bfloat16(), torch.zeros(5, 32, dtype=torch.bfloat16)
+    args = {"x": TensorDescriptor.from_tensor(x, [2, 32]), "y": TensorDescriptor.from_tensor(y, [2, 32]), "ROW": 4}
+    interpret(add_row, (1,), args, [y])
+    assert torch.equal(y[4], x[4] + 1) and not y[:4].any()
+    args["y"].shape = [6, 32]
+    with pytest.raises(InterpreterViolation, match=r"store out of bounds, y\+320 of 320 bytes \(32 elements\)"):
+        interpret(add_row, (1,), args, [y])
+
+    which, y = torch.tensor([3, 0, 4, 4, 5, -1, 1, 2], dtype=torch.int32), empty(8, 32, dtype=torch.bfloat16)
+    args = {"x": x, "which": which, "y": y, "m": 5, "N": 32}
+    interpret(gather_rows, (1,), args, [y])
+    assert torch.equal(y, torch.cat([x, x.new_zeros(2, 32)])[which.where(which >= 0, 5)])
+    with pytest.raises(InterpreterViolation, match=r"load out of bounds, x\+320 of 320 bytes"):
+        interpret(gather_rows, (1,), args | {"m": 6}, [y])
+
+
+@triton.jit
+def block_pointers(x, y, m, n, B: tl.constexpr, CHECK: tl.constexpr):
+    xs = tl.make_block_ptr(x, (m, n), (n, 1), (0, 0), (B, B), (1, 0))
+    ys = tl.make_block_ptr(y, (m, n), (n, 1), (0, 0), (B, B), (1, 0))
+    for _ in range(0, n, B):
+        tl.store(ys, tl.load(xs, boundary_check=CHECK) + 1, boundary_check=(0, 1))
+        xs, ys = tl.advance(xs, (0, B)), tl.advance(ys, (0, B))
+
+
+@pytest.mark.skipif(triton_versions.SINCE_3_9, reason="Triton has no block pointers since 3.9")
+@pytest.mark.filterwarnings("ignore:tl.make_block_ptr is deprecated")
+def test_block_pointers():
+    x, y = torch.randn(5, 20).bfloat16(), empty(5, 20, dtype=torch.bfloat16)
+    args = {"x": x, "y": y, "m": 5, "n": 20, "B": 8}
+    interpret(block_pointers, (1,), args | {"CHECK": (0, 1)}, [y])
+    assert torch.equal(y, x + 1)
+    with pytest.raises(InterpreterViolation, match=r"load out of bounds, x\+200 of 200 bytes"):
+        interpret(block_pointers, (1,), args | {"CHECK": (1,)}, [y])
+
+
 @triton.jit
 def touch(x, y, n, shift, B: tl.constexpr, MODE: tl.constexpr):
     at = tl.program_id(0) * B + tl.arange(0, B)
@@ -94,6 +164,8 @@ def touch(x, y, n, shift, B: tl.constexpr, MODE: tl.constexpr):
     elif MODE == "neighbour":
         tl.store(y + at, v, mask=at < n)
         tl.store(y + n + at, tl.load(y + (at + B) % n, mask=at < n), mask=at < n)
+    elif MODE == "asserts":
+        tl.device_assert(at < n - shift, "too many")
     elif MODE == "wraps":
         tl.store(y + (at * shift) % 8, v, mask=at < 1)
 
@@ -104,6 +176,7 @@ def touch(x, y, n, shift, B: tl.constexpr, MODE: tl.constexpr):
     ("twice", 0, r"stores two values to element \d+ of y at once"),
     ("input", 0, "store to x, which is not among the tensors it writes"),
     ("neighbour", 0, r"(load|store) of y element \d+: a race, it is (written|read) by"),
+    ("asserts", 1, r"program \(15, 0, 0\): too many"),
     ("wraps", 2**30, "overflow"),
 ])  # fmt: skip
 def test_violations(mode, shift, message):
@@ -143,6 +216,37 @@ def test_values_passed_on_by_an_atomic(seed):
 
 
 @triton.jit
+def turns(y, flag, ORDER: tl.constexpr, SEM: tl.constexpr):
+    """Each program waits for its turn and adds to what the one before left."""
+    p = tl.program_id(0)
+    if ORDER == "poll":
+        tl.atomic_poll(flag, p, sem=SEM)
+    else:
+        while tl.atomic_load(flag, sem=SEM) < p:
+            pass
+    tl.store(y, tl.load(y) + 1)
+    tl.atomic_store(flag, p + 1, sem="release")
+
+
+@pytest.mark.skipif(not triton_versions.SINCE_3_9, reason="Triton has these atomics since 3.9")
+@pytest.mark.parametrize("order", ["poll", "load"])
+def test_atomic_loads_and_stores(order):
+    y, flag = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    args = {"y": y, "flag": flag, "ORDER": order}
+    interpret(turns, (5,), args | {"SEM": "acquire"}, [y, flag])
+    assert y.item() == 5
+    flag.zero_()
+    with pytest.raises(InterpreterViolation, match=r"program \(1, 0, 0\): load of y element 0: a race, it is written by"):
+        interpret(turns, (5,), args | {"SEM": "relaxed"}, [y, flag])
+    flag.zero_()
+    with pytest.raises(InterpreterViolation, match="atomic to flag, which is not among the tensors it writes"):
+        interpret(turns, (5,), args | {"SEM": "acquire"}, [y])
+    if order == "poll":
+        with pytest.raises(InterpreterViolation, match="waits for a value that no program before it stored"):
+            interpret(turns, (5,), args | {"flag": flag + 1, "SEM": "acquire"}, [y, flag])
+
+
+@triton.jit
 def add_bf16(y, x, N: tl.constexpr):
     tl.atomic_add(y + tl.arange(0, N) // 2, tl.load(x + tl.arange(0, N)), sem="relaxed")
 
@@ -165,4 +269,22 @@ def test_what_is_mended_is_put_back(monkeypatch):
 
     monkeypatch.setattr(stock.InterpreterBuilder, "create_dot", changed)
     with pytest.raises(RuntimeError, match=rf"triton {triton.__version__}: InterpreterBuilder.create_dot has parameters"):
-        triton_interpreter.check_version()
+        triton_versions.check_version()
+
+
+def test_another_triton_is_refused(monkeypatch):
+    triton_versions.check_version()
+    with monkeypatch.context() as patch:
+        patch.setattr(triton, "__version__", "3.10.0")
+        with pytest.raises(RuntimeError, match=r"triton 3.10.0: what is mended was tried with 3.6.0, .* only"):
+            interpret(touch, (1,), {}, [])
+    # a way to memory that nothing checks
+    new = stock.InterpreterBuilder.create_masked_load
+    with monkeypatch.context() as patch:
+        patch.setattr(stock.InterpreterBuilder, "create_bulk_load", new, raising=False)
+        with pytest.raises(RuntimeError, match="InterpreterBuilder.create_bulk_load touches memory and is not mended"):
+            triton_versions.check_version()
+    with monkeypatch.context() as patch:
+        patch.delattr(stock, "_patch_lang")
+        with pytest.raises(RuntimeError, match="triton.runtime.interpreter has no _patch_lang"):
+            triton_versions.check_version()

@@ -55,6 +55,12 @@ def row_norm_arguments():
     return args, torch.linalg.vector_norm(w.double() + 0.5 * b.double() @ a.double(), dim=1)
 
 
+def descriptor_arguments(m, n, k):
+    x, w = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
+    args = {"x": x, "w": w, "y": empty(m, n, dtype=torch.bfloat16), "m": m, "n": n, "k": k, "BM": 32, "BN": 32, "BK": 32}
+    return args, x.double() @ w.double().T
+
+
 @pytest.mark.parametrize("shape", [(128, 128, 128), (100, 144, 80), (130, 72, 208)], ids=str)
 @pytest.mark.parametrize(("tiles", "warps", "stages"), [((128, 128, 64), 8, 3), ((32, 64, 32), 4, 2), ((16, 32, 64), 1, 4)])
 def test_lora(shape, tiles, warps, stages):
@@ -104,6 +110,12 @@ def test_row_norm():
     args, wanted = row_norm_arguments()
     simulate_triton(kernels.row_norm, (2,), args, [args["norm"]])
     close(args["norm"], wanted, 1e-6)
+
+
+def test_descriptors():
+    args, wanted = descriptor_arguments(50, 72, 80)
+    simulate_triton(kernels.descriptors, (2, 3), args, [args["y"]])
+    close(args["y"], wanted, 2**-8)
 
 
 def test_split_k_needs_its_atomics():

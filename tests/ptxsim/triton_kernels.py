@@ -110,3 +110,16 @@ def through_memory(x, scratch, y, n, B: tl.constexpr, BARRIER: tl.constexpr):
     if BARRIER:
         tl.debug_barrier()
     tl.store(y + at, tl.load(scratch + B - 1 - at))
+
+
+@triton.jit
+def descriptors(x, w, y, m, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """y = x wᵀ, every access by a descriptor, which masks what is outside [m, k], [n, k] or [m, n]."""
+    xs = tl.make_tensor_descriptor(x, [m, k], [k, 1], [BM, BK])
+    ws = tl.make_tensor_descriptor(w, [n, k], [k, 1], [BN, BK])
+    ys = tl.make_tensor_descriptor(y, [m, n], [n, 1], [BM, BN])
+    row, column = tl.program_id(0) * BM, tl.program_id(1) * BN
+    sums = tl.zeros((BM, BN), tl.float32)
+    for first in range(0, k, BK):
+        sums = tl.dot(xs.load([row, first]), tl.trans(ws.load([column, first])), sums)
+    ys.store([row, column], sums.to(y.dtype.element_ty))
