@@ -1,10 +1,10 @@
-# make install | test | demo | lint | bench. Each makes .venv on its first call and reuses it.
+# make install | test | test-slow | demo | lint | bench. Each makes .venv on its first call and reuses it.
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 SOURCES := $(CSRC) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: install test demo lint bench bench-pytest
+.PHONY: install test test-slow demo lint bench bench-pytest
 
 install: .venv/built
 
@@ -24,6 +24,10 @@ install: .venv/built
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+# the tests of Triton kernels with each version of Triton that is supported
+test-slow: install
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 demo: .venv/demo
 	$(BIN)/python examples/finetune.py $(ARGS)

@@ -7,7 +7,7 @@ Strict: every access lies inside a tensor that was given, only those in `writes`
 overflow, and no two programs touch one element, one of them writing, unless an atomic orders them.
 Not seen, since programs run one after another and have no threads: what needs a barrier inside a program, the number of
 warps and stages, shared memory. The simulator (ptxsim) sees those.
-With which versions of Triton, and what differs between them: triton_versions.py.
+Tried with Triton 3.6 to 3.9; triton_versions.py has what differs between them, and refuses others.
 """
 
 import contextlib

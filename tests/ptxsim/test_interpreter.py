@@ -228,7 +228,47 @@ def turns(y, flag, ORDER: tl.constexpr, SEM: tl.constexpr):
     tl.atomic_store(flag, p + 1, sem="release")
 
 
-@pytest.mark.skipif(not triton_versions.SINCE_3_9, reason="Triton has these atomics since 3.9")
+@triton.jit
+def hand_over(y, flag, OVERWRITTEN: tl.constexpr):
+    p = tl.program_id(0)
+    if p == 0:
+        tl.store(y, 1.0)
+        tl.atomic_store(flag, 1, sem="release")
+    elif p == 1:
+        if OVERWRITTEN:
+            tl.atomic_store(flag, 1, sem="relaxed")
+    elif tl.atomic_load(flag, sem="acquire") == 1:
+        tl.store(y + 1, tl.load(y))
+
+
+needs_atomic_load = pytest.mark.skipif(not triton_versions.SINCE_3_9, reason="Triton has these atomics since 3.9")
+
+
+@needs_atomic_load
+def test_a_flag_that_another_store_overwrites_passes_nothing_on():
+    y, flag = torch.zeros(2), torch.zeros(1, dtype=torch.int32)
+    interpret(hand_over, (3,), {"y": y, "flag": flag, "OVERWRITTEN": False}, [y, flag])
+    assert y.tolist() == [1, 1]
+    with pytest.raises(InterpreterViolation, match=r"program \(2, 0, 0\): load of y element 0: a race"):
+        interpret(hand_over, (3,), {"y": y, "flag": flag, "OVERWRITTEN": True}, [y, flag])
+
+
+@triton.jit
+def load_atomically(x, y, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.atomic_store(y + at, tl.atomic_load(x + at, mask=at < N - 1), mask=at < N - 1)
+
+
+@needs_atomic_load
+def test_atomic_loads_and_stores_of_bf16():
+    x, y = torch.randn(7).bfloat16(), torch.zeros(8, dtype=torch.bfloat16)
+    interpret(load_atomically, (2,), {"x": x, "y": y, "N": 8}, [y])
+    assert torch.equal(y[:7], x) and y[7] == 0
+    with pytest.raises(InterpreterViolation, match=r"atomic load out of bounds, x\+14 of 14 bytes"):
+        interpret(load_atomically, (1,), {"x": x, "y": torch.zeros(16).bfloat16(), "N": 16}, [y])
+
+
+@needs_atomic_load
 @pytest.mark.parametrize("order", ["poll", "load"])
 def test_atomic_loads_and_stores(order):
     y, flag = torch.zeros(1), torch.zeros(1, dtype=torch.int32)

@@ -1,0 +1,39 @@
+"""Every Triton that was tried, besides the one installed: `make test-slow` downloads each once, into .venv/tritons."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed here (requirements-dev.txt has it for Linux on x86-64)")
+
+import triton
+
+from lora_kernels.testing.triton_versions import TRIED
+
+ROOT = Path(__file__).parents[2]
+# a version that is not where it was looked for must not pass for another
+RUN = "import sys, pytest, triton; assert triton.__version__ == sys.argv[1], triton; sys.exit(pytest.main(sys.argv[2:]))"
+
+
+def installed(version):
+    """The folder with this Triton, beside the environment's own."""
+    place = ROOT / ".venv" / "tritons" / version
+    if not place.exists():
+        part = place.with_name(f"{version}.part")
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", part]
+        subprocess.run([*pip, f"triton=={version}"], check=True)
+        part.rename(place)
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [version for version in TRIED if version != triton.__version__])
+def test_version(version):
+    files = [str(Path(__file__).with_name(name)) for name in ("test_interpreter.py", "test_triton.py")]
+    environment = os.environ | {"PYTHONPATH": str(installed(version))}
+    command = [sys.executable, "-c", RUN, version, "-p", "no:cacheprovider", "--tb=short", *files]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, f"triton {version}:\n" + "\n".join((run.stdout + run.stderr).splitlines()[-40:])
