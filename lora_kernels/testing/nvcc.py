@@ -1,11 +1,16 @@
-"""CUDA C++ to PTX without a GPU, by nvcc from its wheel, from CUDA_HOME or from PATH."""
+"""CUDA C++ to PTX and binaries without a GPU, by nvcc from its wheel, from CUDA_HOME or from PATH."""
 
 import functools
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
+
+MISSING = "nvcc is in none of the wheel nvidia-cuda-nvcc, CUDA_HOME and PATH"
+OPTIONS = ("-O3", "-std=c++17")
 
 
 def find_nvcc() -> Path | None:
@@ -29,11 +34,36 @@ def compile_ptx(source: Path, arch: str = "sm_80", *options: str) -> str:
         FileNotFoundError: there is no nvcc.
         RuntimeError: it refused the file; the message is its own.
     """
+    return _compile(source, "-ptx", f"-arch={arch}", *options).decode()
+
+
+def compile_cubin(source: Path, arch: str = "sm_80", *options: str) -> bytes:
+    """The binary for one chip that nvcc -O3 makes of a file.
+
+    Raises:
+        FileNotFoundError: there is no nvcc.
+        RuntimeError: it refused the file; the message is its own.
+    """
+    return _compile(source, "-cubin", f"-arch={arch}", *options)
+
+
+@functools.cache
+def version() -> str:
+    """Of nvcc, such as 13.0.88; "" where there is none."""
+    nvcc = find_nvcc()
+    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout if nvcc else ""
+    found = re.search(r"V(\d+[.\d]+)", said)
+    return found[1] if found else ""
+
+
+def _compile(source: Path, *options: str) -> bytes:
     nvcc = find_nvcc()
     if nvcc is None:
-        raise FileNotFoundError("nvcc is in none of the wheel nvidia-cuda-nvcc, CUDA_HOME and PATH")
-    command = [str(nvcc), "-ptx", f"-arch={arch}", "-O3", "-std=c++17", *options, str(source), "-o", "-"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"nvcc: {source.name}: {done.stderr.strip()}")
-    return done.stdout
+        raise FileNotFoundError(MISSING)
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "made"
+        command = [str(nvcc), *OPTIONS, *options, str(source), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"nvcc: {source.name}: {done.stderr.strip()}")
+        return made.read_bytes()

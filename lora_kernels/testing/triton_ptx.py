@@ -22,17 +22,21 @@ class Compiled:
     """What Triton made of a kernel for one architecture."""
 
     ptx: str
+    """Empty for AMD's chips."""
     shared: int
     """Dynamic shared memory in bytes."""
     warps: int
     """Of a block, those that Triton adds to specialise them included."""
-    scratch: int
-    """Bytes of global memory that each block needs beside its arguments, for the maps of tensors."""
     arguments: tuple[str, ...]
     """The parameters that are left at run time."""
-
+    scratch: int = 0
+    """Bytes of global memory that each block needs beside its arguments, for the maps of tensors."""
     maps: tuple[Any, ...] = ()
-    """What Triton says of each tensor descriptor among them; nothing where they are not maps."""
+    """What Triton says of each tensor descriptor among the arguments; nothing where they are not maps."""
+    cubin: bytes = b""
+    amdgcn: str = ""
+    columns: int = 0
+    """Of tensor memory, on sm_100."""
 
     def given(self, args: dict[str, Any], kernel: Kernel, scratch: Any = 0) -> list[Any]:
         """The arguments of a launch; Triton adds pointers to scratch memory, which are null where there is none."""
@@ -56,16 +60,16 @@ def _expanded(descriptor: Any, form: Any) -> list[Any]:
     return [TensorMap(tensor, form["block_size"], (0, 32, 64, 128)[form["swizzle"]]), *shape, *strides]
 
 
-def compile_triton(function: Any, args: dict[str, Any], arch: int = 80, warps: int = 4, stages: int = 3) -> Compiled:
+def compile_triton(function: Any, args: dict[str, Any], arch: int | str = 80, warps: int = 4, stages: int = 3) -> Compiled:
     """Compiles a `@triton.jit` function for these arguments, as a launch with them would.
 
-    Tensors and numbers are arguments at run time, whose divisibility by 16 is known to the compiler as in a launch; a
-    number whose parameter is annotated `tl.constexpr` is a constant. `arch` is 80 for sm_80 and so on.
+    Tensors and numbers are arguments at run time, whose divisibility by 16 is known to the compiler as in a launch; the
+    number 1, None and what is annotated `tl.constexpr` are constants. `arch` is 80 for sm_80 and so on, or "gfx942".
     """
     constants, signature, divisible = {}, {}, []
     for position, parameter in enumerate(function.params):
         value = args[parameter.name]
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             constants[parameter.name], signature[parameter.name] = value, "constexpr"
         elif isinstance(value, Tensor):
             signature[parameter.name] = _TYPES[value.dtype]
@@ -82,7 +86,7 @@ def compile_triton(function: Any, args: dict[str, Any], arch: int = 80, warps: i
 
 @functools.cache
 def _compiled(
-    function: Any, signature: Any, constants: Any, divisible: tuple[int, ...], arch: int, warps: int, stages: int
+    function: Any, signature: Any, constants: Any, divisible: tuple[int, ...], arch: int | str, warps: int, stages: int
 ) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -92,12 +96,16 @@ def _compiled(
         fn=function, signature=dict(signature), constexprs=dict(constants),
         attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
     )  # fmt: skip
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages})
-    names = tuple(name for name, kind in signature if kind != "constexpr")
-    maps = tuple(getattr(made.metadata, "tensordesc_meta", None) or ())
-    threads = re.search(r"\.reqntid\s+(\d+)", made.asm["ptx"])
-    warps = int(threads[1]) // 32 if threads else warps
-    return Compiled(made.asm["ptx"], made.metadata.shared, warps, made.metadata.global_scratch_size, names, maps)
+    target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
+    made = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    code, told = made.asm, made.metadata
+    threads = re.search(r"\.reqntid\s+(\d+)", code.get("ptx", ""))
+    return Compiled(
+        ptx=code.get("ptx", ""), shared=told.shared, warps=int(threads[1]) // 32 if threads else warps,
+        arguments=tuple(name for name, kind in signature if kind != "constexpr"),
+        scratch=getattr(told, "global_scratch_size", 0), maps=tuple(getattr(told, "tensordesc_meta", None) or ()),
+        cubin=code.get("cubin", b""), amdgcn=code.get("amdgcn", ""), columns=getattr(told, "tmem_size", 0),
+    )  # fmt: skip
 
 
 def simulate_triton(

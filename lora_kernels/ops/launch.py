@@ -1,0 +1,51 @@
+"""Where a Triton kernel runs: on the GPU that holds its tensors or, if that is asked for, in the simulator."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.registry import simulates
+
+LEAST = (8, 0)  # of the GPUs: tensor cores that know bfloat16, cp.async
+
+
+def refuse_device(t: Tensor) -> str | None:
+    """Why kernels for GPUs cannot run on a tensor, or None."""
+    if simulates():
+        return None if t.is_cpu else f"it is simulated on the CPU, and the tensors are on {t.device}"
+    if not t.is_cuda:
+        return f"its kernels run on a GPU and the tensors are on {t.device}; use_backend(..., simulate=True) simulates one"
+    capability = torch.cuda.get_device_capability(t.device)
+    if torch.version.hip is None and capability < LEAST:
+        return f"its kernels need compute capability 8.0, {torch.cuda.get_device_name(t.device)} has {capability}"
+    return None
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], args: dict[str, Any], makes: Sequence[Tensor], *, warps: int = 4, stages: int = 3
+) -> None:
+    """Runs a `@triton.jit` kernel, which fills the tensors `makes` and changes no other.
+
+    `args` has its parameters by name, those of `tl.constexpr` too. Nothing runs if the grid is empty.
+    """
+    if 0 in grid:
+        return
+    if simulates():
+        # the tests' kit lies above the ops and is there only for whom asks for it
+        simulate = import_module("lora_kernels.testing.triton_ptx").simulate_triton
+        simulate(kernel, grid, args, makes, poisoned=makes, warps=warps, stages=stages)
+        return
+    with torch.cuda.device(makes[0].device):
+        kernel[grid](**args, num_warps=warps, num_stages=stages)
+
+
+def ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power(n: int, least: int = 16, most: int = 64) -> int:
+    """The smallest power of two that is at least n, between `least` and `most`."""
+    return max(least, min(most, 1 << max(n - 1, 0).bit_length()))
