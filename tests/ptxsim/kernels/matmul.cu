@@ -40,7 +40,13 @@ __device__ __nv_bfloat16* piece(Tile& tile, int row, int column) {
 }
 
 __device__ void load_tile(Tile& tile, const __nv_bfloat16* m, int first, int rows, int k, int depth) {
+#ifdef BUG_COPY_LOOP
+  // nvcc does not unroll this one, for it does not know where it begins
   for (int i = threadIdx.x; i < BM * BK / 8; i += THREADS) {
+#else
+  for (int part = 0; part < BM * BK / 8 / THREADS; part++) {
+    const int i = part * THREADS + threadIdx.x;
+#endif
     const int row = i / 4, column = i % 4;
 #ifdef BUG_NO_ROW_MASK
     const bool inside = k + column * 8 < depth;
