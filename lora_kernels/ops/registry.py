@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+ON_GPU = ("triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _library = torch.library.Library("lora_kernels", "DEF")
@@ -25,6 +26,7 @@ _implementations: dict[str, dict[str, "Implementation"]] = {}
 _missing: dict[str, str] = {}
 _warned: set[tuple[str, str]] = set()
 _forced: ContextVar[str | None] = ContextVar("forced_backend", default=None)
+_simulated: ContextVar[bool] = ContextVar("simulated", default=False)
 _recorder: ContextVar["Explanation | None"] = ContextVar("recorder", default=None)
 
 
@@ -123,23 +125,40 @@ def load_backends(package: str) -> None:
 
 
 def _not_built(error: ImportError) -> str:
+    if error.name and not error.name.startswith("lora_kernels"):
+        return str(error)
     note = Path(__file__).parent.parent / "_build_error.txt"
     return f"not built: {note.read_text(encoding='utf-8').strip() if note.is_file() else error}"
 
 
 @contextmanager
-def use_backend(backend: str) -> Iterator[None]:
+def use_backend(backend: str, simulate: bool = False) -> Iterator[None]:
     """Runs every op inside the block on one backend, or raises with the reason why it cannot.
 
+    With `simulate`, the kernels for GPUs ("triton", "cuda") run on CPU tensors: their real PTX, with every check of
+    `lora_kernels.testing.ptxsim` and some thousand times slower than a GPU. `ptxsim.device(...)` around it counts what they do
+    and chooses the architecture.
+
     Raises:
-        ValueError: no backend has that name.
+        ValueError: no backend has that name, or it has no PTX to simulate.
+        ImportError: what the simulator needs is not there.
     """
     _check_name(backend)
-    token = _forced.set(backend)
+    if simulate:
+        if backend not in ON_GPU:
+            raise ValueError(f"simulate is for {' and '.join(ON_GPU)}, found {backend!r}")
+        import_module("lora_kernels.testing.ptxsim")
+    tokens = _forced.set(backend), _simulated.set(simulate)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.reset(tokens[0])
+        _simulated.reset(tokens[1])
+
+
+def simulates() -> bool:
+    """Whether kernels for GPUs run in the simulator."""
+    return _simulated.get()
 
 
 def explain(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -185,7 +204,7 @@ def choose(name: str, args: tuple[Any, ...]) -> Implementation:
             if backend == "reference" and not forced and len(order) > 1 and args[0].dtype is not torch.float64:
                 _warn_of_fallback(name, order, args)
             if _recorder.get() is not None:
-                _record(name, backend, args, bool(forced))
+                _record(name, f"{backend} (simulated)" if simulates() else backend, args, bool(forced))
             return implementation
     reasons = refusals(name, args)
     if forced:
@@ -200,7 +219,7 @@ def _record(name: str, chosen: str, args: tuple[Any, ...], forced: bool) -> None
     order = PREFERENCE.get(args[0].device.type, ("reference",))
     others = {}
     for backend in BACKENDS:
-        if backend == chosen:
+        if backend == chosen.split()[0]:
             continue
         reason = reasons.get(backend, "it has no such kernel")
         if reason is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.testing.ptxsim import Kernel, Run, TensorMap
+from lora_kernels.testing.ptxsim.device import current
 
 _TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
@@ -109,10 +110,15 @@ def _compiled(
 
 
 def simulate_triton(
-    function: Any, grid: tuple[int, ...], args: dict[str, Any], writes: Any, *, arch: int = 80, warps: int = 4, stages: int = 3,
-    **options: Any,
+    function: Any, grid: tuple[int, ...], args: dict[str, Any], writes: Any, *, arch: int | None = None, warps: int = 4,
+    stages: int = 3, **options: Any,
 ) -> Run:  # fmt: skip
-    """Runs a Triton kernel's real PTX on CPU tensors; `options` are those of `ptxsim.Kernel.launch`."""
+    """Runs a Triton kernel's real PTX on CPU tensors; `options` are those of `ptxsim.Kernel.launch`.
+
+    `arch` is by default that of `ptxsim.device`, and 80 outside of one.
+    """
+    sim = current.get()
+    arch = arch or (sim.arch if sim else 80)
     made = compile_triton(function, args, arch, warps, stages)
     kernel = _kernel(made.ptx)
     scratch = aligned(made.scratch * math.prod(grid))

@@ -6,11 +6,10 @@ from lora_kernels import _cpu
 from lora_kernels.ops.buffers import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tiles import on_tiles, product
+from lora_kernels.ops.weight_norm.op import MAX_CONDITION
 
 FEW = 64  # rows of A for which W is streamed once, without a copy
 BLOCK = 512  # rows of W copied or widened at a time
-MAX_CONDITION = {torch.float32: 4.0, torch.bfloat16: 64.0, torch.float16: 64.0}
-"""Cancellation up to which the factored form is within 1e-5 (float32) and 1e-4 (16-bit)."""
 
 
 def refusal(w, a=None, b=None, scale=None, w_squared=None):

@@ -12,6 +12,9 @@ from torch import Tensor
 from lora_kernels.ops.lora_linear.op import FLOATS, check_kinds, without_autocast
 from lora_kernels.ops.registry import declare
 
+MAX_CONDITION = {torch.float32: 4.0, torch.bfloat16: 64.0, torch.float16: 64.0}
+"""Cancellation up to which the factored form (2) is within 1e-5 (float32) and 1e-4 (16-bit)."""
+
 
 def weight_norm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, w_squared: Tensor | None = None) -> Tensor:
     """Norm (1) of each row of the adapted weight.

@@ -17,6 +17,8 @@ class Device:
     """What the launches so far did, added up."""
 
     options: dict[str, Any]
+    arch: int = 80
+    """What Triton compiles for: 80 is sm_80."""
     launches: int = 0
     counters: Counter[str] = field(default_factory=Counter)
     by_opcode: Counter[str] = field(default_factory=Counter)
@@ -43,9 +45,12 @@ current: ContextVar[Device | None] = ContextVar("device", default=None)
 
 
 @contextmanager
-def device(**options: Any) -> Iterator[Device]:
-    """Collects the counters of every launch inside the block; `options` are defaults of `Kernel.launch` there."""
-    made = Device(options)
+def device(arch: int = 80, **options: Any) -> Iterator[Device]:
+    """Collects the counters of every launch inside the block; `options` are defaults of `Kernel.launch` there.
+
+    `arch` is what kernels that are compiled inside the block are compiled for: 80 is sm_80.
+    """
+    made = Device(options, arch)
     token = current.set(made)
     try:
         yield made
