@@ -1,0 +1,11 @@
+"""Gates that a kernel's code passes without a GPU: see README.md.
+
+    python -m lora_kernels.testing.gates            compiles all configurations, writes tests/gates/table.json
+    python -m lora_kernels.testing.gates --show     prints it
+"""
+
+from lora_kernels.testing.gates.configuration import Budget, Configuration, Cuda, Triton
+from lora_kernels.testing.gates.measure import broken, measure
+from lora_kernels.testing.gates.table import Table, current, differences, recompute
+
+__all__ = ["Budget", "Configuration", "Cuda", "Table", "Triton", "broken", "current", "differences", "measure", "recompute"]

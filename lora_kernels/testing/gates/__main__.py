@@ -1,0 +1,45 @@
+"""`python -m lora_kernels.testing.gates [FOLDER]`: compiles all of FOLDER/configurations.py and writes FOLDER/table.json.
+
+With --show nothing is compiled, and the table is printed as Markdown. Ends with 1 where a gate is broken; rows whose tools
+are not here stay as they were.
+"""
+
+import argparse
+import importlib
+import sys
+import tempfile
+from pathlib import Path
+
+from lora_kernels.testing.gates.table import Table, differences, recompute
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m lora_kernels.testing.gates", description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("tests/gates"))
+    parser.add_argument("--show", action="store_true", help="print the table")
+    parser.add_argument("--only", default="", metavar="TEXT", help="configurations whose name contains this")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    path = options.folder / "table.json"
+    old = Table.read(path)
+    if options.show:
+        print(Table({key: row for key, row in old.rows.items() if options.only in key[0]}).markdown())
+        return 0
+    configurations = importlib.import_module(".".join(options.folder.parts) + ".configurations").GATES
+    chosen = [c for c in configurations if options.only in c.name]
+    with tempfile.TemporaryDirectory() as cache:
+        new, failed, skipped = recompute(chosen, options.jobs, cache)
+    for key, row in new.rows.items():
+        for text in differences(old.rows.get(key), row):
+            print(f"{key[0]}, {key[1]}: {text}")
+    shipped = {(c.name, arch) for c in configurations for arch in c.chips}
+    Table({key: row for key, row in (old.rows | new.rows).items() if key in shipped}).write(path)
+    for what, reasons in (("not compiled", skipped), ("BROKEN", failed)):
+        for key, texts in reasons.items():
+            print(*(f"{what}: {key[0]}, {key[1]}: {text}" for text in texts), sep="\n")
+    print(f"{len(new.rows)} rows in {path}, {len(failed)} broken, {len(skipped)} not compiled")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""What is shipped: a kernel with its tiles, the chips it is for, and what its code must be like on each."""
+
+import hashlib
+import importlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.testing import nvcc
+from lora_kernels.testing.gates import occupancy, sass
+from lora_kernels.testing.gates.occupancy import CHIPS
+
+NVIDIA = tuple(arch for arch in CHIPS if arch.startswith("sm_"))
+WITH_A = ("sm_90", "sm_100")  # where wgmma and tcgen05 need the name of one chip alone
+_ANALYSIS = ("code.py", "sass.py", "amdgcn.py", "occupancy.py")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a person found good enough, recorded by hand. The main loop is that of `code.MainLoop`."""
+
+    per: float
+    """At most so many instructions of the main loop for each matrix instruction, or for each load where there is none."""
+    matrix: str = ""
+    """The matrix instruction that the main loop must have."""
+    units: int = 1
+    """At least so many of them, which are fewer where a loop was not unrolled."""
+    wide: int = 0
+    """At least so many loads of 16 bytes or whole tiles in the kernel."""
+    blocks: int = 1
+    """At least so many blocks on a multiprocessor."""
+    copies: int = 0
+    """At most so many loops inside the main loop that touch memory."""
+
+
+@dataclass(frozen=True)
+class Triton:
+    """A `@triton.jit` function, as "module:name", which is imported only where Triton is installed."""
+
+    function: str
+    args: Mapping[str, Any]
+    """As for a launch; a dtype stands for a tensor of it whose address divides by 16."""
+    warps: int = 4
+    stages: int = 3
+
+    @property
+    def threads(self) -> int:
+        return self.warps * 32
+
+    @property
+    def chips(self) -> tuple[str, ...]:
+        return tuple(CHIPS)
+
+    def load(self) -> Any:
+        module, _, name = self.function.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def given(self) -> dict[str, Any]:
+        """The arguments as tensors and numbers."""
+        return {k: torch.empty(0, dtype=v) if isinstance(v, torch.dtype) else v for k, v in self.args.items()}
+
+    def sources(self) -> Iterator[str]:
+        """The text of the function and of all it calls, with the constants they read."""
+        todo, seen = [self.load()], set()
+        while todo:
+            function = todo.pop()
+            if function.fn in seen:
+                continue
+            seen.add(function.fn)
+            yield function.src
+            names = function.fn.__code__.co_names
+            places = [vars(v) for v in _named(names, function.fn.__globals__).values() if isinstance(v, ModuleType)]
+            for place in [function.fn.__globals__, *places]:
+                for name, value in _named(names, place).items():
+                    if hasattr(value, "src") and hasattr(value, "fn"):
+                        todo.append(value)
+                    elif isinstance(value, (bool, int, float, str)) or type(value).__name__ == "constexpr":
+                        yield f"{name}={value}"
+
+    def text(self) -> str:
+        """The rest of what decides about the code."""
+        args = {k: f"{v.dtype} at {v.data_ptr() % 16}" if isinstance(v, Tensor) else v for k, v in self.args.items()}
+        return f"{self.function} {args} {self.warps} {self.stages}"
+
+    def version(self) -> str:
+        import triton
+
+        return f"triton {triton.__version__}"
+
+    def missing(self, arch: str) -> str | None:
+        """What is not here, in words."""
+        try:
+            import triton  # noqa: F401
+        except ImportError as error:
+            return f"triton is not installed ({error}); requirements-dev.txt has it for Linux on x86-64"
+        return sass.missing() or occupancy.missing() if arch in NVIDIA else None
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """A `__global__` function with C linkage in a file."""
+
+    source: Path
+    kernel: str
+    threads: int
+    options: tuple[str, ...] = ()
+    shared: int = 0
+    """Dynamic shared memory in bytes."""
+
+    @property
+    def warps(self) -> int:
+        return -(-self.threads // 32)
+
+    @property
+    def chips(self) -> tuple[str, ...]:
+        return NVIDIA
+
+    def sources(self) -> Iterator[str]:
+        """The text of the file and of all that it includes in quotes."""
+        folders = [Path(option[2:]) for option in self.options if option.startswith("-I")]
+        todo, seen = [self.source], set()
+        while todo:
+            file = todo.pop().resolve()
+            if file in seen:
+                continue
+            seen.add(file)
+            text = file.read_text()
+            yield text
+            for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', text, re.MULTILINE):
+                todo += [path / name for path in (file.parent, *folders) if (path / name).is_file()][:1]
+
+    def text(self) -> str:
+        options = [option for option in self.options if not option.startswith("-I")]
+        return f"{self.kernel} {self.threads} {options} {self.shared} {nvcc.OPTIONS} {WITH_A}"
+
+    def target(self, arch: str) -> str:
+        """The name of the chip for nvcc."""
+        return arch + "a" * (arch in WITH_A)
+
+    def version(self) -> str:
+        return f"nvcc {nvcc.version()}"
+
+    def missing(self, arch: str) -> str | None:
+        """What is not here, in words."""
+        gone = f"{nvcc.MISSING}; requirements-dev.txt has the wheel for Linux on x86-64" if nvcc.find_nvcc() is None else None
+        return gone or sass.missing() or occupancy.missing()
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A kernel, and a budget for each chip, as "sm_80 sm_86" for several at once.
+
+    Raises:
+        ValueError: a chip that the language has is neither there nor in `without`, or is there twice.
+    """
+
+    name: str
+    kernel: Triton | Cuda
+    budgets: Mapping[str, Budget]
+    without: Mapping[str, str] = field(default_factory=dict)
+    """Chips this is not shipped for, and why."""
+
+    def __post_init__(self) -> None:
+        named = sorted(" ".join([*self.budgets, *self.without]).split())
+        if named != sorted(self.kernel.chips):
+            raise ValueError(f"{self.name}: budgets and without name {' '.join(named)}, not once {' '.join(self.kernel.chips)}")
+
+    @property
+    def chips(self) -> tuple[str, ...]:
+        return tuple(chip for chip in self.kernel.chips if chip in " ".join(self.budgets).split())
+
+    def budget(self, arch: str) -> Budget:
+        return next(budget for chips, budget in self.budgets.items() if arch in chips.split())
+
+    def fingerprint(self) -> str:
+        """Of all that decides about the numbers: the source, these arguments, the compiler, how code is read."""
+        mine = [(Path(__file__).parent / name).read_text() for name in _ANALYSIS]
+        parts = [*self.kernel.sources(), self.kernel.text(), self.kernel.version(), *mine]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def _named(names: tuple[str, ...], place: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: place[name] for name in names if name in place}

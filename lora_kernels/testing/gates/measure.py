@@ -1,0 +1,85 @@
+"""Compiles a configuration for a chip, and says what is wrong with it."""
+
+from typing import Any
+
+from lora_kernels.testing.gates.amdgcn import read_amdgcn
+from lora_kernels.testing.gates.code import LOAD, WIDE, Code, count, main_loop
+from lora_kernels.testing.gates.configuration import NVIDIA, Budget, Configuration, Cuda, Triton
+from lora_kernels.testing.gates.occupancy import CHIPS, occupancy, occupancy_amd
+from lora_kernels.testing.gates.sass import read_cubin
+from lora_kernels.testing.nvcc import compile_cubin
+
+Row = dict[str, Any]
+
+
+def measure(configuration: Configuration, arch: str) -> Row:
+    """One row of the table; `error` alone where the compiler refuses.
+
+    Raises:
+        FileNotFoundError: a tool is not here; the message says which.
+    """
+    kernel = configuration.kernel
+    gone = kernel.missing(arch)
+    if gone:
+        raise FileNotFoundError(gone)
+    try:
+        code, dynamic, columns = _triton(kernel, arch) if isinstance(kernel, Triton) else _cuda(kernel, arch)
+    except Exception as error:  # each compiler has its own; the row has the message, and is broken
+        return {"error": f"{type(error).__name__}: {error}".strip()[:500]}
+    if arch in NVIDIA:
+        blocks, limit = occupancy(arch, code.registers, code.shared, dynamic, kernel.threads, columns)
+    else:
+        blocks, limit = occupancy_amd(arch, code.waves, code.shared + dynamic, kernel.warps)
+    loop = main_loop(code)
+    return {
+        "registers": code.registers, "stack": code.stack, "spills": code.spills, "shared": code.shared + dynamic,
+        "blocks": blocks, "warps": blocks * kernel.warps, "limit": limit,
+        "unit": loop.unit, "units": loop.units, "instructions": loop.instructions, "copies": loop.copies,
+        "wide": count(code.instructions, WIDE), "loads": count(code.instructions, LOAD),
+    }  # fmt: skip
+
+
+def _triton(kernel: Triton, arch: str) -> tuple[Code, int, int]:
+    from lora_kernels.testing.triton_ptx import compile_triton
+
+    function = kernel.load()
+    number = int(arch[3:]) if arch.startswith("sm_") else arch
+    made = compile_triton(function, kernel.given(), number, kernel.warps, kernel.stages)
+    if isinstance(number, int):
+        return read_cubin(made.cubin, function.__name__, number), made.shared, made.columns
+    return read_amdgcn(made.amdgcn), made.shared, 0
+
+
+def _cuda(kernel: Cuda, arch: str) -> tuple[Code, int, int]:
+    cubin = compile_cubin(kernel.source, kernel.target(arch), *kernel.options)
+    return read_cubin(cubin, kernel.kernel, int(arch[3:])), kernel.shared, 0
+
+
+def per(row: Row) -> float:
+    """Instructions of the main loop for each matrix instruction or load."""
+    return float(row["instructions"] / max(1, row["units"]))
+
+
+def broken(row: Row, budget: Budget, arch: str) -> list[str]:
+    """The gates that a row does not pass, in words."""
+    if "error" in row:
+        return [f"does not compile: {row['error']}"]
+    chip, unit = CHIPS[arch], budget.matrix or "load"
+    found = []
+    if row["spills"] or row["stack"]:
+        found.append(f"spills: {row['stack']} bytes of stack, {row['spills']} spilled")
+    if row["shared"] > chip.shared_block:
+        found.append(f"shared memory: {row['shared']} bytes, {chip.shared_block} there are")
+    if row["blocks"] < budget.blocks:
+        found.append(f"occupancy: {row['blocks']} blocks of the {budget.blocks} wanted, for {row['limit']}")
+    if row["unit"] != unit:
+        found.append(f"main loop: of {row['unit']}, where {unit} was wanted")
+    if row["units"] < budget.units:
+        found.append(f"main loop: {row['units']} {row['unit']} of the {budget.units} wanted, so it is not unrolled")
+    if per(row) > budget.per:
+        found.append(f"main loop: {per(row):.2f} instructions for each {row['unit']}, {budget.per} allowed")
+    if row["copies"] > budget.copies:
+        found.append(f"main loop: {row['copies']} loops in it touch memory, {budget.copies} allowed; not unrolled")
+    if row["wide"] < budget.wide:
+        found.append(f"16-byte loads: {row['wide']} of the {budget.wide} wanted")
+    return found
