@@ -1,0 +1,74 @@
+"""What the gates compile: an op's file here lists what its launcher can choose, with a budget for each chip.
+
+No op has kernels for GPUs yet: these are the simulator's.
+"""
+
+from pathlib import Path
+
+import torch
+
+from lora_kernels.testing.gates import Budget, Configuration, Cuda, Triton
+
+KERNELS = Path(__file__).parents[1] / "ptxsim" / "kernels"
+HALF, SINGLE = torch.bfloat16, torch.float32
+MMA, ALL = "sm_80 sm_86 sm_89 sm_120", "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942"
+LORA = dict.fromkeys("xwaby", HALF) | {"m": 4096, "n": 4096, "k": 4096, "scale": 0.5, "R": 16}
+
+
+def corpus(name, args, **launch):
+    return Triton(f"tests.ptxsim.triton_kernels:{name}", args, **launch)
+
+
+def lora(m, n, k, **launch):
+    return corpus("lora", LORA | {"BM": m, "BN": n, "BK": k}, **launch)
+
+
+ROW_NORM = dict.fromkeys("wab", HALF) | {"norm": SINGLE, "n": 4096, "k": 4096, "scale": 0.5, "R": 16, "BN": 64, "BK": 32}
+SPLIT_K = {"x": HALF, "w": HALF, "y": SINGLE, "m": 64, "n": 4096, "k": 4096, "ATOMIC": True, "PARTS": 8, "B": 32}
+GATHER = {"x": HALF, "a": HALF, "which": torch.int64, "h": SINGLE, "k": 4096, "R": 16, "BK": 64}
+
+GATES = [
+    Configuration("lora 128x128x64, 8 warps, 3 stages", lora(128, 128, 64, warps=8), {
+        "sm_80": Budget(3.4, "HMMA", units=72, wide=25, blocks=2),
+        "sm_86 sm_89 sm_120": Budget(3.4, "HMMA", units=72, wide=25),
+        "sm_90": Budget(16.5, "HGMMA", units=8, wide=25, blocks=2),
+        "sm_100": Budget(22, "UTCHMMA", units=8, wide=33, blocks=2),
+    }, without={"gfx942": "needs 68 KiB of LDS; 2 stages are shipped there"}),
+    Configuration("lora 128x128x64, 8 warps, 2 stages", lora(128, 128, 64, warps=8, stages=2), {
+        "gfx942": Budget(5.7, "v_mfma", units=20, wide=12),
+    }, without={f"{MMA} sm_90 sm_100": "3 stages are shipped there"}),
+    Configuration("lora 64x64x32, 4 warps, 3 stages", lora(64, 64, 32), {
+        MMA: Budget(5, "HMMA", units=20, wide=13, blocks=4),
+        "sm_90": Budget(26.5, "HGMMA", units=4, wide=13, blocks=7),
+        "sm_100": Budget(33, "UTCHMMA", units=4, wide=17, blocks=4),
+        "gfx942": Budget(15.5, "v_mfma", units=6, wide=6, blocks=3),
+    }),
+    Configuration("row_norm 64x32, 4 warps, 3 stages", corpus("row_norm", ROW_NORM), {
+        MMA: Budget(40, "HMMA", units=4, wide=3, blocks=9),
+        "sm_90": Budget(134, "HGMMA", wide=3, blocks=9),
+        "sm_100": Budget(140, "UTCHMMA", wide=5, blocks=9),
+        "gfx942": Budget(57, "v_mfma", units=2, wide=3, blocks=6),
+    }),
+    Configuration("split_k 32x32x32, 4 warps, 3 stages", corpus("split_k", SPLIT_K), {
+        MMA: Budget(13.5, "HMMA", units=4, wide=6, blocks=9),
+        "sm_90 sm_100": Budget(9.2, "HMMA", units=4, wide=6, blocks=12),
+        "gfx942": Budget(14, "v_mfma", units=4, blocks=8),
+    }),
+    Configuration("gather 16x64, 4 warps, 3 stages", corpus("gather", GATHER), {
+        f"{MMA} sm_90 sm_100": Budget(30, units=2, wide=2, blocks=12),
+        "gfx942": Budget(23, units=2, blocks=8),
+    }),
+    Configuration("softmax 4096, 4 warps", corpus("softmax", {"x": HALF, "y": HALF, "n": 4096, "B": 4096}), {
+        f"{MMA} sm_90 sm_100": Budget(134, units=4, wide=4, blocks=10),
+        "gfx942": Budget(294, units=2, wide=2, blocks=8),
+    }),
+    Configuration(
+        "dropout 1024, 4 warps", corpus("dropout", {"x": SINGLE, "y": SINGLE, "n": 4096, "p": 0.3, "seed": 42, "B": 1024}), {
+            f"{MMA} sm_90 sm_100": Budget(270, units=2, wide=2, blocks=10),
+            "gfx942": Budget(375, wide=1, blocks=8),
+        },
+    ),
+    Configuration("matmul.cu 64x64x32, 4 warps, 2 stages", Cuda(KERNELS / "matmul.cu", "matmul", threads=128), {
+        f"{MMA} sm_90 sm_100": Budget(7.4, "HMMA", units=16, wide=8, blocks=5),
+    }),
+]  # fmt: skip

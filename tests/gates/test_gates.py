@@ -1,0 +1,40 @@
+"""Every shipped configuration passes the gates on every chip; only what changed is compiled."""
+
+from pathlib import Path
+
+import pytest
+
+from lora_kernels.testing.gates import Table, broken, current, differences
+from tests.gates.configurations import GATES
+
+HERE = Path(__file__).parent
+TABLE = Table.read(HERE / "table.json")
+ROWS = [pytest.param(one, arch, id=f"{one.name}-{arch}") for one in GATES for arch in one.chips]
+
+
+@pytest.mark.parametrize(("configuration", "arch"), ROWS)
+def test_gates(configuration, arch):
+    known, budget = TABLE.rows.get((configuration.name, arch)), configuration.budget(arch)
+    if known is not None:
+        assert not broken(known, budget, arch)
+    try:
+        found, kept = current(configuration, arch, TABLE)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    assert not broken(found, budget, arch)
+    if not kept:
+        assert not differences(known, found), "`make gates` writes the table anew; look at what changed in it"
+
+
+def test_the_table_has_what_is_shipped_and_nothing_else():
+    names = [configuration.name for configuration in GATES]
+    assert len(set(names)) == len(names)
+    shipped = {(configuration.name, arch) for configuration in GATES for arch in configuration.chips}
+    assert set(TABLE.rows) == shipped, "`make gates` writes the table anew"
+
+
+def test_the_table_was_made_by_the_pinned_compilers():
+    pins = (HERE.parents[1] / "requirements-dev.txt").read_text()
+    for made in {row["made"] for row in TABLE.rows.values()}:
+        name, version = made.split()
+        assert f"{'nvidia-cuda-nvcc' if name == 'nvcc' else name}=={version};" in pins, "`make gates` writes the table anew"
