@@ -1,10 +1,10 @@
-# make install | test | test-slow | demo | lint | bench. Each makes .venv on its first call and reuses it.
+# make install | test | test-slow | demo | lint | gates | bench. Each makes .venv on its first call and reuses it.
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 SOURCES := $(CSRC) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: install test test-slow demo lint bench bench-pytest
+.PHONY: install test test-slow demo lint gates bench bench-pytest
 
 install: .venv/built
 
@@ -36,6 +36,10 @@ lint: .venv/requirements
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+# compiles every shipped kernel for every GPU, without one, and writes tests/gates/table.json
+gates: install
+	$(BIN)/python -m lora_kernels.testing.gates $(ARGS)
 
 bench: install
 	$(BIN)/python -m bench $(ARGS)
