@@ -45,8 +45,38 @@ def test_the_loop_with_the_most_matrix_instructions():
     assert loop == MainLoop("HMMA", 2, 6, copies=1)
 
 
+def test_the_inner_of_two_loops():
+    """As in a persistent kernel, whose tiles end with the adapter's product."""
+    loop = main_loop(code(textwrap.dedent("""\
+        .L_tile:
+        NOP
+        .L_depth:
+        HMMA.16816.F32 R0, R0, R0, R0
+        @P0 BRA `(.L_depth)
+        HMMA.16816.F32 R0, R0, R0, R0
+        @P1 BRA `(.L_tile)
+        EXIT""")))
+    assert loop == MainLoop("HMMA", 1, 2, copies=0)
+
+
+def test_a_jump_back_from_behind_the_end_is_no_loop():
+    loop = main_loop(code(textwrap.dedent("""\
+        HMMA.16816.F32 R0, R0, R0, R0
+        HMMA.16816.F32 R0, R0, R0, R0
+        @P1 BRA `(.L_wait)
+        .L_back:
+        NOP
+        .L_loop:
+        HMMA.16816.F32 R0, R0, R0, R0
+        @P0 BRA `(.L_loop)
+        EXIT
+        .L_wait:
+        NOP
+        BRA `(.L_back)""")))
+    assert loop == MainLoop("HMMA", 1, 2, copies=0)
+
+
 def test_what_waits_behind_the_loop_belongs_to_it_and_is_no_copy():
-    """The branch back into the middle is no loop of its own, or it would have more matrix instructions than the loop."""
     loop = main_loop(code(textwrap.dedent("""\
         BSSY B0, `(.L_after)
         .L_loop:
