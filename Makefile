@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CUDA := $(shell find csrc tests -name '*.cu' -o -name '*.cuh')
 SOURCES := $(CSRC) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: install test test-slow demo lint gates bench bench-pytest
@@ -35,7 +36,7 @@ demo: .venv/demo
 lint: .venv/requirements
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
-	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(CUDA)
 
 # compiles every shipped kernel for every GPU, without one, and writes tests/gates/table.json
 gates: install

@@ -100,7 +100,7 @@ class _Memory:
 
     def access(self, pointers: np.ndarray, mask: np.ndarray, size: int, kind: str, values: np.ndarray | None = None) -> None:
         """Checks one tile's access; kind is load, store, atomic or atomic load."""
-        used = np.broadcast_to(mask, pointers.shape)
+        used = np.broadcast_to(mask, pointers.shape).astype(bool)  # the product of masks may be an integer
         at = pointers[used].astype(np.uint64)
         if not at.size:
             return
@@ -152,7 +152,7 @@ class _Memory:
         """An atomic passes on what its program did before, and brings what was passed on there."""
         me = self._numbers.setdefault(self.program, len(self._numbers) + 1)
         known = self._known.setdefault(me, {})
-        for address in pointers[np.broadcast_to(mask, pointers.shape)].ravel().tolist():
+        for address in pointers[np.broadcast_to(mask, pointers.shape).astype(bool)].ravel().tolist():
             if replaces:  # a store, not a read and a write: what was passed on before is gone
                 self._released[int(address)] = {}
             there = self._released.setdefault(int(address), {})

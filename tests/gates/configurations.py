@@ -12,7 +12,7 @@ from lora_kernels.testing.gates import Budget, Configuration, Cuda, Triton
 KERNELS = Path(__file__).parents[1] / "ptxsim" / "kernels"
 HALF, SINGLE = torch.bfloat16, torch.float32
 MMA, ALL = "sm_80 sm_86 sm_89 sm_120", "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942"
-LORA = dict.fromkeys("xwaby", HALF) | {"m": 4096, "n": 4096, "k": 4096, "scale": 0.5, "R": 16}
+LORA = dict.fromkeys("xwaby", HALF) | {"m": 4096, "n": 4096, "k": 4096, "r": 16, "scale": 0.5, "R": 16}
 
 
 def corpus(name, args, **launch):
@@ -38,7 +38,7 @@ GATES = [
         "gfx942": Budget(5.7, "v_mfma", units=20, wide=12),
     }, without={f"{MMA} sm_90 sm_100": "3 stages are shipped there"}),
     Configuration("lora 64x64x32, 4 warps, 3 stages", lora(64, 64, 32), {
-        MMA: Budget(5, "HMMA", units=20, wide=13, blocks=4),
+        MMA: Budget(5.4, "HMMA", units=20, wide=13, blocks=4),
         "sm_90": Budget(26.5, "HGMMA", units=4, wide=13, blocks=7),
         "sm_100": Budget(33, "UTCHMMA", units=4, wide=17, blocks=4),
         "gfx942": Budget(15.5, "v_mfma", units=6, wide=6, blocks=3),

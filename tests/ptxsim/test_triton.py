@@ -10,7 +10,9 @@ from lora_kernels.testing.ptxsim import Kernel, SimulationError
 pytest.importorskip("triton", reason="triton is not installed here (requirements-dev.txt has it for Linux on x86-64)")
 
 from lora_kernels.testing.triton_ptx import compile_triton, simulate_triton
+from tests.ptxsim import problems
 from tests.ptxsim import triton_kernels as kernels
+from tests.ptxsim.corpus import MISSED, by_mended_interpreter, by_simulator, shaped, tiles
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,7 +39,8 @@ def empty(*shape, dtype=torch.float32):
 
 def lora_arguments(m, n, k, dtype=torch.bfloat16):
     x, w, a, b = (torch.randn(shape).to(dtype) for shape in ((m, k), (n, k), (16, k), (n, 16)))
-    args = {"x": x, "w": w, "a": a, "b": b, "y": empty(m, n, dtype=dtype), "m": m, "n": n, "k": k, "scale": 0.5, "R": 16}
+    args = {"x": x, "w": w, "a": a, "b": b, "y": empty(m, n, dtype=dtype), "m": m, "n": n, "k": k}
+    args |= {"r": 16, "scale": 0.5, "R": 16}
     h = (0.5 * (x.double() @ a.double().T)).to(dtype).double()
     return args, x.double() @ w.double().T + h @ b.double().T
 
@@ -99,7 +102,7 @@ def test_hopper(dtype, tiles):
 @pytest.mark.parametrize(("dtype", "precision", "tolerance"), [
     (torch.float16, "ieee", 1e-5), (torch.bfloat16, "ieee", 1e-5), (torch.float32, "tf32", 3e-3), (torch.float32, "ieee", 1e-5),
 ])  # fmt: skip
-@pytest.mark.parametrize("warps", [1, 4])
+@pytest.mark.parametrize("warps", [1, 4, 8])
 def test_dot(dtype, precision, tolerance, warps):
     args, wanted = dot_arguments(64, 64, 64, dtype, (32, 64, 32), precision)
     simulate_triton(kernels.dot, (2, 1), args, [args["y"]], warps=warps)
@@ -191,3 +194,17 @@ def test_each_barrier_of_the_product_is_needed():
         found.append(bool(errors))
     assert len(barriers) >= 4
     assert found.count(False) <= 1, found
+
+
+@pytest.mark.parametrize("case", [
+    *(shaped("vector_add", (tiles(n, 128),), problems.add, n) for n in (1, 128, 1000)),
+    *(shaped("lora", (2, 2), problems.lora, 33, 40, k, r) for k, r in ((1, 1), (64, 8), (72, 16))),
+    *(shaped("split_k_ticket", (1, 2, 4), problems.ticket, 7, 64, k, 4, 2) for k in (1, 128, 130)),
+    *(shaped("gather", (5,), problems.gather, [0, -1, 4, 3, -1], k, 5) for k in (1, 64, 129)),
+    *(shaped("dropout_rows", (1, rows), problems.dropped, rows, n, p) for rows, n, p in ((3, 1, 0.5), (7, 256, 0.9))),
+    *(shaped("softmax", (rows,), problems.softmax, rows, n) for rows, n in ((1, 1), (3, 256), (2, 129))),
+], ids=lambda case: f"{case.kernel}-{case.problem.args}")  # fmt: skip
+def test_shapes_with_ragged_edges(case):
+    """Right numbers, the same bits in every order of blocks and warps, no finding."""
+    assert by_simulator(case) == (MISSED, "")
+    assert by_mended_interpreter(case) == (MISSED, "")

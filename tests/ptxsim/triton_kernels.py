@@ -5,8 +5,17 @@ import triton.language as tl
 
 
 @triton.jit
-def lora(x, w, a, b, y, m, n, k, scale, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """y = x wᵀ + scale · x aᵀ bᵀ: the product with a in the same loop."""
+def vector_add(x, z, y, n, B: tl.constexpr):
+    """y = x + z."""
+    at = tl.program_id(0) * B + tl.arange(0, B)
+    inside = at < n
+    xs, zs = tl.load(x + at, mask=inside), tl.load(z + at, mask=inside)
+    tl.store(y + at, xs + zs, mask=inside)
+
+
+@triton.jit
+def lora(x, w, a, b, y, m, n, k, r, scale, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """y = x wᵀ + scale · x aᵀ bᵀ: the product with a in the same loop; the rank r is padded to R."""
     rows, columns = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     depth, ranks = tl.arange(0, BK), tl.arange(0, R)
     sums = tl.zeros((BM, BN), tl.float32)
@@ -16,10 +25,12 @@ def lora(x, w, a, b, y, m, n, k, scale, R: tl.constexpr, BM: tl.constexpr, BN: t
         of_x, of_w = (rows < m)[:, None] & inside[None, :], (columns < n)[:, None] & inside[None, :]
         xs = tl.load(x + rows[:, None] * k + first + depth[None, :], mask=of_x, other=0.0)
         ws = tl.load(w + columns[:, None] * k + first + depth[None, :], mask=of_w, other=0.0)
-        as_ = tl.load(a + ranks[:, None] * k + first + depth[None, :], mask=inside[None, :], other=0.0)
+        of_a = (ranks < r)[:, None] & inside[None, :]
+        as_ = tl.load(a + ranks[:, None] * k + first + depth[None, :], mask=of_a, other=0.0)
         sums = tl.dot(xs, tl.trans(ws), sums)
         h = tl.dot(xs, tl.trans(as_), h)
-    bs = tl.load(b + columns[:, None] * R + ranks[None, :], mask=(columns < n)[:, None], other=0.0)
+    of_b = (columns < n)[:, None] & (ranks < r)[None, :]
+    bs = tl.load(b + columns[:, None] * r + ranks[None, :], mask=of_b, other=0.0)
     sums = tl.dot((h * scale).to(bs.dtype), tl.trans(bs), sums)
     kept = (rows < m)[:, None] & (columns < n)[None, :]
     tl.store(y + rows[:, None] * n + columns[None, :], sums.to(y.dtype.element_ty), mask=kept)
@@ -70,6 +81,28 @@ def split_k(x, w, y, m, n, k, ATOMIC: tl.constexpr, PARTS: tl.constexpr, B: tl.c
 
 
 @triton.jit
+def split_k_ticket(x, w, y, parts, counter, m, n, k, PARTS: tl.constexpr, B: tl.constexpr):
+    """y = x wᵀ: the last program of a tile to come adds the parts, always in one order; it leaves its counter at zero."""
+    rows, columns, depth = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1) * B + tl.arange(0, B), tl.arange(0, B)
+    part, sums = tl.program_id(2), tl.zeros((B, B), tl.float32)
+    for first in range(part * B, k, B * PARTS):
+        inside = first + depth < k
+        of_x, of_w = (rows < m)[:, None] & inside[None, :], (columns < n)[:, None] & inside[None, :]
+        xs = tl.load(x + rows[:, None] * k + first + depth[None, :], mask=of_x, other=0.0)
+        ws = tl.load(w + columns[:, None] * k + first + depth[None, :], mask=of_w, other=0.0)
+        sums = tl.dot(xs, tl.trans(ws), sums)
+    at, kept = rows[:, None] * n + columns[None, :], (rows < m)[:, None] & (columns < n)[None, :]
+    tl.store(parts + part * m * n + at, sums, mask=kept)
+    tile = counter + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    if tl.atomic_add(tile, 1, sem="acq_rel") == PARTS - 1:
+        total = tl.zeros((B, B), tl.float32)
+        for other in range(PARTS):
+            total += tl.load(parts + other * m * n + at, mask=kept)
+        tl.store(y + at, total, mask=kept)
+        tl.atomic_xchg(tile, 0, sem="relaxed")
+
+
+@triton.jit
 def gather(x, a, which, h, k, R: tl.constexpr, BK: tl.constexpr):
     """Each token's h = x a[which]ᵀ; nothing for which = -1."""
     token = tl.program_id(0)
@@ -91,6 +124,18 @@ def dropout(x, y, n, p, seed, B: tl.constexpr):
     at = tl.program_id(0) * B + tl.arange(0, B)
     kept = tl.rand(seed, at) > p
     tl.store(y + at, tl.where(kept, tl.load(x + at, mask=at < n) / (1 - p), 0.0), mask=at < n)
+
+
+@triton.jit
+def dropout_rows(x, y, rows, columns, threshold, kept, seed, B: tl.constexpr):
+    """y = x · mask, bit for bit the mask of lora_kernels.ops.dropout."""
+    column, row = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1)
+    at, inside, word = row * columns + column, column < columns, column % 4
+    zero = (column * 0).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, (column // 4).to(tl.uint32), zero + row.to(tl.uint32), zero, zero)
+    drawn = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+    xs = tl.load(x + at, mask=inside)
+    tl.store(y + at, tl.where(drawn >= threshold, xs * kept, 0.0), mask=inside)
 
 
 @triton.jit

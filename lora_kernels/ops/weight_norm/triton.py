@@ -1,4 +1,4 @@
-"""Triton: W is read once for W Aᵀ and ‖W‖²; the rows in which the factored form cancels are summed directly in the same kernel."""
+"""Triton: W is read once for W Aᵀ and ‖W‖²; rows in which the factored form cancels are summed directly in the same kernel."""
 
 import torch
 import triton
