@@ -1,6 +1,9 @@
 """Where a Triton kernel runs: on the GPU that holds its tensors or, if that is asked for, in the simulator."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -10,6 +13,31 @@ from torch import Tensor
 from lora_kernels.ops.registry import simulates
 
 LEAST = (8, 0)  # of the GPUs: tensor cores that know bfloat16, cp.async
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a `@triton.jit` kernel."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    warps: int
+    stages: int
+
+
+_recorder: ContextVar[list[Launch] | None] = ContextVar("launches", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Inside it kernels are not launched but noted: what an op would run, for these arguments."""
+    launches: list[Launch] = []
+    token = _recorder.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorder.reset(token)
 
 
 def refuse_device(t: Tensor) -> str | None:
@@ -32,6 +60,9 @@ def launch(
     `args` has its parameters by name, those of `tl.constexpr` too. Nothing runs if the grid is empty.
     """
     if 0 in grid:
+        return
+    if (recorder := _recorder.get()) is not None:
+        recorder.append(Launch(kernel, grid, args, warps, stages))
         return
     if simulates():
         # the tests' kit lies above the ops and is there only for whom asks for it

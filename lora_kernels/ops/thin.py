@@ -17,9 +17,11 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @triton.jit
 def product(u, v, sums, PRECISION: tl.constexpr):
-    """sums + u v. "half": 16-bit tensor cores; of a float32 operand the first 16 bits and the next, or TF32 in three."""
+    """sums + u v. "half": 16-bit tensor cores, where a float32 operand counts with its first 16 digits."""
     if PRECISION != "half":
-        return tl.dot(u.to(tl.float32), v.to(tl.float32), sums, input_precision=PRECISION)
+        # step by step, so that errors add up over the steps and not over all of the depth; an addition would be folded back
+        step = tl.dot(u.to(tl.float32), v.to(tl.float32), input_precision=PRECISION)
+        return tl.fma(step, tl.full(step.shape, 1.0, tl.float32), sums)
     elif u.dtype == v.dtype and u.dtype != tl.float32:
         return tl.dot(u, v, sums)
     elif u.dtype == tl.bfloat16 and v.dtype == tl.float32:
@@ -27,7 +29,7 @@ def product(u, v, sums, PRECISION: tl.constexpr):
     elif u.dtype == tl.float32 and v.dtype == tl.bfloat16:
         return tl.dot(rest(u), v, tl.dot(u.to(tl.bfloat16), v, sums))
     else:  # float16 has too few exponents for a rest
-        return tl.dot(u.to(tl.float32), v.to(tl.float32), sums, input_precision="tf32x3")
+        return tl.dot(u.to(tl.float32), v.to(tl.float32), sums, input_precision="bf16x3")
 
 
 @triton.jit
@@ -49,7 +51,7 @@ def kept(seed, rows, first, limit, BM: tl.constexpr, BK: tl.constexpr):
     return words.to(tl.int64) >= limit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "limit", "m"])
 def shrink_kernel(
     u, v, gain, out, seed, limit, scale, m, k, r, u0, u1, v0, v1, o0, o1,
     PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
@@ -71,7 +73,7 @@ def shrink_kernel(
     tl.store(out + rows[:, None] * o0 + ranks[None, :] * o1, scale * sums, mask=(rows < m)[:, None] & (ranks < r)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "limit", "m"])
 def outer_kernel(
     u, h, v, part, columns_u, columns_uv, seed, limit, m, n, r, u0, u1, v0, v1, PART: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
@@ -103,7 +105,7 @@ def outer_kernel(
         tl.store(columns_uv + p * n + columns, of_uv, mask=(columns < n) & first_ranks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def add_up_kernel(part, gain, out, factor, parts, n, r, o0, o1, BN: tl.constexpr, BR: tl.constexpr):
     """out [n, r] = factor · gain ⊙ Σ part [parts, n, r], in the order of the parts; gain [n]."""
     rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
@@ -137,10 +139,12 @@ def shrink(u, v, out, *, scale=1.0, gain=None, dropout=0.0, seed=None, exact=Fal
     drop = drawn(dropout, seed)
     factor = scale / (1.0 - dropout) if drop["seed"] is not None else scale
     tile = {"BM": power(m, most=64), "BK": 32 if u.dtype is torch.float32 else 64, "BR": power(r)}
+    stages = 2 if tile["BR"] == 32 else 3  # with 3, ptxas spills a few registers there to fit more blocks
     how = "ieee" if exact and u.dtype is torch.float32 else precision(u)
     args = {"u": u, "v": v, "gain": gain, "out": out, **drop, "scale": float(factor), "m": m, "k": k, "r": r}
     args |= dict(zip(("u0", "u1", "v0", "v1", "o0", "o1"), (*u.stride(), *v.stride(), *out.stride()), strict=True))
-    launch(shrink_kernel, (ceil(m, tile["BM"]), ceil(r, tile["BR"])), args | tile | {"PRECISION": how}, [out])
+    grid = (ceil(m, tile["BM"]), ceil(r, tile["BR"]))
+    launch(shrink_kernel, grid, args | tile | {"PRECISION": how}, [out], stages=stages)
 
 
 def outer(u, h, out, *, factor=1.0, gain=None, dropout=0.0, seed=None, sums=None, times=None, v=None, exact=False):
@@ -154,7 +158,7 @@ def outer(u, h, out, *, factor=1.0, gain=None, dropout=0.0, seed=None, sums=None
     factor = factor / (1.0 - dropout) if drop["seed"] is not None else factor
     part = h.new_empty(parts, n, r)
     of_u, of_uv = (None if t is None else h.new_empty(parts, n, 1) for t in (sums, times))
-    tile = {"BM": power(m, most=64), "BN": 64, "BR": power(r), "PART": PART}
+    tile = {"BM": power(m, most=64 if r <= 32 else 32), "BN": 64, "BR": power(r), "PART": PART}
     v0, v1 = (0, 0) if v is None else v.stride()
     how = "ieee" if exact and u.dtype is torch.float32 else precision(u)
     args = {"u": u, "h": h, "v": v, "part": part, "columns_u": of_u, "columns_uv": of_uv, **drop, "m": m, "n": n, "r": r}

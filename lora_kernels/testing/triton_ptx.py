@@ -65,12 +65,14 @@ def compile_triton(function: Any, args: dict[str, Any], arch: int | str = 80, wa
     """Compiles a `@triton.jit` function for these arguments, as a launch with them would.
 
     Tensors and numbers are arguments at run time, whose divisibility by 16 is known to the compiler as in a launch; the
-    number 1, None and what is annotated `tl.constexpr` are constants. `arch` is 80 for sm_80 and so on, or "gfx942".
+    number 1, None and what is annotated `tl.constexpr` are constants; of parameters in `do_not_specialize` only the type
+    is known. `arch` is 80 for sm_80 and so on, or "gfx942".
     """
     constants, signature, divisible = {}, {}, []
     for position, parameter in enumerate(function.params):
         value = args[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
             constants[parameter.name], signature[parameter.name] = value, "constexpr"
         elif isinstance(value, Tensor):
             signature[parameter.name] = _TYPES[value.dtype]
@@ -81,7 +83,7 @@ def compile_triton(function: Any, args: dict[str, Any], arch: int | str = 80, wa
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible += [position] if value % 16 == 0 else []
+            divisible += [position] if special and value % 16 == 0 else []
     return _compiled(function, tuple(signature.items()), tuple(constants.items()), tuple(divisible), arch, warps, stages)
 
 

@@ -1,13 +1,15 @@
-"""What the gates compile: an op's file here lists what its launcher can choose, with a budget for each chip.
-
-No op has kernels for GPUs yet: these are the simulator's.
-"""
+"""What the gates compile: the ops' kernels as their launchers choose them (ops.py), and the simulator's corpus."""
 
 from pathlib import Path
 
 import torch
 
+from lora_kernels.ops import missing_backends
 from lora_kernels.testing.gates import Budget, Configuration, Cuda, Triton
+
+MISSING = missing_backends().get("triton")
+if not MISSING:
+    from tests.gates import ops
 
 KERNELS = Path(__file__).parents[1] / "ptxsim" / "kernels"
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -27,7 +29,7 @@ ROW_NORM = dict.fromkeys("wab", HALF) | {"norm": SINGLE, "n": 4096, "k": 4096, "
 SPLIT_K = {"x": HALF, "w": HALF, "y": SINGLE, "m": 64, "n": 4096, "k": 4096, "ATOMIC": True, "PARTS": 8, "B": 32}
 GATHER = {"x": HALF, "a": HALF, "which": torch.int64, "h": SINGLE, "k": 4096, "R": 16, "BK": 64}
 
-GATES = [
+CORPUS = [
     Configuration("lora 128x128x64, 8 warps, 3 stages", lora(128, 128, 64, warps=8), {
         "sm_80": Budget(3.4, "HMMA", units=72, wide=25, blocks=2),
         "sm_86 sm_89 sm_120": Budget(3.4, "HMMA", units=72, wide=25),
@@ -72,3 +74,4 @@ GATES = [
         f"{MMA} sm_90 sm_100": Budget(7.4, "HMMA", units=16, wide=8, blocks=5),
     }),
 ]  # fmt: skip
+GATES = [*([] if MISSING else ops.GATES), *CORPUS]

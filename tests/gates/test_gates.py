@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lora_kernels.testing.gates import Table, broken, current, differences
-from tests.gates.configurations import GATES
+from tests.gates.configurations import GATES, MISSING
 
 HERE = Path(__file__).parent
 TABLE = Table.read(HERE / "table.json")
@@ -26,6 +26,7 @@ def test_gates(configuration, arch):
         assert not differences(known, found), "`make gates` writes the table anew; look at what changed in it"
 
 
+@pytest.mark.skipif(bool(MISSING), reason=str(MISSING))
 def test_the_table_has_what_is_shipped_and_nothing_else():
     names = [configuration.name for configuration in GATES]
     assert len(set(names)) == len(names)

@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import lora_linear, use_backend
+from lora_kernels.ops.registry import ON_GPU
 from lora_kernels.testing import exact, make_problem, run
 
 NAMES = ("x", "a", "b", "bias", "gain")
@@ -198,7 +199,7 @@ def test_python_threads_do_not_disturb_each_other(backend):
 
     def work(seed):
         results = []
-        with use_backend(backend):
+        with use_backend(backend, simulate=backend in ON_GPU):
             barrier.wait(30)
             for i in range(30):
                 p = make_problem((3, 70)[i % 2], 65, 50, 5, gain=True, dropout=0.2, seed=seed)

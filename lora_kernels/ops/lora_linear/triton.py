@@ -36,7 +36,7 @@ def adapter(h, b, sums, rows, columns, m, n, r, b0, b1, PRECISION: tl.constexpr,
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "limit", "m"])
 def forward_kernel(
     x, w, h, b, bias, gain, y, z, seed, limit, inverse, m, n, k, r, x0, x1, w0, w1, b0, b1,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
@@ -71,7 +71,7 @@ def forward_kernel(
     tl.store(y + at, sums.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "limit", "m"])
 def input_gradient_kernel(
     dy, w, p, a, gain, dx, seed, limit, inverse, m, n, k, r, d0, d1, w0, w1, a0, a1, DROP_BASE: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
@@ -119,8 +119,9 @@ def backward_refusal(dy, *args):
 def tiles(m, dtype, two_sums):
     """Of a GEMM over m rows: the tile, warps and stages. The depth of a step does not depend on m: a row's bits do not."""
     if dtype is torch.float32:
-        return power(m, most=64), 64, 32, 4, 2
-    return (power(m, most=64), 64, 64, 4, 3) if two_sums or m <= 64 else (128, 128, 64, 8, 3)
+        return power(m, most=64), 64, 16, 4 if m <= 32 else 8, 2
+    stages = 2 if torch.version.hip else 3  # AMD's have less shared memory
+    return (power(m, most=64), 64, 64, 4, stages) if two_sums or m <= 64 else (128, 128, 64, 8, stages)
 
 
 @implements("lora_linear_forward", "triton", refusal)
@@ -136,7 +137,7 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
         "x": x, "w": w, "h": h, "b": b, "bias": _flat(bias), "gain": _flat(gain), "y": y, "z": z, **drop,
         "inverse": 1.0 / (1.0 - dropout), "m": m, "n": n, "k": k, "r": r, "x0": x.stride(0), "x1": x.stride(1),
         "w0": w.stride(0), "w1": w.stride(1), "b0": b.stride(0), "b1": b.stride(1), "PRECISION": precision(x),
-        "BM": bm, "BN": bn, "BK": bk, "BR": power(r), "GROUP": GROUP,
+        "BM": bm, "BN": bn, "BK": bk, "BR": power(r, most=16), "GROUP": GROUP,
     }  # fmt: skip
     made = [y] if z is None else [y, z]
     launch(forward_kernel, (ceil(m, bm) * ceil(n, bn),), args, made, warps=warps, stages=stages)
@@ -182,7 +183,7 @@ def _input_gradient(dy, w, p, a, gain, dx, dropout, seed, drop_base):
         "dy": dy, "w": w, "p": p, "a": a.T, "gain": gain, "dx": dx, **drawn(dropout, seed), "inverse": 1.0 / (1.0 - dropout),
         "m": m, "n": n, "k": k, "r": r, "d0": dy.stride(0), "d1": dy.stride(1), "w0": w.stride(0), "w1": w.stride(1),
         "a0": a.stride(1), "a1": a.stride(0), "DROP_BASE": int(drop_base), "PRECISION": precision(dy),
-        "BM": bm, "BN": bn, "BK": bk, "BR": power(r), "GROUP": GROUP,
+        "BM": bm, "BN": bn, "BK": bk, "BR": power(r, most=16), "GROUP": GROUP,
     }  # fmt: skip
     launch(input_gradient_kernel, (ceil(m, bm) * ceil(k, bk),), args, [dx], warps=warps, stages=stages)
 

@@ -32,13 +32,13 @@ def terms_of(
         if WITH_W:
             squares += ws.to(tl.float32) * ws.to(tl.float32)
         of_w = product(ws, as_, of_w, PRECISION)
-    for first in range(0, r, BR):
-        others = first + tl.arange(0, BR).to(tl.int64)
+    for first in range(0, r, 16):
+        others = first + tl.arange(0, 16).to(tl.int64)
         at = b + rows[:, None] * b0 + others[None, :] * b1
         bs = tl.load(at, mask=(rows < n)[:, None] & (others < r)[None, :], other=0.0).to(tl.float32)
         at = gram + others[:, None] * r + ranks[None, :]  # which is symmetric
         grams = tl.load(at, mask=(others < r)[:, None] & (ranks < r)[None, :], other=0.0)
-        of_b = tl.dot(bs, grams, of_b, input_precision="ieee")
+        of_b = tl.dot(bs, grams, of_b, input_precision="bf16x6")  # as good as float32
     mine = (rows < n)[:, None] & (ranks < r)[None, :]
     bs = tl.load(b + rows[:, None] * b0 + ranks[None, :] * b1, mask=mine, other=0.0).to(tl.float32)
     cross, update = tl.where(mine, 2.0 * scale * bs * of_w, 0.0), tl.where(mine, scale * scale * bs * of_b, 0.0)
@@ -71,7 +71,7 @@ def squared_directly(
 
 @triton.jit
 def norm_kernel(
-    w, a, b, gram, w_squared, norm, scale, limit, n, k, r, w0, w1, a0, a1, b0, b1,
+    w, a, b, gram, w_squared, norm, scale, limit, n, k, r, w0, w1, a0, a1, b0, b1, MORE: tl.constexpr,
     PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """norm [n] = ‖w + s·b a‖; by the factored form, or directly where its terms are more than `limit` times their sum."""
@@ -81,16 +81,17 @@ def norm_kernel(
     )
     if w_squared is not None:
         squares = tl.load(w_squared + rows, mask=rows < n, other=0.0)
-    for first in range(BR, r, BR):
-        _, more, more_sizes = terms_of(
-            w, a, b, gram, scale, rows, first, n, k, r, w0, w1, a0, a1, b0, b1, False, PRECISION, BN, BK, BR
-        )
-        sums, sizes = sums + more, sizes + more_sizes
+    if MORE:  # ranks than fit at once: w is read again for each BR
+        for first in range(BR, r, BR):
+            _, more, more_sizes = terms_of(
+                w, a, b, gram, scale, rows, first, n, k, r, w0, w1, a0, a1, b0, b1, False, PRECISION, BN, BK, BR
+            )
+            sums, sizes = sums + more, sizes + more_sizes
     total, terms = squares + sums, squares + sizes
     # written so that a total of zero or below is summed again, and what is not finite stays
     lost = (terms > 0) & (terms < float("inf")) & ~(limit * total >= terms)
     if tl.sum(lost.to(tl.int32), 0) > 0:
-        again = squared_directly(w, a, b, scale, rows, n, k, r, w0, w1, a0, a1, b0, b1, PRECISION, BN, BK, BR)
+        again = squared_directly(w, a, b, scale, rows, n, k, r, w0, w1, a0, a1, b0, b1, PRECISION, BN, 32, 16)
         total = tl.where(lost, again, total)
     tl.store(norm + rows, tl.sqrt_rn(total), mask=rows < n)
 
@@ -135,9 +136,11 @@ def forward(w, a, b, scale, w_squared):
         "w": w, "a": a, "b": b, "gram": gram, "norm": norm, "scale": float(scale), "limit": MAX_CONDITION[w.dtype],
         "w_squared": None if w_squared is None else w_squared.to(torch.float32).contiguous(),
         "n": n, "k": k, "r": r, "w0": w.stride(0), "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1),
-        "b0": b.stride(0), "b1": b.stride(1), "PRECISION": _exact(w), "BR": power(r), **tile(w),
+        "b0": b.stride(0), "b1": b.stride(1), "PRECISION": _exact(w), **tile(w),
+        "BR": power(r), "MORE": r > power(r),
     }  # fmt: skip
-    launch(norm_kernel, (ceil(n, args["BN"]),), args, [norm])
+    warps = 8 if w.dtype is torch.float32 or r > 32 else 4  # so that what a warp holds fits its registers
+    launch(norm_kernel, (ceil(n, args["BN"]),), args, [norm], warps=warps)
     return norm
 
 

@@ -1,0 +1,189 @@
+"""The configurations of the ops' Triton kernels: what their launchers choose for some sizes, and the budgets of a person."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lora_kernels import lora_linear, use_backend, weight_norm
+from lora_kernels.ops.launch import Launch, recorded
+from lora_kernels.testing.gates import Budget, Configuration, Triton
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+WIDE = 4096
+MMA, CUDA, AMD = "sm_80 sm_86 sm_89 sm_120", "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120", "gfx942"
+
+
+def linear(
+    m: int, r: int, dtype: torch.dtype = BF16, gain: bool = False, dropout: float = 0.0, semantics: str = "peft"
+) -> Callable[[], None]:
+    """A forward and a backward of one layer; nothing is computed."""
+
+    def call() -> None:
+        x, w, a, b = (torch.empty(s, dtype=dtype) for s in ((m, WIDE), (WIDE, WIDE), (r, WIDE), (WIDE, r)))
+        given = torch.ones(WIDE).requires_grad_() if gain else None
+        seed = torch.tensor(2**40) if dropout else None
+        leaves = x.requires_grad_(), a.requires_grad_(), b.requires_grad_()
+        y = lora_linear(leaves[0], w, *leaves[1:], 0.5, None, given, dropout, semantics, seed)
+        y.backward(torch.empty_like(y))
+
+    return call
+
+
+def norm(r: int, dtype: torch.dtype = BF16) -> Callable[[], None]:
+    def call() -> None:
+        weight_norm(*(torch.empty(s, dtype=dtype) for s in ((WIDE, WIDE), (r, WIDE), (WIDE, r))), 0.5)
+
+    return call
+
+
+def launches(call: Callable[[], None]) -> dict[str, Launch]:
+    """The first launch of each kernel."""
+    with use_backend("triton", simulate=True), recorded() as found:
+        call()
+    return {launch.kernel.__name__: launch for launch in reversed(found)}
+
+
+def chosen(name: str, call: Callable[[], None]) -> Triton:
+    launch = launches(call)[name]
+    args = {k: v.dtype if isinstance(v, Tensor) else v for k, v in launch.args.items()}
+    return Triton(f"{launch.kernel.fn.__module__}:{name}", args, launch.warps, launch.stages)
+
+
+LORA_ONLY = linear(8192, 16, gain=True, dropout=0.1, semantics="lora_only")
+GATES = [
+    Configuration("forward, bf16, r=16", chosen("forward_kernel", linear(8192, 16)), {
+        MMA: Budget(3.2, "HMMA", units=64, wide=33),
+        "sm_90": Budget(30, "HGMMA", units=4, wide=33, blocks=2),
+        "sm_100": Budget(35, "UTCHMMA", units=4, wide=44),
+        AMD: Budget(7.8, "v_mfma", units=16, wide=15),
+    }),
+    Configuration("forward, bf16, r=16, 16 tokens", chosen("forward_kernel", linear(16, 16)), {
+        MMA: Budget(12.5, "HMMA", units=8, wide=18, blocks=4),
+        "sm_90 sm_100": Budget(11.2, "HMMA", units=8, wide=18, blocks=8),
+        AMD: Budget(22, "v_mfma", units=4, wide=6, blocks=3),
+    }),
+    Configuration("forward, bf16, r=16, dropped base", chosen("forward_kernel", linear(8192, 16, gain=True, dropout=0.1)), {
+        MMA: Budget(16.2, "HMMA", units=64, wide=33, blocks=2),
+        "sm_90": Budget(105, "HGMMA", units=8, wide=33, blocks=2),
+        "sm_100": Budget(103, "UTCHMMA", units=8, wide=52, blocks=3),
+        AMD: Budget(34, "v_mfma", units=16, wide=19, blocks=2),
+    }),
+    Configuration("forward, fp16, r=16", chosen("forward_kernel", linear(8192, 16, F16)), {
+        MMA: Budget(3.2, "HMMA", units=64, wide=33),
+        "sm_90": Budget(30, "HGMMA", units=4, wide=33),
+        "sm_100": Budget(35, "UTCHMMA", units=4, wide=41),
+        AMD: Budget(7.8, "v_mfma", units=16, wide=15),
+    }),
+    Configuration("forward, fp32, r=16", chosen("forward_kernel", linear(8192, 16, F32)), {
+        CUDA: Budget(177, units=2, wide=8, blocks=2),
+        AMD: Budget(7.5, "v_mfma", units=8, blocks=2),
+    }),
+    Configuration("dx, bf16, r=16", chosen("input_gradient_kernel", linear(8192, 16)), {
+        MMA: Budget(3.6, "HMMA", units=64, wide=33),
+        "sm_90": Budget(36, "HGMMA", units=4, wide=33, blocks=2),
+        "sm_100": Budget(42, "UTCHMMA", units=4, wide=44),
+        AMD: Budget(9.5, "v_mfma", units=16, wide=15),
+    }),
+    Configuration("dx, bf16, r=16, gain, dropout", chosen("input_gradient_kernel", LORA_ONLY), {
+        MMA: Budget(10.1, "HMMA", units=64, wide=33),
+        "sm_90": Budget(72, "HGMMA", units=4, wide=33),
+        "sm_100": Budget(70, "UTCHMMA", units=4, wide=44),
+    }, without={"gfx942": "this is the launch for other chips; there it takes 2 stages"}),
+    Configuration("dx, bf16, r=16, dropped base", chosen("input_gradient_kernel", linear(8192, 16, gain=True, dropout=0.1)), {
+        MMA: Budget(5.5, "HMMA", units=64, wide=33, blocks=2),
+        "sm_90": Budget(40, "HGMMA", units=8, wide=33, blocks=3),
+        "sm_100": Budget(41, "UTCHMMA", units=8, wide=44, blocks=4),
+        AMD: Budget(29, "v_mfma", units=16, wide=21),
+    }),
+    Configuration("dx, fp32, r=16", chosen("input_gradient_kernel", linear(8192, 16, F32)), {
+        CUDA: Budget(179, units=2, wide=8, blocks=2),
+        AMD: Budget(8.4, "v_mfma", units=8, blocks=3),
+    }),
+    Configuration("shrink, bf16, r=16", chosen("shrink_kernel", linear(8192, 16)), {
+        MMA: Budget(12.5, "HMMA", units=8, wide=15, blocks=4),
+        "sm_90": Budget(26, "HGMMA", units=4, wide=15, blocks=7),
+        "sm_100": Budget(31, "UTCHMMA", units=4, wide=20, blocks=7),
+        AMD: Budget(22, "v_mfma", units=4, wide=6, blocks=3),
+    }),
+    Configuration("shrink, bf16, r=32", chosen("shrink_kernel", linear(8192, 32)), {
+        MMA: Budget(6.5, "HMMA", units=16, wide=12, blocks=6),
+        "sm_90": Budget(28, "HGMMA", units=4, wide=12, blocks=9),
+        "sm_100": Budget(32, "UTCHMMA", units=4, wide=18, blocks=9),
+        AMD: Budget(9.7, "v_mfma", units=8, wide=9, blocks=5),
+    }),
+    Configuration("shrink, bf16, r=32, dropout", chosen("shrink_kernel", linear(8192, 32, dropout=0.1)), {
+        MMA: Budget(46, "HMMA", units=16, wide=12, blocks=4),
+        "sm_90": Budget(165, "HGMMA", units=4, wide=12, blocks=4),
+        "sm_100": Budget(178, "UTCHMMA", units=4, wide=18, blocks=7),
+        AMD: Budget(56, "v_mfma", units=8, wide=6, blocks=3),
+    }),
+    Configuration("shrink, bf16, r=64", chosen("shrink_kernel", linear(8192, 64)), {
+        MMA: Budget(5.2, "HMMA", units=32, wide=24, blocks=3),
+        "sm_90": Budget(31, "HGMMA", units=4, wide=24, blocks=4),
+        "sm_100": Budget(35, "UTCHMMA", units=4, wide=32, blocks=4),
+        AMD: Budget(14.5, "v_mfma", units=8, wide=12, blocks=2),
+    }),
+    Configuration("shrink, bf16, r=16, dropout", chosen("shrink_kernel", linear(8192, 16, dropout=0.1)), {
+        MMA: Budget(87, "HMMA", units=8, wide=15, blocks=3),
+        "sm_90": Budget(165, "HGMMA", units=4, wide=15, blocks=5),
+        "sm_100": Budget(178, "UTCHMMA", units=4, wide=20, blocks=7),
+        AMD: Budget(114, "v_mfma", units=4, wide=6, blocks=4),
+    }),
+    Configuration("shrink, fp32, r=16", chosen("shrink_kernel", linear(8192, 16, F32)), {
+        CUDA: Budget(81, units=5, wide=15, blocks=4),
+        AMD: Budget(12.6, "v_mfma", units=8, wide=6, blocks=3),
+    }),
+    Configuration("outer, bf16, r=16", chosen("outer_kernel", linear(8192, 16)), {
+        MMA: Budget(24, "HMMA", units=16, wide=10, blocks=4),
+        "sm_90": Budget(29, "HGMMA", units=8, wide=18, blocks=6),
+        "sm_100": Budget(35, "UTCHMMA", units=8, wide=24, blocks=6),
+        AMD: Budget(52, "v_mfma", units=8, wide=9, blocks=4),
+    }),
+    Configuration("outer, bf16, r=32", chosen("outer_kernel", linear(8192, 32)), {
+        MMA: Budget(21, "HMMA", units=32, wide=16, blocks=2),
+        "sm_90": Budget(38, "HGMMA", units=8, wide=24, blocks=4),
+        "sm_100": Budget(42, "UTCHMMA", units=8, wide=32, blocks=4),
+        AMD: Budget(45, "v_mfma", units=16, wide=12, blocks=2),
+    }),
+    Configuration("outer, bf16, r=64", chosen("outer_kernel", linear(8192, 64)), {
+        MMA: Budget(18.8, "HMMA", units=32, wide=14, blocks=3),
+        "sm_90": Budget(58, "HGMMA", units=4, wide=18, blocks=6),
+        "sm_100": Budget(69, "UTCHMMA", units=4, wide=24, blocks=6),
+        AMD: Budget(45, "v_mfma", units=8, wide=9, blocks=3),
+    }),
+    Configuration("add_up, r=16", chosen("add_up_kernel", linear(8192, 16)), {
+        CUDA: Budget(10.9, units=8, wide=16, blocks=12),
+        AMD: Budget(13.9, units=2, wide=3, blocks=8),
+    }),
+    Configuration("norm, bf16, r=16", chosen("norm_kernel", norm(16)), {
+        MMA: Budget(21, "HMMA", units=12, wide=24, blocks=4),
+        "sm_90": Budget(36, "HGMMA", units=6, wide=24, blocks=4),
+        "sm_100": Budget(64, "UTCHMMA", units=6, wide=30, blocks=4),
+        AMD: Budget(32, "v_mfma", units=6, wide=7, blocks=4),
+    }),
+    Configuration("norm, bf16, r=32", chosen("norm_kernel", norm(32)), {
+        MMA: Budget(14.9, "HMMA", units=24, wide=31, blocks=3),
+        "sm_90": Budget(43, "HGMMA", units=6, wide=31, blocks=4),
+        "sm_100": Budget(71, "UTCHMMA", units=6, wide=38, blocks=4),
+        AMD: Budget(25, "v_mfma", units=12, wide=11, blocks=3),
+    }),
+    Configuration("norm, bf16, r=64", chosen("norm_kernel", norm(64)), {
+        MMA: Budget(11.8, "HMMA", units=48, wide=18),
+        "sm_90": Budget(30, "HGMMA", units=11, wide=18, blocks=2),
+        "sm_100": Budget(70, "UTCHMMA", units=6, wide=22, blocks=2),
+        AMD: Budget(22, "v_mfma", units=12, wide=7),
+    }),
+    Configuration("norm, bf16, r=256", chosen("norm_kernel", norm(256)), {
+        MMA: Budget(12.8, "HMMA", units=48, wide=35),
+        "sm_90": Budget(29, "HGMMA", units=11, wide=35),
+        "sm_100": Budget(67, "UTCHMMA", units=6, wide=43),
+        AMD: Budget(22, "v_mfma", units=12, wide=14),
+    }),
+    Configuration("norm, fp32, r=16", chosen("norm_kernel", norm(16, F32)), {
+        MMA: Budget(23, "HMMA", units=12, wide=15),
+        "sm_90": Budget(23, "HGMMA", units=11, wide=15),
+        "sm_100": Budget(60, "UTCHMMA", units=6, wide=15),
+        AMD: Budget(6.8, "v_mfma", units=16, wide=4),
+    }),
+]  # fmt: skip
