@@ -9,7 +9,7 @@ namespace lk::ptx {
 
 namespace {
 
-enum Space : int64_t { GENERIC, GLOBAL, SHARED, LOCAL, PARAM };
+enum Space : int64_t { GENERIC, GLOBAL, SHARED, LOCAL, PARAM, CONST };
 enum Order : int64_t { WEAK = 0, RELAXED = 1, ACQUIRE = 2, RELEASE = 4 };
 
 // the immediates of a memory instruction, as the decoder writes them
@@ -241,6 +241,16 @@ void wait_for(Warp& w, size_t left) {
   }
 }
 
+// a shared address in another block of the cluster, which has one: the result, the address, the block's rank
+template <typename T>
+void mapa(Warp& w, const Instruction& in, Mask mask) {
+  const T* x = w.at<T>(in.at[1]);
+  for (int i = 0; i < LANES; i++) {
+    if (mask >> i & 1 && w.at<uint32_t>(in.at[2])[i] != 0) report(w, i, "mapa: of a block that its cluster has not");
+  }
+  each(w.at<T>(in.at[0]), mask, [&](int i) { return x[i]; });
+}
+
 const Table entries{
     {"ld", "*", load, Flow::none},
     {"st", "*", store, Flow::none},
@@ -298,6 +308,26 @@ const Table entries{
      [](Warp& w, const Instruction& in, Mask m) {
        const uint64_t* x = w.at<uint64_t>(in.at[1]);
        each(w.at<uint64_t>(in.at[0]), m, [&](int i) { return x[i] - SHARED_WINDOW; });
+     },
+     Flow::none},
+    {"cvta.to.local", "64=64",
+     [](Warp& w, const Instruction& in, Mask m) {
+       const uint64_t* x = w.at<uint64_t>(in.at[1]);
+       each(w.at<uint64_t>(in.at[0]), m, [&](int i) { return x[i] - LOCAL_WINDOW; });
+     },
+     Flow::none},
+    {"mapa.b32", "32=32,32", mapa<uint32_t>, Flow::none},
+    {"mapa.b64", "64=64,32", mapa<uint64_t>, Flow::none},
+    // whether a generic address lies there: the immediate is the space
+    {"isspacep", "p=64,i",
+     [](Warp& w, const Instruction& in, Mask m) {
+       Mask found = 0;
+       for (int i = 0; i < LANES; i++) {
+         uint64_t address = w.at<uint64_t>(in.at[1])[i];
+         found |= Mask(resolve(GENERIC, address) == in.with[0]) << i;
+       }
+       Mask& p = *w.at<Mask>(in.at[0]);
+       p = (p & ~m) | (found & m);
      },
      Flow::none},
     {"cvta.local", "64=64",

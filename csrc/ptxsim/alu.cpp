@@ -9,12 +9,6 @@ namespace lk::ptx {
 
 namespace {
 
-// two numbers of 16 bits in 32
-template <typename F>
-inline u32 halves(u32 x, u32 y, u32 z, F&& f) {
-  return u32(f(u16(x), u16(y), u16(z))) | u32(f(u16(x >> 16), u16(y >> 16), u16(z >> 16))) << 16;
-}
-
 u32 permute(u32 x, u32 y, u32 selectors) {
   const u64 bytes = u64(y) << 32 | x;
   u32 to = 0;
@@ -149,17 +143,6 @@ T high_product(T x, T y) {
             halves(x, y, z, [](u16 p, u16 q, u16 r) { return to##_fma(from(p), from(q), from(r)); })), \
       ONE("neg." #T "x2", "32=32", u32, u32, x ^ 0x80008000u), ONE("abs." #T "x2", "32=32", u32, u32, x & 0x7fff7fffu)
 
-inline u16 to_f16_fma(float x, float y, float z) { return to_f16(double(x) * y + z); }
-// 8 bits of mantissa twice and 8 more: the float64 sum is exact enough to be rounded to odd first
-inline u16 to_bf16_fma(float x, float y, float z) {
-  const double exact = double(x) * y + z;
-  float near = float(exact);
-  if (double(near) != exact && std::isfinite(near) && !(bits<u32>(near) & 1)) {
-    near = std::nextafter(near, exact > near ? INFINITY : -INFINITY);
-  }
-  return to_bf16(near);
-}
-
 #define ORDERED(T, B)                                                                                                \
   COMPARE("eq", T, B, x == y), COMPARE("ne", T, B, x != y), COMPARE("lt", T, B, x < y), COMPARE("le", T, B, x <= y), \
       COMPARE("gt", T, B, x > y), COMPARE("ge", T, B, x >= y)
@@ -176,15 +159,14 @@ inline u16 to_bf16_fma(float x, float y, float z) {
   }                                                                                          \
   , Flow::none                                                                               \
   }
-#define TO_INTEGER(T, B)                                                                          \
-  CONVERT("rni." #T, "f32", T, f32, #B, "32", to_integer<T>(std::nearbyint(x))),                  \
-      CONVERT("rzi." #T, "f32", T, f32, #B, "32", to_integer<T>(std::trunc(x))),                  \
-      CONVERT("rmi." #T, "f32", T, f32, #B, "32", to_integer<T>(std::floor(x))),                  \
-      CONVERT("rpi." #T, "f32", T, f32, #B, "32", to_integer<T>(std::ceil(x))),                   \
-      CONVERT("rzi." #T, "f64", T, f64, #B, "64", to_integer<T>(std::trunc(x))),                  \
-      CONVERT("rni." #T, "f64", T, f64, #B, "64", to_integer<T>(std::nearbyint(x))),              \
-      CONVERT("f32", #T, f32, T, "32", #B, f32(x)), CONVERT("f64", #T, f64, T, "64", #B, f64(x)), \
-      CONVERT("f16", #T, u16, T, "16", #B, to_f16(f64(x))), CONVERT("bf16", #T, u16, T, "16", #B, to_bf16(f32(x)))
+#define TO_INTEGER(T, B)                                                             \
+  CONVERT("rni." #T, "f32", T, f32, #B, "32", to_integer<T>(std::nearbyint(x))),     \
+      CONVERT("rzi." #T, "f32", T, f32, #B, "32", to_integer<T>(std::trunc(x))),     \
+      CONVERT("rmi." #T, "f32", T, f32, #B, "32", to_integer<T>(std::floor(x))),     \
+      CONVERT("rpi." #T, "f32", T, f32, #B, "32", to_integer<T>(std::ceil(x))),      \
+      CONVERT("rzi." #T, "f64", T, f64, #B, "64", to_integer<T>(std::trunc(x))),     \
+      CONVERT("rni." #T, "f64", T, f64, #B, "64", to_integer<T>(std::nearbyint(x))), \
+      CONVERT("f32", #T, f32, T, "32", #B, f32(x)), CONVERT("f64", #T, f64, T, "64", #B, f64(x))
 #define BETWEEN(T, B)                                                                                        \
   CONVERT("u8", #T, u32, T, "32", #B, uint8_t(x)), CONVERT("s8", #T, u32, T, "32", #B, u32(s32(int8_t(x)))), \
       CONVERT("u16", #T, u16, T, "16", #B, u16(x)), CONVERT("s16", #T, u16, T, "16", #B, u16(x)),            \

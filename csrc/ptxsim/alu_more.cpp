@@ -6,17 +6,11 @@ namespace lk::ptx {
 
 namespace {
 
-// .ftz: what is below the smallest normal number counts, and comes out, as a zero of its sign
-f32 flush(f32 v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.f, v) : v; }
-
 // clang-format off: a line a few instructions
 #define FTZ1(name, value) {name ".ftz.f32", "32=32", RUN { one<f32, f32>(w, in, mask, [](f32 x) { x = flush(x); return flush(value); }); }, Flow::none}
 #define FTZ2(name, value) {name ".ftz.f32", "32=32,32", RUN { two<f32, f32, f32>(w, in, mask, [](f32 x, f32 y) { x = flush(x), y = flush(y); return flush(value); }); }, Flow::none}
 #define FTZ_COMPARE(op, test) COMPARE(op ".ftz", f32, 32, [](f32 x, f32 y) { return test; }(flush(x), flush(y)))
-#define FTZ_ROUND(mode, f) \
-  CONVERT(mode ".ftz.f32", "f32", f32, f32, "32", "32", flush(f(flush(x)))), \
-  CONVERT(mode ".ftz.s32", "f32", s32, f32, "32", "32", to_integer<s32>(f(flush(x)))), CONVERT(mode ".ftz.u32", "f32", u32, f32, "32", "32", to_integer<u32>(f(flush(x))))
-f32 saturated(f32 v) { return v != v || v < 0 ? 0.f : v > 1 ? 1.f : v; }
+#define FTZ_ROUND(mode, f) CONVERT(mode ".ftz.f32", "f32", f32, f32, "32", "32", flush(f(flush(x))))
 
 // two float32 in 64 bits
 template <typename F>

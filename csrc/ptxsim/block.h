@@ -66,11 +66,19 @@ inline void join(Clocks& into, const Clocks& from) {
   for (const auto& [block, clock] : from) into[block] = std::max(into[block], clock);
 }
 
+// PTX ISA 9.7.13.1: what bar.red gives each thread of the predicates of all, and where
+struct Reduction {
+  enum What : int64_t { POPC, AND, OR };
+  int32_t to = -1;
+  What what = POPC;
+  Mask lanes = 0, yes = 0;
+};
 struct Arrival {
   int warp;
   uint32_t clock;
   Past past;
   bool waits;
+  Reduction reduction;
 };
 struct Barrier {
   std::vector<Arrival> arrived;
@@ -210,7 +218,7 @@ void acquire(Warp& w, uint64_t address, bool at_once);
 void fence(Warp& w);
 
 // the warp arrives at a barrier; the scheduler lets it go on
-void arrive(Warp& w, int barrier, uint32_t wanted, bool waits);
+void arrive(Warp& w, int barrier, uint32_t wanted, bool waits, const Reduction& reduction = {});
 
 template <typename F>
 void each_cell(Block& block, uint32_t address, uint32_t bytes, F&& f) {

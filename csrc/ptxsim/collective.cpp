@@ -35,7 +35,8 @@ enum Mode { UP, DOWN, BUTTERFLY, INDEX };
 template <Mode MODE>
 void shuffle(Warp& w, const Instruction& in, Mask mask) {
   const uint32_t *x = w.at<uint32_t>(in.at[2]), *by = w.at<uint32_t>(in.at[3]), *c = w.at<uint32_t>(in.at[4]);
-  need(w, mask, members_of(w, in.at[5], mask), "shfl");
+  const uint32_t* members = w.at<uint32_t>(in.at[5]);
+  by_members(w, in.at[5], mask, "shfl", [](Mask) {});
   uint32_t to[LANES];
   Mask inside = 0;
   for (int i = 0; i < LANES; i++) {
@@ -51,6 +52,8 @@ void shuffle(Warp& w, const Instruction& in, Mask mask) {
     if (MODE == INDEX) j = least | (b & ~segment), in_range = j <= most;
     if (!in_range) j = i;
     if (!(mask >> j & 1)) report(w, i, "shfl: reads lane " + std::to_string(j) + ", which is not here");
+    else if (!(members[i] >> j & 1))
+      report(w, i, "shfl: reads lane " + std::to_string(j) + ", which is not in its member mask");
     to[i] = x[j];
     inside |= Mask(in_range) << i;
   }
@@ -105,13 +108,43 @@ void active_mask(Warp& w, const Instruction& in, Mask mask) {
 }
 
 void warp_sync(Warp& w, const Instruction& in, Mask mask) {
-  need(w, mask, members_of(w, in.at[0], mask), "bar.warp.sync");
+  by_members(w, in.at[0], mask, "bar.warp.sync", [](Mask) {});
   tick(w);
 }
 
+// match.sync: the lanes that have the same value; of all, whether there is one alone. Operands end with value and mask
+template <typename T>
+void match_any(Warp& w, const Instruction& in, Mask mask) {
+  const T* x = w.at<T>(in.at[1]);
+  Mask found[LANES] = {};
+  by_members(w, in.at[2], mask, "match", [&](Mask here) {
+    for (int i = 0; i < LANES; i++) {
+      for (int j = 0; j < LANES; j++) found[i] |= Mask(here >> i & here >> j & 1 && x[i] == x[j]) << j;
+    }
+  });
+  each(w.at<uint32_t>(in.at[0]), mask, [&](int i) { return found[i]; });
+}
+template <typename T>
+void match_all(Warp& w, const Instruction& in, Mask mask) {
+  const T* x = w.at<T>(in.at[2]);
+  Mask found[LANES] = {}, agree = 0;
+  by_members(w, in.at[3], mask, "match", [&](Mask here) {
+    const T first = x[__builtin_ctz(here)];
+    for (int i = 0; i < LANES; i++) {
+      if (here >> i & 1 && x[i] != first) return;
+    }
+    agree |= here;
+    each(found, here, [&](int) { return here; });
+  });
+  each(w.at<uint32_t>(in.at[0]), mask, [&](int i) { return found[i]; });
+  Mask& p = *w.at<Mask>(in.at[1]);
+  p = (p & ~mask) | agree;
+}
+
 // bar: the immediates are the barrier and the threads it waits for, 0 for all; -1 if a register says so
-void barrier(Warp& w, const Instruction& in, Mask mask, bool waits) {
-  int at = 0;
+// bar.red: the first operands are the result and the predicate, the third immediate is what is made of the predicates
+void barrier(Warp& w, const Instruction& in, Mask mask, bool waits, bool reduces = false) {
+  int at = reduces ? 2 : 0;
   const auto number = [&](int i) {
     if (in.with[i] >= 0) return uint32_t(in.with[i]);
     return members_of(w, in.at[at++], mask);
@@ -119,7 +152,23 @@ void barrier(Warp& w, const Instruction& in, Mask mask, bool waits) {
   const uint32_t which = number(0), wanted = number(1);
   if (which >= BARRIERS) return report(w, -1, "bar: barrier " + std::to_string(which) + " of 16");
   if (mask != w.live) report(w, -1, "bar: not all lanes of the warp are here (barrier divergence)");
-  arrive(w, int(which), wanted, waits);
+  if (!reduces) return arrive(w, int(which), wanted, waits);
+  arrive(w, int(which), wanted, true, {in.at[0], Reduction::What(in.with[2]), mask, *w.at<Mask>(in.at[1]) & mask});
+}
+
+// what CUDA's assert and Triton's device_assert call: the message, the file and the line
+void assert_fail(Warp& w, const Instruction& in, Mask mask) {
+  const int lane = __builtin_ctz(mask);
+  std::string said[2];
+  for (int k = 0; k < 2; k++) {
+    uint64_t at = w.at<uint64_t>(in.at[k])[lane];
+    for (const Buffer& b : w.block->launch->buffers) {
+      for (; at >= b.first && at < b.last && *reinterpret_cast<const char*>(at); at++)
+        said[k] += *reinterpret_cast<const char*>(at);
+    }
+  }
+  report(w, lane,
+         "assertion failed: " + said[0] + ", " + said[1] + ":" + std::to_string(w.at<uint32_t>(in.at[2])[lane]));
 }
 
 void nothing(Warp&, const Instruction&, Mask) {}
@@ -145,9 +194,20 @@ const Table entries{
     REDUX("and.b32", uint32_t, x & y), REDUX("or.b32", uint32_t, x | y), REDUX("xor.b32", uint32_t, x ^ y),
     {"bar.warp.sync", "=32", warp_sync, Flow::together},
     {"bar.sync", "*", RUN { barrier(w, in, mask, true); }, Flow::barrier},
+    {"bar.red", "*", RUN { barrier(w, in, mask, true, true); }, Flow::barrier},
+    {"match.any.sync.b32", "32=32,32", match_any<uint32_t>, Flow::together},
+    {"match.any.sync.b64", "32=64,32", match_any<uint64_t>, Flow::together},
+    {"match.all.sync.b32", "32,p=32,32", match_all<uint32_t>, Flow::together},
+    {"match.all.sync.b64", "32,p=64,32", match_all<uint64_t>, Flow::together},
     {"bar.arrive", "*", RUN { barrier(w, in, mask, false); }, Flow::together},
     {"griddepcontrol", "=", nothing, Flow::none},  // launches do not overlap here
     {"nanosleep", "=32", nothing, Flow::pause},
+    // 9.7.21: an exit follows
+    {"trap", "=", [](Warp& w, const Instruction&, Mask mask) { report(w, __builtin_ctz(mask), "trap"); }, Flow::none},
+    {"assertfail", "=64,64,32", assert_fail, Flow::none},
+    // a clock that counts the launch's instructions
+    {"clock.b32", "32=", RUN { each(w.at<uint32_t>(in.at[0]), mask, [&](int) { return uint32_t(w.block->launch->counters.instructions); }); }, Flow::none},
+    {"clock.b64", "64=", RUN { each(w.at<uint64_t>(in.at[0]), mask, [&](int) { return w.block->launch->counters.instructions; }); }, Flow::none},
 };
 // clang-format on
 

@@ -49,6 +49,17 @@ inline Mask compare(Warp& w, const Instruction& in, int first, F&& f) {
   return found;
 }
 
+// .ftz: what is below the smallest normal number counts, and comes out, as a zero of its sign
+inline f32 flush(f32 v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.f, v) : v; }
+// PTX's .sat of floats: between 0 and 1, NaN as 0
+inline f32 saturated(f32 v) { return v != v || v < 0 ? 0.f : v > 1 ? 1.f : v; }
+
+// two numbers of 16 bits in 32
+template <typename F>
+inline u32 halves(u32 x, u32 y, u32 z, F&& f) {
+  return u32(f(u16(x), u16(y), u16(z))) | u32(f(u16(x >> 16), u16(y >> 16), u16(z >> 16))) << 16;
+}
+
 #define RUN [](Warp& w, const Instruction& in, Mask mask)
 #define ONE(name, operands, D, X, value)                                  \
   {name, operands, RUN{one<D, X>(w, in, mask, [](X x) { return value; }); \

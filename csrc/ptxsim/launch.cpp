@@ -60,6 +60,26 @@ std::unique_ptr<Block> start(Launch& launch, uint32_t index) {
   return block;
 }
 
+// bar.red's result for each warp that waits
+void reduce(Block& block, const Barrier& barrier) {
+  uint32_t count = 0, yes = 0;
+  for (const Arrival& from : barrier.arrived) {
+    count += uint32_t(__builtin_popcount(from.reduction.lanes));
+    yes += uint32_t(__builtin_popcount(from.reduction.yes));
+  }
+  for (const Arrival& to : barrier.arrived) {
+    const Reduction& r = to.reduction;
+    if (r.to < 0) continue;
+    Warp& w = *block.warps[to.warp];
+    if (r.what == Reduction::POPC) {
+      each(w.at<uint32_t>(r.to), r.lanes, [&](int) { return yes; });
+    } else {
+      Mask& p = *w.at<Mask>(r.to);
+      p = (p & ~r.lanes) | ((r.what == Reduction::AND ? yes == count : yes > 0) ? r.lanes : 0);
+    }
+  }
+}
+
 // lets those go on who wait at a barrier that is complete
 void settle(Block& block, Barrier& barrier) {
   if (barrier.arrived.empty()) return;
@@ -76,6 +96,7 @@ void settle(Block& block, Barrier& barrier) {
     }
     w.waiting = -1;
   }
+  reduce(block, barrier);
   const uint32_t* size = block.launch->block;
   block.passed += all || barrier.wanted == size[0] * size[1] * size[2];
   barrier = {};
@@ -224,7 +245,7 @@ bool turn(Block& block) {
 Table::Table(std::initializer_list<Entry> entries) { all_entries().insert(all_entries().end(), entries); }
 const std::vector<Entry>& table() { return all_entries(); }
 
-void arrive(Warp& w, int which, uint32_t wanted, bool waits) {
+void arrive(Warp& w, int which, uint32_t wanted, bool waits, const Reduction& reduction) {
   Block& block = *w.block;
   Barrier& barrier = block.barriers[which];
   if (!barrier.arrived.empty() && barrier.wanted != wanted) {
@@ -232,8 +253,10 @@ void arrive(Warp& w, int which, uint32_t wanted, bool waits) {
            "bar: barrier " + std::to_string(which) + " waits for " + std::to_string(barrier.wanted) + " threads, not " +
                std::to_string(wanted));
   }
+  if (!barrier.arrived.empty() && (barrier.arrived[0].reduction.to < 0) != (reduction.to < 0))
+    report(w, -1, "bar: some warps reduce at barrier " + std::to_string(which) + ", some do not");
   barrier.wanted = wanted;
-  barrier.arrived.push_back({w.index, w.clock, w.past, waits});
+  barrier.arrived.push_back({w.index, w.clock, w.past, waits, reduction});
   tick(w);
   if (waits) w.waiting = which;
   settle(block, barrier);

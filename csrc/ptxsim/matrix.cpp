@@ -40,6 +40,17 @@ struct U8 {
   static int32_t get(uint32_t r, int i) { return uint8_t(r >> (8 * i)); }
 };
 
+struct E4m3 {
+  static constexpr int PER = 4;
+  using Number = float;
+  static float get(uint32_t r, int i) { return from_e4m3(uint8_t(r >> (8 * i))); }
+};
+struct E5m2 {
+  static constexpr int PER = 4;
+  using Number = float;
+  static float get(uint32_t r, int i) { return from_e5m2(uint8_t(r >> (8 * i))); }
+};
+
 // D [16, 8] = A [16, K] B [K, 8] + C; operands D, A, B, C. Sums in the order of k, in the accumulator's type: the tensor
 // cores' own order and rounding are not documented.
 template <typename A, typename B, int K, bool HALF, bool SATURATES = false>
@@ -190,6 +201,10 @@ const Table entries{
     MMA("m16n8k32", "s32.u8.u8.s32", FOUR "=" FOUR ",32,32," FOUR, U8, U8, 32, false),
     MMA("m16n8k32", "s32.s8.u8.s32", FOUR "=" FOUR ",32,32," FOUR, S8, U8, 32, false),
     MMA("m16n8k32", "s32.u8.s8.s32", FOUR "=" FOUR ",32,32," FOUR, U8, S8, 32, false),
+    MMA("m16n8k32", "f32.e4m3.e4m3.f32", FOUR "=" FOUR ",32,32," FOUR, E4m3, E4m3, 32, false),
+    MMA("m16n8k32", "f32.e4m3.e5m2.f32", FOUR "=" FOUR ",32,32," FOUR, E4m3, E5m2, 32, false),
+    MMA("m16n8k32", "f32.e5m2.e4m3.f32", FOUR "=" FOUR ",32,32," FOUR, E5m2, E4m3, 32, false),
+    MMA("m16n8k32", "f32.e5m2.e5m2.f32", FOUR "=" FOUR ",32,32," FOUR, E5m2, E5m2, 32, false),
     MMA("m16n8k16", "s32.s8.s8.s32", FOUR "=32,32,32," FOUR, S8, S8, 16, false),
     {"mma.m16n8k32.row.col.satfinite.s32.s8.s8.s32", FOUR "=" FOUR ",32,32," FOUR, mma<S8, S8, 32, false, true>,
      Flow::together},

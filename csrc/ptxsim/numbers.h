@@ -50,6 +50,49 @@ inline uint16_t to_f16_zero(float v) {
   return past ? near - 1 : near;
 }
 
+enum class Round { nearest, zero, down, up };
+// A number as E bits of exponent and M of mantissa, rounded once; a long double holds every integer of 64 bits. FINITE is
+// PTX's .satfinite for the types of 8 bits: the largest number instead of infinity, and e4m3 has one more exponent for it.
+template <int E, int M, bool FINITE = false>
+inline uint16_t narrow(long double v, Round round = Round::nearest) {
+  constexpr uint32_t SIGN = 1u << (E + M), INFINITE = SIGN - (1u << M);
+  constexpr uint32_t LARGEST = FINITE && E == 4 ? SIGN - 2 : INFINITE - 1;
+  constexpr int LOWEST = 2 - (1 << (E - 1)) - M;
+  if (v != v) return uint16_t(SIGN - 1);
+  const bool negative = std::signbit(v),
+             to_infinity = round == Round::nearest ||
+                           (round == Round::down ? negative : !negative && round == Round::up);
+  const auto signed_as = [&](uint32_t to) { return uint16_t(negative ? to | SIGN : to); };
+  if (v == 0) return signed_as(0);
+  if (std::isinf(v)) return signed_as(FINITE ? LARGEST : INFINITE);
+  const long double size = std::fabs(v);
+  int exponent;
+  std::frexp(size, &exponent);
+  const int unit = std::max(exponent - 1 - M, LOWEST);  // the last bit
+  const long double steps = std::ldexp(size, -unit), whole = std::floor(steps), rest = steps - whole;
+  const auto below = uint32_t(whole);
+  const bool more = round == Round::nearest ? rest > 0.5L || (rest == 0.5L && below & 1) : rest > 0 && to_infinity;
+  // they carry into the exponent by themselves
+  const uint32_t to = below + more + (uint32_t(unit - LOWEST) << M);
+  return signed_as(to <= LARGEST ? to : FINITE || !to_infinity ? LARGEST : INFINITE);
+}
+// of 8 bits, by way of the same number of 16
+inline float from_e5m2(uint8_t v) { return from_f16(uint16_t(v << 8)); }
+inline float from_e4m3(uint8_t v) {
+  if ((v & 0x7f) == 0x7f) return std::numeric_limits<float>::quiet_NaN();
+  return from_f16(uint16_t((v & 0x80) << 8 | (v & 0x7f) << 7)) * 256;
+}
+inline uint16_t to_f16_fma(float x, float y, float z) { return to_f16(double(x) * y + z); }
+// 8 bits of mantissa twice and 8 more: the float64 sum is exact enough to be rounded to odd first
+inline uint16_t to_bf16_fma(float x, float y, float z) {
+  const double exact = double(x) * y + z;
+  float near = float(exact);
+  if (double(near) != exact && std::isfinite(near) && !(bits<uint32_t>(near) & 1)) {
+    near = std::nextafter(near, exact > near ? INFINITY : -INFINITY);
+  }
+  return to_bf16(near);
+}
+
 // to nearest, ties away from zero, as cvt.rna.tf32: 10 bits of mantissa
 inline uint32_t to_tf32(float v) {
   const uint32_t u = bits<uint32_t>(v);

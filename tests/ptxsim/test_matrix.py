@@ -114,6 +114,27 @@ def test_mma_that_saturates(depth):
     assert (found[:2] == 2**31 - 1).all() and (found[2:] == -(2**31)).all()
 
 
+@pytest.mark.parametrize("kind_a", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("kind_b", ["e4m3", "e5m2"])
+def test_mma_of_eight_bits(kind_a, kind_b):
+    dtypes = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+    a, b = torch.randn(16, 32).to(dtypes[kind_a]), torch.randn(32, 8).to(dtypes[kind_b])
+    a[0, :2] = torch.tensor([448.0, -(2.0**-9)]).to(dtypes[kind_a])  # the largest, and a subnormal
+    c = RNG.standard_normal((16, 8)).astype(np.float32)
+    registers = fragment(a.view(torch.uint8).numpy(), 4) + fragment(b.view(torch.uint8).numpy().T, 4)
+    c_bits = c.view(np.uint32)
+    for r in range(4):
+        registers.append(np.array([c_bits[i // 4 + r // 2 * 8, i % 4 * 2 + r % 2] for i in range(32)], np.uint32))
+    line = f"mma.sync.aligned.m16n8k32.row.col.f32.{kind_a}.{kind_b}.f32 {braces('o', 0, 4)}, {braces('i', 0, 4)}, "
+    found = run_registers([line + f"{braces('i', 4, 2)}, {braces('i', 6, 4)};"], registers, 4).view(np.float32)
+    wanted = c
+    for k in range(32):  # in order, in float32
+        wanted = wanted + a.float().numpy()[:, k : k + 1] * b.float().numpy()[k]
+    for r in range(4):
+        for i in range(32):
+            assert found[r, i] == wanted[i // 4 + r // 2 * 8, i % 4 * 2 + r % 2]
+
+
 def test_mma_with_half_sums():
     a, a_bits = numbers("f16", (16, 16))
     b, b_bits = numbers("f16", (16, 8))

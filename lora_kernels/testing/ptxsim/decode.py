@@ -13,19 +13,25 @@ from lora_kernels.testing.ptxsim.emitter import TABLE, pieces
 from lora_kernels.testing.ptxsim.hopper import Hopper
 from lora_kernels.testing.ptxsim.places import SPECIAL
 from lora_kernels.testing.ptxsim.text import WIDTH, Kernel, Statement, Unsupported, parse, split
+from lora_kernels.testing.ptxsim.values import Values
 
-GENERIC, GLOBAL, SHARED, LOCAL, PARAM = range(5)
-SPACES = {"global": GLOBAL, "shared": SHARED, "shared::cta": SHARED, "local": LOCAL, "param": PARAM, "const": GLOBAL}
+GENERIC, GLOBAL, SHARED, LOCAL, PARAM, CONST = range(6)
+SPACES = {
+    "global": GLOBAL, "shared": SHARED, "shared::cta": SHARED, "shared::cluster": SHARED, "local": LOCAL, "param": PARAM,
+    "param::entry": PARAM, "param::func": PARAM, "const": CONST,
+}  # fmt: skip
 WEAK, RELAXED, ACQUIRE, RELEASE = 0, 1, 2, 4
 ORDERS = {
     "weak": WEAK, "volatile": RELAXED, "relaxed": RELAXED, "acquire": ACQUIRE, "release": RELEASE, "acq_rel": ACQUIRE | RELEASE,
     "mmio": RELAXED,
 }  # fmt: skip
-BITWISE = ("mov", "selp", "shl", "not", "and", "or", "xor", "cnot", "ld", "st")
-APPROXIMATE = ("ex2", "lg2", "rsqrt", "rcp", "sqrt", "sin", "cos", "tanh", "div")
-ALONE = {"ret": "exit", "exit": "exit", "griddepcontrol": "griddepcontrol"}
+ALONE = {
+    "ret": ["exit"], "exit": ["exit"], "griddepcontrol": ["griddepcontrol"], "trap": ["trap", "exit"],
+    "brkpt": ["trap", "exit"],
+}  # fmt: skip
+CLOCKS = {"%clock": 32, "%clock64": 64, "%globaltimer": 64, "%globaltimer_lo": 32}
 NOTHING = ("prefetch", "prefetchu", "discard", "applypriority")
-INTEGERS = {"u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"}
+
 
 
 class Decoded:
@@ -40,13 +46,14 @@ class Decoded:
             decoder.statement(statement)
         decoder.guard = (-1, False)
         decoder.emit("exit", [], [])  # a body may end without ret
+        self.variables = list(self.kernel.variables.values())
         self.program = _ptxsim.Program(
             decoder.linked(), bytes(decoder.image), {name: decoder.slots[name] for name in SPECIAL if name in decoder.slots},
             self.kernel.shared_bytes, self.kernel.local_bytes,
         )  # fmt: skip
 
 
-class _Decoder(Hopper):
+class _Decoder(Hopper, Values):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
         self.starts: list[int] = []
@@ -77,114 +84,30 @@ class _Decoder(Hopper):
             except (ValueError, IndexError, KeyError, StopIteration) as error:
                 raise self.unsupported(f"{s.opcode} {', '.join(s.operands)}") from error
         elif parts[0] in ALONE:
-            self.emit(ALONE[parts[0]], [], [])
+            for name in ALONE[parts[0]]:
+                self.emit(name, [], [])
         elif parts[0] not in NOTHING:
             self.plain(self.meaning(parts), s.operands)
-
-    def meaning(self, parts: list[str]) -> str:
-        """The table's name of an opcode."""
-        base, rest = parts[0], parts[1:]
-        kind = rest[-1] if rest else ""
-        dropped = {"rn"} if kind.startswith(("f", "bf")) else set()
-        if base in APPROXIMATE:
-            dropped |= {"approx", "full"}
-        rest = [each for each in rest if each not in dropped and base != "nanosleep"]
-        if base in BITWISE and kind in WIDTH and kind != "pred":
-            rest[-1] = f"b{WIDTH[kind]}"
-        if base == "shr" and kind in WIDTH:
-            rest[-1] = kind.replace("b", "u")
-        if base in ("brev", "popc", "clz", "prmt", "lop3", "shf", "bfi") and kind in WIDTH:
-            rest[-1] = f"b{WIDTH[kind]}"
-        if base in ("mul", "mad") and kind in INTEGERS and rest[0] not in ("lo", "hi", "wide"):
-            raise self.unsupported(".".join(parts))
-        if base == "mad" and kind in ("f32", "f64"):
-            base = "fma"
-        return ".".join([base, *rest])
 
     # forms of their own
 
     def _mov(self, parts: list[str], operands: list[str]) -> None:
         to, source = operands
         kind = parts[-1]
-        if to.startswith("{"):
+        if source in CLOCKS:
+            self.emit(f"clock.b{CLOCKS[source]}", [self.slot(to, CLOCKS[source])], [])
+        elif to.startswith("{"):
             width = WIDTH[kind] // len(pieces(to))
             for i, piece in enumerate(pieces(to)):
                 if piece != "_":
-                    place = self.slot(piece, width)
+                    place = self.slot(piece, max(width, 16))
                     self.emit(f"part.b{width}.b{WIDTH[kind]}", [place, self.slot(source, WIDTH[kind])], [i])
         elif source.startswith("{"):
             width = WIDTH[kind] // len(pieces(source))
-            places = [self.slot(piece, width) for piece in pieces(source)]
+            places = [self.slot(piece, max(width, 16)) for piece in pieces(source)]
             self.emit(f"pack.b{WIDTH[kind]}.b{width}", [self.slot(to, WIDTH[kind]), *places], [])
         else:
             self.plain(self.meaning(parts), operands)
-
-    def _setp(self, parts: list[str], operands: list[str]) -> None:
-        """setp.cmp{.bool}.type p{|q}, a, b{, c}: p = (a cmp b) bool c, q = not (a cmp b) bool c."""
-        compare, kind, joins = parts[1], parts[-1], [each for each in parts[2:-1] if each in ("and", "or", "xor")]
-        flush = ".ftz" if "ftz" in parts else ""
-        if [each for each in parts[2:-1] if each not in joins and each != "ftz"]:
-            raise self.unsupported(".".join(parts))
-        unsigned = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
-        kind = f"u{WIDTH[kind]}" if kind in ("b16", "b32", "b64") else kind
-        name = f"setp.{unsigned.get(compare, compare)}{flush}.{kind}"
-        targets = operands[0].split("|")
-        if name not in TABLE or len(operands) != 3 + len(joins):
-            raise self.unsupported(f"the instruction {'.'.join(parts)} with {len(operands)} operands")
-        found, guard, values = self.place(1), self.guard, []
-        places = [self.slot(operand, WIDTH[kind]) for operand in operands[1:3]]
-        self.emit(name, [found, *places], [])
-        for target, inverted in zip(targets, (False, True), strict=False):
-            value = self.inverse(found) if inverted else found
-            if joins:
-                joined, third = self.place(1), operands[3]
-                other = self.slot(third.lstrip("!"), 1)
-                if third.startswith("!"):
-                    other = self.inverse(other)
-                self.emit(f"{joins[0]}.pred", [joined, value, other], [])
-                value = joined
-            values.append((target, value))
-        if len(values) > 1 and guard[0] >= 0:  # the guard may be the first target
-            held = self.place(1)
-            self.guard = (-1, False)
-            self.emit("mov.pred", [held, guard[0]], [])
-            self.guard = (held, guard[1])
-        for target, value in values:
-            if target != "_":
-                self.emit("mov.pred", [self.slot(target, 1), value], [])
-
-    def _cvt(self, parts: list[str], operands: list[str]) -> None:
-        *how, to, source = parts[1:]
-        if to in ("f16x2", "bf16x2"):
-            return self.plain(".".join(parts), operands)
-        if source in INTEGERS and to not in INTEGERS:
-            how = [each for each in how if each != "rn"]
-        if to == source and to not in INTEGERS and not how:
-            return self.plain(f"mov.b{WIDTH[to]}", operands)
-        name = ".".join(["cvt", *how, to, source])
-        given = self.width(operands[1])
-        place, kept = None, WIDTH[source]
-        if source in INTEGERS and given is not None and given != kept:
-            # a register that is wider than the type, always so for 8 bits
-            place = self.slot(operands[1], given)
-            narrow = self.place(max(16, kept) if kept > 8 else 32)
-            self.emit(f"cvt.{source}.u{given}", [narrow, place], [])
-            place = narrow
-            if kept == 8:
-                source = "s32" if source[0] == "s" else "u32"
-            name = ".".join(["cvt", *how, to, source])
-        place = self.slot(operands[1], WIDTH[source]) if place is None else place
-        wanted = self.width(operands[0])
-        if name not in TABLE:
-            raise self.unsupported(f"the instruction {'.'.join(parts)}")
-        made = 32 if WIDTH[to] == 8 else WIDTH[to]
-        if wanted == made:
-            return self.emit(name, [self.slot(operands[0], made), place], [])
-        if wanted is None or to not in INTEGERS:
-            raise self.unsupported(f"cvt to {to} into {operands[0]}")
-        result = self.place(made)
-        self.emit(name, [result, place], [])
-        self.emit(f"cvt.{to[0]}{wanted}.{to[0]}{made}", [self.slot(operands[0], wanted), result], [])
 
     def _memory(self, parts: list[str]) -> tuple[int, str, int, int]:
         """(space, type, elements, order) of a load or store."""
@@ -203,8 +126,14 @@ class _Decoder(Hopper):
                 raise self.unsupported(".".join(parts))
         return space, parts[-1], count, order
 
+    def in_local(self, space: int, operand: str) -> int:
+        """A parameter of a function that was called is the caller's local memory."""
+        name = re.match(r"\[\s*([\w$.@]+)", operand)
+        return LOCAL if space == PARAM and name and name[1] in self.kernel.local else space
+
     def _ld(self, parts: list[str], operands: list[str]) -> None:
         space, kind, count, order = self._memory(parts)
+        space = self.in_local(space, operands[1])
         targets = pieces(operands[0])
         width = next((self.width(each) for each in targets if each != "_"), WIDTH[kind]) or WIDTH[kind]
         places = [self.slot(each, width) for each in targets]
@@ -222,8 +151,11 @@ class _Decoder(Hopper):
         form = [space, offset, size, WIDTH[kind] // 8, width // 8, int(kind[0] == "s"), order, count]
         self.emit("ld", [*places, base], form)
 
+    _ldu = _ld
+
     def _st(self, parts: list[str], operands: list[str]) -> None:
         space, kind, count, order = self._memory(parts)
+        space = self.in_local(space, operands[0])
         sources = pieces(operands[1])
         width = next((self.width(each) for each in sources if self.width(each)), None) or max(16, WIDTH[kind])
         base, offset, size = self.address(operands[0])
@@ -302,11 +234,17 @@ class _Decoder(Hopper):
     def _bar(self, parts: list[str], operands: list[str]) -> None:
         if "warp" in parts:
             return self.plain("bar.warp.sync", operands)
-        kind = next((each for each in parts[1:] if each in ("sync", "arrive")), None)
-        if kind is None:
+        kind = next((each for each in parts[1:] if each in ("sync", "arrive", "red")), None)
+        if kind is None or "cluster" in parts:
             raise self.unsupported(".".join(parts))
         places: list[int] = []
         numbers: list[int] = []
+        made: list[int] = []
+        if kind == "red":
+            operation = next(i for i, each in enumerate(("popc", "and", "or")) if each in parts)
+            made, given = [operation], self.slot(operands[-1].lstrip("!"), 1)
+            given = self.inverse(given) if operands[-1].startswith("!") else given
+            places, operands = [self.slot(operands[0], 1 if operation else 32), given], operands[1:-1]
         for operand in (*operands, "0")[:2]:
             register = self.width(operand) is not None
             number = -1 if register else self.value(operand, 32)
@@ -315,7 +253,7 @@ class _Decoder(Hopper):
             numbers.append(number)
             if register:
                 places.append(self.slot(operand, 32))
-        self.emit(f"bar.{kind}", places, numbers)
+        self.emit(f"bar.{kind}", places, [*numbers, *made])
 
     _barrier = _bar
 
@@ -340,11 +278,32 @@ class _Decoder(Hopper):
         )
         self.plain(name, operands)
 
+    def _isspacep(self, parts: list[str], operands: list[str]) -> None:
+        if parts[1] == "const":
+            raise self.unsupported(".".join(parts))
+        self.emit("isspacep", [self.slot(operands[0], 1), self.slot(operands[1], 64)], [SPACES[parts[1]]])
+
+    def _mapa(self, parts: list[str], operands: list[str]) -> None:
+        """A cluster is one block here: the address is its own."""
+        width = WIDTH[parts[-1]]
+        places = [self.slot(each, bits) for each, bits in zip(operands, (width, width, 32), strict=True)]
+        self.emit(f"mapa.b{width}", places, [])
+
+    def _match(self, parts: list[str], operands: list[str]) -> None:
+        to = operands[0].split("|")
+        self.plain(".".join(parts), [to[0], *(["_"] if "all" in parts and len(to) == 1 else to[1:]), *operands[1:]])
+
+    def _call(self, parts: list[str], operands: list[str]) -> None:
+        """Of functions without a body only the one that assertions end in."""
+        if operands[0] != "__assertfail":
+            raise self.unsupported(f"{'.'.join(parts)} {', '.join(operands)}")
+        places = []
+        for name, width in zip(split(operands[1][1:-1]), (64, 64, 32), strict=False):
+            places.append(self.place(width))
+            form = [LOCAL, self.kernel.local[name], 0, width // 8, width // 8, 0, WEAK, 1]
+            self.emit("ld", [places[-1], self.constant(64, 0)], form)
+        self.emit("assertfail", places, [])
+        self.emit("exit", [], [])
+
     def _createpolicy(self, parts: list[str], operands: list[str]) -> None:
         self.plain("mov.b64", [operands[0], "0"])
-
-    def _max(self, parts: list[str], operands: list[str]) -> None:
-        name = self.meaning(parts)
-        self.plain(name.replace(parts[0], f"{parts[0]}3", 1) if len(operands) == 4 else name, operands)
-
-    _min = _max

@@ -21,6 +21,8 @@ class Emitter(Places):
         self.guard = (-1, False)
 
     def emit(self, name: str, operands: list[int], immediates: list[int]) -> None:
+        if name not in TABLE:
+            raise self.unsupported(f"the instruction {name}")
         self.code.append((name, operands, immediates, *self.guard, self.line))
 
     def inverse(self, predicate: int) -> int:

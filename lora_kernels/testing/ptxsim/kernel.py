@@ -63,7 +63,8 @@ class Kernel:
 
         `args` stand for its parameters in order: a CPU tensor for a pointer, numbers, a `TensorMap` or the bytes of a
         struct. It may touch only these tensors and change only those in `writes`; of those in `poisoned` it may read only
-        what it wrote itself. `shared` is the dynamic shared memory in bytes.
+        what it wrote itself. The text's own variables begin with their initial values each time. `shared` is the dynamic
+        shared memory in bytes.
 
         Options, which `device()` sets for many launches:
             check (True): look for races and for memory that nobody wrote
@@ -94,6 +95,7 @@ class Kernel:
         buffers = [
             (name, at, _bytes_from(t), at in changed, at in fresh, t.element_size()) for at, (name, t) in tensors.items()
         ]
+        buffers += [variable.reset() for variable in self._decoded.variables]
         size = [*block, 1, 1][:3]
         threads = size[0] * size[1] * size[2]
         most = self._decoded.kernel.most_threads or 1024

@@ -13,6 +13,11 @@ LANE_MASKS = {
     "%lanemask_ge": lambda lane: -1 << lane,
 }  # fmt: skip
 
+# the only block of its cluster, on the only multiprocessor
+FIXED = {"%smid": 0, "%nsmid": 1, "%cluster_ctarank": 0, "%cluster_nctarank": 1, "%is_explicit_cluster": 0}
+FIXED |= {f"%cluster_ctaid.{axis}": 0 for axis in "xyz"} | {f"%cluster_nctaid.{axis}": 1 for axis in "xyz"}
+ALIASES = {f"%{n}clusterid.{axis}": f"%{n}ctaid.{axis}" for n in ("", "n") for axis in "xyz"}
+
 
 class Places:
     """The registers of a warp at its start, `image`, and what lies where in it; all lanes of a register side by side."""
@@ -46,6 +51,9 @@ class Places:
 
     def slot(self, operand: str, width: int) -> int:
         """The place of a register, of a constant, or of an address known beforehand."""
+        operand = ALIASES.get(operand, operand)
+        if operand in FIXED:
+            return self.constant(width, FIXED[operand])
         known = self.width(operand)
         if known is not None:
             if known != width:
@@ -83,6 +91,8 @@ class Places:
         for variables in (self.kernel.shared, self.kernel.local):
             if name.strip() in variables:
                 return variables[name.strip()] + int(offset or "0", 0)
+        if name.strip() in self.kernel.variables:
+            return self.kernel.variables[name.strip()].address + int(offset or "0", 0)
         raise self.unsupported(f"the operand {operand}")
 
     def address(self, operand: str) -> tuple[int, int, int]:

@@ -3,15 +3,9 @@
 import re
 from dataclasses import dataclass, field
 
-WIDTH = {
-    "pred": 1, "b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16, "b32": 32, "u32": 32,
-    "s32": 32, "f32": 32, "tf32": 32, "f16x2": 32, "bf16x2": 32, "b64": 64, "u64": 64, "s64": 64, "f64": 64,
-}  # fmt: skip
+from lora_kernels.testing.ptxsim.module import WIDTH, Function, Unsupported, Variable, functions, variables
 
-
-class Unsupported(NotImplementedError):
-    """The text holds something that the simulator does not know; the message names the line."""
-
+__all__ = ["WIDTH", "Kernel", "Parameter", "Statement", "Unsupported", "parse", "split"]
 
 @dataclass
 class Statement:
@@ -36,7 +30,7 @@ class Kernel:
     name: str
     parameters: list[Parameter] = field(default_factory=list)
     registers: dict[str, int] = field(default_factory=dict)
-    """Width in bits of each register."""
+    """Width in bits of each register; one of 8 bits has 16."""
     shared: dict[str, int] = field(default_factory=dict)
     """Offset of each shared variable; one of dynamic size lies after all others."""
     shared_bytes: int = 0
@@ -44,6 +38,8 @@ class Kernel:
     local_bytes: int = 0
     most_threads: int | None = None
     """Of a block, by .maxntid or .reqntid."""
+    variables: dict[str, Variable] = field(default_factory=dict)
+    """Of the module, as far as the kernel may name them."""
     statements: list[Statement] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     """The index of the statement that follows each label."""
@@ -62,7 +58,9 @@ def parse(text: str, entry: str | None = None) -> Kernel:
     _parameters(kernel, head.group(2))
     dynamic: list[str] = []
     end = min((other.start() for other in heads if other.start() > head.start()), default=len(clean))
-    body = clean[head.end() : end]
+    called = functions(clean)
+    body = clean[head.end() : end] + "".join(clean[each.begin :].split("\n}", 1)[0] for each in called.values())
+    kernel.variables = variables(clean, body)
     for found in re.finditer(
         r"(?m)^\s*(?:\.(?:visible|weak|extern|common)\s+)*(\.shared\b[^;]*);", clean[: head.start()]
     ):
@@ -72,7 +70,10 @@ def parse(text: str, entry: str | None = None) -> Kernel:
     limit = re.search(r"\.(?:max|req)ntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", head.group(3))
     if limit:
         kernel.most_threads = int(limit[1]) * int(limit[2] or 1) * int(limit[3] or 1)
-    _Body(kernel, dynamic).read(clean, head.end())
+    clusters = re.search(r"\.reqnctapercluster\s+([\d,\s]+)", head.group(3))
+    if clusters and {int(each) for each in re.findall(r"\d+", clusters[1])} != {1}:
+        raise Unsupported(f"ptxsim: line {clean.count(chr(10), 0, head.start()) + 1}: clusters of several blocks")
+    _Body(kernel, dynamic, clean, called).read(head.end())
     kernel.shared_bytes = -(-kernel.shared_bytes // 128) * 128
     kernel.shared.update(dict.fromkeys(dynamic, kernel.shared_bytes))
     return kernel
@@ -140,18 +141,22 @@ def _variable(kernel: Kernel, text: str, dynamic: list[str], line: int) -> None:
 class _Body:
     """The statements between the braces of a kernel. Inner braces make a scope: its registers get names of their own."""
 
-    def __init__(self, kernel: Kernel, dynamic: list[str]) -> None:
-        self.kernel, self.dynamic = kernel, dynamic
+    def __init__(self, kernel: Kernel, dynamic: list[str], text: str, called: dict[str, Function]) -> None:
+        self.kernel, self.dynamic, self.text, self.called = kernel, dynamic, text, called
         self.scopes: list[dict[str, str]] = [{}]
         self.inner = 0
+        self.inside: list[str] = []  # of which functions
+        self.ends: list[str] = []  # the labels behind their calls
 
-    def read(self, text: str, at: int) -> None:
+    def read(self, at: int) -> None:
+        """The scope that has just begun, to its end."""
+        text, outer = self.text, len(self.scopes) - 1
         line = text.count("\n", 0, at) + 1
         token = re.compile(
             r"\s*(?:(\{|\})|([\w$%.]+)\s*:(?!:)|(\.(?:loc|file)\b[^\n;]*;?|\.pragma\b[^\n;]*;)|((?:[^;{}]+|\{[^{}]*\})*;))",
             re.S,
         )
-        while self.scopes:
+        while len(self.scopes) > outer:
             found = token.match(text, at)
             if not found:
                 raise Unsupported(f"ptxsim: line {line}: {text[at : at + 60].strip()!r}")
@@ -183,15 +188,50 @@ class _Body:
             self._registers(text, line)
         elif text.startswith((".shared", ".local")):
             _variable(self.kernel, text, self.dynamic, line)
-        elif text.startswith(".pragma"):
-            pass
+        elif text.startswith(".param"):
+            self._argument(text, line)
         elif text.startswith("."):
             raise Unsupported(f"ptxsim: line {line}: {text}")
         else:
-            guard, opcode, operands = re.fullmatch(r"(?:@(!?[%\w$]+)\s+)?([\w.:]+)\s*(.*)", text).groups()  # type: ignore[union-attr]
-            self.kernel.statements.append(
-                Statement(line, guard and self._renamed(guard), opcode, [self._renamed(each) for each in split(operands)])
-            )
+            found = re.fullmatch(r"(?:@(!?[%\w$]+)\s+)?([\w.:]+)\s*(.*)", text)
+            if not found:
+                raise Unsupported(f"ptxsim: line {line}: {text}")
+            guard, opcode, operands = found[1] and self._renamed(found[1]), found[2], split(found[3])
+            function = next((each for each in operands if each in self.called), "")
+            if opcode in ("call", "call.uni") and function:
+                return self._call(line, guard, function, [self._renamed(each) for each in operands if each != function])
+            if opcode in ("ret", "ret.uni") and self.ends:
+                opcode, operands = "bra", [self.ends[-1]]
+            self.kernel.statements.append(Statement(line, guard, opcode, [self._renamed(each) for each in operands]))
+
+    def _call(self, line: int, guard: str | None, name: str, given: list[str]) -> None:
+        """The function's body in place of its call, PTX ISA §7.1: its parameters are the caller's memory for them."""
+        function, given = self.called[name], [each for part in given for each in split(part[1:-1])]
+        wanted = [*function.results, *function.parameters]
+        if name in self.inside or len(given) != len(wanted) or not set(given) <= set(self.kernel.local):
+            raise Unsupported(f"ptxsim: line {line}: the call of {name}, {', '.join(given)}")
+        self.inner += 1
+        end = f"{name}@{self.inner}"
+        if guard:
+            skip = guard[1:] if guard[0] == "!" else f"!{guard}"
+            self.kernel.statements.append(Statement(line, skip, "bra", [end]))
+        self.inside.append(name)
+        self.ends.append(end)
+        self.scopes.append({**self._labels_of(self.text, function.begin), **dict(zip(wanted, given, strict=True))})
+        self.read(function.begin)
+        self.inside.pop()
+        self.kernel.labels[self.ends.pop()] = len(self.kernel.statements)
+
+    def _argument(self, text: str, line: int) -> None:
+        """`.param` in a body is memory of the thread for a call."""
+        found = re.fullmatch(r"\.param(?:\s+\.align\s+(\d+))?\s+\.(\w+)\s+([\w$]+)((?:\[\d+\])?)", text)
+        if not found:
+            raise Unsupported(f"ptxsim: line {line}: {text}")
+        self.inner += 1
+        align, kind, name, count = found.groups()
+        own = self.scopes[-1][name] = f"{name}@{self.inner}"
+        _variable(self.kernel, f".local .align {align or WIDTH[kind] // 8} .{kind} {name}{count}", [], line)
+        self.kernel.local[own] = self.kernel.local.pop(name)
 
     def _registers(self, text: str, line: int) -> None:
         found = re.fullmatch(r"\.reg\s*\.(\w+)\s+(.*)", text)
@@ -206,7 +246,7 @@ class _Body:
                     self.inner += 1
                     own = f"{each}@{self.inner}"
                 self.scopes[-1][each] = own
-                self.kernel.registers[own] = WIDTH[kind]
+                self.kernel.registers[own] = 16 if WIDTH[kind] == 8 else WIDTH[kind]
 
     def _renamed(self, operand: str) -> str:
         if len(self.scopes) == 1:
