@@ -28,7 +28,28 @@ u32 dot4(u32 x, u32 y, u32 z) {
 }
 #define DOT4(a, b, X, Y) THREE("dp4a." a "." b, "32=32,32,32", u32, u32, u32, u32, (dot4<X, Y>(x, y, z)))
 
+// ones from a place on: .clamp has them end with the word
+u32 ones_from(u32 first, u32 count) { return first >= 32 ? 0 : (count >= 32 ? ~0u : (1u << count) - 1) << first; }
+// the place of the nth one from `from` on, upwards or, for n < 0, downwards; 0 asks for `from` itself
+u32 nth_one(u32 x, u32 from, s32 n) {
+  const int step = n < 0 ? -1 : 1;
+  int left = n < 0 ? -n : n == 0 ? 1 : n;
+  for (int i = int(from); i >= 0 && i < 32; i += step) {
+    if (x >> i & 1 && --left == 0) return u32(i);
+    if (n == 0) break;
+  }
+  return ~0u;
+}
+template <typename T>
+T distance(T x, T y, T z) { return T(u64(x > y ? x - y : y - x) + u64(z)); }
+#define SAD(T, B) THREE("sad." #T, #B "=" #B "," #B "," #B, T, T, T, T, distance(x, y, z))
+
 const Table entries{
+    TWO("bmsk.clamp.b32", "32=32,32", u32, u32, u32, ones_from(x, y)), TWO("bmsk.wrap.b32", "32=32,32", u32, u32, u32, ones_from(x & 31, y & 31)),
+    THREE("fns.b32", "32=32,32,32", u32, u32, u32, s32, nth_one(x, y, z)), SAD(u16, 16), SAD(s16, 16), SAD(u32, 32), SAD(s32, 32), SAD(u64, 64), SAD(s64, 64),
+    TWO("mul24.lo.u32", "32=32,32", u32, u32, u32, (x & 0xffffff) * (y & 0xffffff)), TWO("mul24.lo.s32", "32=32,32", u32, u32, u32, u32(s32(x << 8) >> 8) * u32(s32(y << 8) >> 8)),
+    TWO("add.sat.s32", "32=32,32", s32, s32, s32, s32(std::min<s64>(std::max<s64>(s64(x) + y, INT32_MIN), INT32_MAX))),
+    TWO("sub.sat.s32", "32=32,32", s32, s32, s32, s32(std::min<s64>(std::max<s64>(s64(x) - y, INT32_MIN), INT32_MAX))),
     FTZ2("add", x + y), FTZ2("sub", x - y), FTZ2("mul", x * y), FTZ2("div", x / y), FTZ2("min", least(x, y)), FTZ2("max", most(x, y)),
     {"fma.ftz.f32", "32=32,32,32", RUN { three<f32, f32, f32, f32>(w, in, mask, [](f32 x, f32 y, f32 z) { return flush(std::fma(flush(x), flush(y), flush(z))); }); }, Flow::none},
     FTZ1("abs", std::fabs(x)), FTZ1("neg", -x), FTZ1("sqrt", std::sqrt(x)), FTZ1("rcp", 1 / x), FTZ1("rsqrt", 1 / std::sqrt(x)),

@@ -42,7 +42,8 @@ void carried(Warp& w, const Instruction& in, Mask mask, F&& f) {
 #define SHORTS(name, type, T, value) TWO(name "." type "x2", "32=32,32", u32, u32, u32, halves(x, y, 0, [](u16 p, u16 q, u16) { const T x = T(p), y = T(q); return u16(value); }))
 #define CARRY2(name, T, B, value) {name "." #T, #B ",p=" #B "," #B ",p", RUN { carried<T, false>(w, in, mask, [](u128 x, u128 y, u128, u128 carry) { return value; }); }, Flow::none}
 #define CARRY3(name, T, B, value) {name "." #T, #B ",p=" #B "," #B "," #B ",p", RUN { carried<T, true>(w, in, mask, [](u128 x, u128 y, u128 z, u128 carry) { return value; }); }, Flow::none}
-#define CARRIES(T, B) CARRY2("add.carry", T, B, x + y + carry), CARRY2("sub.carry", T, B, x - y - carry), \
+// of a difference the carry is that of x + ~y + 1, none where it borrows: what nvcc's own division of 128 bits relies on
+#define CARRIES(T, B) CARRY2("add.carry", T, B, x + y + carry), CARRY2("sub.carry", T, B, x + T(~y) + carry), \
   CARRY3("mad.lo.carry", T, B, T(x * y) + z + carry), CARRY3("mad.hi.carry", T, B, (x * y >> B) + z + carry)
 
 const Table entries{

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.ptxsim.lanes import KIND, run_lanes
-from tests.ptxsim.test_alu import COMPARISONS, check, values, wrapped
+from tests.ptxsim.test_alu import COMPARISONS, INTEGERS, check, ints, values, wrapped
 
 
 def flush(x):
@@ -52,6 +52,46 @@ def test_flushed_floats():
 def test_more_counts_of_bits():
     check("bfind.shiftamt.u32", ["u32"], "u32", lambda x: wrapped("u32", [32 - int(v).bit_length() if v else -1 for v in x]))
     check("brev.b64", ["b64"], "b64", lambda x: np.array([int(f"{int(v):064b}"[::-1], 2) for v in x], np.uint64))
+
+
+def test_masks_of_bits():
+    x, by = values("u32"), np.arange(32, dtype=np.uint32)
+    first, count = np.resize(np.uint32([0, 5, 31, 32, 40]), 32), np.resize(np.uint32([0, 1, 8, 31, 32, 33, 64]), 32)
+
+    def ones(a, b):
+        return ((1 << b) - 1) << a
+
+    check("bmsk.clamp.b32", None, "u32", lambda *v: wrapped("u32", map(ones, *ints(*v))), [first, count])
+    wrap = [ones(a & 31, b & 31) for a, b in zip(*ints(first, count), strict=True)]
+    check("bmsk.wrap.b32", None, "u32", lambda *_: wrapped("u32", wrap), [first, count])
+    for n in (0, 1, 3, -1, -2, 30):
+        wanted = []
+        for a, b in zip(*ints(x, by), strict=True):
+            places = [i for i in (range(b, 32) if n >= 0 else range(b, -1, -1)) if a >> i & 1]
+            places = [i for i in places if i == b] if n == 0 else places[abs(n) - 1 :]
+            wanted.append(places[0] if places else -1)
+        nth = np.full(32, n, np.int32)
+        check("fns.b32", None, "u32", lambda *_, w=wanted: wrapped("u32", w), [x, by, nth])
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_distances(kind):
+    def distance(a, b, c):
+        return abs(a - b) + c
+
+    check(f"sad.{kind}", [kind] * 3, kind, lambda *v: wrapped(kind, map(distance, *ints(*v))))
+
+
+def test_products_of_24_bits_and_sums_that_saturate():
+    low = {"u32": lambda v: v % 2**24, "s32": lambda v: (v + 2**23) % 2**24 - 2**23}
+    for kind, cut in low.items():
+        pairs = zip(*ints(values(kind), values(kind, 1)), strict=True)
+        wanted = wrapped(kind, [cut(a) * cut(b) for a, b in pairs])
+        check(f"mul24.lo.{kind}", [kind] * 2, kind, lambda *_, w=wanted: w)
+    x, y = (values("s32", seed).astype(np.int64) for seed in (0, 1))
+    for name, exact in (("add", x + y), ("sub", x - y)):
+        wanted = np.clip(exact, -(2**31), 2**31 - 1).astype(np.int32)
+        check(f"{name}.sat.s32", ["s32"] * 2, "s32", lambda *_, w=wanted: w)
 
 
 def test_a_guard_that_is_a_target():

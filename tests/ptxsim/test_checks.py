@@ -327,7 +327,7 @@ def test_lanes_that_are_not_here():
 
 
 def test_what_is_not_known_names_its_line():
-    for line in ("add.sat.s32 %r3, %r0, 1;", "tex.1d.v4.f32.s32 {%f0, %f0, %f0, %f0}, [x, {%r0}];", "add.rz.f16 %f0, %f0, 0;"):
+    for line in ("add.sat.u32 %r3, %r0, 1;", "tex.1d.v4.f32.s32 {%f0, %f0, %f0, %f0}, [x, {%r0}];", "add.rz.f16 %f0, %f0, 0;"):
         with pytest.raises(Unsupported, match=r"ptxsim: line \d+: the instruction"):
             launch([line])
     with pytest.raises(Unsupported, match=r"line \d+: %rd0 has 64 bits where 32 are wanted"):

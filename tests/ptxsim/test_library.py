@@ -178,6 +178,16 @@ def test_shorts_and_products_of_many_words(arch):
     words = [np.ascontiguousarray(v).view(np.uint32) for v in parts]
     wanted = words[0] ^ words[1] ^ words[2] * np.uint32(3) ^ words[3] * np.uint32(5) ^ words[4] * np.uint32(7)
     np.testing.assert_array_equal(made.numpy().view(np.uint32), wanted)
+    a = rng.integers(0, 2**64, (32, 2), dtype=np.uint64)
+    a[::4, 1] = 0
+    made = torch.zeros(32, 2, dtype=torch.int64)
+    launch("device.cu", "quotients", [torch.from_numpy(a.view(np.int64)), made], [made], arch=arch)
+    x, got = ([int(v[0]) | int(v[1]) << 64 for v in pairs] for pairs in (a, made.numpy().view(np.uint64)))
+    signed = [v - (v >> 127 << 128) for v in x]
+    for i, v in enumerate(signed):
+        by = [signed[i ^ 1], 1000003]
+        first, second = (abs(v) // abs(b) * (1 if (v < 0) == (b < 0) else -1) for b in by)
+        assert (got[i] - (first + v - second * by[1])) % 2**128 == 0
     a = rng.integers(0, 2**64, 32, dtype=np.uint64)
     made = torch.zeros(32, dtype=torch.int64)
     launch("device.cu", "products", [torch.from_numpy(a.view(np.int64)), made], [made], arch=arch)

@@ -293,8 +293,13 @@ def test_integers_of_two_words(bits):
         wanted = [value(a, b) for a, b in zip(x, y, strict=True)]
         np.testing.assert_array_equal(run_lanes(lines, parts, KIND[kind]), wrapped(kind, [v >> bits for v in wanted]))
         lines += [f"{op}c.{kind} %out, %a, 0;"]
-        carried = wrapped(kind, [value(a & low, v >> 2 * bits & 1) for a, v in zip(x, wanted, strict=True)])
+        borrowed = [v >> 2 * bits & 1 for v in wanted]
+        carried = wrapped(kind, [value(a & low, v) for a, v in zip(x, borrowed, strict=True)])
         np.testing.assert_array_equal(run_lanes(lines, parts, KIND[kind]), carried)
+        # of a difference the flag says that nothing was borrowed
+        lines[-1] = f"addc.{kind} %out, 0, 0;"
+        flag = [v ^ (op == "sub") for v in borrowed]
+        np.testing.assert_array_equal(run_lanes(lines, parts, KIND[kind]), np.array(flag, KIND[kind]))
     # a product of two words and one: its second and third word
     lines = [f".reg .b{bits} %l, %m;", f"mul.lo.{kind} %l, %a, %c;", f"mad.lo.cc.{kind} %l, %a, %c, %d;",
              f"madc.hi.cc.{kind} %m, %a, %c, 0;", f"madc.hi.{kind} %out, %b, %c, 0;",

@@ -104,7 +104,7 @@ class Values(Emitter):
             raise self.unsupported(".".join(parts))
         if self.carry is None:
             self.carry = self.place(1)
-        given = self.carry if takes else self.constant(1, 0)
+        given = self.carry if takes else self.constant(1, int(base == "sub"))
         to, *sources = [self.slot(each, WIDTH[kind]) for each in operands]
         name = f"{'.'.join(which)}.carry.u{WIDTH[kind]}"
         if name not in TABLE or len(operands) != (4 if which[0] == "mad" else 3):
@@ -125,7 +125,7 @@ class Values(Emitter):
         if to.endswith("x2"):
             return self.plain(".".join(parts), operands)
         if source in INTEGERS and to not in INTEGERS:
-            how = [each for each in how if each != "rn"]
+            how = [each for each in how if each not in ("rn", "ftz")]  # an integer is never so small
         if to in INTEGERS and source not in INTEGERS:  # which saturates in any case
             how = [each for each in how if each != "sat"]
         if to == source and to not in INTEGERS and not how:

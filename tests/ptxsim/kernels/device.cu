@@ -78,6 +78,10 @@ KERNEL shorts(const unsigned* given, unsigned* made) {
   made[threadIdx.x] = __vadd2(a, b) ^ __vmaxs2(a, b) ^ (__vminu2(a, b) * 3) ^ (__vmaxu2(a, b) * 5) ^
                       (__vmins2(a, b) * 7);
 }
+KERNEL quotients(const __int128* given, __int128* made) {
+  const int i = threadIdx.x;
+  made[i] = given[i] / given[i ^ 1] + given[i] % 1000003;
+}
 KERNEL products(const unsigned long long* given, unsigned long long* made) {
   const unsigned __int128 a = given[threadIdx.x], b = given[threadIdx.x ^ 1], c = a * b + (b << 32);
   made[threadIdx.x] = (unsigned long long)((c * a - (c << 1)) >> 64);
