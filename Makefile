@@ -26,7 +26,7 @@ install: .venv/built
 test: install
 	$(BIN)/python -m pytest $(ARGS)
 
-# the tests of Triton kernels with each version of Triton that is supported
+# the ops' whole tests on simulated kernels, and the kit with each version of Triton that is supported
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
 

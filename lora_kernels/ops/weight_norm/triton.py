@@ -1,4 +1,7 @@
-"""Triton: W is read once for W Aᵀ and ‖W‖²; rows in which the factored form cancels are summed directly in the same kernel."""
+"""Triton: W is read once and B A made tile by tile in registers, so nothing cancels and ‖W‖² is of no use.
+
+A GPU has the arithmetic to spare beside the memory: W + s·BA takes as many products as W Aᵀ of the factored form.
+"""
 
 import torch
 import triton
@@ -6,99 +9,45 @@ import triton.language as tl
 
 from lora_kernels.ops.launch import ceil, launch, power, refuse_device
 from lora_kernels.ops.registry import implements
-from lora_kernels.ops.thin import outer, precision, product, shrink
-from lora_kernels.ops.weight_norm.op import MAX_CONDITION
+from lora_kernels.ops.thin import HALVES, outer, product, shrink
 
 READ = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def terms_of(
-    w, a, b, gram, scale, rows, first_rank, n, k, r, w0, w1, a0, a1, b0, b1,
-    WITH_W: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+def norm_kernel(
+    w, a, b, norm, scale, n, k, r, w0, w1, a0, a1, b0, b1,
+    MORE: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Of BR ranks: ‖w‖² if WITH_W, the sum of 2s (w aᵀ) ⊙ b and s² (b gram) ⊙ b, and the sum of their sizes; each [BN].
-
-    What goes into a sum over lanes is no bare product: the compiler would fuse it with the first addition, in each lane its
-    own, and the lanes would hold different sums.
-    """
-    ranks = first_rank + tl.arange(0, BR).to(tl.int64)
-    squares, of_w, of_b = tl.zeros((BN, BK), tl.float32), tl.zeros((BN, BR), tl.float32), tl.zeros((BN, BR), tl.float32)
-    for first in range(0, k, BK):
-        depth = first + tl.arange(0, BK).to(tl.int64)
-        inside = depth < k
-        ws = tl.load(w + rows[:, None] * w0 + depth[None, :] * w1, mask=(rows < n)[:, None] & inside[None, :], other=0.0)
-        as_ = tl.load(a + ranks[None, :] * a0 + depth[:, None] * a1, mask=(ranks < r)[None, :] & inside[:, None], other=0.0)
-        if WITH_W:
-            squares += ws.to(tl.float32) * ws.to(tl.float32)
-        of_w = product(ws, as_, of_w, PRECISION)
-    for first in range(0, r, 16):
-        others = first + tl.arange(0, 16).to(tl.int64)
-        at = b + rows[:, None] * b0 + others[None, :] * b1
-        bs = tl.load(at, mask=(rows < n)[:, None] & (others < r)[None, :], other=0.0).to(tl.float32)
-        at = gram + others[:, None] * r + ranks[None, :]  # which is symmetric
-        grams = tl.load(at, mask=(others < r)[:, None] & (ranks < r)[None, :], other=0.0)
-        of_b = tl.dot(bs, grams, of_b, input_precision="bf16x6")  # as good as float32
-    mine = (rows < n)[:, None] & (ranks < r)[None, :]
-    bs = tl.load(b + rows[:, None] * b0 + ranks[None, :] * b1, mask=mine, other=0.0).to(tl.float32)
-    cross, update = tl.where(mine, 2.0 * scale * bs * of_w, 0.0), tl.where(mine, scale * scale * bs * of_b, 0.0)
-    return tl.sum(squares, 1), tl.sum(cross + update, 1), tl.sum(tl.abs(cross) + tl.abs(update), 1)
-
-
-@triton.jit
-def squared_directly(
-    w, a, b, scale, rows, n, k, r, w0, w1, a0, a1, b0, b1,
-    PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """‖w + s·b a‖² as it is written, [BN]."""
+    """norm [n] = ‖w + scale · b a‖. MORE: there are more ranks than BR, and b does not stay in registers."""
+    rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    ranks = tl.arange(0, BR).to(tl.int64)
     squares = tl.zeros((BN, BK), tl.float32)
+    at_b = b + rows[:, None] * b0 + ranks[None, :] * b1
+    bs = tl.load(at_b, mask=(rows < n)[:, None] & (ranks < r)[None, :], other=0.0)
     for first in range(0, k, BK):
         depth = first + tl.arange(0, BK).to(tl.int64)
         inside = depth < k
         ws = tl.load(w + rows[:, None] * w0 + depth[None, :] * w1, mask=(rows < n)[:, None] & inside[None, :], other=0.0)
-        update = tl.zeros((BN, BK), tl.float32)
-        for rank in range(0, r, BR):
-            ranks = rank + tl.arange(0, BR).to(tl.int64)
-            at = b + rows[:, None] * b0 + ranks[None, :] * b1
-            bs = tl.load(at, mask=(rows < n)[:, None] & (ranks < r)[None, :], other=0.0)
-            at = a + ranks[:, None] * a0 + depth[None, :] * a1
-            as_ = tl.load(at, mask=(ranks < r)[:, None] & inside[None, :], other=0.0)
-            update = product(bs, as_, update, PRECISION)
+        at_a = a + ranks[:, None] * a0 + depth[None, :] * a1
+        as_ = tl.load(at_a, mask=(ranks < r)[:, None] & inside[None, :], other=0.0)
+        update = product(bs, as_, tl.zeros((BN, BK), tl.float32), PRECISION)
+        if MORE:
+            for rank in range(BR, r, BR):
+                more_b = tl.load(at_b + rank * b1, mask=(rows < n)[:, None] & (rank + ranks < r)[None, :], other=0.0)
+                at = at_a + tl.cast(rank, tl.int64) * a0
+                more_a = tl.load(at, mask=(rank + ranks < r)[:, None] & inside[None, :], other=0.0)
+                update = product(more_b, more_a, update, PRECISION)
         adapted = ws.to(tl.float32) + scale * update
         squares += adapted * adapted
-    return tl.sum(squares, 1)
-
-
-@triton.jit
-def norm_kernel(
-    w, a, b, gram, w_squared, norm, scale, limit, n, k, r, w0, w1, a0, a1, b0, b1, MORE: tl.constexpr,
-    PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """norm [n] = ‖w + s·b a‖; by the factored form, or directly where its terms are more than `limit` times their sum."""
-    rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    squares, sums, sizes = terms_of(
-        w, a, b, gram, scale, rows, 0, n, k, r, w0, w1, a0, a1, b0, b1, w_squared is None, PRECISION, BN, BK, BR
-    )
-    if w_squared is not None:
-        squares = tl.load(w_squared + rows, mask=rows < n, other=0.0)
-    if MORE:  # ranks than fit at once: w is read again for each BR
-        for first in range(BR, r, BR):
-            _, more, more_sizes = terms_of(
-                w, a, b, gram, scale, rows, first, n, k, r, w0, w1, a0, a1, b0, b1, False, PRECISION, BN, BK, BR
-            )
-            sums, sizes = sums + more, sizes + more_sizes
-    total, terms = squares + sums, squares + sizes
-    # written so that a total of zero or below is summed again, and what is not finite stays
-    lost = (terms > 0) & (terms < float("inf")) & ~(limit * total >= terms)
-    if tl.sum(lost.to(tl.int32), 0) > 0:
-        again = squared_directly(w, a, b, scale, rows, n, k, r, w0, w1, a0, a1, b0, b1, PRECISION, BN, 32, 16)
-        total = tl.where(lost, again, total)
-    tl.store(norm + rows, tl.sqrt_rn(total), mask=rows < n)
+    # one sum over lanes at the end: in the loop the compiler would fuse its first addition with the product, in each lane
+    # its own, and the lanes would hold different sums
+    tl.store(norm + rows, tl.sqrt_rn(tl.sum(squares, 1)), mask=rows < n)
 
 
 @triton.jit
 def row_norm_squared_kernel(w, squared, n, k, w0, w1, BN: tl.constexpr, BK: tl.constexpr):
-    """squared [n] = ‖w‖² of each row, in the order in which norm_kernel sums it."""
+    """squared [n] = ‖w‖² of each row."""
     rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     squares = tl.zeros((BN, BK), tl.float32)
     for first in range(0, k, BK):
@@ -130,17 +79,13 @@ def tile(w):
 def forward(w, a, b, scale, w_squared):
     (n, k), r = w.shape, a.shape[0]
     norm = w.new_empty(n, dtype=torch.float32)
-    gram = w.new_empty(r, r, dtype=torch.float32)
-    shrink(a, a, gram, exact=True)
+    most = 64 if a.dtype in HALVES else 16  # ranks of b that fit the registers
     args = {
-        "w": w, "a": a, "b": b, "gram": gram, "norm": norm, "scale": float(scale), "limit": MAX_CONDITION[w.dtype],
-        "w_squared": None if w_squared is None else w_squared.to(torch.float32).contiguous(),
-        "n": n, "k": k, "r": r, "w0": w.stride(0), "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1),
-        "b0": b.stride(0), "b1": b.stride(1), "PRECISION": _exact(w), **tile(w),
-        "BR": power(r), "MORE": r > power(r),
+        "w": w, "a": a, "b": b, "norm": norm, "scale": float(scale), "n": n, "k": k, "r": r, "w0": w.stride(0),
+        "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1), "b0": b.stride(0), "b1": b.stride(1),
+        "MORE": r > most, "PRECISION": _precision(a), "BR": power(r, most=most), **tile(w),
     }  # fmt: skip
-    warps = 8 if w.dtype is torch.float32 or r > 32 else 4  # so that what a warp holds fits its registers
-    launch(norm_kernel, (ceil(n, args["BN"]),), args, [norm], warps=warps)
+    launch(norm_kernel, (ceil(n, args["BN"]),), args, [norm])
     return norm
 
 
@@ -176,6 +121,6 @@ def row_norm_squared(w):
     return squared
 
 
-def _exact(w):
-    """Never TF32: a norm is a small difference of large sums."""
-    return "ieee" if w.dtype is torch.float32 else precision(w)
+def _precision(a):
+    """Of B A: 16-bit factors are exact on tensor cores; float32 ones as six products of 16 bits, which is as good."""
+    return "half" if a.dtype in HALVES else "bf16x6"
