@@ -1,10 +1,11 @@
-"""Where a Triton kernel runs: on the GPU that holds its tensors or, if that is asked for, in the simulator."""
+"""Where a kernel for GPUs runs: on the one that holds its tensors or, if that is asked for, in the simulator."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lora_kernels.ops.registry import simulates
 
+CSRC = Path(__file__).parents[2] / "csrc"
 LEAST = (8, 0)  # of the GPUs: tensor cores that know bfloat16, cp.async
 
 
@@ -71,6 +73,23 @@ def launch(
         return
     with torch.cuda.device(makes[0].device):
         kernel[grid](**args, num_warps=warps, num_stages=stages)
+
+
+def refuse_cuda(t: Tensor, source: str) -> str | None:
+    """The same for a kernel of CUDA C++."""
+    if not simulates():
+        return "this version builds no binary of its kernels; use_backend(..., simulate=True) simulates them"
+    if not (CSRC / source).is_file():
+        return f"csrc/{source} is not here; a checkout of the repository has it"
+    return refuse_device(t)
+
+
+def launch_cuda(
+    source: str, kernel: str, grid: tuple[int, ...], threads: int, args: Sequence[Any], makes: Sequence[Tensor], shared: int
+) -> None:
+    """Simulates a kernel with C linkage of csrc/`source`, which fills the tensors `makes`; `shared` is in bytes."""
+    if 0 not in grid:
+        import_module("lora_kernels.testing.nvcc").simulate_cuda(CSRC / source, kernel, grid, threads, args, makes, shared)
 
 
 def ceil(a: int, b: int) -> int:

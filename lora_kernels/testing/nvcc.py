@@ -7,7 +7,14 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora_kernels.testing.ptxsim import Kernel, Run
+from lora_kernels.testing.ptxsim.device import current
 
 MISSING = "nvcc is in none of the wheel nvidia-cuda-nvcc, CUDA_HOME and PATH"
 OPTIONS = ("-O3", "-std=c++17")
@@ -45,6 +52,24 @@ def compile_cubin(source: Path, arch: str = "sm_80", *options: str) -> bytes:
         RuntimeError: it refused the file; the message is its own.
     """
     return _compile(source, "-cubin", f"-arch={arch}", *options)
+
+
+def simulate_cuda(
+    source: Path, kernel: str, grid: Sequence[int], threads: int, args: Sequence[Any], makes: Sequence[Tensor], shared: int
+) -> Run:
+    """Runs a kernel of a file on CPU tensors; `makes` are those it fills. For the architecture of `ptxsim.device`, else sm_80.
+
+    Raises:
+        FileNotFoundError: there is no nvcc.
+    """
+    sim = current.get()
+    runs = _kernel(compile_ptx(source, f"sm_{sim.arch if sim else 80}"), kernel)
+    return runs.launch(grid, (threads,), args, makes, makes, shared)
+
+
+@functools.cache
+def _kernel(ptx: str, entry: str) -> Kernel:
+    return Kernel(ptx, entry)
 
 
 @functools.cache

@@ -1,0 +1,104 @@
+"""CUDA C++ kernels in the simulator: numbers, what they read, and that their barriers and waits are needed."""
+
+import pytest
+import torch
+
+from lora_kernels import explain, use_backend, weight_norm
+from lora_kernels.ops.launch import CSRC
+from lora_kernels.testing.nvcc import MISSING, find_nvcc, simulate_cuda
+from lora_kernels.testing.ptxsim import SimulationError, device
+
+if find_nvcc() is None:
+    pytest.skip(f"{MISSING} (requirements-dev.txt has it for Linux on x86-64)", allow_module_level=True)
+
+
+def draw(n_out, n_in, rank, dtype):
+    torch.manual_seed(0)
+    w, a, b = (torch.randn(s) for s in ((n_out, n_in), (rank, n_in), (n_out, rank)))
+    w, a, b = w.to(dtype), (a * max(n_in, 1) ** -0.5).to(dtype), b.to(dtype)
+    return w, a, b, (w.double() + 0.5 * b.double() @ a.double()).square().sum(1).sqrt()
+
+
+@pytest.fixture
+def simulated():
+    with use_backend("cuda", simulate=True):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64, 16), (65, 136, 17), (3, 8, 1), (70, 512, 64), (9, 304, 128), (0, 16, 2), (5, 0, 3)])
+def test_norm(simulated, dtype, shape):
+    w, a, b, wanted = draw(*shape, dtype)
+    for seed in range(2):
+        with device(seed=seed) as sim:
+            norm = weight_norm(w, a, b, 0.5)
+        assert ((norm - wanted).abs() <= 1e-6 * wanted).all()
+    assert sim.counters["shared_wavefronts"] == sim.counters["shared_ideal"]
+
+
+def test_a_row_that_cancels(simulated):
+    w, a, b, _ = draw(64, 256, 16, torch.bfloat16)
+    w[3] = (-0.5 * b[3].float() @ a.float()).bfloat16()
+    wanted = (w.double() + 0.5 * b.double() @ a.double()).square().sum(1).sqrt()
+    assert ((weight_norm(w, a, b, 0.5) - wanted).abs() <= 1e-4 * wanted).all()
+
+
+def test_w_is_read_once(simulated):
+    w, a, b, _ = draw(256, 1024, 16, torch.bfloat16)
+    with device(trace=True) as sim:
+        weight_norm(w, a, b, 0.5)
+    size = {name: t.numel() * 2 for name, t in {"w": w, "a": a, "b": b}.items()}
+    assert sim.launches == 1 and sim.counters["store_bytes"] == 4 * len(w)
+    assert sim.counters["load_bytes"] == size["w"] + len(w) // 64 * size["a"] + size["b"]
+    assert sim.dram() == (sum(size.values()), 4 * len(w))
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    ("cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
+    ("    cp_async_commit();\n", ""),
+    ("column ^ row % 8", "column"),
+    ("inside ? 16 : 0", "16"),
+    ("row < rows && j < rank", "row < rows"),
+    ("load(step + STAGES - 1)", "load(step + STAGES)"),
+])  # fmt: skip
+def test_planted_bugs(tmp_path, old, new):
+    """Races, waits, bounds are named; a missing swizzle shows in the passes of shared memory, missing zeros in the numbers."""
+    text = (CSRC / "weight_norm/cuda.cu").read_text()
+    assert text.count(old) == 1
+    (tmp_path / "cuda.cu").write_text(text.replace(old, new).replace("../common", str(CSRC / "common")))
+    w, a, b, wanted = draw(100, 328, 5, torch.bfloat16)
+    args = [w, a, b, torch.empty(100), 100, 328, 5, 328, 328, 5, 0.5]
+    run = (tmp_path / "cuda.cu", "weight_norm_bf16_16", (2,), 128, args, [args[3]], 3 * 80 * 128)
+    if "column" in old:
+        counters = simulate_cuda(*run).counters
+        assert counters["shared_wavefronts"] > 2 * counters["shared_ideal"]
+    elif "inside" in old:
+        simulate_cuda(*run)
+        assert ((args[3] - wanted).abs() > 1e-3 * wanted).any()
+    else:
+        with pytest.raises(SimulationError, match="race|nobody wrote|not been waited for|out of bounds"):
+            for seed in range(4):
+                with device(seed=seed):
+                    simulate_cuda(*run)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda w, a, b: (w.float(), a, b), "w is torch.float32 and a torch.bfloat16; the kernel reads bfloat16 or float16"),
+    (lambda w, a, b: (w[:, 1:9], a[:, 1:9], b), "the rows of w do not begin at multiples of 16 bytes"),
+    (lambda w, a, b: (w.T, a[:, :8], b.repeat(2, 1)), "w has strides"),
+    (lambda w, a, b: (w[:, :12], a[:, :12], b), "w has 12 columns; the kernel needs a multiple of 8"),
+    (lambda w, a, b: (w, a.repeat(20, 1), b.repeat(1, 20)), "a has 160 rows; the kernel has room for 128"),
+])  # fmt: skip
+def test_refusals(simulated, change, message):
+    w, a, b, _ = draw(8, 16, 8, torch.bfloat16)
+    with pytest.raises(NotImplementedError, match=f"weight_norm_forward cannot run on cuda: {message}"):
+        weight_norm(*change(w, a, b))
+
+
+def test_without_the_simulator():
+    w, a, b, _ = draw(8, 16, 8, torch.bfloat16)
+    with use_backend("cuda"), pytest.raises(NotImplementedError, match="this version builds no binary of its kernels"):
+        weight_norm(w, a, b)
+    with use_backend("cuda", simulate=True):
+        assert explain(weight_norm, w, a, b).decisions[0].chosen == "cuda (simulated)"
