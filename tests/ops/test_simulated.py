@@ -54,6 +54,10 @@ def test_half_a_base_and_float32_adapters():
 
 @pytest.mark.parametrize(("n_out", "n_in", "rank", "dtype"), [(65, 129, 17, BF16), (31, 40, 3, F32), (9, 40, 100, F16)])
 def test_norm(n_out, n_in, rank, dtype):
+    check_norm(n_out, n_in, rank, dtype)
+
+
+def check_norm(n_out, n_in, rank, dtype):
     torch.manual_seed(0)
     w, a, b = (torch.randn(s) for s in ((n_out, n_in), (rank, n_in), (n_out, rank)))
     w, a, b = w.to(dtype), a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()
@@ -95,6 +99,7 @@ def test_a_layer_learns():
 def test_other_architectures(arch):
     with device(arch) as sim:
         assert_problem(make_problem(130, 128, 128, 16, BF16, gain=True))
+        check_norm(65, 128, 16, BF16)
     assert (sim.by_opcode["wgmma.mma_async"] > 0) == (arch == 90)
 
 
