@@ -130,6 +130,7 @@ struct Block {
   std::vector<Chunk> chunks;
   std::vector<std::array<Cell, Chunk::PIECES>> pieces;
   std::vector<std::array<Stamp, WARPS>> readers;
+  std::vector<int32_t> spare;  // of these, to be used again
   std::array<Barrier, BARRIERS> barriers;
   uint32_t passed = 0;  // barriers of all threads
   uint32_t clock = 1;   // counts releases to other blocks

@@ -29,11 +29,23 @@ void add_read(Stamp& last, const Warp& w, int lane) {
 void note_read(Block& block, Cell& cell, const Warp& w, int lane) {
   if (cell.readers < 0 && (cell.read.clock == 0 || cell.read.warp == w.index)) return add_read(cell.read, w, lane);
   if (cell.readers < 0) {
-    cell.readers = int32_t(block.readers.size());
-    block.readers.push_back({});
-    block.readers.back()[cell.read.warp] = cell.read;
+    if (block.spare.empty()) {
+      cell.readers = int32_t(block.readers.size());
+      block.readers.push_back({});
+    } else {
+      cell.readers = block.spare.back();
+      block.spare.pop_back();
+      block.readers[cell.readers] = {};
+    }
+    block.readers[cell.readers][cell.read.warp] = cell.read;
   }
   add_read(block.readers[cell.readers][w.index], w, lane);
+}
+
+void forget_reads(Block& block, Cell& cell) {
+  if (cell.readers >= 0) block.spare.push_back(cell.readers);
+  cell.read = {};
+  cell.readers = -1;
 }
 
 // a reader that does not come before a write of `lane`, or -1
@@ -206,8 +218,7 @@ uint8_t* shared_at(Warp& w, int lane, uint32_t address, uint32_t bytes, Access a
                              std::to_string(other));
       }
       if (access == Access::load) return;  // after atomics a read is not kept: their warps' marks are where it would be
-      cell.read = {};
-      cell.readers = -1;
+      forget_reads(block, cell);
     }
     if (access != Access::store) {
       cell.atomic = atomic;
@@ -314,6 +325,7 @@ void land(Warp& w, const Copy& copy) {
 void landed(Block& block, uint32_t address, uint32_t bytes, Stamp by) {
   if (!block.launch->options.check) return;
   each_cell(block, address, bytes, [&](Cell& cell, uint32_t) {
+    forget_reads(block, cell);
     cell = Cell{};
     cell.write = by;
     cell.ready = true;
