@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ _TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
     torch.int8: "*i8", torch.bool: "*i1", torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5",
 }  # fmt: skip
+_lock = threading.Lock()  # Triton's compiler is not for several threads
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ def compile_triton(function: Any, args: dict[str, Any], arch: int | str = 80, wa
     number 1, None and what is annotated `tl.constexpr` are constants; of parameters in `do_not_specialize` only the type
     is known. `arch` is 80 for sm_80 and so on, or "gfx942".
     """
+    names = [parameter.name for parameter in function.params]
+    if set(names) != set(args):
+        raise TypeError(f"{function.__name__}: arguments must be {', '.join(names)}, found {', '.join(args)}")
     constants, signature, divisible = {}, {}, []
     for position, parameter in enumerate(function.params):
         value = args[parameter.name]
@@ -82,9 +87,12 @@ def compile_triton(function: Any, args: dict[str, Any], arch: int | str = 80, wa
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64" if value < 2**63 else "u64"
             divisible += [position] if special and value % 16 == 0 else []
-    return _compiled(function, tuple(signature.items()), tuple(constants.items()), tuple(divisible), arch, warps, stages)
+    # with their types, for 0 and False are equal and one kernel is not the other
+    kinds = tuple((name, type(value).__name__, value) for name, value in constants.items())
+    with _lock:
+        return _compiled(function, tuple(signature.items()), kinds, tuple(divisible), arch, warps, stages)
 
 
 @functools.cache
@@ -96,7 +104,7 @@ def _compiled(
     from triton.compiler import ASTSource
 
     source = ASTSource(
-        fn=function, signature=dict(signature), constexprs=dict(constants),
+        fn=function, signature=dict(signature), constexprs={name: value for name, _, value in constants},
         attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
     )  # fmt: skip
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)

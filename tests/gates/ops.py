@@ -54,6 +54,7 @@ def norm_cuda(kind: str, ranks: int) -> Cuda:
     return Cuda(CSRC / "weight_norm/cuda.cu", f"weight_norm_{kind}_{ranks}", threads=128, shared=3 * (64 + ranks) * 128)
 
 
+DROPPED_F16 = linear(8192, 16, F16, gain=True, dropout=0.1)
 LORA_ONLY = linear(8192, 16, gain=True, dropout=0.1, semantics="lora_only")
 GATES = [
     Configuration("forward, bf16, r=16", chosen("forward_kernel", linear(8192, 16)), {
@@ -99,6 +100,20 @@ GATES = [
         "sm_90": Budget(40, "HGMMA", units=8, wide=33, blocks=3),
         "sm_100": Budget(41, "UTCHMMA", units=8, wide=44, blocks=4),
         AMD: Budget(29, "v_mfma", units=16, wide=21),
+    }),
+    Configuration("dx, fp16, r=16, gain", chosen("input_gradient_kernel", linear(8192, 16, F16, gain=True)), {
+        MMA: Budget(14.5, "HMMA", units=48, wide=6),
+        "sm_90": Budget(38, "HGMMA", units=10, wide=6, blocks=2),
+        "sm_100": Budget(54, "UTCHMMA", units=6, wide=6, blocks=3),
+        AMD: Budget(28, "v_mfma", units=12, wide=2, blocks=2),
+    }),
+    Configuration("dx, fp16, r=16, dropped base", chosen("input_gradient_kernel", DROPPED_F16), {
+        CUDA: Budget(15.9, "HMMA", units=32, wide=10, blocks=3),
+        AMD: Budget(18, "v_mfma", units=32, wide=4, blocks=2),
+    }),
+    Configuration("zero_gain", chosen("zero_gain_kernel", linear(8192, 16, gain=True)), {
+        CUDA: Budget(15.9, units=8, wide=10, blocks=9),
+        AMD: Budget(27, units=2, wide=2, blocks=8),
     }),
     Configuration("dx, fp32, r=16", chosen("input_gradient_kernel", linear(8192, 16, F32)), {
         CUDA: Budget(179, units=2, wide=8, blocks=2),

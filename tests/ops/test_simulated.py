@@ -9,11 +9,19 @@ import torch
 from lora_kernels import explain, lora_linear, use_backend, weight_norm
 from lora_kernels.nn import DoRALinear
 from lora_kernels.ops import dora_gain, missing_backends, row_norm_squared
-from lora_kernels.testing import as_layout, assert_problem, make_problem, run
+from lora_kernels.testing import as_layout, assert_problem, exact, make_problem, run
 from lora_kernels.testing.ptxsim import SimulationError, device
 
 if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from lora_kernels.ops import thin
+from lora_kernels.ops.dropout import _philox, threshold
+from lora_kernels.ops.launch import launch
+from lora_kernels.ops.lora_linear import triton as backend
 
 FLAGS = {
     "lora": {}, "dora_bias": {"gain": True, "bias": True}, "dropout": {"dropout": 0.3},
@@ -71,26 +79,27 @@ def check_norm(n_out, n_in, rank, dtype):
     assert ((norm - wanted).abs() <= (1e-5 if dtype is F32 else 1e-4) * size).all()
     assert torch.equal(weight_norm(w, a, b, 0.5, row_norm_squared(w)), norm)
     dn = torch.randn(n_out)
-    for found, exact in zip(torch.autograd.grad(norm, (a, b), dn), torch.autograd.grad(wanted, wide, dn.double()), strict=True):
-        assert (found - exact).norm() <= (1e-5 if dtype is F32 else 0.01) * exact.norm()
+    both = torch.autograd.grad(norm, (a, b), dn), torch.autograd.grad(wanted, wide, dn.double())
+    for found, right in zip(*both, strict=True):
+        assert (found - right).norm() <= (1e-5 if dtype is F32 else 0.01) * right.norm()
 
 
 def test_a_layer_learns():
     """A DoRA layer, forward, backward and step, as on the reference."""
     losses = {}
-    for backend in ("triton", "reference"):
+    for name in ("triton", "reference"):
         torch.manual_seed(0)
         layer = DoRALinear(24, 20, r=4, lora_alpha=8)
         x, target = torch.randn(6, 24), torch.randn(6, 20)
         optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.02)
-        losses[backend] = []
-        with use_backend(backend, simulate=backend == "triton"):
+        losses[name] = []
+        with use_backend(name, simulate=name == "triton"):
             for _ in range(3):
                 loss = (layer(x) - target).square().mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                losses[backend].append(loss.item())
+                losses[name].append(loss.item())
     assert losses["triton"] == pytest.approx(losses["reference"], rel=1e-5)
     assert losses["triton"][-1] < losses["triton"][0]
 
@@ -144,21 +153,97 @@ def test_explain():
 
 def test_a_finding_is_raised(monkeypatch):
     """What the simulator finds in an op's kernel comes out of the op."""
-    from lora_kernels.ops.lora_linear import triton as backend
-
     p = make_problem(16, 32, 32, 4, BF16)
-    launch = backend.launch
     monkeypatch.setattr(backend, "launch", lambda kernel, grid, args, made, **how: launch(
         kernel, grid, args | {"n": 48} if "forward" in str(kernel.fn) else args, made, **how))  # fmt: skip
     with pytest.raises(SimulationError, match="out of bounds, forward_kernel_param_"):
         lora_linear(*p.arguments())
 
 
-def test_gain_of_zero():
-    p = make_problem(7, 32, 16, 4, F32, gain=True)
+@pytest.mark.parametrize("flags", [{}, {"dropout": 0.3, "dropout_semantics": "lora_only"}])
+def test_gain_of_zero(flags):
+    p = make_problem(40, 70, 16, 20, F32, gain=True, **flags)
     p.gain[3] = 0
     results = run(p)
     with use_backend("reference"):
         wanted = run(dataclasses.replace(p))
     assert torch.allclose(results["gain"], wanted["gain"], rtol=1e-4, atol=1e-5)
     assert torch.equal(dora_gain(torch.ones(2), torch.tensor([0.0, 2.0])), torch.tensor([1.0, 0.5]))
+
+
+@pytest.mark.parametrize(("dy", "gain"), [(1e-5, 1.0), (1e-4, 0.03), (3e4, 4.0)])
+def test_float16_times_gain_keeps_its_digits(dy, gain):
+    """dy ⊙ gain may leave float16 where dx does not."""
+    p = make_problem(64, 64, 64, 4, F16, gain=True)
+    p.dy, p.gain = (p.dy * dy).clamp(-6e4, 6e4), p.gain * gain
+    size = min(1.0, 1e3 / (dy * gain))
+    p.w, p.b = p.w * size, p.b * size
+    found, wanted = run(p)["x"], exact(p).values["x"]
+    assert (found - wanted).norm() <= 1.1 * (wanted.half() - wanted).norm()
+
+
+def test_a_seed_on_the_device(monkeypatch):
+    """Read by the kernel instead of passed by value: the same mask."""
+    p = make_problem(9, 40, 24, 4, F32, dropout=0.4)
+    by_value = run(p)
+    monkeypatch.setattr(thin, "drawn", lambda dropout, seed: (
+        {"seed": seed, "limit": threshold(dropout)} if seed is not None else {"seed": None, "limit": 0}
+    ))  # fmt: skip
+    by_address = run(dataclasses.replace(p))
+    assert all(torch.equal(by_address[name], by_value[name]) for name in by_value)
+    with pytest.raises(ValueError, match="lora_linear: seed must be on cpu .x. or the CPU, found meta"):
+        lora_linear(*dataclasses.replace(p, seed=p.seed.to("meta")).arguments())
+
+
+@triton.jit
+def draw(out, seed, limit, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows = first + tl.arange(0, ROWS).to(tl.int64)
+    keep = thin.kept(seed, rows, 0, limit, ROWS, COLUMNS)
+    tl.store(out + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], keep.to(tl.int8))
+
+
+@pytest.mark.parametrize("first", [0, 2**32 - 3, 2**33 + 5])
+def test_the_mask_of_far_rows(first):
+    out, seed = torch.empty(16, 64, dtype=torch.int8), torch.tensor(-(2**40) + 12345)
+    args = {"out": out, "seed": int(seed), "limit": threshold(0.3), "first": first, "ROWS": 16, "COLUMNS": 64}
+    launch(draw, (1,), args, [out])
+    row = (first + torch.arange(16))[:, None].expand(16, 16)
+    group = torch.arange(16)[None, :].expand(16, 16)
+    words = torch.stack(_philox(seed, (group, row & 0xFFFFFFFF, row >> 32, torch.zeros_like(row))), -1).reshape(16, 64)
+    assert torch.equal(out.bool(), words >= threshold(0.3))
+
+
+@triton.jit
+def reads_what_it_makes(out, N: tl.constexpr):
+    tl.store(out + tl.arange(0, N), tl.load(out + tl.arange(0, N)) + 1)
+
+
+def test_what_a_kernel_makes_is_unknown_to_it():
+    with pytest.raises(SimulationError, match="which nobody wrote"):
+        launch(reads_what_it_makes, (1,), {"out": (out := torch.zeros(64)), "N": 64}, [out])
+
+
+def test_tf32_if_torch_allows_it(monkeypatch):
+    p = make_problem(20, 64, 32, 4, F32)
+    exact = lora_linear(*p.arguments())
+    norm = weight_norm(p.w, p.a, p.b, 0.5)
+    for module in (thin, backend):
+        monkeypatch.setattr(module, "precision", lambda t: "tf32")
+    error = (lora_linear(*p.arguments()) - exact).abs().max() / exact.abs().max()
+    assert 1e-5 < error < 2e-3
+    assert torch.equal(weight_norm(p.w, p.a, p.b, 0.5), norm)  # never
+
+
+def test_infinities_and_negated_views():
+    p = make_problem(4, 32, 16, 4, BF16)
+    p.x[1, 3] = float("inf")
+    with use_backend("reference"):
+        wanted = lora_linear(*p.arguments())
+    y = lora_linear(*p.arguments())
+    assert torch.equal(y.isfinite(), wanted.isfinite())
+    positive = dataclasses.replace(p, a=p.a.abs(), b=p.b.abs(), w=p.w.abs())
+    assert (lora_linear(*positive.arguments())[1] == float("inf")).all()  # what an infinite h leaves is no NaN
+    negated = torch.complex(torch.zeros(4, 32), torch.ones(4, 32)).conj().imag
+    q = make_problem(4, 32, 16, 4, F32)
+    with pytest.raises(NotImplementedError, match="x is a negated view; resolve_neg"):
+        lora_linear(negated, *q.arguments()[1:])

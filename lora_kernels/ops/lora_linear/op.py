@@ -49,7 +49,8 @@ def lora_linear(
     "peft" also drops the input of the rescaled base, as PEFT's DoRA does,
         y = x Wᵀ + (gain - 1) ⊙ (drop(x) Wᵀ) + gain ⊙ scale · drop(x) Aᵀ Bᵀ + bias,
     "lora_only" is formula (1) and one GEMM cheaper. The mask is a function of `seed` (int64 []), drawn from torch's
-    default CPU generator when not given; it is the same on every backend and never stored.
+    default CPU generator when not given; it is the same on every backend and never stored. A CUDA graph replays the mask
+    of a seed on the CPU; one on the GPU is read anew.
 
     With `gain`, the gradient of gain reads y, so y must not be changed in place before backward.
 
@@ -167,6 +168,8 @@ def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed):
         raise ValueError(f"lora_linear: scale must be finite, found {scale}")
     if seed is not None and (seed.dtype is not torch.int64 or seed.numel() != 1):
         raise ValueError(f"lora_linear: seed must be one int64, found {seed.dtype} {list(seed.shape)}")
+    if seed is not None and seed.device != device and seed.device.type != "cpu":
+        raise ValueError(f"lora_linear: seed must be on {device} (x) or the CPU, found {seed.device}")
 
 
 def _wrong_shape(name, tensor, shape):

@@ -7,11 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.launch import ceil, launch, power, refuse_device
+from lora_kernels.ops.launch import ceil, launch, power, refuse_device, refuse_tensors
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.thin import HALVES, outer, product, shrink
-
-READ = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -59,12 +57,7 @@ def row_norm_squared_kernel(w, squared, n, k, w0, w1, BN: tl.constexpr, BK: tl.c
 
 
 def refusal(w, a=None, b=None, scale=None, w_squared=None):
-    for name, t in (("w", w), ("a", a), ("b", b)):
-        if t is not None and t.dtype not in READ:
-            return f"{name} is {t.dtype}; the kernels read float32, bfloat16 and float16"
-        if t is not None and t.is_neg():
-            return f"{name} is a negated view; resolve_neg() makes it a plain tensor"
-    return refuse_device(w)
+    return refuse_tensors(w=w, a=a, b=b) or refuse_device(w)
 
 
 def backward_refusal(dn, n, w, a, b, scale, needs):
