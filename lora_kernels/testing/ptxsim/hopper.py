@@ -9,6 +9,7 @@ FIELDS = [
     "global_address", "rank", "box_dim", "global_dim", "global_stride", "element_stride", "elemtype", "interleave_layout",
     "swizzle_mode", "fill_mode",
 ]  # fmt: skip
+ORDINALS = {"box_dim": 5, "global_dim": 5, "global_stride": 4, "element_stride": 5}
 HINTS = ("cta", "cluster", "release", "acquire", "relaxed", "shared", "shared::cta", "shared::cluster", "b64", "tile")
 
 
@@ -24,7 +25,8 @@ class Hopper(Emitter):
         a = [self.slot(each, 32 if in_registers else 64) for each in pieces(operands[1])]
         immediates = [self.value(each, 64) for each in operands[4:]]
         across = [0, *immediates[2:]] if in_registers else immediates[2:]
-        if len(sums) != n // 2 or len(across) != 2:
+        fits = len(a) == (4 if in_registers else 1) and 8 <= n <= 256 and n % 8 == 0 and len(sums) == n // 2
+        if not fits or len(across) != 2 or not {*immediates[:2]} <= {1, -1} or not {*across} <= {0, 1}:
             raise self.unsupported(f"{'.'.join(parts)} with these operands")
         added = self.place(1, operands[3] != "0") if self.width(operands[3]) is None else self.slot(operands[3], 1)
         places = [*(self.slot(each, 32) for each in sums), *a, self.slot(operands[2], 64), added]
@@ -70,7 +72,12 @@ class Hopper(Emitter):
             return self.emit("tensormap.cp_fenceproxy", [to, source], [*of_to, *of_source])
         base, *form = self.address(operands[0])
         field, width = FIELDS.index(parts[3]), WIDTH[parts[-1]]
-        ordinal = self.value(operands[1], 32) if len(operands) == 3 else 0
+        ordinals = ORDINALS.get(parts[3])
+        if len(operands) != (3 if ordinals else 2):
+            raise self.unsupported(f"{'.'.join(parts)} with {len(operands)} operands")
+        ordinal = self.value(operands[1], 32) if ordinals else 0
+        if ordinals and not 0 <= ordinal < ordinals:
+            raise self.unsupported(f"{'.'.join(parts)} of dimension {ordinal}")
         value = self.slot(operands[-1], width)
         if width == 32:
             value, narrow = self.place(64), value
