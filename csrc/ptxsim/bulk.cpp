@@ -11,7 +11,7 @@ namespace {
 constexpr int RANK = 5;
 constexpr uint32_t MAP_BYTES = 128;
 
-// 128 bytes that hardware keeps in a form of its own; ptxsim/kernel.py makes the same
+// 128 bytes that hardware keeps in a form of its own; ptxsim/tensor_map.py makes the same
 struct TensorMap {
   uint64_t magic, address;
   uint8_t rank, type, swizzle, interleave, fill, unused[3];
@@ -163,6 +163,16 @@ std::vector<Piece> box_of(Warp& w, int lane, const TensorMap& m, const int32_t (
   return pieces;
 }
 
+// whether shared memory could hold them: no loop runs over what cannot be there
+bool fits(Warp& w, int lane, uint64_t bytes, const char* what) {
+  const uint64_t most = w.block->shared.size();
+  if (bytes <= most) return true;
+  report(w, lane,
+         std::string(what) + ": shared memory out of bounds, " + std::to_string(bytes) + " bytes of " +
+             std::to_string(most));
+  return false;
+}
+
 // bytes that follow one another
 std::vector<Piece> line_of(Warp& w, int lane, uint64_t global, uint32_t shared, uint32_t bytes, bool store,
                            const char* what) {
@@ -171,6 +181,7 @@ std::vector<Piece> line_of(Warp& w, int lane, uint64_t global, uint32_t shared, 
     report(w, lane, std::string(what) + ": addresses and size must be multiples of 16 bytes");
     return pieces;
   }
+  if (!fits(w, lane, bytes, what)) return pieces;
   count_span(w, global, bytes, store);
   for (uint32_t k = 0; k < bytes; k += 16) {
     const bool there = touch(w, lane, global + k, 16, 16, store ? Access::store : Access::load, what);
@@ -201,6 +212,9 @@ bool pieces_of(Warp& w, const Instruction& in, int lane, int operand, bool store
     report(w, lane, std::string(what) + ": misaligned shared address " + std::to_string(shared));
     return false;
   }
+  uint64_t bytes = TYPE_BYTES[m.type];
+  for (int d = 0; d < rank; d++) bytes *= m.box[d];
+  if (!fits(w, lane, bytes, what)) return false;
   int32_t first[RANK] = {};
   for (int d = 0; d < rank; d++) first[d] = w.at<int32_t>(in.at[operand + d])[lane];
   to = box_of(w, lane, m, first, shared, store, what);

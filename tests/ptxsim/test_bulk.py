@@ -161,7 +161,6 @@ def test_planted_bugs_of_stores(lines, message):
     (numbers(16, 16), (8, 16), 32, "a row of its box has 64 bytes, its swizzle is of 32"),
     (numbers(16, 18), (8, 8), 0, "its strides must be multiples of 16 bytes"),
     (numbers(16, 17)[:, 1:], (8, 8), 0, "its address must be a multiple of 16 bytes"),
-    (numbers(512, 16), (512, 8), 0, "its box has 512 elements in a row"),
     (numbers(4, 16, 16), (1, 8, 8), 0, "the tensor has 3 dimensions"),
 ])  # fmt: skip
 def test_maps_that_a_driver_would_refuse(x, box, span, message):
@@ -174,11 +173,28 @@ def test_what_is_no_map():
         TensorMap(numbers(4, 4).T, (4, 4)).encoded()
     with pytest.raises(ValueError, match="swizzle must be one of"):
         TensorMap(numbers(4, 4), (4, 4), 16).encoded()
+    for size in (0, 257, 70000):
+        with pytest.raises(ValueError, match=rf"the sizes of the box must be 1 to 256, found \[4, {size}\]"):
+            TensorMap(numbers(4, 4), (4, size)).encoded()
+    with pytest.raises(ValueError, match="the type must be one of .*torch.float32.*, found torch.complex64"):
+        TensorMap(numbers(4, 4, dtype=torch.complex64), (4, 4)).encoded()
     with pytest.raises(SimulationError, match="tensor map: there is none"):
         x = TensorMap(numbers(16, 16), (8, 8))
         launch(["mov.b64 %rd0, %rd1;", *GOOD], x, torch.zeros(64))
     with pytest.raises(SimulationError, match=r"cp.async.bulk: misaligned shared address \d+"):
         launch([*INIT, expect(256), load().replace("[buffer]", "[buffer+64]"), *WAIT], TensorMap(numbers(16, 16), (8, 8)))
+
+
+@pytest.mark.parametrize("lines", [
+    [load("0, 0, 0, 0, 0", 5)], [load("0, 0, 0, 0, 0", 5).replace("shared::cta.global.mbarrier::complete_tx::bytes [buffer],",
+     "global.shared::cta.bulk_group").replace(", [full];", ", [buffer];")],
+    ["mov.u32 %r9, 0xfffffff0;", "@%p0 cp.async.bulk.global.shared::cta.bulk_group [%rd1], [buffer], %r9;"],
+])  # fmt: skip
+def test_more_than_shared_memory_holds(lines):
+    """Reported at once: the first box has 2 ** 41 bytes."""
+    x = torch.zeros(8192).as_strided((256,) * 5, (4, 4, 4, 4, 1))
+    with pytest.raises(SimulationError, match=r"cp.async.bulk: shared memory out of bounds, \d+ bytes of \d+"):
+        launch([*INIT, *lines], TensorMap(x, (256,) * 5))
 
 
 def test_bytes_in_a_row():

@@ -44,3 +44,47 @@ def test_forms_that_are_right():
 def test_forms_of_hopper(line):
     with pytest.raises(Unsupported, match=r"ptxsim: line \d+"):
         decode(line)
+
+
+def plain(lines=(), count=1, head=()):
+    return Kernel(kernel_text([*lines], [*HEAD, *head], [(f"x{i}", "u64") for i in range(count)]))
+
+
+@pytest.mark.parametrize(("option", "value", "wanted"), [
+    ("resident", 0, "an integer from 1"), ("resident", -1, "an integer from 1"), ("resident", 2**31, "an integer from 1"),
+    ("seed", -1, "an integer from 0"), ("seed", 1.5, "an integer from 0"), ("seed", 2**64, "an integer from 0"),
+    ("late", "no", "True or False"), ("check", None, "True or False"),
+])  # fmt: skip
+def test_options(option, value, wanted):
+    with pytest.raises(ValueError, match=f"k: {option} must be {wanted}.*, found {value!r}"):
+        plain().launch((1,), (32,), [torch.zeros(1)], **{option: value})
+
+
+@pytest.mark.parametrize(("grid", "block", "wanted"), [
+    ((1, 65536), (32,), "the grid must be"), ((1, 1, 65536), (32,), "the grid must be"), ((2**31,), (32,), "the grid must be"),
+    ((0,), (32,), "the grid must be"), ((1,), (1, 1, 65), "the block must be"), ((1,), (2048,), "1 to 1024 threads"),
+    ((1,), (-1, -1), "the block must be"),
+])  # fmt: skip
+def test_limits_of_a_launch(grid, block, wanted):
+    with pytest.raises(ValueError, match=rf"k: .*{wanted}.*, found \["):
+        plain().launch(grid, block, [torch.zeros(1)])
+
+
+def test_shared_memory_of_a_block():
+    kernel = plain(["mov.u32 %r0, held;"], head=[".shared .align 16 .b8 held[1024];"])
+    kernel.launch((1,), (32,), [torch.zeros(1)], shared=162 * 1024)
+    for shared in (162 * 1024 + 1, -1):
+        with pytest.raises(ValueError, match=rf"k: shared memory must be 0 to 166912 bytes .*, found {shared} and 1024 static"):
+            plain(["mov.u32 %r0, held;"], head=[".shared .align 16 .b8 held[1024];"]).launch(
+                (1,), (32,), [torch.zeros(1)], shared=shared
+            )
+
+
+def test_two_arguments_from_one_address():
+    """The longer one counts, whichever comes first, and what may be written of either may be written."""
+    read = ["ld.param.u64 %rd0, [x0];", "ld.param.u64 %rd1, [x1];", "ld.global.f32 %f0, [%rd0+28];", "st.global.f32 [%rd1], %f0;"]
+    w = torch.arange(8.0)
+    for args in ([w[:3], w], [w, w[:3]]):
+        w[0] = 0
+        plain(read, 2).launch((1,), (1,), args, [w[:1]])
+        assert w[0] == 7

@@ -1,5 +1,6 @@
 """Launching a decoded kernel on tensors."""
 
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,11 @@ OPTIONS = {
     "check": True, "late": True, "shuffle": True, "seed": 0, "resident": 8, "trace": False, "tolerant": False,
 }  # fmt: skip
 _FORMATS = {"f32": "<f", "f64": "<d"}
+GRID, BLOCK = (2**31 - 1, 65535, 65535), (1024, 1024, 64)
+_KIB = 1024
+SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+"""KiB that a block may have by opting in, by architecture: "Technical Specifications per Compute Capability", CUDA C++
+Programming Guide."""
 STEPS = 200_000_000  # instructions of one block after which a launch is given up
 
 
@@ -48,6 +54,8 @@ class Kernel:
         self._decoded = Decoded(ptx, entry)
         self.name = self._decoded.kernel.name
         self.parameters = self._decoded.parameters
+        target = re.search(r"\.target\s+sm_(\d+)", ptx)
+        self._most_shared = SHARED.get(int(target[1]) if target else 0, max(SHARED.values())) * _KIB
 
     def launch(
         self,
@@ -78,7 +86,12 @@ class Kernel:
             SimulationError: something was found.
             TypeError, ValueError: the arguments do not fit the parameters.
         """
-        tensors: dict[int, tuple[str, Tensor]] = {}
+        tensors: dict[int, tuple[str, int, int]] = {}
+
+        def touches(name: str, t: Tensor) -> None:
+            first, extent, unit = tensors.get(t.data_ptr(), (name, 0, t.element_size()))
+            tensors[t.data_ptr()] = first, max(extent, _bytes_from(t)), min(unit, t.element_size())
+
         packed = bytearray(max((p.offset + p.bytes for p in self.parameters), default=0))
         if len(args) != len(self.parameters):
             raise ValueError(f"{self.name}: {len(self.parameters)} parameters, found {len(args)} arguments")
@@ -87,23 +100,18 @@ class Kernel:
             if isinstance(tensor, Tensor):
                 if tensor.device.type != "cpu":
                     raise ValueError(f"{self.name}: {parameter.name} must be on the CPU, found {tensor.device}")
-                tensors.setdefault(tensor.data_ptr(), (parameter.name, tensor))
+                touches(parameter.name, tensor)
             packed[parameter.offset : parameter.offset + parameter.bytes] = _packed(self.name, parameter, argument)
         for extra in (*writes, *poisoned):
-            tensors.setdefault(extra.data_ptr(), (f"tensor {len(tensors)}", extra))
+            touches(f"tensor {len(tensors)}", extra)
         changed, fresh = {t.data_ptr() for t in (*writes, *poisoned)}, {t.data_ptr() for t in poisoned}
-        buffers = [
-            (name, at, _bytes_from(t), at in changed, at in fresh, t.element_size()) for at, (name, t) in tensors.items()
-        ]
+        buffers = [(name, at, extent, at in changed, at in fresh, unit) for at, (name, extent, unit) in tensors.items()]
         buffers += [variable.reset() for variable in self._decoded.variables]
-        size = [*block, 1, 1][:3]
-        threads = size[0] * size[1] * size[2]
-        most = self._decoded.kernel.most_threads or 1024
-        if not 1 <= threads <= most:
-            raise ValueError(f"{self.name}: a block has 1 to {most} threads, found {list(block)}")
+        blocks, size = [*grid, 1, 1][:3], [*block, 1, 1][:3]
+        self._check_limits(blocks, size, shared)
         o = self._options(options)
         found = _ptxsim.run(
-            self._decoded.program, [*grid, 1, 1][:3], size, bytes(packed), buffers, shared, o["check"], o["late"], o["shuffle"],
+            self._decoded.program, blocks, size, bytes(packed), buffers, shared, o["check"], o["late"], o["shuffle"],
             o["seed"], STEPS, o["trace"], o["resident"],
         )  # fmt: skip
         if found["errors"] and not o["tolerant"]:
@@ -115,11 +123,29 @@ class Kernel:
             sim.trace += found["trace"]
         return Run(**found)
 
+    def _check_limits(self, grid: list[int], block: list[int], shared: int) -> None:
+        threads, most = block[0] * block[1] * block[2], self._decoded.kernel.most_threads or 1024
+        if not 1 <= threads <= most:
+            raise ValueError(f"{self.name}: a block has 1 to {most} threads, found {block}")
+        for what, limits, found in (("grid", GRID, grid), ("block", BLOCK, block)):
+            if not all(1 <= size <= limit for size, limit in zip(found, limits, strict=True)):
+                raise ValueError(f"{self.name}: the {what} must be 1 to {limits}, found {found}")
+        static = self._decoded.kernel.shared_bytes
+        if not 0 <= shared <= self._most_shared - static:
+            raise ValueError(
+                f"{self.name}: shared memory must be 0 to {self._most_shared} bytes a block, found {shared} and {static} static"
+            )
+
     def _options(self, given: dict[str, Any]) -> dict[str, Any]:
         sim = current.get()
         chosen = {**OPTIONS, **(sim.options if sim else {}), **given}
         if unknown := set(chosen) - set(OPTIONS):
             raise TypeError(f"{self.name}: launch has no option {', '.join(sorted(unknown))}")
+        for option, value in chosen.items():
+            least, last = {"seed": (0, 2**64 - 1), "resident": (1, 2**31 - 1)}.get(option, (0, 1))
+            if not isinstance(value, int) or not least <= value <= last:
+                wanted = "True or False" if last == 1 else f"an integer from {least} to {last}"
+                raise ValueError(f"{self.name}: {option} must be {wanted}, found {value!r}")
         return chosen
 
 

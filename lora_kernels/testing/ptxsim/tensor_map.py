@@ -29,11 +29,15 @@ class TensorMap:
     def encoded(self) -> bytes:
         """Raises ValueError if the tensor has no such map."""
         t, box = self.tensor, list(self.box)
-        if not 1 <= t.dim() <= 5 or len(box) != t.dim() or t.dtype not in TYPES or t.stride(-1) != 1:
+        if not 1 <= t.dim() <= 5 or len(box) != t.dim() or t.stride(-1) != 1:
             raise ValueError(
                 f"TensorMap: the tensor must have 1 to 5 dimensions, the last one contiguous, and the box as many; found"
                 f" {list(t.shape)}, strides {list(t.stride())}, {t.dtype} and a box of {box}"
             )
+        if t.dtype not in TYPES:
+            raise ValueError(f"TensorMap: the type must be one of {', '.join(map(str, TYPES))}, found {t.dtype}")
+        if not all(1 <= size <= 256 for size in box):
+            raise ValueError(f"TensorMap: the sizes of the box must be 1 to 256, found {box}")
         if self.swizzle not in SWIZZLES:
             raise ValueError(f"TensorMap: swizzle must be one of {SWIZZLES}, found {self.swizzle}")
 
