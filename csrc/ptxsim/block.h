@@ -14,13 +14,6 @@ constexpr uint64_t SHARED_WINDOW = 0x7f00000000000000, LOCAL_WINDOW = 0x7e000000
 // a kernel's parameters, whose address it may take
 constexpr uint64_t PARAMETER_WINDOW = 0x7d00000000000000;
 
-// an access: of which lane of which warp, at which of its synchronisations
-struct Stamp {
-  uint32_t clock = 0;  // 0: none
-  uint16_t warp = 0;
-  uint16_t lane = 0;
-};
-
 // an asynchronous copy will write some bytes, or read them
 enum class Travel : uint8_t { none, arriving, leaving };
 
@@ -90,6 +83,7 @@ struct MBarrier {
   uint32_t expected, pending;
   int64_t bytes = 0;  // still to come
   uint32_t phase = 0;
+  int engine = ENGINE;   // that copies for it
   Past arrived, passed;  // what comes before those who arrived; when the last phase was complete
 };
 
@@ -140,7 +134,8 @@ struct Block {
   std::map<uint32_t, MBarrier> mbarriers;  // by address
   std::vector<Bulk> arriving;
   std::map<int, Groups> leaving;  // by thread
-  uint32_t engine = 0;            // the clock of ENGINE
+  uint32_t engine = 0;            // the clock of all engines
+  int engines = 0;                // mbarriers so far
   uint64_t events = 0;            // at barriers of any kind
 };
 
@@ -208,11 +203,15 @@ MBarrier* mbarrier_at(Warp& w, int lane, uint32_t address, const char* what);
 void arrive_at(Warp& w, int lane, MBarrier& m, uint32_t count, const char* what);
 // the copies in bulk that an mbarrier waits for land
 void land_for(Warp& w, uint32_t mbarrier);
-void land_bulk(Block& block, const Bulk& copy);
+void land_bulk(Block& block, const Bulk& copy, int engine);
 // the thread ends: what it left under way is reported
 void check_left(Warp& w, Mask lanes);
-// this warp has synchronised with itself
+// this warp has synchronised with itself; what its lanes learnt apart is now known to all
 void tick(Warp& w);
+void gather(Warp& w);
+// what one lane learns, and what comes before its accesses
+Past& of_lane(Warp& w, int lane);
+void join_known(Past& to, const Warp& w, int lane);
 // other blocks learn what this one did before, and the reverse
 void release(Warp& w, uint64_t address);
 void acquire(Warp& w, uint64_t address, bool at_once);

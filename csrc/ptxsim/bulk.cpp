@@ -305,17 +305,25 @@ void arrive_after_copies(Warp& w, const Instruction& in, Mask mask) {
     };
     for (auto& group : w.committed) take(group);
     take(w.open);
-    m->arrived.join(w.past);
+    join_known(m->arrived, w, i);
     w.block->arriving.push_back(std::move(copies));
     if (!w.block->launch->options.late) land_for(w, at);
   }
 }
 
-void fence_proxy(Warp& w, const Instruction&, Mask) {
-  Past& past = w.past;
-  for (size_t i = 0; i < past.known.size(); i++) past.proxied[i] = std::max(past.proxied[i], past.known[i]);
-  past.proxied[size_t(w.index)] = w.clock;
-  tick(w);
+void fence_proxy(Warp& w, const Instruction&, Mask mask) {
+  const auto show = [&](Past& past, Mask lanes) {
+    past.proxied.join(past.known);
+    past.proxied.join(w.past.known);
+    past.proxied.clock[size_t(w.index)] = std::max(past.proxied.clock[size_t(w.index)], w.synced - 1);
+    past.proxied.add_lanes(size_t(w.index), w.clock, lanes);
+  };
+  if (mask == w.live) show(w.past, ALL);
+  for (int i = 0; i < LANES; i++) {
+    const Mask lane = Mask{1} << i;
+    if ((mask == w.live ? w.apart : mask) & lane) show(of_lane(w, i), lane);
+  }
+  w.clock++;
 }
 
 void nothing(Warp&, const Instruction&, Mask) {}
@@ -335,13 +343,13 @@ const Table entries{
 
 }  // namespace
 
-void land_bulk(Block& block, const Bulk& copy) {
+void land_bulk(Block& block, const Bulk& copy, int engine) {
   block.engine++;
   for (const Piece& p : copy.pieces) {
     uint8_t* to = block.shared.data() + p.shared;
     std::memset(to, 0, p.size);
     std::memcpy(to + p.skip, reinterpret_cast<const void*>(p.global), p.bytes);
-    landed(block, p.shared, p.size, {block.engine, ENGINE, LANES});
+    landed(block, p.shared, p.size, {block.engine, uint16_t(engine), LANES});
   }
 }
 

@@ -92,7 +92,7 @@ void settle(Block& block, Barrier& barrier) {
     Warp& w = *block.warps[to.warp];
     for (const Arrival& from : barrier.arrived) {
       w.past.join(from.past);
-      w.past.known[from.warp] = std::max(w.past.known[from.warp], from.clock);
+      w.past.known.clock[size_t(from.warp)] = std::max(w.past.known.clock[size_t(from.warp)], from.clock);
     }
     w.waiting = -1;
   }
@@ -256,6 +256,7 @@ void arrive(Warp& w, int which, uint32_t wanted, bool waits, const Reduction& re
   if (!barrier.arrived.empty() && (barrier.arrived[0].reduction.to < 0) != (reduction.to < 0))
     report(w, -1, "bar: some warps reduce at barrier " + std::to_string(which) + ", some do not");
   barrier.wanted = wanted;
+  gather(w);
   barrier.arrived.push_back({w.index, w.clock, w.past, waits, reduction});
   tick(w);
   if (waits) w.waiting = which;

@@ -14,8 +14,9 @@
 namespace lk::ptx {
 
 constexpr int LANES = 32, WARPS = 32;  // of a warp, of a block
-constexpr int ENGINE = WARPS;          // whoever copies in bulk, as if it were one more warp
-using Mask = uint32_t;                 // a bit a lane
+// whoever copies in bulk, as if they were more warps: one for each mbarrier (those of a block share them if there are more)
+constexpr int ENGINE = WARPS, ENGINES = 16;
+using Mask = uint32_t;  // a bit a lane
 constexpr Mask ALL = ~Mask{0};
 
 struct Warp;
@@ -77,14 +78,41 @@ struct Copy {
   int lane;
 };
 
-// up to which clock the accesses of each warp come before something
+// an access: of which lane of which warp, at which of its clocks
+struct Stamp {
+  uint32_t clock = 0;  // 0: none
+  uint16_t warp = 0;
+  uint16_t lane = 0;
+};
+
+// up to which clock the accesses of each warp, and copies in bulk, come before something
+struct Reach {
+  std::array<uint32_t, WARPS + ENGINES> clock{}, later{};  // of all lanes; of those in `lanes`
+  std::array<Mask, WARPS + ENGINES> lanes{};
+  bool parts = false;  // `later` and `lanes` are in use
+
+  bool covers(const Stamp& s) const {
+    if (clock[s.warp] >= s.clock) return true;
+    return parts && s.lane < LANES && later[s.warp] >= s.clock && lanes[s.warp] >> s.lane & 1;
+  }
+  void add_lanes(size_t warp, uint32_t to, Mask of) {
+    if (to <= clock[warp]) return;
+    parts = true;
+    const bool fresh = later[warp] <= clock[warp];
+    later[warp] = fresh ? to : std::max(later[warp], to);
+    lanes[warp] = fresh ? of : lanes[warp] | of;
+    if (lanes[warp] == ALL) clock[warp] = later[warp];
+  }
+  void join(const Reach& other) {
+    for (size_t i = 0; i < clock.size(); i++) clock[i] = std::max(clock[i], other.clock[i]);
+    for (size_t i = 0; other.parts && i < clock.size(); i++) add_lanes(i, other.later[i], other.lanes[i]);
+  }
+};
 struct Past {
-  std::array<uint32_t, WARPS + 1> known{}, proxied{};  // all; those that a fence.proxy.async follows
+  Reach known, proxied;  // all; those that a fence.proxy.async follows
   void join(const Past& other) {
-    for (size_t i = 0; i < known.size(); i++) {
-      known[i] = std::max(known[i], other.known[i]);
-      proxied[i] = std::max(proxied[i], other.proxied[i]);
-    }
+    known.join(other.known);
+    proxied.join(other.proxied);
   }
 };
 
@@ -100,8 +128,11 @@ struct Warp {
   Mask live;
   std::vector<Group> groups;
   std::unique_ptr<uint8_t[]> registers;
-  uint32_t clock = 1;      // counts this warp's synchronisations
-  Past past;               // what comes before this warp's accesses
+  uint32_t clock = 1;   // counts what this warp tells others
+  uint32_t synced = 1;  // its clock when its lanes last synchronised
+  Past past;            // what comes before this warp's accesses
+  Mask apart = 0;       // lanes that learnt more since then, each by itself:
+  std::vector<Past> of_lanes;
   std::vector<Copy> open;  // since the last commit
   std::vector<std::vector<Copy>> committed;
   Products products;  // since the last commit

@@ -33,7 +33,8 @@ void init(Warp& w, const Instruction& in, Mask mask) {
     const uint32_t at = place(w, in, 0, i), count = w.at<uint32_t>(in.at[1])[i];
     if (!shared_at(w, i, at, BYTES, Access::store, "mbarrier.init")) return;
     if (count < 1 || count > MOST) return report(w, i, "mbarrier.init: " + std::to_string(count) + " arrivals");
-    if (!w.block->mbarriers.try_emplace(at, MBarrier{count, count, 0, 0, {}, {}}).second)
+    const MBarrier fresh{count, count, 0, 0, ENGINE + w.block->engines++ % ENGINES, {}, {}};
+    if (!w.block->mbarriers.try_emplace(at, fresh).second)
       report(w, i, "mbarrier.init: there is one at " + std::to_string(at));
   });
 }
@@ -56,6 +57,7 @@ void arrive(Warp& w, const Instruction& in, Mask mask) {
     m->bytes += w.at<uint32_t>(in.at[3])[i];
     arrive_at(w, i, *m, w.at<uint32_t>(in.at[2])[i], "mbarrier.arrive");
   });
+  w.clock++;
 }
 
 // the address, bytes
@@ -72,6 +74,7 @@ void expect(Warp& w, const Instruction& in, Mask mask, int64_t sign) {
 template <typename T>
 void wait(Warp& w, const Instruction& in, Mask mask) {
   Mask done = 0;
+  std::array<const MBarrier*, LANES> passed{};
   for (int i = 0; i < LANES; i++) {
     if (!(mask >> i & 1)) continue;
     const uint32_t at = place(w, in, 1, i);
@@ -84,11 +87,19 @@ void wait(Warp& w, const Instruction& in, Mask mask) {
     if ((m->phase & 1) == phase) land_for(w, at);
     if ((m->phase & 1) == phase) continue;
     done |= Mask{1} << i;
-    w.past.join(m->passed);
+    passed[size_t(i)] = m;
   }
   Mask& p = *w.at<Mask>(in.at[0]);
   p = (p & ~mask) | done;
-  if (done) tick(w);
+  const bool together = done == w.live;
+  const MBarrier* last = nullptr;
+  for (int i = 0; i < LANES && done; i++) {
+    const MBarrier* m = passed[size_t(i)];
+    if (!m || (together && m == last)) continue;
+    (together ? w.past : of_lane(w, i)).join(m->passed);
+    last = m;
+  }
+  if (together) tick(w);
   w.idle = done || w.block->events != w.seen ? 0 : w.idle + 1;
   w.seen = w.block->events;
 }
@@ -119,9 +130,10 @@ void arrive_at(Warp& w, int lane, MBarrier& m, uint32_t count, const char* what)
                   std::string(what) + ": " + std::to_string(count) + " arrivals where " + std::to_string(m.pending) +
                       " of " + std::to_string(m.expected) + " are awaited");
   }
-  m.arrived.join(w.past);
-  m.arrived.known[w.index] = std::max(m.arrived.known[w.index], w.clock);
-  tick(w);
+  join_known(m.arrived, w, lane);
+  Reach& known = m.arrived.known;
+  known.clock[size_t(w.index)] = std::max(known.clock[size_t(w.index)], w.synced - 1);
+  known.add_lanes(size_t(w.index), w.clock, Mask{1} << lane | ~w.live);  // with all that live all have arrived
   m.pending -= count;
   complete(m);
 }
@@ -135,9 +147,9 @@ void land_for(Warp& w, uint32_t mbarrier) {
       block.arriving.push_back(std::move(copy));
       continue;
     }
-    land_bulk(block, copy);
     MBarrier& m = block.mbarriers.at(mbarrier);
-    m.arrived.known[ENGINE] = m.arrived.proxied[ENGINE] = block.engine;
+    land_bulk(block, copy, m.engine);
+    m.arrived.known.clock[size_t(m.engine)] = m.arrived.proxied.clock[size_t(m.engine)] = block.engine;
     m.bytes -= copy.bytes;
     m.pending -= std::min(m.pending, copy.arrivals);
     block.events++;

@@ -10,19 +10,19 @@ namespace lk::ptx {
 namespace {
 
 std::string thread_of(const Stamp& s) {
-  if (s.warp == ENGINE) return "cp.async.bulk";
+  if (s.warp >= ENGINE) return "cp.async.bulk";
   return "warp " + std::to_string(s.warp) + " lane " + std::to_string(s.lane);
 }
 
 // whether an earlier access of this block comes before what `lane` of `w` does now
 bool ordered(const Warp& w, int lane, const Stamp& s) {
-  if (s.warp == w.index) return s.lane == lane || s.clock < w.clock;
-  return w.past.known[s.warp] >= s.clock;
+  if (s.warp == w.index && (s.lane == lane || s.clock < w.synced)) return true;
+  return w.past.known.covers(s) || (w.apart >> lane & 1 && w.of_lanes[size_t(lane)].known.covers(s));
 }
 
 // of two lanes of one warp that read in one interval either stands for both, but not for itself: lane LANES is no lane
 void add_read(Stamp& last, const Warp& w, int lane) {
-  const bool both = last.clock == w.clock && last.lane != lane;
+  const bool both = last.clock >= w.synced && last.lane != lane;
   last = {w.clock, uint16_t(w.index), uint16_t(both ? LANES : lane)};
 }
 
@@ -143,7 +143,7 @@ void check_global(Warp& w, int lane, size_t buffer, uint64_t address, uint32_t b
     now.atomic = atomic;
     const Mark& old = e->read;
     if (old.block == now.block &&
-        (old.many || old.warp != now.warp || (old.lane != now.lane && old.clock == now.clock))) {
+        (old.many || old.warp != now.warp || (old.lane != now.lane && old.clock >= w.synced))) {
       now.many = true;
       now.clock = w.block->passed;
     }
@@ -178,7 +178,30 @@ void report(const Warp& w, int lane, const std::string& what) {
   launch.findings.push_back({where + ": " + what, line, kind});
 }
 
-void tick(Warp& w) { w.clock++; }
+void gather(Warp& w) {
+  for (size_t i = 0; i < LANES && w.apart; i++) {
+    if (w.apart >> i & 1) w.past.join(w.of_lanes[i]);
+  }
+  w.apart = 0;
+}
+
+void tick(Warp& w) {
+  w.synced = ++w.clock;
+  gather(w);
+}
+
+Past& of_lane(Warp& w, int lane) {
+  if (w.of_lanes.empty()) w.of_lanes.resize(LANES);
+  Past& known = w.of_lanes[size_t(lane)];
+  if (!(w.apart >> lane & 1)) known = {};
+  w.apart |= Mask{1} << lane;
+  return known;
+}
+
+void join_known(Past& to, const Warp& w, int lane) {
+  to.join(w.past);
+  if (w.apart >> lane & 1) to.join(w.of_lanes[size_t(lane)]);
+}
 
 uint8_t* shared_at(Warp& w, int lane, uint32_t address, uint32_t bytes, Access access, const char* what,
                    const void* value) {
@@ -342,7 +365,8 @@ bool shown_to_proxy(Warp& w, int lane, uint32_t address, uint32_t bytes, const c
   if (!w.block->launch->options.check) return fine;
   each_cell(*w.block, address, bytes, [&](Cell& cell, uint32_t at) {
     const Stamp& by = cell.write;
-    if (!fine || !by.clock || by.warp == ENGINE || w.past.proxied[by.warp] >= by.clock) return;
+    if (!fine || !by.clock || by.warp >= ENGINE || w.past.proxied.covers(by)) return;
+    if (w.apart >> lane & 1 && w.of_lanes[size_t(lane)].proxied.covers(by)) return;
     fine = false;
     report(
         w, lane,

@@ -133,6 +133,7 @@ void wait_group(Warp& w, const Instruction& in, Mask) {
   w.accumulators = w.products.sums;
   for (const Products& p : w.committed_products)
     w.accumulators.insert(w.accumulators.end(), p.sums.begin(), p.sums.end());
+  tick(w);
 }
 
 void nothing(Warp&, const Instruction&, Mask) {}
