@@ -14,8 +14,8 @@ constexpr uint64_t SHARED_WINDOW = 0x7f00000000000000, LOCAL_WINDOW = 0x7e000000
 // a kernel's parameters, whose address it may take
 constexpr uint64_t PARAMETER_WINDOW = 0x7d00000000000000;
 
-// an asynchronous copy will write some bytes, or read them
-enum class Travel : uint8_t { none, arriving, leaving };
+// an asynchronous copy will write some bytes, or it has; one will read them, or it has
+enum class Travel : uint8_t { arriving, leaves, left };
 
 // what is known of some bytes of shared memory
 struct Cell {
@@ -24,7 +24,8 @@ struct Cell {
       -1;  // where there are several warps since the last write: their last reads or atomics, in Block::readers
   bool ready = false;   // written
   bool atomic = false;  // `read` and `readers` are atomics
-  Travel travel = Travel::none;
+  bool arriving = false;
+  uint16_t leaving = 0;  // copies
 };
 
 // 16 bytes, which are accessed as one nearly always; else each byte has a cell of its own, in Block::pieces
@@ -204,6 +205,8 @@ void arrive_at(Warp& w, int lane, MBarrier& m, uint32_t count, const char* what)
 // the copies in bulk that an mbarrier waits for land
 void land_for(Warp& w, uint32_t mbarrier);
 void land_bulk(Block& block, const Bulk& copy, int engine);
+// whether it has done more since its last wait at an mbarrier than to try again
+inline bool works(const Warp& w) { return w.done - w.waited > 8; }
 // the thread ends: what it left under way is reported
 void check_left(Warp& w, Mask lanes);
 // this warp has synchronised with itself; what its lanes learnt apart is now known to all
@@ -250,7 +253,8 @@ void each_cell(Block& block, uint32_t address, uint32_t bytes, F&& f) {
     if (covered && pieces[0].read.clock == 0 && pieces[0].readers < 0) {
       const auto same = [&](const Cell& c) {
         return std::memcmp(&c.write, &pieces[0].write, sizeof c.write) == 0 && c.read.clock == 0 && c.readers < 0 &&
-               c.ready == pieces[0].ready && c.travel == pieces[0].travel && c.atomic == pieces[0].atomic;
+               c.ready == pieces[0].ready && c.arriving == pieces[0].arriving && c.leaving == pieces[0].leaving &&
+               c.atomic == pieces[0].atomic;
       };
       bool alike = true;
       for (const Cell& c : pieces) alike = alike && same(c);

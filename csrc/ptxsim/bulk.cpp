@@ -241,7 +241,7 @@ void load(Warp& w, const Instruction& in, Mask mask) {
 
 void send(Warp& w, int lane, const Bulk& copy) {
   for (const Piece& p : copy.pieces) {
-    mark_travel(*w.block, p.shared, 16, Travel::none);
+    mark_travel(*w.block, p.shared, 16, Travel::left);
     const uint8_t* from = shared_at(w, lane, p.shared, 16, Access::load, "cp.async.bulk");
     if (from) std::memcpy(reinterpret_cast<void*>(p.global), from + p.skip, p.bytes);
   }
@@ -259,7 +259,7 @@ void store(Warp& w, const Instruction& in, Mask mask) {
              shown_to_proxy(w, i, p.shared, 16, "cp.async.bulk");
     }
     if (!fine) continue;
-    for (const Piece& p : copy.pieces) mark_travel(*w.block, p.shared, 16, Travel::leaving);
+    for (const Piece& p : copy.pieces) mark_travel(*w.block, p.shared, 16, Travel::leaves);
     if (w.block->launch->options.late) w.block->leaving[w.index * LANES + i].open.push_back(std::move(copy));
     else send(w, i, copy);
   }

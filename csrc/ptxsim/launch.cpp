@@ -129,7 +129,12 @@ bool waits_for_others(const Warp& w, const Group& group, const Instruction* code
 }
 
 // The lanes at the lowest instruction, but those that wait there for others come last: these may arrive, or exit.
-size_t choose(const Warp& w, const Instruction* code) {
+size_t choose(Warp& w, const Instruction* code) {
+  if (w.groups.size() == 1) return 0;
+  for (size_t i = 0; w.vain && i < w.groups.size(); i++) {
+    if (!(w.groups[i].lanes & w.vain) && !waits_for_others(w, w.groups[i], code)) return i;
+  }
+  w.vain = 0;
   for (size_t i = 0; i < w.groups.size(); i++) {
     if (!waits_for_others(w, w.groups[i], code)) return i;
   }
@@ -152,6 +157,7 @@ void advance(Warp& w) {
   Launch& launch = *w.block->launch;
   const Instruction* code = launch.program->code.data();
   uint64_t left = TURN;
+  const Mask vain = w.vain;
   while (w.live && w.waiting < 0 && left > 0) {
     merge(w);
     const size_t chosen = choose(w, code);
@@ -179,6 +185,7 @@ void advance(Warp& w) {
       launch.by_opcode[in.opcode]++;
       launch.counters.instructions++;
       w.block->done++;
+      w.done++;
       group.pc++;
       switch (in.flow) {
         case Flow::none:
@@ -219,6 +226,7 @@ void advance(Warp& w) {
     if (group.lanes) w.groups[chosen] = group;
     else w.groups.erase(w.groups.begin() + int64_t(chosen));
   }
+  if (w.vain == vain) w.vain = 0;
 }
 
 bool ended(const Block& block) {
@@ -234,7 +242,7 @@ bool turn(Block& block) {
   for (const auto& w : block.warps) {
     if (w->live && w->waiting < 0) order.push_back(w.get());
   }
-  if (std::all_of(order.begin(), order.end(), [](Warp* w) { return w->idle > IDLE; })) return false;
+  if (std::all_of(order.begin(), order.end(), [](Warp* w) { return w->idle > IDLE && !works(*w); })) return false;
   if (launch.options.shuffle) std::shuffle(order.begin(), order.end(), launch.random);
   for (Warp* w : order) advance(*w);
   return true;

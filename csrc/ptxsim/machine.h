@@ -139,6 +139,8 @@ struct Warp {
   std::vector<Products> committed_products;
   std::vector<int32_t> accumulators;  // of both
   uint64_t seen = 0;                  // Block::events when it last waited at an mbarrier in vain
+  uint64_t done = 0, waited = 0;      // instructions; when it last waited at an mbarrier
+  Mask vain = 0;                      // lanes whose last wait there was in vain: others go first
   int idle = 0;                       // waits at an mbarrier, one after another, between which nothing happened
   int waiting = -1;                   // at this barrier
   Mask arrived = 0;                   // lanes that wait there

@@ -100,7 +100,9 @@ void wait(Warp& w, const Instruction& in, Mask mask) {
     last = m;
   }
   if (together) tick(w);
-  w.idle = done || w.block->events != w.seen ? 0 : w.idle + 1;
+  w.vain |= mask & ~done;
+  w.idle = done || works(w) || w.block->events != w.seen ? 0 : w.idle + 1;
+  w.waited = w.done;
   w.seen = w.block->events;
 }
 

@@ -224,8 +224,8 @@ uint8_t* shared_at(Warp& w, int lane, uint32_t address, uint32_t bytes, Access a
     fine = false;
   };
   each_cell(block, address, bytes, [&](Cell& cell, uint32_t at) {
-    if (cell.travel == Travel::arriving) return wrong(at, ": a cp.async into it has not been waited for");
-    if (cell.travel == Travel::leaving && access != Access::load) {
+    if (cell.arriving) return wrong(at, ": a cp.async into it has not been waited for");
+    if (cell.leaving && access != Access::load) {
       return wrong(at, ": a cp.async.bulk out of it has not been waited for");
     }
     const bool same = access == Access::store && value && cell.ready && std::memcmp(data, value, bytes) == 0;
@@ -357,7 +357,11 @@ void landed(Block& block, uint32_t address, uint32_t bytes, Stamp by) {
 
 void mark_travel(Block& block, uint32_t address, uint32_t bytes, Travel travel) {
   if (!block.launch->options.check) return;
-  each_cell(block, address, bytes, [&](Cell& cell, uint32_t) { cell.travel = travel; });
+  each_cell(block, address, bytes, [&](Cell& cell, uint32_t) {
+    if (travel == Travel::arriving) cell.arriving = true;
+    if (travel == Travel::leaves) cell.leaving++;
+    if (travel == Travel::left && cell.leaving) cell.leaving--;
+  });
 }
 
 bool shown_to_proxy(Warp& w, int lane, uint32_t address, uint32_t bytes, const char* what) {

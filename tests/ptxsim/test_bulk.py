@@ -245,6 +245,15 @@ def test_cp_async_that_an_mbarrier_waits_for():
     launch([*own, "bar.sync 0;", "@%p0 mbarrier.arrive.shared::cta.b64 _, [full];", *lines[6:]], TensorMap(x, (8, 8)))
 
 
+def test_two_stores_from_one_buffer():
+    """The buffer is free when both are done, not one."""
+    lines = [*SEND, FENCE, "bar.sync 0;", BULK, COMMIT, BULK, COMMIT]
+    write, one = ["bar.sync 0;", "st.shared.f32 [%r1], %f1;"], DONE.replace(" 0;", " 1;")
+    launch([*lines, DONE, *write], TensorMap(numbers(8, 8), (8, 8)))
+    with pytest.raises(SimulationError, match="a cp.async.bulk out of it has not been waited for"):
+        launch([*lines, one, *write, DONE], TensorMap(numbers(8, 8), (8, 8)))
+
+
 def test_values_passed_on_by_an_mbarrier():
     """One warp writes and arrives, the other waits and reads: ordered; not ordered if nobody waits."""
     lines = [

@@ -102,3 +102,22 @@ def test_wait_group_of_wgmma_is_one_for_the_warp():
 def test_values_arrive(late):
     y, _ = launch(passed_on(), TensorMap(numbers(16, 16), (8, 8)), late=late)
     assert torch.equal(y[32:], torch.arange(32.0))
+
+
+def test_work_between_waits_is_no_deadlock():
+    """The second warp looks 3000 times in vain, with a little work between, before it arrives itself."""
+
+    def work(label, times, look=()):
+        return [f"mov.u32 %r9, {times};", f"{label}: sub.u32 %r9, %r9, 1;", *look, *["add.u32 %r10, %r10, 1;"] * 10,
+                "setp.ne.u32 %p6, %r9, 0;", f"@%p6 bra {label};"]  # fmt: skip
+
+    look = [WAIT[0].removeprefix("$W: ").replace("%p1", "%p5").replace("try_wait", "test_wait")]
+    lines = [*WARPS, "@%p2 bra $E;", *work("$L", 3000, look), ARRIVE.replace("%p0", "%p3"), *WAIT, "$E:"]
+    assert errors_of(lines) == ""
+
+
+def test_lanes_that_wait_let_those_run_that_release_them():
+    """Lanes 1 to 31 wait at a lower address than that where lane 0 arrives."""
+    lines = [*WARPS, "@!%p2 bra $E;", "@%p0 bra $A;", *WAIT, "bra $E;", "$A:", ARRIVE, "$E:"]
+    assert errors_of(lines) == ""
+    assert "deadlock: waits at an mbarrier" in errors_of([each for each in lines if each != ARRIVE])
