@@ -118,6 +118,31 @@ const Table entries{
 
 }  // namespace
 
+void gather(Warp& w) {
+  for (size_t i = 0; i < LANES && w.apart; i++) {
+    if (w.apart >> i & 1) w.past.join(w.of_lanes[i]);
+  }
+  w.apart = 0;
+}
+
+void tick(Warp& w) {
+  w.synced = ++w.clock;
+  gather(w);
+}
+
+Past& of_lane(Warp& w, int lane) {
+  if (w.of_lanes.empty()) w.of_lanes.resize(LANES);
+  Past& known = w.of_lanes[size_t(lane)];
+  if (!(w.apart >> lane & 1)) known = {};
+  w.apart |= Mask{1} << lane;
+  return known;
+}
+
+void join_known(Past& to, const Warp& w, int lane) {
+  to.join(w.past);
+  if (w.apart >> lane & 1) to.join(w.of_lanes[size_t(lane)]);
+}
+
 MBarrier* mbarrier_at(Warp& w, int lane, uint32_t address, const char* what) {
   if (!shared_at(w, lane, address, BYTES, Access::atomic, what)) return nullptr;
   const auto found = w.block->mbarriers.find(address);

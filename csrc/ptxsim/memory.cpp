@@ -178,31 +178,6 @@ void report(const Warp& w, int lane, const std::string& what) {
   launch.findings.push_back({where + ": " + what, line, kind});
 }
 
-void gather(Warp& w) {
-  for (size_t i = 0; i < LANES && w.apart; i++) {
-    if (w.apart >> i & 1) w.past.join(w.of_lanes[i]);
-  }
-  w.apart = 0;
-}
-
-void tick(Warp& w) {
-  w.synced = ++w.clock;
-  gather(w);
-}
-
-Past& of_lane(Warp& w, int lane) {
-  if (w.of_lanes.empty()) w.of_lanes.resize(LANES);
-  Past& known = w.of_lanes[size_t(lane)];
-  if (!(w.apart >> lane & 1)) known = {};
-  w.apart |= Mask{1} << lane;
-  return known;
-}
-
-void join_known(Past& to, const Warp& w, int lane) {
-  to.join(w.past);
-  if (w.apart >> lane & 1) to.join(w.of_lanes[size_t(lane)]);
-}
-
 uint8_t* shared_at(Warp& w, int lane, uint32_t address, uint32_t bytes, Access access, const char* what,
                    const void* value) {
   Block& block = *w.block;

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_kernels.testing.ptxsim import Kernel, TensorMap, Unsupported
+from lora_kernels.testing.ptxsim import Kernel, Unsupported
 from tests.ptxsim.lanes import kernel_text
 
 HEAD = [".reg .pred %p<4>; .reg .b32 %r<64>; .reg .b64 %rd<8>; .reg .f32 %f<8>;"]
@@ -82,7 +82,8 @@ def test_shared_memory_of_a_block():
 
 def test_two_arguments_from_one_address():
     """The longer one counts, whichever comes first, and what may be written of either may be written."""
-    read = ["ld.param.u64 %rd0, [x0];", "ld.param.u64 %rd1, [x1];", "ld.global.f32 %f0, [%rd0+28];", "st.global.f32 [%rd1], %f0;"]
+    read = ["ld.param.u64 %rd0, [x0];", "ld.param.u64 %rd1, [x1];", "ld.global.f32 %f0, [%rd0+28];",
+            "st.global.f32 [%rd1], %f0;"]  # fmt: skip
     w = torch.arange(8.0)
     for args in ([w[:3], w], [w, w[:3]]):
         w[0] = 0
