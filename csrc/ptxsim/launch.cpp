@@ -87,13 +87,16 @@ void settle(Block& block, Barrier& barrier) {
   for (const auto& w : block.warps) running += w->live != 0;
   const bool all = barrier.wanted == 0;
   if (barrier.arrived.size() < (all ? running : barrier.wanted / LANES)) return;
+  Past before;
+  for (const Arrival& from : barrier.arrived) {
+    before.join(from.past);
+    uint32_t& known = before.known.clock[size_t(from.warp)];
+    known = std::max(known, from.clock);
+  }
   for (const Arrival& to : barrier.arrived) {
     if (!to.waits) continue;
-    Warp& w = *block.warps[to.warp];
-    for (const Arrival& from : barrier.arrived) {
-      w.past.join(from.past);
-      w.past.known.clock[size_t(from.warp)] = std::max(w.past.known.clock[size_t(from.warp)], from.clock);
-    }
+    Warp& w = *block.warps[size_t(to.warp)];
+    w.past.join(before);
     w.waiting = -1;
   }
   reduce(block, barrier);
