@@ -71,8 +71,8 @@ def compile_triton(function: Any, args: dict[str, Any], arch: int | str = 80, wa
     is known. `arch` is 80 for sm_80 and so on, or "gfx942".
     """
     names = [parameter.name for parameter in function.params]
-    if set(names) != set(args):
-        raise TypeError(f"{function.__name__}: arguments must be {', '.join(names)}, found {', '.join(args)}")
+    if missing := [name for name in names if name not in args]:
+        raise TypeError(f"{function.__name__}: no argument for {', '.join(missing)}")
     constants, signature, divisible = {}, {}, []
     for position, parameter in enumerate(function.params):
         value = args[parameter.name]
