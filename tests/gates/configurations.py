@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from lora_kernels.ops import missing_backends
+from lora_kernels.ops.launch import CSRC
 from lora_kernels.testing.gates import Budget, Configuration, Cuda, Triton
 
 MISSING = missing_backends().get("triton")
@@ -74,4 +75,17 @@ CORPUS = [
         f"{MMA} sm_90 sm_100": Budget(7.4, "HMMA", units=16, wide=8, blocks=5),
     }),
 ]  # fmt: skip
-GATES = [*([] if MISSING else ops.GATES), *CORPUS]
+
+
+def norm_cuda(kind: str, ranks: int) -> Cuda:
+    return Cuda(CSRC / "weight_norm/cuda.cu", f"weight_norm_{kind}_{ranks}", threads=128, shared=3 * (64 + ranks) * 128)
+
+
+CUDA_OPS = [
+    *(Configuration(f"weight_norm.cu, {kind}, r={ranks}", norm_cuda(kind, ranks), {f"{MMA} sm_90 sm_100": budget})
+      for kind in ("bf16", "f16") for ranks, budget in (
+          (16, Budget(43, "HMMA", units=8, wide=15, blocks=3)), (32, Budget(22, "HMMA", units=16, wide=18, blocks=2)),
+          (64, Budget(13, "HMMA", units=32, wide=16, blocks=2)), (128, Budget(8.9, "HMMA", units=64, wide=24)),
+      )),
+]  # fmt: skip
+GATES = [*([] if MISSING else ops.GATES), *CUDA_OPS, *CORPUS]

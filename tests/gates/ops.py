@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels import lora_linear, use_backend, weight_norm
-from lora_kernels.ops.launch import CSRC, Launch, recorded
-from lora_kernels.testing.gates import Budget, Configuration, Cuda, Triton
+from lora_kernels.ops.launch import Launch, recorded
+from lora_kernels.testing.gates import Budget, Configuration, Triton
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 WIDE = 4096
@@ -48,10 +48,6 @@ def chosen(name: str, call: Callable[[], None]) -> Triton:
     launch = launches(call)[name]
     args = {k: v.dtype if isinstance(v, Tensor) else v for k, v in launch.args.items()}
     return Triton(f"{launch.kernel.fn.__module__}:{name}", args, launch.warps, launch.stages)
-
-
-def norm_cuda(kind: str, ranks: int) -> Cuda:
-    return Cuda(CSRC / "weight_norm/cuda.cu", f"weight_norm_{kind}_{ranks}", threads=128, shared=3 * (64 + ranks) * 128)
 
 
 DROPPED_F16 = linear(8192, 16, F16, gain=True, dropout=0.1)
@@ -211,9 +207,4 @@ GATES = [
         "sm_100": Budget(78, "UTCHMMA", units=6, wide=16, blocks=3),
         AMD: Budget(28, "v_mfma", units=12, wide=6, blocks=3),
     }),
-    *(Configuration(f"weight_norm.cu, {kind}, r={ranks}", norm_cuda(kind, ranks), {CUDA: budget})
-      for kind in ("bf16", "f16") for ranks, budget in (
-          (16, Budget(43, "HMMA", units=8, wide=15, blocks=3)), (32, Budget(22, "HMMA", units=16, wide=18, blocks=2)),
-          (64, Budget(13, "HMMA", units=32, wide=16, blocks=2)), (128, Budget(8.9, "HMMA", units=64, wide=24)),
-      )),
 ]  # fmt: skip

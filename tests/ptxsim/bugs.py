@@ -192,6 +192,8 @@ BUGS = [
     Bug("row_norm.cu", "a reduction that begins too low", "step = 16;", "step = 8;", VALUES, WRONG),
     Bug("row_norm.cu", "a shuffle in a branch", "squares += __shfl_xor_sync", "if (lane < 16) squares += __shfl_xor_sync",
         FINDING, "shfl: reads lane 16, which is not here"),
+    Bug("row_norm.cu", "a shuffle whose mask leaves out half of its lanes", "__shfl_xor_sync(0xffffffff,",
+        "__shfl_xor_sync(0xffff,", FINDING, "shfl: a lane is not in its own member mask"),
     Bug("row_norm.cu", "warps beyond the last row", "if (row >= n) return;", "", FINDING, "ld: out of bounds, row_norm_param_"),
     Bug("row_norm.cu", "lanes far from each other in memory", "int i = lane; i < k; i += 32",
         "int i = lane * 3; i < min(k, lane * 3 + 3); i++", COUNTER, "sectors loaded"),
