@@ -138,7 +138,8 @@ def backward_refusal(dy, *args):
 
 
 def tiles(m, dtype, two_sums):
-    """Of a GEMM over m rows: the tile, warps and stages. The depth of a step does not depend on m: a row's bits do not."""
+    """Of a GEMM over m rows: the tile, warps and stages. The depth of a step does not depend on m, so that a row's bits do
+    not where one matrix instruction serves all m; sm_90 has another one for less than 64 rows."""
     if dtype is torch.float32:
         return power(m, most=64), 64, 16, 4 if m <= 32 else 8, 2
     stages = 2 if torch.version.hip else 3  # AMD's have less shared memory
