@@ -1,6 +1,5 @@
 """What the C++ kernels are told of a tensor: its address, shape, strides and dtype."""
 
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +7,6 @@ from torch import Tensor
 from lora_kernels import _cpu
 from lora_kernels.ops.dropout import threshold
 
-READ = (torch.float32, torch.bfloat16, torch.float16)
 _CPU, _FLOAT, _BFLOAT = 1, 2, 4  # DLPack's numbers
 
 
@@ -38,19 +36,3 @@ def mask(dropout: float, seed: Tensor | None) -> tuple[int, int, float] | None:
 def row_major(t: Tensor) -> Tensor:
     """The tensor itself if its rows are contiguous, else a copy."""
     return t if t.stride(1) == 1 and (t.shape[0] < 2 or t.stride(0) >= t.shape[1]) else t.contiguous()
-
-
-def refuse_negated(**tensors: Any) -> str | None:
-    """Names the first tensor whose memory holds the negative of its values, as conj().imag has: the kernels read memory."""
-    for name, t in tensors.items():
-        if t is not None and t.is_neg():
-            return f"{name} is a negated view; resolve_neg() makes it a plain tensor"
-    return None
-
-
-def refuse_dtypes(**tensors: Any) -> str | None:
-    """Names the first tensor whose dtype the C++ kernels do not read."""
-    for name, t in tensors.items():
-        if t is not None and t.dtype not in READ:
-            return f"{name} is {t.dtype}; the kernels read float32, bfloat16 and float16"
-    return None

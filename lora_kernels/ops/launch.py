@@ -14,7 +14,6 @@ from torch import Tensor
 from lora_kernels.ops.registry import simulates
 
 CSRC = Path(__file__).parents[2] / "csrc"
-READ = (torch.float32, torch.bfloat16, torch.float16)
 LEAST = (8, 0)  # of the GPUs: tensor cores that know bfloat16, cp.async
 
 
@@ -74,16 +73,6 @@ def launch(
         return
     with torch.cuda.device(makes[0].device):
         kernel[grid](**args, num_warps=warps, num_stages=stages)
-
-
-def refuse_tensors(**tensors: Any) -> str | None:
-    """Names the first tensor that Triton's kernels do not read, or None."""
-    for name, t in tensors.items():
-        if t is not None and t.dtype not in READ:
-            return f"{name} is {t.dtype}; the kernels read float32, bfloat16 and float16"
-        if t is not None and t.is_neg():
-            return f"{name} is a negated view; resolve_neg() makes it a plain tensor"
-    return None
 
 
 def refuse_cuda(t: Tensor, source: str) -> str | None:

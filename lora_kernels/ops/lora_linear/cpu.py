@@ -9,7 +9,8 @@ the cache, in both directions. Sums are float32 and y is rounded once.
 import torch
 
 from lora_kernels import _cpu
-from lora_kernels.ops.buffers import READ, mask, refuse_dtypes, refuse_negated, row_major, transposed
+from lora_kernels.ops.buffers import mask, row_major, transposed
+from lora_kernels.ops.refusals import READ, refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tiles import on_tiles, product_back
 

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.launch import ceil, launch, power, refuse_device, refuse_tensors
+from lora_kernels.ops.launch import ceil, launch, power, refuse_device
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.thin import drawn, kept, outer, precision, product, shrink
 
@@ -130,11 +131,12 @@ def zero_gain_kernel(
 
 
 def refusal(x, w, a, b, scale, bias, gain, *_):
-    return refuse_tensors(x=x, w=w, a=a, b=b, bias=bias, gain=gain) or refuse_device(x)
+    tensors = {"x": x, "w": w, "a": a, "b": b, "bias": bias, "gain": gain}
+    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(x)
 
 
 def backward_refusal(dy, *args):
-    return refusal(*args) or refuse_tensors(dy=dy)
+    return refusal(*args) or refuse_dtypes(dy=dy) or refuse_negated(dy=dy)
 
 
 def tiles(m, dtype, two_sums):

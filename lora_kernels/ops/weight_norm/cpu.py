@@ -3,7 +3,7 @@
 import torch
 
 from lora_kernels import _cpu
-from lora_kernels.ops.buffers import refuse_dtypes, refuse_negated
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tiles import on_tiles, product
 from lora_kernels.ops.weight_norm.op import MAX_CONDITION

@@ -3,6 +3,7 @@
 import torch
 
 from lora_kernels.ops.launch import ceil, launch_cuda, power, refuse_cuda
+from lora_kernels.ops.refusals import refuse_negated
 from lora_kernels.ops.registry import implements
 
 SOURCE = "weight_norm/cuda.cu"
@@ -18,15 +19,13 @@ def refusal(w, a, b, scale, w_squared):
     if w.shape[1] % 8:
         return f"w has {w.shape[1]} columns; the kernel needs a multiple of 8"
     for name, t in (("w", w), ("a", a), ("b", b)):
-        if t.is_neg():
-            return f"{name} is a negated view; resolve_neg() makes it a plain tensor"
         if not t.numel():
             continue
         if t.stride(1) != 1:
             return f"{name} has strides {list(t.stride())}; the kernel needs rows without gaps"
         if name != "b" and (t.data_ptr() % 16 or t.stride(0) % 8):
             return f"the rows of {name} do not begin at multiples of 16 bytes"
-    return refuse_cuda(w, SOURCE)
+    return refuse_negated(w=w, a=a, b=b) or refuse_cuda(w, SOURCE)
 
 
 @implements("weight_norm_forward", "cuda", refusal)

@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.launch import ceil, launch, power, refuse_device, refuse_tensors
+from lora_kernels.ops.launch import ceil, launch, power, refuse_device
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.thin import HALVES, outer, product, shrink
 
@@ -57,7 +58,7 @@ def row_norm_squared_kernel(w, squared, n, k, w0, w1, BN: tl.constexpr, BK: tl.c
 
 
 def refusal(w, a=None, b=None, scale=None, w_squared=None):
-    return refuse_tensors(w=w, a=a, b=b) or refuse_device(w)
+    return refuse_dtypes(w=w, a=a, b=b) or refuse_negated(w=w, a=a, b=b) or refuse_device(w)
 
 
 def backward_refusal(dn, n, w, a, b, scale, needs):
