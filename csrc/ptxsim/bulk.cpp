@@ -27,22 +27,18 @@ enum Field { ADDRESS, RANKS, BOX, SIZES, STRIDES, STEPS, TYPE, INTERLEAVE, SWIZZ
 const uint8_t TYPE_BYTES[] = {1, 2, 4, 4, 8, 8, 2,
                               4, 4, 8, 2, 4, 4};  // u8 u16 u32 s32 u64 s64 f16 f32 ftz f64 bf16 tf32
 
-uint64_t shared_or(uint64_t address, bool& shared) {
-  shared = address >= SHARED_WINDOW;
-  return shared ? address - SHARED_WINDOW : address;
-}
+uint32_t in_shared(uint64_t address) { return uint32_t(address >= SHARED_WINDOW ? address - SHARED_WINDOW : address); }
 
 // tensormap.replace: the address, the value; immediates: offset, bytes of the register, field, ordinal, whether shared
 void replace(Warp& w, const Instruction& in, Mask mask) {
   for (int i = 0; i < LANES; i++) {
     if (!(mask >> i & 1)) continue;
-    bool shared = in.with[4];
-    const uint64_t address = shared_or(address_of(w, i, in.at[0], in.with[0], in.with[1]), shared);
-    shared = shared || in.with[4];
+    const uint64_t address = address_of(w, i, in.at[0], in.with[0], in.with[1]);
+    const bool shared = in.with[4] || address >= SHARED_WINDOW;
     uint8_t* at = nullptr;
     const auto reach = [&](Access access) {
       for (uint32_t k = 0; k < MAP_BYTES; k += 16) {
-        uint8_t* found = shared ? shared_at(w, i, uint32_t(address) + k, 16, access, "tensormap.replace")
+        uint8_t* found = shared ? shared_at(w, i, in_shared(address) + k, 16, access, "tensormap.replace")
                                 : global_at(w, i, address + k, 16, access, "tensormap.replace");
         if (!found) return false;
         if (k == 0) at = found;
@@ -76,10 +72,9 @@ void replace(Warp& w, const Instruction& in, Mask mask) {
 void publish(Warp& w, const Instruction& in, Mask mask) {
   if (mask != w.live) report(w, -1, "tensormap.cp_fenceproxy: not all lanes of the warp are here");
   const uint64_t to = address_of(w, 0, in.at[0], in.with[0], in.with[1]);
-  bool shared = true;
-  const uint64_t from = shared_or(address_of(w, 0, in.at[1], in.with[2], in.with[3]), shared);
+  const uint32_t from = in_shared(address_of(w, 0, in.at[1], in.with[2], in.with[3]));
   for (uint32_t k = 0; k < MAP_BYTES; k += 16) {
-    const uint8_t* held = shared_at(w, 0, uint32_t(from) + k, 16, Access::load, "tensormap.cp_fenceproxy");
+    const uint8_t* held = shared_at(w, 0, from + k, 16, Access::load, "tensormap.cp_fenceproxy");
     uint8_t* at = global_at(w, 0, to + k, 16, Access::store, "tensormap.cp_fenceproxy");
     if (held && at) std::memcpy(at, held, 16);
   }
@@ -325,8 +320,6 @@ void fence_proxy(Warp& w, const Instruction&, Mask mask) {
   }
   w.clock++;
 }
-
-void nothing(Warp&, const Instruction&, Mask) {}
 
 const Table entries{
     {"tensormap.replace", "*", replace, Flow::none},

@@ -171,8 +171,6 @@ void assert_fail(Warp& w, const Instruction& in, Mask mask) {
          "assertion failed: " + said[0] + ", " + said[1] + ":" + std::to_string(w.at<uint32_t>(in.at[2])[lane]));
 }
 
-void nothing(Warp&, const Instruction&, Mask) {}
-
 // clang-format off: a line an instruction
 #define RUN [](Warp& w, const Instruction& in, Mask mask)
 #define VOTE(name, value) {"vote.sync." name ".pred", "p=p,32", RUN { vote(w, in, mask, [](Mask yes, Mask here) { (void)here; return value; }); }, Flow::together}

@@ -164,6 +164,9 @@ inline void each(T* out, Mask mask, F&& f) {
   }
 }
 
+// of instructions that only hardware needs
+inline void nothing(Warp&, const Instruction&, Mask) {}
+
 // an error of the kernel, which is noted and does not stop the run
 void report(const Warp& warp, int lane, const std::string& what);
 

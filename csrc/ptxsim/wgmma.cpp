@@ -136,8 +136,6 @@ void wait_group(Warp& w, const Instruction& in, Mask) {
   tick(w);
 }
 
-void nothing(Warp&, const Instruction&, Mask) {}
-
 const Table entries{
     {"wgmma.mma_async", "*", issue, Flow::together},
     {"wgmma.fence", "=", nothing, Flow::none},

@@ -7,6 +7,7 @@ import torch
 from lora_kernels.ops import missing_backends
 from lora_kernels.ops.launch import CSRC
 from lora_kernels.testing.gates import Budget, Configuration, Cuda, Triton
+from lora_kernels.testing.gates.configuration import NVIDIA
 
 MISSING = missing_backends().get("triton")
 if not MISSING:
@@ -14,7 +15,8 @@ if not MISSING:
 
 KERNELS = Path(__file__).parents[1] / "ptxsim" / "kernels"
 HALF, SINGLE = torch.bfloat16, torch.float32
-MMA, ALL = "sm_80 sm_86 sm_89 sm_120", "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942"
+MMA, CUDA = "sm_80 sm_86 sm_89 sm_120", " ".join(NVIDIA)
+ALL = f"{CUDA} gfx942"
 LORA = dict.fromkeys("xwaby", HALF) | {"m": 4096, "n": 4096, "k": 4096, "r": 16, "scale": 0.5, "R": 16}
 
 
@@ -39,7 +41,7 @@ CORPUS = [
     }, without={"gfx942": "needs 68 KiB of LDS; 2 stages are shipped there"}),
     Configuration("lora 128x128x64, 8 warps, 2 stages", lora(128, 128, 64, warps=8, stages=2), {
         "gfx942": Budget(5.7, "v_mfma", units=20, wide=12),
-    }, without={f"{MMA} sm_90 sm_100": "3 stages are shipped there"}),
+    }, without={CUDA: "3 stages are shipped there"}),
     Configuration("lora 64x64x32, 4 warps, 3 stages", lora(64, 64, 32), {
         MMA: Budget(5.4, "HMMA", units=20, wide=13, blocks=4),
         "sm_90": Budget(26.5, "HGMMA", units=4, wide=13, blocks=7),
@@ -58,21 +60,21 @@ CORPUS = [
         "gfx942": Budget(14, "v_mfma", units=4, blocks=8),
     }),
     Configuration("gather 16x64, 4 warps, 3 stages", corpus("gather", GATHER), {
-        f"{MMA} sm_90 sm_100": Budget(30, units=2, wide=2, blocks=12),
+        CUDA: Budget(30, units=2, wide=2, blocks=12),
         "gfx942": Budget(23, units=2, blocks=8),
     }),
     Configuration("softmax 4096, 4 warps", corpus("softmax", {"x": HALF, "y": HALF, "n": 4096, "B": 4096}), {
-        f"{MMA} sm_90 sm_100": Budget(134, units=4, wide=4, blocks=10),
+        CUDA: Budget(134, units=4, wide=4, blocks=10),
         "gfx942": Budget(294, units=2, wide=2, blocks=8),
     }),
     Configuration(
         "dropout 1024, 4 warps", corpus("dropout", {"x": SINGLE, "y": SINGLE, "n": 4096, "p": 0.3, "seed": 42, "B": 1024}), {
-            f"{MMA} sm_90 sm_100": Budget(270, units=2, wide=2, blocks=10),
+            CUDA: Budget(270, units=2, wide=2, blocks=10),
             "gfx942": Budget(375, wide=1, blocks=8),
         },
     ),
     Configuration("matmul.cu 64x64x32, 4 warps, 2 stages", Cuda(KERNELS / "matmul.cu", "matmul", threads=128), {
-        f"{MMA} sm_90 sm_100": Budget(7.4, "HMMA", units=16, wide=8, blocks=5),
+        CUDA: Budget(7.4, "HMMA", units=16, wide=8, blocks=5),
     }),
 ]  # fmt: skip
 
@@ -82,7 +84,7 @@ def norm_cuda(kind: str, ranks: int) -> Cuda:
 
 
 CUDA_OPS = [
-    *(Configuration(f"weight_norm.cu, {kind}, r={ranks}", norm_cuda(kind, ranks), {f"{MMA} sm_90 sm_100": budget})
+    *(Configuration(f"weight_norm.cu, {kind}, r={ranks}", norm_cuda(kind, ranks), {CUDA: budget})
       for kind in ("bf16", "f16") for ranks, budget in (
           (16, Budget(43, "HMMA", units=8, wide=15, blocks=3)), (32, Budget(22, "HMMA", units=16, wide=18, blocks=2)),
           (64, Budget(13, "HMMA", units=32, wide=16, blocks=2)), (128, Budget(8.9, "HMMA", units=64, wide=24)),

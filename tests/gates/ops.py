@@ -8,10 +8,11 @@ from torch import Tensor
 from lora_kernels import lora_linear, use_backend, weight_norm
 from lora_kernels.ops.launch import Launch, recorded
 from lora_kernels.testing.gates import Budget, Configuration, Triton
+from lora_kernels.testing.gates.configuration import NVIDIA
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 WIDE = 4096
-MMA, CUDA, AMD = "sm_80 sm_86 sm_89 sm_120", "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120", "gfx942"
+MMA, CUDA, AMD = "sm_80 sm_86 sm_89 sm_120", " ".join(NVIDIA), "gfx942"
 
 
 def linear(
