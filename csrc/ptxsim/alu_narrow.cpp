@@ -39,6 +39,10 @@ void carried(Warp& w, const Instruction& in, Mask mask, F&& f) {
 #define FUNCTIONS(type, from, to) HALF1("tanh", type, to(std::tanh(from(x)))), HALF3("fma.relu", type, relu(to##_fma(from(x), from(y), from(z)))), \
   TWO("min.NaN." type "x2", "32=32,32", u32, u32, u32, halves(x, y, 0, [](u16 x, u16 y, u16) { return to(least_or_nan(from(x), from(y))); })), \
   TWO("max.NaN." type "x2", "32=32,32", u32, u32, u32, halves(x, y, 0, [](u16 x, u16 y, u16) { return to(most_or_nan(from(x), from(y))); }))
+// one or two operands of 16 bits among those of 32; one rounding
+#define MIXED(type, from) \
+  THREE("fma.f32." type, "32=16,16,32", f32, u16, u16, f32, std::fma(from(x), from(y), z)), \
+  TWO("add.f32." type, "32=16,32", f32, u16, f32, from(x) + y), TWO("sub.f32." type, "32=16,32", f32, u16, f32, from(x) - y)
 #define SHORTS(name, type, T, value) TWO(name "." type "x2", "32=32,32", u32, u32, u32, halves(x, y, 0, [](u16 p, u16 q, u16) { const T x = T(p), y = T(q); return u16(value); }))
 #define CARRY2(name, T, B, value) {name "." #T, #B ",p=" #B "," #B ",p", RUN { carried<T, false>(w, in, mask, [](u128 x, u128 y, u128, u128 carry) { return value; }); }, Flow::none}
 #define CARRY3(name, T, B, value) {name "." #T, #B ",p=" #B "," #B "," #B ",p", RUN { carried<T, true>(w, in, mask, [](u128 x, u128 y, u128 z, u128 carry) { return value; }); }, Flow::none}
@@ -57,7 +61,7 @@ const Table entries{
     SHORTS("min.relu", "s16", s16, std::max<s16>(std::min(x, y), 0)), SHORTS("max.relu", "s16", s16, std::max<s16>(std::max(x, y), 0)),
     TWO("pack.b16.b8", "16=16,16", u16, u16, u16, (x & 255) | y << 8),
     {"part.b8.b16", "16=16,i", RUN { const int by = 8 * int(in.with[0]); one<u16, u16>(w, in, mask, [&](u16 x) { return x >> by & 255; }); }, Flow::none},
-    CARRIES(u32, 32), CARRIES(u64, 64),
+    MIXED("f16", from_f16), MIXED("bf16", from_bf16), CARRIES(u32, 32), CARRIES(u64, 64),
 };
 // clang-format on
 

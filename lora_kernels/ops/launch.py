@@ -42,6 +42,17 @@ def recorded() -> Iterator[list[Launch]]:
         _recorder.reset(token)
 
 
+def architecture() -> int:
+    """90 for sm_90 and so on: of the current GPU, or of the one that is simulated. AMD's are none of them: 0."""
+    if simulates():
+        simulated = import_module("lora_kernels.testing.ptxsim.device").current.get()
+        return simulated.arch if simulated else 80
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def refuse_device(t: Tensor) -> str | None:
     """Why kernels for GPUs cannot run on a tensor, or None."""
     if simulates():
@@ -55,11 +66,13 @@ def refuse_device(t: Tensor) -> str | None:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], args: dict[str, Any], makes: Sequence[Tensor], *, warps: int = 4, stages: int = 3
-) -> None:
-    """Runs a `@triton.jit` kernel, which fills the tensors `makes` and changes no other.
+    kernel: Any, grid: tuple[int, ...], args: dict[str, Any], makes: Sequence[Tensor], *, changes: Sequence[Tensor] = (),
+    warps: int = 4, stages: int = 3, early: bool = False,
+) -> None:  # fmt: skip
+    """Runs a `@triton.jit` kernel, which fills the tensors `makes`, may write those in `changes`, and changes no other.
 
-    `args` has its parameters by name, those of `tl.constexpr` too. Nothing runs if the grid is empty.
+    `args` has its parameters by name, those of `tl.constexpr` too. Nothing runs if the grid is empty. `early`: it may start
+    before the launch before it has ended, and waits for that itself (from sm_90).
     """
     if 0 in grid:
         return
@@ -69,10 +82,11 @@ def launch(
     if simulates():
         # the tests' kit lies above the ops and is there only for whom asks for it
         simulate = import_module("lora_kernels.testing.triton_ptx").simulate_triton
-        simulate(kernel, grid, args, makes, poisoned=makes, warps=warps, stages=stages)
+        simulate(kernel, grid, args, [*makes, *changes], poisoned=makes, warps=warps, stages=stages)
         return
-    with torch.cuda.device(makes[0].device):
-        kernel[grid](**args, num_warps=warps, num_stages=stages)
+    overlap = {"launch_pdl": True} if early else {}
+    with torch.cuda.device((makes or changes)[0].device):
+        kernel[grid](**args, num_warps=warps, num_stages=stages, **overlap)
 
 
 def refuse_cuda(t: Tensor, source: str) -> str | None:

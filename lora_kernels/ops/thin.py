@@ -1,7 +1,7 @@
-"""Products of a big matrix with a thin one, in Triton: what lora_linear and weight_norm share.
+"""What the Triton kernels share: tiles, products, the mask of dropout, and products of a big matrix with thin ones.
 
-Sums are float32 in a fixed order; there are no atomics. Offsets are 64 bits. Tiles are named as in DESIGN's formulas:
-u is the big matrix, v or h the thin one of `r` rows or columns.
+Sums are float32 in a fixed order; there are no atomics on them. Offsets are 64 bits. What several programs add to is kept in
+parts, which whoever reads them adds up in their order. Kernels take tuples where several layers share a tensor.
 """
 
 import torch
@@ -9,10 +9,25 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.dropout import threshold
-from lora_kernels.ops.launch import ceil, launch, power
+from lora_kernels.ops.launch import architecture, ceil, launch, power
 
-PART = 512  # rows that one program of `outer` sums
 HALVES = (torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def load_tile(u, rows, columns, u0, u1, m, n):
+    """u [rows, columns] of u [m, n], 0 outside."""
+    return tl.load(u + rows[:, None] * u0 + columns[None, :] * u1, mask=(rows < m)[:, None] & (columns < n)[None, :], other=0.0)
+
+
+@triton.jit
+def load_sum(part, rows, ranks, parts, m, r):
+    """Σ part [parts, m, r] in the order of the parts, [rows, ranks]."""
+    sums = load_tile(part, rows, ranks, r, 1, m, r)
+    for _ in tl.range(1, parts, num_stages=1):
+        part += tl.cast(m, tl.int64) * r
+        sums += load_tile(part, rows, ranks, r, 1, m, r)
+    return sums
 
 
 @triton.jit
@@ -40,83 +55,171 @@ def rest(v):
 
 
 @triton.jit
-def kept(seed, rows, first, limit, BM: tl.constexpr, BK: tl.constexpr):
-    """Whether dropout keeps elements `first` and on of these rows, [BM, BK]: ops/dropout.py's Philox, a word an element."""
-    if seed.dtype.is_ptr():
-        seed = tl.load(seed)
+def kept(low, high, rows, first, limit, BM: tl.constexpr, BK: tl.constexpr):
+    """Whether dropout keeps elements `first` and on of these rows, [BM, BK]: ops/dropout.py's Philox, a word an element.
+
+    The seed is what `low` points to, or its halves are in `low` and `high` as `drawn` packs them.
+    """
+    if low.dtype.is_ptr():
+        seed = tl.load(low)
+    else:
+        seed = ((high >> 1) << 32) | ((low >> 1) & 0xFFFFFFFF)
     group = (first // 4 + tl.arange(0, BK // 4)).to(tl.uint32)[None, :] + tl.zeros((BM, 1), tl.uint32)
-    low, high = rows.to(tl.uint32)[:, None] + 0 * group, (rows >> 32).to(tl.uint32)[:, None] + 0 * group
-    w0, w1, w2, w3 = tl.philox(seed, group, low, high, 0 * group)
+    near, far = rows.to(tl.uint32)[:, None] + 0 * group, (rows >> 32).to(tl.uint32)[:, None] + 0 * group
+    w0, w1, w2, w3 = tl.philox(seed, group, near, far, 0 * group)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BM, BK))
     return words.to(tl.int64) >= limit
 
 
-@triton.jit(do_not_specialize=["seed", "limit", "m"])
+@triton.jit(do_not_specialize=["m"])
 def shrink_kernel(
-    u, v, gain, out, seed, limit, scale, m, k, r, u0, u1, v0, v1, o0, o1,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    u, vs, outs, lows, highs, limits, scales, m, k, rs, u0, u1, v0s, v1s, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """out [m, r] = scale · kept(u) (gain ⊙ v)ᵀ; u [m, k], v [r, k], gain [k]."""
+    """outs[g] [part, m, r_g] = scale · drop(u) v_gᵀ over columns SPLIT·part and on; u [m, k] is read once for all v_g [r_g, k].
+
+    EARLY: what comes next may start meanwhile, and waits before it reads.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     ranks = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
-    sums = tl.zeros((BM, BR), tl.float32)
-    for first in range(0, k, BK):
+    part = tl.program_id(2).to(tl.int64)
+    sums = ()
+    for _ in tl.static_range(len(vs)):
+        sums = sums + (tl.zeros((BM, BR), tl.float32),)
+    for first in range(tl.program_id(2) * SPLIT, min(k, (tl.program_id(2) + 1) * SPLIT), BK):
         depth = first + tl.arange(0, BK).to(tl.int64)
-        inside = depth < k
-        us = tl.load(u + rows[:, None] * u0 + depth[None, :] * u1, mask=(rows < m)[:, None] & inside[None, :], other=0.0)
-        vs = tl.load(v + ranks[None, :] * v0 + depth[:, None] * v1, mask=(ranks < r)[None, :] & inside[:, None], other=0.0)
-        if seed is not None:
-            us = tl.where(kept(seed, rows, first, limit, BM, BK), us, 0.0)
-        if gain is not None:  # on the thin side, where its digits cost little
-            vs = vs.to(tl.float32) * tl.load(gain + depth, mask=inside, other=0.0).to(tl.float32)[:, None]
-        sums = product(us, vs, sums, PRECISION)
-    tl.store(out + rows[:, None] * o0 + ranks[None, :] * o1, scale * sums, mask=(rows < m)[:, None] & (ranks < r)[None, :])
+        us = load_tile(u, rows, depth, u0, u1, m, k)  # [BM, BK]
+        added = ()
+        for g in tl.static_range(len(vs)):
+            v = load_tile(vs[g], depth, ranks, v1s[g], v0s[g], k, rs[g])  # [BK, BR]
+            mine = us
+            if lows[g] is not None:
+                mine = tl.where(kept(lows[g], highs[g], rows, first, limits[g], BM, BK), us, 0.0)
+            added = added + (product(mine, v, sums[g], PRECISION),)
+        sums = added
+    for g in tl.static_range(len(vs)):
+        at = outs[g] + (part * m + rows)[:, None] * rs[g] + ranks[None, :]
+        tl.store(at, scales[g] * sums[g], mask=(rows < m)[:, None] & (ranks < rs[g])[None, :])
 
 
-@triton.jit(do_not_specialize=["seed", "limit", "m"])
-def outer_kernel(
-    u, h, v, part, columns_u, columns_uv, seed, limit, m, n, r, u0, u1, v0, v1, PART: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+@triton.jit
+def one_side(
+    u, v, gain, h, times, p, part, of_u, of_uv, scale, column, m, n, r, u0, u1, v0, v1, t0, t1,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """part [p, n, r] = kept(u)ᵀ h over rows PART·p and on; beside it the sums of u and of u ⊙ v over them, [p, n]."""
-    columns = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    ranks = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
-    p = tl.program_id(2).to(tl.int64)
-    sums, of_u, of_uv = tl.zeros((BN, BR), tl.float32), tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
-    for first in range(0, PART, BM):
-        rows = p * PART + first + tl.arange(0, BM)
-        inside = (rows < m)[:, None] & (columns < n)[None, :]
-        us = tl.load(u + rows[:, None] * u0 + columns[None, :] * u1, mask=inside, other=0.0)
-        hs = tl.load(h + rows[:, None] * r + ranks[None, :], mask=(rows < m)[:, None] & (ranks < r)[None, :], other=0.0)
-        if seed is not None:
-            us = tl.where(kept(seed, rows, tl.program_id(0) * BN, limit, BM, BN), us, 0.0)
-        if columns_u is not None:
-            of_u += tl.sum(us.to(tl.float32), 0)
-        if columns_uv is not None:
-            vs = tl.load(v + rows[:, None] * v0 + columns[None, :] * v1, mask=inside, other=0.0)
-            of_uv += tl.sum(us.to(tl.float32) * vs.to(tl.float32), 0)
-        sums = product(tl.trans(us), hs, sums, PRECISION)
-    kept_here = (columns < n)[:, None] & (ranks < r)[None, :]
-    tl.store(part + (p * n + columns)[:, None] * r + ranks[None, :], sums, mask=kept_here)
-    first_ranks = tl.program_id(1) == 0
-    if columns_u is not None:
-        tl.store(columns_u + p * n + columns, of_u, mask=(columns < n) & first_ranks)
-    if columns_uv is not None:
-        tl.store(columns_uv + p * n + columns, of_uv, mask=(columns < n) & first_ranks)
+    """One program of `both_sides_kernel`: u [m, n], v [n, r], h [m, r]; rows ROWS·program_id(2) and on, columns BN·column and on."""
+    columns = tl.cast(column, tl.int64) * BN + tl.arange(0, BN)
+    ranks = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    z = tl.program_id(2).to(tl.int64)
+    if p is not None:
+        vs = load_tile(v, columns, ranks, v0, v1, n, r)  # [BN, BR]
+        if gain is not None:  # on the thin side, where its digits cost little
+            vs = vs.to(tl.float32) * tl.load(gain + columns, mask=columns < n, other=0.0).to(tl.float32)[:, None]
+    sums, sum_u, sum_uv = tl.zeros((BN, BR), tl.float32), tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
+    for first in range(0, ROWS, BM):
+        rows = z * ROWS + first + tl.arange(0, BM)
+        us = load_tile(u, rows, columns, u0, u1, m, n)  # [BM, BN]
+        if p is not None:
+            ps = scale * product(us, vs, tl.zeros((BM, BR), tl.float32), PRECISION)  # [BM, BR]
+            at = p + (tl.cast(column, tl.int64) * m + rows)[:, None] * r + ranks[None, :]
+            tl.store(at, ps, mask=(rows < m)[:, None] & (ranks < r)[None, :])
+        if of_u is not None:
+            sum_u += tl.sum(us.to(tl.float32), 0)
+        if of_uv is not None:
+            ts = load_tile(times, rows, columns, t0, t1, m, n)  # [BM, BN]
+            # a product that goes straight into a sum is fused with its first addition, in each lane its own: lanes would differ
+            sum_uv += tl.sum(tl.where((rows < m)[:, None], us.to(tl.float32) * ts.to(tl.float32), 0.0), 0)
+        if part is not None:
+            hs = load_tile(h, rows, ranks, r, 1, m, r)  # [BM, BR]
+            sums = product(tl.trans(us), hs, sums, PRECISION)
+    if part is not None:
+        tl.store(part + (z * n + columns)[:, None] * r + ranks[None, :], sums, mask=(columns < n)[:, None] & (ranks < r)[None, :])
+    once = tl.program_id(0) == 0
+    if of_u is not None:
+        tl.store(of_u + z * n + columns, sum_u, mask=(columns < n) & once)
+    if of_uv is not None:
+        tl.store(of_uv + z * n + columns, sum_uv, mask=(columns < n) & once)
 
 
-@triton.jit(do_not_specialize=["parts"])
-def add_up_kernel(part, gain, out, factor, parts, n, r, o0, o1, BN: tl.constexpr, BR: tl.constexpr):
-    """out [n, r] = factor · gain ⊙ Σ part [parts, n, r], in the order of the parts; gain [n]."""
-    rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    ranks = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
-    inside = (rows < n)[:, None] & (ranks < r)[None, :]
-    sums = tl.zeros((BN, BR), tl.float32)
-    for p in range(parts):
-        sums += tl.load(part + (p * tl.cast(n, tl.int64) + rows)[:, None] * r + ranks[None, :], mask=inside, other=0.0)
-    if gain is not None:
-        sums *= tl.load(gain + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + rows[:, None] * o0 + ranks[None, :] * o1, (factor * sums).to(out.dtype.element_ty), mask=inside)
+@triton.jit(do_not_specialize=["m"])
+def both_sides_kernel(
+    us, vs, gains, hs, times, ps, parts, of_us, of_uvs, scales, m, ns, rs, u0s, u1s, v0s, v1s, t0s, t1s,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Of each u_g [m, n_g], read once: p [column block, m, r] = scale · u (gain ⊙ v) in parts, part [z, n, r] = uᵀ h over rows
+    ROWS·z and on, and over them the sums of u and of u ⊙ times, [z, n]. What is None is left out."""
+    column = tl.program_id(1)
+    for g in tl.static_range(len(us)):
+        blocks = tl.cdiv(ns[g], BN)
+        if column >= 0 and column < blocks and tl.program_id(0) * BR < rs[g]:
+            one_side(
+                us[g], vs[g], gains[g], hs[g], times[g], ps[g], parts[g], of_us[g], of_uvs[g], scales[g], column, m, ns[g], rs[g],
+                u0s[g], u1s[g], v0s[g], v1s[g], t0s[g], t1s[g], ROWS, PRECISION, BM, BN, BR,
+            )  # fmt: skip
+        column -= blocks
+
+
+@triton.jit(do_not_specialize=["m"])
+def outer_kernel(
+    u, ps, wholes, parts, lows, highs, limits, counts, m, n, rs, u0, u1,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """parts[g] [z, r_g, n] = (drop(u)ᵀ p_g)ᵀ over rows ROWS·z and on, p_g the sum of ps[g] [counts[g], m, r_g], which goes to
+    wholes[g] [m, r_g]; u [m, n] is read once."""
+    ranks = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    columns = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+    z = tl.program_id(2).to(tl.int64)
+    sums = ()
+    for _ in tl.static_range(len(ps)):
+        sums = sums + (tl.zeros((BN, BR), tl.float32),)
+    for first in range(0, ROWS, BM):
+        rows = z * ROWS + first + tl.arange(0, BM)
+        us = load_tile(u, rows, columns, u0, u1, m, n)  # [BM, BN]
+        added = ()
+        for g in tl.static_range(len(ps)):
+            p = load_sum(ps[g], rows, ranks, counts[g], m, rs[g])  # [BM, BR]
+            if wholes[g] is not None:
+                at = wholes[g] + rows[:, None] * rs[g] + ranks[None, :]
+                tl.store(at, p, mask=((rows < m) & (tl.program_id(1) == 0))[:, None] & (ranks < rs[g])[None, :])
+            mine = us
+            if lows[g] is not None:
+                mine = tl.where(kept(lows[g], highs[g], rows, tl.program_id(1) * BN, limits[g], BM, BN), us, 0.0)
+            added = added + (product(tl.trans(mine), p, sums[g], PRECISION),)
+        sums = added
+    for g in tl.static_range(len(ps)):
+        at = parts[g] + (z * rs[g] + ranks)[None, :] * n + columns[:, None]
+        tl.store(at, sums[g], mask=(columns < n)[:, None] & (ranks < rs[g])[None, :])
+
+
+@triton.jit
+def add_up(block, parts, gains, divisors, outs, factors, counts, ns, rs, BLOCK: tl.constexpr):
+    """outs[j] [n, r] = factor · gain ⊙ Σ parts[j] [count, n, r] / divisor in the order of the parts, but where the divisor is
+    zero; `block` counts the blocks of all. What is left of it comes back."""
+    for j in tl.static_range(len(parts)):
+        size = tl.cast(ns[j], tl.int64) * rs[j]
+        blocks = tl.cdiv(size, BLOCK).to(tl.int32)
+        if block >= 0 and block < blocks:
+            at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            inside = at < size
+            sums = tl.zeros((BLOCK,), tl.float32)
+            for z in range(counts[j]):
+                sums += tl.load(parts[j] + z * size + at, mask=inside, other=0.0)
+            if gains[j] is not None:
+                sums *= tl.load(gains[j] + at // rs[j], mask=inside, other=0.0).to(tl.float32)
+            if divisors[j] is not None:
+                divisor = tl.load(divisors[j] + at // rs[j], mask=inside, other=0.0).to(tl.float32)
+                inside = inside & (divisor != 0.0)
+                sums = tl.div_rn(sums, tl.where(divisor != 0.0, divisor, 1.0))
+            tl.store(outs[j] + at, (factors[j] * sums).to(outs[j].dtype.element_ty), mask=inside)
+        block -= blocks
+    return block
+
+
+@triton.jit
+def add_up_kernel(parts, gains, divisors, outs, factors, counts, ns, rs, BLOCK: tl.constexpr):
+    add_up(tl.program_id(0), parts, gains, divisors, outs, factors, counts, ns, rs, BLOCK)
 
 
 def precision(t):
@@ -126,54 +229,161 @@ def precision(t):
     return "tf32" if t.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def drawn(dropout, seed):
-    """The arguments `seed` and `limit` of a kernel. A seed on the CPU is passed by value: no copy to the device."""
-    if seed is None or dropout <= 0:
-        return {"seed": None, "limit": 0}
-    return {"seed": int(seed) if seed.is_cpu else seed, "limit": threshold(dropout)}
+def odd(word):
+    """A word as an argument: always 64 bits and odd, since Triton compiles anew for a narrow one and for a multiple of 16."""
+    return 2**33 + 2 * (word & 0xFFFFFFFF) + 1
 
 
-def shrink(u, v, out, *, scale=1.0, gain=None, dropout=0.0, seed=None, exact=False):
-    """out [m, r] = scale · drop(u) (gain ⊙ v)ᵀ with u [m, k], v [r, k], gain [k]; `exact`: never TF32."""
-    (m, k), r = u.shape, v.shape[0]
-    drop = drawn(dropout, seed)
-    factor = scale / (1.0 - dropout) if drop["seed"] is not None else scale
-    tile = {"BM": power(m, most=64), "BK": 32 if u.dtype is torch.float32 else 64, "BR": power(r)}
-    stages = 2 if tile["BR"] == 32 else 3  # with 3, ptxas spills a few registers there to fit more blocks
-    how = "ieee" if exact and u.dtype is torch.float32 else precision(u)
-    args = {"u": u, "v": v, "gain": gain, "out": out, **drop, "scale": float(factor), "m": m, "k": k, "r": r}
-    args |= dict(zip(("u0", "u1", "v0", "v1", "o0", "o1"), (*u.stride(), *v.stride(), *out.stride()), strict=True))
-    grid = (ceil(m, tile["BM"]), ceil(r, tile["BR"]))
-    launch(shrink_kernel, grid, args | tile | {"PRECISION": how}, [out], stages=stages)
+def drawn(drops):
+    """The arguments `lows`, `highs`, `limits` of a kernel, for a (dropout, seed) of each layer. A seed on the CPU is passed by
+    value: no copy to the device."""
+    lows, highs, limits = [], [], []
+    for dropout, seed in drops:
+        drops_any = seed is not None and dropout > 0
+        by_value = drops_any and seed.is_cpu
+        number = int(seed) if by_value else 0
+        lows.append(odd(number) if by_value else seed if drops_any else None)
+        highs.append(odd(number >> 32) if by_value else None)
+        limits.append(threshold(dropout) if drops_any else 0)
+    return {"lows": tuple(lows), "highs": tuple(highs), "limits": tuple(limits)}
 
 
-def outer(u, h, out, *, factor=1.0, gain=None, dropout=0.0, seed=None, sums=None, times=None, v=None, exact=False):
-    """out [n, r] = factor · gain ⊙ (drop(u)ᵀ h) with u [m, n], h [m, r] in float32 and by rows, gain [n].
+def inverse(dropout, seed):
+    return 1.0 / (1.0 - dropout) if seed is not None and dropout > 0 else 1.0
 
-    `sums` [n] gets the column sums of u, `times` [n] those of u ⊙ v.
+
+def strides(name, tensors):
+    """The arguments `u0s` and `u1s` for tensors called u, where there is one."""
+    return {f"{name}{i}s": tuple(0 if t is None else t.stride(i) for t in tensors) for i in (0, 1)}
+
+
+def how(u, exact):
+    return "ieee" if exact and u.dtype is torch.float32 else precision(u)
+
+
+def shrink(u, vs, scales, drops=None, *, exact=False, early=False):
+    """For each v [r, k] the parts of scale · drop(u) vᵀ, [parts, m, r] in float32, with u [m, k]; `exact`: never TF32.
+
+    How k is split depends on k and r alone, so that a row's sum does not depend on how many rows there are.
     """
-    (m, n), r = u.shape, h.shape[1]
-    parts = ceil(m, PART)
-    drop = drawn(dropout, seed)
-    factor = factor / (1.0 - dropout) if drop["seed"] is not None else factor
-    part = h.new_empty(parts, n, r)
-    of_u, of_uv = (None if t is None else h.new_empty(parts, n, 1) for t in (sums, times))
-    tile = {"BM": power(m, most=64 if r <= 32 else 32), "BN": 64, "BR": power(r), "PART": PART}
-    v0, v1 = (0, 0) if v is None else v.stride()
-    how = "ieee" if exact and u.dtype is torch.float32 else precision(u)
-    args = {"u": u, "h": h, "v": v, "part": part, "columns_u": of_u, "columns_uv": of_uv, **drop, "m": m, "n": n, "r": r}
-    args |= {"u0": u.stride(0), "u1": u.stride(1), "v0": v0, "v1": v1, "PRECISION": how}
-    made = [t for t in (part, of_u, of_uv) if t is not None]
-    launch(outer_kernel, (ceil(n, tile["BN"]), ceil(r, tile["BR"]), parts), args | tile, made)
-    add_up(part, out, factor, gain)
-    for each, into in ((of_u, sums), (of_uv, times)):
-        if each is not None:
-            add_up(each, into[:, None], 1.0, None)
+    (m, k), ranks = u.shape, [len(v) for v in vs]
+    drops = drops or [(0.0, None)] * len(vs)
+    most = 64 // power(len(vs), least=1)
+    tile = {"BM": power(m, most=64), "BK": 32 if u.dtype is torch.float32 else 64, "BR": power(max(ranks), most=max(16, most))}
+    split = 1024 if max(ranks) <= 32 else 2048
+    parts = max(1, ceil(k, split))
+    stages = 2 if tile["BR"] == 32 else 3  # with 3, ptxas spills a few registers there to fit more blocks
+    outs = tuple(u.new_empty(parts, m, r, dtype=torch.float32) for r in ranks)
+    args = {
+        "u": u, "vs": tuple(vs), "outs": outs, **drawn(drops), "m": m, "k": k, "rs": tuple(ranks), "u0": u.stride(0),
+        "u1": u.stride(1), **strides("v", vs), "SPLIT": split, "PRECISION": how(u, exact), **tile,
+        "scales": tuple(float(s) * inverse(*drop) for s, drop in zip(scales, drops, strict=True)),
+        "EARLY": early and architecture() >= 90,
+    }  # fmt: skip
+    launch(shrink_kernel, (ceil(m, tile["BM"]), ceil(max(ranks), tile["BR"]), parts), args, outs, stages=stages)
+    return outs
 
 
-def add_up(part, out, factor, gain):
-    parts, n, r = part.shape
-    tile = {"BN": 64, "BR": power(r, least=1)}
-    args = {"part": part, "gain": gain, "out": out, "factor": float(factor), "parts": parts, "n": n, "r": r}
-    args |= {"o0": out.stride(0), "o1": out.stride(1)}
-    launch(add_up_kernel, (ceil(n, tile["BN"]), ceil(r, tile["BR"])), args | tile, [out])
+class Side:
+    """What `both_sides` makes of one u [m, n]: p if v [n, r] is there, part if h [m, r] is, of_u and of_uv if asked."""
+
+    def __init__(self, u, r, *, v=None, gain=None, h=None, times=None, scale=1.0, sums=False):
+        self.u, self.r, self.v, self.gain, self.h, self.times, self.scale, self.sums = u, r, v, gain, h, times, scale, sums
+        self.p = self.part = self.of_u = self.of_uv = None
+
+
+def both_sides(sides, *, exact=False):
+    """Reads each u once and fills the sides: p [parts, m, r] = scale · u (gain ⊙ v), part [parts, n, r] = uᵀ h, of_u [parts, n]
+    the sums of u's columns, of_uv those of u ⊙ times."""
+    first = sides[0].u
+    m, ns = len(first), [side.u.shape[1] for side in sides]
+    wide = first.dtype is torch.float32
+    # with more than one product a tile, or sums beside them, 512 columns leave too few registers
+    heavy = any(s.gain is not None or s.times is not None or (s.v is not None and s.v.dtype is torch.float32) for s in sides)
+    bn, br = power(max(ns), most=64 if wide else 256 if heavy else 512), power(max(s.r for s in sides), most=32)
+    bm = power(m, most=16 if wide else 32)
+    blocks = [ceil(n, bn) for n in ns]
+    rows = _rows(m, sum(blocks))
+    parts = ceil(m, rows)
+    for side, n, count in zip(sides, ns, blocks, strict=True):
+        new = lambda *shape: side.u.new_empty(shape, dtype=torch.float32)  # noqa: B023, E731
+        side.p = None if side.v is None else new(count, m, side.r)
+        side.part = None if side.h is None else new(parts, n, side.r)
+        side.of_u = new(parts, n) if side.sums else None
+        side.of_uv = None if side.times is None else new(parts, n)
+    fields = {name: tuple(getattr(s, one) for s in sides) for name, one in (
+        ("us", "u"), ("vs", "v"), ("gains", "gain"), ("hs", "h"), ("times", "times"), ("ps", "p"), ("parts", "part"),
+        ("of_us", "of_u"), ("of_uvs", "of_uv"), ("scales", "scale"), ("rs", "r"),
+    )}  # fmt: skip
+    args = {**fields, "m": m, "ns": tuple(ns), "ROWS": rows, "PRECISION": how(first, exact), "BM": bm, "BN": bn, "BR": br}
+    for name, one in (("u", "us"), ("v", "vs"), ("t", "times")):
+        args |= strides(name, fields[one])
+    made = [t for s in sides for t in (s.p, s.part, s.of_u, s.of_uv) if t is not None]
+    grid = (ceil(max(s.r for s in sides), br), sum(blocks), parts)
+    launch(both_sides_kernel, grid, args, made, warps=4 if wide else 8, stages=2)
+
+
+def outer(u, ps, drops=None, *, keep=False, exact=False):
+    """For each p [count, m, r], whose parts are added up, the parts of pᵀ drop(u), [parts, r, n] without drop's factor, with
+    u [m, n]; and with `keep` the sums of p [m, r]."""
+    (m, n), ranks = u.shape, [p.shape[2] for p in ps]
+    wide = u.dtype is torch.float32
+    br = power(max(ranks), most=max(16, 32 // power(len(ps), least=1)))
+    bn, bm = power(n, most=64 if wide else 512 // power(len(ps), least=1)), power(m, most=16 if wide else 32)
+    rows = _rows(m, ceil(n, bn))
+    parts = tuple(u.new_empty(ceil(m, rows), r, n, dtype=torch.float32) for r in ranks)
+    wholes = tuple(p.new_empty(p.shape[1:]) if keep else None for p in ps)
+    args = {
+        "u": u, "ps": tuple(ps), "wholes": wholes, "parts": parts, **drawn(drops or [(0.0, None)] * len(ps)),
+        "counts": tuple(map(len, ps)), "m": m, "n": n, "rs": tuple(ranks), "u0": u.stride(0), "u1": u.stride(1),
+        "ROWS": rows, "PRECISION": how(u, exact), "BM": bm, "BN": bn, "BR": br,
+    }  # fmt: skip
+    made = [t for t in (*parts, *wholes) if t is not None]
+    launch(outer_kernel, (ceil(max(ranks), br), ceil(n, bn), ceil(m, rows)), args, made, warps=4 if wide else 8, stages=2)
+    return parts, wholes
+
+
+def _rows(m, blocks):
+    """How many rows one program sums, so that there are programs for every multiprocessor."""
+    rows = 512
+    while rows > 64 and blocks * ceil(m, rows) < 256:
+        rows //= 2
+    return rows
+
+
+class Sums:
+    """What is to be added up: the arguments of `add_up`, for its own launch or for another kernel's last programs."""
+
+    BLOCK = 1024
+
+    def __init__(self):
+        self.jobs = []
+
+    def add(self, part, out, factor=1.0, gain=None, divisor=None):
+        """out [n, r] (r = 1 for a vector) = factor · gain ⊙ Σ part [parts, n, r] / divisor; out is contiguous, and left alone
+        where the divisor is zero."""
+        n, r = part.shape[1], part.shape[2] if part.dim() == 3 else 1
+        self.jobs.append((part, gain, divisor, out, float(factor), len(part), n, r))
+
+    def blocks(self):
+        return sum(ceil(n * r, self.BLOCK) for *_, n, r in self.jobs)
+
+    def args(self):
+        names = ("parts", "gains", "divisors", "outs", "factors", "counts", "ns", "rs")
+        return dict(zip(names, map(tuple, zip(*self.jobs, strict=True)) if self.jobs else [()] * 8, strict=True))
+
+    def made(self):
+        return [out for _, _, _, out, *_ in self.jobs]
+
+    def launch(self):
+        launch(add_up_kernel, (self.blocks(),), {**self.args(), "BLOCK": self.BLOCK}, self.made())
+
+
+def total(part):
+    """Σ part [parts, ...] in the order of the parts."""
+    if len(part) == 1:
+        return part[0]
+    out, sums = part.new_empty(part.shape[1:]), Sums()
+    sums.add(part, out)
+    sums.launch()
+    return out

@@ -54,9 +54,7 @@ def interpret(
         random.Random(seed).shuffle(places)
     function = stock.InterpretedFunction(kernel.fn).rewrite()
     constants = {p.name for p in kernel.params if p.is_constexpr}
-    # a TensorDescriptor's tensor is its base
-    tensors = {name: getattr(value, "base", value) for name, value in args.items()}
-    memory = _Memory({name: value for name, value in tensors.items() if isinstance(value, Tensor)}, writes)
+    memory = _Memory(_tensors(args), writes)
     with _mended(memory, overflow) as builder, _language(function):
         given = {name: value if name in constants else stock._implicit_cvt(value) for name, value in args.items()}
         try:
@@ -69,6 +67,15 @@ def interpret(
             raise
         except AssertionError as error:  # Triton's own: its sanitizer of overflow, device_assert, a descriptor's alignment
             raise InterpreterViolation(f"program {memory.program}: {error}") from error
+
+
+def _tensors(args: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors among the arguments and in tuples there; that of a TensorDescriptor is its base."""
+    flat = {}
+    for name, value in args.items():
+        flat |= {f"{name}[{i}]": each for i, each in enumerate(value)} if isinstance(value, tuple) else {name: value}
+    bases = {name: getattr(value, "base", value) for name, value in flat.items()}
+    return {name: value for name, value in bases.items() if isinstance(value, Tensor)}
 
 
 class _Memory:

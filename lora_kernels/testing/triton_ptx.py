@@ -4,6 +4,7 @@ import functools
 import math
 import re
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +31,8 @@ class Compiled:
     """Dynamic shared memory in bytes."""
     warps: int
     """Of a block, those that Triton adds to specialise them included."""
-    arguments: tuple[str, ...]
-    """The parameters that are left at run time."""
+    arguments: tuple[tuple[Any, ...], ...]
+    """The parameters that are left at run time: ("x",), or ("ws", 1) for one of a tuple."""
     scratch: int = 0
     """Bytes of global memory that each block needs beside its arguments, for the maps of tensors."""
     maps: tuple[Any, ...] = ()
@@ -44,8 +45,9 @@ class Compiled:
     def given(self, args: dict[str, Any], kernel: Kernel, scratch: Any = 0) -> list[Any]:
         """The arguments of a launch; Triton adds pointers to scratch memory, which are null where there is none."""
         values, maps = [], iter(self.maps)
-        for name in self.arguments:
-            values += _expanded(args[name], next(maps, None)) if _is_descriptor(args[name]) else [args[name]]
+        for name, *place in self.arguments:
+            value = args[name][place[0]] if place else args[name]
+            values += _expanded(value, next(maps, None)) if _is_descriptor(value) else [value]
         rest = len(kernel.parameters) - len(values)
         return values + [scratch, 0][:rest]
 
@@ -68,44 +70,52 @@ def compile_triton(function: Any, args: dict[str, Any], arch: int | str = 80, wa
 
     Tensors and numbers are arguments at run time, whose divisibility by 16 is known to the compiler as in a launch; the
     number 1, None and what is annotated `tl.constexpr` are constants; of parameters in `do_not_specialize` only the type
-    is known. `arch` is 80 for sm_80 and so on, or "gfx942".
+    is known. A tuple is so many arguments. `arch` is 80 for sm_80 and so on, or "gfx942".
     """
     names = [parameter.name for parameter in function.params]
     if missing := [name for name in names if name not in args]:
         raise TypeError(f"{function.__name__}: no argument for {', '.join(missing)}")
-    constants, signature, divisible = {}, {}, []
+    constants, signature, divisible = [], [], []
     for position, parameter in enumerate(function.params):
-        value = args[parameter.name]
-        special = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
-            constants[parameter.name], signature[parameter.name] = value, "constexpr"
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = _TYPES[value.dtype]
-            divisible += [position] if value.data_ptr() % 16 == 0 else []
-        elif _is_descriptor(value):
-            signature[parameter.name] = f"tensordesc<{_TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64" if value < 2**63 else "u64"
-            divisible += [position] if special and value % 16 == 0 else []
-    # with their types, for 0 and False are equal and one kernel is not the other
-    kinds = tuple((name, type(value).__name__, value) for name, value in constants.items())
+        given = args[parameter.name]
+        kinds = []
+        for place, value in enumerate(given) if isinstance(given, tuple) else [(None, given)]:
+            # Triton specialises what is in a tuple in any case
+            kind, divides = _kind(value, parameter.is_constexpr, place is not None or not parameter.do_not_specialize)
+            path = (position,) if place is None else (position, place)
+            # with its type, for 0 and False are equal and one kernel is not the other
+            constants += [(path, type(value).__name__, value)] if kind == "constexpr" else []
+            divisible += [path] if divides else []
+            kinds.append(kind)
+        signature.append((parameter.name, tuple(kinds) if isinstance(given, tuple) else kinds[0]))
     with _lock:
-        return _compiled(function, tuple(signature.items()), kinds, tuple(divisible), arch, warps, stages)
+        return _compiled(function, tuple(signature), tuple(constants), tuple(divisible), arch, warps, stages)
+
+
+def _kind(value: Any, constant: bool, special: bool) -> tuple[str, bool]:
+    """Triton's name of what a launch would pass, and whether its divisibility by 16 is told to the compiler."""
+    if constant or value is None or (special and type(value) is int and value == 1):
+        return "constexpr", False
+    if isinstance(value, Tensor):
+        return _TYPES[value.dtype], value.data_ptr() % 16 == 0
+    if _is_descriptor(value):
+        return f"tensordesc<{_TYPES[value.base.dtype][1:]}{list(value.block_shape)}>", False
+    if isinstance(value, float):
+        return "fp32", False
+    return "i32" if -(2**31) <= value < 2**31 else "i64" if value < 2**63 else "u64", special and value % 16 == 0
 
 
 @functools.cache
 def _compiled(
-    function: Any, signature: Any, constants: Any, divisible: tuple[int, ...], arch: int | str, warps: int, stages: int
+    function: Any, signature: Any, constants: Any, divisible: tuple[Any, ...], arch: int | str, warps: int, stages: int
 ) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     source = ASTSource(
-        fn=function, signature=dict(signature), constexprs={name: value for name, _, value in constants},
-        attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
+        fn=function, signature=dict(signature), constexprs={path: value for path, _, value in constants},
+        attrs={path: [["tt.divisibility", 16]] for path in divisible},
     )  # fmt: skip
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     made = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
@@ -113,10 +123,18 @@ def _compiled(
     threads = re.search(r"\.reqntid\s+(\d+)", code.get("ptx", ""))
     return Compiled(
         ptx=code.get("ptx", ""), shared=told.shared, warps=int(threads[1]) // 32 if threads else warps,
-        arguments=tuple(name for name, kind in signature if kind != "constexpr"),
+        arguments=tuple(_left(signature)),
         scratch=getattr(told, "global_scratch_size", 0), maps=tuple(getattr(told, "tensordesc_meta", None) or ()),
         cubin=code.get("cubin", b""), amdgcn=code.get("amdgcn", ""), columns=getattr(told, "tmem_size", 0),
     )  # fmt: skip
+
+
+def _left(signature: Any) -> Iterator[tuple[Any, ...]]:
+    for name, kind in signature:
+        if isinstance(kind, tuple):
+            yield from ((name, place) for place, each in enumerate(kind) if each != "constexpr")
+        elif kind != "constexpr":
+            yield (name,)
 
 
 def simulate_triton(

@@ -47,8 +47,12 @@ def launches(call: Callable[[], None]) -> dict[str, Launch]:
 
 def chosen(name: str, call: Callable[[], None]) -> Triton:
     launch = launches(call)[name]
-    args = {k: v.dtype if isinstance(v, Tensor) else v for k, v in launch.args.items()}
+    args = {k: tuple(map(_dtype, v)) if isinstance(v, tuple) else _dtype(v) for k, v in launch.args.items()}
     return Triton(f"{launch.kernel.fn.__module__}:{name}", args, launch.warps, launch.stages)
+
+
+def _dtype(value: object) -> object:
+    return value.dtype if isinstance(value, Tensor) else value
 
 
 DROPPED_F16 = linear(8192, 16, F16, gain=True, dropout=0.1)
@@ -108,10 +112,6 @@ GATES = [
         CUDA: Budget(15.9, "HMMA", units=32, wide=10, blocks=3),
         AMD: Budget(18, "v_mfma", units=32, wide=4, blocks=2),
     }),
-    Configuration("zero_gain", chosen("zero_gain_kernel", linear(8192, 16, gain=True)), {
-        CUDA: Budget(15.9, units=8, wide=10, blocks=9),
-        AMD: Budget(27, units=2, wide=2, blocks=8),
-    }),
     Configuration("dx, fp32, r=16", chosen("input_gradient_kernel", linear(8192, 16, F32)), {
         CUDA: Budget(179, units=2, wide=8, blocks=2),
         AMD: Budget(8.4, "v_mfma", units=8, blocks=3),
@@ -150,27 +150,23 @@ GATES = [
         CUDA: Budget(81, units=5, wide=15, blocks=4),
         AMD: Budget(12.6, "v_mfma", units=8, wide=6, blocks=3),
     }),
-    Configuration("outer, bf16, r=16", chosen("outer_kernel", linear(8192, 16)), {
+    Configuration("both_sides, bf16, r=16", chosen("both_sides_kernel", linear(8192, 16)), {
         MMA: Budget(24, "HMMA", units=16, wide=10, blocks=4),
         "sm_90": Budget(29, "HGMMA", units=8, wide=18, blocks=6),
         "sm_100": Budget(35, "UTCHMMA", units=8, wide=24, blocks=6),
         AMD: Budget(52, "v_mfma", units=8, wide=9, blocks=4),
     }),
-    Configuration("outer, bf16, r=32", chosen("outer_kernel", linear(8192, 32)), {
+    Configuration("both_sides, bf16, r=32", chosen("both_sides_kernel", linear(8192, 32)), {
         MMA: Budget(21, "HMMA", units=32, wide=16, blocks=2),
         "sm_90": Budget(38, "HGMMA", units=8, wide=24, blocks=4),
         "sm_100": Budget(42, "UTCHMMA", units=8, wide=32, blocks=4),
         AMD: Budget(45, "v_mfma", units=16, wide=12, blocks=2),
     }),
-    Configuration("outer, bf16, r=64", chosen("outer_kernel", linear(8192, 64)), {
+    Configuration("both_sides, bf16, r=64", chosen("both_sides_kernel", linear(8192, 64)), {
         MMA: Budget(18.8, "HMMA", units=32, wide=14, blocks=3),
         "sm_90": Budget(58, "HGMMA", units=4, wide=18, blocks=6),
         "sm_100": Budget(69, "UTCHMMA", units=4, wide=24, blocks=6),
         AMD: Budget(45, "v_mfma", units=8, wide=9, blocks=3),
-    }),
-    Configuration("add_up, r=16", chosen("add_up_kernel", linear(8192, 16)), {
-        CUDA: Budget(10.9, units=8, wide=16, blocks=12),
-        AMD: Budget(13.9, units=2, wide=3, blocks=8),
     }),
     Configuration("norm, bf16, r=16", chosen("norm_kernel", norm(16)), {
         MMA: Budget(28, "HMMA", units=8, wide=8, blocks=4),

@@ -155,7 +155,7 @@ def test_a_finding_is_raised(monkeypatch):
     """What the simulator finds in an op's kernel comes out of the op."""
     p = make_problem(16, 32, 32, 4, BF16)
     monkeypatch.setattr(backend, "launch", lambda kernel, grid, args, made, **how: launch(
-        kernel, grid, args | {"n": 48} if "forward" in str(kernel.fn) else args, made, **how))  # fmt: skip
+        kernel, grid, args | {"ns": (48,)} if "forward" in str(kernel.fn) else args, made, **how))  # fmt: skip
     with pytest.raises(SimulationError, match="out of bounds, forward_kernel_param_"):
         lora_linear(*p.arguments())
 
@@ -186,9 +186,11 @@ def test_a_seed_on_the_device(monkeypatch):
     """Read by the kernel instead of passed by value: the same mask."""
     p = make_problem(9, 40, 24, 4, F32, dropout=0.4)
     by_value = run(p)
-    monkeypatch.setattr(thin, "drawn", lambda dropout, seed: (
-        {"seed": seed, "limit": threshold(dropout)} if seed is not None else {"seed": None, "limit": 0}
-    ))  # fmt: skip
+    for module in (thin, backend):
+        monkeypatch.setattr(module, "drawn", lambda drops: {
+            "lows": tuple(seed for _, seed in drops), "highs": (None,) * len(drops),
+            "limits": tuple(0 if seed is None else threshold(dropout) for dropout, seed in drops),
+        })  # fmt: skip
     by_address = run(dataclasses.replace(p))
     assert all(torch.equal(by_address[name], by_value[name]) for name in by_value)
     with pytest.raises(ValueError, match="lora_linear: seed must be on cpu .x. or the CPU, found meta"):
@@ -196,16 +198,17 @@ def test_a_seed_on_the_device(monkeypatch):
 
 
 @triton.jit
-def draw(out, seed, limit, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def draw(out, low, high, limit, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = first + tl.arange(0, ROWS).to(tl.int64)
-    keep = thin.kept(seed, rows, 0, limit, ROWS, COLUMNS)
+    keep = thin.kept(low, high, rows, 0, limit, ROWS, COLUMNS)
     tl.store(out + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], keep.to(tl.int8))
 
 
 @pytest.mark.parametrize("first", [0, 2**32 - 3, 2**33 + 5])
 def test_the_mask_of_far_rows(first):
     out, seed = torch.empty(16, 64, dtype=torch.int8), torch.tensor(-(2**40) + 12345)
-    args = {"out": out, "seed": int(seed), "limit": threshold(0.3), "first": first, "ROWS": 16, "COLUMNS": 64}
+    low, high = thin.odd(int(seed)), thin.odd(int(seed) >> 32)
+    args = {"out": out, "low": low, "high": high, "limit": threshold(0.3), "first": first, "ROWS": 16, "COLUMNS": 64}
     launch(draw, (1,), args, [out])
     row = (first + torch.arange(16))[:, None].expand(16, 16)
     group = torch.arange(16)[None, :].expand(16, 16)

@@ -45,6 +45,17 @@ def directed(kind, x, mode):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
+def test_sums_of_two_widths(kind):
+    (a, x), (b, y) = some(kind, 0), some(kind, 1)
+    c = np.random.default_rng(0).normal(size=32).astype(np.float32)
+    with np.errstate(all="ignore"):
+        wanted = {"fma.rn": x * y + c, "add": x + c, "sub": x - c}
+        for name, value in wanted.items():
+            lines = [f"{name}.f32.{kind} %out, %a, {'%b, ' * (name == 'fma.rn')}%c;"]
+            np.testing.assert_array_equal(run_lanes(lines, [a, b, c], np.float32), value.astype(np.float32), err_msg=name)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
 def test_comparisons(kind):
     (a, x), (b, y) = some(kind, 0), some(kind, 1)
     for ftz in ("", ".ftz") if kind == "f16" else ("",):

@@ -10,7 +10,7 @@ import triton.language as tl
 from lora_kernels.ops.launch import ceil, launch, power, refuse_device
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
-from lora_kernels.ops.thin import HALVES, outer, product, shrink
+from lora_kernels.ops.thin import HALVES, Side, both_sides, load_tile, outer, product, shrink, total
 
 
 @triton.jit
@@ -22,21 +22,15 @@ def norm_kernel(
     rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     ranks = tl.arange(0, BR).to(tl.int64)
     squares = tl.zeros((BN, BK), tl.float32)
-    at_b = b + rows[:, None] * b0 + ranks[None, :] * b1
-    bs = tl.load(at_b, mask=(rows < n)[:, None] & (ranks < r)[None, :], other=0.0)
+    bs = load_tile(b, rows, ranks, b0, b1, n, r)  # [BN, BR]
     for first in range(0, k, BK):
         depth = first + tl.arange(0, BK).to(tl.int64)
-        inside = depth < k
-        ws = tl.load(w + rows[:, None] * w0 + depth[None, :] * w1, mask=(rows < n)[:, None] & inside[None, :], other=0.0)
-        at_a = a + ranks[:, None] * a0 + depth[None, :] * a1
-        as_ = tl.load(at_a, mask=(ranks < r)[:, None] & inside[None, :], other=0.0)
-        update = product(bs, as_, tl.zeros((BN, BK), tl.float32), PRECISION)
+        ws = load_tile(w, rows, depth, w0, w1, n, k)  # [BN, BK]
+        update = product(bs, load_tile(a, ranks, depth, a0, a1, r, k), tl.zeros((BN, BK), tl.float32), PRECISION)
         if MORE:
             for rank in range(BR, r, BR):
-                more_b = tl.load(at_b + rank * b1, mask=(rows < n)[:, None] & (rank + ranks < r)[None, :], other=0.0)
-                at = at_a + tl.cast(rank, tl.int64) * a0
-                more_a = tl.load(at, mask=(rank + ranks < r)[:, None] & inside[None, :], other=0.0)
-                update = product(more_b, more_a, update, PRECISION)
+                more = load_tile(b, rows, rank + ranks, b0, b1, n, r)  # [BN, BR]
+                update = product(more, load_tile(a, rank + ranks, depth, a0, a1, r, k), update, PRECISION)
         adapted = ws.to(tl.float32) + scale * update
         squares += adapted * adapted
     # one sum over lanes at the end: in the loop the compiler would fuse its first addition with the product, in each lane
@@ -51,8 +45,7 @@ def row_norm_squared_kernel(w, squared, n, k, w0, w1, BN: tl.constexpr, BK: tl.c
     squares = tl.zeros((BN, BK), tl.float32)
     for first in range(0, k, BK):
         depth = first + tl.arange(0, BK).to(tl.int64)
-        inside = (rows < n)[:, None] & (depth < k)[None, :]
-        ws = tl.load(w + rows[:, None] * w0 + depth[None, :] * w1, mask=inside, other=0.0).to(tl.float32)
+        ws = load_tile(w, rows, depth, w0, w1, n, k).to(tl.float32)  # [BN, BK]
         squares += ws * ws
     tl.store(squared + rows, tl.sum(squares, 1), mask=rows < n)
 
@@ -87,22 +80,18 @@ def forward(w, a, b, scale, w_squared):
 def backward(dn, n, w, a, b, scale, needs):
     """With c = dn / n: dB = s·c ⊙ (W Aᵀ + s·B A Aᵀ), dA = s·((c ⊙ B)ᵀ W + s·(c ⊙ B)ᵀ B A); BA is not formed."""
     c = torch.where(n > 0, dn / n, 0.0)[:, None]
+    weighted = (c * b.float()).contiguous()
+    of_w = Side(w, len(a), v=a.T if needs[1] else None, h=weighted if needs[0] else None)
+    both_sides([of_w], exact=True)  # W is read once for both gradients
     da = db = None
     if needs[1]:
-        of_w, of_b = (w.new_empty(b.shape, dtype=torch.float32) for _ in range(2))
-        gram = w.new_empty(len(a), len(a), dtype=torch.float32)
-        shrink(a, a, gram, exact=True)
-        shrink(w, a, of_w, exact=True)
-        shrink(b, gram, of_b, exact=True)
-        db = ((scale * c) * (of_w + scale * of_b)).to(b.dtype)
+        gram = total(shrink(a, [a], [1.0], exact=True)[0])
+        of_b = total(shrink(b, [gram], [1.0], exact=True)[0])
+        db = ((scale * c) * (total(of_w.p) + scale * of_b)).to(b.dtype)
     if needs[0]:
-        weighted = (c * b.float()).contiguous()
-        of_w, of_a = (w.new_empty(a.shape, dtype=torch.float32) for _ in range(2))
-        small = w.new_empty(len(a), len(a), dtype=torch.float32)
-        outer(w, weighted, of_w.T, exact=True)
-        outer(b, weighted, small, exact=True)
-        outer(a, small, of_a.T, exact=True)
-        da = (scale * (of_w + scale * of_a)).to(a.dtype)
+        small = total(outer(b, [weighted[None]], exact=True)[0][0])  # (c ⊙ B)ᵀ B, [r, r]
+        of_a = total(outer(a, [small.T.contiguous()[None]], exact=True)[0][0])
+        da = (scale * (total(of_w.part).T + scale * of_a)).to(a.dtype)
     return da, db
 
 

@@ -72,7 +72,8 @@ def main_loop(code: Code) -> MainLoop:
     busy = [h for h in bodies if units[h] and not any(bodies[o] < bodies[h] and units[o] for o in bodies)]
     if not busy:
         return _summary([code.instructions[i] for i in reached(successors(code))], 0)
-    best = max(busy, key=lambda h: (units[h], len(bodies[h])))
+    # without matrix instructions it is the longest: of a product on plain lanes, not of a sum of a few parts
+    best = max(busy, key=lambda h: (units[h] if unit is MATRIX else 0, len(bodies[h])))
     return _summary(inside[best], sum(bodies[o] < bodies[best] and count(inside[o], MEMORY) > 0 for o in bodies))
 
 

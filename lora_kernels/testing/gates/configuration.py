@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -63,7 +63,7 @@ class Triton:
 
     def given(self) -> dict[str, Any]:
         """The arguments as tensors and numbers."""
-        return {k: torch.empty(0, dtype=v) if isinstance(v, torch.dtype) else v for k, v in self.args.items()}
+        return {k: _each(v, lambda one: torch.empty(0, dtype=one) if isinstance(one, torch.dtype) else one) for k, v in self.args.items()}
 
     def sources(self) -> Iterator[str]:
         """The text of the function and of all it calls, with the constants they read."""
@@ -85,7 +85,8 @@ class Triton:
 
     def text(self) -> str:
         """The rest of what decides about the code."""
-        args = {k: f"{v.dtype} at {v.data_ptr() % 16}" if isinstance(v, Tensor) else v for k, v in self.args.items()}
+        args = {k: _each(v, lambda one: f"{one.dtype} at {one.data_ptr() % 16}" if isinstance(one, Tensor) else one)
+                for k, v in self.args.items()}  # fmt: skip
         return f"{self.function} {args} {self.warps} {self.stages}"
 
     def version(self) -> str:
@@ -183,6 +184,11 @@ class Configuration:
         mine = [(Path(__file__).parent / name).read_text() for name in _ANALYSIS]
         parts = [*self.kernel.sources(), self.kernel.text(), self.kernel.version(), *mine]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A tuple of arguments, or a single one, changed."""
+    return tuple(map(change, value)) if isinstance(value, tuple) else change(value)
 
 
 def _named(names: tuple[str, ...], place: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,127 @@
+"""Triton: dx = Σ_g (dy_g ⊙ gain_g) W_g + drop(p_g A_g) of layers that share x, in one product, and in its last programs the
+sums of what the launches before left in parts, so that they need no launch of their own."""
+
+import triton
+import triton.language as tl
+
+from lora_kernels.ops.lora_linear.triton_forward import adapter, place
+from lora_kernels.ops.thin import add_up, kept, load_tile, product
+
+
+@triton.jit
+def over_outputs(
+    dy, w, gain, sums, base, rows, columns, m, n, k, d0, d1, w0, w1, DROP_BASE: tl.constexpr,
+    PRECISION: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """sums + (dy ⊙ gain) w, and base; DROP_BASE: sums + (dy ⊙ (gain - 1)) w, and base + dy w."""
+    for first in range(0, n, BN):
+        depth = first + tl.arange(0, BN).to(tl.int64)
+        ds = load_tile(dy, rows, depth, d0, d1, m, n)  # [BM, BN]
+        ws = load_tile(w, depth, columns, w0, w1, n, k)  # [BN, BK]
+        scaled = ds
+        if gain is not None:
+            gains = tl.load(gain + depth, mask=depth < n, other=0.0).to(tl.float32) - DROP_BASE
+            scaled = ds.to(tl.float32) * gains[None, :]
+            if ds.dtype == tl.bfloat16:  # one more rounding, for half the products; float16 has no exponents to spare
+                scaled = scaled.to(tl.bfloat16)
+        sums = product(scaled, ws, sums, PRECISION)
+        if DROP_BASE:
+            base = product(ds, ws, base, PRECISION)
+    return sums, base
+
+
+@triton.jit
+def zero_gain(
+    n, dy, x, w, h, b, dgain, m, k, r, d0, d1, x0, x1, w0, w1, b0, b1, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr
+):
+    """dgain[n] = Σ dy ⊙ z, which y cannot tell where the gain is zero."""
+    of_w, of_b = tl.zeros((BM, BK), tl.float32), tl.zeros((BM, BR), tl.float32)
+    for row in range(0, m, BM):
+        rows = row + tl.arange(0, BM).to(tl.int64)
+        ds = tl.load(dy + rows * d0 + n * d1, mask=rows < m, other=0.0).to(tl.float32)[:, None]
+        for first in range(0, k, BK):
+            depth = first + tl.arange(0, BK).to(tl.int64)
+            xs = load_tile(x, rows, depth, x0, x1, m, k).to(tl.float32)  # [BM, BK]
+            of_w += ds * xs * tl.load(w + n * w0 + depth * w1, mask=depth < k, other=0.0).to(tl.float32)[None, :]
+        for first in range(0, r, BR):
+            ranks = first + tl.arange(0, BR).to(tl.int64)
+            hs = load_tile(h, rows, ranks, r, 1, m, r)  # [BM, BR]
+            of_b += ds * hs * tl.load(b + n * b0 + ranks * b1, mask=ranks < r, other=0.0).to(tl.float32)[None, :]
+    tl.store(dgain + n, (tl.sum(tl.sum(of_w, 1), 0) + tl.sum(tl.sum(of_b, 1), 0)).to(dgain.dtype.element_ty))
+
+
+@triton.jit
+def rest_of_gradients(
+    block, parts, gains, divisors, outs, factors, counts, sizes, ranks, dys, x, ws, hs, bs, dy_gains, dgains, m, ns, k, rs,
+    d0s, d1s, x0, x1, w0s, w1s, b0s, b1s, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Adds up `parts`, and after that looks for gains of zero, COLUMNS a block, so that the host need not wait for an answer."""
+    block = add_up(block, parts, gains, divisors, outs, factors, counts, sizes, ranks, BLOCK)
+    for g in tl.static_range(len(dgains)):
+        if dgains[g] is not None:
+            blocks = tl.cdiv(ns[g], COLUMNS)
+            if block >= 0 and block < blocks:
+                columns = block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+                zero = (tl.load(dy_gains[g] + columns, mask=columns < ns[g], other=1.0).to(tl.float32) == 0.0).to(tl.int32)
+                if tl.max(zero, 0) > 0:
+                    for i in range(COLUMNS):
+                        if tl.sum(tl.where(tl.arange(0, COLUMNS) == i, zero, 0), 0) > 0:
+                            zero_gain(
+                                block.to(tl.int64) * COLUMNS + i, dys[g], x, ws[g], hs[g], bs[g], dgains[g], m, k, rs[g], d0s[g],
+                                d1s[g], x0, x1, w0s[g], w1s[g], b0s[g], b1s[g], 16, 64, 16,
+                            )  # fmt: skip
+            block -= blocks
+
+
+@triton.jit(do_not_specialize=["m"])
+def rest_of_gradients_kernel(
+    parts, gains, divisors, outs, factors, counts, sizes, ranks, dys, x, ws, hs, bs, dy_gains, dgains, m, ns, k, rs,
+    d0s, d1s, x0, x1, w0s, w1s, b0s, b1s, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rest_of_gradients(
+        tl.program_id(0), parts, gains, divisors, outs, factors, counts, sizes, ranks, dys, x, ws, hs, bs, dy_gains, dgains, m, ns,
+        k, rs, d0s, d1s, x0, x1, w0s, w1s, b0s, b1s, BLOCK, COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["m"])
+def input_gradient_kernel(
+    ps, as_, dx, lows, highs, limits, inverses, counts_p, a0s, a1s, parts, gains, divisors, outs, factors, counts, sizes, ranks,
+    dys, x, ws, hs, bs, dy_gains, dgains, m, ns, k, rs, d0s, d1s, x0, x1, w0s, w1s, b0s, b1s,
+    DROP_BASES: tl.constexpr, MADE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """dx = Σ (dy ⊙ gain) w + drop(p a); with DROP_BASES[g]: dy w + drop((dy ⊙ (gain - 1)) w + p a). MADE: dy w stands in dx
+    already. The programs after those of the tiles do `rest_of_gradients`."""
+    down, across = tl.cdiv(m, BM), tl.cdiv(k, BK)
+    if tl.program_id(0) >= down * across:
+        rest_of_gradients(
+            tl.program_id(0) - down * across, parts, gains, divisors, outs, factors, counts, sizes, ranks, dys, x, ws, hs, bs,
+            dy_gains, dgains, m, ns, k, rs, d0s, d1s, x0, x1, w0s, w1s, b0s, b1s, BLOCK, COLUMNS,
+        )  # fmt: skip
+    else:
+        row, column = place(tl.program_id(0), down, across, GROUP)
+        rows, columns = row.to(tl.int64) * BM + tl.arange(0, BM), column.to(tl.int64) * BK + tl.arange(0, BK)
+        at, inside = dx + rows[:, None] * k + columns[None, :], (rows < m)[:, None] & (columns < k)[None, :]
+        sums = tl.zeros((BM, BK), tl.float32)
+        if MADE:
+            sums += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        for g in tl.static_range(len(dys)):
+            term = tl.zeros((BM, BK), tl.float32)
+            if DROP_BASES[g]:
+                term, sums = over_outputs(
+                    dys[g], ws[g], dy_gains[g], term, sums, rows, columns, m, ns[g], k, d0s[g], d1s[g], w0s[g], w1s[g], 1,
+                    PRECISION, BN,
+                )  # fmt: skip
+            elif not MADE:
+                sums, term = over_outputs(
+                    dys[g], ws[g], dy_gains[g], sums, term, rows, columns, m, ns[g], k, d0s[g], d1s[g], w0s[g], w1s[g], 0,
+                    PRECISION, BN,
+                )  # fmt: skip
+            if lows[g] is None:
+                sums = adapter(ps[g], as_[g], sums, rows, columns, m, k, rs[g], counts_p[g], a1s[g], a0s[g], PRECISION, BR)
+            else:
+                term = adapter(ps[g], as_[g], term, rows, columns, m, k, rs[g], counts_p[g], a1s[g], a0s[g], PRECISION, BR)
+                keep = kept(lows[g], highs[g], rows, column * BK, limits[g], BM, BK)
+                sums += tl.where(keep, inverses[g] * term, 0.0)
+        tl.store(at, sums.to(dx.dtype.element_ty), mask=inside)
