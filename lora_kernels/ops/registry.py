@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ class Decision:
     op: str
     chosen: str
     others: dict[str, str]
+    plan: Any = None
+    """Which of its kernels the backend took and why, if it has several: a `dispatch.Plan`."""
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.chosen}"] + [f"    {name}: {reason}" for name, reason in self.others.items()]
@@ -61,7 +64,12 @@ class Explanation:
     decisions: list[Decision] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.decisions)) or "no lora_kernels op ran"
+        parts = []
+        for decision in self.decisions:
+            parts.append(str(decision))
+            if decision.plan is not None:
+                parts.append(indent(str(decision.plan), "    "))
+        return "\n".join(parts) or "no lora_kernels op ran"
 
 
 class Op:
@@ -161,11 +169,20 @@ def simulates() -> bool:
     return _simulated.get()
 
 
-def explain(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+def explain(call: Callable[..., Any] | Tensor, *args: Any, **kwargs: Any) -> Explanation:
     """Runs `call(*args, **kwargs)` and says which backend each op took and why the others did not.
 
-    `call` is an op (`lora_linear`), a layer or a whole model.
+    `call` is an op (`lora_linear`), a layer or a whole model. `explain(x, layer)`, the tensor first, is the same as
+    `explain(layer, x)`. Of a backend that has several kernels for one op it also says which one ran: the candidates with
+    their bytes, launches and time, and what decided (`lora_kernels.ops.dispatch`).
+
+    Raises:
+        TypeError: there is nothing to call.
     """
+    if isinstance(call, Tensor):
+        if not args or not callable(args[0]):
+            raise TypeError("explain: one of its first two arguments must be callable")
+        return explain(args[0], call, *args[1:], **kwargs)
     explanation = Explanation()
     token = _recorder.set(explanation)
     try:
@@ -173,6 +190,13 @@ def explain(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     finally:
         _recorder.reset(token)
     return explanation
+
+
+def note(plan: Any) -> None:
+    """Called by a backend while it runs: `explain` shows this plan below the decision that led there."""
+    recorder = _recorder.get()
+    if recorder is not None and recorder.decisions:
+        recorder.decisions[-1] = replace(recorder.decisions[-1], plan=plan)
 
 
 def missing_backends() -> dict[str, str]:

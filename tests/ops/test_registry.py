@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lora_kernels import FallbackWarning, explain, lora_linear, use_backend, weight_norm
+from lora_kernels.nn import LoRALinear
 from lora_kernels.ops import missing_backends, registry
-from lora_kernels.ops.registry import BACKENDS, choose, declare, implements, load_backends, refusals
+from lora_kernels.ops.registry import BACKENDS, choose, declare, implements, load_backends, note, refusals
 from lora_kernels.testing import make_problem
 
 
@@ -134,6 +135,34 @@ def test_explain_follows_a_whole_call():
     ops = ["weight_norm_forward", "weight_norm_backward", "lora_linear_forward", "lora_linear_backward"]
     assert [d.op for d in explain(step).decisions] == ops
     assert str(explain(lambda: None)) == "no lora_kernels op ran"
+
+
+def test_explain_takes_the_tensor_first():
+    layer = LoRALinear(8, 8, r=2)
+    x = torch.randn(3, 8)
+    assert explain(x, layer) == explain(layer, x) and explain(x, layer).decisions
+    p = make_problem(3, 8, 8, 2)
+    assert explain(p.x, lora_linear, *p.arguments()[1:]).decisions[0].op == "lora_linear_forward"
+    for nothing in ((x,), (x, x)):
+        with pytest.raises(TypeError, match="explain: one of its first two arguments must be callable"):
+            explain(*nothing)
+
+
+def test_a_backend_notes_its_plan_below_its_own_decision(op, monkeypatch):
+    def run(x):
+        note("first\n  of two lines" if len(x) == 1 else "second")
+        return 2 * x
+
+    implements(op.name, "cpu")(run)
+    note("nobody listens")
+    run(torch.ones(1))
+    told = explain(lambda: (op(torch.ones(1)), op(torch.ones(2))))
+    assert [d.plan for d in told.decisions] == ["first\n  of two lines", "second"]
+    lines = str(told).splitlines()
+    head = lines.index(f"{op.name}: cpu", 1)
+    assert lines[head - 2 : head] == ["    first", "      of two lines"] and lines[-1] == "    second"
+    assert "None" not in str(explain(lora_linear, *make_problem(3, 8, 8, 2).arguments()))
+    assert explain(lambda: note("no op ran")).decisions == []
 
 
 def test_refusals_name_every_backend():
