@@ -1,0 +1,202 @@
+"""What each way to compute lora_linear moves, computes and, by a roofline, costs on a chip.
+
+Forward, y = gain ⊙ (x Wᵀ + h Bᵀ) + bias with h = s·drop(x) Aᵀ:
+    two launches    F1 reads x and A and writes h; F2 reads x, W, h and B and writes y
+    one pass        one launch: h is summed beside y in the loop over the depth, anew in every column tile
+    vendor          F1; the library's GEMM x Wᵀ; a pass over y that adds h Bᵀ in place
+Backward, with P = s·(dy ⊙ gain) B:
+    fused           B1 reads dy, h and B (and y, for the gain's gradient) and writes P and dB; B2 reads dy, W, P and A and
+                    writes dx; B3 reads x and P and writes dA
+    vendor          B1; the library's GEMM dy W; a pass over dx that adds P A in place; B3
+
+A launch takes the longest of: its bytes at the memory's rate, those that the launch before left in L2 at L2's rate, its
+operations at the chip's rate in whole waves of tiles, and the stream of one tile through one multiprocessor. Launches add up.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from lora_kernels.ops.chips import Chip
+
+FORWARD, BACKWARD = ("two launches", "one pass", "vendor"), ("fused", "vendor")
+NAMES = {"forward": FORWARD, "backward": BACKWARD}
+MASK = 20  # integer operations for a word of Philox 4x32-10: ten rounds of two wide products and six others make four words
+ROWS = 512  # that a program of B1 and B3 sums
+
+
+class Problem(NamedTuple):
+    """One call: x [m, k] and, for each layer of a group that shares x, W [n, k] and an adapter of rank r."""
+
+    direction: str
+    m: int
+    k: int
+    n: tuple[int, ...]
+    r: tuple[int, ...]
+    dtype: torch.dtype
+    gain: bool = False
+    drop_base: bool = False
+    dropout: bool = False
+    tf32: bool = False
+
+    @property
+    def half(self) -> bool:
+        return self.dtype.itemsize == 2
+
+    def __str__(self) -> str:
+        n, r = (" + ".join(map(str, numbers)) for numbers in (self.n, self.r))
+        flags = [name for name in ("gain", "drop_base", "dropout", "tf32") if getattr(self, name)]
+        return ", ".join([f"{self.direction} m {self.m}, k {self.k}, n {n}, r {r}", str(self.dtype)[6:], *flags])
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch. Bytes count each tensor once, however often tiles read it again."""
+
+    kind: str
+    """Whose efficiency it has: "fused", "one_pass", "vendor" or "thin"."""
+    reads: Mapping[str, int]
+    writes: Mapping[str, int]
+    flops: float
+    tiles: int
+    tile: int = 0
+    """Bytes that one tile streams through its multiprocessor."""
+    again: int = 0
+    """Bytes that tiles read again out of L2, where that is more than a GEMM's own (which is in its efficiency)."""
+    masks: int = 0
+    """Elements whose dropout it draws."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.reads.values()) + sum(self.writes.values())
+
+
+def steps(p: Problem) -> dict[str, list[Step]]:
+    """The launches of each candidate.
+
+    Raises:
+        ValueError: the direction is neither "forward" nor "backward".
+    """
+    if p.direction not in NAMES:
+        raise ValueError(f"dispatch: direction must be forward or backward, found {p.direction!r}")
+    return _forward(p) if p.direction == "forward" else _backward(p)
+
+
+def _forward(p: Problem) -> dict[str, list[Step]]:
+    m, k, size = p.m, p.k, p.dtype.itemsize
+    x, w, a, b, h, y = _sizes(p)
+    bm, bn = _tile(p)
+    columns = sum(_ceil(n, bn) for n in p.n)
+    tiles = _ceil(m, bm) * columns
+    base, up = 2.0 * m * k * sum(p.n), 2.0 * m * sum(n * r for n, r in zip(p.n, p.r, strict=True))
+    streamed = k * (min(bm, m) + bn) * size
+    drawn = m * k if p.dropout else 0
+    ranks = sum(p.r)
+    shrink = Step(
+        "thin", {"x": x, "a": a}, {"h": h}, 2.0 * m * k * ranks, _ceil(m, 64) * _ceil(ranks, 64),
+        k * (min(64, m) + min(64, ranks)) * size, masks=drawn,
+    )  # fmt: skip
+    fused = Step(
+        "fused", {"x": x, "w": w, "h": h, "b": b}, {"y": y}, base * (1 + p.drop_base) + up, tiles, streamed,
+        masks=m * k * columns if p.drop_base else 0,
+    )  # fmt: skip
+    per_tile = sum(_ceil(n, bn) * max(16, r) for n, r in zip(p.n, p.r, strict=True))
+    single = Step(
+        "one_pass", {"x": x, "w": w, "a": a, "b": b}, {"y": y}, base + 2.0 * m * k * per_tile + up, tiles,
+        streamed + k * max(p.r, default=0) * size, again=_ceil(m, bm) * per_tile * k * size, masks=drawn * columns,
+    )  # fmt: skip
+    gemm = Step("vendor", {"x": x, "w": w}, {"y": y}, base, tiles)
+    add = Step("thin", {"y": y, "h": h, "b": b}, {"y": y}, up, tiles)
+    return {"two launches": [shrink, fused], "one pass": [single], "vendor": [shrink, gemm, add]}
+
+
+def _backward(p: Problem) -> dict[str, list[Step]]:
+    m, k, size = p.m, p.k, p.dtype.itemsize
+    x, w, a, b, h, dy = _sizes(p)
+    bm, bk = _tile(p)
+    tiles = _ceil(m, bm) * _ceil(k, bk)
+    depth, ranks = sum(p.n), sum(p.r)
+    base, up = 2.0 * m * k * depth, 2.0 * m * sum(n * r for n, r in zip(p.n, p.r, strict=True))
+    down, drawn = 2.0 * m * k * ranks, m * k if p.dropout else 0
+    parts, part = _ceil(m, ROWS), min(ROWS, m) * 64 * size
+    y = {"y": dy} if p.gain else {}
+    b1 = Step("thin", {"dy": dy, "h": h, "b": b, **y}, {"p": h, "db": b}, 2 * up, parts * _ceil(depth, 64), part)
+    b2 = Step(
+        "fused", {"dy": dy, "w": w, "p": h, "a": a}, {"dx": x}, base * (1 + p.drop_base) + down, tiles,
+        depth * (min(bm, m) + bk) * size, masks=drawn,
+    )  # fmt: skip
+    b3 = Step("thin", {"x": x, "p": h}, {"da": a}, down, parts * _ceil(k, 64), part, masks=drawn)
+    gemm = Step("vendor", {"dy": dy, "w": w}, {"dx": x}, base, tiles)
+    add = Step("thin", {"dx": x, "p": h, "a": a}, {"dx": x}, down, tiles, masks=drawn)
+    return {"fused": [b1, b2, b3], "vendor": [b1, gemm, add, b3]}
+
+
+def seconds(name: str, launches: list[Step], p: Problem, chip: Chip, shares: Mapping[str, float]) -> float:
+    """The predicted time of one candidate; `shares` are a table's efficiencies."""
+    times, before = [], None
+    for step in launches:
+        times.append(max(rooflines(step, before, p, chip, shares).values()))
+        before = step
+    total = sum(times) + len(times) * chip.launch
+    if name == "two launches" and chip.arch >= 90 and p.m <= 64:
+        # programmatic dependent launch: F2 streams W while F1 runs, and waits for h only then; we count half of what could hide
+        total -= 0.5 * min(times[0], launches[1].reads["w"] / (chip.dram * shares["stream"]))
+    return total
+
+
+def rooflines(step: Step, before: Step | None, p: Problem, chip: Chip, shares: Mapping[str, float]) -> dict[str, float]:
+    """The seconds that each resource needs for one launch; the longest decides."""
+    touched = {**before.reads, **before.writes} if before else {}
+    # of a tensor that does not fit beside the others, little is left in L2 by the time that it is read again
+    warm = sum(size for name, size in step.reads.items() if name in touched and size <= chip.l2 // 2)
+    thin, library = step.kind == "thin", step.kind == "vendor"
+    waves = _ceil(step.tiles, chip.multiprocessors) * chip.multiprocessors / step.tiles
+    if library and step.tiles < chip.multiprocessors:
+        waves = 1.0  # it splits the depth
+    peak = chip.half if p.half else chip.tf32 if p.tf32 else chip.fp32
+    # tiles of a thin matrix are narrow; half the efficiency is a guess
+    share = shares["fused"] / 2 if thin else shares[step.kind]
+    return {
+        "memory": (step.bytes - warm) / (chip.dram * shares["thin" if thin else "stream"]),
+        "l2": (warm + step.again) / chip.l2_rate,
+        # integer products have half the rate of float32's, and one of those counts two operations
+        "compute": waves * (step.flops / (peak * share) + step.masks * MASK / (chip.fp32 / 4)),
+        # a multiprocessor alone pulls about two fair shares of L2's rate
+        "tile": step.tile * chip.multiprocessors / (2 * chip.l2_rate),
+    }
+
+
+def refusal(name: str, p: Problem, arch: int) -> str | None:
+    """Why a candidate cannot compute this, in words; None if it can."""
+    if name == "one pass":
+        if p.drop_base:
+            return "the base is dropped, too, which takes two sums of their own"
+        if max(p.r, default=0) > 64:
+            return f"r is {max(p.r)}: above 64, h does not fit beside the sums"
+        if p.m > 256 and arch < 100:
+            return f"m is {p.m}: above 256, before sm_100, h in every column tile costs more than a launch"
+    elif name == "vendor":
+        if p.drop_base:
+            return "the base is dropped, too, and the library's GEMM knows no mask"
+        if p.direction == "backward" and p.gain:
+            return "dy ⊙ gain would need a pass of its own"
+        if len(p.n) > 1:
+            return f"{len(p.n)} layers share x, and it takes one"
+    return None
+
+
+def _sizes(p: Problem) -> tuple[int, int, int, int, int, int]:
+    """Bytes of x, W, A, B, h (or P, both float32) and y (or dy) of all the group."""
+    size, n, r = p.dtype.itemsize, sum(p.n), sum(p.r)
+    b = sum(one * rank for one, rank in zip(p.n, p.r, strict=True))
+    return p.m * p.k * size, n * p.k * size, r * p.k * size, b * size, p.m * r * 4, p.m * n * size
+
+
+def _tile(p: Problem) -> tuple[int, int]:
+    return (64, 64) if p.m <= 64 or not p.half else (128, 128)
+
+
+def _ceil(a: int, b: int) -> int:
+    return max(1, -(-a // b))

@@ -1,0 +1,175 @@
+"""Chooses which of its kernels a GPU backend runs, and says why. It costs a dictionary look-up when a shape comes again.
+
+    arch, multiprocessors = where(x)
+    p = plan(Problem("forward", m, k, (n,), (r,), x.dtype, gain=gain is not None), arch, deterministic, multiprocessors)
+    note(p)                               # for `explain`
+    if p.winner == "one pass": ...
+
+What was measured near the shape decides (`tables`, filled by `python -m bench.tune`), or else the least predicted time
+(`cost`). Nothing is timed at a first call.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops import cost, tables
+from lora_kernels.ops.chips import Chip, chip
+from lora_kernels.ops.cost import Problem
+
+FIXED = 4096  # the m for which the deterministic mode chooses, whatever m is
+
+_settings: ContextVar[tuple[str | None, str]] = ContextVar("dispatch", default=(None, tables.FOLDER))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a problem, by prediction."""
+
+    name: str
+    bytes: int
+    """Read and written, each tensor once a launch."""
+    launches: int
+    seconds: float
+    refused: str | None
+    """Why it cannot compute this problem; None if it can."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run for a problem, and why."""
+
+    problem: Problem
+    candidates: tuple[Candidate, ...]
+    winner: str
+    why: str
+    chip: Chip
+    source: str
+    """Where the figures are from."""
+
+    def __str__(self) -> str:
+        rows = [("candidate", "MiB", "launches", "predicted µs", "")]
+        for c in self.candidates:
+            verdict = f"won: {self.why}" if c.name == self.winner else f"refuses: {c.refused}" if c.refused else ""
+            rows.append((c.name, f"{c.bytes / 2**20:.2f}", str(c.launches), f"{c.seconds * 1e6:.1f}", verdict))
+        first, *others = (max(len(row[i]) for row in rows) for i in range(4))
+        lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:4], others), row[4]]).rstrip() for row in rows]
+        return "\n".join([str(self.problem), self.source, *lines])
+
+
+def plan(problem: Problem, arch: int, deterministic: bool = False, multiprocessors: int | None = None) -> Plan:
+    """Decides. `arch` is 90 for sm_90; one that is not known is taken for the nearest that is.
+
+    With `deterministic` the choice is that for m = FIXED on the architecture's own chip, so that a row's bits depend neither on
+    how many rows come with it nor on the size of the chip; callers pass `torch.are_deterministic_algorithms_enabled()`.
+
+    Raises:
+        NotImplementedError: the candidate that `forced` names refuses.
+    """
+    return _plan(problem, arch, deterministic, None if deterministic else multiprocessors, *_settings.get())
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    problem: Problem, arch: int, deterministic: bool, multiprocessors: int | None, force: str | None, folder: str
+) -> Plan:
+    on, table = chip(arch, multiprocessors), tables.table(arch, folder)
+    asked = problem._replace(m=FIXED) if deterministic else problem
+    shares = table.shares(asked.half, asked.m)
+    candidates = tuple(
+        Candidate(
+            name, sum(step.bytes for step in steps), len(steps), cost.seconds(name, steps, asked, on, shares),
+            cost.refusal(name, asked, arch),
+        )
+        for name, steps in cost.steps(asked).items()
+    )  # fmt: skip
+    refused = {c.name: c.refused for c in candidates}
+    if force in refused:
+        if refused[force]:
+            raise NotImplementedError(f"lora_linear {problem.direction} cannot run as {force}: {refused[force]}")
+        winner, why = force, "forced"
+    else:
+        winner, why = _choose(asked, candidates, table)
+    return Plan(problem, candidates, winner, why, on, _source(asked, arch, on, table, deterministic))
+
+
+def _choose(p: Problem, candidates: tuple[Candidate, ...], table: tables.Table) -> tuple[str, str]:
+    able = {c.name: c for c in candidates if c.refused is None}
+    if len(able) == 1:
+        return next(iter(able)), "the others refuse"
+    if not p.dropout and not p.tf32:  # only that is measured
+        for near in tables.nearest_choice(table.choices, p.direction, str(p.dtype)[6:], p[1:5]):
+            if near.winner in able:
+                times = ", ".join(f"{name} {taken * 1e6:.1f} µs" for name, taken in near.seconds.items())
+                at = f"m {near.m}, k {near.k}, n {' + '.join(map(str, near.n))}, r {' + '.join(map(str, near.r))}"
+                return near.winner, f"measured at {at}: {times}"
+    return min(able.values(), key=lambda c: c.seconds).name, "least predicted time"
+
+
+def _source(p: Problem, arch: int, on: Chip, table: tables.Table, deterministic: bool) -> str:
+    near = "" if arch == on.arch else f", the nearest to sm_{arch} that is known"
+    measured = table.measured and any(choice.dtype == str(p.dtype)[6:] for choice in table.choices)
+    stood = f"predicted from efficiencies measured on {table.gpu}" if measured else "predicted, not measured"
+    fixed = f"; deterministic: chosen and predicted for m {FIXED}, whatever m is" if deterministic else ""
+    return f"sm_{on.arch} ({on.name}, {on.multiprocessors} multiprocessors{near}): {stood}{fixed}"
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Inside it every plan whose direction has a candidate of that name takes it, or raises with its refusal.
+
+    Like `use_backend` it holds for this thread, and autograd runs a GPU's backward in another one, unless
+    `torch.autograd.set_multithreading_enabled(False)`.
+
+    Raises:
+        ValueError: no candidate has that name.
+    """
+    known = dict.fromkeys(cost.FORWARD + cost.BACKWARD)
+    if name not in known:
+        raise ValueError(f"a candidate must be one of {', '.join(known)}, found {name!r}")
+    with _set(name, _settings.get()[1]):
+        yield
+
+
+@contextmanager
+def tables_from(folder: str | Path) -> Iterator[None]:
+    """Inside it the tables of a folder hold, e.g. those that `python -m bench.tune --out folder` wrote."""
+    with _set(_settings.get()[0], str(folder)):
+        yield
+
+
+@contextmanager
+def _set(name: str | None, folder: str) -> Iterator[None]:
+    token = _settings.set((name, folder))
+    try:
+        yield
+    finally:
+        _settings.reset(token)
+
+
+def forget() -> None:
+    """Drops what was decided and read: tables on the disk have changed."""
+    _plan.cache_clear()
+    tables.table.cache_clear()
+
+
+def where(t: Tensor) -> tuple[int, int | None]:
+    """The architecture that a tensor's kernels run on, and its multiprocessors; in the simulator, that of its device."""
+    if t.is_cuda:
+        return _gpu(t.device.index)
+    simulator = sys.modules.get("lora_kernels.testing.ptxsim.device")
+    device = simulator.current.get() if simulator else None
+    return (device.arch if device else 80), None
+
+
+@lru_cache
+def _gpu(index: int) -> tuple[int, int]:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor, torch.cuda.get_device_properties(index).multi_processor_count

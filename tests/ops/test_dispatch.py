@@ -1,0 +1,291 @@
+"""Which kernel is chosen for a shape: bytes against figures worked out by hand, refusals, tables, what it says of itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_kernels.ops import cost, dispatch, tables
+from lora_kernels.ops.chips import CHIPS, chip, nearest
+from lora_kernels.ops.cost import Problem
+from lora_kernels.ops.dispatch import forced, plan, tables_from, where
+from lora_kernels.testing.ptxsim import device
+
+BF16, F32 = torch.bfloat16, torch.float32
+MIB = 2**20
+
+
+def forward(m=8192, k=4096, n=4096, r=16, dtype=BF16, **flags):
+    return Problem("forward", m, k, (n,), (r,), dtype, **flags)
+
+
+def backward(*args, **flags):
+    return forward(*args, **flags)._replace(direction="backward")
+
+
+def found(p, arch=90, **options):
+    return {c.name: c for c in plan(p, arch, **options).candidates}
+
+
+def megabytes(p):
+    return {name: (c.bytes / MIB, c.launches) for name, c in found(p).items()}
+
+
+problems = st.builds(
+    Problem, st.sampled_from(["forward", "backward"]), st.integers(0, 20000), st.integers(1, 30000),
+    st.tuples(st.integers(1, 30000)), st.tuples(st.integers(1, 512)), st.sampled_from([BF16, torch.float16, F32]),
+    *[st.booleans()] * 4,
+)  # fmt: skip
+
+
+def test_bytes_and_launches_of_a_square_layer():
+    # MiB: x, y and dy 64 each, W 32, A, B, dA and dB 1/8 each, h and P 1/2 each (float32)
+    shrink, grow = 64 + 1 / 8 + 1 / 2, 64 + 32 + 1 / 2 + 1 / 8 + 64
+    in_place = 64 + 1 / 2 + 1 / 8 + 64
+    assert megabytes(forward()) == {
+        "two launches": (shrink + grow, 2),
+        "one pass": (64 + 32 + 1 / 8 + 1 / 8 + 64, 1),
+        "vendor": (shrink + 64 + 32 + 64 + in_place, 3),
+    }
+    b1, b3 = 64 + 1 / 2 + 1 / 8 + 1 / 2 + 1 / 8, 64 + 1 / 2 + 1 / 8
+    assert megabytes(backward()) == {
+        "fused": (b1 + grow + b3, 3),
+        "vendor": (b1 + 64 + 32 + 64 + in_place + b3, 4),
+    }
+    assert megabytes(backward(gain=True))["fused"][0] == b1 + 64 + grow + b3  # y, for the gain's gradient
+
+
+def test_bytes_of_other_shapes():
+    # gate of Llama-3-8B: x 64, W 112, y 224, B 7/16
+    assert megabytes(forward(n=14336))["two launches"][0] == (64 + 1 / 8 + 1 / 2) + (64 + 112 + 1 / 2 + 7 / 16 + 224)
+    # float32, a token: x and y 16 KiB, W 64 MiB, A and B 256 KiB
+    assert found(forward(1, dtype=F32))["one pass"].bytes == 2 * 16384 + 64 * MIB + 2 * 262144
+    # q, k and v, which share x: 64 once a launch; W 32 + 8 + 8; y 64 + 16 + 16; h 24 ranks; B of each by its own rank
+    group = Problem("forward", 8192, 4096, (4096, 1024, 1024), (16, 8, 0), BF16)
+    h, b = 8192 * 24 * 4 / MIB, (4096 * 16 + 1024 * 8) * 2 / MIB
+    shrink = 64 + 24 * 4096 * 2 / MIB + h
+    assert megabytes(group)["two launches"] == (shrink + 64 + 48 + h + b + 96, 2)
+
+
+def test_times_of_a_square_layer_by_hand():
+    on, shares = chip(90), dict.fromkeys(tables.SHARES, 0.5)
+    launches = cost.steps(forward())["two launches"]
+    first, second = (cost.rooflines(step, None, forward(), on, shares) for step in launches)
+    assert first["memory"] == pytest.approx(64.625 * MIB / (3.35e12 * 0.5))
+    # 64 × 32 tiles on 132 multiprocessors are 16 waves
+    flops = 2 * 8192 * 4096 * (4096 + 16)
+    assert second["compute"] == pytest.approx(flops / (989e12 * 0.5) * 16 * 132 / 2048)
+    times = max(first.values()) + max(second.values())
+    assert cost.seconds("two launches", launches, forward(), on, shares) == pytest.approx(times + 2 * 2.5e-6)
+
+
+def test_what_the_launch_before_left_in_the_cache_costs_no_memory():
+    on, shares = chip(90), dict.fromkeys(tables.SHARES, 1.0)
+    for m, warm in ((1024, True), (8192, False)):  # y is 8 MiB of the H100's 50, and 64
+        _, gemm, add = cost.steps(forward(m))["vendor"]
+        y = m * 4096 * 2
+        assert cost.rooflines(add, gemm, forward(m), on, shares)["l2"] == pytest.approx(warm * y / on.l2_rate)
+        lines = cost.rooflines(add, gemm, forward(m), on, shares), cost.rooflines(add, None, forward(m), on, shares)
+        assert lines[1]["memory"] - lines[0]["memory"] == pytest.approx(warm * y / on.dram)
+
+
+def test_dropout_is_drawn_where_a_candidate_needs_it():
+    def masks(p):
+        return {name: [step.masks for step in steps] for name, steps in cost.steps(p).items()}
+
+    x = 64 * 4096
+    assert masks(forward(64, dropout=True)) == {"two launches": [x, 0], "one pass": [x * 64], "vendor": [x, 0, 0]}
+    assert masks(forward(64, dropout=True, drop_base=True))["two launches"] == [x, x * 64]
+    assert masks(backward(64, dropout=True)) == {"fused": [0, x, x], "vendor": [0, 0, x, x]}
+
+
+def test_the_first_launch_hides_where_launches_may_overlap():
+    def hidden(arch, m):
+        steps, on, shares = cost.steps(forward(m))["two launches"], chip(arch), tables.table(arch).shares(True, m)
+        apart = cost.seconds("vendor", steps, forward(m), on, shares)  # another name: nothing overlaps
+        return apart - cost.seconds("two launches", steps, forward(m), on, shares)
+
+    assert hidden(90, 16) > 0 and hidden(100, 16) > 0 and hidden(80, 16) == 0 and hidden(90, 65) == 0
+
+
+@given(problems, st.sampled_from(["m", "k", "n", "r"]), st.sampled_from(sorted(CHIPS)))
+def test_more_never_costs_less(p, what, arch):
+    size = getattr(p, what)
+    more = p._replace(**{what: tuple(2 * each for each in size) if isinstance(size, tuple) else 2 * size})
+    on, shares = chip(arch), tables.table(arch).shares(p.half, p.m)
+    for (name, less), (_, greater) in zip(cost.steps(p).items(), cost.steps(more).items(), strict=True):
+        assert sum(s.bytes for s in greater) >= sum(s.bytes for s in less)
+        if what != "m":  # with it tiles and efficiency change
+            assert cost.seconds(name, greater, more, on, shares) >= cost.seconds(name, less, p, on, shares) * (1 - 1e-9) > 0
+
+
+@pytest.mark.parametrize(("problem", "arch", "name", "reason"), [
+    (forward(257), 90, "one pass", "m is 257: above 256, before sm_100"),
+    (forward(256), 90, "one pass", None),
+    (forward(257), 100, "one pass", None),
+    (forward(16, r=65), 100, "one pass", "r is 65: above 64, h does not fit beside the sums"),
+    (forward(16, r=64), 80, "one pass", None),
+    (forward(16, gain=True, dropout=True, drop_base=True), 90, "one pass", "the base is dropped, too"),
+    (forward(gain=True, dropout=True, drop_base=True), 90, "vendor", "the base is dropped, too"),
+    (forward(gain=True, dropout=True), 90, "vendor", None),
+    (Problem("forward", 16, 64, (64, 64), (8, 8), BF16), 90, "vendor", "2 layers share x, and it takes one"),
+    (Problem("forward", 16, 64, (64, 64), (8, 65), BF16), 90, "one pass", "r is 65"),
+    (backward(gain=True), 90, "vendor", "dy ⊙ gain would need a pass of its own"),
+    (backward(dropout=True), 90, "vendor", None),
+    (backward(dropout=True, drop_base=True), 90, "vendor", "the base is dropped, too"),
+    (Problem("backward", 16, 64, (64, 64), (8, 8), BF16), 90, "vendor", "2 layers share x"),
+])  # fmt: skip
+def test_refusals(problem, arch, name, reason):
+    refused = found(problem, arch)[name].refused
+    assert refused is None if reason is None else refused.startswith(reason)
+    with forced(name):
+        if reason is None:
+            assert (plan(problem, arch).winner, plan(problem, arch).why) == (name, "forced")
+        else:
+            words = f"^lora_linear {problem.direction} cannot run as {name}: {reason}"
+            with pytest.raises(NotImplementedError, match=words.replace("⊙", ".")):
+                plan(problem, arch)
+
+
+@given(problems, st.integers(0, 10**6))
+def test_something_always_wins_and_no_architecture_is_unknown(p, arch):
+    made = plan(p, arch, multiprocessors=arch % 200 or None)
+    assert found(p, arch)[made.winner].refused is None and str(made)
+
+
+@pytest.mark.parametrize(("arch", "like"), [(75, 80), (80, 80), (87, 86), (88, 89), (89, 89), (94, 90), (103, 100), (110, 100),
+                                            (121, 120), (130, 120), (1000, 120), (0, 80)])  # fmt: skip
+def test_an_architecture_that_is_not_known_is_taken_for_its_neighbour(arch, like):
+    assert nearest(arch, CHIPS) == like == chip(arch).arch == tables.table(arch).arch
+    told = plan(forward(), arch).source
+    assert told.startswith(f"sm_{like} (") and (f"the nearest to sm_{arch} that is known" in told) == (arch != like)
+
+
+def test_a_chip_with_fewer_multiprocessors():
+    whole, part = chip(90), chip(90, 66)
+    assert (part.half, part.l2_rate, part.dram) == (whole.half / 2, whole.l2_rate / 2, whole.dram)
+    times = [found(forward(), multiprocessors=count)["vendor"].seconds for count in (66, 132, None)]
+    assert chip(90, 132) is whole and times[0] > times[1] == times[2]
+
+
+def test_known_choices_of_the_model():
+    """DESIGN's: one launch for few rows; own GEMM where W is not deep, the library's where it is."""
+    assert plan(forward(1), 90).winner == plan(forward(16), 90).winner == "one pass"
+    assert plan(forward(), 90).winner == "two launches" and plan(forward(k=14336), 90).winner == "vendor"
+    assert plan(backward(), 90).winner == "fused" and plan(backward(n=14336), 90).winner == "vendor"
+
+
+@given(problems, st.integers(0, 10**6), st.sampled_from([*CHIPS, 75, 103]), st.integers(1, 300))
+def test_a_deterministic_choice_does_not_depend_on_m_nor_on_the_size_of_the_chip(p, m, arch, multiprocessors):
+    one, other = plan(p, arch, True), plan(p._replace(m=m), arch, True, multiprocessors)
+    assert (one.winner, one.why, one.candidates, one.source) == (other.winner, other.why, other.candidates, other.source)
+    assert one.winner == plan(p._replace(m=dispatch.FIXED), arch).winner and "whatever m is" in one.source
+
+
+def measured(folder, *choices, arch=90):
+    tables.write(tables.table(arch)._replace(gpu="a GPU", measured=True, stamp={}, choices=choices), folder)
+    return tables_from(folder)
+
+
+def choice(p, winner, **seconds):
+    return tables.Choice(p.direction, str(p.dtype)[6:], p.m, p.k, p.n, p.r, winner, seconds)
+
+
+def test_a_measured_choice_beats_the_prediction(tmp_path):
+    assert plan(forward(), 90).winner == "two launches"
+    with measured(tmp_path, choice(forward(), "vendor", vendor=1e-4)):
+        made = plan(forward(), 90)
+        assert (made.winner, made.why) == ("vendor", "measured at m 8192, k 4096, n 4096, r 16: vendor 100.0 µs")
+        assert "predicted from efficiencies measured on a GPU" in made.source
+        near, far = {"m": 4096, "k": 8192, "n": 2048, "r": 32}, {"m": 4095, "k": 8193, "n": 2047, "r": 33}
+        assert plan(forward(**near), 90).winner == plan(forward(gain=True), 90).winner == "vendor"
+        assert plan(forward(), 90, True).winner == "vendor" and plan(forward(m=1), 90, True).winner == "vendor"
+        for name, size in far.items():
+            assert "measured at" not in plan(forward(**{name: size}), 90).why
+        for other in (backward(), forward(dtype=torch.float16), forward(dropout=True)):
+            assert "measured at" not in plan(other, 90).why
+        assert "not measured" in plan(forward(dtype=F32), 90).source
+        with forced("two launches"):
+            assert plan(forward(), 90).winner == "two launches"
+        assert plan(forward(), 103).why.startswith("measured at")  # the folder has no other
+    assert plan(forward(), 90).winner == "two launches"
+
+
+def test_the_nearest_measured_choice_that_can_run_decides(tmp_path):
+    close, closer = choice(forward(256, r=48), "vendor"), choice(forward(256, r=64), "one pass")
+    with measured(tmp_path, close, closer):
+        assert plan(forward(256, r=64), 90).winner == "one pass" and plan(forward(256, r=32), 90).winner == "vendor"
+        assert plan(forward(256, r=66), 90).winner == "vendor"  # one pass, which is nearer, refuses
+        assert plan(forward(256, gain=True, drop_base=True), 90).why == "the others refuse"
+
+
+def test_an_empty_folder_is_the_packages_tables(tmp_path):
+    with tables_from(tmp_path):
+        assert plan(forward(), 90) == dispatch.plan(forward(), 90)
+        assert tables.table(90, str(tmp_path)) is tables.table(90)
+
+
+def test_forced_nests_and_restores():
+    assert plan(forward(16), 90).winner == "one pass"
+    with forced("two launches"):
+        assert plan(backward(16), 90).winner == "fused" and plan(backward(16), 90).why != "forced"  # no such candidate there
+        with forced("vendor"):
+            assert plan(forward(16), 90).winner == plan(backward(16), 90).winner == "vendor"
+        assert plan(forward(16), 90).winner == "two launches"
+    assert plan(forward(16), 90).winner == "one pass"
+    with pytest.raises(ValueError, match="must be one of two launches, one pass, vendor, fused, found 'both'"), forced("both"):
+        pass
+    with pytest.raises(ValueError, match="direction must be forward or backward, found 'sideways'"):
+        plan(forward()._replace(direction="sideways"), 90)
+
+
+def test_a_plan_in_print():
+    lines = str(plan(forward(n=1024, gain=True), 90)).splitlines()
+    assert lines[0] == "forward m 8192, k 4096, n 1024, r 16, bfloat16, gain"
+    assert lines[1] == "sm_90 (H100, 132 multiprocessors): predicted, not measured"
+    assert lines[2].split() == ["candidate", "MiB", "launches", "predicted", "µs"]
+    names = [line[:12].rstrip() for line in lines[3:]]
+    assert names == ["two launches", "one pass", "vendor"] and lines[3].split()[2:4] == ["153.16", "2"]
+    assert lines[3].endswith("  won: least predicted time") and "  refuses: m is 8192: above 256" in lines[4]
+    ends = {line.index(str(launches)) for line, launches in zip(lines[3:], ("  2  ", "  1  ", "  3  "), strict=True)}
+    assert len(ends) == 1, "columns"
+
+
+def test_a_shape_that_comes_again_is_only_looked_up(monkeypatch):
+    first = plan(forward(77), 90)
+    monkeypatch.setattr(cost, "steps", None)
+    assert plan(forward(77), 90) is first
+    dispatch.forget()
+    with pytest.raises(TypeError):
+        plan(forward(77), 90)
+
+
+@pytest.mark.parametrize("arch", CHIPS)
+def test_the_tables_that_are_shipped(arch):
+    path = Path(tables.FOLDER) / f"sm_{arch}.json"
+    found = json.loads(path.read_text())
+    assert found["arch"] == arch and list(found["efficiency"]) == ["half", "single"]
+    for classes in found["efficiency"].values():
+        assert list(classes) == list(tables.SIZES)
+        for shares in classes.values():
+            assert tuple(shares) == tables.SHARES and all(0 < share <= 1 for share in shares.values())
+    assert bool(found["measured"]) == bool(found["gpu"]) == bool(found["stamp"]) and found["measured"] >= bool(found["choices"])
+    pattern = "ops/tables/*.json"  # which the package's data has
+    assert f'"{pattern}"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert path in Path(dispatch.__file__).parents[1].glob(pattern)
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    made = tables.table(90)._replace(choices=(choice(forward(), "vendor", vendor=1e-4), choice(backward(), "fused")))
+    assert tables.table(90, str(tmp_path)) == tables.table(90)
+    path = tables.write(made, tmp_path)
+    assert tables.table(90, str(tmp_path)) == made and max(map(len, path.read_text().splitlines())) < 250
+
+
+def test_where_a_tensor_is():
+    assert where(torch.empty(1)) == (80, None)
+    with device(arch=120):
+        assert where(torch.empty(1)) == (120, None)
