@@ -90,10 +90,9 @@ def _plan(
         )
         for name, steps in cost.steps(asked).items()
     )  # fmt: skip
-    refused = {c.name: c.refused for c in candidates}
-    if force in refused:
-        if refused[force]:
-            raise NotImplementedError(f"lora_linear {problem.direction} cannot run as {force}: {refused[force]}")
+    if force in cost.NAMES[problem.direction]:
+        if reason := cost.refusal(force, problem, arch):  # for the rows that there are, in the deterministic mode, too
+            raise NotImplementedError(f"lora_linear {problem.direction} cannot run as {force}: {reason}")
         winner, why = force, "forced"
     else:
         winner, why = _choose(asked, candidates, table)

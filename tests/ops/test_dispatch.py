@@ -99,6 +99,7 @@ def test_dropout_is_drawn_where_a_candidate_needs_it():
     x = 64 * 4096
     assert masks(forward(64, dropout=True)) == {"two launches": [x, 0], "one pass": [x * 64], "vendor": [x, 0, 0]}
     assert masks(forward(64, dropout=True, drop_base=True))["two launches"] == [x, x * 64]
+    assert masks(forward(64, r=65, dropout=True))["two launches"] == [2 * x, 0]  # a block of 64 ranks at a time
     assert masks(backward(64, dropout=True)) == {"fused": [0, x, x], "vendor": [0, 0, x, x]}
 
 
@@ -143,7 +144,9 @@ def test_refusals(problem, arch, name, reason):
     assert refused is None if reason is None else refused.startswith(reason)
     with forced(name):
         if reason is None:
-            assert (plan(problem, arch).winner, plan(problem, arch).why) == (name, "forced")
+            for deterministic in (False, True):
+                made = plan(problem, arch, deterministic)
+                assert (made.winner, made.why) == (name, "forced")
         else:
             words = f"^lora_linear {problem.direction} cannot run as {name}: {reason}"
             with pytest.raises(NotImplementedError, match=words.replace("⊙", ".")):

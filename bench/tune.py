@@ -1,0 +1,226 @@
+"""`python -m bench.tune`: times the candidates of lora_kernels.ops.dispatch on this GPU and writes its architecture's table.
+
+    --quick      a few shapes, to see that it works
+    --arch 90    refuses to run on another architecture
+    --out DIR    where sm_<arch>.json goes; the package's own tables if not given
+
+Each shape's candidates and the library's GEMM alone run in interleaved rounds, in a random order each, with L2 flushed before
+every call, and the median counts. The fastest becomes the choice near that shape, and the efficiencies are those with which the
+cost model says what was measured; a class of shapes that was not measured keeps its old ones. Without a GPU: exit status 2.
+"""
+
+import argparse
+import datetime
+import functools
+import random
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from lora_kernels import explain, use_backend
+from lora_kernels.ops import cost, dispatch, tables
+from lora_kernels.ops.chips import Chip, chip
+from lora_kernels.ops.cost import Problem
+
+LAYERS = {
+    "Llama-3-8B": [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)],
+    "Llama-3-70B": [(8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192)],
+    "Qwen2.5-0.5B": [(896, 896), (896, 128), (896, 4864), (4864, 896)],
+}
+TOKENS, RANKS, DTYPES = [1, 16, 64, 256, 1024, 8192], [8, 16, 64, 128], [torch.bfloat16, torch.float16]
+ROUNDS = 11
+FLUSH = 2**30  # bytes: more than any L2, and long enough to write for the host to be ahead with the launches
+BASE = "base"  # the library's GEMM alone
+
+Calls = dict[str, Callable[[], object]]
+Times = dict[str, float]
+
+
+def problems(quick: bool = False) -> Iterator[Problem]:
+    """What is measured."""
+    layers = LAYERS["Llama-3-8B"] if quick else [layer for model in LAYERS.values() for layer in model]
+    for dtype in DTYPES[:1] if quick else DTYPES:
+        for k, n in layers:
+            for m in [16, 1024, 8192] if quick else TOKENS:
+                for r in [16] if quick else RANKS:
+                    for direction in ("forward", "backward"):
+                        yield Problem(direction, m, k, (n,), (r,), dtype)
+
+
+def tune(
+    on: Chip, arch: int, shapes: Iterable[Problem], op: Callable[[Problem], Calls], clock: Callable[[Calls], Times],
+    folder: str | Path, gpu: str, stamp: dict[str, str],
+) -> Path:  # fmt: skip
+    """Measures and writes the table of `arch`; gives its path.
+
+    `op` makes the calls of a problem by candidate, and that of BASE; `clock` takes the seconds of each.
+    """
+    rows = []
+    for p in shapes:
+        calls = op(p)
+        able = [c.name for c in dispatch.plan(p, arch, multiprocessors=on.multiprocessors).candidates if c.refused is None]
+        taken = clock({name: calls[name] for name in (*able, BASE)})
+        rows.append((p, taken))
+        print(f"{p}: " + ", ".join(f"{name} {seconds * 1e6:.1f} µs" for name, seconds in taken.items()), flush=True)
+    choices = []
+    for p, taken in rows:
+        seconds = {name: float(f"{taken[name]:.4g}") for name in taken if name != BASE}
+        winner = min(seconds, key=seconds.__getitem__)
+        choices.append(tables.Choice(p.direction, str(p.dtype)[6:], p.m, p.k, p.n, p.r, winner, seconds))
+    made = fit(rows, on, tables.table(arch))._replace(arch=arch, gpu=gpu, measured=True, stamp=stamp, choices=tuple(choices))
+    path = tables.write(made, folder)
+    dispatch.forget()
+    return path
+
+
+def fit(rows: list[tuple[Problem, Times]], on: Chip, table: tables.Table) -> tables.Table:
+    """The table with those efficiencies for which the model says what was measured: the median of each class."""
+    ideal, found = dict.fromkeys(tables.SHARES, 1.0), defaultdict(list)
+    for p, taken in rows:
+        launches = cost.steps(p)["vendor"]
+        at = next(i for i, step in enumerate(launches) if step.kind == "vendor")
+        lines = cost.rooflines(launches[at], None, p, on, ideal)
+        name = "vendor" if lines["compute"] > lines["memory"] else "stream"
+        found[_key(p), name].append(max(lines["compute"], lines["memory"]) / (taken[BASE] - on.launch))
+        if "vendor" in taken:
+            befores = [None, *launches]
+            thin = [cost.rooflines(s, befores[i], p, on, ideal) for i, s in enumerate(launches) if i != at]
+            if all(max(each.values()) == each["memory"] for each in thin):
+                rest = taken["vendor"] - taken[BASE] - len(thin) * on.launch
+                found[_key(p), "thin"].append(sum(each["memory"] for each in thin) / rest if rest > 0 else 1.0)
+    table = _with(table, found)
+    found = defaultdict(list)
+    for p, taken in rows:
+        shares = table.shares(p.half, p.m)
+        for name, launches in cost.steps(p).items():
+            at = next(i for i, step in enumerate(launches) if step.kind != "thin")
+            # where the first launch may hide under the second, its time is no part of the sum
+            if name not in taken or name == "vendor" or (name == "two launches" and p.m <= 64):
+                continue
+            lines = [cost.rooflines(s, before, p, on, shares) for s, before in zip(launches, [None, *launches], strict=False)]
+            rest = taken[name] - len(launches) * on.launch - sum(max(x.values()) for i, x in enumerate(lines) if i != at)
+            compute = cost.rooflines(launches[at], None, p, on, ideal)["compute"]
+            if rest > 0 and compute > max(lines[at]["memory"], lines[at]["tile"]) / 2:
+                found[_key(p), launches[at].kind].append(compute / rest)
+    return _with(table, found)
+
+
+def _key(p: Problem) -> tuple[str, str]:
+    return "half" if p.half else "single", next(name for name, most in tables.SIZES.items() if p.m <= most)
+
+
+def _with(table: tables.Table, found: dict[tuple[tuple[str, str], str], list[float]]) -> tables.Table:
+    efficiency = {kind: {size: dict(shares) for size, shares in sizes.items()} for kind, sizes in table.efficiency.items()}
+    for ((kind, size), name), values in found.items():
+        efficiency[kind][size][name] = round(min(1.0, max(0.01, statistics.median(values))), 3)
+    return table._replace(efficiency=efficiency)
+
+
+def on_device(device: str) -> Callable[[Problem], Calls]:
+    """The calls of a problem on the Triton backend, each checked once to be what its name says."""
+
+    def calls(p: Problem) -> Calls:
+        (n,), (r,) = p.n, p.r
+        x, w, a, b, dy = (
+            torch.randn(shape, dtype=p.dtype, device=device) for shape in ((p.m, p.k), (n, p.k), (r, p.k), (n, r), (p.m, n))
+        )
+        h = torch.randn(p.m, r, device=device)
+        ops, plain = torch.ops.lora_kernels, (x, w, a, b, 1.0, None, None, 0.0, None, False)
+        if p.direction == "forward":
+            op, args = ops.lora_linear_forward, (*plain, True, False)
+        else:  # its own op: autograd would run it in another thread, where nothing is forced
+            op, args = ops.lora_linear_backward, (dy, *plain, h, None, None, [True, True, True, False, False])
+
+        def run(name):
+            with use_backend("triton"), dispatch.forced(name):
+                return op(*args)
+
+        made: Calls = {BASE: lambda: x @ w.T if p.direction == "forward" else dy @ w}
+        return made | {name: checked(name, functools.partial(run, name)) for name in cost.NAMES[p.direction]}
+
+    return calls
+
+
+def checked(name: str, call: Callable[[], object]) -> Callable[[], object]:
+    """The call, that first makes sure that the candidate runs by that name: the times of another would be filed under it."""
+    sure = False
+
+    def run() -> object:
+        nonlocal sure
+        if not sure:
+            noted = [decision.plan for decision in explain(call).decisions]
+            if not noted or noted[-1] is None or noted[-1].winner != name:
+                raise RuntimeError(f"bench.tune: {name} was forced, and the backend that ran noted {noted}")
+            sure = True
+        return call()
+
+    return run
+
+
+def events(calls: Calls) -> Times:
+    """The median seconds of each call on the GPU, by CUDA events, over interleaved rounds with L2 flushed."""
+    flush = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+    shuffled, order = random.Random(0), list(calls)
+    marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+    for name in order * 2:
+        calls[name]()
+    for _ in range(ROUNDS):
+        shuffled.shuffle(order)
+        for name in order:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            start.record()
+            calls[name]()
+            end.record()
+            marks[name].append((start, end))
+        torch.cuda.synchronize()
+    return {name: statistics.median(a.elapsed_time(b) for a, b in pairs) / 1e3 for name, pairs in marks.items()}
+
+
+def circumstances() -> dict[str, str]:
+    """What the figures hold for."""
+
+    def said(*words: str) -> str:
+        try:
+            return subprocess.run(words, capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
+        except OSError:
+            return ""
+
+    changed = said("git", "status", "--porcelain")
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "torch": torch.__version__,
+        "triton": __import__("triton").__version__,
+        "commit": said("git", "rev-parse", "--short", "HEAD") + (" and uncommitted changes" if changed else ""),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status: 2 if there is no such GPU."""
+    parser = argparse.ArgumentParser(prog="bench.tune")
+    parser.add_argument("--arch", type=int, help="refuse to run on another architecture; 90 is sm_90")
+    parser.add_argument("--quick", action="store_true", help="a few shapes")
+    parser.add_argument("--out", type=Path, default=Path(tables.FOLDER), help="the folder of the table")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        print("bench.tune: it measures on an NVIDIA GPU, and torch finds none here; nothing was written", file=sys.stderr)
+        return 2
+    arch, multiprocessors = dispatch.where(torch.empty(0, device="cuda"))
+    if options.arch not in (None, arch):
+        print(f"bench.tune: this GPU is sm_{arch}, not sm_{options.arch}; nothing was written", file=sys.stderr)
+        return 2
+    stamp = circumstances()
+    shapes = problems(options.quick)
+    print(tune(chip(arch, multiprocessors), arch, shapes, on_device("cuda"), events, options.out, stamp["gpu"], stamp))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
