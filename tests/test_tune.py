@@ -92,10 +92,10 @@ def test_nothing_is_written_when_a_measurement_fails(tmp_path):
 @pytest.mark.parametrize("direction", cost.NAMES)
 def test_the_calls_are_what_their_names_say(direction, monkeypatch):
     p = Problem(direction, 3, 8, (8,), (2,), torch.float32)
-    asks, ran = True, []
+    asks, ran, other = True, [], None
 
     def backend(*args):
-        made = plan(p, 90)
+        made = other or plan(p, 90)
         ran.append(made.winner)
         if asks:
             registry.note(made)
@@ -110,6 +110,10 @@ def test_the_calls_are_what_their_names_say(direction, monkeypatch):
         calls[name]()
     assert ran == [name for name in cost.NAMES[direction] for _ in range(3)]  # once more, to look
 
+    with dispatch.forced(cost.NAMES[direction][0]):  # a backend that takes another one
+        other = plan(p, 90)
+    with pytest.raises(RuntimeError, match="bench.tune: vendor was forced, and the backend that ran noted .*forced"):
+        bench.on_device("cpu")(p)["vendor"]()
     asks = False  # a backend that does not choose
     with pytest.raises(RuntimeError, match=r"bench.tune: vendor was forced, and the backend that ran noted \[None\]"):
         bench.on_device("cpu")(p)["vendor"]()
