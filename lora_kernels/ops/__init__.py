@@ -1,15 +1,17 @@
 """The ops. One folder per op; every file in it computes the same formula."""
 
-from lora_kernels.ops.lora_linear import lora_linear
+from lora_kernels.ops.lora_linear import Member, lora_linear, lora_linear_group
 from lora_kernels.ops.registry import FallbackWarning, explain, missing_backends, use_backend
 from lora_kernels.ops.weight_norm import NormCache, dora_gain, row_norm_squared, weight_norm
 
 __all__ = [
     "FallbackWarning",
+    "Member",
     "NormCache",
     "dora_gain",
     "explain",
     "lora_linear",
+    "lora_linear_group",
     "missing_backends",
     "row_norm_squared",
     "use_backend",

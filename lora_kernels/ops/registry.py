@@ -6,7 +6,7 @@ says in words why it cannot take some arguments. A call runs the first backend, 
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -81,19 +81,28 @@ class Op:
         self._overload = overload
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or _modes() or _functorch() is not None or not _PLAIN.issuperset(map(type, args[:4])):
+        if torch.compiler.is_compiling() or _modes() or _functorch() is not None or not _plain(args[:4]):
             return self._overload(*args)
         return choose(self.name, args).run(*args)
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), float, int, bool, list}
+
+
+def _plain(values: Iterable[Any]) -> bool:
+    """Whether every tensor is torch's own, those in lists too."""
+    types = set(map(type, values))
+    return types <= _PLAIN and (list not in types or all(_plain(v) for v in values if type(v) is list))
+
+
 _modes, _functorch = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 
 
 def declare(schema: str, fake: Callable[..., Any]) -> Op:
     """Declares an op. `schema` is a torch schema, e.g. "f(Tensor x) -> Tensor".
 
-    A backend may return None for a result that the arguments say nobody wants; traced calls get an empty tensor there.
+    A backend may return None for a result, or in a list of results, that the arguments say nobody wants; traced calls get an
+    empty tensor there.
     Library.define and impl rather than torch.library.custom_op, which costs several times as much per call.
     """
     name = schema.split("(", 1)[0]
@@ -104,9 +113,9 @@ def declare(schema: str, fake: Callable[..., Any]) -> Op:
 
 
 def _filled(result: Any, like: Tensor) -> Any:
-    if isinstance(result, Tensor):
-        return result
-    return tuple(like.new_empty(0) if t is None else t for t in result)
+    if result is None:
+        return like.new_empty(0)
+    return result if isinstance(result, Tensor) else type(result)(_filled(each, like) for each in result)
 
 
 def implements(

@@ -1,5 +1,6 @@
 """lora_linear in float64 by autograd, from the formula alone: what every backend is compared with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -109,6 +110,19 @@ def make_problem(
         seed=torch.tensor(0x1234_5678_9ABC_DEF0 ^ seed) if dropout else None,
         dy=normal((*lead, n_out), 1.0, dtype),
     )
+
+
+def make_group(
+    members: Sequence[dict[str, Any]],
+    tokens: int | tuple[int, ...] = 5,
+    n_in: int = 64,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **shared: Any,
+) -> list[Problem]:
+    """Problems with one x. Each member, and `shared` for all of them, says what `make_problem` takes: n_out, rank, bias, …"""
+    problems = [make_problem(tokens, n_in, dtype=dtype, seed=seed + 101 * i, **shared | m) for i, m in enumerate(members)]
+    return [replace(p, x=problems[0].x) for p in problems]
 
 
 def exact(problem: Problem) -> Exact:

@@ -6,10 +6,13 @@ products are ours: on AMX tiles where there are any, else W is widened block by 
 the cache, in both directions. Sums are float32 and y is rounded once.
 """
 
+from functools import partial
+
 import torch
 
 from lora_kernels import _cpu
 from lora_kernels.ops.buffers import mask, row_major, transposed
+from lora_kernels.ops.lora_linear.loop import backward_each, forward_each, refuse_each
 from lora_kernels.ops.refusals import READ, refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tiles import on_tiles, product_back
@@ -122,7 +125,12 @@ def _forward_large(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep
 
 
 @implements("lora_linear_backward", "cpu", backward_refusal)
-def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
+def backward(dy, x, *args):
+    return _gradients(x.dtype, dy, x, *args)
+
+
+def _gradients(dx_dtype, dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
+    """dx in dx_dtype, float32 or that of x."""
     tokens, rank = x.shape[0], a.shape[0]
     threads = torch.get_num_threads()
     drop = mask(dropout, seed)
@@ -131,17 +139,19 @@ def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, 
     needs_dx, needs_da, needs_db, needs_dbias, needs_dgain = needs
     if w.numel() == 0 or tokens == 0:
         zeros = [t.new_zeros(t.shape) if need else None for t, need in zip((x, a, b, bias, gain), needs, strict=True)]
+        if needs_dx:
+            zeros[0] = zeros[0].to(dx_dtype)
         if needs_dbias:
             zeros[3] = dy.sum(0, dtype=torch.float32).to(bias.dtype)
         return tuple(zeros)
     p = x.new_empty(tokens, rank, dtype=torch.float32) if needs_dx or needs_da else None
     if needs_dx and on_tiles(dy, w) and not drop_base:
-        dx = x.new_empty(x.shape)
+        dx = x.new_empty(x.shape, dtype=dx_dtype)
         _cpu.tiles(dy, w, transposed(b), transposed(a), dx, None, None, gain, p, scale, drop, True, threads)
     elif p is not None:
         _cpu.shrink(dy, transposed(b), gain, p, scale, None, threads)
         if needs_dx:
-            dx = _input_gradient(dy, x, w, a, gain, p, drop, drop_base)
+            dx = _input_gradient(dx_dtype, dy, w, a, gain, p, drop, drop_base)
     if needs_da:
         da = torch.empty_like(a, memory_format=torch.contiguous_format)
         if drop is None and on_tiles(x, x) and a.dtype is not torch.float16:
@@ -161,14 +171,34 @@ def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, 
     return dx, da, db, dbias, dgain
 
 
-def _input_gradient(dy, x, w, a, gain, p, drop, drop_base):
+def group_refusal(*args):
+    return refuse_each(refusal, *args)
+
+
+def group_backward_refusal(x, dy, *args):
+    negated = {f"dy of member {i}": each for i, each in enumerate(dy)}
+    return group_refusal(x, *args) or refuse_negated(**negated)
+
+
+@implements("lora_linear_group_forward", "cpu", group_refusal)
+def group_forward(*args):
+    return forward_each(forward, *args)
+
+
+@implements("lora_linear_group_backward", "cpu", group_backward_refusal)
+def group_backward(*args):
+    # float32: summed over the members in 16 bits, dx would be rounded as often as there are members
+    return backward_each(partial(_gradients, torch.float32), *args)
+
+
+def _input_gradient(dtype, dy, w, a, gain, p, drop, drop_base):
     """(dy ⊙ gain) W + mask ⊙ (p A), or for a dropped base dy W + mask ⊙ ((dy ⊙ (gain - 1)) W + p A)."""
     if drop_base:
         wide = _times_weight(dy * (gain - 1), w)
         _expand(wide, wide, a, p, mask=drop, mask_from=True)
-        return (wide + _times_weight(dy, w)).to(x.dtype)
+        return (wide + _times_weight(dy, w)).to(dtype)
     product = _times_weight(dy if gain is None else dy * gain.to(torch.float32), w)
-    dx = product if x.dtype is torch.float32 else x.new_empty(x.shape)
+    dx = product if dtype is torch.float32 else torch.empty_like(product, dtype=dtype)
     _expand(product, dx, a, p, mask=drop)
     return dx
 

@@ -63,22 +63,9 @@ def lora_linear(
         cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
         with without_autocast(x):
             return lora_linear(x.to(cast), w.to(cast), a, b, scale, bias, gain, dropout, dropout_semantics, seed)
-    plain = (
-        usual is not None
-        and not torch.compiler.is_compiling()
-        and dropout == 0.0
-        and seed is None
-        and dropout_semantics == "peft"
-        and type(scale) is float
-        and -math.inf < scale < math.inf
-        and not w.requires_grad
-        and usual(x, w, a, b, bias, gain)
-    )
-    if not plain:
-        _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed)
+    _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed)
     if isinstance(scale, Tensor):
-        wide = torch.promote_types(torch.promote_types(b.dtype, x.dtype), torch.float32)
-        b, scale = b.to(wide) * scale.to(wide).reshape(()), 1.0
+        b, scale = scaled(b, scale, x), 1.0
     drop_base = dropout > 0 and gain is not None and dropout_semantics == "peft"
     if dropout > 0 and seed is None:
         seed = draw_seed()
@@ -96,6 +83,12 @@ def lora_linear(
     else:
         y = _forward(*args, False, False)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
+
+
+def scaled(b: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+    """b times a tensor scale, in the dtype of the sums: so the scale gets its gradient from autograd."""
+    wide = torch.promote_types(torch.promote_types(b.dtype, x.dtype), torch.float32)
+    return b.to(wide) * scale.to(wide).reshape(())
 
 
 def autocasts(device: str) -> bool:
@@ -118,62 +111,74 @@ def check_kinds(op: str, scale: Any, **tensors: Any) -> None:
         raise TypeError(f"{op}: scale must be a number or a tensor, found {type(scale).__name__}")
 
 
-def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed):
-    check_kinds("lora_linear", scale, x=x, w=w, a=a, b=b, bias=bias, gain=gain, seed=seed)
+def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, op="lora_linear"):
+    if (
+        usual is not None
+        and not torch.compiler.is_compiling()
+        and dropout == 0.0
+        and seed is None
+        and dropout_semantics == "peft"
+        and type(scale) is float
+        and -math.inf < scale < math.inf
+        and not w.requires_grad
+        and usual(x, w, a, b, bias, gain)
+    ):
+        return
+    check_kinds(op, scale, x=x, w=w, a=a, b=b, bias=bias, gain=gain, seed=seed)
     # one look at each attribute: the check is a good part of what a small call costs
     if w.dim() != 2 or a.dim() != 2 or x.dim() < 1:
         raise ValueError(
-            "lora_linear: x must have at least one dimension, w and a two, "
+            f"{op}: x must have at least one dimension, w and a two, "
             f"found x {list(x.shape)}, w {list(w.shape)}, a {list(a.shape)}"
         )
     (n_out, n_in), rank = w.shape, a.shape[0]
     if rank < 1:
-        raise ValueError(f"lora_linear: a must have at least one row (the rank), found {list(a.shape)}")
+        raise ValueError(f"{op}: a must have at least one row (the rank), found {list(a.shape)}")
     if x.shape[-1] != n_in:
-        raise ValueError(f"lora_linear: x must have {n_in} features (w is [{n_out}, {n_in}]), found {list(x.shape)}")
+        raise ValueError(f"{op}: x must have {n_in} features (w is [{n_out}, {n_in}]), found {list(x.shape)}")
     if a.shape != (rank, n_in):
-        raise _wrong_shape("a", a, (rank, n_in))
+        raise _wrong_shape(op, "a", a, (rank, n_in))
     if b.shape != (n_out, rank):
-        raise _wrong_shape("b", b, (n_out, rank))
+        raise _wrong_shape(op, "b", b, (n_out, rank))
     dtype, adapter_dtype = x.dtype, a.dtype
     if dtype not in FLOATS:
-        raise TypeError(f"lora_linear: x must be float32, bfloat16, float16 or float64, found {dtype}")
+        raise TypeError(f"{op}: x must be float32, bfloat16, float16 or float64, found {dtype}")
     if w.dtype is not dtype:
-        raise TypeError(f"lora_linear: w must have the dtype of x, {dtype}, found {w.dtype}")
+        raise TypeError(f"{op}: w must have the dtype of x, {dtype}, found {w.dtype}")
     if b.dtype is not adapter_dtype or adapter_dtype not in FLOATS:
-        raise TypeError(f"lora_linear: a and b must share one floating dtype, found {adapter_dtype} and {b.dtype}")
+        raise TypeError(f"{op}: a and b must share one floating dtype, found {adapter_dtype} and {b.dtype}")
     if w.requires_grad:
-        raise ValueError("lora_linear: w is frozen and gets no gradient, but it requires grad; call requires_grad_(False)")
+        raise ValueError(f"{op}: w is frozen and gets no gradient, but it requires grad; call requires_grad_(False)")
     device = x.device
     if w.device != device or a.device != device or b.device != device:
         found = f"w {w.device}, a {a.device}, b {b.device}"
-        raise ValueError(f"lora_linear: all tensors must be on {device} (x), found {found}")
+        raise ValueError(f"{op}: all tensors must be on {device} (x), found {found}")
     for name, vector in (("bias", bias), ("gain", gain)):
         if vector is None:
             continue
         if vector.shape != (n_out,):
-            raise _wrong_shape(name, vector, (n_out,))
+            raise _wrong_shape(op, name, vector, (n_out,))
         if vector.dtype not in FLOATS:
-            raise TypeError(f"lora_linear: {name} must be floating, found {vector.dtype}")
+            raise TypeError(f"{op}: {name} must be floating, found {vector.dtype}")
         if vector.device != device:
-            raise ValueError(f"lora_linear: {name} must be on {device} (x), found {vector.device}")
+            raise ValueError(f"{op}: {name} must be on {device} (x), found {vector.device}")
     if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"lora_linear: dropout must be in [0, 1), found {dropout}")
+        raise ValueError(f"{op}: dropout must be in [0, 1), found {dropout}")
     if dropout_semantics not in DROPOUT_SEMANTICS:
-        raise ValueError(f"lora_linear: dropout_semantics must be peft or lora_only, found {dropout_semantics!r}")
+        raise ValueError(f"{op}: dropout_semantics must be peft or lora_only, found {dropout_semantics!r}")
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
-            raise ValueError(f"lora_linear: scale must be a number or hold one, found {list(scale.shape)}")
+            raise ValueError(f"{op}: scale must be a number or hold one, found {list(scale.shape)}")
     elif not -math.inf < scale < math.inf:  # a compiled graph may hold it as a symbol, which math.isfinite refuses
-        raise ValueError(f"lora_linear: scale must be finite, found {scale}")
+        raise ValueError(f"{op}: scale must be finite, found {scale}")
     if seed is not None and (seed.dtype is not torch.int64 or seed.numel() != 1):
-        raise ValueError(f"lora_linear: seed must be one int64, found {seed.dtype} {list(seed.shape)}")
+        raise ValueError(f"{op}: seed must be one int64, found {seed.dtype} {list(seed.shape)}")
     if seed is not None and seed.device != device and seed.device.type != "cpu":
-        raise ValueError(f"lora_linear: seed must be on {device} (x) or the CPU, found {seed.device}")
+        raise ValueError(f"{op}: seed must be on {device} (x) or the CPU, found {seed.device}")
 
 
-def _wrong_shape(name, tensor, shape):
-    return ValueError(f"lora_linear: {name} must have shape {list(shape)}, found {list(tensor.shape)}")
+def _wrong_shape(op, name, tensor, shape):
+    return ValueError(f"{op}: {name} must have shape {list(shape)}, found {list(tensor.shape)}")
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -3,6 +3,7 @@
 import torch
 
 from lora_kernels.ops.dropout import mask
+from lora_kernels.ops.lora_linear.loop import backward_each, forward_each
 from lora_kernels.ops.registry import implements
 
 
@@ -21,7 +22,13 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
 
 
 @implements("lora_linear_backward", "reference")
-def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
+def backward(dy, x, *args):
+    dx, *others = gradients(dy, x, *args)
+    return None if dx is None else dx.to(x.dtype), *others
+
+
+def gradients(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
+    """dx in the dtype of the sums, the others in that of their tensors."""
     dy_wide, x_wide, w_wide, a_wide, b_wide = _widen(dy, x, w, a, b)
     keep = _keep(x, dropout, seed)
     dz = dy_wide if gain is None else dy_wide * gain.to(dy_wide.dtype)      # [tokens, out]
@@ -33,9 +40,18 @@ def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, 
     z_wide = (x_wide * keep if drop_base else x_wide) @ w_wide.T + h @ b_wide.T
     da, db = p.T @ (x_wide * keep), dz.T @ h
     dbias, dgain = dy_wide.sum(0), (dy_wide * z_wide).sum(0)
-    like = (x, a, b, bias, gain)
-    grads = (dx, da, db, dbias, dgain)
-    return tuple(g.to(t.dtype) if need else None for g, t, need in zip(grads, like, needs, strict=True))
+    grads = zip((da, db, dbias, dgain), (a, b, bias, gain), needs[1:], strict=True)
+    return dx if needs[0] else None, *(g.to(t.dtype) if need else None for g, t, need in grads)
+
+
+@implements("lora_linear_group_forward", "reference")
+def group_forward(*args):
+    return forward_each(forward, *args)
+
+
+@implements("lora_linear_group_backward", "reference")
+def group_backward(*args):
+    return backward_each(gradients, *args)
 
 
 def _widen(x, *others):

@@ -1,0 +1,206 @@
+"""Several frozen linear layers with LoRA adapters that read one input (q, k and v; gate and up), as one op:
+
+    y_i = gain_i ⊙ (x W_iᵀ + scale_i · drop_i(x) A_iᵀ B_iᵀ) + bias_i
+
+so that a kernel reads x once, and its gradient, the sum over the members, is summed in float32 and written once.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.dropout import draw_seed
+from lora_kernels.ops.lora_linear.loop import drops_base, keeps_z
+from lora_kernels.ops.lora_linear.op import _any_autocast, _check, scaled, without_autocast
+from lora_kernels.ops.registry import declare
+
+
+class Member(NamedTuple):
+    """One layer of a group: what `lora_linear` takes besides x and dropout, in its shapes and dtypes."""
+
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    scale: float | Tensor = 1.0
+    bias: Tensor | None = None
+    gain: Tensor | None = None
+    seed: Tensor | None = None
+
+
+def lora_linear_group(
+    x: Tensor,
+    members: Sequence[Member],
+    dropout: float | Sequence[float] = 0.0,
+    dropout_semantics: str = "peft",
+) -> tuple[Tensor, ...]:
+    """`lora_linear` of one x for each member, in one call: (y_0, y_1, …).
+
+        y_i = gain_i ⊙ (x W_iᵀ + scale_i · drop_i(x) A_iᵀ B_iᵀ) + bias_i
+
+    Shapes: x [..., in]; of member i w [out_i, in], a [r_i, in], b [out_i, r_i], bias and gain [out_i]; y_i [..., out_i] in
+    the dtype of x. Widths, ranks, dtypes of the adapters and what is None may differ from member to member. Sums are taken
+    in float32 (float64 for float64) and rounded once, the gradient of x, which sums over the members, too. Under autocast x
+    and each w are cast to its dtype.
+
+    Gradients flow to x and to each a, b, bias, gain and tensor scale; every w is frozen. A second differentiation raises.
+    A member whose output is not used costs nothing in backward, and its tensors get no gradient.
+
+    `dropout` is one probability for all or one a member. Each member draws a mask of its own, from its `seed` or from one
+    drawn in the order of the members, as calls one after another would. What `dropout_semantics` means, and that an output
+    with a gain must not be changed in place before backward, is as in `lora_linear`.
+
+    Raises:
+        TypeError: a tensor has a dtype that is not supported, or a member is not a Member.
+        ValueError: a shape, device, dropout or scale does not fit, a w requires grad, or there is no member; the message
+            names the member by its index. Nothing has run.
+        NotImplementedError: the forced backend refuses; the message says why.
+    """
+    dropouts = _listed(members, dropout)
+    if _any_autocast() and torch.is_autocast_enabled(x.device.type):
+        cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
+        with without_autocast(x):
+            members = [Member(m.w.to(cast), *m[1:]) for m in members]
+            return lora_linear_group(x.to(cast), members, dropouts, dropout_semantics)
+    for i, (m, p) in enumerate(zip(members, dropouts, strict=True)):
+        op = f"lora_linear_group: member {i}"
+        _check(x, m.w, m.a, m.b, m.scale, m.bias, m.gain, p, dropout_semantics, m.seed, op)
+    scales, flat = [], []
+    for m, p in zip(members, dropouts, strict=True):
+        b, scale = (scaled(m.b, m.scale, x), 1.0) if isinstance(m.scale, Tensor) else (m.b, m.scale)
+        scales.append(scale)
+        flat += [m.w, m.a, b, m.bias, m.gain, None if p == 0.0 else draw_seed() if m.seed is None else m.seed]
+    drop_base = dropout_semantics == "peft" and any(
+        p > 0 and m.gain is not None for m, p in zip(members, dropouts, strict=True)
+    )
+    tokens = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in flat)):
+        ys = _LoRALinearGroup.apply(tokens, tuple(scales), tuple(dropouts), drop_base, *flat)
+    else:
+        w, a, b, bias, gain, seed = _columns(flat, 6)
+        ys = _forward(tokens, w, a, b, scales, bias, gain, dropouts, seed, drop_base, False, False)[0]
+    return tuple(ys) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+
+
+def _listed(members, dropout):
+    """The dropout of each member, once the members are what they should be."""
+    if len(members) == 0:
+        raise ValueError("lora_linear_group: there must be at least one member, found none")
+    for i, m in enumerate(members):
+        if not isinstance(m, Member):
+            raise TypeError(f"lora_linear_group: member {i} must be a Member, found {type(m).__name__}")
+    if not isinstance(dropout, list | tuple):
+        return [dropout] * len(members)
+    if len(dropout) != len(members):
+        raise ValueError(
+            f"lora_linear_group: dropout must be a number or one for each of {len(members)} members, found {len(dropout)}"
+        )
+    return list(dropout)
+
+
+def _columns(flat, width):
+    """What stands member by member, as `width` lists over the members."""
+    return [list(flat[i::width]) for i in range(width)]
+
+
+class _LoRALinearGroup(torch.autograd.Function):
+    """Tensors go through `apply` one by one, member by member: autograd does not look into lists."""
+
+    @staticmethod
+    def forward(ctx, x, scales, dropouts, drop_base, *flat):
+        w, a, b, bias, gain, seed = _columns(flat, 6)
+        wants = ctx.needs_input_grad[8::6]  # of the gains
+        rows = list(zip(wants, bias, gain, dropouts, strict=True))
+        kept = [want and keeps_z(c, g, drops_base(drop_base, g, p)) for want, c, g, p in rows]
+        y, h, z = _forward(x, w, a, b, list(scales), bias, gain, list(dropouts), seed, drop_base, True, any(kept))
+        # of each member only what its own gain's gradient reads
+        kept_y = [y[i] if wants[i] and gain[i] is not None and not kept[i] else None for i in range(len(y))]
+        kept_z = [z[i] if kept[i] else None for i in range(len(y))]
+        ctx.save_for_backward(x, *flat, *h, *kept_y, *kept_z)
+        ctx.scales, ctx.dropouts, ctx.drop_base = scales, dropouts, drop_base
+        # an output that nobody used comes back as None, not as zeros to multiply with
+        ctx.set_materialize_grads(False)
+        return tuple(y)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        x, *saved = ctx.saved_tensors
+        n = len(dys)
+        used = [i for i in range(n) if dys[i] is not None]
+        grads = [None] * (4 + 6 * n)
+        if not used:
+            return tuple(grads)
+        flat = []
+        needs = [ctx.needs_input_grad[0]]
+        for i in used:
+            flat += [dys[i], *saved[6 * i : 6 * i + 6], saved[6 * n + i], saved[7 * n + i], saved[8 * n + i]]
+            needs += ctx.needs_input_grad[5 + 6 * i : 9 + 6 * i]
+        of_used = [tuple(each[i] for i in used) for each in (ctx.scales, ctx.dropouts)]
+        args = (*of_used, ctx.drop_base, tuple(needs), x, *flat)
+        # grad mode is on here only under create_graph: go through the Function that raises on a second derivative
+        found = _Once.apply(*args) if torch.is_grad_enabled() else _grads(*args)
+        grads[0] = found[0]
+        for j, i in enumerate(used):
+            grads[5 + 6 * i : 9 + 6 * i] = found[1 + 4 * j : 5 + 4 * j]
+        return tuple(grads)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        return _grads(*args)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("lora_linear_group: the second derivative is not implemented")
+
+
+def _grads(scales, dropouts, drop_base, needs, x, *flat):
+    """dx, then da, db, dbias and dgain of each member."""
+    dy, w, a, b, bias, gain, seed, h, y, z = _columns(flat, 10)
+    args = (x, dy, w, a, b, list(scales), bias, gain, list(dropouts), seed, drop_base, h, y, z, list(needs))
+    if _any_autocast():
+        with without_autocast(x):
+            dx, *others = _backward(*args)
+    else:
+        dx, *others = _backward(*args)
+    grads = [dx] + [grad for of_member in zip(*others, strict=True) for grad in of_member]
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+def _fake_forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
+    tokens, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
+    kept = [
+        keep_z and keeps_z(c, g, drops_base(drop_base, g, p)) for c, g, p in zip(bias, gain, dropout, strict=True)
+    ]
+    return (
+        [x.new_empty(tokens, each.shape[0]) for each in w],
+        [x.new_empty(tokens, each.shape[0], dtype=wide) if keep else x.new_empty(0) for each in a],
+        [x.new_empty(tokens, each.shape[0]) if k else x.new_empty(0) for each, k in zip(w, kept, strict=True)],
+    )
+
+
+def _fake_backward(x, dy, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
+    of_members = [
+        [t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(like, needs[i::4], strict=True)]
+        for i, like in enumerate((a, b, bias, gain), start=1)
+    ]
+    return (x.new_empty(x.shape) if needs[0] else x.new_empty(0), *of_members)
+
+
+# drop_base: the members with a gain and a dropout also drop the input of their base (`loop.drops_base`). keep: h of all
+# members; keep_z: z of those whose gain's gradient cannot do with y (`loop.keeps_z`), the others' is None. backward gets y
+# or z of a member whose gain wants its gradient. needs: of dx, then of da, db, dbias, dgain of each member.
+_forward = declare(
+    "lora_linear_group_forward(Tensor x, Tensor[] w, Tensor[] a, Tensor[] b, float[] scale, Tensor?[] bias, Tensor?[] gain,"
+    " float[] dropout, Tensor?[] seed, bool drop_base, bool keep, bool keep_z) -> (Tensor[] y, Tensor[] h, Tensor[] z)",
+    _fake_forward,
+)
+_backward = declare(
+    "lora_linear_group_backward(Tensor x, Tensor[] dy, Tensor[] w, Tensor[] a, Tensor[] b, float[] scale, Tensor?[] bias,"
+    " Tensor?[] gain, float[] dropout, Tensor?[] seed, bool drop_base, Tensor[] h, Tensor?[] y, Tensor?[] z, bool[] needs)"
+    " -> (Tensor dx, Tensor[] da, Tensor[] db, Tensor[] dbias, Tensor[] dgain)",
+    _fake_backward,
+)
