@@ -2,6 +2,7 @@
 
 from lora_kernels.nn.dora import DoRALinear
 from lora_kernels.nn.embedding import LoRAEmbedding
+from lora_kernels.nn.group import GroupedLinear
 from lora_kernels.nn.lora import LoRALinear
 
-__all__ = ["DoRALinear", "LoRAEmbedding", "LoRALinear"]
+__all__ = ["DoRALinear", "GroupedLinear", "LoRAEmbedding", "LoRALinear"]

@@ -83,14 +83,23 @@ class DoRALinear(LoRALinear):
             return F.linear(x, self._base_weight(), self.bias)
         if self.merged:
             return F.linear(x, self.weight, self.bias)
+        return lora_linear(
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            self.bias,
+            self._gain(),
+            self._dropout(),
+            self.dropout_semantics,
+        )
+
+    def _gain(self) -> Tensor:
         w, a, b, scaling = self.weight, self.lora_A, self.lora_B, self.scaling
-        magnitude = self.lora_magnitude_vector
         if self.detach_norm:
-            gain = self._norm.gain(w, a, b, scaling, magnitude)
-        else:
-            gain = dora_gain(magnitude, weight_norm(w, a, b, scaling))
-        dropout = self.lora_dropout if self.training else 0.0
-        return lora_linear(x, w, a, b, scaling, self.bias, gain, dropout, self.dropout_semantics)
+            return self._norm.gain(w, a, b, scaling, self.lora_magnitude_vector)
+        return dora_gain(self.lora_magnitude_vector, weight_norm(w, a, b, scaling))
 
     def _adapted_weight(self) -> Tensor:
         """gain ⊙ (W + scaling·BA), [out, in]."""

@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from lora_kernels.nn.base import AdapterLayer, check_dropout, freeze
 from lora_kernels.nn.init import check_init, linear_factors
-from lora_kernels.ops.lora_linear import lora_linear
+from lora_kernels.ops.lora_linear import Member, lora_linear
 
 
 class LoRALinear(AdapterLayer):
@@ -106,8 +106,18 @@ class LoRALinear(AdapterLayer):
             return F.linear(x, self._base_weight(), self.bias)
         if self.merged:
             return F.linear(x, self.weight, self.bias)
-        dropout = self.lora_dropout if self.training else 0.0
-        return lora_linear(x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, None, dropout)
+        return lora_linear(x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, None, self._dropout())
+
+    def _dropout(self) -> float:
+        return self.lora_dropout if self.training else 0.0
+
+    def _gain(self) -> Tensor | None:
+        """What multiplies the outputs of the adapted product, [out]."""
+        return None
+
+    def _member(self) -> Member:
+        """What forward computes with, for a call that several layers share."""
+        return Member(self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, self._gain())
 
     def _adapted_weight(self) -> Tensor:
         """W + scaling·BA, [out, in]."""
