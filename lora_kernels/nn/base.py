@@ -44,7 +44,7 @@ class AdapterLayer(nn.Module):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def _adapted_weight(self) -> Tensor:
-        """The weight that makes a plain layer compute what this one does in eval mode, in the dtype of the sums."""
+        """The weight that makes a plain layer compute what this one does in eval mode, rounded once to its dtype."""
         raise NotImplementedError
 
     def _base_weight(self) -> Tensor:
@@ -71,7 +71,7 @@ class AdapterLayer(nn.Module):
             raise RuntimeError(f"{self._named()}: merge() on a merged layer; call unmerge() first")
         # the merged tensor must be as the weight is: one made in inference mode could never be trained through
         with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
-            adapted = self._adapted_weight().to(self.weight.dtype)
+            adapted = self._adapted_weight()
         if safe:
             wrong = adapted.numel() - int(adapted.isfinite().sum())
             if wrong:

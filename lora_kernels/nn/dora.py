@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from lora_kernels.nn.lora import LoRALinear
-from lora_kernels.ops import NormCache, dora_gain, lora_linear, weight_norm
+from lora_kernels.ops import NormCache, dora_gain, lora_linear, merged_weight, weight_norm
 from lora_kernels.ops.lora_linear.op import DROPOUT_SEMANTICS
 
 
@@ -103,8 +103,8 @@ class DoRALinear(LoRALinear):
 
     def _adapted_weight(self) -> Tensor:
         """gain ⊙ (W + scaling·BA), [out, in]."""
-        norm = weight_norm(self.weight, self.lora_A, self.lora_B, self.scaling)
-        return dora_gain(self.lora_magnitude_vector, norm)[:, None] * super()._adapted_weight()
+        w, a, b, scaling = self.weight, self.lora_A, self.lora_B, self.scaling
+        return merged_weight(w, a, b, scaling, dora_gain(self.lora_magnitude_vector, weight_norm(w, a, b, scaling)))
 
     def _replace_weight(self, data: Tensor) -> None:
         super()._replace_weight(data)

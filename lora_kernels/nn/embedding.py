@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from lora_kernels.nn.base import AdapterLayer, freeze
 from lora_kernels.nn.init import embedding_factors
+from lora_kernels.ops import merged_weight
 
 
 class LoRAEmbedding(AdapterLayer):
@@ -112,9 +113,7 @@ class LoRAEmbedding(AdapterLayer):
 
     def _adapted_weight(self) -> Tensor:
         """W + scaling·(BA)ᵀ, [num_embeddings, dim]."""
-        tensors = (self.weight, self.lora_embedding_A, self.lora_embedding_B)
-        w, a, b = (t.to(torch.promote_types(self.weight.dtype, torch.float32)) for t in tensors)
-        return w + self.scaling * (b @ a).T
+        return merged_weight(self.weight, self.lora_embedding_B.T, self.lora_embedding_A.T, self.scaling)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

@@ -10,6 +10,7 @@ from typing_extensions import Self
 from lora_kernels.nn.base import AdapterLayer, check_dropout, freeze
 from lora_kernels.nn.init import check_init, linear_factors
 from lora_kernels.ops.lora_linear import Member, lora_linear
+from lora_kernels.ops.merge import merged_weight
 
 
 class LoRALinear(AdapterLayer):
@@ -121,9 +122,7 @@ class LoRALinear(AdapterLayer):
 
     def _adapted_weight(self) -> Tensor:
         """W + scaling·BA, [out, in]."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        w, a, b = (t.to(wide) for t in (self.weight, self.lora_A, self.lora_B))
-        return w + self.scaling * (b @ a)
+        return merged_weight(self.weight, self.lora_A, self.lora_B, self.scaling)
 
     def extra_repr(self) -> str:
         dropout = f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else ""

@@ -1,6 +1,7 @@
 """The ops. One folder per op; every file in it computes the same formula."""
 
 from lora_kernels.ops.lora_linear import Member, lora_linear, lora_linear_group
+from lora_kernels.ops.merge import merged_weight
 from lora_kernels.ops.registry import FallbackWarning, explain, missing_backends, use_backend
 from lora_kernels.ops.weight_norm import NormCache, dora_gain, row_norm_squared, weight_norm
 
@@ -12,6 +13,7 @@ __all__ = [
     "explain",
     "lora_linear",
     "lora_linear_group",
+    "merged_weight",
     "missing_backends",
     "row_norm_squared",
     "use_backend",

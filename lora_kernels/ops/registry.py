@@ -99,15 +99,21 @@ _modes, _functorch = torch._C._len_torch_dispatch_stack, torch._C._functorch.pee
 
 
 def declare(schema: str, fake: Callable[..., Any]) -> Op:
-    """Declares an op. `schema` is a torch schema, e.g. "f(Tensor x) -> Tensor".
+    """Declares an op. `schema` is a torch schema, e.g. "f(Tensor x) -> Tensor"; one that gives "()" changes an argument.
 
     A backend may return None for a result, or in a list of results, that the arguments say nobody wants; traced calls get an
     empty tensor there.
     Library.define and impl rather than torch.library.custom_op, which costs several times as much per call.
     """
     name = schema.split("(", 1)[0]
+    gives = not schema.endswith("-> ()")
+
+    def call(*args: Any) -> Any:
+        result = choose(name, args).run(*args)
+        return _filled(result, args[0]) if gives else None
+
     _library.define(schema)
-    _library.impl(name, lambda *args: _filled(choose(name, args).run(*args), args[0]), "CompositeExplicitAutograd")
+    _library.impl(name, call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lora_kernels::{name}", fake, lib=_library)
     return Op(name, getattr(torch.ops.lora_kernels, name).default)
 

@@ -1,0 +1,110 @@
+"""The weight of a plain layer that computes what a base and its adapter do:
+
+    merged = gain ⊙ (W + scale·B A)                                                                     (1)
+
+Without gain this is LoRA's; with gain = m / ‖W + scale·BA‖, one number per output feature, DoRA's.
+Sources: LoRA, arXiv:2106.09685, §4.1; DoRA, arXiv:2402.09353, eq. 5.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.lora_linear.op import FLOATS, check_kinds, without_autocast
+from lora_kernels.ops.registry import declare
+
+
+def merged_weight(
+    w: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, gain: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Formula (1), W read once and the result written once.
+
+    Shapes: w [out, in], a [r, in], b [out, r], gain [out]; returns [out, in] in the dtype of w, with its strides if it has
+    no gaps. Sums are float32 (float64 if w is float64) and rounded once; no copy of W is made in their dtype.
+    `out` takes the result and is returned: w itself, which is then changed in place, or a tensor that lies apart.
+    Nothing is differentiated: it runs as under torch.no_grad(), and the result does not require grad.
+
+    Raises:
+        TypeError: a tensor has a dtype that is not supported, or scale is no number.
+        ValueError: a shape, device or scale does not fit, or out shares a part of its memory with an argument; the message
+            names it, and nothing has changed.
+        NotImplementedError: the forced backend refuses; the message says why.
+    """
+    _check(w, a, b, scale, gain, out)
+    with torch.no_grad(), without_autocast(w):
+        if out is None:
+            return _merged(w, a, b, scale, gain)
+        _merge_into(w, a, b, scale, gain, out)
+    # a backend writes unseen by autograd: a graph that saved out as it was must raise
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return out
+
+
+def _check(w, a, b, scale, gain, out):
+    if isinstance(scale, Tensor):
+        raise TypeError("merged_weight: scale must be a number, found a tensor; scale.item() is one")
+    check_kinds("merged_weight", scale, w=w, a=a, b=b, gain=gain, out=out)
+    if w.dim() != 2 or a.dim() != 2:
+        raise ValueError(f"merged_weight: w and a must have two dimensions, found w {list(w.shape)}, a {list(a.shape)}")
+    (n_out, n_in), rank = w.shape, a.shape[0]
+    if rank < 1:
+        raise ValueError(f"merged_weight: a must have at least one row (the rank), found {list(a.shape)}")
+    shapes = {"a": (a, (rank, n_in)), "b": (b, (n_out, rank)), "gain": (gain, (n_out,)), "out": (out, (n_out, n_in))}
+    for name, (tensor, shape) in shapes.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"merged_weight: {name} must have shape {list(shape)}, found {list(tensor.shape)}")
+        if tensor.device != w.device:
+            raise ValueError(f"merged_weight: {name} must be on {w.device} (w), found {tensor.device}")
+    if w.dtype not in FLOATS:
+        raise TypeError(f"merged_weight: w must be float32, bfloat16, float16 or float64, found {w.dtype}")
+    if a.dtype is not b.dtype or a.dtype not in FLOATS:
+        raise TypeError(f"merged_weight: a and b must share one floating dtype, found {a.dtype} and {b.dtype}")
+    if gain is not None and gain.dtype not in FLOATS:
+        raise TypeError(f"merged_weight: gain must be floating, found {gain.dtype}")
+    if not math.isfinite(scale):
+        raise ValueError(f"merged_weight: scale must be finite, found {scale}")
+    if out is not None:
+        _check_out(w, a, b, gain, out)
+
+
+def _check_out(w, a, b, gain, out):
+    if out.dtype is not w.dtype:
+        raise TypeError(f"merged_weight: out must have the dtype of w, {w.dtype}, found {out.dtype}")
+    if torch.compiler.is_compiling():
+        return  # the graph gives its own memory to out
+    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"merged_weight: out must have its own memory for each element, found strides {list(out.stride())}")
+    for name, tensor in (("w", w), ("a", a), ("b", b), ("gain", gain)):
+        if tensor is None or not torch._C._is_alias_of(out, tensor):
+            continue
+        if tensor is w and _place(out) == _place(w):
+            continue
+        (first, end), (other, other_end) = _span(out), _span(tensor)
+        if first < other_end and other < end:
+            wanted = "be w itself or lie apart from it" if tensor is w else f"lie apart from {name}"
+            raise ValueError(f"merged_weight: out must {wanted}, found memory that they share in part")
+
+
+def _place(t):
+    return t.storage_offset(), t.stride(), t.is_neg()
+
+
+def _span(t):
+    """The bytes of its storage between a tensor's first element and its last, from and to."""
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else -1
+    first = t.storage_offset()
+    return first * t.element_size(), (first + last + 1) * t.element_size()
+
+
+_merged = declare(
+    "merged_weight(Tensor w, Tensor a, Tensor b, float scale, Tensor? gain) -> Tensor",
+    lambda w, a, b, scale, gain: torch.empty_like(w),
+)
+_merge_into = declare(
+    "merge_into(Tensor w, Tensor a, Tensor b, float scale, Tensor? gain, Tensor(a!) out) -> ()",
+    lambda w, a, b, scale, gain, out: None,
+)

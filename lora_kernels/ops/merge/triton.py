@@ -1,0 +1,62 @@
+"""Triton: one program makes one tile of the result; it reads that tile of W and no other, so W may be changed in place."""
+
+import torch
+import triton
+import triton.language as tl
+
+from lora_kernels.ops.launch import ceil, launch, power, refuse_device
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
+from lora_kernels.ops.registry import implements
+from lora_kernels.ops.thin import HALVES, product
+
+
+@triton.jit
+def merge_kernel(
+    w, a, b, gain, out, scale, n, k, r, w0, w1, a0, a1, b0, b1, g0, o0, o1,
+    PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """out [n, k] = gain ⊙ (w + scale · b a), which may be w; b [n, r], a [r, k], gain [n]."""
+    # along the rows first: neighbours in time are neighbours in memory
+    across = tl.cdiv(k, BK)
+    rows = (tl.program_id(0) // across).to(tl.int64) * BN + tl.arange(0, BN)
+    depth = (tl.program_id(0) % across).to(tl.int64) * BK + tl.arange(0, BK)
+    ranks = tl.arange(0, BR).to(tl.int64)
+    inside = (rows < n)[:, None] & (depth < k)[None, :]
+    ws = tl.load(w + rows[:, None] * w0 + depth[None, :] * w1, mask=inside, other=0.0)  # [BN, BK]
+    update = tl.zeros((BN, BK), tl.float32)
+    for first in range(0, r, BR):
+        rank = first + ranks
+        within = rank < r
+        at_b, at_a = b + rows[:, None] * b0 + rank[None, :] * b1, a + rank[:, None] * a0 + depth[None, :] * a1
+        bs = tl.load(at_b, mask=(rows < n)[:, None] & within[None, :], other=0.0)  # [BN, BR]
+        as_ = tl.load(at_a, mask=within[:, None] & (depth < k)[None, :], other=0.0)  # [BR, BK]
+        update = product(bs, as_, update, PRECISION)
+    merged = ws.to(tl.float32) + scale * update
+    if gain is not None:
+        merged *= tl.load(gain + rows * g0, mask=rows < n, other=0.0).to(tl.float32)[:, None]  # [BN]
+    tl.store(out + rows[:, None] * o0 + depth[None, :] * o1, merged.to(out.dtype.element_ty), mask=inside)
+
+
+def refusal(w, a, b, scale, gain, out=None):
+    found = {"w": w, "a": a, "b": b, "gain": gain, "out": out}
+    return refuse_dtypes(**found) or refuse_negated(**found) or refuse_device(w)
+
+
+@implements("merge_into", "triton", refusal)
+@implements("merged_weight", "triton", refusal)
+def merged_weight(w, a, b, scale, gain, out=None):
+    in_place = out is not None and out.data_ptr() == w.data_ptr()
+    out = torch.empty_like(w) if out is None else out
+    (n, k), r = w.shape, a.shape[0]
+    half = a.dtype in HALVES
+    tile = {"BN": 64, "BK": 64, "BR": power(r, most=64 if half else 16)}
+    args = {
+        "w": w, "a": a, "b": b, "gain": gain, "out": out, "scale": float(scale), "n": n, "k": k, "r": r, "w0": w.stride(0),
+        "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1), "b0": b.stride(0), "b1": b.stride(1),
+        "g0": 0 if gain is None else gain.stride(0), "o0": out.stride(0), "o1": out.stride(1),
+        # 16-bit factors are exact on tensor cores; float32 ones as six products of 16 bits, which is as good
+        "PRECISION": "half" if half else "bf16x6", **tile,
+    }  # fmt: skip
+    grid = (ceil(n, tile["BN"]) * ceil(k, tile["BK"]),)
+    launch(merge_kernel, grid, args, [] if in_place else [out], changes=[out] if in_place else [])
+    return out
