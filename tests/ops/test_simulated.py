@@ -6,10 +6,10 @@ import dataclasses
 import pytest
 import torch
 
-from lora_kernels import explain, lora_linear, use_backend, weight_norm
+from lora_kernels import explain, lora_linear, merged_weight, use_backend, weight_norm
 from lora_kernels.nn import DoRALinear
 from lora_kernels.ops import dora_gain, missing_backends, row_norm_squared
-from lora_kernels.testing import as_layout, assert_problem, exact, make_problem, run
+from lora_kernels.testing import as_layout, assert_problem, assert_within_rounding, exact, make_problem, rms, run
 from lora_kernels.testing.ptxsim import SimulationError, device
 
 if "triton" in missing_backends():
@@ -84,6 +84,48 @@ def check_norm(n_out, n_in, rank, dtype):
         assert (found - right).norm() <= (1e-5 if dtype is F32 else 0.01) * right.norm()
 
 
+MERGES = [
+    (65, 129, 17, BF16, BF16, "every_other"), (31, 40, 3, F32, F32, "transposed"), (70, 66, 130, F16, F16, "sliced_rows"),
+    (9, 70, 512, BF16, F32, "gapped_rows"), (5, 7, 1, F16, F32, "offset"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("n_out", "n_in", "rank", "dtype", "kind", "layout"), MERGES)
+def test_merge(n_out, n_in, rank, dtype, kind, layout):
+    check_merge(n_out, n_in, rank, dtype, kind)
+    check_merge(n_out, n_in, rank, dtype, kind, layout)
+
+
+def check_merge(n_out, n_in, rank, dtype, kind, layout="contiguous"):
+    p = make_problem(0, n_in, n_out, rank, dtype, kind, gain=layout != "contiguous")
+    w = as_layout(p.w.clone(), layout)
+    wanted = p.w.double() + 0.5 * p.b.double() @ p.a.double()
+    wanted = wanted if p.gain is None else p.gain.double()[:, None] * wanted
+    found = merged_weight(w, p.a, p.b, 0.5, p.gain)
+    assert found.stride() == torch.empty_like(w).stride()
+    if dtype is F32:
+        assert rms(found.double() - wanted) <= 1e-6 * rms(wanted)
+    else:
+        assert_within_rounding(found, wanted, dtype, ideal_ratio=1.02)
+    assert torch.equal(merged_weight(w, p.a, p.b, 0.5, p.gain), found)
+    assert torch.equal(merged_weight(w, p.a, p.b, 0.5, p.gain, out=w), found)
+
+
+@pytest.mark.parametrize(("dtype", "kind", "columns"), [(BF16, F32, 64), (F32, F32, 32)], ids=str)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_merge_reads_and_writes_once(dtype, kind, columns, in_place):
+    """W, A and B come from memory once and the result goes there once; W moves once between the cache and the blocks too."""
+    n, k = 128, 256
+    p = make_problem(0, k, n, 16, dtype, kind)
+    with device(trace=True) as sim:
+        merged_weight(p.w, p.a, p.b, 0.5, out=p.w if in_place else None)
+    w, a, b = (t.nbytes for t in (p.w, p.a, p.b))
+    assert sim.launches == 1 and sim.counters["store_bytes"] == w
+    assert sim.counters["load_bytes"] == w + n // 64 * a + k // columns * b
+    read, written = sim.dram()
+    assert read <= 1.03 * (w + a + b) and written == w
+
+
 def test_a_layer_learns():
     """A DoRA layer, forward, backward and step, as on the reference."""
     losses = {}
@@ -109,6 +151,7 @@ def test_other_architectures(arch):
     with device(arch) as sim:
         assert_problem(make_problem(130, 128, 128, 16, BF16, gain=True))
         check_norm(65, 128, 16, BF16)
+        check_merge(65, 64, 16, BF16, F32)
     assert (sim.by_opcode["wgmma.mma_async"] > 0) == (arch == 90)
 
 

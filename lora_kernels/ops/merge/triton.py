@@ -49,7 +49,7 @@ def merged_weight(w, a, b, scale, gain, out=None):
     out = torch.empty_like(w) if out is None else out
     (n, k), r = w.shape, a.shape[0]
     half = a.dtype in HALVES
-    tile = {"BN": 64, "BK": 64, "BR": power(r, most=64 if half else 16)}
+    tile = {"BN": 64, "BK": 32 if w.dtype is torch.float32 else 64, "BR": power(r, most=64 if half else 16)}
     args = {
         "w": w, "a": a, "b": b, "gain": gain, "out": out, "scale": float(scale), "n": n, "k": k, "r": r, "w0": w.stride(0),
         "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1), "b0": b.stride(0), "b1": b.stride(1),
@@ -58,5 +58,6 @@ def merged_weight(w, a, b, scale, gain, out=None):
         "PRECISION": "half" if half else "bf16x6", **tile,
     }  # fmt: skip
     grid = (ceil(n, tile["BN"]) * ceil(k, tile["BK"]),)
-    launch(merge_kernel, grid, args, [] if in_place else [out], changes=[out] if in_place else [])
+    # other blocks, not stages, hide the wait for W: most calls take one step over the ranks
+    launch(merge_kernel, grid, args, [] if in_place else [out], changes=[out] if in_place else [], stages=2)
     return out
