@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lora_kernels import lora_linear, use_backend, weight_norm
+from lora_kernels import lora_linear, merged_weight, use_backend, weight_norm
 from lora_kernels.ops.launch import Launch, recorded
 from lora_kernels.testing.gates import Budget, Configuration, Triton
 from lora_kernels.testing.gates.configuration import NVIDIA
@@ -34,6 +34,14 @@ def linear(
 def norm(r: int, dtype: torch.dtype = BF16) -> Callable[[], None]:
     def call() -> None:
         weight_norm(*(torch.empty(s, dtype=dtype) for s in ((WIDE, WIDE), (r, WIDE), (WIDE, r))), 0.5)
+
+    return call
+
+
+def merge(r: int, dtype: torch.dtype = BF16, adapters: torch.dtype | None = None) -> Callable[[], None]:
+    def call() -> None:
+        a, b = (torch.empty(s, dtype=adapters or dtype) for s in ((r, WIDE), (WIDE, r)))
+        merged_weight(torch.empty(WIDE, WIDE, dtype=dtype), a, b, 0.5, torch.ones(WIDE))
 
     return call
 
@@ -203,5 +211,59 @@ GATES = [
         "sm_90": Budget(52, "HGMMA", units=6, wide=16, blocks=3),
         "sm_100": Budget(78, "UTCHMMA", units=6, wide=16, blocks=3),
         AMD: Budget(28, "v_mfma", units=12, wide=6, blocks=3),
+    }),
+    Configuration("merge, bf16, r=8", chosen("merge_kernel", merge(8)), {
+        MMA: Budget(12, "HMMA", units=8, wide=6, blocks=4),
+        "sm_90": Budget(111, "HGMMA", wide=6, blocks=5),
+        "sm_100": Budget(130, "UTCHMMA", wide=7, blocks=7),
+        AMD: Budget(40, "v_mfma", units=2, wide=2, blocks=7),
+    }),
+    Configuration("merge, bf16, r=16", chosen("merge_kernel", merge(16)), {
+        MMA: Budget(10.6, "HMMA", units=8, wide=8, blocks=4),
+        "sm_90": Budget(75, "HGMMA", wide=8, blocks=7),
+        "sm_100": Budget(84, "UTCHMMA", wide=10, blocks=7),
+        AMD: Budget(27, "v_mfma", units=2, wide=2, blocks=8),
+    }),
+    Configuration("merge, bf16, r=32", chosen("merge_kernel", merge(32)), {
+        MMA: Budget(7.1, "HMMA", units=16, wide=12, blocks=3),
+        "sm_90": Budget(56, "HGMMA", units=2, wide=12, blocks=6),
+        "sm_100": Budget(56, "UTCHMMA", units=2, wide=16, blocks=7),
+        AMD: Budget(21, "v_mfma", units=4, wide=8, blocks=7),
+    }),
+    Configuration("merge, bf16, r=64", chosen("merge_kernel", merge(64)), {
+        MMA: Budget(5.3, "HMMA", units=32, wide=20, blocks=3),
+        "sm_90": Budget(40, "HGMMA", units=4, wide=20, blocks=5),
+        "sm_100": Budget(40, "UTCHMMA", units=4, wide=28, blocks=6),
+        AMD: Budget(13.4, "v_mfma", units=8, wide=14, blocks=4),
+    }),
+    Configuration("merge, bf16, r=256", chosen("merge_kernel", merge(256)), {
+        MMA: Budget(5.3, "HMMA", units=32, wide=20, blocks=3),
+        "sm_90": Budget(40, "HGMMA", units=4, wide=20, blocks=5),
+        "sm_100": Budget(40, "UTCHMMA", units=4, wide=28, blocks=6),
+        AMD: Budget(13.4, "v_mfma", units=8, wide=14, blocks=4),
+    }),
+    Configuration("merge, bf16, r=16, float32 adapter", chosen("merge_kernel", merge(16, BF16, F32)), {
+        MMA: Budget(17, "HMMA", units=24, wide=8, blocks=4),
+        "sm_90": Budget(51, "HGMMA", units=6, wide=8, blocks=6),
+        "sm_100": Budget(74, "UTCHMMA", units=6, wide=8, blocks=6),
+        AMD: Budget(28, "v_mfma", units=12, wide=3, blocks=4),
+    }),
+    Configuration("merge, bf16, r=256, float32 adapter", chosen("merge_kernel", merge(256, BF16, F32)), {
+        MMA: Budget(17, "HMMA", units=24, wide=8, blocks=4),
+        "sm_90": Budget(51, "HGMMA", units=6, wide=8, blocks=6),
+        "sm_100": Budget(74, "UTCHMMA", units=6, wide=8, blocks=6),
+        AMD: Budget(28, "v_mfma", units=12, wide=3, blocks=4),
+    }),
+    Configuration("merge, fp32, r=16", chosen("merge_kernel", merge(16, F32)), {
+        MMA: Budget(17.5, "HMMA", units=24, wide=10, blocks=4),
+        "sm_90": Budget(51, "HGMMA", units=6, wide=10, blocks=5),
+        "sm_100": Budget(74, "UTCHMMA", units=6, wide=10, blocks=5),
+        AMD: Budget(28, "v_mfma", units=12, wide=4, blocks=4),
+    }),
+    Configuration("merge, fp32, r=256", chosen("merge_kernel", merge(256, F32)), {
+        MMA: Budget(17.5, "HMMA", units=24, wide=10, blocks=4),
+        "sm_90": Budget(51, "HGMMA", units=6, wide=10, blocks=5),
+        "sm_100": Budget(74, "UTCHMMA", units=6, wide=10, blocks=5),
+        AMD: Budget(28, "v_mfma", units=12, wide=4, blocks=4),
     }),
 ]  # fmt: skip

@@ -111,12 +111,12 @@ def check_merge(n_out, n_in, rank, dtype, kind, layout="contiguous"):
     assert torch.equal(merged_weight(w, p.a, p.b, 0.5, p.gain, out=w), found)
 
 
-@pytest.mark.parametrize(("dtype", "kind", "columns"), [(BF16, F32, 64), (F32, F32, 32)], ids=str)
+@pytest.mark.parametrize(("dtype", "kind", "columns"), [(BF16, BF16, 64), (BF16, F32, 32), (F32, F32, 32)], ids=str)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_merge_reads_and_writes_once(dtype, kind, columns, in_place):
     """W, A and B come from memory once and the result goes there once; W moves once between the cache and the blocks too."""
-    n, k = 128, 256
-    p = make_problem(0, k, n, 16, dtype, kind)
+    n, k, r = 128, 256, 80  # more ranks than a step takes
+    p = make_problem(0, k, n, r, dtype, kind)
     with device(trace=True) as sim:
         merged_weight(p.w, p.a, p.b, 0.5, out=p.w if in_place else None)
     w, a, b = (t.nbytes for t in (p.w, p.a, p.b))
