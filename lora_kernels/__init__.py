@@ -4,7 +4,16 @@ from lora_kernels import nn
 from lora_kernels._version import __version__
 from lora_kernels.adapters import AdapterError, LoraConfig, inject_adapter, load_adapter, save_adapter
 from lora_kernels.integrations import FuseReport, fuse, unfuse
-from lora_kernels.ops import FallbackWarning, Member, explain, lora_linear, lora_linear_group, merged_weight, use_backend, weight_norm
+from lora_kernels.ops import (
+    FallbackWarning,
+    Member,
+    explain,
+    lora_linear,
+    lora_linear_group,
+    merged_weight,
+    use_backend,
+    weight_norm,
+)
 
 __all__ = [
     "AdapterError",

@@ -53,6 +53,23 @@ def architecture() -> int:
     return 10 * major + minor
 
 
+def tickets(device: torch.device, count: int) -> Tensor:
+    """Counters of programs that share a tile, all zero, int32 [count]; a kernel leaves them zero.
+
+    Kept for each stream, on which launches follow each other. A CUDA graph, which may be replayed on any, gets its own.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    place = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    held = _tickets.get(place)
+    if held is None or len(held) < count:
+        held = _tickets[place] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    return held[:count]
+
+
+_tickets: dict[tuple[torch.device, int], Tensor] = {}
+
+
 def refuse_device(t: Tensor) -> str | None:
     """Why kernels for GPUs cannot run on a tensor, or None."""
     if simulates():

@@ -109,7 +109,7 @@ def one_side(
     u, v, gain, h, times, p, part, of_u, of_uv, scale, column, m, n, r, u0, u1, v0, v1, t0, t1,
     ROWS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """One program of `both_sides_kernel`: u [m, n], v [n, r], h [m, r]; rows ROWS·program_id(2) and on, columns BN·column and on."""
+    """One program of `both_sides_kernel`: u [m, n], v [n, r], h [m, r]; from row ROWS·program_id(2) and column BN·column on."""
     columns = tl.cast(column, tl.int64) * BN + tl.arange(0, BN)
     ranks = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     z = tl.program_id(2).to(tl.int64)
@@ -135,7 +135,8 @@ def one_side(
             hs = load_tile(h, rows, ranks, r, 1, m, r)  # [BM, BR]
             sums = product(tl.trans(us), hs, sums, PRECISION)
     if part is not None:
-        tl.store(part + (z * n + columns)[:, None] * r + ranks[None, :], sums, mask=(columns < n)[:, None] & (ranks < r)[None, :])
+        at = part + (z * n + columns)[:, None] * r + ranks[None, :]
+        tl.store(at, sums, mask=(columns < n)[:, None] & (ranks < r)[None, :])
     once = tl.program_id(0) == 0
     if of_u is not None:
         tl.store(of_u + z * n + columns, sum_u, mask=(columns < n) & once)
@@ -155,8 +156,8 @@ def both_sides_kernel(
         blocks = tl.cdiv(ns[g], BN)
         if column >= 0 and column < blocks and tl.program_id(0) * BR < rs[g]:
             one_side(
-                us[g], vs[g], gains[g], hs[g], times[g], ps[g], parts[g], of_us[g], of_uvs[g], scales[g], column, m, ns[g], rs[g],
-                u0s[g], u1s[g], v0s[g], v1s[g], t0s[g], t1s[g], ROWS, PRECISION, BM, BN, BR,
+                us[g], vs[g], gains[g], hs[g], times[g], ps[g], parts[g], of_us[g], of_uvs[g], scales[g], column, m, ns[g],
+                rs[g], u0s[g], u1s[g], v0s[g], v1s[g], t0s[g], t1s[g], ROWS, PRECISION, BM, BN, BR,
             )  # fmt: skip
         column -= blocks
 

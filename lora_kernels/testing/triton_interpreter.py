@@ -71,7 +71,7 @@ def interpret(
 
 def _tensors(args: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors among the arguments and in tuples there; that of a TensorDescriptor is its base."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in args.items():
         flat |= {f"{name}[{i}]": each for i, each in enumerate(value)} if isinstance(value, tuple) else {name: value}
     bases = {name: getattr(value, "base", value) for name, value in flat.items()}

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.launch import architecture, ceil, launch, power, refuse_device
+from lora_kernels.ops.dispatch import Problem, plan, where
+from lora_kernels.ops.launch import architecture, ceil, launch, power, refuse_device, tickets
+from lora_kernels.ops.lora_linear.loop import drops_base, keeps_z, refuse_each
 from lora_kernels.ops.lora_linear.triton_backward import input_gradient_kernel, rest_of_gradients_kernel
 from lora_kernels.ops.lora_linear.triton_forward import forward_kernel
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
-from lora_kernels.ops.registry import implements
+from lora_kernels.ops.registry import implements, note
 from lora_kernels.ops.thin import Side, Sums, both_sides, drawn, inverse, outer, precision, shrink, strides
 
 GROUP = 8  # blocks of rows that take their turns side by side, so that they share W in the cache
@@ -34,12 +36,14 @@ class Layer:
     dropout: float
     seed: Tensor | None
     drop_base: bool
+    keep_z: bool = False
 
     def __post_init__(self):
         self.n, self.r = self.b.shape
         self.bias, self.gain = _flat(self.bias), _flat(self.gain)
-        self.drop = (self.dropout, self.seed)
-        self.drop_base = self.drop_base and self.gain is not None
+        self.drop = (self.dropout, self.seed if self.dropout > 0 else None)
+        self.drop_base = drops_base(self.drop_base, self.gain, self.dropout)
+        self.keep_z = self.keep_z and keeps_z(self.bias, self.gain, self.drop_base)
 
 
 def refusal(x, w, a, b, scale, bias, gain, *_):
@@ -51,17 +55,39 @@ def backward_refusal(dy, *args):
     return refusal(*args) or refuse_dtypes(dy=dy) or refuse_negated(dy=dy)
 
 
+def group_refusal(*args):
+    return refuse_each(refusal, *args)
+
+
+def group_backward_refusal(x, dy, *args):
+    dys = {f"dy of member {i}": each for i, each in enumerate(dy)}
+    return group_refusal(x, *args) or refuse_dtypes(**dys) or refuse_negated(**dys)
+
+
 @implements("lora_linear_forward", "triton", refusal)
 def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
-    (y,), (h,), (z,) = forward_group(x, [Layer(w, a, b, scale, bias, gain, dropout, seed, drop_base)], keep, keep_z)
+    (y,), (h,), (z,) = _forward(x, [Layer(w, a, b, scale, bias, gain, dropout, seed, drop_base, keep_z)], keep)
     return y, h, z
+
+
+@implements("lora_linear_group_forward", "triton", group_refusal)
+def group_forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
+    return tuple(map(list, _forward(x, _layers(w, a, b, scale, bias, gain, dropout, seed, drop_base, keep_z), keep)))
 
 
 @implements("lora_linear_backward", "triton", backward_refusal)
 def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
     layer = Layer(w, a, b, scale, bias, gain, dropout, seed, drop_base)
-    dx, ((da, db, dbias, dgain),) = backward_group(x, [dy], [layer], [h], [y], [z], needs[0], [needs[1:]])
+    dx, ((da, db, dbias, dgain),) = _backward(x, [dy], [layer], [h], [y], [z], needs[0], [needs[1:]])
     return dx, da, db, dbias, dgain
+
+
+@implements("lora_linear_group_backward", "triton", group_backward_refusal)
+def group_backward(x, dy, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
+    each = [needs[1 + 4 * i : 5 + 4 * i] for i in range(len(w))]
+    layers = _layers(w, a, b, scale, bias, gain, dropout, seed, drop_base)
+    dx, grads = _backward(x, dy, layers, h, y, z, needs[0], each)
+    return (dx, *map(list, zip(*grads, strict=True)))
 
 
 def tiles(m, dtype, two_sums):
@@ -73,43 +99,63 @@ def tiles(m, dtype, two_sums):
     return (power(m, most=64), 64, 64, 4, stages) if two_sums or m <= 64 else (128, 128, 64, 8, stages)
 
 
-def forward_group(x, layers, keep, keep_z):
-    """The y, the h [m, r] if kept and the z if kept of each layer."""
+def planned(direction, x, layers):
+    """Which candidate of `dispatch` runs, and whether rows must have the same bits however many there are."""
+    arch, multiprocessors = where(x)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    p = plan(Problem(
+        direction, *x.shape, _of(layers, "n"), _of(layers, "r"), x.dtype, any(layer.gain is not None for layer in layers),
+        any(layer.drop_base for layer in layers), any(layer.drop[1] is not None for layer in layers), precision(x) == "tf32",
+    ), arch, deterministic, multiprocessors)  # fmt: skip
+    note(p)
+    return p.winner, deterministic
+
+
+def _forward(x, layers, keep):
+    """The y, the h [m, r] if kept and the z if kept of each layer: two launches, or one, or three with the library's GEMM."""
     m, k = x.shape
-    form = "two launches"
+    form, deterministic = planned("forward", x, layers)
     one_pass, made = form == "one pass", form == "vendor"
+    none = (None,) * len(layers)
     ys = tuple(x.new_empty(m, layer.n) for layer in layers)
-    zs = tuple(torch.empty_like(y) if keep_z and layer.gain is not None else None for y, layer in zip(ys, layers, strict=True))
-    hs = (None,) * len(layers)
-    if not one_pass:
-        hs = shrink(x, [layer.a for layer in layers], [layer.scale for layer in layers], [layer.drop for layer in layers], early=True)
+    zs = tuple(torch.empty_like(y) if layer.keep_z else None for y, layer in zip(ys, layers, strict=True))
+    hs = none if one_pass else shrink(x, *(_of(layers, name) for name in ("a", "scale", "drop")), early=True)
     in_one_part = not one_pass and len(hs[0]) == 1
     wholes = tuple(x.new_empty(m, layer.r, dtype=torch.float32) if keep and not in_one_part else None for layer in layers)
-    if made:
-        for y, layer in zip(ys, layers, strict=True):
+    for y, layer in zip(ys, layers, strict=True):
+        if made:
             torch.mm(x, layer.w.T, out=y)
+    two_sums = any(layer.drop_base for layer in layers)
     drops = [layer.drop if one_pass or layer.drop_base else (0.0, None) for layer in layers]
-    bm, bn, bk, warps, stages = tiles(m, x.dtype, any(layer.drop_base for layer in layers))
+    bm, bn, bk, warps, stages = tiles(m, x.dtype, two_sums)
     count = ceil(m, bm) * sum(ceil(layer.n, bn) for layer in layers)
-    splits, scratch, ticket = 1, None, None
+    br = power(max(_of(layers, "r")), most=64 if one_pass else 16)
+    splits = 1 if made or deterministic or two_sums or m > 64 else _splits(count, k)
+    scratch = x.new_empty(count * splits * bm * (bn + br), dtype=torch.float32) if splits > 1 else None
+    ticket = tickets(x.device, count) if splits > 1 else None
     args = {
-        "x": x, "ws": _of(layers, "w"), "as_": _of(layers, "a") if one_pass else (None,) * len(layers), "hs": hs,
+        "x": x, "ws": _of(layers, "w"), "as_": _of(layers, "a") if one_pass else none, "hs": hs,
         "bs": _of(layers, "b"), "biases": _of(layers, "bias"), "gains": _of(layers, "gain"), "ys": ys, "zs": zs,
         "wholes": wholes, "scratch": scratch, "ticket": ticket, **drawn(drops),
         "inverses": tuple(inverse(*drop) for drop in drops), "scales": tuple(float(layer.scale) for layer in layers),
         "m": m, "ns": _of(layers, "n"), "k": k, "rs": _of(layers, "r"), "parts": 1 if one_pass else len(hs[0]),
         "x0": x.stride(0), "x1": x.stride(1), **strides("w", _of(layers, "w")), **strides("a", _of(layers, "a")),
         **strides("b", _of(layers, "b")), "MADE": made, "SPLITS": splits, "WAITS": not one_pass and architecture() >= 90,
-        "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk, "BR": 16, "GROUP": GROUP,
+        "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk, "BR": br, "GROUP": GROUP,
     }  # fmt: skip
-    made_here = [t for t in (*ys, *zs, *wholes) if t is not None]
-    launch(forward_kernel, (count, splits), args, made_here, warps=warps, stages=stages, early=args["WAITS"])
-    return ys, tuple(h[0] for h in hs) if in_one_part else wholes, zs
+    fills = [t for t in (*(() if made else ys), *zs, *wholes, scratch) if t is not None]
+    changes = [*(ys if made else ()), *([] if ticket is None else [ticket])]
+    launch(forward_kernel, (count, splits), args, fills, changes=changes, warps=warps, stages=stages, early=args["WAITS"])
+    return ys, tuple(h[0] for h in hs) if keep and in_one_part else wholes, zs
 
 
-def backward_group(x, dys, layers, hs, ys, zs, needs_dx, needs):
+def _splits(count, k):
+    """How many programs share the depth of a tile, where there are too few tiles for the multiprocessors of a GPU."""
+    return max(1, min(8, 128 // max(1, count), k // 256))
+
+
+def _backward(x, dys, layers, hs, ys, zs, needs_dx, needs):
     """dx, and da, db, dbias and dgain of each layer; three launches."""
-    m, k = x.shape
     sides, sums, grads, dgains = [], Sums(), [], []
     for dy, layer, h, y, z, (da, db, dbias, dgain) in zip(dys, layers, hs, ys, zs, needs, strict=True):
         sides.append(Side(
@@ -144,7 +190,7 @@ def backward_group(x, dys, layers, hs, ys, zs, needs_dx, needs):
             sums.add(side.of_uv, dgain, divisor=layer.gain if from_y else None)
         grads.append((da, db, dbias, dgain))
         dgains.append(dgain if from_y else None)
-    dx = x.new_empty(m, k) if needs_dx else None
+    dx = x.new_empty(x.shape) if needs_dx else None
     _last(x, dys, layers, hs, ps, dgains, sums, dx)
     return dx, grads
 
@@ -167,6 +213,9 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
         if blocks:
             launch(rest_of_gradients_kernel, (blocks,), args, sums.made())
         return
+    made = planned("backward", x, layers)[0] == "vendor"
+    if made:
+        torch.mm(dys[0], layers[0].w, out=dx)
     drops = [layer.drop for layer in layers]
     dtype, gains, two_sums = x.dtype, any(layer.gain is not None for layer in layers), any(layer.drop_base for layer in layers)
     bm, bk, bn, warps, stages = tiles(m, dtype, two_sums)
@@ -178,11 +227,17 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
     args |= {
         "ps": tuple(ps), "as_": _of(layers, "a"), "dx": dx, **drawn(drops), "inverses": tuple(inverse(*drop) for drop in drops),
         "counts_p": tuple(map(len, ps)), **strides("a", _of(layers, "a")),
-        "DROP_BASES": tuple(int(layer.drop_base) for layer in layers), "MADE": False, "PRECISION": precision(x),
+        "DROP_BASES": tuple(int(layer.drop_base) for layer in layers), "MADE": made, "PRECISION": precision(x),
         "BM": bm, "BN": bn, "BK": bk, "BR": 16, "GROUP": GROUP,
     }  # fmt: skip
     grid = (ceil(m, bm) * ceil(k, bk) + blocks,)
-    launch(input_gradient_kernel, grid, args, [dx, *sums.made()], warps=warps, stages=stages)
+    fills, changes = ([], [dx]) if made else ([dx], [])
+    launch(input_gradient_kernel, grid, args, [*fills, *sums.made()], changes=changes, warps=warps, stages=stages)
+
+
+def _layers(w, a, b, scale, bias, gain, dropout, seed, drop_base, keep_z=False):
+    each = zip(w, a, b, scale, bias, gain, dropout, seed, strict=True)
+    return [Layer(*member, drop_base, keep_z) for member in each]
 
 
 def _of(layers, name):

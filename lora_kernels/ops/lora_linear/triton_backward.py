@@ -55,7 +55,7 @@ def rest_of_gradients(
     block, parts, gains, divisors, outs, factors, counts, sizes, ranks, dys, x, ws, hs, bs, dy_gains, dgains, m, ns, k, rs,
     d0s, d1s, x0, x1, w0s, w1s, b0s, b1s, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up `parts`, and after that looks for gains of zero, COLUMNS a block, so that the host need not wait for an answer."""
+    """Adds up `parts`; then looks for gains of zero, COLUMNS a block, so that the host need not wait for an answer."""
     block = add_up(block, parts, gains, divisors, outs, factors, counts, sizes, ranks, BLOCK)
     for g in tl.static_range(len(dgains)):
         if dgains[g] is not None:
@@ -67,8 +67,8 @@ def rest_of_gradients(
                     for i in range(COLUMNS):
                         if tl.sum(tl.where(tl.arange(0, COLUMNS) == i, zero, 0), 0) > 0:
                             zero_gain(
-                                block.to(tl.int64) * COLUMNS + i, dys[g], x, ws[g], hs[g], bs[g], dgains[g], m, k, rs[g], d0s[g],
-                                d1s[g], x0, x1, w0s[g], w1s[g], b0s[g], b1s[g], 16, 64, 16,
+                                block.to(tl.int64) * COLUMNS + i, dys[g], x, ws[g], hs[g], bs[g], dgains[g], m, k, rs[g],
+                                d0s[g], d1s[g], x0, x1, w0s[g], w1s[g], b0s[g], b1s[g], 16, 64, 16,
                             )  # fmt: skip
             block -= blocks
 
@@ -79,8 +79,8 @@ def rest_of_gradients_kernel(
     d0s, d1s, x0, x1, w0s, w1s, b0s, b1s, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rest_of_gradients(
-        tl.program_id(0), parts, gains, divisors, outs, factors, counts, sizes, ranks, dys, x, ws, hs, bs, dy_gains, dgains, m, ns,
-        k, rs, d0s, d1s, x0, x1, w0s, w1s, b0s, b1s, BLOCK, COLUMNS,
+        tl.program_id(0), parts, gains, divisors, outs, factors, counts, sizes, ranks, dys, x, ws, hs, bs, dy_gains, dgains, m,
+        ns, k, rs, d0s, d1s, x0, x1, w0s, w1s, b0s, b1s, BLOCK, COLUMNS,
     )  # fmt: skip
 
 

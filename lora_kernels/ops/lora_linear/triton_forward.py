@@ -98,7 +98,9 @@ def finish(
 
 
 @triton.jit
-def together(sums, thin, scratch, ticket, tile, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
+def together(
+    sums, thin, a, scratch, ticket, tile, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
+):
     """Whether this program is the last of its tile to come, and then the sums over all of them, in their order.
 
     The ticket counts who came; it is zero before and after, so that no launch has to clear it.
@@ -108,22 +110,24 @@ def together(sums, thin, scratch, ticket, tile, SPLITS: tl.constexpr, BM: tl.con
     at_sums = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
     at_thin = BM * BN + tl.arange(0, BM)[:, None] * BR + tl.arange(0, BR)[None, :]
     tl.store(mine + at_sums, sums)
-    tl.store(mine + at_thin, thin)
+    if a is not None:
+        tl.store(mine + at_thin, thin)
     last = tl.atomic_add(ticket + tile, 1, sem="acq_rel") == SPLITS - 1
     if last:
         sums, thin = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BR), tl.float32)
         for split in range(SPLITS):
             other = scratch + (tl.cast(tile, tl.int64) * SPLITS + split) * size
             sums += tl.load(other + at_sums)
-            thin += tl.load(other + at_thin)
+            if a is not None:
+                thin += tl.load(other + at_thin)
         tl.atomic_xchg(ticket + tile, 0, sem="relaxed")
     return last, sums, thin
 
 
 @triton.jit(do_not_specialize=["m"])
 def forward_kernel(
-    x, ws, as_, hs, bs, biases, gains, ys, zs, wholes, scratch, ticket, lows, highs, limits, inverses, scales, m, ns, k, rs, parts,
-    x0, x1, w0s, w1s, a0s, a1s, b0s, b1s, MADE: tl.constexpr, SPLITS: tl.constexpr, WAITS: tl.constexpr,
+    x, ws, as_, hs, bs, biases, gains, ys, zs, wholes, scratch, ticket, lows, highs, limits, inverses, scales, m, ns, k, rs,
+    parts, x0, x1, w0s, w1s, a0s, a1s, b0s, b1s, MADE: tl.constexpr, SPLITS: tl.constexpr, WAITS: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """ys[g] = gain ⊙ z + bias, z = x wᵀ + h bᵀ, for each layer; h is in hs[g], or made here with as_[g].
@@ -157,7 +161,7 @@ def forward_kernel(
             if WAITS:
                 tl.extra.cuda.gdc_wait()
             if SPLITS > 1:
-                last, sums, thin = together(sums, thin, scratch, ticket, tile, SPLITS, BM, BN, BR)
+                last, sums, thin = together(sums, thin, as_[g], scratch, ticket, tile, SPLITS, BM, BN, BR)
             if last:
                 finish(
                     sums, dropped, thin, as_[g], hs[g], bs[g], biases[g], gains[g], ys[g], zs[g], wholes[g], lows[g],

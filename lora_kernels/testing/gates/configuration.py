@@ -63,7 +63,7 @@ class Triton:
 
     def given(self) -> dict[str, Any]:
         """The arguments as tensors and numbers."""
-        return {k: _each(v, lambda one: torch.empty(0, dtype=one) if isinstance(one, torch.dtype) else one) for k, v in self.args.items()}
+        return {k: _each(v, _tensor) for k, v in self.args.items()}
 
     def sources(self) -> Iterator[str]:
         """The text of the function and of all it calls, with the constants they read."""
@@ -189,6 +189,10 @@ class Configuration:
 def _each(value: Any, change: Callable[[Any], Any]) -> Any:
     """A tuple of arguments, or a single one, changed."""
     return tuple(map(change, value)) if isinstance(value, tuple) else change(value)
+
+
+def _tensor(value: Any) -> Any:
+    return torch.empty(0, dtype=value) if isinstance(value, torch.dtype) else value
 
 
 def _named(names: tuple[str, ...], place: Mapping[str, Any]) -> dict[str, Any]:
