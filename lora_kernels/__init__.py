@@ -7,6 +7,7 @@ from lora_kernels.integrations import FuseReport, fuse, unfuse
 from lora_kernels.ops import (
     FallbackWarning,
     Member,
+    dora_linear,
     explain,
     lora_linear,
     lora_linear_group,
@@ -22,6 +23,7 @@ __all__ = [
     "LoraConfig",
     "Member",
     "__version__",
+    "dora_linear",
     "explain",
     "fuse",
     "inject_adapter",

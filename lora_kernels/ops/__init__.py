@@ -1,5 +1,6 @@
 """The ops. One folder per op; every file in it computes the same formula."""
 
+from lora_kernels.ops.dora_linear import dora_linear
 from lora_kernels.ops.lora_linear import Member, lora_linear, lora_linear_group
 from lora_kernels.ops.merge import merged_weight
 from lora_kernels.ops.registry import FallbackWarning, explain, missing_backends, use_backend
@@ -10,6 +11,7 @@ __all__ = [
     "Member",
     "NormCache",
     "dora_gain",
+    "dora_linear",
     "explain",
     "lora_linear",
     "lora_linear_group",

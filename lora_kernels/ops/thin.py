@@ -301,7 +301,8 @@ def both_sides(sides, *, exact=False):
     wide = first.dtype is torch.float32
     # with more than one product a tile, or sums beside them, 512 columns leave too few registers
     heavy = any(s.gain is not None or s.times is not None or (s.v is not None and s.v.dtype is torch.float32) for s in sides)
-    bn, br = power(max(ns), most=64 if wide else 256 if heavy else 512), power(max(s.r for s in sides), most=32)
+    most = 64 if wide else 512 if not heavy else 128 if first.dtype is torch.float16 or torch.version.hip else 256
+    bn, br = power(max(ns), most=most), power(max(s.r for s in sides), most=32)
     bm = power(m, most=16 if wide else 32)
     blocks = [ceil(n, bn) for n in ns]
     rows = _rows(m, sum(blocks))
@@ -330,7 +331,9 @@ def outer(u, ps, drops=None, *, keep=False, exact=False):
     (m, n), ranks = u.shape, [p.shape[2] for p in ps]
     wide = u.dtype is torch.float32
     br = power(max(ranks), most=max(16, 32 // power(len(ps), least=1)))
-    bn, bm = power(n, most=64 if wide else 512 // power(len(ps), least=1)), power(m, most=16 if wide else 32)
+    drawing = 128 if architecture() // 10 == 10 else 256  # the mask takes registers
+    most = 64 if wide else (512 if all(seed is None for _, seed in drops or []) else drawing) // power(len(ps), least=1)
+    bn, bm = power(n, most=most), power(m, most=16 if wide else 32)
     rows = _rows(m, ceil(n, bn))
     parts = tuple(u.new_empty(ceil(m, rows), r, n, dtype=torch.float32) for r in ranks)
     wholes = tuple(p.new_empty(p.shape[1:]) if keep else None for p in ps)

@@ -95,7 +95,7 @@ def tiles(m, dtype, two_sums):
     not where one matrix instruction serves all m; sm_90 has another one for less than 64 rows."""
     if dtype is torch.float32:
         return power(m, most=64), 64, 16, 4 if m <= 32 else 8, 2
-    stages = 2 if torch.version.hip else 3  # AMD's have less shared memory
+    stages = 2 if torch.version.hip or architecture() // 10 == 10 else 3
     return (power(m, most=64), 64, 64, 4, stages) if two_sums or m <= 64 else (128, 128, 64, 8, stages)
 
 
@@ -222,7 +222,7 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
     if bm == 128 and not 90 <= architecture() < 120:  # mma.sync: 64 deep, ptxas spills
         bn, stages = 32, 4
     if dtype is torch.float16 and gains:  # three products a step: their operands need the registers
-        bm = power(m, most=32 if two_sums else 64)
+        bm = power(m, most=32 if two_sums or architecture() >= 120 else 64)
         bk, bn, warps, stages = 64, 32, 8 if bm == 64 else 4, 2
     args |= {
         "ps": tuple(ps), "as_": _of(layers, "a"), "dx": dx, **drawn(drops), "inverses": tuple(inverse(*drop) for drop in drops),

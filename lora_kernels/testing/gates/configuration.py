@@ -166,6 +166,8 @@ class Configuration:
     budgets: Mapping[str, Budget]
     without: Mapping[str, str] = field(default_factory=dict)
     """Chips this is not shipped for, and why."""
+    special: Mapping[str, Triton] = field(default_factory=dict)
+    """What is launched in the place of `kernel` on some chips."""
 
     def __post_init__(self) -> None:
         named = sorted(" ".join([*self.budgets, *self.without]).split())
@@ -176,13 +178,18 @@ class Configuration:
     def chips(self) -> tuple[str, ...]:
         return tuple(chip for chip in self.kernel.chips if chip in " ".join(self.budgets).split())
 
+    def on(self, arch: str) -> Triton | Cuda:
+        """What is launched on a chip."""
+        return self.special.get(arch, self.kernel)
+
     def budget(self, arch: str) -> Budget:
         return next(budget for chips, budget in self.budgets.items() if arch in chips.split())
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, arch: str = "") -> str:
         """Of all that decides about the numbers: the source, these arguments, the compiler, how code is read."""
+        kernel = self.on(arch)
         mine = [(Path(__file__).parent / name).read_text() for name in _ANALYSIS]
-        parts = [*self.kernel.sources(), self.kernel.text(), self.kernel.version(), *mine]
+        parts = [*kernel.sources(), kernel.text(), kernel.version(), *mine]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 

@@ -18,7 +18,7 @@ def measure(configuration: Configuration, arch: str) -> Row:
     Raises:
         FileNotFoundError: a tool is not here; the message says which.
     """
-    kernel = configuration.kernel
+    kernel = configuration.on(arch)
     gone = kernel.missing(arch)
     if gone:
         raise FileNotFoundError(gone)

@@ -67,7 +67,7 @@ def current(configuration: Configuration, arch: str, table: Table) -> tuple[Row,
     if gone:
         raise FileNotFoundError(gone)
     known = table.rows.get((configuration.name, arch))
-    fingerprint = configuration.fingerprint()
+    fingerprint = configuration.fingerprint(arch)
     if known and known["fingerprint"] == fingerprint:
         return known, True
     return measure(configuration, arch) | {"made": configuration.kernel.version(), "fingerprint": fingerprint}, False

@@ -1,0 +1,42 @@
+"""DoRA with its norm, from one read of W where few rows ask for it:
+
+    n = ‖W + scale·BA‖ over the input dimension,   y = (m / n) ⊙ (x Wᵀ + scale · x Aᵀ Bᵀ) + bias       (1)
+
+Source: DoRA, arXiv:2402.09353, eq. 5.
+"""
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.lora_linear.op import _check, without_autocast
+from lora_kernels.ops.registry import declare
+
+
+def dora_linear(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, magnitude: Tensor, scale: float = 1.0, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """y [..., out] in the dtype of x and the norm n [out] in float32 (float64 for float64) of formula (1).
+
+    Shapes: x [..., in], w [out, in], a [r, in], b [out, r], magnitude and bias [out]; dtypes as in `lora_linear`. Sums are
+    float32 and y is rounded once. Where n is zero the gain m / n is 1, as in `dora_gain`. No gradients: it runs as under
+    `torch.no_grad()`. On a GPU up to 64 rows with a rank up to 64 take one launch that reads W once; else it is `weight_norm`
+    and `lora_linear`, which is also what a norm that is known calls for.
+
+    Raises:
+        TypeError, ValueError: as `lora_linear`; magnitude is checked as its gain.
+    """
+    _check(x, w, a, b, scale, bias, magnitude, 0.0, "peft", None, op="dora_linear")
+    with torch.no_grad(), without_autocast(x):
+        y, norm = _dora_linear(x.reshape(-1, x.shape[-1]), w, a, b, float(scale), bias, magnitude)
+    return y.view(*x.shape[:-1], w.shape[0]), norm
+
+
+def _fake(x, w, a, b, scale, bias, magnitude):
+    return x.new_empty(len(x), len(w)), w.new_empty(len(w), dtype=torch.promote_types(w.dtype, torch.float32))
+
+
+_dora_linear = declare(
+    "dora_linear(Tensor x, Tensor w, Tensor a, Tensor b, float scale, Tensor? bias, Tensor magnitude)"
+    " -> (Tensor y, Tensor norm)",
+    _fake,
+)
