@@ -18,7 +18,8 @@ def run(problem: Problem) -> dict[str, Tensor]:
 
 
 def assert_problem(problem: Problem) -> dict[str, Tensor]:
-    """Runs the problem; y and all gradients must have the right dtype and be within rounding of the exact ones."""
+    """Runs the problem; y and all gradients must have the right dtype and be within rounding of the exact ones. On any
+    device."""
     results, truth, terms = run(problem), exact(problem), problem.terms()
     for name, actual in results.items():
         _assert_result(name, actual, problem, truth, terms[name])
@@ -65,6 +66,7 @@ def assert_group(problems: Sequence[Problem]) -> list[dict[str, Tensor]]:
 def _assert_result(name: str, actual: Tensor, problem: Problem, truth: Exact, terms: int) -> None:
     wanted = (problem.x if name == "y" else getattr(problem, name)).dtype
     assert actual.dtype is wanted, f"{name} is {actual.dtype}, wanted {wanted}"
+    actual = actual.cpu()  # where the exact values are
     lowest = max(problem.x.dtype, wanted, key=unit_roundoff)
     inherited = 0.0
     if name == "gain":

@@ -87,12 +87,16 @@ def make_problem(
     dropout: float = 0.0,
     dropout_semantics: str = "peft",
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Problem:
-    """A random problem with values of both signs, of the sizes of a trained layer. `tokens` () makes x a vector."""
+    """A random problem with values of both signs, of the sizes of a trained layer. `tokens` () makes x a vector.
+
+    The values are the same on every device; the seed of the dropout stays on the CPU.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape: tuple[int, ...], deviation: float, kind: torch.dtype) -> Tensor:
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * deviation).to(kind)
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * deviation).to(device, kind)
 
     lead = tokens if isinstance(tokens, tuple) else (tokens,)
     kind = adapter_dtype or dtype
@@ -126,14 +130,17 @@ def make_group(
 
 
 def exact(problem: Problem) -> Exact:
-    """y and the gradients that `problem.dy` sends to x, a, b, bias, gain and a tensor scale."""
+    """y and the gradients that `problem.dy` sends to x, a, b, bias, gain and a tensor scale, on the CPU.
+
+    A problem on a GPU is brought over first: no product of that GPU has a part in what its kernels are compared with.
+    """
     out = Exact()
     for absolute, into in ((False, out.values), (True, out.magnitudes)):
         p = replace(problem)
         for name in ("x", "w", "a", "b", "scale", "bias", "gain", "dy"):
             value = getattr(problem, name)
             if isinstance(value, Tensor):
-                value = value.detach().double().clone()
+                value = value.detach().to("cpu", torch.float64, copy=True)
             if value is not None:
                 setattr(p, name, abs(value) if absolute else value)
         leaves = p.require_grad()
