@@ -1,0 +1,242 @@
+"""Every op against float64, computed on the CPU, by the bounds of lora_kernels.testing.tolerances; PEFT as a second witness."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from bench.gpu.cases import FLAGS, sizes
+from bench.gpu.setting import Found, Setting, fused, pefts
+from lora_kernels import explain, lora_linear, merged_weight, nn, use_backend, weight_norm
+from lora_kernels.ops import dispatch, row_norm_squared
+from lora_kernels.ops.cost import BACKWARD, FORWARD
+from lora_kernels.testing import (
+    LAYOUTS,
+    RANKS,
+    SHAPES,
+    Problem,
+    as_layout,
+    assert_group,
+    assert_no_worse_than_torch,
+    assert_problem,
+    assert_within_rounding,
+    make_group,
+    make_problem,
+    poisoned,
+    rms,
+)  # fmt: skip
+
+Check = tuple[str, Callable[[], object]]
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = [F32, BF16, F16]
+# of a model: one with all the tiles of a real layer, one of a single token
+LARGE = [(512, 4096, 4096, 16), (1, 4096, 14336, 64), (300, 4096, 1024, 128)]
+
+
+def stage(setting: Setting) -> Found:
+    """Memory that a kernel makes is NaN before it runs, so that what it leaves out shows."""
+    found = Found()
+    with setting.backend():
+        # after the deterministic mode, in which `poisoned` puts torch, the plain one: its kernels are others
+        with poisoned():
+            for name, call in checks(setting):
+                found.check(name, call)
+        for name, call in plain_mode(setting):
+            found.check(name, call)
+        for name, call in candidates(setting, found):
+            found.check(name, call)
+    found.note(f"{found.checked} checks against float64, {len(found.failures)} failed")
+    return found
+
+
+def checks(setting: Setting) -> Iterator[Check]:
+    """lora_linear with all flags, shapes, ranks and layouts; then the other ops and the layers."""
+    shape = sizes(setting)
+    for dtype in DTYPES[1:2] if setting.tiny else DTYPES:
+        name = str(dtype)[6:]
+        for flags in ["dora, bias"] if setting.tiny or (setting.dry and dtype is not BF16) else FLAGS:
+            yield f"lora_linear {flags} {shape} {name}", partial(linear, setting, shape, dtype, **FLAGS[flags])
+        if not setting.dry:
+            for odd in SHAPES:
+                for flags in ("lora", "dora, dropout, bias"):
+                    yield f"lora_linear {flags} {odd} {name}", partial(linear, setting, odd, dtype, **FLAGS[flags])
+            for rank in RANKS:
+                yield f"lora_linear r {rank} {name}", partial(linear, setting, (130, 300, 200, rank), dtype, gain=True)
+            for large in () if setting.quick else LARGE:
+                yield f"lora_linear {large} {name}", partial(linear, setting, large, dtype, gain=True)
+    yield "lora_linear, float32 adapters", partial(linear, setting, shape, BF16, adapter_dtype=F32, gain=True)
+    for layout in ["gapped_rows"] if setting.dry else LAYOUTS:
+        yield f"lora_linear, {layout}", partial(strided, setting, layout)
+    scale = torch.tensor(0.75, device=setting.device)
+    yield "lora_linear, a tensor as scale", partial(linear, setting, shape, BF16, scale=scale)
+    for dtype in [BF16] if setting.dry else DTYPES:
+        yield f"lora_linear_group {str(dtype)[6:]}", partial(group, setting, dtype)
+    for r in [5] if setting.dry else RANKS:
+        for dtype in [BF16] if setting.dry else DTYPES:
+            yield f"weight_norm r {r} {str(dtype)[6:]}", partial(norm, setting, r, dtype)
+            yield f"merged_weight r {r} {str(dtype)[6:]}", partial(merge, setting, r, dtype)
+    for kind in ([nn.DoRALinear] if setting.tiny else [nn.LoRALinear, nn.DoRALinear]):
+        for dtype in [BF16] if setting.dry else DTYPES:
+            yield f"nn.{kind.__name__} {str(dtype)[6:]}", partial(layer, setting, kind, dtype)
+    for use_dora in (False, True):
+        for dtype in [BF16] if setting.dry else DTYPES:
+            yield f"PEFT's layer, dora {use_dora}, {str(dtype)[6:]}", partial(witness, setting, dtype, use_dora)
+
+
+def plain_mode(setting: Setting) -> Iterator[Check]:
+    """A few rows share the depth among blocks, and the dispatch looks at their number: not so in the deterministic mode."""
+    _, n_in, n_out, rank = sizes(setting)
+    for rows in (1,) if setting.dry else (1, 2, 16, 33, 64, 65, 300):
+        for dtype in (BF16,) if setting.dry else DTYPES:
+            shape = (rows, n_in if setting.dry else 4096, n_out, rank)
+            yield f"lora_linear {shape} {str(dtype)[6:]}, plain mode", partial(linear, setting, shape, dtype, gain=True)
+
+
+def candidates(setting: Setting, found: Found) -> Iterator[Check]:
+    """Each kernel that dispatch can choose, by force; one that refuses is noted."""
+    tokens, n_in, n_out, rank = sizes(setting)
+    flags = [{}] if setting.tiny else [{}, {"gain": True, "bias": True}] if setting.dry else FLAGS.values()
+    for name in dict.fromkeys(FORWARD + BACKWARD):
+        for dtype in [BF16] if setting.dry else DTYPES:
+            for each in flags:
+                for rows in {tokens} if setting.dry else (1, 16, 64, 200):
+                    p = make_problem(rows, n_in, n_out, rank, dtype, device=setting.device, **each)
+                    what = f"{name}: {rows} rows, {str(dtype)[6:]}, {', '.join(each) or 'lora'}"
+                    try:
+                        with dispatch.forced(name), torch.no_grad():
+                            ran = forward_plans(p)
+                    except NotImplementedError as refusal:
+                        found.skip(f"{what}: {refusal}")
+                        continue
+                    except Exception as error:
+                        found.fail(f"{what}: {type(error).__name__}: {error}")
+                        continue
+                    if name in FORWARD and ran != [name]:
+                        found.fail(f"{what}: it was forced, and the backend ran {ran}")
+                        continue
+                    yield what, partial(forced, name, p)
+
+
+def forward_plans(p: Problem) -> list[str | None]:
+    """The candidates that a call's forward took."""
+    return [d.plan and d.plan.winner for d in explain(lora_linear, *p.arguments()).decisions]
+
+
+def forced(name: str, p: Problem) -> None:
+    try:
+        with dispatch.forced(name):
+            assert_problem(p)
+    except NotImplementedError as refusal:
+        if "backward cannot run as" not in str(refusal):  # the forward of that name ran, above
+            raise
+
+
+def linear(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, **flags) -> None:
+    assert_problem(make_problem(*shape, dtype=dtype, device=setting.device, **flags))
+
+
+def strided(setting: Setting, layout: str) -> None:
+    p = make_problem(*sizes(setting), BF16, gain=True, device=setting.device)
+    others = {name: as_layout(getattr(p, name), layout) for name in ("x", "w", "a", "b", "gain", "dy")}
+    assert_problem(replace(p, **others))
+
+
+def group(setting: Setting, dtype: torch.dtype) -> None:
+    tokens, n_in, n_out, rank = sizes(setting)
+    members = [{"n_out": n_out, "rank": rank}, {"n_out": n_out // 2, "rank": 1, "gain": True, "bias": True}]
+    members += [] if setting.dry else [{"n_out": 3 * n_out, "rank": 64, "dropout": 0.3}]
+    assert_group(make_group(members, tokens, n_in, dtype, device=setting.device))
+
+
+def norm(setting: Setting, r: int, dtype: torch.dtype) -> None:
+    """Values by the error that weight_norm states, with a row that cancels; gradients in the norm."""
+    _, n_in, n_out, _ = sizes(setting)
+    p = make_problem(0, n_in, n_out, r, dtype, device=setting.device)
+    with torch.no_grad():
+        p.b[3] = 0
+        p.w[5] = (-0.5 * p.b[5].float() @ p.a.float()).to(dtype)
+    p.require_grad(("a", "b"))
+    found = weight_norm(p.w, p.a, p.b, 0.5)
+    w, a, b = (t.detach().cpu().double() for t in (p.w, p.a, p.b))
+    a.requires_grad_(), b.requires_grad_()
+    wanted = (w + 0.5 * b @ a).square().sum(1).sqrt()
+    size = (w.square().sum(1).sqrt() + 0.5 * (b.abs() @ a.abs()).norm(dim=1)).detach()
+    error = ((found.detach().cpu() - wanted.detach()).abs() / size).max().item()
+    most = 1e-5 if dtype is F32 else 1e-4
+    assert error <= most, f"the norm is off by {error:.2e} of its terms, allowed {most:.0e}"
+    again = weight_norm(p.w, p.a, p.b, 0.5, row_norm_squared(p.w))
+    assert torch.equal(again, found), "other bits with row_norm_squared given"
+    dn = torch.linspace(-1, 1, n_out)
+    dn[5] = 0  # the direction of a row that is next to nothing is rounding
+    grads = torch.autograd.grad(found, (p.a, p.b), dn.to(setting.device))
+    for name, got, right in zip("ab", grads, torch.autograd.grad(wanted, (a, b), dn.double()), strict=True):
+        error = ((got.cpu() - right).norm() / right.norm()).item()
+        assert error <= (1e-5 if dtype is F32 else 0.01), f"the gradient of {name} is off by {error:.2e}"
+
+
+def merge(setting: Setting, r: int, dtype: torch.dtype) -> None:
+    _, n_in, n_out, _ = sizes(setting)
+    for kind, gain in ((dtype, False), (F32, True)):
+        p = make_problem(0, n_in, n_out, r, dtype, kind, gain=gain, device=setting.device)
+        w, a, b = (t.cpu().double() for t in (p.w, p.a, p.b))
+        wanted = w + 0.5 * b @ a
+        wanted = wanted if p.gain is None else p.gain.cpu().double()[:, None] * wanted
+        found = merged_weight(p.w, p.a, p.b, 0.5, p.gain)
+        if dtype is F32:
+            error = rms(found.cpu().double() - wanted) / rms(wanted)
+            assert error <= 1e-6, f"rms error {error:.2e}"
+        else:
+            assert_within_rounding(found.cpu(), wanted, dtype, ideal_ratio=1.02)
+        assert torch.equal(merged_weight(p.w, p.a, p.b, 0.5, p.gain, out=p.w), found), "other bits in place"
+
+
+def layer(setting: Setting, kind, dtype: torch.dtype) -> None:
+    """Against the same layer in float64 on the CPU."""
+    tokens, n_in, n_out, rank = sizes(setting)
+    torch.manual_seed(0)
+    made = kind(n_in, n_out, r=rank, device=setting.device, dtype=dtype)
+    torch.nn.init.normal_(made.lora_B, std=0.02)
+    exact = copy.deepcopy(made).cpu().double()
+    x, dy = (torch.randn(tokens, n, device=setting.device, dtype=dtype) for n in (n_in, n_out))
+    found = trained(made, x, dy)
+    with use_backend("reference"):
+        truth = trained(exact, x.cpu().double(), dy.cpu().double())
+    for name in truth:
+        if dtype is F32:
+            assert_sums(found[name], truth[name], name)
+        else:  # what y inherits from its rounding, the gradient of the magnitude, a sum over y, inherits from y
+            ratio = 3 if name == "lora_magnitude_vector" else 1.5
+            assert_within_rounding(found[name].cpu(), truth[name], dtype, ratio, name=name)
+
+
+def witness(setting: Setting, dtype: torch.dtype, use_dora: bool) -> None:
+    """Against PEFT's layer in float64 on the CPU, and no worse than PEFT's own in the same dtype."""
+    tokens, n_in, n_out, rank = sizes(setting)
+    torch.manual_seed(0)
+    stock = pefts(n_in, n_out, rank, dtype, setting.device, use_dora=use_dora)
+    exact, ours = copy.deepcopy(stock).cpu().double(), fused(copy.deepcopy(stock))
+    x, dy = (torch.randn(tokens, n, device=setting.device, dtype=dtype) for n in (n_in, n_out))
+    truth = trained(exact, x.cpu().double(), dy.cpu().double())
+    found, yardstick = trained(ours, x, dy), trained(stock, x, dy)
+    for name in truth:
+        if dtype is F32:
+            assert_sums(found[name], truth[name], name)
+        else:
+            assert_no_worse_than_torch(found[name].cpu(), truth[name], yardstick[name].cpu(), name)
+
+
+def assert_sums(found: torch.Tensor, truth: torch.Tensor, name: str) -> None:
+    """Of float32 only the order of the sums is free."""
+    error = ((found.detach().cpu() - truth).norm() / truth.norm()).item()
+    assert error <= 1e-5, f"{name} {list(truth.shape)} is off by {error:.2e}"
+
+
+def trained(module, x, dy) -> dict[str, torch.Tensor]:
+    """y and the gradients of x and of all that is trained."""
+    x = x.detach().clone().requires_grad_()
+    leaves = {"x": x} | {name: p for name, p in module.named_parameters() if p.requires_grad}
+    y = module(x)
+    grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"y": y.detach()} | dict(zip(leaves, grads, strict=True))

@@ -1,0 +1,56 @@
+"""The picture beside the JSON file: the time of ours and of each rival over the frozen linear's, and our rate."""
+
+from pathlib import Path
+from typing import Any
+
+RANK = 16
+STYLES = {
+    "ours": ("o-", "#00798c"), "peft": ("s--", "#d1495b"), "compile": ("^:", "#edae49"), "addmm": ("v-.", "#66a182"),
+}  # fmt: skip
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """A panel for each kind and direction (rows) and shape (columns), without dropout. A dry run has no times: its panels
+    hold no curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # a picture in a file needs no display
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in result["rows"] if row["op"] == "lora_linear" and not row["dropout"]]
+    rows = [row for row in rows if row["r"] == RANK] or rows
+    down = list(dict.fromkeys((row["kind"], row["what"]) for row in rows))
+    across = list(dict.fromkeys((row["K"], row["N"]) for row in rows))
+    if not rows:
+        raise ValueError("there is no row of lora_linear to draw")
+    size = (max(8.0, 1 + 3.4 * len(across)), 1.5 + 2.6 * len(down))
+    figure, panels = plt.subplots(len(down), len(across), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for line, (kind, what) in zip(panels, down, strict=True):
+        for panel, (k, n) in zip(line, across, strict=True):
+            here = [row for row in rows if (row["kind"], row["what"], row["K"], row["N"]) == (kind, what, k, n)]
+            curves(panel, sorted(here, key=lambda row: row["M"]))
+            panel.set_title(f"{kind} {what}, {k}×{n}", fontsize=10)
+        line[0].set_ylabel("time / nn.Linear's")
+    for panel in panels[-1]:
+        panel.set_xlabel("M (tokens)")
+    handles = {label: handle for panel in panels.flat for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5, frameon=False)
+    stamp = result["stamp"]
+    dry = "DRY RUN, no times; " if result["dry_run"] else ""
+    versions = ", ".join(f"{name} {stamp[name]}" for name in ("torch", "peft", "triton"))
+    note = f"{dry}{stamp['gpu']}; {versions}; bfloat16, r={rows[0]['r']}"
+    figure.supxlabel(note, fontsize=9, color="0.4")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def curves(panel: Any, rows: list[dict[str, Any]]) -> None:
+    """One panel's lines, and one at 1."""
+    panel.axhline(1, color="0.5", linewidth=1, label="nn.Linear alone")
+    panel.set(xscale="log", yscale="log")
+    for name, (style, colour) in STYLES.items():
+        points = [(row["M"], row["ratios"][f"{name} / linear"]) for row in rows if f"{name} / linear" in row["ratios"]]
+        if points:
+            panel.plot(*zip(*points, strict=True), style, color=colour, markersize=5, label=name)
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.grid(color="0.9")
