@@ -1,11 +1,12 @@
 # make install | test | test-slow | demo | lint | gates | bench. Each makes .venv on its first call and reuses it.
+# make gpu runs in your own environment: see there.
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA := $(shell find csrc tests -name '*.cu' -o -name '*.cuh')
 SOURCES := $(CSRC) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: install test test-slow demo lint gates bench bench-pytest
+.PHONY: install test test-slow demo lint gates bench bench-pytest gpu
 
 install: .venv/built
 
@@ -48,3 +49,8 @@ bench: install
 # without the options of `make test`, which skips benchmarks
 bench-pytest: install
 	$(BIN)/python -m pytest -o addopts= bench/lora_linear.py bench/weight_norm.py $(ARGS)
+
+# on a machine with a GPU, with the Python on PATH (or PYTHON=...) and not .venv's, whose torch may have no CUDA. It needs:
+# pip install -e . triton peft transformers matplotlib
+gpu:
+	$(PYTHON) -m bench.gpu $(ARGS)

@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None, readme: Path = README) -> int:
         parser.error(f"no FILE given, and {readme} names none")
     # under the paths by which README links them
     results = {Path(os.path.relpath(file, readme.parent)).as_posix(): json.loads(file.read_text("utf-8")) for file in files}
+    for name, result in results.items():
+        if "stages" in result:
+            parser.error(f"{name} is of a GPU, by python -m bench.gpu, which drew its picture; README's tables are of CPUs")
     new = between(old, tables(results))
     if options.check:
         if new != old:

@@ -46,11 +46,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def curves(panel: Any, rows: list[dict[str, Any]]) -> None:
     """One panel's lines, and one at 1."""
+    from matplotlib.ticker import LogLocator
+
     panel.axhline(1, color="0.5", linewidth=1, label="nn.Linear alone")
     panel.set(xscale="log", yscale="log")
     for name, (style, colour) in STYLES.items():
         points = [(row["M"], row["ratios"][f"{name} / linear"]) for row in rows if f"{name} / linear" in row["ratios"]]
         if points:
             panel.plot(*zip(*points, strict=True), style, color=colour, markersize=5, label=name)
+    tokens = sorted({row["M"] for row in rows})
+    panel.set_xticks(tokens, list(map(str, tokens)), minor=False)
+    panel.set_xticks([], minor=True)
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
     panel.yaxis.set_major_formatter("{x:g}")
+    panel.set_yticks([], minor=True)
     panel.grid(color="0.9")
