@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.setting import Setting
-from lora_kernels import lora_linear, merged_weight, nn, weight_norm
+from lora_kernels import dora_linear, lora_linear, merged_weight, nn, weight_norm
 from lora_kernels.ops import row_norm_squared
 from lora_kernels.testing import Problem, make_group, make_problem, run, run_group
 
@@ -43,6 +43,8 @@ def cases(setting: Setting) -> dict[str, Case]:
     made["lora_linear_group"] = _group(setting)
     made["weight_norm"] = _norm(setting)
     made["merged_weight"] = _merged(setting)
+    q = problem(setting, gain=True, bias=True)
+    made["dora_linear, 2 rows"] = lambda: list(dora_linear(q.x[:2], q.w, q.a, q.b, q.gain, 0.5, q.bias))
     made["nn.DoRALinear"] = _layer(setting)
     return made
 

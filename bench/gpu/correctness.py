@@ -9,7 +9,7 @@ import torch
 
 from bench.gpu.cases import FLAGS, sizes
 from bench.gpu.setting import Found, Setting, fused, pefts
-from lora_kernels import explain, lora_linear, merged_weight, nn, use_backend, weight_norm
+from lora_kernels import dora_linear, explain, lora_linear, merged_weight, nn, use_backend, weight_norm
 from lora_kernels.ops import dispatch, row_norm_squared
 from lora_kernels.ops.cost import BACKWARD, FORWARD
 from lora_kernels.testing import (
@@ -79,6 +79,9 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield "lora_linear, a tensor as scale", partial(linear, setting, shape, BF16, scale=scale)
     for dtype in [BF16] if setting.dry else DTYPES:
         yield f"lora_linear_group {str(dtype)[6:]}", partial(group, setting, dtype)
+    for shape in [sizes(setting)] if setting.dry else [(1, 4096, 777, 16), (64, 130, 65, 64), (3, 40, 33, 100), sizes(setting)]:
+        for dtype in [BF16] if setting.dry else DTYPES:
+            yield f"dora_linear {shape} {str(dtype)[6:]}", partial(dora, setting, shape, dtype)
     for r in [5] if setting.dry else RANKS:
         for dtype in [BF16] if setting.dry else DTYPES:
             yield f"weight_norm r {r} {str(dtype)[6:]}", partial(norm, setting, r, dtype)
@@ -188,6 +191,21 @@ def norm(setting: Setting, r: int, dtype: torch.dtype) -> None:
     for name, got, right in zip("ab", grads, torch.autograd.grad(wanted, (a, b), dn.double()), strict=True):
         error = ((got.cpu() - right).norm() / right.norm()).item()
         assert error <= (1e-5 if dtype is F32 else 0.01), f"the gradient of {name} is off by {error:.2e}"
+
+
+def dora(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    p = make_problem(*shape, dtype=dtype, gain=True, bias=True, device=setting.device)
+    y, found = dora_linear(p.x, p.w, p.a, p.b, p.gain, 0.5, p.bias)
+    x, w, a, b, magnitude, bias = (t.cpu().double() for t in (p.x, p.w, p.a, p.b, p.gain, p.bias))
+    adapted = w + 0.5 * b @ a
+    length = adapted.norm(dim=1)
+    error = ((found.cpu() - length).abs() / length).max().item()
+    assert error <= (1e-5 if dtype is F32 else 1e-4), f"the norm is off by {error:.2e}"
+    truth = magnitude / length * (x @ adapted.T) + bias
+    if dtype is F32:
+        assert_sums(y, truth, "y")
+    else:
+        assert_within_rounding(y.cpu(), truth, dtype, name="y")
 
 
 def merge(setting: Setting, r: int, dtype: torch.dtype) -> None:
