@@ -1,8 +1,8 @@
 """Triton's interpreter, mended and strict: the meaning of a kernel, tile by tile, without a compiler.
 
 Mended, since the stock interpreter multiplies the bit patterns of bfloat16 and knows no TF32 (triton-lang/triton #11584):
-bfloat16 arithmetic, casts, constants, atomics and dots; TF32 dots truncate their operands. A dot adds in the order of the
-depth, in float32, so that a row's bits do not depend on what other rows are there.
+bfloat16 arithmetic, casts, constants, atomics and dots; TF32 dots truncate their operands; dots of float32 in parts of
+bfloat16. A dot adds in the order of the depth, in float32, so that a row's bits do not depend on what other rows are there.
 Strict: every access lies inside a tensor that was given, only those in `writes` change, int32 arithmetic does not
 overflow, and no two programs touch one element, one of them writing, unless an atomic orders them.
 Not seen, since programs run one after another and have no threads: what needs a barrier inside a program, the number of
@@ -13,6 +13,7 @@ Tried with Triton 3.6 to 3.9; triton_versions.py has what differs between them, 
 import contextlib
 import dataclasses
 import inspect
+import mmap
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,9 +40,10 @@ class InterpreterViolation(AssertionError):
 
 def interpret(
     kernel: Any, grid: tuple[int, ...], args: dict[str, Any], writes: Sequence[Tensor], *, seed: int | None = None,
-    overflow: bool = True,
+    overflow: bool = True, programs: Sequence[tuple[int, int, int]] | None = None,
 ) -> None:  # fmt: skip
-    """Runs a `@triton.jit` function on CPU tensors. Programs run in order, or in an order drawn from `seed`.
+    """Runs a `@triton.jit` function on CPU tensors. Programs run in order, or in an order drawn from `seed`; or only
+    `programs`, for grids and tensors that are too big for all of them.
 
     Raises:
         InterpreterViolation: an access, a race or an overflow as above, or a `tl.device_assert` that fails.
@@ -49,7 +51,7 @@ def interpret(
     """
     check_version()
     sizes = (*grid, 1, 1)[:3]
-    places = [(x, y, z) for z in range(sizes[2]) for y in range(sizes[1]) for x in range(sizes[0])]
+    places = list(programs or ((x, y, z) for z in range(sizes[2]) for y in range(sizes[1]) for x in range(sizes[0])))
     if seed is not None:
         random.Random(seed).shuffle(places)
     function = stock.InterpretedFunction(kernel.fn).rewrite()
@@ -92,8 +94,8 @@ class _Memory:
         self.wrote, self.read = [], []
         for (_, size, _, unit), writable in zip(self.spans, self.writable, strict=True):
             count = size // unit if writable else 0
-            self.wrote.append(np.zeros((count, 2), np.int64))
-            self.read.append(np.zeros((count, 2), np.int64))
+            self.wrote.append(_marks(count))
+            self.read.append(_marks(count))
         self._numbers: dict[tuple[int, int, int], int] = {}
         self._clocks: dict[int, int] = {}
         self._known: dict[int, dict[int, int]] = {}
@@ -194,6 +196,9 @@ def _language(function: Any) -> Iterator[None]:
     entered: set[Any] = set()
     before = JITFunction.__call__
     with stack:
+        for name in ("gdc_wait", "gdc_launch_dependents"):  # one launch is over before the next
+            stack.callback(setattr, tl.extra.cuda, name, getattr(tl.extra.cuda, name))
+            setattr(tl.extra.cuda, name, lambda: None)
         JITFunction.__call__ = call
         stack.callback(setattr, JITFunction, "__call__", before)
         enter(function)
@@ -202,6 +207,38 @@ def _language(function: Any) -> Iterator[None]:
 
 def _span(t: Tensor) -> int:
     return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size()
+
+
+def _marks(count: int) -> np.ndarray:
+    """Zeros [count, 2], of which only what is touched takes memory."""
+    if not count:
+        return np.zeros((0, 2), np.int64)
+    if not hasattr(mmap, "MAP_NORESERVE"):
+        return np.zeros((count, 2), np.int64)
+    held = mmap.mmap(-1, 16 * count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+    return np.frombuffer(held, np.int64).reshape(count, 2)
+
+
+def _multiply(x: np.ndarray, y: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    for k in range(x.shape[-1]):
+        sums = sums + x[..., :, k, None] * y[..., k, None, :]
+    return sums
+
+
+def _in_parts(x: np.ndarray, y: np.ndarray, count: int) -> np.ndarray:
+    """x y as Triton takes it in `count` parts of bfloat16 each, the small products first; NaN of an infinity's rest is 0."""
+    parts: list[list[np.ndarray]] = []
+    for value in (x, y):
+        parts.append([])
+        for _ in range(count):
+            parts[-1].append(value.astype(BF16).astype(np.float32))
+            value = value - parts[-1][-1]
+    sums = np.zeros((*x.shape[:-1], y.shape[-1]), np.float32)
+    for order in range(count - 1, -1, -1):
+        sums = np.where(np.isnan(sums), np.float32(0), sums)
+        for i in range(order + 1):
+            sums = _multiply(parts[0][i], parts[1][order - i], sums)
+    return sums
 
 
 def _to_tf32(x: np.ndarray) -> np.ndarray:
@@ -225,6 +262,8 @@ def _mended(memory: _Memory, overflow: bool) -> Iterator[Any]:
     builder, cls = stock.interpreter_builder, stock.InterpreterBuilder
     original = {name: cls.__dict__[name] for name in EXPECTED}
     stock_dtype, options = stock._get_np_dtype, builder.options
+    parts = {ir.INPUT_PRECISION.BF16x3: 2, ir.INPUT_PRECISION.BF16x6: 3}
+    allowed = (*options.allowed_dot_input_precisions, "bf16x3", "bf16x6")
     casts = ["si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc"]
     old_casts = {f"create_{name}": cls.__dict__[f"create_{name}"] for name in casts}
     old_bf16 = cls.__dict__.get("get_bf16")
@@ -273,8 +312,10 @@ def _mended(memory: _Memory, overflow: bool) -> Iterator[Any]:
         if a.dtype == tl.float32 and input_precision == ir.INPUT_PRECISION.TF32:
             x, y = _to_tf32(x), _to_tf32(y)
         x, y, sums = x.astype(np.float32), y.astype(np.float32), total.astype(np.float32)
-        for k in range(x.shape[-1]):
-            sums = sums + x[..., :, k, None] * y[..., k, None, :]
+        if a.dtype == tl.float32 and input_precision in parts:
+            sums = sums + _in_parts(x, y, parts[input_precision])
+        else:
+            sums = _multiply(x, y, sums)
         return Handle(sums.astype(total.dtype), d.dtype.scalar)
 
     def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
@@ -340,7 +381,9 @@ def _mended(memory: _Memory, overflow: bool) -> Iterator[Any]:
         for name in old_casts:
             setattr(cls, name, cast)
         cls.get_bf16 = lambda self, value: Handle(np.array([value], BF16), tl.bfloat16)
-        builder.options = dataclasses.replace(options, debug=True, sanitize_overflow=overflow)
+        builder.options = dataclasses.replace(
+            options, debug=True, sanitize_overflow=overflow, allowed_dot_input_precisions=allowed
+        )
         yield builder
     finally:
         stock._get_np_dtype, builder.options = stock_dtype, options
