@@ -211,11 +211,10 @@ def _span(t: Tensor) -> int:
 
 def _marks(count: int) -> np.ndarray:
     """Zeros [count, 2], of which only what is touched takes memory."""
-    if not count:
-        return np.zeros((0, 2), np.int64)
-    if not hasattr(mmap, "MAP_NORESERVE"):
+    if count < 2**28:
         return np.zeros((count, 2), np.int64)
-    held = mmap.mmap(-1, 16 * count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python before 3.13 has no name for; Triton is for Linux alone
+    held = mmap.mmap(-1, 16 * count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
     return np.frombuffer(held, np.int64).reshape(count, 2)
 
 
