@@ -92,7 +92,8 @@ def _forward(p: Problem) -> dict[str, list[Step]]:
     columns = sum(_ceil(n, bn) for n in p.n)
     tiles = _ceil(m, bm) * columns
     base, up = 2.0 * m * k * sum(p.n), 2.0 * m * sum(n * r for n, r in zip(p.n, p.r, strict=True))
-    streamed = k * (min(bm, m) + bn) * size
+    shared = 1 if m > 64 or p.drop_base else splits(tiles, k)
+    streamed = k * (min(bm, m) + bn) * size // shared
     drawn = m * k if p.dropout else 0
     ranks, blocks = sum(p.r), _ceil(sum(p.r), BLOCK)
     shrink = Step(
@@ -100,17 +101,32 @@ def _forward(p: Problem) -> dict[str, list[Step]]:
         k * (min(BLOCK, m) + min(BLOCK, ranks)) * size, masks=drawn * blocks,
     )  # fmt: skip
     fused = Step(
-        "fused", {"x": x, "w": w, "h": h, "b": b}, {"y": y}, base * (1 + p.drop_base) + up, tiles, streamed,
+        "fused", {"x": x, "w": w, "h": h, "b": b}, {"y": y}, base * (1 + p.drop_base) + up, tiles * shared, streamed,
         masks=m * k * columns if p.drop_base else 0,
     )  # fmt: skip
     per_tile = sum(_ceil(n, bn) * max(16, r) for n, r in zip(p.n, p.r, strict=True))
     single = Step(
-        "one_pass", {"x": x, "w": w, "a": a, "b": b}, {"y": y}, base + 2.0 * m * k * per_tile + up, tiles,
-        streamed + k * max(p.r, default=0) * size, again=_ceil(m, bm) * per_tile * k * size, masks=drawn * columns,
+        "one_pass", {"x": x, "w": w, "a": a, "b": b}, {"y": y}, base + 2.0 * m * k * per_tile + up, tiles * shared,
+        streamed + k * max(p.r, default=0) * size // shared, again=_ceil(m, bm) * per_tile * k * size, masks=drawn * columns,
     )  # fmt: skip
     gemm = Step("vendor", {"x": x, "w": w}, {"y": y}, base, tiles)
     add = Step("thin", {"y": y, "h": h, "b": b}, {"y": y}, up, tiles)
     return {"two launches": [shrink, fused], "one pass": [single], "vendor": [shrink, gemm, add]}
+
+
+def splits(tiles: int, k: int) -> int:
+    """How many programs share the depth of a tile, where there are too few tiles for the multiprocessors of a GPU."""
+    return max(1, min(8, 128 // max(1, tiles), k // 256))
+
+
+def height(down: int, panel: int, w: int, made: int, l2: int) -> int:
+    """How many blocks of rows take their turns side by side in a GEMM of `down` of them, so that L2 saves most: `panel` and
+    `made` are the bytes that one block reads and writes, `w` those of the whole W, which each such group reads.
+
+    Where W stays in L2 from one group to the next, as few as that takes; else as many as leave L2 half for what streams.
+    """
+    kept = [g for g in (4, 8, 16, 32) if w + g * (panel + made) <= l2]
+    return max(kept) if kept else max([g for g in (4, 8, 16, 32) if g * panel <= l2 // 2], default=4)
 
 
 def _backward(p: Problem) -> dict[str, list[Step]]:
@@ -170,8 +186,10 @@ def rooflines(step: Step, before: Step | None, p: Problem, chip: Chip, shares: M
     }
 
 
-def refusal(name: str, p: Problem, arch: int) -> str | None:
+def refusal(name: str, p: Problem, arch: int, deterministic: bool = False) -> str | None:
     """Why a candidate cannot compute this, in words; None if it can."""
+    if name == "vendor" and deterministic:
+        return "deterministic: the library chooses its GEMM by the number of rows, and with it the bits of a row"
     if name == "one pass":
         if p.drop_base:
             return "the base is dropped, too, which takes two sums of their own"

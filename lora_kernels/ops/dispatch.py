@@ -86,12 +86,13 @@ def _plan(
     candidates = tuple(
         Candidate(
             name, sum(step.bytes for step in steps), len(steps), cost.seconds(name, steps, asked, on, shares),
-            cost.refusal(name, asked, arch),
+            cost.refusal(name, asked, arch, deterministic),
         )
         for name, steps in cost.steps(asked).items()
     )  # fmt: skip
     if force in cost.NAMES[problem.direction]:
-        if reason := cost.refusal(force, problem, arch):  # for the rows that there are, in the deterministic mode, too
+        # for the rows that there are, in the deterministic mode, too
+        if reason := cost.refusal(force, problem, arch, deterministic):
             raise NotImplementedError(f"lora_linear {problem.direction} cannot run as {force}: {reason}")
         winner, why = force, "forced"
     else:

@@ -262,18 +262,21 @@ def how(u, exact):
     return "ieee" if exact and u.dtype is torch.float32 else precision(u)
 
 
-def shrink(u, vs, scales, drops=None, *, exact=False, early=False):
+def shrink(u, vs, scales, drops=None, *, exact=False, early=False, fixed=True):
     """For each v [r, k] the parts of scale · drop(u) vᵀ, [parts, m, r] in float32, with u [m, k]; `exact`: never TF32.
 
-    How k is split depends on k and r alone, so that a row's sum does not depend on how many rows there are.
+    `fixed`: how k is split depends on k and r alone, so that a row's sum does not depend on how many rows there are.
     """
     (m, k), ranks = u.shape, [len(v) for v in vs]
     drops = drops or [(0.0, None)] * len(vs)
     most = 64 // power(len(vs), least=1)
     tile = {"BM": power(m, most=64), "BK": 32 if u.dtype is torch.float32 else 64, "BR": power(max(ranks), most=max(16, most))}
     split = 1024 if max(ranks) <= 32 else 2048
+    while not fixed and split < k and ceil(m, tile["BM"]) * ceil(k, 2 * split) >= 96:
+        split *= 2  # there are programs enough, and each part is written and read
     parts = max(1, ceil(k, split))
-    stages = 2 if tile["BR"] == 32 else 3  # with 3, ptxas spills a few registers there to fit more blocks
+    # with 3, ptxas spills a few registers there to fit more blocks
+    stages = 2 if tile["BR"] == 32 and not (architecture() >= 120 and any(seed is not None for _, seed in drops)) else 3
     outs = tuple(u.new_empty(parts, m, r, dtype=torch.float32) for r in ranks)
     args = {
         "u": u, "vs": tuple(vs), "outs": outs, **drawn(drops), "m": m, "k": k, "rs": tuple(ranks), "u0": u.stride(0),
@@ -301,7 +304,8 @@ def both_sides(sides, *, exact=False):
     wide = first.dtype is torch.float32
     # with more than one product a tile, or sums beside them, 512 columns leave too few registers
     heavy = any(s.gain is not None or s.times is not None or (s.v is not None and s.v.dtype is torch.float32) for s in sides)
-    most = 64 if wide else 512 if not heavy else 128 if first.dtype is torch.float16 or torch.version.hip else 256
+    most = (256 if heavy else 512) // (4 if torch.version.hip else 2 if heavy and first.dtype is torch.float16 else 1)
+    most = 64 if wide else most
     bn, br = power(max(ns), most=most), power(max(s.r for s in sides), most=32)
     bm = power(m, most=16 if wide else 32)
     blocks = [ceil(n, bn) for n in ns]
@@ -331,7 +335,7 @@ def outer(u, ps, drops=None, *, keep=False, exact=False):
     (m, n), ranks = u.shape, [p.shape[2] for p in ps]
     wide = u.dtype is torch.float32
     br = power(max(ranks), most=max(16, 32 // power(len(ps), least=1)))
-    drawing = 128 if architecture() // 10 == 10 else 256  # the mask takes registers
+    drawing = 128 if torch.version.hip or architecture() // 10 == 10 else 256  # the mask takes registers
     most = 64 if wide else (512 if all(seed is None for _, seed in drops or []) else drawing) // power(len(ps), least=1)
     bn, bm = power(n, most=most), power(m, most=16 if wide else 32)
     rows = _rows(m, ceil(n, bn))
@@ -348,9 +352,9 @@ def outer(u, ps, drops=None, *, keep=False, exact=False):
 
 
 def _rows(m, blocks):
-    """How many rows one program sums, so that there are programs for every multiprocessor."""
-    rows = 512
-    while rows > 64 and blocks * ceil(m, rows) < 256:
+    """How many rows one program sums: as many as leave a program for most multiprocessors, since each part is written."""
+    rows = 2048
+    while rows > 64 and blocks * ceil(m, rows) < 96:
         rows //= 2
     return rows
 

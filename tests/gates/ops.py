@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from lora_kernels import Member, dora_linear, lora_linear, lora_linear_group, me
 from lora_kernels.ops.dispatch import forced
 from lora_kernels.ops.launch import Launch, recorded
 from lora_kernels.testing.gates import Budget, Configuration, Triton
-from lora_kernels.testing.gates.configuration import NVIDIA
+from lora_kernels.testing.gates.configuration import CHIPS, NVIDIA
 from lora_kernels.testing.ptxsim import device
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -42,8 +43,10 @@ def group(m: int, r: int, dropout: float = 0.0) -> Callable[[], None]:
 
     def call() -> None:
         members = [
-            Member(torch.empty(n, WIDE, dtype=BF16), *(torch.empty(s, dtype=BF16).requires_grad_() for s in ((r, WIDE), (n, r))), 0.5,
-                   seed=torch.tensor(2**40) if dropout else None)
+            Member(
+                torch.empty(n, WIDE, dtype=BF16), *(torch.empty(s, dtype=BF16).requires_grad_() for s in ((r, WIDE), (n, r))),
+                0.5, seed=torch.tensor(2**40) if dropout else None,
+            )
             for n in (4096, 1024, 1024)
         ]  # fmt: skip
         x = torch.empty(m, WIDE, dtype=BF16).requires_grad_()
@@ -78,16 +81,18 @@ def merge(r: int, dtype: torch.dtype = BF16, adapters: torch.dtype | None = None
     return call
 
 
-def launches(call: Callable[[], None], arch: int) -> dict[str, Launch]:
+def launches(call: Callable[[], None], arch: str) -> dict[str, Launch]:
     """The first launch of each kernel on a chip."""
-    with use_backend("triton", simulate=True), device(arch), recorded() as found:
-        call()
+    hip = None if arch in NVIDIA else "7.0"
+    with use_backend("triton", simulate=True), device(80 if hip else int(arch[3:])), recorded() as found:
+        with patch.object(torch.version, "hip", hip):
+            call()
     return {launch.kernel.__name__: launch for launch in reversed(found)}
 
 
 def on_chips(name: str, kernel: str, call: Callable[[], None], budgets: dict[str, Budget], **more: Any) -> Configuration:
-    """What the launcher chooses on each chip; AMD's get what sm_80 gets."""
-    made = {arch: _triton(kernel, launches(call, int(arch[3:]))[kernel]) for arch in NVIDIA}
+    """What the launcher chooses on each chip."""
+    made = {arch: _triton(kernel, launches(call, arch)[kernel]) for arch in CHIPS}
     special = {arch: one for arch, one in made.items() if one != made["sm_80"]}
     return Configuration(name, made["sm_80"], budgets, special=special, **more)
 

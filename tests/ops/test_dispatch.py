@@ -144,7 +144,7 @@ def test_refusals(problem, arch, name, reason):
     assert refused is None if reason is None else refused.startswith(reason)
     with forced(name):
         if reason is None:
-            for deterministic in (False, True):
+            for deterministic in (False, True)[: 1 if name == "vendor" else 2]:
                 made = plan(problem, arch, deterministic)
                 assert (made.winner, made.why) == (name, "forced")
         else:
@@ -185,7 +185,8 @@ def test_known_choices_of_the_model():
 def test_a_deterministic_choice_does_not_depend_on_m_nor_on_the_size_of_the_chip(p, m, arch, multiprocessors):
     one, other = plan(p, arch, True), plan(p._replace(m=m), arch, True, multiprocessors)
     assert (one.winner, one.why, one.candidates, one.source) == (other.winner, other.why, other.candidates, other.source)
-    assert one.winner == plan(p._replace(m=dispatch.FIXED), arch).winner and "whatever m is" in one.source
+    assert one.winner != "vendor" and "whatever m is" in one.source
+    assert "chooses its GEMM by the number of rows" in next(c.refused for c in one.candidates if c.name == "vendor")
 
 
 def measured(folder, *choices, arch=90):
@@ -205,7 +206,7 @@ def test_a_measured_choice_beats_the_prediction(tmp_path):
         assert "predicted from efficiencies measured on a GPU" in made.source
         near, far = {"m": 4096, "k": 8192, "n": 2048, "r": 32}, {"m": 4095, "k": 8193, "n": 2047, "r": 33}
         assert plan(forward(**near), 90).winner == plan(forward(gain=True), 90).winner == "vendor"
-        assert plan(forward(), 90, True).winner == "vendor" and plan(forward(m=1), 90, True).winner == "vendor"
+        assert plan(forward(), 90, True).winner == plan(forward(m=1), 90, True).winner == "two launches"
         for name, size in far.items():
             assert "measured at" not in plan(forward(**{name: size}), 90).why
         for other in (backward(), forward(dtype=torch.float16), forward(dropout=True)):

@@ -59,13 +59,14 @@ def forward(x, w, a, b, scale, bias, magnitude):
         norm = weight_norm(w, a, b, scale)
         return lora_linear(x, w, a, b, scale, bias, dora_gain(magnitude, norm)), norm
     y, norm = x.new_empty(m, n), w.new_empty(n, dtype=torch.float32)
-    wide = x.dtype is torch.float32 or a.dtype is torch.float32
-    tile = {"BM": power(m, most=ROWS), "BN": 32, "BK": 32 if wide else 64, "BR": power(r, most=RANKS)}
+    depth = 16 if x.dtype is torch.float32 else 32 if a.dtype is torch.float32 else 64
+    tile = {"BM": power(m, most=ROWS), "BN": 32, "BK": depth, "BR": power(r, most=RANKS)}
     args = {
         "x": x, "w": w, "a": a, "b": b, "bias": None if bias is None else bias.contiguous(),
-        "magnitude": magnitude.contiguous(), "y": y, "norm": norm, "scale": scale, "m": m, "n": n, "k": k, "r": r, "x0": x.stride(0), "x1": x.stride(1),
-        "w0": w.stride(0), "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1), "b0": b.stride(0), "b1": b.stride(1),
-        "PRECISION": precision(x), "OF_B_A": "half" if a.dtype in HALVES else "bf16x6", **tile,
+        "magnitude": magnitude.contiguous(), "y": y, "norm": norm, "scale": scale, "m": m, "n": n, "k": k, "r": r,
+        "x0": x.stride(0), "x1": x.stride(1), "w0": w.stride(0), "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1),
+        "b0": b.stride(0), "b1": b.stride(1), "PRECISION": precision(x), "OF_B_A": "half" if a.dtype in HALVES else "bf16x6",
+        **tile,
     }  # fmt: skip
     launch(dora_kernel, (ceil(n, tile["BN"]),), args, [y, norm], stages=3)
     return y, norm

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_kernels.ops import cost
+from lora_kernels.ops.chips import chip
 from lora_kernels.ops.dispatch import Problem, plan, where
 from lora_kernels.ops.launch import architecture, ceil, launch, power, refuse_device, tickets
 from lora_kernels.ops.lora_linear.loop import drops_base, keeps_z, refuse_each
@@ -19,7 +21,6 @@ from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements, note
 from lora_kernels.ops.thin import Side, Sums, both_sides, drawn, inverse, outer, precision, shrink, strides
 
-GROUP = 8  # blocks of rows that take their turns side by side, so that they share W in the cache
 COLUMNS = 64  # whose gain one program looks at
 
 
@@ -94,7 +95,7 @@ def tiles(m, dtype, two_sums):
     """Of a GEMM over m rows: the tile, warps and stages. The depth of a step does not depend on m, so that a row's bits do
     not where one matrix instruction serves all m; sm_90 has another one for less than 64 rows."""
     if dtype is torch.float32:
-        return power(m, most=64), 64, 16, 4 if m <= 32 else 8, 2
+        return power(m, most=64), 64, 16, 4 if m <= 32 else 8, 3
     stages = 2 if torch.version.hip or architecture() // 10 == 10 else 3
     return (power(m, most=64), 64, 64, 4, stages) if two_sums or m <= 64 else (128, 128, 64, 8, stages)
 
@@ -119,7 +120,8 @@ def _forward(x, layers, keep):
     none = (None,) * len(layers)
     ys = tuple(x.new_empty(m, layer.n) for layer in layers)
     zs = tuple(torch.empty_like(y) if layer.keep_z else None for y, layer in zip(ys, layers, strict=True))
-    hs = none if one_pass else shrink(x, *(_of(layers, name) for name in ("a", "scale", "drop")), early=True)
+    given = (_of(layers, name) for name in ("a", "scale", "drop"))
+    hs = none if one_pass else shrink(x, *given, early=True, fixed=deterministic)
     in_one_part = not one_pass and len(hs[0]) == 1
     wholes = tuple(x.new_empty(m, layer.r, dtype=torch.float32) if keep and not in_one_part else None for layer in layers)
     for y, layer in zip(ys, layers, strict=True):
@@ -127,10 +129,10 @@ def _forward(x, layers, keep):
             torch.mm(x, layer.w.T, out=y)
     two_sums = any(layer.drop_base for layer in layers)
     drops = [layer.drop if one_pass or layer.drop_base else (0.0, None) for layer in layers]
-    bm, bn, bk, warps, stages = tiles(m, x.dtype, two_sums)
+    bm, bn, bk, warps, stages = tiles(m, x.dtype, two_sums or made)
     count = ceil(m, bm) * sum(ceil(layer.n, bn) for layer in layers)
     br = power(max(_of(layers, "r")), most=64 if one_pass else 16)
-    splits = 1 if made or deterministic or two_sums or m > 64 else _splits(count, k)
+    splits = 1 if made or deterministic or two_sums or m > 64 else cost.splits(count, k)
     scratch = x.new_empty(count * splits * bm * (bn + br), dtype=torch.float32) if splits > 1 else None
     ticket = tickets(x.device, count) if splits > 1 else None
     args = {
@@ -141,7 +143,7 @@ def _forward(x, layers, keep):
         "m": m, "ns": _of(layers, "n"), "k": k, "rs": _of(layers, "r"), "parts": 1 if one_pass else len(hs[0]),
         "x0": x.stride(0), "x1": x.stride(1), **strides("w", _of(layers, "w")), **strides("a", _of(layers, "a")),
         **strides("b", _of(layers, "b")), "MADE": made, "SPLITS": splits, "WAITS": not one_pass and architecture() >= 90,
-        "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk, "BR": br, "GROUP": GROUP,
+        "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk, "BR": br, "GROUP": _group(x, bm, k, sum(_of(layers, "n"))),
     }  # fmt: skip
     fills = [t for t in (*(() if made else ys), *zs, *wholes, scratch) if t is not None]
     changes = [*(ys if made else ()), *([] if ticket is None else [ticket])]
@@ -149,9 +151,9 @@ def _forward(x, layers, keep):
     return ys, tuple(h[0] for h in hs) if keep and in_one_part else wholes, zs
 
 
-def _splits(count, k):
-    """How many programs share the depth of a tile, where there are too few tiles for the multiprocessors of a GPU."""
-    return max(1, min(8, 128 // max(1, count), k // 256))
+def _group(x, rows, depth, wide):
+    size = x.element_size()
+    return cost.height(ceil(len(x), rows), rows * depth * size, depth * wide * size, rows * wide * size, chip(where(x)[0]).l2)
 
 
 def _backward(x, dys, layers, hs, ys, zs, needs_dx, needs):
@@ -219,6 +221,8 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
     drops = [layer.drop for layer in layers]
     dtype, gains, two_sums = x.dtype, any(layer.gain is not None for layer in layers), any(layer.drop_base for layer in layers)
     bm, bk, bn, warps, stages = tiles(m, dtype, two_sums)
+    if dtype is torch.float32 and architecture() == 80:
+        stages = 2
     if bm == 128 and not 90 <= architecture() < 120:  # mma.sync: 64 deep, ptxas spills
         bn, stages = 32, 4
     if dtype is torch.float16 and gains:  # three products a step: their operands need the registers
@@ -228,7 +232,7 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
         "ps": tuple(ps), "as_": _of(layers, "a"), "dx": dx, **drawn(drops), "inverses": tuple(inverse(*drop) for drop in drops),
         "counts_p": tuple(map(len, ps)), **strides("a", _of(layers, "a")),
         "DROP_BASES": tuple(int(layer.drop_base) for layer in layers), "MADE": made, "PRECISION": precision(x),
-        "BM": bm, "BN": bn, "BK": bk, "BR": 16, "GROUP": GROUP,
+        "BM": bm, "BN": bn, "BK": bk, "BR": 16, "GROUP": _group(x, bm, sum(_of(layers, "n")), k),
     }  # fmt: skip
     grid = (ceil(m, bm) * ceil(k, bk) + blocks,)
     fills, changes = ([], [dx]) if made else ([dx], [])

@@ -23,13 +23,18 @@ class Device:
     counters: Counter[str] = field(default_factory=Counter)
     by_opcode: Counter[str] = field(default_factory=Counter)
     trace: bytearray = field(default_factory=bytearray)
+    ends: list[int] = field(default_factory=list)
+    """Where in `trace` each launch ends."""
 
-    def dram(self, cache: int = 50 * MIB, line: int = 128) -> tuple[int, int]:
+    def dram(self, cache: int = 50 * MIB, line: int = 128, apart: bool = False) -> tuple[int, int]:
         """Bytes read from and written to memory behind a second-level cache of `cache` bytes, from the trace of all
         launches in their order; `device(trace=True)` keeps it. 50 MiB is an H100's, 40 an A100's.
 
         The least recently used line of `line` bytes goes; a load reads the sectors of 32 bytes that are not there, a store
         reads nothing and is written once, when its line goes or at the end.
+
+        `apart`: each launch finds the cache empty. Blocks pass in the order in which they ran: `shuffle=False` keeps that of
+        their numbers, and `resident` says how many run side by side.
 
         Raises:
             ValueError: there is no trace, or a line is not a multiple of 32 bytes up to 1024.
@@ -38,7 +43,10 @@ class Device:
             raise ValueError("ptxsim: dram() needs device(trace=True)")
         if line % 32 or not 32 <= line <= 1024:
             raise ValueError(f"ptxsim: a line must be a multiple of 32 bytes up to 1024, found {line}")
-        return _ptxsim.through_cache(bytes(self.trace), cache, line)
+        ends = self.ends if apart else [len(self.trace)]
+        launches = [bytes(self.trace[first:end]) for first, end in zip([0, *ends], ends, strict=False)]
+        passed = [_ptxsim.through_cache(one, cache, line) for one in launches]
+        return sum(read for read, _ in passed), sum(written for _, written in passed)
 
 
 current: ContextVar[Device | None] = ContextVar("device", default=None)

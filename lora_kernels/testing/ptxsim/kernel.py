@@ -122,6 +122,7 @@ class Kernel:
             sim.counters.update(found["counters"])
             sim.by_opcode.update(found["by_opcode"])
             sim.trace += found["trace"]
+            sim.ends.append(len(sim.trace))
         return Run(**found)
 
     def _check_limits(self, grid: list[int], block: list[int], shared: int) -> None:
