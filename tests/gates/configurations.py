@@ -1,4 +1,4 @@
-"""What the gates compile: the ops' kernels as their launchers choose them (ops.py), and the simulator's corpus."""
+"""What the gates compile: the ops' kernels as their launchers choose them (ops.py, weights.py), and the simulator's corpus."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from lora_kernels.testing.gates.configuration import NVIDIA
 
 MISSING = missing_backends().get("triton")
 if not MISSING:
-    from tests.gates import ops
+    from tests.gates import ops, weights
 
 KERNELS = Path(__file__).parents[1] / "ptxsim" / "kernels"
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -90,4 +90,4 @@ CUDA_OPS = [
           (64, Budget(13, "HMMA", units=32, wide=16, blocks=2)), (128, Budget(8.9, "HMMA", units=64, wide=24)),
       )),
 ]  # fmt: skip
-GATES = [*([] if MISSING else ops.GATES), *CUDA_OPS, *CORPUS]
+GATES = [*([] if MISSING else ops.GATES + weights.GATES), *CUDA_OPS, *CORPUS]

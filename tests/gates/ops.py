@@ -1,184 +1,284 @@
-"""The configurations of the ops' Triton kernels: what their launchers choose for some sizes, and the budgets of a person."""
+"""The configurations of lora_linear's Triton kernels, and the budgets of a person."""
 
-from collections.abc import Callable
-from typing import Any
-from unittest.mock import patch
+from lora_kernels.testing.gates import Budget
+from tests.gates.calls import DROPPED_F16, F16, F32, LORA_ONLY, group, linear, on_chips
 
-import torch
-from torch import Tensor
-
-from lora_kernels import Member, dora_linear, lora_linear, lora_linear_group, merged_weight, use_backend, weight_norm
-from lora_kernels.ops.dispatch import forced
-from lora_kernels.ops.launch import Launch, recorded
-from lora_kernels.testing.gates import Budget, Configuration, Triton
-from lora_kernels.testing.gates.configuration import CHIPS, NVIDIA
-from lora_kernels.testing.ptxsim import device
-
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-WIDE = 4096
-MMA, CUDA, AMD = "sm_80 sm_86 sm_89 sm_120", " ".join(NVIDIA), "gfx942"
-
-
-def linear(
-    m: int, r: int, dtype: torch.dtype = BF16, gain: bool = False, dropout: float = 0.0, semantics: str = "peft",
-    form: str = "two launches", dx: bool = True,
-) -> Callable[[], None]:  # fmt: skip
-    """A forward and a backward of one layer; nothing is computed. Up to 64 tokens in one pass."""
-
-    def call() -> None:
-        x, w, a, b = (torch.empty(s, dtype=dtype) for s in ((m, WIDE), (WIDE, WIDE), (r, WIDE), (WIDE, r)))
-        given = torch.ones(WIDE).requires_grad_() if gain else None
-        seed = torch.tensor(2**40) if dropout else None
-        leaves = x.requires_grad_(dx), a.requires_grad_(), b.requires_grad_()
-        with forced("one pass" if m <= 64 else form):
-            y = lora_linear(leaves[0], w, *leaves[1:], 0.5, None, given, dropout, semantics, seed)
-        with forced("fused"):
-            y.backward(torch.empty_like(y))
-
-    return call
-
-
-def group(m: int, r: int, dropout: float = 0.0) -> Callable[[], None]:
-    """The same for the queries, keys and values of a layer of Llama-3-8B."""
-
-    def call() -> None:
-        members = [
-            Member(
-                torch.empty(n, WIDE, dtype=BF16), *(torch.empty(s, dtype=BF16).requires_grad_() for s in ((r, WIDE), (n, r))),
-                0.5, seed=torch.tensor(2**40) if dropout else None,
-            )
-            for n in (4096, 1024, 1024)
-        ]  # fmt: skip
-        x = torch.empty(m, WIDE, dtype=BF16).requires_grad_()
-        with forced("two launches"):
-            ys = lora_linear_group(x, members, dropout)
-        with forced("fused"):
-            torch.autograd.backward(ys, list(map(torch.empty_like, ys)))
-
-    return call
-
-
-def dora(m: int, r: int, dtype: torch.dtype = BF16) -> Callable[[], None]:
-    def call() -> None:
-        x, w, a, b = (torch.empty(s, dtype=dtype) for s in ((m, WIDE), (WIDE, WIDE), (r, WIDE), (WIDE, r)))
-        dora_linear(x, w, a, b, torch.ones(WIDE), 0.5)
-
-    return call
-
-
-def norm(r: int, dtype: torch.dtype = BF16) -> Callable[[], None]:
-    def call() -> None:
-        weight_norm(*(torch.empty(s, dtype=dtype) for s in ((WIDE, WIDE), (r, WIDE), (WIDE, r))), 0.5)
-
-    return call
-
-
-def merge(r: int, dtype: torch.dtype = BF16, adapters: torch.dtype | None = None) -> Callable[[], None]:
-    def call() -> None:
-        a, b = (torch.empty(s, dtype=adapters or dtype) for s in ((r, WIDE), (WIDE, r)))
-        merged_weight(torch.empty(WIDE, WIDE, dtype=dtype), a, b, 0.5, torch.ones(WIDE))
-
-    return call
-
-
-def launches(call: Callable[[], None], arch: str) -> dict[str, Launch]:
-    """The first launch of each kernel on a chip."""
-    hip = None if arch in NVIDIA else "7.0"
-    with use_backend("triton", simulate=True), device(80 if hip else int(arch[3:])), recorded() as found:
-        with patch.object(torch.version, "hip", hip):
-            call()
-    return {launch.kernel.__name__: launch for launch in reversed(found)}
-
-
-def on_chips(name: str, kernel: str, call: Callable[[], None], budgets: dict[str, Budget], **more: Any) -> Configuration:
-    """What the launcher chooses on each chip."""
-    made = {arch: _triton(kernel, launches(call, arch)[kernel]) for arch in CHIPS}
-    special = {arch: one for arch, one in made.items() if one != made["sm_80"]}
-    return Configuration(name, made["sm_80"], budgets, special=special, **more)
-
-
-def _triton(name: str, launch: Launch) -> Triton:
-    args = {k: tuple(map(_dtype, v)) if isinstance(v, tuple) else _dtype(v) for k, v in launch.args.items()}
-    return Triton(f"{launch.kernel.fn.__module__}:{name}", args, launch.warps, launch.stages)
-
-
-def _dtype(value: object) -> object:
-    return value.dtype if isinstance(value, Tensor) else value
-
-
-DROPPED_F16 = linear(8192, 16, F16, gain=True, dropout=0.1)
-LORA_ONLY = linear(8192, 16, gain=True, dropout=0.1, semantics="lora_only")
 GATES = [
-    on_chips("forward, bf16, r=8", "forward_kernel", linear(8192, 8), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("forward, bf16, r=16", "forward_kernel", linear(8192, 16), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("forward, bf16, r=64", "forward_kernel", linear(8192, 64), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("forward, bf16, r=256", "forward_kernel", linear(8192, 256), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("forward, bf16, r=16, 16 tokens", "forward_kernel", linear(16, 16), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("forward, bf16, r=64, 16 tokens", "forward_kernel", linear(16, 64), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("forward, bf16, r=16, dropout, 64 tokens", "forward_kernel", linear(64, 16, dropout=0.1), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("forward, bf16, r=16, dropped base", "forward_kernel", linear(8192, 16, gain=True, dropout=0.1), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("forward, bf16, r=16, on the library's product", "forward_kernel", linear(8192, 16, form="vendor"), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("forward, bf16, r=16, group", "forward_kernel", group(8192, 16), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("forward, fp16, r=16", "forward_kernel", linear(8192, 16, F16), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("forward, fp32, r=16", "forward_kernel", linear(8192, 16, F32), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("dx, bf16, r=8", "input_gradient_kernel", linear(8192, 8), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("dx, bf16, r=16", "input_gradient_kernel", linear(8192, 16), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("dx, bf16, r=64", "input_gradient_kernel", linear(8192, 64), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("dx, bf16, r=256", "input_gradient_kernel", linear(8192, 256), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("dx, bf16, r=16, gain, dropout", "input_gradient_kernel", LORA_ONLY, {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("dx, bf16, r=16, dropped base", "input_gradient_kernel", linear(8192, 16, gain=True, dropout=0.1), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("dx, bf16, r=16, group", "input_gradient_kernel", group(8192, 16), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("dx, bf16, r=16, 16 tokens", "input_gradient_kernel", linear(16, 16), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("dx, fp16, r=16, gain", "input_gradient_kernel", linear(8192, 16, F16, gain=True), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("dx, fp16, r=16, dropped base", "input_gradient_kernel", DROPPED_F16, {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("dx, fp32, r=16", "input_gradient_kernel", linear(8192, 16, F32), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("shrink, bf16, r=8", "shrink_kernel", linear(8192, 8), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("shrink, bf16, r=16", "shrink_kernel", linear(8192, 16), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("shrink, bf16, r=32", "shrink_kernel", linear(8192, 32), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("shrink, bf16, r=64", "shrink_kernel", linear(8192, 64), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("shrink, bf16, r=128", "shrink_kernel", linear(8192, 128), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("shrink, bf16, r=256", "shrink_kernel", linear(8192, 256), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("shrink, bf16, r=16, dropout", "shrink_kernel", linear(8192, 16, dropout=0.1), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("shrink, bf16, r=32, dropout", "shrink_kernel", linear(8192, 32, dropout=0.1), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("shrink, bf16, r=16, group", "shrink_kernel", group(8192, 16), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("shrink, fp32, r=16", "shrink_kernel", linear(8192, 16, F32), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("both sides, bf16, r=8", "both_sides_kernel", linear(8192, 8), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("both sides, bf16, r=16", "both_sides_kernel", linear(8192, 16), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("both sides, bf16, r=32", "both_sides_kernel", linear(8192, 32), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("both sides, bf16, r=64", "both_sides_kernel", linear(8192, 64), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("both sides, bf16, r=256", "both_sides_kernel", linear(8192, 256), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("both sides, bf16, r=16, gain", "both_sides_kernel", linear(8192, 16, gain=True), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("both sides, fp16, r=16, gain", "both_sides_kernel", linear(8192, 16, F16, gain=True), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("both sides, bf16, r=16, group", "both_sides_kernel", group(8192, 16), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("both sides, fp32, r=16", "both_sides_kernel", linear(8192, 16, F32), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("outer, bf16, r=8", "outer_kernel", linear(8192, 8), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("outer, bf16, r=16", "outer_kernel", linear(8192, 16), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("outer, bf16, r=32", "outer_kernel", linear(8192, 32), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("outer, bf16, r=64", "outer_kernel", linear(8192, 64), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("outer, bf16, r=256", "outer_kernel", linear(8192, 256), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("outer, bf16, r=16, dropout", "outer_kernel", linear(8192, 16, dropout=0.1), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("outer, bf16, r=16, dropout, group", "outer_kernel", group(8192, 16, 0.1), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("outer, fp32, r=16", "outer_kernel", linear(8192, 16, F32), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("rest of gradients, bf16, r=16, gain", "rest_of_gradients_kernel", linear(8192, 16, gain=True, dx=False), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("dora, bf16, r=8", "dora_kernel", dora(16, 8), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("dora, bf16, r=16", "dora_kernel", dora(16, 16), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("dora, bf16, r=64", "dora_kernel", dora(16, 64), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("dora, bf16, r=16, 64 tokens", "dora_kernel", dora(64, 16), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("dora, fp32, r=16", "dora_kernel", dora(16, 16, F32), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("norm, bf16, r=8", "norm_kernel", norm(8), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("norm, bf16, r=16", "norm_kernel", norm(16), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("norm, bf16, r=32", "norm_kernel", norm(32), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("norm, bf16, r=64", "norm_kernel", norm(64), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("norm, bf16, r=256", "norm_kernel", norm(256), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("norm, fp32, r=16", "norm_kernel", norm(16, F32), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("norm, fp32, r=256", "norm_kernel", norm(256, F32), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("merge, bf16, r=8", "merge_kernel", merge(8), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("merge, bf16, r=16", "merge_kernel", merge(16), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("merge, bf16, r=32", "merge_kernel", merge(32), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("merge, bf16, r=64", "merge_kernel", merge(64), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("merge, bf16, r=256", "merge_kernel", merge(256), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("merge, bf16, r=16, float32 adapter", "merge_kernel", merge(16, BF16, F32), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("merge, fp32, r=16", "merge_kernel", merge(16, F32), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("merge, bf16, r=256, float32 adapter", "merge_kernel", merge(256, BF16, F32), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
-    on_chips("merge, fp32, r=256", "merge_kernel", merge(256, F32), {"sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942": Budget(1e9)}),
+    on_chips("forward, bf16, r=8", "forward_kernel", linear(8192, 8), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(3.4, "HMMA", units=64, wide=24),
+        "sm_90": Budget(31, "HGMMA", units=4, wide=24),
+        "sm_100": Budget(37, "UTCHMMA", units=4, wide=24),
+        "gfx942": Budget(6.2, "v_mfma", units=16, wide=12, blocks=2),
+    }),
+    on_chips("forward, bf16, r=16", "forward_kernel", linear(8192, 16), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(3.4, "HMMA", units=64, wide=33),
+        "sm_90": Budget(34, "HGMMA", units=4, wide=33, blocks=2),
+        "sm_100": Budget(35, "UTCHMMA", units=4, wide=33),
+        "gfx942": Budget(6.4, "v_mfma", units=16, wide=14, blocks=2),
+    }),
+    on_chips("forward, bf16, r=64", "forward_kernel", linear(8192, 64), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(3.4, "HMMA", units=64, wide=33),
+        "sm_90": Budget(34, "HGMMA", units=4, wide=33, blocks=2),
+        "sm_100": Budget(35, "UTCHMMA", units=4, wide=33),
+        "gfx942": Budget(6.4, "v_mfma", units=16, wide=14, blocks=2),
+    }),
+    on_chips("forward, bf16, r=256", "forward_kernel", linear(8192, 256), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(3.4, "HMMA", units=64, wide=33),
+        "sm_90": Budget(34, "HGMMA", units=4, wide=33, blocks=2),
+        "sm_100": Budget(35, "UTCHMMA", units=4, wide=33),
+        "gfx942": Budget(6.4, "v_mfma", units=16, wide=14, blocks=2),
+    }),
+    on_chips("forward, bf16, r=16, 16 tokens", "forward_kernel", linear(16, 16), {
+        "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120": Budget(4.4, "HMMA", units=40, wide=17, blocks=4),
+        "gfx942": Budget(10.6, "v_mfma", units=8, wide=8, blocks=5),
+    }),
+    on_chips("forward, bf16, r=64, 16 tokens", "forward_kernel", linear(16, 64), {
+        "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120": Budget(9.4, "HMMA", units=16, wide=30, blocks=2),
+        "gfx942": Budget(12.5, "v_mfma", units=8, wide=18, blocks=3),
+    }),
+    on_chips("forward, bf16, r=16, dropout, 64 tokens", "forward_kernel", linear(64, 16, dropout=0.1), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(21, "HMMA", units=40, wide=48, blocks=2),
+        "sm_90": Budget(93, "HGMMA", units=8, wide=48, blocks=2),
+        "sm_100": Budget(99, "UTCHMMA", units=8, wide=48, blocks=4),
+        "gfx942": Budget(42, "v_mfma", units=12, wide=18, blocks=3),
+    }),
+    on_chips("forward, bf16, r=16, dropped base", "forward_kernel", linear(8192, 16, gain=True, dropout=0.1), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(16.6, "HMMA", units=64, wide=33, blocks=2),
+        "sm_90": Budget(107, "HGMMA", units=8, wide=33, blocks=2),
+        "sm_100": Budget(104, "UTCHMMA", units=8, wide=41, blocks=3),
+        "gfx942": Budget(33, "v_mfma", units=16, wide=15, blocks=3),
+    }),
+    on_chips("forward, bf16, r=16, on the library's product", "forward_kernel", linear(8192, 16, form="vendor"), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(9.3, "HMMA", units=16, wide=13, blocks=5),
+        "sm_90": Budget(71, "HGMMA", units=2, wide=13, blocks=6),
+        "sm_100": Budget(95, "UTCHMMA", units=2, wide=13, blocks=4),
+        "gfx942": Budget(45, "v_mfma", units=4, wide=5, blocks=8),
+    }),
+    on_chips("forward, bf16, r=16, group", "forward_kernel", group(8192, 16), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(3.6, "HMMA", units=64, wide=99),
+        "sm_90": Budget(31, "HGMMA", units=4, wide=99),
+        "sm_100": Budget(35, "UTCHMMA", units=4, wide=99),
+        "gfx942": Budget(6.2, "v_mfma", units=16, wide=42),
+    }),
+    on_chips("forward, fp16, r=16", "forward_kernel", linear(8192, 16, F16), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(3.5, "HMMA", units=64, wide=33),
+        "sm_90": Budget(31, "HGMMA", units=4, wide=33),
+        "sm_100": Budget(35, "UTCHMMA", units=4, wide=30),
+        "gfx942": Budget(6.4, "v_mfma", units=16, wide=14, blocks=2),
+    }),
+    on_chips("forward, fp32, r=16", "forward_kernel", linear(8192, 16, F32), {
+        "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120": Budget(185, units=2, wide=12, blocks=2),
+        "gfx942": Budget(10.2, "v_mfma", units=8, blocks=2),
+    }),
+    on_chips("dx, bf16, r=8", "input_gradient_kernel", linear(8192, 8), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(6.2, "HMMA", units=32, wide=36),
+        "sm_90": Budget(37, "HGMMA", units=4, wide=43),
+        "sm_100": Budget(42, "UTCHMMA", units=4, wide=43),
+        "gfx942": Budget(47, "v_mfma", units=8, wide=8),
+    }),
+    on_chips("dx, bf16, r=16", "input_gradient_kernel", linear(8192, 16), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(4.9, "HMMA", units=32, wide=44),
+        "sm_90": Budget(42, "HGMMA", units=4, wide=49),
+        "sm_100": Budget(42, "UTCHMMA", units=4, wide=49),
+        "gfx942": Budget(45, "v_mfma", units=8, wide=9),
+    }),
+    on_chips("dx, bf16, r=64", "input_gradient_kernel", linear(8192, 64), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(4.9, "HMMA", units=32, wide=44),
+        "sm_90": Budget(42, "HGMMA", units=4, wide=49),
+        "sm_100": Budget(42, "UTCHMMA", units=4, wide=49),
+        "gfx942": Budget(45, "v_mfma", units=8, wide=9),
+    }),
+    on_chips("dx, bf16, r=256", "input_gradient_kernel", linear(8192, 256), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(4.9, "HMMA", units=32, wide=44),
+        "sm_90": Budget(42, "HGMMA", units=4, wide=49),
+        "sm_100": Budget(42, "UTCHMMA", units=4, wide=49),
+        "gfx942": Budget(45, "v_mfma", units=8, wide=9),
+    }),
+    on_chips("dx, bf16, r=16, gain, dropout", "input_gradient_kernel", LORA_ONLY, {
+        "sm_80 sm_86 sm_89 sm_120": Budget(10.6, "HMMA", units=32, wide=53),
+        "sm_90": Budget(72, "HGMMA", units=4, wide=58),
+        "sm_100": Budget(68, "UTCHMMA", units=4, wide=58),
+        "gfx942": Budget(49, "v_mfma", units=8, wide=17),
+    }),
+    on_chips("dx, bf16, r=16, dropped base", "input_gradient_kernel", linear(8192, 16, gain=True, dropout=0.1), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(5.6, "HMMA", units=64, wide=81, blocks=2),
+        "sm_90": Budget(44, "HGMMA", units=8, wide=81, blocks=3),
+        "sm_100": Budget(41, "UTCHMMA", units=8, wide=81, blocks=4),
+        "gfx942": Budget(26, "v_mfma", units=16, wide=36, blocks=2),
+    }),
+    on_chips("dx, bf16, r=16, group", "input_gradient_kernel", group(8192, 16), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(5.4, "HMMA", units=32, wide=132),
+        "sm_90": Budget(37, "HGMMA", units=4, wide=147),
+        "sm_100": Budget(42, "UTCHMMA", units=4, wide=147),
+        "gfx942": Budget(45, "v_mfma", units=8, wide=27),
+    }),
+    on_chips("dx, bf16, r=16, 16 tokens", "input_gradient_kernel", linear(16, 16), {
+        "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120": Budget(17.6, "HMMA", units=8, wide=16, blocks=4),
+        "gfx942": Budget(19.8, "v_mfma", units=4, wide=8, blocks=6),
+    }),
+    on_chips("dx, fp16, r=16, gain", "input_gradient_kernel", linear(8192, 16, F16, gain=True), {
+        "sm_80 sm_86 sm_89": Budget(15.7, "HMMA", units=48, wide=31),
+        "sm_120": Budget(22, "HMMA", units=24, wide=62, blocks=5),
+        "sm_90": Budget(39, "HGMMA", units=10, wide=31, blocks=2),
+        "sm_100": Budget(57, "UTCHMMA", units=6, wide=31, blocks=4),
+        "gfx942": Budget(28, "v_mfma", units=12, wide=2, blocks=2),
+    }),
+    on_chips("dx, fp16, r=16, dropped base", "input_gradient_kernel", DROPPED_F16, {
+        "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120": Budget(16.3, "HMMA", units=32, wide=58, blocks=3),
+        "gfx942": Budget(18.2, "v_mfma", units=32, wide=19, blocks=2),
+    }),
+    on_chips("dx, fp32, r=16", "input_gradient_kernel", linear(8192, 16, F32), {
+        "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120": Budget(184, units=2, wide=24),
+        "gfx942": Budget(8.5, "v_mfma", units=8, blocks=3),
+    }),
+    on_chips("shrink, bf16, r=8", "shrink_kernel", linear(8192, 8), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(13.8, "HMMA", units=8, wide=15, blocks=4),
+        "sm_90": Budget(30, "HGMMA", units=4, wide=15, blocks=7),
+        "sm_100": Budget(31, "UTCHMMA", units=4, wide=20, blocks=7),
+        "gfx942": Budget(22, "v_mfma", units=4, wide=6, blocks=3),
+    }),
+    on_chips("shrink, bf16, r=16", "shrink_kernel", linear(8192, 16), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(13.8, "HMMA", units=8, wide=15, blocks=4),
+        "sm_90": Budget(30, "HGMMA", units=4, wide=15, blocks=7),
+        "sm_100": Budget(32, "UTCHMMA", units=4, wide=20, blocks=7),
+        "gfx942": Budget(22, "v_mfma", units=4, wide=6, blocks=3),
+    }),
+    on_chips("shrink, bf16, r=32", "shrink_kernel", linear(8192, 32), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(7.3, "HMMA", units=16, wide=12, blocks=6),
+        "sm_90": Budget(34, "HGMMA", units=4, wide=12, blocks=9),
+        "sm_100": Budget(32, "UTCHMMA", units=4, wide=18, blocks=9),
+        "gfx942": Budget(9.8, "v_mfma", units=8, wide=9, blocks=5),
+    }),
+    on_chips("shrink, bf16, r=64", "shrink_kernel", linear(8192, 64), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(5.8, "HMMA", units=32, wide=24, blocks=3),
+        "sm_90": Budget(37, "HGMMA", units=4, wide=24, blocks=4),
+        "sm_100": Budget(38, "UTCHMMA", units=4, wide=32, blocks=4),
+        "gfx942": Budget(14.9, "v_mfma", units=8, wide=12, blocks=2),
+    }),
+    on_chips("shrink, bf16, r=128", "shrink_kernel", linear(8192, 128), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(5.8, "HMMA", units=32, wide=24, blocks=3),
+        "sm_90": Budget(37, "HGMMA", units=4, wide=24, blocks=4),
+        "sm_100": Budget(38, "UTCHMMA", units=4, wide=32, blocks=4),
+        "gfx942": Budget(14.9, "v_mfma", units=8, wide=12, blocks=2),
+    }),
+    on_chips("shrink, bf16, r=256", "shrink_kernel", linear(8192, 256), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(5.8, "HMMA", units=32, wide=24, blocks=3),
+        "sm_90": Budget(37, "HGMMA", units=4, wide=24, blocks=4),
+        "sm_100": Budget(38, "UTCHMMA", units=4, wide=32, blocks=4),
+        "gfx942": Budget(14.9, "v_mfma", units=8, wide=12, blocks=2),
+    }),
+    on_chips("shrink, bf16, r=16, dropout", "shrink_kernel", linear(8192, 16, dropout=0.1), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(89, "HMMA", units=8, wide=15, blocks=3),
+        "sm_90": Budget(169, "HGMMA", units=4, wide=15, blocks=5),
+        "sm_100": Budget(180, "UTCHMMA", units=4, wide=20, blocks=7),
+        "gfx942": Budget(116, "v_mfma", units=4, wide=6, blocks=4),
+    }),
+    on_chips("shrink, bf16, r=32, dropout", "shrink_kernel", linear(8192, 32, dropout=0.1), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(48, "HMMA", units=16, wide=12, blocks=3),
+        "sm_90": Budget(173, "HGMMA", units=4, wide=12, blocks=4),
+        "sm_100": Budget(180, "UTCHMMA", units=4, wide=18, blocks=8),
+        "gfx942": Budget(57, "v_mfma", units=8, wide=6, blocks=3),
+    }),
+    on_chips("shrink, bf16, r=16, group", "shrink_kernel", group(8192, 16), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(6.9, "HMMA", units=24, wide=21, blocks=3),
+        "sm_90": Budget(15.4, "HGMMA", units=12, wide=21, blocks=5),
+        "sm_100": Budget(18.8, "UTCHMMA", units=12, wide=28, blocks=5),
+        "gfx942": Budget(12.1, "v_mfma", units=12, wide=6, blocks=2),
+    }),
+    on_chips("shrink, fp32, r=16", "shrink_kernel", linear(8192, 16, F32), {
+        "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120": Budget(84, units=5, wide=15, blocks=4),
+        "gfx942": Budget(12.8, "v_mfma", units=8, wide=6, blocks=3),
+    }),
+    on_chips("both sides, bf16, r=8", "both_sides_kernel", linear(8192, 8), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(6.3, "HMMA", units=96, wide=8),
+        "sm_90 sm_100": Budget(13.2, "HMMA", units=32, wide=16),
+        "gfx942": Budget(23, "v_mfma", units=12, wide=2, blocks=2),
+    }),
+    on_chips("both sides, bf16, r=16", "both_sides_kernel", linear(8192, 16), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(5.4, "HMMA", units=96, wide=12),
+        "sm_90 sm_100": Budget(12.2, "HMMA", units=32, wide=20, blocks=2),
+        "gfx942": Budget(19.6, "v_mfma", units=12, wide=2, blocks=2),
+    }),
+    on_chips("both sides, bf16, r=32", "both_sides_kernel", linear(8192, 32), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(4.4, "HMMA", units=192, wide=18),
+        "sm_90 sm_100": Budget(12.5, "HMMA", units=32, wide=26),
+        "gfx942": Budget(14.3, "v_mfma", units=32, wide=3),
+    }),
+    on_chips("both sides, bf16, r=64", "both_sides_kernel", linear(8192, 64), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(4.4, "HMMA", units=192, wide=18),
+        "sm_90 sm_100": Budget(12.5, "HMMA", units=32, wide=26),
+        "gfx942": Budget(14.3, "v_mfma", units=32, wide=3),
+    }),
+    on_chips("both sides, bf16, r=256", "both_sides_kernel", linear(8192, 256), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(4.4, "HMMA", units=192, wide=18),
+        "sm_90 sm_100": Budget(12.5, "HMMA", units=32, wide=26),
+        "gfx942": Budget(14.3, "v_mfma", units=32, wide=3),
+    }),
+    on_chips("both sides, bf16, r=16, gain", "both_sides_kernel", linear(8192, 16, gain=True), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(9.5, "HMMA", units=80, wide=10),
+        "sm_90 sm_100": Budget(9.8, "HMMA", units=64, wide=14),
+        "gfx942": Budget(23, "v_mfma", units=16),
+    }),
+    on_chips("both sides, fp16, r=16, gain", "both_sides_kernel", linear(8192, 16, F16, gain=True), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(15.6, "HMMA", units=60, wide=5),
+        "sm_90 sm_100": Budget(19.2, "HMMA", units=48, wide=5),
+        "gfx942": Budget(17.6, "v_mfma", units=24),
+    }),
+    on_chips("both sides, bf16, r=16, group", "both_sides_kernel", group(8192, 16), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(5.5, "HMMA", units=96, wide=36),
+        "sm_90 sm_100": Budget(12.4, "HMMA", units=32, wide=60, blocks=2),
+        "gfx942": Budget(19.6, "v_mfma", units=12, wide=6, blocks=2),
+    }),
+    on_chips("both sides, fp32, r=16", "both_sides_kernel", linear(8192, 16, F32), {
+        "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120": Budget(153, units=3, wide=6, blocks=7),
+        "gfx942": Budget(5.6, "v_mfma", units=20, wide=3, blocks=7),
+    }),
+    on_chips("outer, bf16, r=8", "outer_kernel", linear(8192, 8), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(14.7, "HMMA", units=32, wide=8, copies=2),
+        "sm_90": Budget(24, "HGMMA", units=16, wide=8, blocks=2, copies=2),
+        "sm_100": Budget(27, "UTCHMMA", units=16, wide=8, blocks=4, copies=2),
+        "gfx942": Budget(22, "v_mfma", units=16, wide=4, blocks=2, copies=2),
+    }),
+    on_chips("outer, bf16, r=16", "outer_kernel", linear(8192, 16), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(12.8, "HMMA", units=32, wide=8, blocks=2, copies=2),
+        "sm_90": Budget(19, "HGMMA", units=16, wide=8, blocks=2, copies=2),
+        "sm_100": Budget(23, "UTCHMMA", units=16, wide=8, blocks=4, copies=2),
+        "gfx942": Budget(22, "v_mfma", units=16, wide=4, blocks=2, copies=2),
+    }),
+    on_chips("outer, bf16, r=32", "outer_kernel", linear(8192, 32), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(7.9, "HMMA", units=64, wide=17, copies=2),
+        "sm_90": Budget(23, "HGMMA", units=16, wide=17, blocks=2, copies=2),
+        "sm_100": Budget(23, "UTCHMMA", units=16, wide=17, blocks=2, copies=2),
+        "gfx942": Budget(26, "v_mfma", units=16, wide=4, blocks=2, copies=2),
+    }),
+    on_chips("outer, bf16, r=64", "outer_kernel", linear(8192, 64), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(7.9, "HMMA", units=64, wide=17, copies=2),
+        "sm_90": Budget(23, "HGMMA", units=16, wide=17, blocks=2, copies=2),
+        "sm_100": Budget(23, "UTCHMMA", units=16, wide=17, blocks=2, copies=2),
+        "gfx942": Budget(26, "v_mfma", units=16, wide=4, blocks=2, copies=2),
+    }),
+    on_chips("outer, bf16, r=256", "outer_kernel", linear(8192, 256), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(7.9, "HMMA", units=64, wide=17, copies=2),
+        "sm_90": Budget(23, "HGMMA", units=16, wide=17, blocks=2, copies=2),
+        "sm_100": Budget(23, "UTCHMMA", units=16, wide=17, blocks=2, copies=2),
+        "gfx942": Budget(26, "v_mfma", units=16, wide=4, blocks=2, copies=2),
+    }),
+    on_chips("outer, bf16, r=16, dropout", "outer_kernel", linear(8192, 16, dropout=0.1), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(59, "HMMA", units=16, wide=4, blocks=2, copies=2),
+        "sm_90": Budget(105, "HGMMA", units=8, wide=4, blocks=3, copies=2),
+        "sm_100": Budget(134, "UTCHMMA", units=4, wide=2, blocks=5, copies=2),
+        "gfx942": Budget(97, "v_mfma", units=4, wide=1, blocks=4, copies=2),
+    }),
+    on_chips("outer, bf16, r=16, dropout, group", "outer_kernel", group(8192, 16, 0.1), {
+        "sm_80 sm_86 sm_89 sm_100 sm_120": Budget(40, "HMMA", units=24, copies=6),
+        "sm_90": Budget(51, "HGMMA", units=18, wide=1, copies=6),
+    }, without={"gfx942": "registers are spilled there"}),
+    on_chips("outer, fp32, r=16", "outer_kernel", linear(8192, 16, F32), {
+        "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120": Budget(7.6, units=4, wide=2, blocks=10),
+        "gfx942": Budget(45, "v_mfma", units=4, wide=1, blocks=8, copies=2),
+    }),
+    on_chips("rest of gradients, bf16, r=16, gain", "rest_of_gradients_kernel", linear(8192, 16, gain=True, dx=False), {
+        "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120": Budget(12.3, units=8, wide=52, blocks=9),
+        "gfx942": Budget(12.8, units=4, wide=16, blocks=8),
+    }),
 ]  # fmt: skip

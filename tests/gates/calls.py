@@ -1,0 +1,110 @@
+"""The configurations of the ops' Triton kernels: what their launchers choose for some sizes."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from lora_kernels import Member, dora_linear, lora_linear, lora_linear_group, merged_weight, use_backend, weight_norm
+from lora_kernels.ops.dispatch import forced
+from lora_kernels.ops.launch import Launch, recorded
+from lora_kernels.testing.gates import Budget, Configuration, Triton
+from lora_kernels.testing.gates.configuration import CHIPS, NVIDIA
+from lora_kernels.testing.ptxsim import device
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+WIDE = 4096
+MMA, CUDA, AMD = "sm_80 sm_86 sm_89 sm_120", " ".join(NVIDIA), "gfx942"
+
+
+def linear(
+    m: int, r: int, dtype: torch.dtype = BF16, gain: bool = False, dropout: float = 0.0, semantics: str = "peft",
+    form: str = "two launches", dx: bool = True,
+) -> Callable[[], None]:  # fmt: skip
+    """A forward and a backward of one layer; nothing is computed. Up to 64 tokens in one pass."""
+
+    def call() -> None:
+        x, w, a, b = (torch.empty(s, dtype=dtype) for s in ((m, WIDE), (WIDE, WIDE), (r, WIDE), (WIDE, r)))
+        given = torch.ones(WIDE).requires_grad_() if gain else None
+        seed = torch.tensor(2**40) if dropout else None
+        leaves = x.requires_grad_(dx), a.requires_grad_(), b.requires_grad_()
+        with forced("one pass" if m <= 64 else form):
+            y = lora_linear(leaves[0], w, *leaves[1:], 0.5, None, given, dropout, semantics, seed)
+        with forced("fused"):
+            y.backward(torch.empty_like(y))
+
+    return call
+
+
+def group(m: int, r: int, dropout: float = 0.0) -> Callable[[], None]:
+    """The same for the queries, keys and values of a layer of Llama-3-8B."""
+
+    def call() -> None:
+        members = [
+            Member(
+                torch.empty(n, WIDE, dtype=BF16), *(torch.empty(s, dtype=BF16).requires_grad_() for s in ((r, WIDE), (n, r))),
+                0.5, seed=torch.tensor(2**40) if dropout else None,
+            )
+            for n in (4096, 1024, 1024)
+        ]  # fmt: skip
+        x = torch.empty(m, WIDE, dtype=BF16).requires_grad_()
+        with forced("two launches"):
+            ys = lora_linear_group(x, members, dropout)
+        with forced("fused"):
+            torch.autograd.backward(ys, list(map(torch.empty_like, ys)))
+
+    return call
+
+
+def dora(m: int, r: int, dtype: torch.dtype = BF16) -> Callable[[], None]:
+    def call() -> None:
+        x, w, a, b = (torch.empty(s, dtype=dtype) for s in ((m, WIDE), (WIDE, WIDE), (r, WIDE), (WIDE, r)))
+        dora_linear(x, w, a, b, torch.ones(WIDE), 0.5)
+
+    return call
+
+
+def norm(r: int, dtype: torch.dtype = BF16) -> Callable[[], None]:
+    def call() -> None:
+        weight_norm(*(torch.empty(s, dtype=dtype) for s in ((WIDE, WIDE), (r, WIDE), (WIDE, r))), 0.5)
+
+    return call
+
+
+def merge(r: int, dtype: torch.dtype = BF16, adapters: torch.dtype | None = None) -> Callable[[], None]:
+    def call() -> None:
+        a, b = (torch.empty(s, dtype=adapters or dtype) for s in ((r, WIDE), (WIDE, r)))
+        merged_weight(torch.empty(WIDE, WIDE, dtype=dtype), a, b, 0.5, torch.ones(WIDE))
+
+    return call
+
+
+def launches(call: Callable[[], None], arch: str) -> dict[str, Launch]:
+    """The first launch of each kernel on a chip."""
+    hip = None if arch in NVIDIA else "7.0"
+    with use_backend("triton", simulate=True), device(80 if hip else int(arch[3:])), recorded() as found:
+        with patch.object(torch.version, "hip", hip):
+            call()
+    return {launch.kernel.__name__: launch for launch in reversed(found)}
+
+
+def on_chips(name: str, kernel: str, call: Callable[[], None], budgets: dict[str, Budget], **more: Any) -> Configuration:
+    """What the launcher chooses on each chip."""
+    made = {arch: _triton(kernel, launches(call, arch)[kernel]) for arch in CHIPS}
+    special = {arch: one for arch, one in made.items() if one != made["sm_80"]}
+    return Configuration(name, made["sm_80"], budgets, special=special, **more)
+
+
+def _triton(name: str, launch: Launch) -> Triton:
+    args = {k: tuple(map(_dtype, v)) if isinstance(v, tuple) else _dtype(v) for k, v in launch.args.items()}
+    return Triton(f"{launch.kernel.fn.__module__}:{name}", args, launch.warps, launch.stages)
+
+
+def _dtype(value: object) -> object:
+    return value.dtype if isinstance(value, Tensor) else value
+
+
+DROPPED_F16 = linear(8192, 16, F16, gain=True, dropout=0.1)
+LORA_ONLY = linear(8192, 16, gain=True, dropout=0.1, semantics="lora_only")
