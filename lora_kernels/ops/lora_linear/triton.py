@@ -135,6 +135,7 @@ def _forward(x, layers, keep):
     splits = 1 if made or deterministic or two_sums or m > 64 else cost.splits(count, k)
     scratch = x.new_empty(count * splits * bm * (bn + br), dtype=torch.float32) if splits > 1 else None
     ticket = tickets(x.device, count) if splits > 1 else None
+    waits = not one_pass and not made and architecture() >= 90  # what stands in y already is read before the wait
     args = {
         "x": x, "ws": _of(layers, "w"), "as_": _of(layers, "a") if one_pass else none, "hs": hs,
         "bs": _of(layers, "b"), "biases": _of(layers, "bias"), "gains": _of(layers, "gain"), "ys": ys, "zs": zs,
@@ -142,12 +143,12 @@ def _forward(x, layers, keep):
         "inverses": tuple(inverse(*drop) for drop in drops), "scales": tuple(float(layer.scale) for layer in layers),
         "m": m, "ns": _of(layers, "n"), "k": k, "rs": _of(layers, "r"), "parts": 1 if one_pass else len(hs[0]),
         "x0": x.stride(0), "x1": x.stride(1), **strides("w", _of(layers, "w")), **strides("a", _of(layers, "a")),
-        **strides("b", _of(layers, "b")), "MADE": made, "SPLITS": splits, "WAITS": not one_pass and architecture() >= 90,
+        **strides("b", _of(layers, "b")), "MADE": made, "SPLITS": splits, "WAITS": waits,
         "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk, "BR": br, "GROUP": _group(x, bm, k, sum(_of(layers, "n"))),
     }  # fmt: skip
     fills = [t for t in (*(() if made else ys), *zs, *wholes, scratch) if t is not None]
     changes = [*(ys if made else ()), *([] if ticket is None else [ticket])]
-    launch(forward_kernel, (count, splits), args, fills, changes=changes, warps=warps, stages=stages, early=args["WAITS"])
+    launch(forward_kernel, (count, splits), args, fills, changes=changes, warps=warps, stages=stages, early=waits)
     return ys, tuple(h[0] for h in hs) if keep and in_one_part else wholes, zs
 
 
