@@ -270,7 +270,8 @@ def shrink(u, vs, scales, drops=None, *, exact=False, early=False, fixed=True):
     (m, k), ranks = u.shape, [len(v) for v in vs]
     drops = drops or [(0.0, None)] * len(vs)
     most = 64 // power(len(vs), least=1)
-    tile = {"BM": power(m, most=64), "BK": 32 if u.dtype is torch.float32 else 64, "BR": power(max(ranks), most=max(16, most))}
+    bm, bk = 64 if fixed else power(m, most=64), 32 if u.dtype is torch.float32 else 64
+    tile = {"BM": bm, "BK": bk, "BR": power(max(ranks), most=max(16, most))}
     split = 1024 if max(ranks) <= 32 else 2048
     while not fixed and split < k and ceil(m, tile["BM"]) * ceil(k, 2 * split) >= 96:
         split *= 2  # there are programs enough, and each part is written and read

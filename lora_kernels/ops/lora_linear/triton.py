@@ -93,7 +93,8 @@ def group_backward(x, dy, w, a, b, scale, bias, gain, dropout, seed, drop_base, 
 
 def tiles(m, dtype, two_sums):
     """Of a GEMM over m rows: the tile, warps and stages. The depth of a step does not depend on m, so that a row's bits do
-    not where one matrix instruction serves all m; sm_90 has another one for less than 64 rows."""
+    not where one matrix instruction serves all m; sm_90 has another one for less than 64 rows, which is why the deterministic
+    mode asks for no fewer."""
     if dtype is torch.float32:
         return power(m, most=64), 64, 16, 4 if m <= 32 else 8, 3
     stages = 2 if torch.version.hip or architecture() // 10 == 10 else 3
@@ -129,7 +130,7 @@ def _forward(x, layers, keep):
             torch.mm(x, layer.w.T, out=y)
     two_sums = any(layer.drop_base for layer in layers)
     drops = [layer.drop if one_pass or layer.drop_base else (0.0, None) for layer in layers]
-    bm, bn, bk, warps, stages = tiles(m, x.dtype, two_sums or made)
+    bm, bn, bk, warps, stages = tiles(max(m, 64) if deterministic else m, x.dtype, two_sums or made)
     count = ceil(m, bm) * sum(ceil(layer.n, bn) for layer in layers)
     br = power(max(_of(layers, "r")), most=64 if one_pass else 16)
     splits = 1 if made or deterministic or two_sums or m > 64 else cost.splits(count, k)
@@ -216,18 +217,19 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
         if blocks:
             launch(rest_of_gradients_kernel, (blocks,), args, sums.made())
         return
-    made = planned("backward", x, layers)[0] == "vendor"
+    form, deterministic = planned("backward", x, layers)
+    made = form == "vendor"
     if made:
         torch.mm(dys[0], layers[0].w, out=dx)
     drops = [layer.drop for layer in layers]
     dtype, gains, two_sums = x.dtype, any(layer.gain is not None for layer in layers), any(layer.drop_base for layer in layers)
-    bm, bk, bn, warps, stages = tiles(m, dtype, two_sums)
+    bm, bk, bn, warps, stages = tiles(max(m, 64) if deterministic else m, dtype, two_sums)
     if dtype is torch.float32 and architecture() == 80:
         stages = 2
     if bm == 128 and not 90 <= architecture() < 120:  # mma.sync: 64 deep, ptxas spills
         bn, stages = 32, 4
     if dtype is torch.float16 and gains:  # three products a step: their operands need the registers
-        bm = power(m, most=32 if two_sums or architecture() >= 120 else 64)
+        bm = power(max(m, 64) if deterministic else m, most=32 if two_sums or architecture() >= 120 else 64)
         bk, bn, warps, stages = 64, 32, 8 if bm == 64 else 4, 2
     args |= {
         "ps": tuple(ps), "as_": _of(layers, "a"), "dx": dx, **drawn(drops), "inverses": tuple(inverse(*drop) for drop in drops),
