@@ -119,14 +119,15 @@ def splits(tiles: int, k: int) -> int:
     return max(1, min(8, 128 // max(1, tiles), k // 256))
 
 
-def height(down: int, panel: int, w: int, made: int, l2: int) -> int:
-    """How many blocks of rows take their turns side by side in a GEMM of `down` of them, so that L2 saves most: `panel` and
-    `made` are the bytes that one block reads and writes, `w` those of the whole W, which each such group reads.
+def height(panel: int, w: int, made: int, l2: int) -> int:
+    """How many blocks of rows of a GEMM take their turns side by side, so that L2 saves most: `panel` and `made` are the bytes
+    that one block reads and writes, `w` those of the whole W, which each such group reads.
 
-    Where W stays in L2 from one group to the next, as few as that takes; else as many as leave L2 half for what streams.
+    As many as still let W stay in L2 from one group to the next; where none does, as many as leave L2 half for what streams.
     """
-    kept = [g for g in (4, 8, 16, 32) if w + g * (panel + made) <= l2]
-    return max(kept) if kept else max([g for g in (4, 8, 16, 32) if g * panel <= l2 // 2], default=4)
+    heights = (4, 8, 16, 32)
+    kept = [g for g in heights if w + g * (panel + made) <= l2]
+    return max(kept or [g for g in heights if g * panel <= l2 // 2], default=4)
 
 
 def _backward(p: Problem) -> dict[str, list[Step]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_kernels.ops.dropout import draw_seed
 from lora_kernels.ops.lora_linear.loop import drops_base, keeps_z
-from lora_kernels.ops.lora_linear.op import _any_autocast, _check, scaled, without_autocast
+from lora_kernels.ops.lora_linear.op import _any_autocast, _check, once, scaled, without_autocast
 from lora_kernels.ops.registry import declare
 
 
@@ -139,22 +139,11 @@ class _LoRALinearGroup(torch.autograd.Function):
             needs += ctx.needs_input_grad[5 + 6 * i : 9 + 6 * i]
         of_used = [tuple(each[i] for i in used) for each in (ctx.scales, ctx.dropouts)]
         args = (*of_used, ctx.drop_base, tuple(needs), x, *flat)
-        # grad mode is on here only under create_graph: go through the Function that raises on a second derivative
-        found = _Once.apply(*args) if torch.is_grad_enabled() else _grads(*args)
+        found = once("lora_linear_group", _grads, *args)
         grads[0] = found[0]
         for j, i in enumerate(used):
             grads[5 + 6 * i : 9 + 6 * i] = found[1 + 4 * j : 5 + 4 * j]
         return tuple(grads)
-
-
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        return _grads(*args)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError("lora_linear_group: the second derivative is not implemented")
 
 
 def _grads(scales, dropouts, drop_base, needs, x, *flat):

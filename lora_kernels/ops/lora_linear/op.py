@@ -7,6 +7,7 @@ Sources: LoRA, arXiv:2106.09685, eq. 3; rsLoRA, arXiv:2312.03732; DoRA, arXiv:24
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -181,6 +182,23 @@ def _wrong_shape(op, name, tensor, shape):
     return ValueError(f"{op}: {name} must have shape {list(shape)}, found {list(tensor.shape)}")
 
 
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, gradients, *args):
+        ctx.op = op
+        return gradients(*args)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(f"{ctx.op}: the second derivative is not implemented")
+
+
+def once(op: str, gradients: Callable[..., Any], *args: Any) -> Any:
+    """gradients(*args) in a backward; a second differentiation raises and names the op."""
+    # grad mode is on there only under create_graph
+    return _Once.apply(op, gradients, *args) if torch.is_grad_enabled() else gradients(*args)
+
+
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, a, b, scale, bias, gain, dropout, seed, drop_base):
@@ -197,19 +215,8 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy):
         needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 5, 6)]
         args = (dy, *ctx.saved_tensors, ctx.scale, ctx.dropout, ctx.drop_base, needs)
-        # grad mode is on here only under create_graph: go through the Function that raises on a second derivative
-        dx, da, db, dbias, dgain = _Once.apply(*args) if torch.is_grad_enabled() else _grads(*args)
+        dx, da, db, dbias, dgain = once("lora_linear", _grads, *args)
         return dx, None, da, db, None, dbias, dgain, None, None, None
-
-
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        return _grads(*args)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError("lora_linear: the second derivative is not implemented")
 
 
 def _grads(dy, x, w, a, b, bias, gain, seed, h, y, z, scale, dropout, drop_base, needs):

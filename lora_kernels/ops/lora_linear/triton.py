@@ -155,7 +155,7 @@ def _forward(x, layers, keep):
 
 def _group(x, rows, depth, wide):
     size = x.element_size()
-    return cost.height(ceil(len(x), rows), rows * depth * size, depth * wide * size, rows * wide * size, chip(where(x)[0]).l2)
+    return cost.height(rows * depth * size, depth * wide * size, rows * wide * size, chip(where(x)[0]).l2)
 
 
 def _backward(x, dys, layers, hs, ys, zs, needs_dx, needs):
@@ -223,13 +223,14 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
         torch.mm(dys[0], layers[0].w, out=dx)
     drops = [layer.drop for layer in layers]
     dtype, gains, two_sums = x.dtype, any(layer.gain is not None for layer in layers), any(layer.drop_base for layer in layers)
-    bm, bk, bn, warps, stages = tiles(max(m, 64) if deterministic else m, dtype, two_sums)
+    tall = max(m, 64) if deterministic else m
+    bm, bk, bn, warps, stages = tiles(tall, dtype, two_sums)
     if dtype is torch.float32 and architecture() == 80:
         stages = 2
     if bm == 128 and not 90 <= architecture() < 120:  # mma.sync: 64 deep, ptxas spills
         bn, stages = 32, 4
     if dtype is torch.float16 and gains:  # three products a step: their operands need the registers
-        bm = power(max(m, 64) if deterministic else m, most=32 if two_sums or architecture() >= 120 else 64)
+        bm = power(tall, most=32 if two_sums or architecture() >= 120 else 64)
         bk, bn, warps, stages = 64, 32, 8 if bm == 64 else 4, 2
     args |= {
         "ps": tuple(ps), "as_": _of(layers, "a"), "dx": dx, **drawn(drops), "inverses": tuple(inverse(*drop) for drop in drops),

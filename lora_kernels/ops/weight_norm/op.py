@@ -9,7 +9,7 @@ Sources: DoRA, arXiv:2402.09353, eq. 5 and §4.3; the factored form, arXiv:2603.
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.lora_linear.op import FLOATS, check_kinds, without_autocast
+from lora_kernels.ops.lora_linear.op import FLOATS, check_kinds, once, without_autocast
 from lora_kernels.ops.registry import declare
 
 MAX_CONDITION = {torch.float32: 4.0, torch.bfloat16: 64.0, torch.float16: 64.0}
@@ -91,18 +91,8 @@ class _WeightNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dn):
         args = (dn, *ctx.saved_tensors, ctx.scale, [ctx.needs_input_grad[1], ctx.needs_input_grad[2]])
-        da, db = _Once.apply(*args) if torch.is_grad_enabled() else _grads(*args)
+        da, db = once("weight_norm", _grads, *args)
         return None, da, db, None, None
-
-
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        return _grads(*args)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError("weight_norm: the second derivative is not implemented")
 
 
 def _grads(dn, w, a, b, n, scale, needs):
