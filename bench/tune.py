@@ -133,7 +133,7 @@ def on_device(device: str) -> Callable[[Problem], Calls]:
         ops, plain = torch.ops.lora_kernels, (x, w, a, b, 1.0, None, None, 0.0, None, False)
         if p.direction == "forward":
             op, args = ops.lora_linear_forward, (*plain, True, False)
-        else:  # its own op: autograd would run it in another thread, where nothing is forced
+        else:  # its own op: before torch 2.13 autograd's thread would not see what is forced
             op, args = ops.lora_linear_backward, (dy, *plain, h, None, None, [True, True, True, False, False])
 
         def run(name):

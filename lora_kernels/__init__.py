@@ -3,7 +3,7 @@
 from lora_kernels import nn
 from lora_kernels._version import __version__
 from lora_kernels.adapters import AdapterError, LoraConfig, inject_adapter, load_adapter, save_adapter
-from lora_kernels.integrations import FuseReport, fuse, unfuse
+from lora_kernels.integrations import FuseReport, fuse, unfuse, warm_up
 from lora_kernels.ops import (
     FallbackWarning,
     Member,
@@ -35,5 +35,6 @@ __all__ = [
     "save_adapter",
     "unfuse",
     "use_backend",
+    "warm_up",
     "weight_norm",
 ]

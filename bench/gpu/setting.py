@@ -33,7 +33,7 @@ class Setting:
     def backend(self) -> Iterator[None]:
         """Every op on Triton's kernels, in the backward pass too, or an error."""
         with warnings.catch_warnings(), use_backend("triton", simulate=self.dry):
-            # a backend is forced for one thread alone, and autograd would run a GPU's backward in another
+            # before torch 2.13 autograd's own thread, which runs a GPU's backward, would not see what is forced here
             with torch.autograd.set_multithreading_enabled(False):
                 warnings.simplefilter("error", FallbackWarning)
                 yield

@@ -8,9 +8,10 @@ from weakref import WeakValueDictionary
 from torch import nn
 
 from lora_kernels.integrations.report import FuseReport, Survey
+from lora_kernels.integrations.warm_up import warm_up
 from lora_kernels.nn import DoRALinear, LoRAEmbedding, LoRALinear
 
-__all__ = ["FuseReport", "fuse", "unfuse"]
+__all__ = ["FuseReport", "fuse", "unfuse", "warm_up"]
 
 
 def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:

@@ -125,8 +125,8 @@ def _source(p: Problem, arch: int, on: Chip, table: tables.Table, deterministic:
 def forced(name: str) -> Iterator[None]:
     """Inside it every plan whose direction has a candidate of that name takes it, or raises with its refusal.
 
-    Like `use_backend` it holds for this thread, and autograd runs a GPU's backward in another one, unless
-    `torch.autograd.set_multithreading_enabled(False)`.
+    Like `use_backend` it holds for this thread and, from torch 2.13 on, for those in which autograd runs a backward that is
+    called here; before, only with `torch.autograd.set_multithreading_enabled(False)`.
 
     Raises:
         ValueError: no candidate has that name.

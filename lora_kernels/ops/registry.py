@@ -158,6 +158,8 @@ def _not_built(error: ImportError) -> str:
 def use_backend(backend: str, simulate: bool = False) -> Iterator[None]:
     """Runs every op inside the block on one backend, or raises with the reason why it cannot.
 
+    It holds for this thread and, from torch 2.13 on, for autograd's own that run a GPU's backward for it; `explain`, too.
+
     With `simulate`, the kernels for GPUs ("triton", "cuda") run on CPU tensors: their real PTX, with every check of
     `lora_kernels.testing.ptxsim` and some thousand times slower than a GPU. `ptxsim.device(...)` around it counts what they do
     and chooses the architecture.

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -108,6 +109,43 @@ def test_use_backend_nests_and_restores():
     with pytest.raises(ValueError, match="simulate is for triton and cuda, found 'cpu'"):
         with use_backend("cpu", simulate=True):
             pass
+
+
+class Deep(torch.autograd.Function):
+    """Its backward starts another one, and so on; after 60 autograd goes on in a thread of its own, as it does for a GPU."""
+
+    @staticmethod
+    def forward(ctx, x, depth, last):
+        ctx.depth, ctx.last = depth, last
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        with torch.enable_grad():
+            within = Deep.apply(torch.zeros((), requires_grad=True), ctx.depth - 1, ctx.last) if ctx.depth else ctx.last()
+        # the engine itself: torch's backward() would keep the settings of the thread that it is in
+        run = torch.autograd.Variable._execution_engine.run_backward
+        run((within,), (torch.ones(()),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+        return dy, None, None
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch keeps the context of the call of backward() from 2.13 on")
+def test_settings_reach_the_threads_of_autograd():
+    p = make_problem(3, 5, 4, 2, torch.float32)
+    x, a = p.x.requires_grad_(), p.a.requires_grad_()
+    threads = []
+
+    def last():
+        threads.append(threading.get_ident())
+        return y
+
+    y = lora_linear(x, p.w, a, p.b).sum()
+    start = Deep.apply(torch.zeros((), requires_grad=True), 70, last)
+    with use_backend("reference"):
+        explanation = explain(start.backward)
+    assert threads != [threading.get_ident()]
+    assert [(d.op, d.chosen) for d in explanation.decisions] == [("lora_linear_backward", "reference")]
+    assert a.grad is not None
 
 
 def test_explain_says_what_ran_and_why_the_others_did_not():

@@ -9,7 +9,9 @@ Sources: LoRA, arXiv:2106.09685, eq. 3; rsLoRA, arXiv:2312.03732; DoRA, arXiv:24
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextvars import Context
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -194,9 +196,20 @@ class _Once(torch.autograd.Function):
 
 
 def once(op: str, gradients: Callable[..., Any], *args: Any) -> Any:
-    """gradients(*args) in a backward; a second differentiation raises and names the op."""
+    """gradients(*args) in a backward, under the settings (use_backend, explain) of the thread that called for it, since
+    autograd runs a GPU's in one of its own; a second differentiation raises and names the op."""
+    if not torch.compiler.is_compiling() and (settings := _context_of_caller()) is not None:
+        gradients = partial(settings.run, gradients)
     # grad mode is on there only under create_graph
     return _Once.apply(op, gradients, *args) if torch.is_grad_enabled() else gradients(*args)
+
+
+def _context_of_caller() -> Context | None:
+    """That of the call of backward(); None where this torch keeps none."""
+    if not torch._C._is_key_in_tls("context"):
+        return None
+    # a copy: threads of several GPUs cannot enter one
+    return cast(Context, torch._C._get_obj_in_tls("context")).copy()
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -1,0 +1,91 @@
+"""Compiles the kernels that a model will need before its first batch."""
+
+import operator
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.nn import GroupedLinear, LoRALinear
+from lora_kernels.ops.lora_linear.op import FLOATS
+from lora_kernels.ops.registry import simulates
+
+
+def warm_up(
+    model: nn.Module, tokens: SupportsIndex | Sequence[SupportsIndex], *, dtype: torch.dtype | None = None
+) -> list[str]:
+    """Calls every LoRA layer of a model on zeros, so that Triton compiles, and the GPU loads, what they will run.
+
+        fuse(model)
+        warm_up(model, [1, 64, 4096])
+
+    Layers of lora_kernels.nn and those that `fuse` took over, on a GPU; on the CPU there is nothing to compile. `tokens`: the
+    row counts to expect (batch · sequence), since kernels differ between few rows and many. `dtype`: of the inputs; that of
+    the base weight if not given. Call it as the model will be called: in train or eval mode, under `torch.autocast`, under
+    `torch.no_grad()` or not. In train mode backward runs too, with a gradient of the input and without.
+
+    Parameters, their gradients and torch's random numbers are left as they are. It takes the memory of one layer's call.
+
+    Returns the names of the layers that ran.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module, tokens are not integers, or dtype is not one of the layers'.
+        ValueError: no number of tokens is given, or one is below 1. Nothing has run.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"warm_up: model must be a torch.nn.Module, found {type(model).__name__}")
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"warm_up: dtype must be float32, bfloat16, float16 or float64, found {dtype}")
+    counts = _counts(tokens)
+    layers = [each for each in _layers(model) if each[3].is_cuda or simulates()]
+    with torch.random.fork_rng({weight.device for *_, weight in layers if weight.is_cuda}):
+        for _, layer, width, weight in layers:
+            for count in counts:
+                _call(layer, torch.zeros(count, width, dtype=dtype or weight.dtype, device=weight.device))
+    return [name for name, *_ in layers]
+
+
+def _counts(tokens: Any) -> list[int]:
+    """The numbers of rows, each once."""
+    given = list(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else [tokens]
+    for count in given:
+        if isinstance(count, bool) or not hasattr(count, "__index__"):
+            raise TypeError(f"warm_up: tokens must be integers, found {count!r}")
+    counts = list(dict.fromkeys(map(operator.index, given)))
+    if not counts or min(counts) < 1:
+        raise ValueError(f"warm_up: tokens must be one or more numbers from 1 on, found {tokens!r}")
+    return counts
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, Tensor]]:
+    """Each layer on our kernels: its name, itself, its in_features and its base weight; those of a group as one."""
+    within: set[nn.Module] = set()
+    peft = sys.modules.get("lora_kernels.integrations.peft")
+    for name, module in model.named_modules():
+        if module in within:
+            continue
+        if isinstance(module, GroupedLinear):
+            members = [layer for layer in module.children() if isinstance(layer, LoRALinear)]
+            within.update(members)
+            if members:
+                yield name, module, members[0].in_features, members[0].weight
+        elif isinstance(module, LoRALinear):
+            yield name, module, module.in_features, module.weight
+        elif peft is not None and isinstance(module, peft.FusedLinear):
+            yield name, module, module.in_features, module.get_base_layer().weight
+
+
+def _call(layer: nn.Module, x: Tensor) -> None:
+    """The layer's call as in an evaluation, or as in a step: for an input that wants its gradient and for one that does not."""
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    if not (layer.training and trained and torch.is_grad_enabled()):
+        layer(x)
+        return
+    for wanted in (True, False):
+        ys = layer(x.requires_grad_(wanted))
+        ys = [y for y in (ys if isinstance(ys, tuple) else (ys,)) if y.requires_grad]
+        # not backward(): that would add to the gradients that the parameters hold
+        if ys:
+            torch.autograd.grad(ys, [*trained, *([x] if wanted else [])], list(map(torch.zeros_like, ys)), allow_unused=True)

@@ -1,0 +1,128 @@
+"""warm_up on simulated kernels: what is called later is compiled by then, and the model is left as it was."""
+
+import copy
+
+import pytest
+import torch
+from fuse_helpers import model
+from torch import nn
+
+from lora_kernels import explain, fuse, use_backend, warm_up
+from lora_kernels.nn import DoRALinear, GroupedLinear, LoRAEmbedding, LoRALinear
+from lora_kernels.testing.triton_ptx import _compiled
+
+compiled = pytest.fixture(lambda: lambda: _compiled.cache_info().misses)
+
+
+class Block(nn.Module):
+    """A group, a layer of each kind, what has no adapter, and what no kernel of ours computes."""
+
+    def __init__(self, dtype=torch.bfloat16, dropout=0.1):
+        super().__init__()
+        kind = {"dtype": dtype, "r": 4, "lora_dropout": dropout}
+        self.qk = GroupedLinear({"q": LoRALinear(24, 16, **kind), "k": DoRALinear(24, 8, **kind)})
+        self.up, self.down = LoRALinear(8, 24, **kind), DoRALinear(24, 8, bias=False, **kind)
+        self.plain, self.embedding = nn.Linear(8, 8, dtype=dtype), LoRAEmbedding(5, 8, dtype=dtype)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, x):
+        q, k = self.qk(x)
+        return self.down(self.up(k)) + self.plain(q[..., :8])
+
+
+def step(block, tokens):
+    x = torch.randn(tokens, 24, dtype=torch.bfloat16)
+    for wanted in (True, False):
+        y = block(x.clone().requires_grad_(wanted))
+        y.backward(torch.randn_like(y))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_is_left_to_compile(training, compiled):
+    block = Block().train(training)
+    with use_backend("triton", simulate=True):
+        before = compiled()
+        assert warm_up(block, [3, 40]) == ["qk", "up", "down"]
+        assert compiled() > before
+        before = compiled()
+        for tokens in (2, 37):
+            if training:
+                step(block, tokens)
+            else:
+                block(torch.randn(tokens, 24, dtype=torch.bfloat16))
+        assert compiled() == before
+        block(torch.randn(150, 24, dtype=torch.bfloat16))  # other tiles: the count above can change
+        assert compiled() > before
+
+
+def test_layers_that_fuse_took_over(compiled):
+    fused = model(torch.bfloat16, use_dora=True, lora_dropout=0.1)
+    fuse(fused)
+    with use_backend("triton", simulate=True):
+        assert warm_up(fused, 7) == [f"base_model.model.{name}" for name in "ab"]
+        before = compiled()
+        y = fused(torch.randn(5, 24, dtype=torch.bfloat16))
+        y.backward(torch.randn_like(y))
+        assert compiled() == before
+
+
+def test_the_input_has_the_dtype_that_is_asked_for(compiled):
+    layer = LoRALinear(8, 8, dtype=torch.float32, r=2)
+    with use_backend("triton", simulate=True), torch.autocast("cpu", torch.bfloat16):
+        warm_up(layer, 3, dtype=torch.float32)
+        before = compiled()
+        assert layer(torch.randn(3, 8)).dtype is torch.bfloat16
+        assert compiled() == before
+
+
+def test_the_model_and_the_random_numbers_are_left_as_they_were():
+    block = Block()
+    for parameter in block.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    twin, x = copy.deepcopy(block), torch.randn(5, 24, dtype=torch.bfloat16)
+    with use_backend("triton", simulate=True):
+        state = torch.get_rng_state()
+        warm_up(block, [5])
+        assert torch.get_rng_state().equal(state)
+        assert all(p.equal(q) for p, q in zip(block.parameters(), twin.parameters(), strict=True))
+        assert all(p.grad is None or p.grad.equal(torch.ones_like(p)) for p in block.parameters())
+        y = block(x)
+        torch.set_rng_state(state)
+        assert twin(x).equal(y)  # DoRA's norm, which is kept, is the right one
+
+
+def test_an_evaluation_runs_no_backward():
+    layer = LoRALinear(8, 8, r=2)
+    with use_backend("triton", simulate=True):
+        for each in (layer.train(), layer.eval()):
+            ran = [decision.op for decision in explain(warm_up, each, 3).decisions]
+            assert ("lora_linear_backward" in ran) == each.training
+        with torch.no_grad():
+            assert "lora_linear_backward" not in [d.op for d in explain(warm_up, layer.train(), 3).decisions]
+
+
+def test_on_the_cpu_there_is_nothing_to_do():
+    assert warm_up(Block(), 3) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("model", 3), TypeError, "model must be a torch.nn.Module, found str"),
+        ((nn.Identity(), "3"), TypeError, "tokens must be integers, found '3'"),
+        ((nn.Identity(), [True]), TypeError, "tokens must be integers, found True"),
+        ((nn.Identity(), 2.5), TypeError, "tokens must be integers, found 2.5"),
+        ((nn.Identity(), []), ValueError, r"one or more numbers from 1 on, found \[\]"),
+        ((nn.Identity(), [4, 0]), ValueError, r"one or more numbers from 1 on, found \[4, 0\]"),
+    ],
+)
+def test_bad_input(arguments, error, message):
+    with pytest.raises(error, match=f"^warm_up: .*{message}"):
+        warm_up(*arguments)
+
+
+def test_bad_dtype():
+    with pytest.raises(TypeError, match=r"^warm_up: dtype must be .*, found torch.int64"):
+        warm_up(nn.Identity(), 3, dtype=torch.int64)
