@@ -12,6 +12,7 @@ import torch
 
 from lora_kernels import _cpu
 from lora_kernels.ops.buffers import mask, row_major, transposed
+from lora_kernels.ops.gradients import dtype_of, empty_like
 from lora_kernels.ops.lora_linear.loop import backward_each, forward_each, refuse_each
 from lora_kernels.ops.refusals import READ, refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
@@ -138,11 +139,12 @@ def _gradients(dx_dtype, dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_
     dx = da = db = dbias = dgain = None
     needs_dx, needs_da, needs_db, needs_dbias, needs_dgain = needs
     if w.numel() == 0 or tokens == 0:
-        zeros = [t.new_zeros(t.shape) if need else None for t, need in zip((x, a, b, bias, gain), needs, strict=True)]
+        of = zip((x, a, b, bias, gain), needs, strict=True)
+        zeros = [t.new_zeros(t.shape, dtype=dtype_of(t, need)) if need else None for t, need in of]
         if needs_dx:
             zeros[0] = zeros[0].to(dx_dtype)
         if needs_dbias:
-            zeros[3] = dy.sum(0, dtype=torch.float32).to(bias.dtype)
+            zeros[3] += dy.sum(0, dtype=torch.float32)
         return tuple(zeros)
     p = x.new_empty(tokens, rank, dtype=torch.float32) if needs_dx or needs_da else None
     if needs_dx and on_tiles(dy, w) and not drop_base:
@@ -153,21 +155,21 @@ def _gradients(dx_dtype, dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_
         if needs_dx:
             dx = _input_gradient(dx_dtype, dy, w, a, gain, p, drop, drop_base)
     if needs_da:
-        da = torch.empty_like(a, memory_format=torch.contiguous_format)
-        if drop is None and on_tiles(x, x) and a.dtype is not torch.float16:
+        da = empty_like(a, needs_da)
+        if drop is None and on_tiles(x, x) and da.dtype is not torch.float16:
             product_back(p.T, x, out=da)
         else:
             _cpu.outer(x, da, None, p, drop, threads)
     if needs_db:
-        db = torch.empty_like(b, memory_format=torch.contiguous_format)
+        db = empty_like(b, needs_db)
         if gain is None and tokens > FEW and on_tiles(dy, dy):
             db.copy_(product_back(h.T, dy).T)
         else:
             _cpu.outer(dy, transposed(db), gain, h, None, threads)
     if needs_dbias:
-        dbias = _column_sums(dy, None).to(bias.dtype)
+        dbias = _column_sums(dy, None).to(dtype_of(bias, needs_dbias))
     if needs_dgain:
-        dgain = _gain_gradient(dy, x, w, a, b, scale, gain, dropout, seed, y, z).to(gain.dtype)
+        dgain = _gain_gradient(dy, x, w, a, b, scale, gain, dropout, seed, y, z).to(dtype_of(gain, needs_dgain))
     return dx, da, db, dbias, dgain
 
 

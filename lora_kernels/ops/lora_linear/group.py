@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.dropout import draw_seed
+from lora_kernels.ops.gradients import OWN, dtype_of, kind
 from lora_kernels.ops.lora_linear.loop import drops_base, keeps_z
 from lora_kernels.ops.lora_linear.op import _any_autocast, _check, once, scaled, without_autocast
 from lora_kernels.ops.registry import declare
@@ -46,6 +47,7 @@ def lora_linear_group(
     and each w are cast to its dtype.
 
     Gradients flow to x and to each a, b, bias, gain and tensor scale; every w is frozen. A second differentiation raises.
+    `grad_dtype` of a leaf counts as in `lora_linear`.
     A member whose output is not used costs nothing in backward, and its tensors get no gradient.
 
     `dropout` is one probability for all or one a member. Each member draws a mask of its own, from its `seed` or from one
@@ -120,6 +122,7 @@ class _LoRALinearGroup(torch.autograd.Function):
         kept_z = [z[i] if kept[i] else None for i in range(len(y))]
         ctx.save_for_backward(x, *flat, *h, *kept_y, *kept_z)
         ctx.scales, ctx.dropouts, ctx.drop_base = scales, dropouts, drop_base
+        ctx.kinds = [OWN, *map(kind, flat)]
         # an output that nobody used comes back as None, not as zeros to multiply with
         ctx.set_materialize_grads(False)
         return tuple(y)
@@ -133,10 +136,12 @@ class _LoRALinearGroup(torch.autograd.Function):
         if not used:
             return tuple(grads)
         flat = []
-        needs = [ctx.needs_input_grad[0]]
+        wants = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
+        wants = [of_t if want else 0 for of_t, want in zip(ctx.kinds, wants, strict=True)]
+        needs = wants[:1]
         for i in used:
             flat += [dys[i], *saved[6 * i : 6 * i + 6], saved[6 * n + i], saved[7 * n + i], saved[8 * n + i]]
-            needs += ctx.needs_input_grad[5 + 6 * i : 9 + 6 * i]
+            needs += wants[2 + 6 * i : 6 + 6 * i]
         of_used = [tuple(each[i] for i in used) for each in (ctx.scales, ctx.dropouts)]
         args = (*of_used, ctx.drop_base, tuple(needs), x, *flat)
         found = once("lora_linear_group", _grads, *args)
@@ -173,7 +178,10 @@ def _fake_forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep,
 
 def _fake_backward(x, dy, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
     of_members = [
-        [t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(like, needs[i::4], strict=True)]
+        [
+            t.new_empty(t.shape, dtype=dtype_of(t, need)) if need else x.new_empty(0)
+            for t, need in zip(like, needs[i::4], strict=True)
+        ]
         for i, like in enumerate((a, b, bias, gain), start=1)
     ]
     return (x.new_empty(x.shape) if needs[0] else x.new_empty(0), *of_members)
@@ -189,7 +197,7 @@ _forward = declare(
 )
 _backward = declare(
     "lora_linear_group_backward(Tensor x, Tensor[] dy, Tensor[] w, Tensor[] a, Tensor[] b, float[] scale, Tensor?[] bias,"
-    " Tensor?[] gain, float[] dropout, Tensor?[] seed, bool drop_base, Tensor[] h, Tensor?[] y, Tensor?[] z, bool[] needs)"
+    " Tensor?[] gain, float[] dropout, Tensor?[] seed, bool drop_base, Tensor[] h, Tensor?[] y, Tensor?[] z, int[] needs)"
     " -> (Tensor dx, Tensor[] da, Tensor[] db, Tensor[] dbias, Tensor[] dgain)",
     _fake_backward,
 )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.dropout import draw_seed
+from lora_kernels.ops.gradients import OWN, dtype_of, kind
 from lora_kernels.ops.registry import declare
 
 try:
@@ -46,7 +47,9 @@ def lora_linear(
     Shapes: x [..., in], w [out, in], a [r, in], b [out, r], bias [out], gain [out]; returns [..., out] in the dtype
     of x. x and w share one dtype (float32, bfloat16, float16 or float64); a and b share one, which may be another.
     Sums are taken in float32 (float64 for float64) and rounded once. Under autocast x and w are cast to its dtype.
-    Gradients flow to x, a, b, bias, gain and to a tensor `scale`; w is frozen. A second differentiation raises.
+    Gradients flow to x, a, b, bias, gain and to a tensor `scale`; w is frozen. A second differentiation raises. Those of a
+    16-bit a, b, bias or gain come, and add up in its `grad`, in float32 and unrounded where its `grad_dtype` is float32
+    (torch's setting, for leaves; torch.compile does not take it).
 
     Dropout, with probability `dropout`, acts on the input of A. `dropout_semantics` matters only with `gain`:
     "peft" also drops the input of the rescaled base, as PEFT's DoRA does,
@@ -222,11 +225,12 @@ class _LoRALinear(torch.autograd.Function):
         kept_y = y if gain_wants and not keep_z else None
         ctx.save_for_backward(x, w, a, b, bias, gain, seed, h, kept_y, z if keep_z else None)
         ctx.scale, ctx.dropout, ctx.drop_base = scale, dropout, drop_base
+        ctx.kinds = [OWN, *(kind(t) for t in (a, b, bias, gain))]
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 5, 6)]
+        needs = [of_t if ctx.needs_input_grad[i] else 0 for i, of_t in zip((0, 2, 3, 5, 6), ctx.kinds, strict=True)]
         args = (dy, *ctx.saved_tensors, ctx.scale, ctx.dropout, ctx.drop_base, needs)
         dx, da, db, dbias, dgain = once("lora_linear", _grads, *args)
         return dx, None, da, db, None, dbias, dgain, None, None, None
@@ -254,7 +258,8 @@ def _fake_forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep,
 
 def _fake_backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
     like = (x, a, b, bias, gain)
-    return tuple(t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(like, needs, strict=True))
+    shapes = zip(like, needs, strict=True)
+    return tuple(t.new_empty(t.shape, dtype=dtype_of(t, need)) if need else x.new_empty(0) for t, need in shapes)
 
 
 _forward = declare(
@@ -264,7 +269,7 @@ _forward = declare(
 )
 _backward = declare(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, float scale, Tensor? bias, Tensor? gain,"
-    " float dropout, Tensor? seed, bool drop_base, Tensor h, Tensor? y, Tensor? z, bool[] needs)"
+    " float dropout, Tensor? seed, bool drop_base, Tensor h, Tensor? y, Tensor? z, int[] needs)"
     " -> (Tensor dx, Tensor da, Tensor db, Tensor dbias, Tensor dgain)",
     _fake_backward,
 )

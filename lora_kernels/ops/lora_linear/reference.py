@@ -3,6 +3,7 @@
 import torch
 
 from lora_kernels.ops.dropout import mask
+from lora_kernels.ops.gradients import dtype_of
 from lora_kernels.ops.lora_linear.loop import backward_each, forward_each
 from lora_kernels.ops.registry import implements
 
@@ -28,7 +29,7 @@ def backward(dy, x, *args):
 
 
 def gradients(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
-    """dx in the dtype of the sums, the others in that of their tensors."""
+    """dx in the dtype of the sums, the others as they are wanted."""
     dy_wide, x_wide, w_wide, a_wide, b_wide = _widen(dy, x, w, a, b)
     keep = _keep(x, dropout, seed)
     dz = dy_wide if gain is None else dy_wide * gain.to(dy_wide.dtype)      # [tokens, out]
@@ -41,7 +42,7 @@ def gradients(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y,
     da, db = p.T @ (x_wide * keep), dz.T @ h
     dbias, dgain = dy_wide.sum(0), (dy_wide * z_wide).sum(0)
     grads = zip((da, db, dbias, dgain), (a, b, bias, gain), needs[1:], strict=True)
-    return dx if needs[0] else None, *(g.to(t.dtype) if need else None for g, t, need in grads)
+    return dx if needs[0] else None, *(g.to(dtype_of(t, need)) if need else None for g, t, need in grads)
 
 
 @implements("lora_linear_group_forward", "reference")

@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_kernels.ops import cost
 from lora_kernels.ops.chips import chip
 from lora_kernels.ops.dispatch import Problem, plan, where
+from lora_kernels.ops.gradients import empty_like
 from lora_kernels.ops.launch import architecture, ceil, launch, power, refuse_device, tickets
 from lora_kernels.ops.lora_linear.loop import drops_base, keeps_z, refuse_each
 from lora_kernels.ops.lora_linear.triton_backward import input_gradient_kernel, rest_of_gradients_kernel
@@ -178,11 +179,8 @@ def _backward(x, dys, layers, hs, ys, zs, needs_dx, needs):
             for i, whole in zip(of_x, wholes, strict=True):
                 ps[i] = whole[None]
     for i, (layer, side, need) in enumerate(zip(layers, sides, needs, strict=True)):
-        new = torch.empty_like
-        da, db, dbias, dgain = (
-            new(t, memory_format=torch.contiguous_format) if wanted else None
-            for t, wanted in zip((layer.a, layer.b, layer.bias, layer.gain), need, strict=True)
-        )
+        of = zip((layer.a, layer.b, layer.bias, layer.gain), need, strict=True)
+        da, db, dbias, dgain = (empty_like(t, wanted) if wanted else None for t, wanted in of)
         if da is not None:
             sums.add(parts[i], da, inverse(*layer.drop))
         if db is not None:

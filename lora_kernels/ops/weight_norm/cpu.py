@@ -3,6 +3,7 @@
 import torch
 
 from lora_kernels import _cpu
+from lora_kernels.ops.gradients import dtype_of
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tiles import on_tiles, product
@@ -76,8 +77,8 @@ def backward(dn, n, w, a, b, scale, needs):
         torch.mm(rows, wide_a.T, out=db[part])
     da.addmm_(weighted.T @ wide_b, wide_a, alpha=scale)
     db.addmm_(wide_b, gram, alpha=scale).mul_(c)
-    grads = (da.mul_(scale).to(a.dtype), db.mul_(scale).to(b.dtype))
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+    grads = zip((da.mul_(scale), db.mul_(scale)), (a, b), needs, strict=True)
+    return tuple(g.to(dtype_of(t, need)) if need else None for g, t, need in grads)
 
 
 @implements("row_norm_squared", "cpu", refusal)

@@ -9,6 +9,7 @@ Sources: DoRA, arXiv:2402.09353, eq. 5 and §4.3; the factored form, arXiv:2603.
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.gradients import dtype_of, kind
 from lora_kernels.ops.lora_linear.op import FLOATS, check_kinds, once, without_autocast
 from lora_kernels.ops.registry import declare
 
@@ -25,7 +26,7 @@ def weight_norm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, w_
     below 1e-4 (16-bit w) and 1e-5 (float32 w) of ‖W‖ + scale·‖|B| |A|‖, and below it of the norm itself unless single
     elements of W and scale·BA cancel. Numbers whose squares leave float32's range are not provided for.
     Gradients flow to a, b and a tensor `scale` (the exact gradient; detach the result for the paper's §4.3). The
-    gradient of a zero row is zero. A second differentiation raises.
+    gradient of a zero row is zero. A second differentiation raises. `grad_dtype` of a leaf counts as in `lora_linear`.
 
     Raises:
         TypeError: a tensor has a dtype that is not supported.
@@ -85,13 +86,13 @@ class _WeightNorm(torch.autograd.Function):
     def forward(ctx, w, a, b, scale, w_squared):
         n = _forward(w, a, b, scale, w_squared)
         ctx.save_for_backward(w, a, b, n)
-        ctx.scale = scale
+        ctx.scale, ctx.kinds = scale, (kind(a), kind(b))
         return n
 
     @staticmethod
     def backward(ctx, dn):
-        args = (dn, *ctx.saved_tensors, ctx.scale, [ctx.needs_input_grad[1], ctx.needs_input_grad[2]])
-        da, db = once("weight_norm", _grads, *args)
+        needs = [of_t if need else 0 for of_t, need in zip(ctx.kinds, ctx.needs_input_grad[1:3], strict=True)]
+        da, db = once("weight_norm", _grads, dn, *ctx.saved_tensors, ctx.scale, needs)
         return None, da, db, None, None
 
 
@@ -110,10 +111,11 @@ _forward = declare(
     lambda w, a, b, scale, w_squared: _row_vector(w),
 )
 _backward = declare(
-    "weight_norm_backward(Tensor dn, Tensor n, Tensor w, Tensor a, Tensor b, float scale, bool[] needs)"
+    "weight_norm_backward(Tensor dn, Tensor n, Tensor w, Tensor a, Tensor b, float scale, int[] needs)"
     " -> (Tensor da, Tensor db)",
     lambda dn, n, w, a, b, scale, needs: tuple(
-        t.new_empty(t.shape) if need else w.new_empty(0) for t, need in zip((a, b), needs, strict=True)
+        t.new_empty(t.shape, dtype=dtype_of(t, need)) if need else w.new_empty(0)
+        for t, need in zip((a, b), needs, strict=True)
     ),
 )
 _row_norm_squared = declare("row_norm_squared(Tensor w) -> Tensor", _row_vector)

@@ -2,6 +2,7 @@
 
 import torch
 
+from lora_kernels.ops.gradients import dtype_of
 from lora_kernels.ops.registry import implements
 
 
@@ -15,7 +16,8 @@ def backward(dn, n, w, a, b, scale, needs):
     c = torch.where(n > 0, dn / n, 0.0)                                    # [out]; a zero row has no direction
     dv = c[:, None] * _adapted(w, a, b, scale)                             # [out, in]
     da, db = scale * (b.to(dv.dtype).T @ dv), scale * (dv @ a.to(dv.dtype).T)
-    return da.to(a.dtype) if needs[0] else None, db.to(b.dtype) if needs[1] else None
+    grads = zip((da, db), (a, b), needs, strict=True)
+    return tuple(g.to(dtype_of(t, need)) if need else None for g, t, need in grads)
 
 
 @implements("row_norm_squared", "reference")

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_kernels.ops.gradients import dtype_of
 from lora_kernels.ops.launch import architecture, ceil, launch, power, refuse_device
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
@@ -88,11 +89,11 @@ def backward(dn, n, w, a, b, scale, needs):
     if needs[1]:
         gram = total(shrink(a, [a], [1.0], exact=True)[0])
         of_b = total(shrink(b, [gram], [1.0], exact=True)[0])
-        db = ((scale * c) * (total(of_w.p) + scale * of_b)).to(b.dtype)
+        db = ((scale * c) * (total(of_w.p) + scale * of_b)).to(dtype_of(b, needs[1]))
     if needs[0]:
         small = total(outer(b, [weighted[None]], exact=True)[0][0])  # (c ⊙ B)ᵀ B, [r, r]
         of_a = total(outer(a, [small.T.contiguous()[None]], exact=True)[0][0])
-        da = (scale * (total(of_w.part).T + scale * of_a)).to(a.dtype)
+        da = (scale * (total(of_w.part).T + scale * of_a)).to(dtype_of(a, needs[0]))
     return da, db
 
 
