@@ -49,7 +49,7 @@ def lora_linear(
     Sums are taken in float32 (float64 for float64) and rounded once. Under autocast x and w are cast to its dtype.
     Gradients flow to x, a, b, bias, gain and to a tensor `scale`; w is frozen. A second differentiation raises. Those of a
     16-bit a, b, bias or gain come, and add up in its `grad`, in float32 and unrounded where its `grad_dtype` is float32
-    (torch's setting, for leaves; torch.compile does not take it).
+    (torch's setting, for leaves; a compiled graph rounds them first).
 
     Dropout, with probability `dropout`, acts on the input of A. `dropout_semantics` matters only with `gain`:
     "peft" also drops the input of the rescaled base, as PEFT's DoRA does,
