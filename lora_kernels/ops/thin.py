@@ -314,7 +314,7 @@ def both_sides(sides, *, exact=False):
     parts = ceil(m, rows)
     for side, n, count in zip(sides, ns, blocks, strict=True):
         new = lambda *shape: side.u.new_empty(shape, dtype=torch.float32)  # noqa: B023, E731
-        side.p = None if side.v is None else new(count, m, side.r)
+        side.p = None if side.v is None else new(count, m, side.r) if n else new(1, m, side.r).zero_()
         side.part = None if side.h is None else new(parts, n, side.r)
         side.of_u = new(parts, n) if side.sums else None
         side.of_uv = None if side.times is None else new(parts, n)
@@ -325,7 +325,7 @@ def both_sides(sides, *, exact=False):
     args = {**fields, "m": m, "ns": tuple(ns), "ROWS": rows, "PRECISION": how(first, exact), "BM": bm, "BN": bn, "BR": br}
     for name, one in (("u", "us"), ("v", "vs"), ("t", "times")):
         args |= strides(name, fields[one])
-    made = [t for s in sides for t in (s.p, s.part, s.of_u, s.of_uv) if t is not None]
+    made = [t for s, n in zip(sides, ns, strict=True) if n for t in (s.p, s.part, s.of_u, s.of_uv) if t is not None]
     grid = (ceil(max(s.r for s in sides), br), sum(blocks), parts)
     launch(both_sides_kernel, grid, args, made, warps=4 if wide else 8, stages=2)
 

@@ -6,12 +6,13 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels import Member, dora_linear, lora_linear, lora_linear_group, merged_weight, use_backend, weight_norm
 from lora_kernels.ops.dispatch import forced
 from lora_kernels.ops.launch import Launch, recorded
 from lora_kernels.testing.gates import Budget, Configuration, Triton
-from lora_kernels.testing.gates.configuration import CHIPS, NVIDIA
+from lora_kernels.testing.gates.configuration import CHIPS, NVIDIA, Map
 from lora_kernels.testing.ptxsim import device
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -103,6 +104,8 @@ def _triton(name: str, launch: Launch) -> Triton:
 
 
 def _dtype(value: object) -> object:
+    if isinstance(value, TensorDescriptor):
+        return Map(value.base.dtype, tuple(value.block_shape))
     return value.dtype if isinstance(value, Tensor) else value
 
 

@@ -18,6 +18,7 @@ from lora_kernels.ops.launch import architecture, ceil, launch, power, refuse_de
 from lora_kernels.ops.lora_linear.loop import drops_base, keeps_z, refuse_each
 from lora_kernels.ops.lora_linear.triton_backward import input_gradient_kernel, rest_of_gradients_kernel
 from lora_kernels.ops.lora_linear.triton_forward import forward_kernel
+from lora_kernels.ops.maps import box, boxes, take
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements, note
 from lora_kernels.ops.thin import Side, Sums, both_sides, drawn, inverse, outer, precision, shrink, strides
@@ -138,13 +139,17 @@ def _forward(x, layers, keep):
     scratch = x.new_empty(count * splits * bm * (bn + br), dtype=torch.float32) if splits > 1 else None
     ticket = tickets(x.device, count) if splits > 1 else None
     waits = not one_pass and not made and architecture() >= 90  # what stands in y already is read before the wait
+    ws = _of(layers, "w")
+    # of a group on sm_100 ptxas would spill
+    by_maps = not made and not two_sums and take(m, [x], ws) and (len(ws) == 1 or architecture() // 10 != 10)
     args = {
-        "x": x, "ws": _of(layers, "w"), "as_": _of(layers, "a") if one_pass else none, "hs": hs,
+        "x": x, "ws": ws, "as_": _of(layers, "a") if one_pass else none, "hs": hs,
+        "map_x": box(x, bm, bk) if by_maps else None, **boxes("map_w", ws if by_maps else (), bn, bk),
         "bs": _of(layers, "b"), "biases": _of(layers, "bias"), "gains": _of(layers, "gain"), "ys": ys, "zs": zs,
         "wholes": wholes, "scratch": scratch, "ticket": ticket, **drawn(drops),
         "inverses": tuple(inverse(*drop) for drop in drops), "scales": tuple(float(layer.scale) for layer in layers),
         "m": m, "ns": _of(layers, "n"), "k": k, "rs": _of(layers, "r"), "parts": 1 if one_pass else len(hs[0]),
-        "x0": x.stride(0), "x1": x.stride(1), **strides("w", _of(layers, "w")), **strides("a", _of(layers, "a")),
+        "x0": x.stride(0), "x1": x.stride(1), **strides("w", ws), **strides("a", _of(layers, "a")),
         **strides("b", _of(layers, "b")), "MADE": made, "SPLITS": splits, "WAITS": waits,
         "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk, "BR": br, "GROUP": _group(x, bm, k, sum(_of(layers, "n"))),
     }  # fmt: skip
@@ -230,7 +235,10 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
     if dtype is torch.float16 and gains:  # three products a step: their operands need the registers
         bm = power(tall, most=32 if two_sums or architecture() >= 120 else 64)
         bk, bn, warps, stages = 64, 32, 8 if bm == 64 else 4, 2
+    # in boxes of 32 columns (sm_120), and where operands go through registers, they help nothing
+    by_maps = not made and not two_sums and bn == 64 and take(m, dys, args["ws"])
     args |= {
+        **boxes("map_d", args["dys"] if by_maps else (), bm, bn), **boxes("map_w", args["ws"] if by_maps else (), bn, bk),
         "ps": tuple(ps), "as_": _of(layers, "a"), "dx": dx, **drawn(drops), "inverses": tuple(inverse(*drop) for drop in drops),
         "counts_p": tuple(map(len, ps)), **strides("a", _of(layers, "a")),
         "DROP_BASES": tuple(int(layer.drop_base) for layer in layers), "MADE": made, "PRECISION": precision(x),

@@ -10,14 +10,18 @@ from lora_kernels.ops.thin import add_up, kept, load_tile, product
 
 @triton.jit
 def over_outputs(
-    dy, w, gain, sums, base, rows, columns, m, n, k, d0, d1, w0, w1, DROP_BASE: tl.constexpr,
-    PRECISION: tl.constexpr, BN: tl.constexpr,
+    dy, w, gain, map_d, map_w, row, column, sums, base, rows, columns, m, n, k, d0, d1, w0, w1, DROP_BASE: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """sums + (dy ⊙ gain) w, and base; DROP_BASE: sums + (dy ⊙ (gain - 1)) w, and base + dy w."""
     for first in range(0, n, BN):
         depth = first + tl.arange(0, BN).to(tl.int64)
-        ds = load_tile(dy, rows, depth, d0, d1, m, n)  # [BM, BN]
-        ws = load_tile(w, depth, columns, w0, w1, n, k)  # [BN, BK]
+        if map_d is not None:
+            ds = map_d.load([row * BM, first])  # [BM, BN]
+            ws = map_w.load([first, column * BK])  # [BN, BK]
+        else:
+            ds = load_tile(dy, rows, depth, d0, d1, m, n)  # [BM, BN]
+            ws = load_tile(w, depth, columns, w0, w1, n, k)  # [BN, BK]
         scaled = ds
         if gain is not None:
             gains = tl.load(gain + depth, mask=depth < n, other=0.0).to(tl.float32) - DROP_BASE
@@ -86,13 +90,15 @@ def rest_of_gradients_kernel(
 
 @triton.jit(do_not_specialize=["m"])
 def input_gradient_kernel(
-    ps, as_, dx, lows, highs, limits, inverses, counts_p, a0s, a1s, parts, gains, divisors, outs, factors, counts, sizes, ranks,
-    dys, x, ws, hs, bs, dy_gains, dgains, m, ns, k, rs, d0s, d1s, x0, x1, w0s, w1s, b0s, b1s,
+    ps, as_, dx, map_d0, map_d1, map_d2, map_w0, map_w1, map_w2, lows, highs, limits, inverses, counts_p, a0s, a1s,
+    parts, gains, divisors, outs, factors, counts, sizes, ranks, dys, x, ws, hs, bs, dy_gains, dgains, m, ns, k, rs,
+    d0s, d1s, x0, x1, w0s, w1s, b0s, b1s,
     DROP_BASES: tl.constexpr, MADE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dx = Σ (dy ⊙ gain) w + drop(p a); with DROP_BASES[g]: dy w + drop((dy ⊙ (gain - 1)) w + p a). MADE: dy w stands in dx
-    already. The programs after those of the tiles do `rest_of_gradients`."""
+    already. The programs after those of the tiles do `rest_of_gradients`. The maps: of each dy and w (ops/maps.py)."""
+    maps_d, maps_w = (map_d0, map_d1, map_d2), (map_w0, map_w1, map_w2)
     down, across = tl.cdiv(m, BM), tl.cdiv(k, BK)
     if tl.program_id(0) >= down * across:
         rest_of_gradients(
@@ -108,15 +114,16 @@ def input_gradient_kernel(
             sums += tl.load(at, mask=inside, other=0.0).to(tl.float32)
         for g in tl.static_range(len(dys)):
             term = tl.zeros((BM, BK), tl.float32)
+            map_d, map_w = None if map_d0 is None else maps_d[g], None if map_d0 is None else maps_w[g]
             if DROP_BASES[g]:
                 term, sums = over_outputs(
-                    dys[g], ws[g], dy_gains[g], term, sums, rows, columns, m, ns[g], k, d0s[g], d1s[g], w0s[g], w1s[g], 1,
-                    PRECISION, BN,
+                    dys[g], ws[g], dy_gains[g], map_d, map_w, row, column, term, sums, rows, columns, m, ns[g], k, d0s[g],
+                    d1s[g], w0s[g], w1s[g], 1, PRECISION, BM, BN, BK,
                 )  # fmt: skip
             elif not MADE:
                 sums, term = over_outputs(
-                    dys[g], ws[g], dy_gains[g], sums, term, rows, columns, m, ns[g], k, d0s[g], d1s[g], w0s[g], w1s[g], 0,
-                    PRECISION, BN,
+                    dys[g], ws[g], dy_gains[g], map_d, map_w, row, column, sums, term, rows, columns, m, ns[g], k, d0s[g],
+                    d1s[g], w0s[g], w1s[g], 0, PRECISION, BM, BN, BK,
                 )  # fmt: skip
             if lows[g] is None:
                 sums = adapter(ps[g], as_[g], sums, rows, columns, m, k, rs[g], counts_p[g], a1s[g], a0s[g], PRECISION, BR)

@@ -40,17 +40,21 @@ def keep_sum(h, whole, rows, parts, m, r, BR: tl.constexpr):
 
 @triton.jit
 def along(
-    x, w, a, rows, columns, begin, end, low, high, limit, m, n, k, r, x0, x1, w0, w1, a0, a1,
+    x, w, a, map_x, map_w, row, column, rows, columns, begin, end, low, high, limit, m, n, k, r, x0, x1, w0, w1, a0, a1,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """x wᵀ [BM, BN] over columns `begin` to `end` of x [m, k], and beside it: with `a` drop(x) aᵀ [BM, BR], else, where
-    there is a seed, what drop(x) leaves out of x wᵀ."""
+    there is a seed, what drop(x) leaves out of x wᵀ. Where there are maps, x and w are loaded through them."""
     sums, dropped, thin = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BR), tl.float32)
     ranks = tl.arange(0, BR).to(tl.int64)
     for first in range(begin, end, BK):
         depth = first + tl.arange(0, BK).to(tl.int64)
-        xs = load_tile(x, rows, depth, x0, x1, m, k)  # [BM, BK]
-        ws = load_tile(w, depth, columns, w1, w0, k, n)  # [BK, BN]
+        if map_x is not None:
+            xs = map_x.load([row * BM, first])  # [BM, BK]
+            ws = map_w.load([column * BN, first]).T  # [BK, BN]
+        else:
+            xs = load_tile(x, rows, depth, x0, x1, m, k)  # [BM, BK]
+            ws = load_tile(w, depth, columns, w1, w0, k, n)  # [BK, BN]
         if a is not None:
             sums = product(xs, ws, sums, PRECISION)
             mine = xs
@@ -126,15 +130,17 @@ def together(
 
 @triton.jit(do_not_specialize=["m"])
 def forward_kernel(
-    x, ws, as_, hs, bs, biases, gains, ys, zs, wholes, scratch, ticket, lows, highs, limits, inverses, scales, m, ns, k, rs,
-    parts, x0, x1, w0s, w1s, a0s, a1s, b0s, b1s, MADE: tl.constexpr, SPLITS: tl.constexpr, WAITS: tl.constexpr,
+    x, ws, as_, hs, bs, biases, gains, ys, zs, wholes, scratch, ticket, map_x, map_w0, map_w1, map_w2, lows, highs, limits,
+    inverses, scales, m, ns, k, rs, parts, x0, x1, w0s, w1s, a0s, a1s, b0s, b1s,
+    MADE: tl.constexpr, SPLITS: tl.constexpr, WAITS: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """ys[g] = gain ⊙ z + bias, z = x wᵀ + h bᵀ, for each layer; h is in hs[g], or made here with as_[g].
 
     With a seed and no as_[g] the base is dropped, too: gain ⊙ z + (x - drop(x)) wᵀ + bias. MADE: x wᵀ stands in y already.
-    SPLITS: as many programs share a tile's depth. WAITS: h is being made meanwhile.
+    SPLITS: as many programs share a tile's depth. WAITS: h is being made meanwhile. The maps: of x and of each w (ops/maps.py).
     """
+    maps = (map_w0, map_w1, map_w2)
     down, across = tl.cdiv(m, BM), 0
     for g in tl.static_range(len(ws)):
         across += tl.cdiv(ns[g], BN)
@@ -155,8 +161,9 @@ def forward_kernel(
                 each = tl.cdiv(tl.cdiv(k, BK), SPLITS) * BK
                 begin = tl.program_id(1) * each
                 sums, dropped, thin = along(
-                    x, ws[g], as_[g], rows, columns, begin, min(k, begin + each), lows[g], highs[g], limits[g], m, ns[g], k,
-                    rs[g], x0, x1, w0s[g], w1s[g], a0s[g], a1s[g], PRECISION, BM, BN, BK, BR,
+                    x, ws[g], as_[g], map_x, None if map_x is None else maps[g], row, column, rows, columns, begin,
+                    min(k, begin + each), lows[g], highs[g], limits[g], m, ns[g], k, rs[g], x0, x1, w0s[g], w1s[g], a0s[g],
+                    a1s[g], PRECISION, BM, BN, BK, BR,
                 )  # fmt: skip
             if WAITS:
                 tl.extra.cuda.gdc_wait()

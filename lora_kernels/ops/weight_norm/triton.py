@@ -93,7 +93,7 @@ def backward(dn, n, w, a, b, scale, needs):
     if needs[0]:
         small = total(outer(b, [weighted[None]], exact=True)[0][0])  # (c ⊙ B)ᵀ B, [r, r]
         of_a = total(outer(a, [small.T.contiguous()[None]], exact=True)[0][0])
-        da = (scale * (total(of_w.part).T + scale * of_a)).to(dtype_of(a, needs[0]))
+        da = (scale * (total(of_w.part).T + scale * of_a)).to(dtype_of(a, needs[0])).contiguous()
     return da, db
 
 

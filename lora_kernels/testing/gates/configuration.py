@@ -40,12 +40,20 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Map:
+    """Stands for a map of a matrix, a `TensorDescriptor`, among the arguments."""
+
+    dtype: torch.dtype
+    box: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Triton:
     """A `@triton.jit` function, as "module:name", which is imported only where Triton is installed."""
 
     function: str
     args: Mapping[str, Any]
-    """As for a launch; a dtype stands for a tensor of it whose address divides by 16."""
+    """As for a launch; a dtype stands for a tensor of it whose address divides by 16, a `Map` for a map."""
     warps: int = 4
     stages: int = 3
 
@@ -199,6 +207,10 @@ def _each(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _tensor(value: Any) -> Any:
+    if isinstance(value, Map):
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor.from_tensor(torch.empty(value.box, dtype=value.dtype), list(value.box))
     return torch.empty(0, dtype=value) if isinstance(value, torch.dtype) else value
 
 

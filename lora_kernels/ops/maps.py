@@ -1,0 +1,41 @@
+"""Maps of matrices (CUDA's tensor maps, PTX ISA §5.5), for the tensor memory accelerator of sm_90 and later: one thread loads a
+whole tile through one, and no lane computes addresses.
+
+Not where a loop takes two products: Triton 3.8 then uses sums of `wgmma` that it has not waited for, as the simulator shows.
+In the main loop of the forward that is 76 instructions for 127 on sm_90 (tests/gates/table.json). To make one takes the host
+about as long as a launch, which a product over few rows does not hide.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lora_kernels.ops.launch import architecture
+from lora_kernels.ops.thin import HALVES
+
+LEAST = 90  # of the architectures
+FEW = 64  # rows, up to which none is made
+MEMBERS = 3  # of a group: Triton 3.6 and 3.7 do not take maps in tuples, so that each is a parameter of the kernel
+
+
+def take(m: int, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    """Whether a product over m rows loads these matrices through maps."""
+    return m > FEW and len(weights) <= MEMBERS and architecture() >= LEAST and all(map(_fits, (*inputs, *weights)))
+
+
+def box(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A map of t [m, n] from which tiles [rows, columns] are loaded, 0 outside."""
+    return TensorDescriptor.from_tensor(t, [rows, columns])
+
+
+def boxes(name: str, tensors: Sequence[Tensor], rows: int, columns: int) -> dict[str, TensorDescriptor | None]:
+    """The arguments `name`0, `name`1, …: a map of each tensor, None for the rest."""
+    found = [box(t, rows, columns) for t in tensors] + [None] * (MEMBERS - len(tensors))
+    return {f"{name}{i}": each for i, each in enumerate(found)}
+
+
+def _fits(t: Tensor) -> bool:
+    """Whether a map of t [m, n] can be made: 16 bits, rows without gaps, each at a multiple of 16 bytes."""
+    in_rows = t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) % 8 == 0
+    return t.dtype in HALVES and t.numel() > 0 and in_rows and t.data_ptr() % 16 == 0
