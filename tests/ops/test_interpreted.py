@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from lora_kernels import merged_weight, weight_norm
+from lora_kernels import dora_linear, merged_weight, weight_norm
 from lora_kernels.ops import missing_backends, registry, row_norm_squared
 from lora_kernels.testing import (
     as_layout,
@@ -207,6 +207,32 @@ def check_norm(draw):
 
 
 test_norm, test_norm_widely = sweep(2, 100)(check_norm)
+
+
+def check_dora(draw):
+    (dtype, kind), k, n = draw(st.sampled_from(PAIRS)), draw(sizes), draw(sizes)
+    m, rank = draw(st.integers(1, 64)), draw(st.one_of(st.integers(1, 20), st.just(64)))
+    scale = draw(st.sampled_from([2.0, -0.5]))
+    p = make_problem(m, k, n, rank, dtype, kind, bias=draw(st.booleans()), seed=draw(st.integers(0, 99)))
+    p = in_layouts(draw, p)
+    magnitude = torch.randn(n, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    found, others = twice(lambda: dict(zip("yn", dora_linear(p.x, p.w, p.a, p.b, magnitude, scale, p.bias), strict=True)))
+    assert all(same(found, other) for other in others)
+    x, w, a, b = (t.double() for t in (p.x, p.w, p.a, p.b))
+    adapted, size = w + scale * b @ a, w.abs() + abs(scale) * b.abs() @ a.abs()
+    norm = adapted.square().sum(1).sqrt()
+    assert ((found["n"].double() - norm).abs() <= 1e-6 * size.square().sum(1).sqrt() + 1e-6 * norm).all()
+    # by the norm that it found: the error of that is held to above
+    gain = magnitude.double() / found["n"].double()
+    truth, terms = gain * (x @ adapted.T), gain.abs() * (x.abs() @ size.T)
+    if p.bias is not None:
+        truth, terms = truth + p.bias.double(), terms + p.bias.double().abs()
+    assert_componentwise(found["y"], truth, terms, k + rank, dtype)
+    if dtype is not F32 and truth.numel() >= 8:
+        assert_within_rounding(found["y"], truth, dtype)
+
+
+test_dora, test_dora_widely = sweep(4, 100)(check_dora)
 
 
 def check_merge(draw):
