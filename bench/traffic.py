@@ -1,6 +1,6 @@
-"""`python -m bench.traffic`: the bytes that a training step of one layer moves on a GPU, counted in the simulator.
+"""`python -m bench.traffic`: the bytes that a training step of a layer moves on a GPU, counted in the simulator.
 
-    --m 8192 --k 4096 --n 4096 --r 16 --dropout 0.1      the layer, in bf16
+    --m 8192 --k 4096 --n 4096 --r 16 --dropout 0.1      the layer, in bf16; --n 4096 1024 1024: three that share x
     --cache 50 --line 128 --resident 132                 MiB and bytes of the second-level cache; blocks that run side by side
     --out FILE                                           JSON
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench.paired import stamp
-from lora_kernels import lora_linear, use_backend
+from lora_kernels import Member, lora_linear_group, use_backend
 from lora_kernels.ops.dispatch import forced
 from lora_kernels.testing.ptxsim import device
 
@@ -25,22 +25,23 @@ MIB = 2**20
 
 
 def count(
-    m: int, k: int, n: int, r: int, dropout: float, cache: int = 50 * MIB, line: int = 128, resident: int = 132
+    m: int, k: int, n: list[int], r: int, dropout: float, cache: int = 50 * MIB, line: int = 128, resident: int = 132
 ) -> dict[str, Any]:
     """Bytes read and written by a forward and a backward as two and three launches: behind one cache that lives through the
-    step, of each launch with an empty cache, and the least that is possible if no tensor stays in the cache between launches.
+    step, of each launch with an empty cache, and the least that is possible if no tensor stays in the cache between launches:
+    x is read by h, by the product and by dA, dx is written, each y is written, each dy read twice, each w twice.
 
-        least = 2 · (MK + MN + NK) for the two products, 2 · MK + 1 · MN more for what the adapter reads;   bytes / 2
+        least = 2 · (4 · MK + 3 · M ΣN + 2 · K ΣN)
     """
-    x, w, a, b, dy = (torch.randn(s, dtype=torch.bfloat16) for s in ((m, k), (n, k), (r, k), (n, r), (m, n)))
-    leaves = [t.requires_grad_() for t in (x, a, b)]
+    x = normal(m, k).requires_grad_()
+    members = [Member(normal(wide, k), normal(r, k).requires_grad_(), normal(wide, r).requires_grad_(), 2.0) for wide in n]
     with use_backend("triton", simulate=True), device(trace=True, check=False, resident=resident, shuffle=False) as sim:
         with forced("two launches"):
-            y = lora_linear(x, w, a, b, 2.0, dropout=dropout)
+            ys = lora_linear_group(x, members, dropout)
         with forced("fused"):
-            torch.autograd.grad(y, leaves, dy)
+            torch.autograd.backward(ys, [normal(m, wide) for wide in n])
     through, apart = sim.dram(cache, line), sim.dram(cache, line, apart=True)
-    least = 2 * (2 * (m * k + m * n + n * k) + 2 * m * k + m * n)
+    least = 2 * (4 * m * k + 3 * m * sum(n) + 2 * k * sum(n))
     return {
         "m": m, "k": k, "n": n, "r": r, "dropout": dropout, "cache": cache, "line": line, "resident": resident,
         "launches": sim.launches, "read": through[0], "written": through[1], "apart_read": apart[0], "apart_written": apart[1],
@@ -48,10 +49,15 @@ def count(
     }  # fmt: skip
 
 
+def normal(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, dtype=torch.bfloat16)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.traffic", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, default in {"m": 8192, "k": 4096, "n": 4096, "r": 16, "cache": 50, "line": 128, "resident": 132}.items():
+    for name, default in {"m": 8192, "k": 4096, "r": 16, "cache": 50, "line": 128, "resident": 132}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--n", type=int, nargs="+", default=[4096])
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--out", type=Path)
     options = vars(parser.parse_args())
@@ -61,7 +67,7 @@ def main() -> None:
     total, apart = row["read"] + row["written"], row["apart_read"] + row["apart_written"]
     print(f"m {row['m']}, k {row['k']}, n {row['n']}, r {row['r']}, dropout {row['dropout']}: {row['launches']} launches")
     for name, size in {"behind the cache": total, "each launch apart": apart, "least": row["least"]}.items():
-        print(f"{name:18} {size / MIB:9.1f} MiB  {size / row['least']:.3f}")
+        print(f"{name:18} {size / MIB:9.1f} MiB  {size / row['least']:.3f} of the least")
     print(f"{time.monotonic() - began:.0f} s")
     if out:
         out.write_text(json.dumps({"stamp": stamp(), "rows": [row]}, indent=1) + "\n", encoding="utf-8")

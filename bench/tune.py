@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from lora_kernels import explain, use_backend
-from lora_kernels.ops import cost, dispatch, tables
+from lora_kernels.ops import cost, dispatch, launch, tables
 from lora_kernels.ops.chips import Chip, chip
 from lora_kernels.ops.cost import Problem
 
@@ -212,7 +212,8 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available() or torch.version.hip is not None:
         print("bench.tune: it measures on an NVIDIA GPU, and torch finds none here; nothing was written", file=sys.stderr)
         return 2
-    arch, multiprocessors = dispatch.where(torch.empty(0, device="cuda"))
+    here = torch.empty(0, device="cuda")
+    arch, multiprocessors = launch.architecture(here), launch.multiprocessors(here)
     if options.arch not in (None, arch):
         print(f"bench.tune: this GPU is sm_{arch}, not sm_{options.arch}; nothing was written", file=sys.stderr)
         return 2

@@ -157,7 +157,8 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, capsys, monkeypat
 
 def test_on_another_gpu_than_asked_for_it_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(dispatch, "where", lambda t: (90, 132))
+    monkeypatch.setattr(bench.launch, "architecture", lambda t: 90)
+    monkeypatch.setattr(bench.launch, "multiprocessors", lambda t: 132)
     monkeypatch.setattr(bench.torch, "empty", lambda *size, device: None)
     assert bench.main(["--arch", "100", "--out", str(tmp_path)]) == 2
     assert "this GPU is sm_90, not sm_100; nothing was written" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -1,7 +1,7 @@
 """Chooses which of its kernels a GPU backend runs, and says why. It costs a dictionary look-up when a shape comes again.
 
-    arch, multiprocessors = where(x)
-    p = plan(Problem("forward", m, k, (n,), (r,), x.dtype, gain=gain is not None), arch, deterministic, multiprocessors)
+    problem = Problem("forward", m, k, (n,), (r,), x.dtype, gain=gain is not None)
+    p = plan(problem, architecture(x), deterministic, multiprocessors(x))
     note(p)                               # for `explain`
     if p.winner == "one pass": ...
 
@@ -9,16 +9,12 @@ What was measured near the shape decides (`tables`, filled by `python -m bench.t
 (`cost`). Nothing is timed at a first call.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from lora_kernels.ops import cost, tables
 from lora_kernels.ops.chips import Chip, chip
@@ -158,18 +154,3 @@ def forget() -> None:
     """Drops what was decided and read: tables on the disk have changed."""
     _plan.cache_clear()
     tables.table.cache_clear()
-
-
-def where(t: Tensor) -> tuple[int, int | None]:
-    """The architecture that a tensor's kernels run on, and its multiprocessors; in the simulator, that of its device."""
-    if t.is_cuda:
-        return _gpu(t.device.index)
-    simulator = sys.modules.get("lora_kernels.testing.ptxsim.device")
-    device = simulator.current.get() if simulator else None
-    return (device.arch if device else 80), None
-
-
-@lru_cache
-def _gpu(index: int) -> tuple[int, int]:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor, torch.cuda.get_device_properties(index).multi_processor_count

@@ -1,9 +1,11 @@
 """Where a kernel for GPUs runs: on the one that holds its tensors or, if that is asked for, in the simulator."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,15 +44,26 @@ def recorded() -> Iterator[list[Launch]]:
         _recorder.reset(token)
 
 
-def architecture() -> int:
-    """90 for sm_90 and so on: of the current GPU, or of the one that is simulated. AMD's are none of them: 0."""
-    if simulates():
-        simulated = import_module("lora_kernels.testing.ptxsim.device").current.get()
-        return simulated.arch if simulated else 80
-    if torch.version.hip is not None or not torch.cuda.is_available():
-        return 0
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
+def architecture(t: Tensor) -> int:
+    """90 for sm_90 and so on: of the GPU that holds a tensor or, for one on the CPU, of that which is simulated. AMD's are none
+    of them: 0."""
+    if t.is_cuda:
+        return _gpu(t.device.index)[0]
+    simulator = sys.modules.get("lora_kernels.testing.ptxsim.device")
+    simulated = simulator.current.get() if simulator else None
+    return simulated.arch if simulated else 80
+
+
+def multiprocessors(t: Tensor) -> int | None:
+    """Of the GPU that holds a tensor; None where it is simulated."""
+    return _gpu(t.device.index)[1] if t.is_cuda else None
+
+
+@lru_cache
+def _gpu(index: int) -> tuple[int, int]:
+    major, minor = torch.cuda.get_device_capability(index)
+    count = torch.cuda.get_device_properties(index).multi_processor_count
+    return 0 if torch.version.hip is not None else 10 * major + minor, count
 
 
 def tickets(device: torch.device, count: int) -> Tensor:

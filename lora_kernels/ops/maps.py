@@ -19,9 +19,11 @@ FEW = 64  # rows, up to which none is made
 MEMBERS = 3  # of a group: Triton 3.6 and 3.7 do not take maps in tuples, so that each is a parameter of the kernel
 
 
-def take(m: int, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
-    """Whether a product over m rows loads these matrices through maps."""
-    return m > FEW and len(weights) <= MEMBERS and architecture() >= LEAST and all(map(_fits, (*inputs, *weights)))
+def take(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    """Whether products of inputs [m, …] and weights, a pair for each layer or one input for all, load them through maps."""
+    first = inputs[0]
+    able = len(first) > FEW and len(weights) <= MEMBERS and architecture(first) >= LEAST
+    return able and all(map(_fits, (*inputs, *weights)))
 
 
 def box(t: Tensor, rows: int, columns: int) -> TensorDescriptor:

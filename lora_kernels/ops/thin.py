@@ -277,13 +277,13 @@ def shrink(u, vs, scales, drops=None, *, exact=False, early=False, fixed=True):
         split *= 2  # there are programs enough, and each part is written and read
     parts = max(1, ceil(k, split))
     # with 3, ptxas spills a few registers there to fit more blocks
-    stages = 2 if tile["BR"] == 32 and not (architecture() >= 120 and any(seed is not None for _, seed in drops)) else 3
+    stages = 2 if tile["BR"] == 32 and not (architecture(u) >= 120 and any(seed is not None for _, seed in drops)) else 3
     outs = tuple(u.new_empty(parts, m, r, dtype=torch.float32) for r in ranks)
     args = {
         "u": u, "vs": tuple(vs), "outs": outs, **drawn(drops), "m": m, "k": k, "rs": tuple(ranks), "u0": u.stride(0),
         "u1": u.stride(1), **strides("v", vs), "SPLIT": split, "PRECISION": how(u, exact), **tile,
         "scales": tuple(float(s) * inverse(*drop) for s, drop in zip(scales, drops, strict=True)),
-        "EARLY": early and architecture() >= 90,
+        "EARLY": early and architecture(u) >= 90,
     }  # fmt: skip
     launch(shrink_kernel, (ceil(m, tile["BM"]), ceil(max(ranks), tile["BR"]), parts), args, outs, stages=stages)
     return outs
@@ -336,7 +336,7 @@ def outer(u, ps, drops=None, *, keep=False, exact=False):
     (m, n), ranks = u.shape, [p.shape[2] for p in ps]
     wide = u.dtype is torch.float32
     br = power(max(ranks), most=max(16, 32 // power(len(ps), least=1)))
-    drawing = 128 if torch.version.hip or architecture() // 10 == 10 else 256  # the mask takes registers
+    drawing = 128 if torch.version.hip or architecture(u) // 10 == 10 else 256  # the mask takes registers
     most = 64 if wide else (512 if all(seed is None for _, seed in drops or []) else drawing) // power(len(ps), least=1)
     bn, bm = power(n, most=most), power(m, most=16 if wide else 32)
     rows = _rows(m, ceil(n, bn))

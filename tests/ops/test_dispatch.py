@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from lora_kernels.ops import cost, dispatch, tables
 from lora_kernels.ops.chips import CHIPS, chip, nearest
 from lora_kernels.ops.cost import Problem
-from lora_kernels.ops.dispatch import forced, plan, tables_from, where
+from lora_kernels.ops.dispatch import forced, plan, tables_from
+from lora_kernels.ops.launch import architecture, multiprocessors
 from lora_kernels.testing.ptxsim import device
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -290,6 +291,6 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
 
 
 def test_where_a_tensor_is():
-    assert where(torch.empty(1)) == (80, None)
+    assert (architecture(torch.empty(1)), multiprocessors(torch.empty(1))) == (80, None)
     with device(arch=120):
-        assert where(torch.empty(1)) == (120, None)
+        assert architecture(torch.empty(1)) == 120

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lora_kernels.ops import cost
 from lora_kernels.ops.chips import chip
-from lora_kernels.ops.dispatch import Problem, plan, where
+from lora_kernels.ops.dispatch import Problem, plan
 from lora_kernels.ops.gradients import empty_like
-from lora_kernels.ops.launch import architecture, ceil, launch, power, refuse_device, tickets
+from lora_kernels.ops.launch import architecture, ceil, launch, multiprocessors, power, refuse_device, tickets
 from lora_kernels.ops.lora_linear.loop import drops_base, keeps_z, refuse_each
 from lora_kernels.ops.lora_linear.triton_backward import input_gradient_kernel, rest_of_gradients_kernel
 from lora_kernels.ops.lora_linear.triton_forward import forward_kernel
@@ -93,24 +93,23 @@ def group_backward(x, dy, w, a, b, scale, bias, gain, dropout, seed, drop_base, 
     return (dx, *map(list, zip(*grads, strict=True)))
 
 
-def tiles(m, dtype, two_sums):
+def tiles(x, m, two_sums):
     """Of a GEMM over m rows: the tile, warps and stages. The depth of a step does not depend on m, so that a row's bits do
     not where one matrix instruction serves all m; sm_90 has another one for less than 64 rows, which is why the deterministic
     mode asks for no fewer."""
-    if dtype is torch.float32:
+    if x.dtype is torch.float32:
         return power(m, most=64), 64, 16, 4 if m <= 32 else 8, 3
-    stages = 2 if torch.version.hip or architecture() // 10 == 10 else 3
+    stages = 2 if torch.version.hip or architecture(x) // 10 == 10 else 3
     return (power(m, most=64), 64, 64, 4, stages) if two_sums or m <= 64 else (128, 128, 64, 8, stages)
 
 
 def planned(direction, x, layers):
     """Which candidate of `dispatch` runs, and whether rows must have the same bits however many there are."""
-    arch, multiprocessors = where(x)
     deterministic = torch.are_deterministic_algorithms_enabled()
     p = plan(Problem(
         direction, *x.shape, _of(layers, "n"), _of(layers, "r"), x.dtype, any(layer.gain is not None for layer in layers),
         any(layer.drop_base for layer in layers), any(layer.drop[1] is not None for layer in layers), precision(x) == "tf32",
-    ), arch, deterministic, multiprocessors)  # fmt: skip
+    ), architecture(x), deterministic, multiprocessors(x))  # fmt: skip
     note(p)
     return p.winner, deterministic
 
@@ -132,16 +131,16 @@ def _forward(x, layers, keep):
             torch.mm(x, layer.w.T, out=y)
     two_sums = any(layer.drop_base for layer in layers)
     drops = [layer.drop if one_pass or layer.drop_base else (0.0, None) for layer in layers]
-    bm, bn, bk, warps, stages = tiles(max(m, 64) if deterministic else m, x.dtype, two_sums or made)
+    bm, bn, bk, warps, stages = tiles(x, max(m, 64) if deterministic else m, two_sums or made)
     count = ceil(m, bm) * sum(ceil(layer.n, bn) for layer in layers)
     br = power(max(_of(layers, "r")), most=64 if one_pass else 16)
     splits = 1 if made or deterministic or two_sums or m > 64 else cost.splits(count, k)
     scratch = x.new_empty(count * splits * bm * (bn + br), dtype=torch.float32) if splits > 1 else None
     ticket = tickets(x.device, count) if splits > 1 else None
-    waits = not one_pass and not made and architecture() >= 90  # what stands in y already is read before the wait
+    waits = not one_pass and not made and architecture(x) >= 90  # what stands in y already is read before the wait
     ws = _of(layers, "w")
     # of a group on sm_100 ptxas would spill
-    by_maps = not made and not two_sums and take(m, [x], ws) and (len(ws) == 1 or architecture() // 10 != 10)
+    by_maps = not made and not two_sums and take([x], ws) and (len(ws) == 1 or architecture(x) // 10 != 10)
     args = {
         "x": x, "ws": ws, "as_": _of(layers, "a") if one_pass else none, "hs": hs,
         "map_x": box(x, bm, bk) if by_maps else None, **boxes("map_w", ws if by_maps else (), bn, bk),
@@ -161,7 +160,7 @@ def _forward(x, layers, keep):
 
 def _group(x, rows, depth, wide):
     size = x.element_size()
-    return cost.height(rows * depth * size, depth * wide * size, rows * wide * size, chip(where(x)[0]).l2)
+    return cost.height(rows * depth * size, depth * wide * size, rows * wide * size, chip(architecture(x)).l2)
 
 
 def _backward(x, dys, layers, hs, ys, zs, needs_dx, needs):
@@ -227,16 +226,16 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
     drops = [layer.drop for layer in layers]
     dtype, gains, two_sums = x.dtype, any(layer.gain is not None for layer in layers), any(layer.drop_base for layer in layers)
     tall = max(m, 64) if deterministic else m
-    bm, bk, bn, warps, stages = tiles(tall, dtype, two_sums)
-    if dtype is torch.float32 and architecture() == 80:
+    bm, bk, bn, warps, stages = tiles(x, tall, two_sums)
+    if dtype is torch.float32 and architecture(x) == 80:
         stages = 2
-    if bm == 128 and not 90 <= architecture() < 120:  # mma.sync: 64 deep, ptxas spills
+    if bm == 128 and not 90 <= architecture(x) < 120:  # mma.sync: 64 deep, ptxas spills
         bn, stages = 32, 4
     if dtype is torch.float16 and gains:  # three products a step: their operands need the registers
-        bm = power(tall, most=32 if two_sums or architecture() >= 120 else 64)
+        bm = power(tall, most=32 if two_sums or architecture(x) >= 120 else 64)
         bk, bn, warps, stages = 64, 32, 8 if bm == 64 else 4, 2
     # in boxes of 32 columns (sm_120), and where operands go through registers, they help nothing
-    by_maps = not made and not two_sums and bn == 64 and take(m, dys, args["ws"])
+    by_maps = not made and not two_sums and bn == 64 and take(dys, args["ws"])
     args |= {
         **boxes("map_d", args["dys"] if by_maps else (), bm, bn), **boxes("map_w", args["ws"] if by_maps else (), bn, bk),
         "ps": tuple(ps), "as_": _of(layers, "a"), "dx": dx, **drawn(drops), "inverses": tuple(inverse(*drop) for drop in drops),

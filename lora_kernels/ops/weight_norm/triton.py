@@ -73,7 +73,7 @@ def forward(w, a, b, scale, w_squared):
         "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1), "b0": b.stride(0), "b1": b.stride(1),
         "MORE": r > most, "PRECISION": _precision(a), "BR": power(r, most=most), **tile(w),
     }  # fmt: skip
-    stages = 2 if architecture() >= 120 and r < 16 else 3  # with 3, ptxas spills a few registers there
+    stages = 2 if architecture(w) >= 120 and r < 16 else 3  # with 3, ptxas spills a few registers there
     launch(norm_kernel, (ceil(n, args["BN"]),), args, [norm], stages=stages)
     return norm
 
