@@ -85,10 +85,15 @@ def test_a_planted_offset_of_32_bits_is_found(tool, monkeypatch):
         lora_linear(x, *problem.arguments()[1:])
 
 
-def test_outputs_beyond_32_bits():
-    """y and dx of more than 2^31 elements; only the last program of each launch runs."""
+@pytest.fixture
+def untouched():
+    """Memory that is not filled, or all of it would be touched."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def test_an_output_beyond_32_bits(untouched):
+    """y of more than 2^31 elements; only the last program of each launch runs."""
     m, n, k = 2**20 + 5, 2064, 16
-    torch.utils.deterministic.fill_uninitialized_memory = False  # or all of y would be touched
     p = make_problem(3, k, n, 2, torch.bfloat16)
     x = p.x[:1].expand(m, k)
     with interpreted(last=1, poison=False), torch.no_grad():
@@ -98,3 +103,19 @@ def test_outputs_beyond_32_bits():
     assert y.numel() > 2**31
     columns = (n - 1) // 64 * 64
     assert y[-1, columns:].equal(wanted[0, columns:])
+
+
+def test_a_gradient_beyond_32_bits(untouched):
+    """dx, likewise."""
+    m, n, k = 2**20 + 5, 16, 2064
+    p = make_problem(3, k, n, 2, torch.bfloat16)
+    results = []
+    for rows, last in ((m, 1), (1, None)):
+        x, dy = p.x[:1].expand(rows, k).requires_grad_(), p.dy[:1].expand(rows, n)
+        with interpreted(last=last, poison=last is None):
+            (dx,) = torch.autograd.grad(lora_linear(x, *p.arguments()[1:]), x, dy)
+        results.append(dx)
+    dx, wanted = results
+    assert dx.numel() > 2**31
+    columns = (k - 1) // 64 * 64
+    assert dx[-1, columns:].equal(wanted[0, columns:])
