@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_kernels import dora_linear, merged_weight, weight_norm
-from lora_kernels.ops import missing_backends, registry, row_norm_squared
+from lora_kernels.ops import missing_backends, row_norm_squared
 from lora_kernels.testing import (
     as_layout,
     assert_componentwise,
@@ -160,11 +160,8 @@ def check_group(draw):
     assert all(same(one, two) for one, two in zip(results, again, strict=True))
 
 
-if "triton" in registry._implementations["lora_linear_group_forward"]:
-    test_group, test_group_widely = sweep(2, 60)(check_group)
-    test_group = pytest.mark.slow(test_group)
-else:
-    test_group = pytest.mark.skip(reason="Triton has no kernels of the group yet")(lambda: None)
+test_group, test_group_widely = sweep(2, 60)(check_group)
+test_group = pytest.mark.slow(test_group)
 
 
 def draw_weight(draw, ranks=ranks):

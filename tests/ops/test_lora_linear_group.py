@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lora_kernels import Member, lora_linear, lora_linear_group, use_backend
-from lora_kernels.ops import registry
 from lora_kernels.testing import (
     LAYOUTS,
     as_layout,
@@ -46,13 +45,6 @@ def dtype_id(dtype):
 
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-
-
-@pytest.fixture
-def backend(backend):
-    if backend not in registry._implementations["lora_linear_group_forward"]:
-        pytest.skip(f"{backend} has no kernels of the group yet")
-    return backend
 
 
 @dtypes
