@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.lora_linear.op import FLOATS, check_kinds, without_autocast
+from lora_kernels.ops.checks import check_adapted_weight
+from lora_kernels.ops.lora_linear.op import FLOATS, without_autocast
 from lora_kernels.ops.registry import declare
 
 
@@ -45,24 +46,7 @@ def merged_weight(
 def _check(w, a, b, scale, gain, out):
     if isinstance(scale, Tensor):
         raise TypeError("merged_weight: scale must be a number, found a tensor; scale.item() is one")
-    check_kinds("merged_weight", scale, w=w, a=a, b=b, gain=gain, out=out)
-    if w.dim() != 2 or a.dim() != 2:
-        raise ValueError(f"merged_weight: w and a must have two dimensions, found w {list(w.shape)}, a {list(a.shape)}")
-    (n_out, n_in), rank = w.shape, a.shape[0]
-    if rank < 1:
-        raise ValueError(f"merged_weight: a must have at least one row (the rank), found {list(a.shape)}")
-    shapes = {"a": (a, (rank, n_in)), "b": (b, (n_out, rank)), "gain": (gain, (n_out,)), "out": (out, (n_out, n_in))}
-    for name, (tensor, shape) in shapes.items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"merged_weight: {name} must have shape {list(shape)}, found {list(tensor.shape)}")
-        if tensor.device != w.device:
-            raise ValueError(f"merged_weight: {name} must be on {w.device} (w), found {tensor.device}")
-    if w.dtype not in FLOATS:
-        raise TypeError(f"merged_weight: w must be float32, bfloat16, float16 or float64, found {w.dtype}")
-    if a.dtype is not b.dtype or a.dtype not in FLOATS:
-        raise TypeError(f"merged_weight: a and b must share one floating dtype, found {a.dtype} and {b.dtype}")
+    check_adapted_weight("merged_weight", w, a, b, scale, {"gain": gain}, {"out": out})
     if gain is not None and gain.dtype not in FLOATS:
         raise TypeError(f"merged_weight: gain must be floating, found {gain.dtype}")
     if not math.isfinite(scale):

@@ -9,8 +9,9 @@ Sources: DoRA, arXiv:2402.09353, eq. 5 and §4.3; the factored form, arXiv:2603.
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.checks import check_adapted_weight
 from lora_kernels.ops.gradients import dtype_of, kind
-from lora_kernels.ops.lora_linear.op import FLOATS, check_kinds, once, without_autocast
+from lora_kernels.ops.lora_linear.op import FLOATS, once, without_autocast
 from lora_kernels.ops.registry import declare
 
 MAX_CONDITION = {torch.float32: 4.0, torch.bfloat16: 64.0, torch.float16: 64.0}
@@ -58,23 +59,7 @@ def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
 
 
 def _check(w, a, b, scale, w_squared):
-    check_kinds("weight_norm", scale, w=w, a=a, b=b, w_squared=w_squared)
-    if w.dim() != 2 or a.dim() != 2:
-        raise ValueError(f"weight_norm: w and a must have two dimensions, found w {list(w.shape)}, a {list(a.shape)}")
-    (n_out, n_in), rank = w.shape, a.shape[0]
-    if rank < 1:
-        raise ValueError(f"weight_norm: a must have at least one row (the rank), found {list(a.shape)}")
-    for name, tensor, shape in (("a", a, (rank, n_in)), ("b", b, (n_out, rank)), ("w_squared", w_squared, (n_out,))):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"weight_norm: {name} must have shape {list(shape)}, found {list(tensor.shape)}")
-        if tensor.device != w.device:
-            raise ValueError(f"weight_norm: {name} must be on {w.device} (w), found {tensor.device}")
-    if w.dtype not in FLOATS:
-        raise TypeError(f"weight_norm: w must be float32, bfloat16, float16 or float64, found {w.dtype}")
-    if a.dtype is not b.dtype or a.dtype not in FLOATS:
-        raise TypeError(f"weight_norm: a and b must share one floating dtype, found {a.dtype} and {b.dtype}")
+    check_adapted_weight("weight_norm", w, a, b, scale, {"w_squared": w_squared})
     if w.requires_grad:
         raise ValueError("weight_norm: w is frozen and gets no gradient, but it requires grad; call requires_grad_(False)")
     if isinstance(scale, Tensor) and scale.numel() != 1:
