@@ -1,6 +1,7 @@
 """`python -m bench.traffic`: the bytes that a training step of a layer moves on a GPU, counted in the simulator.
 
     --m 8192 --k 4096 --n 4096 --r 16 --dropout 0.1      the layer, in bf16; --n 4096 1024 1024: three that share x
+    --arch 80                                            whose kernels: 90 is sm_90
     --cache 50 --line 128 --resident 132                 MiB and bytes of the second-level cache; blocks that run side by side
     --out FILE                                           JSON
 
@@ -25,8 +26,9 @@ MIB = 2**20
 
 
 def count(
-    m: int, k: int, n: list[int], r: int, dropout: float, cache: int = 50 * MIB, line: int = 128, resident: int = 132
-) -> dict[str, Any]:
+    m: int, k: int, n: list[int], r: int, dropout: float, arch: int = 80, cache: int = 50 * MIB, line: int = 128,
+    resident: int = 132,
+) -> dict[str, Any]:  # fmt: skip
     """Bytes read and written by a forward and a backward as two and three launches: behind one cache that lives through the
     step, of each launch with an empty cache, and the least that is possible if no tensor stays in the cache between launches:
     x is read by h, by the product and by dA, dx is written, each y is written, each dy read twice, each w twice.
@@ -35,7 +37,7 @@ def count(
     """
     x = normal(m, k).requires_grad_()
     members = [Member(normal(wide, k), normal(r, k).requires_grad_(), normal(wide, r).requires_grad_(), 2.0) for wide in n]
-    with use_backend("triton", simulate=True), device(trace=True, check=False, resident=resident, shuffle=False) as sim:
+    with use_backend("triton", simulate=True), device(arch, trace=True, check=False, resident=resident, shuffle=False) as sim:
         with forced("two launches"):
             ys = lora_linear_group(x, members, dropout)
         with forced("fused"):
@@ -43,7 +45,7 @@ def count(
     through, apart = sim.dram(cache, line), sim.dram(cache, line, apart=True)
     least = 2 * (4 * m * k + 3 * m * sum(n) + 2 * k * sum(n))
     return {
-        "m": m, "k": k, "n": n, "r": r, "dropout": dropout, "cache": cache, "line": line, "resident": resident,
+        "arch": arch, "m": m, "k": k, "n": n, "r": r, "dropout": dropout, "cache": cache, "line": line, "resident": resident,
         "launches": sim.launches, "read": through[0], "written": through[1], "apart_read": apart[0], "apart_written": apart[1],
         "least": least,
     }  # fmt: skip
@@ -55,7 +57,7 @@ def normal(rows: int, columns: int) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.traffic", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, default in {"m": 8192, "k": 4096, "r": 16, "cache": 50, "line": 128, "resident": 132}.items():
+    for name, default in {"arch": 80, "m": 8192, "k": 4096, "r": 16, "cache": 50, "line": 128, "resident": 132}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--n", type=int, nargs="+", default=[4096])
     parser.add_argument("--dropout", type=float, default=0.1)
@@ -65,7 +67,8 @@ def main() -> None:
     began = time.monotonic()
     row = count(**options)
     total, apart = row["read"] + row["written"], row["apart_read"] + row["apart_written"]
-    print(f"m {row['m']}, k {row['k']}, n {row['n']}, r {row['r']}, dropout {row['dropout']}: {row['launches']} launches")
+    layer = ", ".join(f"{name} {row[name]}" for name in ("m", "k", "n", "r", "dropout"))
+    print(f"sm_{row['arch']}: {layer}: {row['launches']} launches")
     for name, size in {"behind the cache": total, "each launch apart": apart, "least": row["least"]}.items():
         print(f"{name:18} {size / MIB:9.1f} MiB  {size / row['least']:.3f} of the least")
     print(f"{time.monotonic() - began:.0f} s")

@@ -12,9 +12,9 @@ if "triton" in missing_backends():
 from bench import traffic
 
 
-@pytest.mark.parametrize("n", [[128], [128, 64]], ids=str)
-def test_a_small_grid(monkeypatch, tmp_path, capsys, n):
-    sizes = {"m": 256, "k": 128, "r": 8, "cache": 1, "resident": 4}
+@pytest.mark.parametrize(("arch", "n"), [(80, [128]), (80, [128, 64]), (90, [128])], ids=str)
+def test_a_small_grid(monkeypatch, tmp_path, capsys, arch, n):
+    sizes = {"arch": arch, "m": 256, "k": 128, "r": 8, "cache": 1, "resident": 4}
     words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
     out = tmp_path / "traffic.json"
     monkeypatch.setattr("sys.argv", ["traffic", *words, "--n", *map(str, n), "--out", str(out)])

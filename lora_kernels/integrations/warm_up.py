@@ -26,9 +26,10 @@ def warm_up(
     the base weight if not given. Call it as the model will be called: in train or eval mode, under `torch.autocast`, under
     `torch.no_grad()` or not. In train mode backward runs too, with a gradient of the input and without.
 
-    Parameters, their gradients and torch's random numbers are left as they are. It takes the memory of one layer's call.
+    Parameters, their gradients and torch's random numbers are left as they are; hooks of the layers run, those of their
+    parameters on gradients of zero. It takes the memory of one layer's call.
 
-    Returns the names of the layers that ran.
+    Returns the names of the layers that were called.
 
     Raises:
         TypeError: model is not a torch.nn.Module, tokens are not integers, or dtype is not one of the layers'.
@@ -51,7 +52,7 @@ def _counts(tokens: Any) -> list[int]:
     """The numbers of rows, each once."""
     given = list(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else [tokens]
     for count in given:
-        if isinstance(count, bool) or not hasattr(count, "__index__"):
+        if isinstance(count, bool | Tensor) or not hasattr(count, "__index__"):
             raise TypeError(f"warm_up: tokens must be integers, found {count!r}")
     counts = list(dict.fromkeys(map(operator.index, given)))
     if not counts or min(counts) < 1:
@@ -80,10 +81,10 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, Tensor]]:
 def _call(layer: nn.Module, x: Tensor) -> None:
     """The layer's call as in an evaluation, or as in a step: for an input that wants its gradient and for one that does not."""
     trained = [p for p in layer.parameters() if p.requires_grad]
-    if not (layer.training and trained and torch.is_grad_enabled()):
+    if not (layer.training and torch.is_grad_enabled()):
         layer(x)
         return
-    for wanted in (True, False):
+    for wanted in (True, False) if trained else (True,):
         ys = layer(x.requires_grad_(wanted))
         ys = [y for y in (ys if isinstance(ys, tuple) else (ys,)) if y.requires_grad]
         # not backward(): that would add to the gradients that the parameters hold

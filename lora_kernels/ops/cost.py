@@ -123,11 +123,11 @@ def height(panel: int, w: int, made: int, l2: int) -> int:
     """How many blocks of rows of a GEMM take their turns side by side, so that L2 saves most: `panel` and `made` are the bytes
     that one block reads and writes, `w` those of the whole W, which each such group reads.
 
-    As many as still let W stay in L2 from one group to the next; where none does, as many as leave L2 half for what streams.
+    As many as still let W stay in L2 from one group to the next; where none does, as many as stay in L2 themselves while W and
+    what is made stream through a fifth of it: W is read once for each group.
     """
-    heights = (4, 8, 16, 32)
-    kept = [g for g in heights if w + g * (panel + made) <= l2]
-    return max(kept or [g for g in heights if g * panel <= l2 // 2], default=4)
+    kept = [g for g in (4, 8, 16, 32) if w + g * (panel + made) <= l2]
+    return max(kept or [g for g in range(4, 65, 4) if g * panel <= 0.8 * l2], default=4)
 
 
 def _backward(p: Problem) -> dict[str, list[Step]]:

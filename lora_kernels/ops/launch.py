@@ -17,6 +17,7 @@ from lora_kernels.ops.registry import simulates
 
 CSRC = Path(__file__).parents[2] / "csrc"
 LEAST = (8, 0)  # of the GPUs: tensor cores that know bfloat16, cp.async
+SOUND = (3, 8)  # of the Tritons on sm_90
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,20 @@ def refuse_device(t: Tensor) -> str | None:
     if torch.version.hip is None and capability < LEAST:
         return f"its kernels need compute capability 8.0, {torch.cuda.get_device_name(t.device)} has {capability}"
     return None
+
+
+def refuse_triton(t: Tensor) -> str | None:
+    """The same for a kernel of Triton, which is imported by then."""
+    reason = refuse_device(t)
+    if reason is None and architecture(t) // 10 == 9 and (version := _triton_version()) < SOUND:
+        found = ".".join(map(str, version))
+        return f"Triton {found} makes wrong code for sm_90: operands of wgmma change while it reads them; 3.8 does not"
+    return reason
+
+
+@lru_cache
+def _triton_version() -> tuple[int, ...]:
+    return tuple(map(int, sys.modules["triton"].__version__.split(".")[:2]))
 
 
 def launch(

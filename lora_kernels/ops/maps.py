@@ -1,9 +1,10 @@
 """Maps of matrices (CUDA's tensor maps, PTX ISA §5.5), for the tensor memory accelerator of sm_90 and later: one thread loads a
 whole tile through one, and no lane computes addresses.
 
-Not where a loop takes two products: Triton 3.8 then uses sums of `wgmma` that it has not waited for, as the simulator shows.
-In the main loop of the forward that is 76 instructions for 127 on sm_90 (tests/gates/table.json). To make one takes the host
-about as long as a launch, which a product over few rows does not hide.
+In the main loop of the forward that is 87 instructions for 127 on sm_90 (tests/gates/table.json). Only where a loop takes one
+product of tiles as they come: with two (a dropped base) Triton 3.8 reads sums of `wgmma` before it waits for them, as the simulator
+shows, and an operand from registers (dy ⊙ gain) leaves little to save. To make a map takes the host about as long as a launch,
+which a product over few rows does not hide.
 """
 
 from collections.abc import Sequence

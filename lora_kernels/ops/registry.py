@@ -158,7 +158,8 @@ def _not_built(error: ImportError) -> str:
 def use_backend(backend: str, simulate: bool = False) -> Iterator[None]:
     """Runs every op inside the block on one backend, or raises with the reason why it cannot.
 
-    It holds for this thread and, from torch 2.13 on, for autograd's own that run a GPU's backward for it; `explain`, too.
+    It holds for this thread and, from torch 2.13 on, for a backward that autograd runs for it in its own, a GPU's; `explain`,
+    too. Not for what checkpointing computes anew there: LORA_KERNELS_BACKEND holds everywhere.
 
     With `simulate`, the kernels for GPUs ("triton", "cuda") run on CPU tensors: their real PTX, with every check of
     `lora_kernels.testing.ptxsim` and some thousand times slower than a GPU. `ptxsim.device(...)` around it counts what they do

@@ -87,7 +87,7 @@ def test_the_model_and_the_random_numbers_are_left_as_they_were():
         warm_up(block, [5])
         assert torch.get_rng_state().equal(state)
         assert all(p.equal(q) for p, q in zip(block.parameters(), twin.parameters(), strict=True))
-        assert all(p.grad is None or p.grad.equal(torch.ones_like(p)) for p in block.parameters())
+        assert all(p.grad.equal(torch.ones_like(p)) if p.requires_grad else p.grad is None for p in block.parameters())
         y = block(x)
         torch.set_rng_state(state)
         assert twin(x).equal(y)  # DoRA's norm, which is kept, is the right one
@@ -103,6 +103,12 @@ def test_an_evaluation_runs_no_backward():
             assert "lora_linear_backward" not in [d.op for d in explain(warm_up, layer.train(), 3).decisions]
 
 
+def test_a_frozen_adapter_hands_the_gradient_on():
+    layer = LoRALinear(8, 8, r=2).requires_grad_(False)
+    with use_backend("triton", simulate=True):
+        assert "lora_linear_backward" in [d.op for d in explain(warm_up, layer, 3).decisions]
+
+
 def test_on_the_cpu_there_is_nothing_to_do():
     assert warm_up(Block(), 3) == []
 
@@ -110,6 +116,7 @@ def test_on_the_cpu_there_is_nothing_to_do():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ((nn.Identity(), torch.tensor([3, 4])), TypeError, "tokens must be integers, found tensor"),
         (("model", 3), TypeError, "model must be a torch.nn.Module, found str"),
         ((nn.Identity(), "3"), TypeError, "tokens must be integers, found '3'"),
         ((nn.Identity(), [True]), TypeError, "tokens must be integers, found True"),

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.launch import ceil, launch, power, refuse_device
+from lora_kernels.ops.launch import ceil, launch, power, refuse_triton
 from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
@@ -49,7 +49,7 @@ def dora_kernel(
 
 def refusal(x, w, a, b, scale, bias, magnitude):
     tensors = {"x": x, "w": w, "a": a, "b": b, "bias": bias, "magnitude": magnitude}
-    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(x)
+    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_triton(x)
 
 
 @implements("dora_linear", "triton", refusal)

@@ -49,7 +49,7 @@ def lora_linear(
     Sums are taken in float32 (float64 for float64) and rounded once. Under autocast x and w are cast to its dtype.
     Gradients flow to x, a, b, bias, gain and to a tensor `scale`; w is frozen. A second differentiation raises. Those of a
     16-bit a, b, bias or gain come, and add up in its `grad`, in float32 and unrounded where its `grad_dtype` is float32
-    (torch's setting, for leaves; a compiled graph rounds them first).
+    (torch's setting, for leaves; a compiled graph rounds them first, and b's with a tensor `scale` is rounded, too).
 
     Dropout, with probability `dropout`, acts on the input of A. `dropout_semantics` matters only with `gain`:
     "peft" also drops the input of the rescaled base, as PEFT's DoRA does,
@@ -211,8 +211,8 @@ def _context_of_caller() -> Context | None:
     """That of the call of backward(); None where this torch keeps none."""
     if not torch._C._is_key_in_tls("context"):
         return None
-    # a copy: threads of several GPUs cannot enter one
-    return cast(Context, torch._C._get_obj_in_tls("context")).copy()
+    kept = cast(Context | None, torch._C._get_obj_in_tls("context"))
+    return kept and kept.copy()  # threads of several GPUs cannot enter one
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -14,7 +14,7 @@ from lora_kernels.ops import cost
 from lora_kernels.ops.chips import chip
 from lora_kernels.ops.dispatch import Problem, plan
 from lora_kernels.ops.gradients import empty_like
-from lora_kernels.ops.launch import architecture, ceil, launch, multiprocessors, power, refuse_device, tickets
+from lora_kernels.ops.launch import architecture, ceil, launch, multiprocessors, power, refuse_triton, tickets
 from lora_kernels.ops.lora_linear.loop import drops_base, keeps_z, refuse_each
 from lora_kernels.ops.lora_linear.triton_backward import input_gradient_kernel, rest_of_gradients_kernel
 from lora_kernels.ops.lora_linear.triton_forward import forward_kernel
@@ -51,7 +51,7 @@ class Layer:
 
 def refusal(x, w, a, b, scale, bias, gain, *_):
     tensors = {"x": x, "w": w, "a": a, "b": b, "bias": bias, "gain": gain}
-    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(x)
+    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_triton(x)
 
 
 def backward_refusal(dy, *args):
@@ -140,7 +140,7 @@ def _forward(x, layers, keep):
     waits = not one_pass and not made and architecture(x) >= 90  # what stands in y already is read before the wait
     ws = _of(layers, "w")
     # of a group on sm_100 ptxas would spill
-    by_maps = not made and not two_sums and take([x], ws) and (len(ws) == 1 or architecture(x) // 10 != 10)
+    by_maps = form == "two launches" and not two_sums and take([x], ws) and (len(ws) == 1 or architecture(x) // 10 != 10)
     args = {
         "x": x, "ws": ws, "as_": _of(layers, "a") if one_pass else none, "hs": hs,
         "map_x": box(x, bm, bk) if by_maps else None, **boxes("map_w", ws if by_maps else (), bn, bk),
@@ -234,8 +234,8 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
     if dtype is torch.float16 and gains:  # three products a step: their operands need the registers
         bm = power(tall, most=32 if two_sums or architecture(x) >= 120 else 64)
         bk, bn, warps, stages = 64, 32, 8 if bm == 64 else 4, 2
-    # in boxes of 32 columns (sm_120), and where operands go through registers, they help nothing
-    by_maps = not made and not two_sums and bn == 64 and take(dys, args["ws"])
+    # little is to be had in boxes of 32 columns (sm_120) and where dy ⊙ gain goes through registers
+    by_maps = not made and not gains and bn == 64 and take(dys, args["ws"])
     args |= {
         **boxes("map_d", args["dys"] if by_maps else (), bm, bn), **boxes("map_w", args["ws"] if by_maps else (), bn, bk),
         "ps": tuple(ps), "as_": _of(layers, "a"), "dx": dx, **drawn(drops), "inverses": tuple(inverse(*drop) for drop in drops),

@@ -61,7 +61,7 @@ def rest_of_gradients(
 ):  # fmt: skip
     """Adds up `parts`; then looks for gains of zero, COLUMNS a block, so that the host need not wait for an answer."""
     block = add_up(block, parts, gains, divisors, outs, factors, counts, sizes, ranks, BLOCK)
-    for g in tl.static_range(len(dgains)):
+    for g in tl.static_range(len(ns)):
         if dgains[g] is not None:
             blocks = tl.cdiv(ns[g], COLUMNS)
             if block >= 0 and block < blocks:

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.launch import ceil, launch, power, refuse_device
+from lora_kernels.ops.launch import ceil, launch, power, refuse_triton
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.thin import HALVES, product
@@ -39,7 +39,7 @@ def merge_kernel(
 
 def refusal(w, a, b, scale, gain, out=None):
     found = {"w": w, "a": a, "b": b, "gain": gain, "out": out}
-    return refuse_dtypes(**found) or refuse_negated(**found) or refuse_device(w)
+    return refuse_dtypes(**found) or refuse_negated(**found) or refuse_triton(w)
 
 
 @implements("merge_into", "triton", refusal)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.gradients import dtype_of
-from lora_kernels.ops.launch import architecture, ceil, launch, power, refuse_device
+from lora_kernels.ops.launch import architecture, ceil, launch, power, refuse_triton
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.thin import HALVES, Side, both_sides, load_tile, outer, product, shrink, total
@@ -52,7 +52,7 @@ def row_norm_squared_kernel(w, squared, n, k, w0, w1, BN: tl.constexpr, BK: tl.c
 
 
 def refusal(w, a=None, b=None, scale=None, w_squared=None):
-    return refuse_dtypes(w=w, a=a, b=b) or refuse_negated(w=w, a=a, b=b) or refuse_device(w)
+    return refuse_dtypes(w=w, a=a, b=b) or refuse_negated(w=w, a=a, b=b) or refuse_triton(w)
 
 
 def backward_refusal(dn, n, w, a, b, scale, needs):

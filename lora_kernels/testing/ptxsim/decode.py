@@ -11,7 +11,7 @@ from typing import Any
 from lora_kernels import _ptxsim
 from lora_kernels.testing.ptxsim.emitter import TABLE, pieces
 from lora_kernels.testing.ptxsim.hopper import Hopper
-from lora_kernels.testing.ptxsim.places import SPECIAL
+from lora_kernels.testing.ptxsim.places import PARAMETER_WINDOW, SPECIAL
 from lora_kernels.testing.ptxsim.text import WIDTH, Kernel, Statement, Unsupported, parse, split
 from lora_kernels.testing.ptxsim.values import Values
 
@@ -271,6 +271,9 @@ class _Decoder(Hopper, Values):
 
     def _cvta(self, parts: list[str], operands: list[str]) -> None:
         space = next(each for each in parts[1:] if each in SPACES)
+        if space == "param" and "to" not in parts:
+            # Triton 3.9 takes a parameter's address in 32 bits, which leaves its place among the parameters
+            return self.plain("or.b64", [*operands, str(PARAMETER_WINDOW)])
         name = (
             "mov.b64"
             if space in ("global", "param", "const")
