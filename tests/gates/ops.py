@@ -102,8 +102,8 @@ GATES = [
     }),
     on_chips("dx, bf16, r=16, gain, dropout", "input_gradient_kernel", LORA_ONLY, {
         "sm_80 sm_86 sm_89 sm_120": Budget(10.6, "HMMA", units=32, wide=53),
-        "sm_90": Budget(67, "HGMMA", units=4, wide=40),
-        "sm_100": Budget(60, "UTCHMMA", units=4, wide=40),
+        "sm_90": Budget(72, "HGMMA", units=4, wide=58),
+        "sm_100": Budget(68, "UTCHMMA", units=4, wide=58),
         "gfx942": Budget(49, "v_mfma", units=8, wide=17),
     }),
     on_chips("dx, bf16, r=16, dropped base", "input_gradient_kernel", linear(8192, 16, gain=True, dropout=0.1), {

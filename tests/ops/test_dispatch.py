@@ -294,3 +294,12 @@ def test_where_a_tensor_is():
     assert (architecture(torch.empty(1)), multiprocessors(torch.empty(1))) == (80, None)
     with device(arch=120):
         assert architecture(torch.empty(1)) == 120
+
+
+@pytest.mark.parametrize(("n", "wanted"), [((4096,), 8), ((4096, 1024, 1024), 40), ((14336, 14336), 40)], ids=str)
+def test_the_height_of_a_group_of_tiles(n, wanted):
+    """A forward at k = 4096 in bfloat16 behind an H100's 50 MiB: W of 32 MiB stays there, those of 48 and 224 do not and are
+    read once for each group, whose rows of x do."""
+    mib, panel = 2**20, 128 * 4096 * 2
+    assert cost.height(panel, 4096 * sum(n) * 2, 128 * sum(n) * 2, 50 * mib) == wanted
+    assert wanted * panel <= 0.8 * 50 * mib
