@@ -296,10 +296,12 @@ def test_where_a_tensor_is():
         assert architecture(torch.empty(1)) == 120
 
 
-@pytest.mark.parametrize(("n", "wanted"), [((4096,), 8), ((4096, 1024, 1024), 40), ((14336, 14336), 40)], ids=str)
-def test_the_height_of_a_group_of_tiles(n, wanted):
-    """A forward at k = 4096 in bfloat16 behind an H100's 50 MiB: W of 32 MiB stays there, those of 48 and 224 do not and are
-    read once for each group, whose rows of x do."""
-    mib, panel = 2**20, 128 * 4096 * 2
-    assert cost.height(panel, 4096 * sum(n) * 2, 128 * sum(n) * 2, 50 * mib) == wanted
-    assert wanted * panel <= 0.8 * 50 * mib
+@pytest.mark.parametrize(("k", "n", "wanted"), [
+    (4096, 4096, (4, 0)),  # W of 32 MiB stays in L2
+    (4096, 6144, (4, 24)),  # 48 MiB: its halves do, and x is read twice
+    (4096, 28672, (4, 32)),  # seven parts of 224 MiB, where the rows that stay would have it read three times
+    (28672, 4096, (4, 0)),  # rows of 7 MiB: a few stay, and W is read for each few
+])  # fmt: skip
+def test_the_order_of_tiles(k, n, wanted):
+    """Tiles of 128 by 128 in bfloat16 behind an H100's 50 MiB."""
+    assert cost.order(128 * k * 2, 128 * k * 2, 128 * 128 * 2, n // 128, 50 * 2**20) == wanted

@@ -46,6 +46,15 @@ def test_values_and_gradients(dtype, flags):
     assert_problem(make_problem(70, 96, 80, 8, dtype, **FLAGS[flags]))
 
 
+@pytest.mark.parametrize(("group", "slab"), [(1, 1), (2, 3), (4, 0), (8, 4), (2, 64)])
+def test_every_order_of_the_tiles(monkeypatch, group, slab):
+    """5 by 7 tiles forward, 5 by 6 backward: rows and columns are left over."""
+    monkeypatch.setattr(backend, "_order", lambda *_: {"GROUP": group, "SLAB": slab})
+    monkeypatch.setattr(backend, "tiles", lambda x, m, two_sums: (32, 32, 32, 4, 2))
+    with forced("two launches"):
+        assert_problem(make_problem(150, 170, 200, 5, BF16, dropout=0.3))
+
+
 def test_a_triton_that_makes_wrong_code_is_refused(monkeypatch):
     p = make_problem(3, 16, 16, 2, BF16)
     monkeypatch.setattr(kernels, "_triton_version", lambda: (3, 7))

@@ -42,7 +42,7 @@ CACHE = 2 * MIB  # holds W and a GROUP of row blocks but not x, as 50 MiB do at 
 def scaled(monkeypatch):
     """As many rows a part as on the whole grid, where fewer programs would leave multiprocessors without work."""
     monkeypatch.setattr(thin, "_rows", lambda m, blocks: 512)
-    monkeypatch.setattr(backend, "_group", lambda *sizes: 8)
+    monkeypatch.setattr(backend, "_order", lambda *sizes: {"GROUP": 8, "SLAB": 0})
 
 
 def counted(layer, *args):

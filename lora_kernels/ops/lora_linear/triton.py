@@ -150,7 +150,8 @@ def _forward(x, layers, keep):
         "m": m, "ns": _of(layers, "n"), "k": k, "rs": _of(layers, "r"), "parts": 1 if one_pass else len(hs[0]),
         "x0": x.stride(0), "x1": x.stride(1), **strides("w", ws), **strides("a", _of(layers, "a")),
         **strides("b", _of(layers, "b")), "MADE": made, "SPLITS": splits, "WAITS": waits,
-        "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk, "BR": br, "GROUP": _group(x, bm, k, sum(_of(layers, "n"))),
+        "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk, "BR": br,
+        **_order(x, bm, bn, k, sum(ceil(layer.n, bn) for layer in layers)),
     }  # fmt: skip
     fills = [t for t in (*(() if made else ys), *zs, *wholes, scratch) if t is not None]
     changes = [*(ys if made else ()), *([] if ticket is None else [ticket])]
@@ -158,9 +159,11 @@ def _forward(x, layers, keep):
     return ys, tuple(h[0] for h in hs) if keep and in_one_part else wholes, zs
 
 
-def _group(x, rows, depth, wide):
+def _order(x, rows, columns, depth, across):
+    """Of tiles [rows, columns] that sum over `depth`."""
     size = x.element_size()
-    return cost.height(rows * depth * size, depth * wide * size, rows * wide * size, chip(architecture(x)).l2)
+    found = cost.order(rows * depth * size, columns * depth * size, rows * columns * size, across, chip(architecture(x)).l2)
+    return dict(zip(("GROUP", "SLAB"), found, strict=True))
 
 
 def _backward(x, dys, layers, hs, ys, zs, needs_dx, needs):
@@ -241,7 +244,8 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
         "ps": tuple(ps), "as_": _of(layers, "a"), "dx": dx, **drawn(drops), "inverses": tuple(inverse(*drop) for drop in drops),
         "counts_p": tuple(map(len, ps)), **strides("a", _of(layers, "a")),
         "DROP_BASES": tuple(int(layer.drop_base) for layer in layers), "MADE": made, "PRECISION": precision(x),
-        "BM": bm, "BN": bn, "BK": bk, "BR": 16, "GROUP": _group(x, bm, sum(_of(layers, "n")), k),
+        "BM": bm, "BN": bn, "BK": bk, "BR": 16,
+        **_order(x, bm, bk, sum(_of(layers, "n")), ceil(k, bk)),
     }  # fmt: skip
     grid = (ceil(m, bm) * ceil(k, bk) + blocks,)
     fills, changes = ([], [dx]) if made else ([dx], [])

@@ -95,6 +95,7 @@ def input_gradient_kernel(
     d0s, d1s, x0, x1, w0s, w1s, b0s, b1s,
     DROP_BASES: tl.constexpr, MADE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+    SLAB: tl.constexpr,
 ):  # fmt: skip
     """dx = Σ (dy ⊙ gain) w + drop(p a); with DROP_BASES[g]: dy w + drop((dy ⊙ (gain - 1)) w + p a). MADE: dy w stands in dx
     already. The programs after those of the tiles do `rest_of_gradients`. The maps: of each dy and w (ops/maps.py)."""
@@ -106,7 +107,7 @@ def input_gradient_kernel(
             dy_gains, dgains, m, ns, k, rs, d0s, d1s, x0, x1, w0s, w1s, b0s, b1s, BLOCK, COLUMNS,
         )  # fmt: skip
     else:
-        row, column = place(tl.program_id(0), down, across, GROUP)
+        row, column = place(tl.program_id(0), down, across, GROUP, SLAB)
         rows, columns = row.to(tl.int64) * BM + tl.arange(0, BM), column.to(tl.int64) * BK + tl.arange(0, BK)
         at, inside = dx + rows[:, None] * k + columns[None, :], (rows < m)[:, None] & (columns < k)[None, :]
         sums = tl.zeros((BM, BK), tl.float32)

@@ -12,11 +12,17 @@ from lora_kernels.ops.thin import kept, load_sum, load_tile, product
 
 
 @triton.jit
-def place(tile, down, across, GROUP: tl.constexpr):
-    """The row and the column of a tile: GROUP rows take their turns side by side, so that they share W in the cache."""
+def place(tile, down, across, GROUP: tl.constexpr, SLAB: tl.constexpr):
+    """The row and the column of a tile, in the order that ops/cost.py's `order` chose: GROUP rows take their turns side by side
+    and share W in the cache, in slabs of SLAB columns, 0 for all."""
+    first = 0
+    if SLAB > 0:
+        first = tile // (SLAB * down) * SLAB
+        tile %= SLAB * down
+        across = min(across - first, SLAB)
     group, inside = tile // (GROUP * across), tile % (GROUP * across)
     height = min(down - group * GROUP, GROUP)
-    return group * GROUP + inside % height, inside // height
+    return group * GROUP + inside % height, first + inside // height
 
 
 @triton.jit
@@ -134,6 +140,7 @@ def forward_kernel(
     inverses, scales, m, ns, k, rs, parts, x0, x1, w0s, w1s, a0s, a1s, b0s, b1s,
     MADE: tl.constexpr, SPLITS: tl.constexpr, WAITS: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+    SLAB: tl.constexpr,
 ):  # fmt: skip
     """ys[g] = gain ⊙ z + bias, z = x wᵀ + h bᵀ, for each layer; h is in hs[g], or made here with as_[g].
 
@@ -145,7 +152,7 @@ def forward_kernel(
     for g in tl.static_range(len(ws)):
         across += tl.cdiv(ns[g], BN)
     tile = tl.program_id(0)
-    row, column = place(tile, down, across, GROUP)
+    row, column = place(tile, down, across, GROUP, SLAB)
     rows = row.to(tl.int64) * BM + tl.arange(0, BM)
     for g in tl.static_range(len(ws)):
         blocks = tl.cdiv(ns[g], BN)
