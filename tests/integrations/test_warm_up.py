@@ -43,16 +43,15 @@ def test_nothing_is_left_to_compile(training, compiled):
     block = Block().train(training)
     with use_backend("triton", simulate=True):
         before = compiled()
-        assert warm_up(block, [3, 40]) == ["qk", "up", "down"]
+        assert warm_up(block, 3) == ["qk", "up", "down"]
         assert compiled() > before
         before = compiled()
-        for tokens in (2, 37):
-            if training:
-                step(block, tokens)
-            else:
-                block(torch.randn(tokens, 24, dtype=torch.bfloat16))
+        if training:
+            step(block, 2)
+        else:
+            block(torch.randn(2, 24, dtype=torch.bfloat16))
         assert compiled() == before
-        block(torch.randn(150, 24, dtype=torch.bfloat16))  # other tiles: the count above can change
+        block(torch.randn(40, 24, dtype=torch.bfloat16))  # other tiles: the count above can change
         assert compiled() > before
 
 

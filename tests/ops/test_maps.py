@@ -102,8 +102,9 @@ def test_by_group(arch, members):
     assert found == (arch == 90 and members < 4)
 
 
-@pytest.mark.parametrize("flags", FLAGS)
-@pytest.mark.parametrize(("arch", "dtype"), [(90, BF16), (90, F16), (120, BF16)], ids=str)
+@pytest.mark.parametrize(("arch", "dtype", "flags"), [
+    *((90, BF16, flags) for flags in FLAGS), (90, F16, "dropout"), (90, F16, "dora_bias"), (120, BF16, "dropout"),
+], ids=str)  # fmt: skip
 def test_values(arch, dtype, flags):
     with device(arch), forced("two launches"):
         assert_problem(make_problem(150, 136, 264, 17, dtype, **FLAGS[flags]))
@@ -131,7 +132,7 @@ def test_rows_with_gaps():
 
 
 def test_the_bits_of_pointers(monkeypatch):
-    for flags in FLAGS.values():
+    for flags in (FLAGS["dora_bias"], FLAGS["dropout"]):
         p = make_problem(130, 136, 72, 5, BF16, **flags)
         with device(90), forced("two launches"):
             by_maps = run(p)
