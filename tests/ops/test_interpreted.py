@@ -224,7 +224,8 @@ def check_dora(draw):
     truth, terms = gain * (x @ adapted.T), gain.abs() * (x.abs() @ size.T)
     if p.bias is not None:
         truth, terms = truth + p.bias.double(), terms + p.bias.double().abs()
-    assert_componentwise(found["y"], truth, terms, k + rank, dtype)
+    # as assert_problem holds lora_linear to: float32 times float16 is three products of bfloat16
+    assert_componentwise(found["y"], truth, terms, k + rank, dtype, roundings=1 if dtype is F32 else 3)
     if dtype is not F32 and truth.numel() >= 8:
         assert_within_rounding(found["y"], truth, dtype)
 
