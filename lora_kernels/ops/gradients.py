@@ -3,6 +3,8 @@
     a.grad_dtype = torch.float32      # torch's own setting, for a leaf in 16 bits: its gradients come and add up in float32
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,11 @@ def kind(t: Tensor | None) -> int:
     if t is None or t.dtype not in _HALVES or torch.compiler.is_compiling() or not t.is_leaf:
         return OWN
     return WIDE if getattr(t, "grad_dtype", t.dtype) is torch.float32 else OWN
+
+
+def asked(kinds: Iterable[int], wants: Iterable[bool]) -> list[int]:
+    """`needs`: the kind of each gradient that is wanted."""
+    return [of_t if want else NONE for of_t, want in zip(kinds, wants, strict=True)]
 
 
 def dtype_of(t: Tensor, need: int) -> torch.dtype:

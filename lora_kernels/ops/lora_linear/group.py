@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.dropout import draw_seed
-from lora_kernels.ops.gradients import OWN, dtype_of, kind
+from lora_kernels.ops.gradients import OWN, asked, dtype_of, kind
 from lora_kernels.ops.lora_linear.loop import drops_base, keeps_z
 from lora_kernels.ops.lora_linear.op import _any_autocast, _check, once, scaled, without_autocast
 from lora_kernels.ops.registry import declare
@@ -136,8 +136,7 @@ class _LoRALinearGroup(torch.autograd.Function):
         if not used:
             return tuple(grads)
         flat = []
-        wants = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
-        wants = [of_t if want else 0 for of_t, want in zip(ctx.kinds, wants, strict=True)]
+        wants = asked(ctx.kinds, (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]))
         needs = wants[:1]
         for i in used:
             flat += [dys[i], *saved[6 * i : 6 * i + 6], saved[6 * n + i], saved[7 * n + i], saved[8 * n + i]]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.dropout import draw_seed
-from lora_kernels.ops.gradients import OWN, dtype_of, kind
+from lora_kernels.ops.gradients import OWN, asked, dtype_of, kind
 from lora_kernels.ops.registry import declare
 
 try:
@@ -230,7 +230,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        needs = [of_t if ctx.needs_input_grad[i] else 0 for i, of_t in zip((0, 2, 3, 5, 6), ctx.kinds, strict=True)]
+        needs = asked(ctx.kinds, (ctx.needs_input_grad[i] for i in (0, 2, 3, 5, 6)))
         args = (dy, *ctx.saved_tensors, ctx.scale, ctx.dropout, ctx.drop_base, needs)
         dx, da, db, dbias, dgain = once("lora_linear", _grads, *args)
         return dx, None, da, db, None, dbias, dgain, None, None, None

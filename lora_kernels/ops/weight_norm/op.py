@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.checks import check_adapted_weight
-from lora_kernels.ops.gradients import dtype_of, kind
+from lora_kernels.ops.gradients import asked, dtype_of, kind
 from lora_kernels.ops.lora_linear.op import FLOATS, once, without_autocast
 from lora_kernels.ops.registry import declare
 
@@ -76,7 +76,7 @@ class _WeightNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dn):
-        needs = [of_t if need else 0 for of_t, need in zip(ctx.kinds, ctx.needs_input_grad[1:3], strict=True)]
+        needs = asked(ctx.kinds, ctx.needs_input_grad[1:3])
         da, db = once("weight_norm", _grads, dn, *ctx.saved_tensors, ctx.scale, needs)
         return None, da, db, None, None
 
