@@ -24,8 +24,9 @@ install: .venv/built
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-demo.txt
 	touch $@
 
+# two processes; their threads wait asleep, since each process has as many as there are cores
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 $(ARGS)
 
 # the ops' whole tests on simulated kernels, and the kit with each version of Triton that is supported
 test-slow: install

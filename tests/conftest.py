@@ -9,6 +9,18 @@ from lora_kernels.ops.registry import ON_GPU
 sys.path.append(str(Path(__file__).parents[1]))  # `pytest` finds bench too, as `python -m pytest` does
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With several processes, tests/ptxsim stays in one: its last test looks at what the others have run."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "tests/ptxsim" if nodeid.startswith("tests/ptxsim/") else nodeid
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(params=["reference", "cpu", pytest.param("triton", marks=pytest.mark.slow)])
 def backend(request):
     """Forces each backend in turn, those for GPUs in the simulator; one that is not built fails the test with its reason."""
