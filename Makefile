@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA := $(shell find csrc tests -name '*.cu' -o -name '*.cuh')
-SOURCES := $(CSRC) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(CSRC) $(filter csrc/%,$(CUDA)) CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml
 
 .PHONY: install test test-slow demo lint gates bench bench-pytest gpu
 

@@ -1,10 +1,13 @@
-"""Builds lora_kernels._cpu and _ptxsim with CMake and Ninja; pyproject.toml has the rest.
+"""Builds lora_kernels._cpu, _ptxsim and _cuda with CMake and Ninja; pyproject.toml has the rest.
 
-LORA_KERNELS_CPU=0 leaves the extension out, =1 makes a failed build an error. By default a failed build leaves its
-reason in the package, where `python -m lora_kernels doctor` and `lora_kernels.explain` show it.
+LORA_KERNELS_CPU=0 leaves the first two out, LORA_KERNELS_CUDA=0 the third; =1 makes a failed build an error. By default a
+failed build leaves its reason in the package, where `python -m lora_kernels doctor` and `lora_kernels.explain` show it.
+_cuda wants nvcc: LORA_KERNELS_NVCC, or that of CUDA_HOME, on PATH, or of the wheels nvidia-cuda-nvcc and -runtime.
+TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") says for which GPUs, MAX_JOBS how many compilers run at once.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,39 +16,66 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-MODULES = ["lora_kernels._cpu", "lora_kernels._ptxsim"]
+MODULES = ["lora_kernels._cpu", "lora_kernels._ptxsim", "lora_kernels._cuda"]
+# name: its environment variable, the CMake targets, the note that says why it is not there
+PARTS = {
+    "CPU": ("LORA_KERNELS_CPU", ["_cpu", "_ptxsim"], "_build_error.txt"),
+    "CUDA": ("LORA_KERNELS_CUDA", ["_cuda"], "_cuda_build_error.txt"),
+}
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if ext.name != MODULES[0]:
-            return  # one build makes both
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        note = target.parent / "_build_error.txt"
-        note.unlink(missing_ok=True)
-        wanted = os.environ.get("LORA_KERNELS_CPU", "auto")
-        if wanted == "0":
-            self._leave_out(note, "LORA_KERNELS_CPU=0 when the package was built")
-            return
-        try:
-            self._build(target)
-        except (OSError, subprocess.CalledProcessError) as error:
-            if wanted == "1":
-                raise
-            self._leave_out(note, f"{error}; see the output of `pip install -v .`")
+            return  # one build makes all
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        target.mkdir(parents=True, exist_ok=True)
+        for part, (variable, targets, note) in PARTS.items():
+            reason = target / note
+            reason.unlink(missing_ok=True)
+            wanted = os.environ.get(variable, "auto")
+            if wanted == "0":
+                self._leave_out(part, reason, f"{variable}=0 when the package was built")
+                continue
+            try:
+                self._build(target, targets, part)
+            except (OSError, subprocess.CalledProcessError) as error:
+                if wanted == "1":
+                    raise
+                missing = self._folder(part) / "no_cuda.txt"
+                why = missing.read_text() if missing.is_file() else f"{error}; see the output of `pip install -v .`"
+                self._leave_out(part, reason, why)
 
-    def _build(self, target: Path) -> None:
-        build = Path(self.build_temp).resolve() / "cmake"
-        generator = ["-G", "Ninja"]
+    def _folder(self, part: str) -> Path:
+        return Path(self.build_temp).resolve() / f"cmake-{part.lower()}"
+
+    def _build(self, target: Path, targets: list[str], part: str) -> None:
+        build, cuda = self._folder(part), part == "CUDA"
+        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}"]
+        options += [f"-DLK_CUDA={'ON' if cuda else 'OFF'}"]
+        if cuda:
+            options += [f"-DLK_NVCC={os.environ.get('LORA_KERNELS_NVCC', '')}", *architectures()]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}"]
-        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *generator, *options], check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options], check=True)
+        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs, "--target", *targets], check=True)
 
-    def _leave_out(self, note: Path, reason: str) -> None:
-        note.parent.mkdir(parents=True, exist_ok=True)
+    def _leave_out(self, part: str, note: Path, reason: str) -> None:
+        for module in PARTS[part][1]:  # an older one would be found
+            Path(self.get_ext_fullpath(f"lora_kernels.{module}")).unlink(missing_ok=True)
         note.write_text(reason + "\n", encoding="utf-8")
-        print(f"lora_kernels: the CPU extension is left out: {reason}", file=sys.stderr)
+        print(f"lora_kernels: the {part} extension is left out: {reason}", file=sys.stderr)
 
 
-setup(ext_modules=[Extension(name, [], optional=True) for name in MODULES], cmdclass={"build_ext": CMakeBuild})
+def architectures() -> list[str]:
+    """CMake's options for TORCH_CUDA_ARCH_LIST, which torch's own extensions follow: "8.0;9.0+PTX"; none for "native"."""
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
+    numbers = [each for each in given.split(";") if re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", each)]
+    if not numbers:
+        return []
+    plain = [each.replace(".", "").removesuffix("+PTX") for each in numbers]
+    ptx = [each.replace(".", "").removesuffix("+PTX") for each in numbers if each.endswith("+PTX")]
+    return [f"-DLK_CUDA_ARCHITECTURES={';'.join(plain)}", f"-DLK_CUDA_PTX={';'.join(ptx)}"]
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[Extension(name, [], optional=True) for name in MODULES], cmdclass={"build_ext": CMakeBuild})

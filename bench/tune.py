@@ -54,16 +54,18 @@ def problems(quick: bool = False) -> Iterator[Problem]:
 
 def tune(
     on: Chip, arch: int, shapes: Iterable[Problem], op: Callable[[Problem], Calls], clock: Callable[[Calls], Times],
-    folder: str | Path, gpu: str, stamp: dict[str, str],
+    folder: str | Path, gpu: str, stamp: dict[str, str], backends: tuple[str, ...] = ("triton",),
 ) -> Path:  # fmt: skip
     """Measures and writes the table of `arch`; gives its path.
 
-    `op` makes the calls of a problem by candidate, and that of BASE; `clock` takes the seconds of each.
+    `op` makes the calls of a problem by candidate, and that of BASE; `clock` takes the seconds of each. They are
+    those of `backends`.
     """
     rows = []
     for p in shapes:
         calls = op(p)
-        able = [c.name for c in dispatch.plan(p, arch, multiprocessors=on.multiprocessors).candidates if c.refused is None]
+        planned = dispatch.plan(p, arch, multiprocessors=on.multiprocessors, backends=backends)
+        able = [c.name for c in planned.candidates if c.refused is None]
         taken = clock({name: calls[name] for name in (*able, BASE)})
         rows.append((p, taken))
         print(f"{p}: " + ", ".join(f"{name} {seconds * 1e6:.1f} µs" for name, seconds in taken.items()), flush=True)
@@ -122,7 +124,7 @@ def _with(table: tables.Table, found: dict[tuple[tuple[str, str], str], list[flo
 
 
 def on_device(device: str) -> Callable[[Problem], Calls]:
-    """The calls of a problem on the Triton backend, each checked once to be what its name says."""
+    """The calls of a problem on the backends for GPUs, each checked once to be what its name says."""
 
     def calls(p: Problem) -> Calls:
         (n,), (r,) = p.n, p.r
@@ -137,7 +139,7 @@ def on_device(device: str) -> Callable[[Problem], Calls]:
             op, args = ops.lora_linear_backward, (dy, *plain, h, None, None, [True, True, True, False, False])
 
         def run(name):
-            with use_backend("triton"), dispatch.forced(name):
+            with use_backend("cuda" if name == cost.CUDA else "triton"), dispatch.forced(name):
                 return op(*args)
 
         made: Calls = {BASE: lambda: x @ w.T if p.direction == "forward" else dy @ w}
@@ -218,8 +220,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench.tune: this GPU is sm_{arch}, not sm_{options.arch}; nothing was written", file=sys.stderr)
         return 2
     stamp = circumstances()
-    shapes = problems(options.quick)
-    print(tune(chip(arch, multiprocessors), arch, shapes, on_device("cuda"), events, options.out, stamp["gpu"], stamp))
+    shapes, on = problems(options.quick), chip(arch, multiprocessors)
+    without = launch.refuse_binary(arch)
+    print(f"bench.tune: CUDA C++ is {'measured, too' if without is None else f'left out: {without}'}")
+    backends = ("triton",) if without else ("triton", "cuda")
+    print(tune(on, arch, shapes, on_device("cuda"), events, options.out, stamp["gpu"], stamp, backends))
     return 0
 
 

@@ -9,6 +9,7 @@ import torch
 
 import lora_kernels
 from lora_kernels.ops import explain, lora_linear, missing_backends
+from lora_kernels.ops.launch import cuda_build
 
 
 def doctor() -> int:
@@ -24,7 +25,9 @@ def doctor() -> int:
     print(f"  threads {torch.get_num_threads()}, CPU capability of torch {torch.backends.cpu.get_cpu_capability()}")
     print(f"  GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
     for backend, reason in missing_backends().items():
-        print(f"  backend {backend} is absent: {reason}")
+        if backend != "cuda":  # of which not every op has a kernel
+            print(f"  backend {backend} is absent: {reason}")
+    print(f"  backend cuda: {cuda_build()}")
     if "cpu" not in missing_backends():
         from lora_kernels import _cpu
 

@@ -10,8 +10,9 @@ from lora_kernels.ops.cost import Problem
 from lora_kernels.ops.dispatch import plan, tables_from
 
 ON = chip(90)
+BOTH = ("triton", "cuda")
 STAMP = {"gpu": "a GPU", "driver": "1", "torch": "2", "triton": "3", "commit": "abc", "date": "2026-01-01"}
-SHARES = {"fused": 0.31, "vendor": 0.77, "one_pass": 0.41, "thin": 0.66, "stream": 0.83}
+SHARES = {"fused": 0.31, "vendor": 0.77, "one_pass": 0.41, "thin": 0.66, "stream": 0.83, "mma": 0.27}
 
 
 def planted(p, name):
@@ -31,7 +32,7 @@ def run(folder, shapes, op=None, clock=None):
     def read(calls):
         return {name: planted(*call()) for name, call in calls.items()}
 
-    return bench.tune(ON, 90, shapes, op or calls, clock or read, folder, "a GPU", STAMP)
+    return bench.tune(ON, 90, shapes, op or calls, clock or read, folder, "a GPU", STAMP, BOTH)
 
 
 def test_the_whole_grid_with_a_planted_clock(tmp_path, capsys):
@@ -51,12 +52,13 @@ def test_the_whole_grid_with_a_planted_clock(tmp_path, capsys):
     losers = 0
     with tables_from(tmp_path):
         for p, choice in zip(shapes, made.choices, strict=True):
-            able = [c.name for c in plan(p, 90).candidates if c.refused is None]
+            planned = plan(p, 90, backends=BOTH)
+            able = [c.name for c in planned.candidates if c.refused is None]
             best = min(able, key=lambda name: planted(p, name))
-            assert choice.winner == plan(p, 90).winner == best and set(choice.seconds) == set(able)
-            assert plan(p, 90).why.startswith("measured at ") and "measured on a GPU" in plan(p, 90).source
+            assert choice.winner == planned.winner == best and set(choice.seconds) == set(able)
+            assert planned.why.startswith("measured at ") and "measured on a GPU" in planned.source
             with tables_from(tables.FOLDER):
-                losers += plan(p, 90).winner != best
+                losers += plan(p, 90, backends=BOTH).winner != best
     assert losers > 100, "the planted world is no other than the predicted one"
 
 
@@ -77,7 +79,7 @@ def test_a_candidate_that_refuses_is_not_timed(tmp_path):
         return dict.fromkeys(calls, 1e-3)
 
     run(tmp_path, [Problem(d, 8192, 64, (64,), (16,), torch.bfloat16) for d in cost.NAMES], clock=clock)
-    assert timed == [{"two launches", "vendor", "base"}, {"fused", "vendor", "base"}]
+    assert timed == [{"two launches", "vendor", "cuda", "base"}, {"fused", "vendor", "base"}]
 
 
 def test_nothing_is_written_when_a_measurement_fails(tmp_path):
@@ -91,18 +93,19 @@ def test_nothing_is_written_when_a_measurement_fails(tmp_path):
 
 @pytest.mark.parametrize("direction", cost.NAMES)
 def test_the_calls_are_what_their_names_say(direction, monkeypatch):
-    p = Problem(direction, 3, 8, (8,), (2,), torch.float32)
+    p = Problem(direction, 3, 8, (8,), (2,), torch.bfloat16)
     asks, ran, other = True, [], None
 
     def backend(*args):
-        made = other or plan(p, 90)
+        made = other or plan(p, 90, backends=BOTH)
         ran.append(made.winner)
         if asks:
             registry.note(made)
         return tuple(torch.zeros(1) for _ in range(3 if direction == "forward" else 5))
 
     implementation = registry.Implementation(backend, lambda *_: None)
-    monkeypatch.setitem(registry._implementations[f"lora_linear_{direction}"], "triton", implementation)
+    for name in BOTH:
+        monkeypatch.setitem(registry._implementations[f"lora_linear_{direction}"], name, implementation)
     calls = bench.on_device("cpu")(p)
     assert set(calls) == {*cost.NAMES[direction], bench.BASE} and calls[bench.BASE]().shape == (3, 8)
     for name in cost.NAMES[direction]:
@@ -111,7 +114,7 @@ def test_the_calls_are_what_their_names_say(direction, monkeypatch):
     assert ran == [name for name in cost.NAMES[direction] for _ in range(3)]  # once more, to look
 
     with dispatch.forced(cost.NAMES[direction][0]):  # a backend that takes another one
-        other = plan(p, 90)
+        other = plan(p, 90, backends=BOTH)
     with pytest.raises(RuntimeError, match="bench.tune: vendor was forced, and the backend that ran noted .*forced"):
         bench.on_device("cpu")(p)["vendor"]()
     asks = False  # a backend that does not choose

@@ -10,7 +10,7 @@ import torch
 from bench.gpu.cases import FLAGS, sizes
 from bench.gpu.setting import Found, Setting, fused, pefts
 from lora_kernels import dora_linear, explain, lora_linear, merged_weight, nn, use_backend, weight_norm
-from lora_kernels.ops import dispatch, row_norm_squared
+from lora_kernels.ops import dispatch, launch, row_norm_squared
 from lora_kernels.ops.cost import BACKWARD, FORWARD
 from lora_kernels.testing import (
     LAYOUTS,
@@ -44,7 +44,7 @@ def stage(setting: Setting) -> Found:
         with poisoned():
             for name, call in checks(setting):
                 found.check(name, call)
-        for name, call in (*plain_mode(setting), *candidates(setting, found)):
+        for name, call in (*plain_mode(setting), *candidates(setting, found), *cuda_kernels(setting, found)):
             stain(setting)
             found.check(name, call)
     found.note(f"{found.checked} checks against float64, {len(found.failures)} failed")
@@ -126,6 +126,58 @@ def candidates(setting: Setting, found: Found) -> Iterator[Check]:
                         found.fail(f"{what}: it was forced, and the backend ran {ran}")
                         continue
                     yield what, partial(forced, name, p)
+
+
+def cuda_kernels(setting: Setting, found: Found) -> Iterator[Check]:
+    """The kernels of CUDA C++, which the rest of this stage does not run: it is for Triton's."""
+    on = torch.empty(0, device=setting.device)
+    reason = None if setting.dry else launch.refuse_binary(launch.architecture(on))
+    if reason:
+        return found.skip(f"CUDA C++: {reason}")
+    tokens, n_in, n_out, rank = sizes(setting)
+    n_in += -n_in % 8  # rows at multiples of 16 bytes
+    flags = [{"gain": True, "bias": True}] if setting.dry else [{}, {"gain": True, "bias": True}, {"dropout": 0.1}]
+    for dtype in [BF16] if setting.dry else [BF16, F16]:
+        for rows in {tokens} if setting.dry else (1, 16, 17, 64, 65, 300, 2048):
+            for each in flags:
+                p = make_problem(rows, n_in, n_out, rank, dtype, device=setting.device, **each)
+                what = f"CUDA C++ lora_linear: {rows} rows, {str(dtype)[6:]}, {', '.join(each) or 'lora'}"
+                yield what, partial(cuda_linear, setting, p)
+        for rows in () if setting.tiny else (tokens,) if setting.dry else (1, 16, 33, 64):
+            shape = (n_in + -n_in % 16, n_out, rank)
+            yield f"CUDA C++ int8: {rows} rows, {str(dtype)[6:]}", partial(cuda_int8, setting, rows, shape, dtype)
+        for r in (rank,) if setting.dry else (1, 17, 64, 128):
+            yield f"CUDA C++ norm and merge: r {r}, {str(dtype)[6:]}", partial(cuda_weights, setting, (n_in, n_out, r), dtype)
+
+
+def cuda_int8(setting: Setting, rows: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    p = make_problem(rows, *shape, dtype, gain=True, device=setting.device)
+    w = torch.randint(-128, 128, p.w.shape, dtype=torch.int8, device=setting.device)
+    w_scale = p.w.float().abs().amax(1) / 127
+    with use_backend("cuda", simulate=setting.dry), torch.no_grad():
+        y = lora_linear(p.x, w, p.a, p.b, p.scale, p.bias, p.gain, w_scale=w_scale)
+    x, a, b, gain = (t.detach().cpu().double() for t in (p.x, p.a, p.b, p.gain))
+    wanted = gain * (x @ (w_scale.cpu().double()[:, None] * w.cpu().double()).T + p.scale * (x @ a.T) @ b.T)
+    assert_within_rounding(y.cpu(), wanted, dtype, name="y")
+
+
+def cuda_linear(setting: Setting, p: Problem) -> None:
+    with use_backend("cuda", simulate=setting.dry), torch.no_grad():
+        y, again = lora_linear(*p.arguments()), lora_linear(*p.arguments())
+    assert torch.equal(y, again), "other bits the second time"
+    assert_within_rounding(y.cpu(), exact(p).values["y"], p.x.dtype, name="y")
+
+
+def cuda_weights(setting: Setting, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    p = make_problem(0, *shape, dtype, gain=True, device=setting.device)
+    w, a, b, gain = (t.cpu().double() for t in (p.w, p.a, p.b, p.gain))
+    wanted = w + 0.5 * b @ a
+    with use_backend("cuda", simulate=setting.dry), torch.no_grad():
+        norm, merged = weight_norm(p.w, p.a, p.b, 0.5), merged_weight(p.w, p.a, p.b, 0.5, p.gain)
+        assert torch.equal(merged_weight(p.w, p.a, p.b, 0.5, p.gain, out=p.w), merged), "other bits in place"
+    error = (norm.cpu() / wanted.norm(dim=1) - 1).abs().max().item()
+    assert error <= 1e-5, f"the norm is off by {error:.2e}"
+    assert_within_rounding(merged.cpu(), gain[:, None] * wanted, dtype, ideal_ratio=1.02)
 
 
 def forward_plans(p: Problem) -> list[str | None]:

@@ -1,4 +1,5 @@
-// Instructions of PTX that CUDA C++ has no words for, named as there. PTX ISA 9.7.9 cp.async, 9.7.14 mma, ldmatrix.
+// Instructions of PTX that CUDA C++ has no words for, named as there. PTX ISA 9.7.9 cp.async, 9.7.13 atom, griddepcontrol,
+// 9.7.14 mma, ldmatrix.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -20,6 +21,30 @@ __device__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
+// adds 1 and gives what was there. What this thread wrote before, and what it has seen, is seen by whoever adds later.
+__device__ inline int atom_inc_acq_rel(int* p) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(p) : "memory");
+  return before;
+}
+
+// programmatic dependent launch: what comes next may start; it waits until all before it has ended
+__device__ inline void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ inline void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row)));
+}
 __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -42,8 +67,5 @@ __device__ inline void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4
   LK_MMA("f16");
 }
 #undef LK_MMA
-
-__device__ inline float2 widen(__nv_bfloat162 v) { return __bfloat1622float2(v); }
-__device__ inline float2 widen(__half2 v) { return __half22float2(v); }
 
 }  // namespace lk

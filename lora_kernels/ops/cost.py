@@ -4,6 +4,7 @@ Forward, y = gain ⊙ (x Wᵀ + h Bᵀ) + bias with h = s·drop(x) Aᵀ:
     two launches    F1 reads x and A and writes h; F2 reads x, W, h and B and writes y
     one pass        one launch: h is summed beside y in the loop over the depth, anew in every column tile
     vendor          F1; the library's GEMM x Wᵀ; a pass over y that adds h Bᵀ in place
+    cuda            CUDA C++: up to 64 tokens without dropout one launch that reads x, W, A and B; else two
 Backward, with P = s·(dy ⊙ gain) B:
     fused           B1 reads dy, h and B (and y, for the gain's gradient) and writes P and dB; B2 reads dy, W, P and A and
                     writes dx; B3 reads x and P and writes dA
@@ -14,7 +15,7 @@ operations at the chip's rate in whole waves of tiles, and the stream of one til
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ import torch
 from lora_kernels.ops.chips import Chip
 
 FORWARD, BACKWARD = ("two launches", "one pass", "vendor"), ("fused", "vendor")
-NAMES = {"forward": FORWARD, "backward": BACKWARD}
+CUDA = "cuda"
+NAMES = {"forward": (*FORWARD, CUDA), "backward": BACKWARD}
 MASK = 20  # integer operations for a word of Philox 4x32-10: ten rounds of two wide products and six others make four words
 BLOCK = 64  # rows, columns and ranks of the tiles of F1, B1 and B3; each block of ranks draws the dropout anew
 ROWS = 512  # that a tile of B1 and B3 sums
@@ -57,7 +59,7 @@ class Step:
     """One launch. Bytes count each tensor once, however often tiles read it again."""
 
     kind: str
-    """Whose efficiency it has: "fused", "one_pass", "vendor" or "thin"."""
+    """Whose efficiency it has: "fused", "one_pass", "vendor", "thin" or "mma"."""
     reads: Mapping[str, int]
     writes: Mapping[str, int]
     flops: float
@@ -111,7 +113,12 @@ def _forward(p: Problem) -> dict[str, list[Step]]:
     )  # fmt: skip
     gemm = Step("vendor", {"x": x, "w": w}, {"y": y}, base, tiles)
     add = Step("thin", {"y": y, "h": h, "b": b}, {"y": y}, up, tiles)
-    return {"two launches": [shrink, fused], "one pass": [single], "vendor": [shrink, gemm, add]}
+    cuda = [shrink, replace(fused, kind="mma")]
+    if m <= 64 and not p.dropout:
+        rows = columns * shared + blocks  # of blocks, which have 64 rows of W or of A
+        flops = base + up + 2.0 * m * k * ranks
+        cuda = [Step("mma", {"x": x, "w": w, "a": a, "b": b}, {"y": y, "h": h}, flops, rows, streamed)]
+    return {"two launches": [shrink, fused], "one pass": [single], "vendor": [shrink, gemm, add], CUDA: cuda}
 
 
 def splits(tiles: int, k: int) -> int:
@@ -212,6 +219,15 @@ def refusal(name: str, p: Problem, arch: int, deterministic: bool = False) -> st
             return "the base is dropped, too, and the library's GEMM knows no mask"
         if p.direction == "backward" and p.gain:
             return "dy ⊙ gain would need a pass of its own"
+        if len(p.n) > 1:
+            return f"{len(p.n)} layers share x, and it takes one"
+    elif name == CUDA:
+        if not p.half:
+            return f"{str(p.dtype)[6:]}: it takes 16 bits"
+        if p.drop_base:
+            return "the base is dropped, too, and it drops the input of A only"
+        if p.k % 8:
+            return f"k is {p.k}: it takes multiples of 8"
         if len(p.n) > 1:
             return f"{len(p.n)} layers share x, and it takes one"
     return None

@@ -60,8 +60,12 @@ class Plan:
         return "\n".join([str(self.problem), self.source, *lines])
 
 
-def plan(problem: Problem, arch: int, deterministic: bool = False, multiprocessors: int | None = None) -> Plan:
-    """Decides. `arch` is 90 for sm_90; one that is not known is taken for the nearest that is.
+def plan(
+    problem: Problem, arch: int, deterministic: bool = False, multiprocessors: int | None = None,
+    backends: tuple[str, ...] = ("triton",),
+) -> Plan:  # fmt: skip
+    """Decides between the candidates of these backends, "triton" and "cuda". `arch` is 90 for sm_90; one that is not known is
+    taken for the nearest that is.
 
     With `deterministic` the choice is that for m = FIXED on the architecture's own chip, so that a row's bits depend neither on
     how many rows come with it nor on the size of the chip; callers pass `torch.are_deterministic_algorithms_enabled()`.
@@ -69,13 +73,14 @@ def plan(problem: Problem, arch: int, deterministic: bool = False, multiprocesso
     Raises:
         NotImplementedError: the candidate that `forced` names refuses.
     """
-    return _plan(problem, arch, deterministic, None if deterministic else multiprocessors, *_settings.get())
+    return _plan(problem, arch, deterministic, None if deterministic else multiprocessors, backends, *_settings.get())
 
 
 @lru_cache(maxsize=4096)
 def _plan(
-    problem: Problem, arch: int, deterministic: bool, multiprocessors: int | None, force: str | None, folder: str
-) -> Plan:
+    problem: Problem, arch: int, deterministic: bool, multiprocessors: int | None, backends: tuple[str, ...],
+    force: str | None, folder: str,
+) -> Plan:  # fmt: skip
     on, table = chip(arch, multiprocessors), tables.table(arch, folder)
     asked = problem._replace(m=FIXED) if deterministic else problem
     shares = table.shares(asked.half, asked.m)
@@ -85,10 +90,14 @@ def _plan(
             cost.refusal(name, asked, arch, deterministic),
         )
         for name, steps in cost.steps(asked).items()
+        if ("cuda" if name == cost.CUDA else "triton") in backends
     )  # fmt: skip
     if force in cost.NAMES[problem.direction]:
         # for the rows that there are, in the deterministic mode, too
-        if reason := cost.refusal(force, problem, arch, deterministic):
+        reason = cost.refusal(force, problem, arch, deterministic)
+        if force not in [candidate.name for candidate in candidates]:
+            reason = reason or f"its backend refuses, or {' and '.join(backends)} alone was asked"
+        if reason:
             raise NotImplementedError(f"lora_linear {problem.direction} cannot run as {force}: {reason}")
         winner, why = force, "forced"
     else:
@@ -102,11 +111,14 @@ def _choose(p: Problem, candidates: tuple[Candidate, ...], table: tables.Table) 
         return next(iter(able)), "the others refuse"
     if not p.dropout and not p.tf32:  # only that is measured
         for near in tables.nearest_choice(table.choices, p.direction, str(p.dtype)[6:], p[1:5]):
-            if near.winner in able:
-                times = ", ".join(f"{name} {taken * 1e6:.1f} µs" for name, taken in near.seconds.items())
+            taken = {name: seconds for name, seconds in near.seconds.items() if name in able}
+            if near.winner in able or (taken and near.winner == cost.CUDA):  # its own backend refused, or was not asked
+                times = ", ".join(f"{name} {seconds * 1e6:.1f} µs" for name, seconds in near.seconds.items())
                 at = f"m {near.m}, k {near.k}, n {' + '.join(map(str, near.n))}, r {' + '.join(map(str, near.r))}"
-                return near.winner, f"measured at {at}: {times}"
-    return min(able.values(), key=lambda c: c.seconds).name, "least predicted time"
+                winner = near.winner if near.winner in able else min(taken, key=taken.__getitem__)
+                return winner, f"measured at {at}: {times}"
+    # where it is even, the launch decides, which costs the host less than one of Triton's
+    return min(able.values(), key=lambda c: c.seconds * (0.98 if c.name == cost.CUDA else 1)).name, "least predicted time"
 
 
 def _source(p: Problem, arch: int, on: Chip, table: tables.Table, deterministic: bool) -> str:
@@ -127,7 +139,7 @@ def forced(name: str) -> Iterator[None]:
     Raises:
         ValueError: no candidate has that name.
     """
-    known = dict.fromkeys(cost.FORWARD + cost.BACKWARD)
+    known = dict.fromkeys(cost.NAMES["forward"] + cost.BACKWARD)
     if name not in known:
         raise ValueError(f"a candidate must be one of {', '.join(known)}, found {name!r}")
     with _set(name, _settings.get()[1]):

@@ -13,11 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.registry import simulates
+from lora_kernels.ops.registry import not_built, simulates
+
+try:
+    from lora_kernels import _cuda
+
+    _no_cuda = None
+except ImportError as error:
+    _cuda, _no_cuda = None, not_built("_cuda_build_error.txt", error)
 
 CSRC = Path(__file__).parents[2] / "csrc"
 LEAST = (8, 0)  # of the GPUs: tensor cores that know bfloat16, cp.async
 SOUND = (3, 8)  # of the Tritons on sm_90
+KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}  # in the names of CUDA C++ kernels
+_VECTORS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @dataclass(frozen=True)
@@ -135,20 +144,62 @@ def launch(
 
 
 def refuse_cuda(t: Tensor, source: str) -> str | None:
-    """The same for a kernel of CUDA C++."""
-    if not simulates():
-        return "this version builds no binary of its kernels; use_backend(..., simulate=True) simulates them"
-    if not (CSRC / source).is_file():
-        return f"csrc/{source} is not here; a checkout of the repository has it"
-    return refuse_device(t)
+    """The same for a kernel of CUDA C++: of the module _cuda, or in the simulator of csrc/`source`."""
+    if simulates():
+        if not (CSRC / source).is_file():
+            return f"csrc/{source} is not here; a checkout of the repository has it"
+        return refuse_device(t)
+    return refuse_device(t) or refuse_binary(architecture(t))
+
+
+@lru_cache
+def refuse_binary(arch: int) -> str | None:
+    """Why the module _cuda has no code for a GPU."""
+    if _cuda is None:
+        return _no_cuda
+    binaries, texts = ([int(each.rstrip("af")) for each in kind.split()] for kind in (_cuda.ARCHITECTURES, _cuda.PTX))
+    if any(each // 10 == arch // 10 and each <= arch for each in binaries) or any(each <= arch for each in texts):
+        return None
+    return f"built for sm_{', sm_'.join(map(str, binaries))}, not for sm_{arch}; TORCH_CUDA_ARCH_LIST says for which GPUs"
+
+
+def cuda_build() -> str:
+    """Of the module _cuda: for which GPUs it was built, or why it is not there."""
+    return _no_cuda or f"built for sm_{', sm_'.join(_cuda.ARCHITECTURES.split())}"
 
 
 def launch_cuda(
-    source: str, kernel: str, grid: tuple[int, ...], threads: int, args: Sequence[Any], makes: Sequence[Tensor], shared: int
-) -> None:
-    """Simulates a kernel with C linkage of csrc/`source`, which fills the tensors `makes`; `shared` is in bytes."""
-    if 0 not in grid:
-        import_module("lora_kernels.testing.nvcc").simulate_cuda(CSRC / source, kernel, grid, threads, args, makes, shared)
+    source: str, kernel: str, grid: tuple[int, ...], threads: int, args: tuple[Any, ...], makes: Sequence[Tensor], shared: int,
+    *, changes: Sequence[Tensor] = (), early: bool = False,
+) -> None:  # fmt: skip
+    """Runs a kernel with C linkage of csrc/`source`, which fills the tensors `makes`, may write those in `changes`, and changes
+    no other. `args` are the fields of its struct (a tensor or None for a pointer, int for 64 bits, float for 32); `shared` is
+    in bytes. Nothing runs if the grid is empty. `early` as in `launch`.
+
+    Raises:
+        RuntimeError: CUDA refused the launch; the message has the kernel, the launch and the arguments.
+    """
+    if 0 in grid:
+        return
+    if simulates():
+        simulate = import_module("lora_kernels.testing.nvcc").simulate_cuda
+        simulate(CSRC / source, kernel, grid, threads, [args], [*makes, *changes], shared, poisoned=makes)
+        return
+    x, y, z = (*grid, 1, 1)[:3]
+    device = (makes or changes)[0].device.index
+    stream = torch.cuda.current_stream(device).cuda_stream
+    packed = tuple([a.data_ptr() if isinstance(a, Tensor) else a for a in args])
+    try:
+        early = early and _gpu(device)[0] >= 90
+        _cuda.launch(_cuda.kernels[kernel], x, y, z, threads, shared, early, device, stream, packed)
+    except RuntimeError as error:
+        shapes = ", ".join(f"{list(a.shape)} {str(a.dtype)[6:]}" if isinstance(a, Tensor) else str(a) for a in args)
+        raise RuntimeError(f"{error}; arguments: {shapes}") from None
+
+
+def vector(v: Tensor | None) -> tuple[Tensor | None, int]:
+    """The fields of a `Vector` of csrc/common/tiles.cuh: its data, and its dtype by number."""
+    return (None, 0) if v is None else (v.contiguous(), _VECTORS[v.dtype])
 
 
 def ceil(a: int, b: int) -> int:

@@ -21,3 +21,17 @@ def refuse_dtypes(**tensors: Any) -> str | None:
         if t is not None and t.dtype not in READ:
             return f"{name} is {t.dtype}; the kernels read float32, bfloat16 and float16"
     return None
+
+
+def refuse_rows(**tensors: Any) -> str | None:
+    """Names the first matrix whose rows cannot be read 16 bytes at a time."""
+    for name, t in tensors.items():
+        rows, columns = t.shape
+        if not rows or not columns:
+            continue
+        row, step = t.stride()
+        if step != 1:
+            return f"{name} has strides {[row, step]}; the kernel needs rows without gaps"
+        if t.data_ptr() % 16 or (rows > 1 and row * t.element_size() % 16):
+            return f"the rows of {name} do not begin at multiples of 16 bytes"
+    return None

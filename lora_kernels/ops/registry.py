@@ -150,8 +150,13 @@ def load_backends(package: str) -> None:
 def _not_built(error: ImportError) -> str:
     if error.name and not error.name.startswith("lora_kernels"):
         return str(error)
-    note = Path(__file__).parent.parent / "_build_error.txt"
-    return f"not built: {note.read_text(encoding='utf-8').strip() if note.is_file() else error}"
+    return not_built("_build_error.txt", error)
+
+
+def not_built(note: str, error: ImportError) -> str:
+    """Why an extension is not there: what its build left in a file of the package, or else the error of its import."""
+    file = Path(__file__).parent.parent / note
+    return f"not built: {file.read_text(encoding='utf-8').strip() if file.is_file() else error}"
 
 
 @contextmanager
@@ -180,6 +185,11 @@ def use_backend(backend: str, simulate: bool = False) -> Iterator[None]:
     finally:
         _forced.reset(tokens[0])
         _simulated.reset(tokens[1])
+
+
+def forced_backend() -> str | None:
+    """That of `use_backend` or LORA_KERNELS_BACKEND, if there is one."""
+    return _forced.get() or _FROM_ENVIRONMENT
 
 
 def simulates() -> bool:
@@ -211,10 +221,12 @@ def explain(call: Callable[..., Any] | Tensor, *args: Any, **kwargs: Any) -> Exp
 
 
 def note(plan: Any) -> None:
-    """Called by a backend while it runs: `explain` shows this plan below the decision that led there."""
+    """Called by a backend while it runs: `explain` shows this plan below the decision that led there. It may be a function that
+    makes the plan, which is called if somebody asks."""
     recorder = _recorder.get()
     if recorder is not None and recorder.decisions:
-        recorder.decisions[-1] = replace(recorder.decisions[-1], plan=plan)
+        made = plan() if callable(plan) else plan
+        recorder.decisions[-1] = replace(recorder.decisions[-1], plan=made)
 
 
 def missing_backends() -> dict[str, str]:
@@ -236,7 +248,7 @@ def choose(name: str, args: tuple[Any, ...]) -> Implementation:
         NotImplementedError: the forced backend refuses, or no backend accepts; the message gives each reason.
     """
     implementations = _implementations[name]
-    forced = _forced.get() or _FROM_ENVIRONMENT
+    forced = forced_backend()
     x = args[0]
     order = (forced,) if forced else PREFERENCE.get("cpu" if x.is_cpu else x.device.type, ("reference",))
     for backend in order:

@@ -44,6 +44,7 @@ def compile_ptx(source: Path, arch: str = "sm_80", *options: str) -> str:
     return _compile(source, "-ptx", f"-arch={arch}", *options).decode()
 
 
+@functools.cache
 def compile_cubin(source: Path, arch: str = "sm_80", *options: str) -> bytes:
     """The binary for one chip that nvcc -O3 makes of a file.
 
@@ -55,16 +56,18 @@ def compile_cubin(source: Path, arch: str = "sm_80", *options: str) -> bytes:
 
 
 def simulate_cuda(
-    source: Path, kernel: str, grid: Sequence[int], threads: int, args: Sequence[Any], makes: Sequence[Tensor], shared: int
-) -> Run:
-    """Runs a kernel of a file on CPU tensors; `makes` are those it fills. For the architecture of `ptxsim.device`, else sm_80.
+    source: Path, kernel: str, grid: Sequence[int], threads: int, args: Sequence[Any], writes: Sequence[Tensor], shared: int,
+    *, poisoned: Sequence[Tensor] | None = None,
+) -> Run:  # fmt: skip
+    """Runs a kernel of a file on CPU tensors; `writes` are those it changes, of which it fills `poisoned`, or else all. For the
+    architecture of `ptxsim.device`, else sm_80.
 
     Raises:
         FileNotFoundError: there is no nvcc.
     """
     sim = current.get()
     runs = _kernel(compile_ptx(source, f"sm_{sim.arch if sim else 80}"), kernel)
-    return runs.launch(grid, (threads,), args, makes, makes, shared)
+    return runs.launch(grid, (threads,), args, writes, writes if poisoned is None else poisoned, shared)
 
 
 @functools.cache

@@ -79,15 +79,52 @@ CORPUS = [
 ]  # fmt: skip
 
 
-def norm_cuda(kind: str, ranks: int) -> Cuda:
-    return Cuda(CSRC / "weight_norm/cuda.cu", f"weight_norm_{kind}_{ranks}", threads=128, shared=3 * (64 + ranks) * 128)
+def cuda_op(source: str, kernel: str, shared: int, threads: int = 128) -> Cuda:
+    return Cuda(CSRC / source, kernel, threads, shared=shared)
+
+
+def cuda_ranks(op: str, kind: str, ranks: int) -> Cuda:
+    return cuda_op(f"{op}/cuda.cu", f"{op}_{kind}_{ranks}", 3 * (64 + ranks) * 128)
+
+
+def cuda_small(kind: str, tokens: int, stage: int) -> Cuda:
+    return cuda_op("lora_linear/cuda_small.cu", f"lora_linear_small_{kind}_{tokens}", stage * 1024)
+
+
+def cuda_shrink(kind: str, ranks: int) -> Cuda:
+    return cuda_op("lora_linear/cuda_thin.cu", f"lora_linear_shrink_{kind}_{ranks}", 4 * (64 + ranks) * 128)
 
 
 CUDA_OPS = [
-    *(Configuration(f"weight_norm.cu, {kind}, r={ranks}", norm_cuda(kind, ranks), {CUDA: budget})
+    *(Configuration(f"weight_norm.cu, {kind}, r={ranks}", cuda_ranks("weight_norm", kind, ranks), {CUDA: budget})
       for kind in ("bf16", "f16") for ranks, budget in (
-          (16, Budget(43, "HMMA", units=8, wide=15, blocks=3)), (32, Budget(22, "HMMA", units=16, wide=18, blocks=2)),
-          (64, Budget(13, "HMMA", units=32, wide=16, blocks=2)), (128, Budget(8.9, "HMMA", units=64, wide=24)),
+          (16, Budget(43, "HMMA", units=8, wide=15, blocks=3)), (32, Budget(21, "HMMA", units=16, wide=12, blocks=2)),
+          (64, Budget(13.7, "HMMA", units=32, wide=16, blocks=2)), (128, Budget(8.9, "HMMA", units=64, wide=24)),
       )),
+    *(Configuration(f"merge.cu, {kind}, r={ranks}", cuda_ranks("merge", kind, ranks), {CUDA: budget})
+      for kind in ("bf16", "f16") for ranks, budget in (
+          (16, Budget(60, "HMMA", units=8, wide=15, blocks=3)), (32, Budget(27, "HMMA", units=16, wide=12, blocks=2)),
+          (64, Budget(14, "HMMA", units=32, wide=16, blocks=2)), (128, Budget(11.2, "HMMA", units=64, wide=24)),
+      )),
+    *(Configuration(f"lora_linear_small.cu, {kind}, m<={tokens}", cuda_small(kind, tokens, kib), {CUDA: budget})
+      for kind in ("bf16", "f16") for tokens, kib, budget in (
+          (16, 60, Budget(24.4, "HMMA", units=8, wide=57)), (64, 64, Budget(10.5, "HMMA", units=32, wide=51)),
+      )),
+    *(Configuration(f"lora_linear_small.cu, {kind}, m<={tokens}", cuda_small(kind, tokens, kib), {CUDA: budget})
+      for kind in ("i8_bf16", "i8_f16") for tokens, kib, budget in (
+          (16, 60, Budget(29.8, "HMMA", units=16, wide=82)), (64, 72, Budget(16.8, "HMMA", units=64, wide=67)),
+      )),
+    *(Configuration(f"lora_linear_shrink.cu, {kind}, r<={ranks}", cuda_shrink(kind, ranks), {CUDA: budget})
+      for kind in ("bf16", "f16") for ranks, budget in (
+          (16, Budget(16.6, "HMMA", units=8, wide=20, blocks=2)), (64, Budget(7.2, "HMMA", units=32, wide=32)),
+      )),
+    *(Configuration(f"lora_linear_shrink.cu, {kind}, r<={ranks}", cuda_shrink(kind, ranks), {CUDA: budget})
+      for kind in ("drop_bf16", "drop_f16") for ranks, budget in (
+          (16, Budget(94, "HMMA", units=8, wide=20, blocks=2)), (64, Budget(29.5, "HMMA", units=32, wide=32)),
+      )),
+    *(Configuration(
+        f"lora_linear_tiles.cu, {kind}", cuda_op("lora_linear/cuda_tiles.cu", f"lora_linear_tiles_{kind}", 3 * 256 * 128, 256),
+        {CUDA: Budget(6.3, "HMMA", units=64, wide=25)},
+      ) for kind in ("bf16", "f16")),
 ]  # fmt: skip
 GATES = [*([] if MISSING else ops.GATES + weights.GATES), *CUDA_OPS, *CORPUS]

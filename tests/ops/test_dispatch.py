@@ -98,7 +98,8 @@ def test_dropout_is_drawn_where_a_candidate_needs_it():
         return {name: [step.masks for step in steps] for name, steps in cost.steps(p).items()}
 
     x = 64 * 4096
-    assert masks(forward(64, dropout=True)) == {"two launches": [x, 0], "one pass": [x * 64], "vendor": [x, 0, 0]}
+    drawn = {"two launches": [x, 0], "one pass": [x * 64], "vendor": [x, 0, 0], "cuda": [x, 0]}
+    assert masks(forward(64, dropout=True)) == drawn
     assert masks(forward(64, dropout=True, drop_base=True))["two launches"] == [x, x * 64]
     assert masks(forward(64, r=65, dropout=True))["two launches"] == [2 * x, 0]  # a block of 64 ranks at a time
     assert masks(backward(64, dropout=True)) == {"fused": [0, x, x], "vendor": [0, 0, x, x]}
@@ -241,10 +242,38 @@ def test_forced_nests_and_restores():
             assert plan(forward(16), 90).winner == plan(backward(16), 90).winner == "vendor"
         assert plan(forward(16), 90).winner == "two launches"
     assert plan(forward(16), 90).winner == "one pass"
-    with pytest.raises(ValueError, match="must be one of two launches, one pass, vendor, fused, found 'both'"), forced("both"):
+    named = "must be one of two launches, one pass, vendor, cuda, fused, found 'both'"
+    with pytest.raises(ValueError, match=named), forced("both"):
         pass
+    with forced("cuda"):
+        assert plan(forward(16), 90, backends=("triton", "cuda")).winner == "cuda"
+        with pytest.raises(NotImplementedError, match="cannot run as cuda: its backend refuses, or triton alone was asked"):
+            plan(forward(16), 90)
+        with pytest.raises(NotImplementedError, match="cannot run as cuda: float32: it takes 16 bits"):
+            plan(forward(16, dtype=F32), 90, backends=("cuda",))
     with pytest.raises(ValueError, match="direction must be forward or backward, found 'sideways'"):
         plan(forward()._replace(direction="sideways"), 90)
+
+
+def test_cuda_where_few_rows_read_w_once():
+    """One launch for few rows; tensor cores that mma.sync does not reach for many."""
+    both = ("triton", "cuda")
+    for arch in (80, 86, 89, 90, 100, 120):
+        assert plan(forward(1), arch, backends=both).winner == plan(forward(16), arch, backends=both).winner == "cuda"
+        assert plan(forward(8192), arch, backends=both).winner != "cuda"
+        assert plan(forward(8192), arch, backends=("cuda",)).winner == "cuda"
+    few = [found(forward(16, dropout=drops), backends=both)["cuda"] for drops in (False, True)]
+    x, w, ab, y, h = 16 * 4096 * 2, 32 * MIB, 2 * 16 * 4096 * 2, 16 * 4096 * 2, 16 * 16 * 4
+    assert (few[0].bytes, few[0].launches) == (x + w + ab + y + h, 1)
+    assert (few[1].bytes, few[1].launches) == (2 * x + w + ab + y + 2 * h, 2)
+
+
+def test_what_was_measured_with_a_backend_that_is_not_asked(tmp_path):
+    row = choice(forward(256, r=64), "cuda")._replace(seconds={"cuda": 1e-6, "one pass": 3e-6, "two launches": 2e-6})
+    with measured(tmp_path, row):
+        assert plan(forward(256, r=64), 90, backends=("triton", "cuda")).winner == "cuda"
+        p = plan(forward(256, r=64), 90)
+        assert p.winner == "two launches" and "cuda 1.0 µs" in p.why
 
 
 def test_a_plan_in_print():

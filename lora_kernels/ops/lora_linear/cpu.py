@@ -43,7 +43,7 @@ def backward_refusal(dy, *args):
 
 
 @implements("lora_linear_forward", "cpu", refusal)
-def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
+def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z, w_scale=None):
     tokens = x.shape[0]
     if tokens and not drop_base and w.numel():
         if tokens <= small(x.dtype):
@@ -130,7 +130,7 @@ def backward(dy, x, *args):
     return _gradients(x.dtype, dy, x, *args)
 
 
-def _gradients(dx_dtype, dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
+def _gradients(dx_dtype, dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale=None):
     """dx in dx_dtype, float32 or that of x."""
     tokens, rank = x.shape[0], a.shape[0]
     threads = torch.get_num_threads()

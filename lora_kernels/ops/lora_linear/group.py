@@ -68,7 +68,7 @@ def lora_linear_group(
             return lora_linear_group(x.to(cast), members, dropouts, dropout_semantics)
     for i, (m, p) in enumerate(zip(members, dropouts, strict=True)):
         op = f"lora_linear_group: member {i}"
-        _check(x, m.w, m.a, m.b, m.scale, m.bias, m.gain, p, dropout_semantics, m.seed, op)
+        _check(x, m.w, m.a, m.b, m.scale, m.bias, m.gain, p, dropout_semantics, m.seed, op=op)
     scales, flat = [], []
     for m, p in zip(members, dropouts, strict=True):
         b, scale = (scaled(m.b, m.scale, x), 1.0) if isinstance(m.scale, Tensor) else (m.b, m.scale)

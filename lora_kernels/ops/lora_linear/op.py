@@ -41,6 +41,7 @@ def lora_linear(
     dropout: float = 0.0,
     dropout_semantics: str = "peft",
     seed: Tensor | None = None,
+    w_scale: Tensor | None = None,
 ) -> Tensor:
     """Applies formula (1).
 
@@ -58,6 +59,9 @@ def lora_linear(
     default CPU generator when not given; it is the same on every backend and never stored. A CUDA graph replays the mask
     of a seed on the CPU; one on the GPU is read anew.
 
+    w may be int8 with `w_scale` [out], floating: then W = w_scale ⊙ w, one scale for each row, as bitsandbytes' `SCB` / 127
+    is. W is not formed: w is read as bytes, and the gradient of x is that of W. w_scale gets none.
+
     With `gain`, the gradient of gain reads y, so y must not be changed in place before backward.
 
     Raises:
@@ -68,8 +72,9 @@ def lora_linear(
     if _any_autocast() and torch.is_autocast_enabled(x.device.type):
         cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
         with without_autocast(x):
-            return lora_linear(x.to(cast), w.to(cast), a, b, scale, bias, gain, dropout, dropout_semantics, seed)
-    _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed)
+            w = w if w_scale is not None else w.to(cast)
+            return lora_linear(x.to(cast), w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale)
+    _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale)
     if isinstance(scale, Tensor):
         b, scale = scaled(b, scale, x), 1.0
     drop_base = dropout > 0 and gain is not None and dropout_semantics == "peft"
@@ -85,9 +90,9 @@ def lora_linear(
         or (gain is not None and gain.requires_grad)
     )
     if wants_grad and torch.is_grad_enabled():
-        y = _LoRALinear.apply(*args)
+        y = _LoRALinear.apply(*args, w_scale)
     else:
-        y = _forward(*args, False, False)[0]
+        y = _forward(*args, False, False, w_scale)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
 
 
@@ -117,12 +122,13 @@ def check_kinds(op: str, scale: Any, **tensors: Any) -> None:
         raise TypeError(f"{op}: scale must be a number or a tensor, found {type(scale).__name__}")
 
 
-def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, op="lora_linear"):
+def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale=None, op="lora_linear"):
     if (
         usual is not None
         and not torch.compiler.is_compiling()
         and dropout == 0.0
         and seed is None
+        and w_scale is None
         and dropout_semantics == "peft"
         and type(scale) is float
         and -math.inf < scale < math.inf
@@ -130,7 +136,7 @@ def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, op="
         and usual(x, w, a, b, bias, gain)
     ):
         return
-    check_kinds(op, scale, x=x, w=w, a=a, b=b, bias=bias, gain=gain, seed=seed)
+    check_kinds(op, scale, x=x, w=w, a=a, b=b, bias=bias, gain=gain, seed=seed, w_scale=w_scale)
     # one look at each attribute: the check is a good part of what a small call costs
     if w.dim() != 2 or a.dim() != 2 or x.dim() < 1:
         raise ValueError(
@@ -149,8 +155,11 @@ def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, op="
     dtype, adapter_dtype = x.dtype, a.dtype
     if dtype not in FLOATS:
         raise TypeError(f"{op}: x must be float32, bfloat16, float16 or float64, found {dtype}")
-    if w.dtype is not dtype:
-        raise TypeError(f"{op}: w must have the dtype of x, {dtype}, found {w.dtype}")
+    if w_scale is None and w.dtype is not dtype:
+        hint = " (int8 wants w_scale)" if w.dtype is torch.int8 else ""
+        raise TypeError(f"{op}: w must have the dtype of x, {dtype}, found {w.dtype}{hint}")
+    if w_scale is not None and w.dtype is not torch.int8:
+        raise TypeError(f"{op}: w must be int8, since w_scale is given, found {w.dtype}")
     if b.dtype is not adapter_dtype or adapter_dtype not in FLOATS:
         raise TypeError(f"{op}: a and b must share one floating dtype, found {adapter_dtype} and {b.dtype}")
     if w.requires_grad:
@@ -159,7 +168,9 @@ def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, op="
     if w.device != device or a.device != device or b.device != device:
         found = f"w {w.device}, a {a.device}, b {b.device}"
         raise ValueError(f"{op}: all tensors must be on {device} (x), found {found}")
-    for name, vector in (("bias", bias), ("gain", gain)):
+    if w_scale is not None and w_scale.requires_grad:
+        raise ValueError(f"{op}: w_scale is frozen and gets no gradient, but it requires grad; call requires_grad_(False)")
+    for name, vector in (("bias", bias), ("gain", gain), ("w_scale", w_scale)):
         if vector is None:
             continue
         if vector.shape != (n_out,):
@@ -217,13 +228,13 @@ def _context_of_caller() -> Context | None:
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, a, b, scale, bias, gain, dropout, seed, drop_base):
+    def forward(ctx, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, w_scale):
         gain_wants = gain is not None and ctx.needs_input_grad[6]
         # z cannot be had back from y once a bias is added (cancellation) or the base was dropped
         keep_z = gain_wants and (bias is not None or drop_base)
-        y, h, z = _forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, True, keep_z)
+        y, h, z = _forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, True, keep_z, w_scale)
         kept_y = y if gain_wants and not keep_z else None
-        ctx.save_for_backward(x, w, a, b, bias, gain, seed, h, kept_y, z if keep_z else None)
+        ctx.save_for_backward(x, w, a, b, bias, gain, seed, w_scale, h, kept_y, z if keep_z else None)
         ctx.scale, ctx.dropout, ctx.drop_base = scale, dropout, drop_base
         ctx.kinds = [OWN, *(kind(t) for t in (a, b, bias, gain))]
         return y
@@ -233,11 +244,11 @@ class _LoRALinear(torch.autograd.Function):
         needs = asked(ctx.kinds, (ctx.needs_input_grad[i] for i in (0, 2, 3, 5, 6)))
         args = (dy, *ctx.saved_tensors, ctx.scale, ctx.dropout, ctx.drop_base, needs)
         dx, da, db, dbias, dgain = once("lora_linear", _grads, *args)
-        return dx, None, da, db, None, dbias, dgain, None, None, None
+        return dx, None, da, db, None, dbias, dgain, None, None, None, None
 
 
-def _grads(dy, x, w, a, b, bias, gain, seed, h, y, z, scale, dropout, drop_base, needs):
-    args = (dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs)
+def _grads(dy, x, w, a, b, bias, gain, seed, w_scale, h, y, z, scale, dropout, drop_base, needs):
+    args = (dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale)
     if _any_autocast():
         with without_autocast(dy):
             grads = _backward(*args)
@@ -246,7 +257,7 @@ def _grads(dy, x, w, a, b, bias, gain, seed, h, y, z, scale, dropout, drop_base,
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
-def _fake_forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
+def _fake_forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z, w_scale=None):
     tokens, n_out = x.shape[0], w.shape[0]
     wide = torch.promote_types(x.dtype, torch.float32)
     return (
@@ -256,7 +267,7 @@ def _fake_forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep,
     )
 
 
-def _fake_backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
+def _fake_backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale=None):
     like = (x, a, b, bias, gain)
     shapes = zip(like, needs, strict=True)
     return tuple(t.new_empty(t.shape, dtype=dtype_of(t, need)) if need else x.new_empty(0) for t, need in shapes)
@@ -264,12 +275,13 @@ def _fake_backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, 
 
 _forward = declare(
     "lora_linear_forward(Tensor x, Tensor w, Tensor a, Tensor b, float scale, Tensor? bias, Tensor? gain,"
-    " float dropout, Tensor? seed, bool drop_base, bool keep, bool keep_z) -> (Tensor y, Tensor h, Tensor z)",
+    " float dropout, Tensor? seed, bool drop_base, bool keep, bool keep_z, Tensor? w_scale=None)"
+    " -> (Tensor y, Tensor h, Tensor z)",
     _fake_forward,
 )
 _backward = declare(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, float scale, Tensor? bias, Tensor? gain,"
-    " float dropout, Tensor? seed, bool drop_base, Tensor h, Tensor? y, Tensor? z, int[] needs)"
-    " -> (Tensor dx, Tensor da, Tensor db, Tensor dbias, Tensor dgain)",
+    " float dropout, Tensor? seed, bool drop_base, Tensor h, Tensor? y, Tensor? z, int[] needs,"
+    " Tensor? w_scale=None) -> (Tensor dx, Tensor da, Tensor db, Tensor dbias, Tensor dgain)",
     _fake_backward,
 )

@@ -9,8 +9,9 @@ from lora_kernels.ops.registry import implements
 
 
 @implements("lora_linear_forward", "reference")
-def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
+def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z, w_scale=None):
     x_wide, w_wide, a_wide, b_wide = _widen(x, w, a, b)
+    w_wide = w_wide if w_scale is None else w_wide * w_scale.to(w_wide.dtype)[:, None]
     x_dropped = x_wide * _keep(x, dropout, seed)
     h = scale * (x_dropped @ a_wide.T)                                     # [tokens, r]
     z = (x_dropped if drop_base else x_wide) @ w_wide.T + h @ b_wide.T     # [tokens, out]
@@ -28,9 +29,10 @@ def backward(dy, x, *args):
     return None if dx is None else dx.to(x.dtype), *others
 
 
-def gradients(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
+def gradients(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale=None):
     """dx in the dtype of the sums, the others as they are wanted."""
     dy_wide, x_wide, w_wide, a_wide, b_wide = _widen(dy, x, w, a, b)
+    w_wide = w_wide if w_scale is None else w_wide * w_scale.to(w_wide.dtype)[:, None]
     keep = _keep(x, dropout, seed)
     dz = dy_wide if gain is None else dy_wide * gain.to(dy_wide.dtype)      # [tokens, out]
     p = scale * (dz @ b_wide)                                              # [tokens, r]

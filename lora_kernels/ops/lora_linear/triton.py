@@ -68,7 +68,7 @@ def group_backward_refusal(x, dy, *args):
 
 
 @implements("lora_linear_forward", "triton", refusal)
-def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
+def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z, w_scale=None):
     (y,), (h,), (z,) = _forward(x, [Layer(w, a, b, scale, bias, gain, dropout, seed, drop_base, keep_z)], keep)
     return y, h, z
 
@@ -79,7 +79,7 @@ def group_forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep,
 
 
 @implements("lora_linear_backward", "triton", backward_refusal)
-def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
+def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale=None):
     layer = Layer(w, a, b, scale, bias, gain, dropout, seed, drop_base)
     dx, ((da, db, dbias, dgain),) = _backward(x, [dy], [layer], [h], [y], [z], needs[0], [needs[1:]])
     return dx, da, db, dbias, dgain

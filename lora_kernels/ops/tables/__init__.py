@@ -1,7 +1,8 @@
 """One JSON file an architecture: which share of its peaks our kernels reach, and what was measured to be the fastest.
 
 Until `python -m bench.tune` fills a file on a GPU, its figures are predictions ("measured": false): a vendor's GEMM by
-published measurements (0.67 of the peak on the H100, 0.82 on the A100; elsewhere a guess), ours at 0.90 to 0.95 of that.
+published measurements (0.67 of the peak on the H100, 0.82 on the A100; elsewhere a guess), ours at 0.90 to 0.95 of that;
+CUDA C++ by mma.sync at 0.9 of ours in Triton, which uses wgmma on sm_90 and tcgen05 on sm_100: there at 0.55 and 0.2 of it.
 """
 
 import json
@@ -15,7 +16,7 @@ from lora_kernels.ops.chips import nearest
 
 FOLDER = str(Path(__file__).parent)
 SIZES = {"small": 64, "medium": 1024, "large": math.inf}  # the most rows of each class
-SHARES = ("fused", "vendor", "one_pass", "thin", "stream")
+SHARES = ("fused", "vendor", "one_pass", "thin", "stream", "mma")
 
 
 class Choice(NamedTuple):
@@ -40,9 +41,9 @@ class Table(NamedTuple):
     measured: bool
     stamp: dict[str, Any] | None
     efficiency: dict[str, dict[str, dict[str, float]]]
-    """By kind of dtype ("half" is 16 bits, "single" the others) and class of m in SIZES. "fused", "vendor", "one_pass": the
-    share of the peak operations a second that such a GEMM reaches; "thin", "stream": the share of the memory's bandwidth that
-    a kernel with a thin matrix and a GEMM reach."""
+    """By kind of dtype ("half" is 16 bits, "single" the others) and class of m in SIZES. "fused", "vendor", "one_pass", "mma":
+    the share of the peak operations a second that such a GEMM reaches; "thin", "stream": the share of the memory's bandwidth
+    that a kernel with a thin matrix and a GEMM reach."""
     choices: tuple[Choice, ...] = ()
 
     def shares(self, half: bool, m: int) -> dict[str, float]:

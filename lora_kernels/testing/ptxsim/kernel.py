@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_kernels import _ptxsim
@@ -16,6 +17,7 @@ from lora_kernels.testing.ptxsim.tensor_map import TensorMap
 OPTIONS = {
     "check": True, "late": True, "shuffle": True, "seed": 0, "resident": 8, "trace": False, "tolerant": False,
 }  # fmt: skip
+_NAN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FORMATS = {"f32": "<f", "f64": "<d"}
 GRID, BLOCK = (2**31 - 1, 65535, 65535), (1024, 1024, 64)
 _KIB = 1024
@@ -61,7 +63,7 @@ class Kernel:
         self,
         grid: Sequence[int],
         block: Sequence[int],
-        args: Sequence[Tensor | TensorMap | int | float | bytes],
+        args: Sequence[Tensor | TensorMap | int | float | bytes | tuple[Any, ...]],
         writes: Sequence[Tensor] = (),
         poisoned: Sequence[Tensor] = (),
         shared: int = 0,
@@ -69,8 +71,9 @@ class Kernel:
     ) -> Run:
         """Runs the kernel.
 
-        `args` stand for its parameters in order: a CPU tensor for a pointer, numbers, a `TensorMap` or the bytes of a
-        struct. It may touch only these tensors and change only those in `writes`; of those in `poisoned` it may read only
+        `args` stand for its parameters in order: a CPU tensor for a pointer, numbers, a `TensorMap`; for a struct its bytes,
+        or a tuple of its fields: tensors, None for null, int for numbers of 64 bits, float for those of 32. It may touch only
+        these tensors and change only those in `writes`; of those in `poisoned`, which are filled with NaN, it may read only
         what it wrote itself. The text's own variables begin with their initial values each time. `shared` is the dynamic
         shared memory in bytes.
 
@@ -97,11 +100,14 @@ class Kernel:
         if len(args) != len(self.parameters):
             raise ValueError(f"{self.name}: {len(self.parameters)} parameters, found {len(args)} arguments")
         for parameter, argument in zip(self.parameters, args, strict=True):
-            tensor = argument.tensor if isinstance(argument, TensorMap) else argument
-            if isinstance(tensor, Tensor):
-                if tensor.device.type != "cpu":
-                    raise ValueError(f"{self.name}: {parameter.name} must be on the CPU, found {tensor.device}")
-                touches(parameter.name, tensor)
+            fields = argument if isinstance(argument, tuple) else (argument,)
+            for i, one in enumerate(fields):
+                tensor = one.tensor if isinstance(one, TensorMap) else one
+                if isinstance(tensor, Tensor):
+                    name = f"{parameter.name}[{i}]" if fields is argument else parameter.name
+                    if tensor.device.type != "cpu":
+                        raise ValueError(f"{self.name}: {name} must be on the CPU, found {tensor.device}")
+                    touches(name, tensor)
             packed[parameter.offset : parameter.offset + parameter.bytes] = _packed(self.name, parameter, argument)
         for extra in (*writes, *poisoned):
             touches(f"tensor {len(tensors)}", extra)
@@ -111,6 +117,9 @@ class Kernel:
         blocks, size = [*grid, 1, 1][:3], [*block, 1, 1][:3]
         self._check_limits(blocks, size, shared)
         o = self._options(options)
+        for t in poisoned:  # what is left unwritten shall not hold what was there, which may be right
+            if t.dtype in _NAN:
+                t.fill_(float("nan"))
         found = _ptxsim.run(
             self._decoded.program, blocks, size, bytes(packed), buffers, shared, o["check"], o["late"], o["shuffle"],
             o["seed"], STEPS, o["trace"], o["resident"],
@@ -157,6 +166,18 @@ def _bytes_from(t: Tensor) -> int:
     return (last + 1) * t.element_size()
 
 
+def struct_of(fields: tuple[Any, ...]) -> bytes:
+    """A struct as C++ lays it out: pointers and integers of 64 bits, floats of 32, each at a multiple of its size."""
+    made = bytearray()
+    for value in fields:
+        if isinstance(value, float):
+            made += struct.pack("<f", value)
+            continue
+        number = value.data_ptr() if isinstance(value, Tensor) else int(value or 0)
+        made += bytes(-len(made) % 8) + (number & (2**64 - 1)).to_bytes(8, "little")
+    return bytes(made) + bytes(-len(made) % 8)
+
+
 def _packed(kernel: str, parameter: Any, argument: Any) -> bytes:
     size = parameter.bytes
     argument = argument.encoded() if isinstance(argument, TensorMap) else argument
@@ -164,6 +185,8 @@ def _packed(kernel: str, parameter: Any, argument: Any) -> bytes:
         if size != 8:
             raise TypeError(f"{kernel}: {parameter.name} is .{parameter.type}, found a tensor")
         return argument.data_ptr().to_bytes(8, "little")
+    if isinstance(argument, tuple):
+        argument = struct_of(argument)
     if isinstance(argument, bytes):
         if len(argument) != size:
             raise ValueError(f"{kernel}: {parameter.name} has {size} bytes, found {len(argument)}")

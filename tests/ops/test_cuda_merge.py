@@ -1,0 +1,106 @@
+"""The CUDA C++ kernel of merge in the simulator: numbers, what it reads, and that its barriers and waits are needed."""
+
+import pytest
+import torch
+
+from lora_kernels import explain, merged_weight, use_backend
+from lora_kernels.testing import assert_within_rounding
+from lora_kernels.testing.nvcc import MISSING, find_nvcc
+from lora_kernels.testing.ptxsim import SimulationError, device
+
+if find_nvcc() is None:
+    pytest.skip(f"{MISSING} (requirements-dev.txt has it for Linux on x86-64)", allow_module_level=True)
+
+SHAPES = [(64, 64, 16), (65, 136, 17), (3, 8, 1), (70, 1048, 64), (9, 304, 128), (0, 16, 2), (5, 0, 3)]
+
+
+def draw(n_out, n_in, rank, dtype):
+    torch.manual_seed(0)
+    w, a, b = (torch.randn(s).to(dtype) for s in ((n_out, n_in), (rank, n_in), (n_out, rank)))
+    gain = torch.randn(n_out)
+    return w, a, b, gain, gain.double()[:, None] * (w.double() + 0.5 * b.double() @ a.double())
+
+
+@pytest.fixture
+def simulated():
+    with use_backend("cuda", simulate=True):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_numbers(simulated, shape, dtype):
+    w, a, b, gain, wanted = draw(*shape, dtype)
+    for seed in range(2):
+        with device(seed=seed) as sim:
+            merged = merged_weight(w, a, b, 0.5, gain)
+        assert_within_rounding(merged, wanted, dtype, 1.02)
+    assert sim.counters["shared_wavefronts"] == sim.counters["shared_ideal"]
+    with use_backend("triton", simulate=True):
+        assert torch.equal(merged, merged_weight(w, a, b, 0.5, gain))
+
+
+def test_in_place_and_into_a_slice(simulated):
+    w, a, b, gain, wanted = draw(70, 1048, 20, torch.bfloat16)
+    merged = merged_weight(w, a, b, 0.5, gain.half())
+    wide = torch.full((70, 1064), 7.0, dtype=torch.bfloat16)
+    assert merged_weight(w, a, b, 0.5, gain.half(), out=wide[:, 8:-8]).data_ptr() == wide[:, 8:].data_ptr()
+    assert torch.equal(wide[:, 8:-8], merged) and (wide[:, :8] == 7).all() and (wide[:, -8:] == 7).all()
+    merged_weight(w, a, b, 0.5, gain.half(), out=w)
+    assert torch.equal(w, merged)
+
+
+def test_w_is_read_once_and_written_once(simulated):
+    w, a, b, gain, _ = draw(256, 1024, 16, torch.bfloat16)
+    with device(trace=True) as sim:
+        merged_weight(w, a, b, 0.5, gain)
+    size = {name: t.numel() * t.element_size() for name, t in {"w": w, "a": a, "b": b, "gain": gain}.items()}
+    parts = 2  # of the columns, 512 each
+    assert sim.launches == 1 and sim.counters["store_bytes"] == size["w"]
+    assert sim.counters["load_bytes"] == size["w"] + len(w) // 64 * size["a"] + parts * (size["b"] + 4 * size["gain"])
+    assert sim.dram() == (sum(size.values()), size["w"])
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    ("    __syncwarp();  // the warp's 16 rows are there\n", ""),
+    ("cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
+    ("load(step + STAGES - 1)", "load(step + STAGES)"),
+    ("row0 + r < p.rows && column < end", "row0 + r < p.rows"),
+    ("row0 + r < p.rows && column < end", "column < end"),
+    ("r < rows;", "true;"),
+    ("", ""),
+])  # fmt: skip
+def test_planted_bugs(planted, simulated, old, new):
+    planted("merge/cuda.cu", old, new, keep="merge_bf16_16")
+    w, a, b, gain, wanted = draw(100, 328, 5, torch.bfloat16)
+
+    def run():
+        for seed in range(4):
+            with device(seed=seed):
+                assert_within_rounding(merged_weight(w, a, b, 0.5, gain), wanted, torch.bfloat16)
+
+    if old:
+        with pytest.raises(SimulationError, match="race|nobody wrote|not been waited for|out of bounds"):
+            run()
+    else:
+        run()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda w, a, b: (w.float(), a, b), "w is torch.float32 and a torch.bfloat16; the kernel reads bfloat16 or float16"),
+    (lambda w, a, b: (w[:, 1:9], a[:, 1:9], b), "the rows of w do not begin at multiples of 16 bytes"),
+    (lambda w, a, b: (w.T, a[:, :8], b.repeat(2, 1)), "w has strides"),
+    (lambda w, a, b: (w[:, :12], a[:, :12], b), "w has 12 columns; the kernel needs a multiple of 8"),
+    (lambda w, a, b: (w, a.repeat(20, 1), b.repeat(1, 20)), "a has 160 rows; the kernel has room for 128"),
+    (lambda w, a, b: (w, a, b.T.contiguous().T), "b has strides"),
+])  # fmt: skip
+def test_refusals(simulated, change, message):
+    w, a, b, *_ = draw(8, 16, 8, torch.bfloat16)
+    with pytest.raises(NotImplementedError, match=f"merged_weight cannot run on cuda: {message}"):
+        merged_weight(*change(w, a, b))
+
+
+def test_it_says_what_ran(simulated):
+    w, a, b, *_ = draw(8, 16, 8, torch.bfloat16)
+    assert explain(merged_weight, w, a, b).decisions[0].chosen == "cuda (simulated)"

@@ -1,0 +1,158 @@
+"""lora_linear on a base of int8 with a scale for each row: W = w_scale ⊙ w."""
+
+import pytest
+import torch
+
+from lora_kernels import lora_linear, use_backend
+from lora_kernels.testing import assert_within_rounding
+from lora_kernels.testing.nvcc import MISSING, find_nvcc
+from lora_kernels.testing.ptxsim import device
+from tests.ops.interpreted import deterministic
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def draw(m, k, n, r, dtype):
+    torch.manual_seed(0)
+    x, a, b = torch.randn(m, k), torch.randn(r, k) * k**-0.5, torch.randn(n, r) * r**-0.5
+    w = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    return x.to(dtype), w, a.to(dtype), b.to(dtype), (torch.rand(n) + 0.5) / 64 * k**-0.5
+
+
+def wide(x, w, a, b, w_scale):
+    x, a, b = (t.detach().double() for t in (x, a, b))
+    return x, w_scale.double()[:, None] * w.double(), a, b
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.filterwarnings("ignore:.*slow reference")
+def test_values_and_gradients(dtype):
+    """Those of the layer whose weight is W: dx is that of the numbers that forward multiplies with."""
+    x, w, a, b, w_scale = draw(5, 48, 24, 3, dtype)
+    gain, bias, dy = torch.randn(24), torch.randn(24), torch.randn(5, 24)
+    flags = {"dropout": 0.2, "seed": torch.tensor(1)}
+    results = []
+    for x_, w_, a_, b_, scale in ((x, w, a, b, {"w_scale": w_scale}), (*wide(x, w, a, b, w_scale), {})):
+        kind = torch.float64 if not scale else torch.float32
+        leaves = [t.clone().requires_grad_() for t in (x_, a_, b_, bias.to(kind), gain.to(kind))]
+        y = lora_linear(leaves[0], w_, leaves[1], leaves[2], 0.5, leaves[3], leaves[4], **flags, **scale)
+        results.append([y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
+    for found, wanted in zip(*results, strict=True):
+        # the numbers of the sums are of size 1; dy is rounded, too
+        close = 1e-4 if dtype is torch.float32 else 0.05
+        torch.testing.assert_close(found.double(), wanted, rtol=close, atol=close)
+    assert results[0][0].dtype is dtype
+
+
+def test_gradcheck():
+    x, w, a, b, w_scale = draw(3, 16, 8, 2, torch.float64)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    torch.autograd.gradcheck(lambda x, a, b: lora_linear(x, w, a, b, 0.5, w_scale=w_scale.double()), leaves)
+
+
+@pytest.mark.filterwarnings("ignore:.*slow reference")
+def test_opcheck_and_compile():
+    x, w, a, b, w_scale = draw(3, 16, 8, 2, torch.float32)
+    plain = (x, w, a, b, 1.0, None, None, 0.0, None, False)
+    torch.library.opcheck(torch.ops.lora_kernels.lora_linear_forward.default, (*plain, True, False, w_scale))
+    y, h, z = torch.ops.lora_kernels.lora_linear_forward(*plain, True, False, w_scale)
+    needs = [1, 1, 1, 0, 0]
+    torch.library.opcheck(torch.ops.lora_kernels.lora_linear_backward.default, (y, *plain, h, None, None, needs, w_scale))
+    compiled = torch.compile(lambda x: lora_linear(x, w, a, b, 0.5, w_scale=w_scale), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), lora_linear(x, w, a, b, 0.5, w_scale=w_scale))
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [
+    ({"w_scale": None}, TypeError, r"w must have the dtype of x, torch.float32, found torch.int8 \(int8 wants w_scale\)"),
+    ({"w": torch.zeros(8, 16)}, TypeError, "w must be int8, since w_scale is given, found torch.float32"),
+    ({"w_scale": torch.ones(7)}, ValueError, r"w_scale must have shape \[8\], found \[7\]"),
+    ({"w_scale": torch.ones(8, dtype=torch.int32)}, TypeError, "w_scale must be floating, found torch.int32"),
+    ({"w_scale": 0.5}, TypeError, "w_scale must be a tensor, found float"),
+    ({"w_scale": torch.ones(8, requires_grad=True)}, ValueError, "w_scale is frozen and gets no gradient"),
+])  # fmt: skip
+def test_what_does_not_fit(change, error, message):
+    x, w, a, b, w_scale = draw(3, 16, 8, 2, torch.float32)
+    args = {"x": x, "w": w, "a": a, "b": b, "w_scale": w_scale} | change
+    with pytest.raises(error, match=f"lora_linear: {message}"):
+        lora_linear(**args)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_backends_that_refuse(backend):
+    x, w, a, b, w_scale = draw(3, 16, 8, 2, torch.float32)
+    with use_backend(backend), pytest.raises(NotImplementedError, match="w is torch.int8; the kernels read float32"):
+        lora_linear(x, w, a, b, w_scale=w_scale)
+
+
+needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason=f"{MISSING} (requirements-dev.txt has it for Linux on x86-64)")
+SHAPES = [(1, 64, 64, 16), (5, 272, 136, 17), (16, 1104, 72, 8), (17, 512, 203, 65), (64, 784, 130, 5), (3, 16, 8, 2)]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_numbers_of_cuda(shape, dtype):
+    x, w, a, b, w_scale = draw(*shape, dtype)
+    bias, gain = torch.randn(shape[2]).to(dtype), torch.randn(shape[2])
+    x_wide, w_wide, a_wide, b_wide = wide(x, w, a, b, w_scale)
+    for seed, (p, g) in enumerate([(None, None), (bias, gain)]):
+        vectors = (None if v is None else v.double() for v in (p, g))
+        wanted = lora_linear(x_wide, w_wide, a_wide, b_wide, 0.5, *vectors)
+        with use_backend("cuda", simulate=True), deterministic(bool(seed)), device(seed=seed) as sim:
+            y = lora_linear(x, w, a, b, 0.5, p, g, w_scale=w_scale)
+        assert_within_rounding(y, wanted, dtype, 1.02, name="y")
+        assert sim.launches == 1
+        assert sim.counters["shared_wavefronts"] <= 1.05 * sim.counters["shared_ideal"]
+
+
+@needs_nvcc
+def test_every_byte_of_w():
+    """All numbers of int8, exactly, in both types."""
+    w = torch.arange(-128, 128).to(torch.int8).repeat(16, 1)[:, torch.randperm(256)].contiguous()
+    for dtype in DTYPES:
+        x = torch.zeros(64, 256, dtype=dtype)
+        x[torch.arange(64), torch.arange(64) * 4 + 3] = 1
+        zero = torch.zeros(1, 256, dtype=dtype), torch.zeros(16, 1, dtype=dtype)
+        with use_backend("cuda", simulate=True):
+            y = lora_linear(x, w, *zero, w_scale=torch.ones(16))
+        assert torch.equal(y, w[:, 3::4].T.to(dtype))
+
+
+@needs_nvcc
+def test_w_is_read_once_in_bytes():
+    x, w, a, b, w_scale = draw(4, 1024, 512, 16, torch.bfloat16)
+    with use_backend("cuda", simulate=True), deterministic(False), device(trace=True) as sim:
+        lora_linear(x, w, a, b, 0.5, w_scale=w_scale)
+    size = sum(t.numel() * t.element_size() for t in (x, w, a, b, w_scale))
+    assert size <= sim.dram()[0] <= size + 64
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("old", "new"), [
+    ("four ^ 0x80808080u", "four"),
+    ("- 8388736.f", "- 8388608.f"),
+    ("sixteen % 4 * 2 + lane % 4 / 2", "sixteen % 4 * 2 + lane % 2"),
+    ("sums[j][i] *= w_scale[i / 2]", "sums[j][i] *= w_scale[i % 2]"),
+    ("PAIRS : Swap::EIGHT", "EIGHT : Swap::EIGHT"),
+])  # fmt: skip
+def test_planted_bugs(planted, old, new):
+    text = (planted.source / "lora_linear/cuda_small.cu").read_text()
+    planted("lora_linear/cuda_small.cu", old, new, keep="lora_linear_small_i8_bf16_16", times=text.count(old))
+    x, w, a, b, w_scale = draw(9, 272, 72, 5, torch.bfloat16)
+    wanted = lora_linear(*wide(x, w, a, b, w_scale), 0.5)
+    with pytest.raises(AssertionError), use_backend("cuda", simulate=True), device() as sim:
+        y = lora_linear(x, w, a, b, 0.5, w_scale=w_scale)
+        assert sim.counters["shared_wavefronts"] <= 1.05 * sim.counters["shared_ideal"]
+        assert_within_rounding(y, wanted, torch.bfloat16, 1.02)
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("shape", "flags", "message"), [
+    ((65, 64, 64, 4), {}, "w is int8; the kernel for that takes up to 64 rows of x, found 65"),
+    ((4, 64, 64, 4), {"dropout": 0.1}, "found 4, and has no dropout"),
+    ((4, 24, 64, 4), {}, "x has 24 columns; the kernel needs a multiple of 16"),
+])  # fmt: skip
+def test_what_cuda_refuses(shape, flags, message):
+    x, w, a, b, w_scale = draw(*shape, torch.bfloat16)
+    with use_backend("cuda", simulate=True), pytest.raises(NotImplementedError, match=message):
+        lora_linear(x, w, a, b, w_scale=w_scale, **flags)
