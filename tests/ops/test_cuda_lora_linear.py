@@ -11,6 +11,7 @@ from lora_kernels.ops.lora_linear import cuda
 from lora_kernels.testing import assert_within_rounding
 from lora_kernels.testing.nvcc import MISSING, find_nvcc
 from lora_kernels.testing.ptxsim import SimulationError, device
+from tests.ops.far import far
 from tests.ops.interpreted import deterministic
 
 if find_nvcc() is None:
@@ -82,6 +83,15 @@ def test_numbers_of_many_tokens(simulated, shape, dtype):
         with use_backend("reference"):
             wanted = lora_linear(x, w, a, b, 0.5, bias_, gain_, **dropout)
         assert_within_rounding(y, wanted, dtype, EXACT, name="y")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["x", "w", "a", "b"])
+def test_offsets_of_64_bits(simulated, name, dropout):
+    """In one launch and, with dropout, in two."""
+    args = dict(zip("xwab", draw(3, 24, 3, 3, torch.bfloat16), strict=True))
+    kept = {"dropout": dropout, "seed": torch.tensor(1)}
+    assert torch.equal(lora_linear(**args | {name: far(args[name])}, **kept), lora_linear(**args, **kept))
 
 
 @pytest.mark.parametrize("arch", [90, 120])

@@ -7,6 +7,7 @@ from lora_kernels import explain, merged_weight, use_backend
 from lora_kernels.testing import assert_within_rounding
 from lora_kernels.testing.nvcc import MISSING, find_nvcc
 from lora_kernels.testing.ptxsim import SimulationError, device
+from tests.ops.far import far
 
 if find_nvcc() is None:
     pytest.skip(f"{MISSING} (requirements-dev.txt has it for Linux on x86-64)", allow_module_level=True)
@@ -59,6 +60,12 @@ def test_w_is_read_once_and_written_once(simulated):
     assert sim.launches == 1 and sim.counters["store_bytes"] == size["w"]
     assert sim.counters["load_bytes"] == size["w"] + len(w) // 64 * size["a"] + parts * (size["b"] + 4 * size["gain"])
     assert sim.dram() == (sum(size.values()), size["w"])
+
+
+@pytest.mark.parametrize("name", ["w", "a", "b"])
+def test_offsets_of_64_bits(simulated, name):
+    args = dict(zip("wab", draw(3, 24, 3, torch.bfloat16), strict=False))
+    assert torch.equal(merged_weight(**args | {name: far(args[name])}), merged_weight(**args))
 
 
 @pytest.mark.parametrize(("old", "new"), [

@@ -6,6 +6,7 @@ import torch
 from lora_kernels import explain, use_backend, weight_norm
 from lora_kernels.testing.nvcc import MISSING, find_nvcc
 from lora_kernels.testing.ptxsim import SimulationError, device
+from tests.ops.far import far
 
 if find_nvcc() is None:
     pytest.skip(f"{MISSING} (requirements-dev.txt has it for Linux on x86-64)", allow_module_level=True)
@@ -50,6 +51,12 @@ def test_w_is_read_once(simulated):
     assert sim.launches == 1 and sim.counters["store_bytes"] == 4 * len(w)
     assert sim.counters["load_bytes"] == size["w"] + len(w) // 64 * size["a"] + size["b"]
     assert sim.dram() == (sum(size.values()), 4 * len(w))
+
+
+@pytest.mark.parametrize("name", ["w", "a", "b"])
+def test_offsets_of_64_bits(simulated, name):
+    args = dict(zip("wab", draw(3, 24, 3, torch.bfloat16), strict=False))
+    assert torch.equal(weight_norm(**args | {name: far(args[name])}), weight_norm(**args))
 
 
 @pytest.mark.parametrize(("old", "new"), [

@@ -1,6 +1,5 @@
 """Offsets of the Triton kernels are 64 bits: tensors whose elements lie further apart than 2^31, of which few are touched."""
 
-import mmap
 from dataclasses import replace
 
 import pytest
@@ -19,17 +18,10 @@ import triton.language as tl
 from lora_kernels.ops import thin
 from lora_kernels.testing.ptxsim import SimulationError
 from lora_kernels.testing.triton_interpreter import InterpreterViolation
+from tests.ops.far import far
 from tests.ops.interpreted import interpreted
 
-STEP = 2**30 + 16  # the third row lies beyond 2^31 elements
 NAMES = ("x", "w", "a", "b", "dy")
-
-
-def far(t):
-    """The values of t [3, n], with rows STEP elements apart. Pages that nothing touches are never committed."""
-    assert len(t) == 3
-    memory = mmap.mmap(-1, t.element_size() * (2 * STEP + t.shape[1]))
-    return torch.frombuffer(memory, dtype=t.dtype).as_strided(t.shape, (STEP, 1)).copy_(t)
 
 
 def where(tool):
