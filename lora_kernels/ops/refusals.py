@@ -35,3 +35,16 @@ def refuse_rows(**tensors: Any) -> str | None:
         if t.data_ptr() % 16 or (rows > 1 and row * t.element_size() % 16):
             return f"the rows of {name} do not begin at multiples of 16 bytes"
     return None
+
+
+def refuse_factors(w: Any, a: Any, b: Any, most: int) -> str | None:
+    """What the CUDA C++ kernels of W + s·BA do not read: they take 16 bits, up to `most` ranks, rows in pieces of 16 bytes."""
+    if w.dtype not in READ[1:] or a.dtype is not w.dtype:
+        return f"w is {w.dtype} and a {a.dtype}; the kernel reads bfloat16 or float16, the same for both"
+    if a.shape[0] > most:
+        return f"a has {a.shape[0]} rows; the kernel has room for {most}"
+    if w.shape[1] % 8:
+        return f"w has {w.shape[1]} columns; the kernel needs a multiple of 8"
+    if b.numel() and b.stride(1) != 1:
+        return f"b has strides {list(b.stride())}; the kernel needs rows without gaps"
+    return refuse_rows(w=w, a=a)

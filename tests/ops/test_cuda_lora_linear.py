@@ -122,20 +122,11 @@ def test_a_seed_on_the_device(simulated):
     assert launched == ["lora_linear_shrink_drop_bf16_16"] and torch.equal(*h)
 
 
-def test_what_backward_needs(simulated):
-    """h in float32 and, where y does not tell it, z."""
-    x, w, a, b = draw(9, 128, 70, 20, torch.bfloat16)
-    bias, gain = torch.randn(70), torch.randn(70)
-    y, h, z = cuda.forward(x, w, a, b, 0.5, bias, gain, 0.0, None, False, True, True)
-    torch.testing.assert_close(h.double(), 0.5 * x.double() @ a.double().T, rtol=1e-6, atol=1e-6)
-    assert_within_rounding(z, exact(x, w, a, b, 0.5), torch.bfloat16, EXACT, name="z")
-    assert_within_rounding(y, exact(x, w, a, b, 0.5, bias, gain), torch.bfloat16, EXACT, name="y")
-
-
-def test_what_backward_needs_of_many_tokens(simulated):
-    """h is the sum of its parts."""
-    x, w, a, b = draw(130, 2056, 136, 20, torch.bfloat16)
-    bias, gain = torch.randn(136), torch.randn(136)
+@pytest.mark.parametrize("shape", [(9, 128, 70, 20), (130, 2056, 136, 20)], ids=str)
+def test_what_backward_needs(simulated, shape):
+    """h in float32, of many tokens the sum of its parts, and, where y does not tell it, z."""
+    x, w, a, b = draw(*shape, torch.bfloat16)
+    bias, gain = torch.randn(len(w)), torch.randn(len(w))
     y, h, z = cuda.forward(x, w, a, b, 0.5, bias, gain, 0.0, None, False, True, True)
     torch.testing.assert_close(h.double(), 0.5 * x.double() @ a.double().T, rtol=1e-6, atol=1e-6)
     assert_within_rounding(z, exact(x, w, a, b, 0.5), torch.bfloat16, EXACT, name="z")

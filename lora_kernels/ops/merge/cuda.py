@@ -4,7 +4,7 @@ import torch
 
 from lora_kernels.ops.chips import chip
 from lora_kernels.ops.launch import KINDS, architecture, ceil, launch_cuda, multiprocessors, power, refuse_cuda, vector
-from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_rows
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_factors, refuse_negated, refuse_rows
 from lora_kernels.ops.registry import implements
 
 SOURCE = "merge/cuda.cu"
@@ -12,16 +12,9 @@ MOST, ROWS, COLUMNS, STAGES, THREADS = 128, 64, 64, 3, 128  # ranks; of a tile, 
 
 
 def refusal(w, a, b, scale, gain, out=None):
-    if w.dtype not in KINDS or a.dtype is not w.dtype:
-        return f"w is {w.dtype} and a {a.dtype}; the kernel reads bfloat16 or float16, the same for both"
-    if a.shape[0] > MOST:
-        return f"a has {a.shape[0]} rows; the kernel has room for {MOST}"
-    if w.shape[1] % 8:
-        return f"w has {w.shape[1]} columns; the kernel needs a multiple of 8"
-    if b.numel() and b.stride(1) != 1:
-        return f"b has strides {list(b.stride())}; the kernel needs rows without gaps"
     return (
-        refuse_rows(w=w, a=a, **({} if out is None else {"out": out}))
+        refuse_factors(w, a, b, MOST)
+        or (None if out is None else refuse_rows(out=out))
         or refuse_dtypes(gain=gain)
         or refuse_negated(w=w, a=a, b=b, gain=gain, out=out)
         or refuse_cuda(w, SOURCE)
