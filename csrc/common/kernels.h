@@ -13,7 +13,11 @@ struct Kernels {
   int count;
 };
 
+Kernels lora_linear_dx_kernels();
+Kernels lora_linear_outer_kernels();
+Kernels lora_linear_sides_kernels();
 Kernels lora_linear_small_kernels();
+Kernels lora_linear_sums_kernels();
 Kernels lora_linear_thin_kernels();
 Kernels lora_linear_tiles_kernels();
 Kernels merge_kernels();

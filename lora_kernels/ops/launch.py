@@ -26,7 +26,7 @@ CSRC = Path(__file__).parents[2] / "csrc"
 LEAST = (8, 0)  # of the GPUs: tensor cores that know bfloat16, cp.async
 SOUND = (3, 8)  # of the Tritons on sm_90
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}  # in the names of CUDA C++ kernels
-_VECTORS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # there, as kind
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def launch_cuda(
 
 def vector(v: Tensor | None) -> tuple[Tensor | None, int]:
     """The fields of a `Vector` of csrc/common/tiles.cuh: its data, and its dtype by number."""
-    return (None, 0) if v is None else (v.contiguous(), _VECTORS[v.dtype])
+    return (None, 0) if v is None else (v.contiguous(), NUMBERS[v.dtype])
 
 
 def ceil(a: int, b: int) -> int:

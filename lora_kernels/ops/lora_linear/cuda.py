@@ -10,6 +10,7 @@ from lora_kernels.ops.chips import chip
 from lora_kernels.ops.dispatch import Problem, plan
 from lora_kernels.ops.dropout import threshold
 from lora_kernels.ops.launch import KINDS, architecture, ceil, launch_cuda, multiprocessors, refuse_cuda, tickets, vector
+from lora_kernels.ops.lora_linear import cuda_backward
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_rows
 from lora_kernels.ops.registry import forced_backend, implements, missing_backends, note
 
@@ -52,9 +53,8 @@ def planned(x, w, a, gain, dropout, seed):
     problem = Problem(
         "forward", *x.shape, (len(w),), (len(a),), x.dtype, gain=gain is not None, dropout=dropout > 0 and seed is not None
     )
-    alone = forced_backend() == "cuda" or "triton" in missing_backends()
     deterministic, count = torch.are_deterministic_algorithms_enabled(), multiprocessors(x)
-    return plan(problem, architecture(x), deterministic, count, ("cuda",) if alone else ("triton", "cuda"))
+    return plan(problem, architecture(x), deterministic, count, ("cuda",) if _alone() else ("triton", "cuda"))
 
 
 @implements("lora_linear_forward", "cuda", refusal)
@@ -72,6 +72,35 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
     if m > 0:
         small(x, w, a, b, scale, bias, gain, y, z, h, w_scale)
     return y, h, z
+
+
+def backward_refusal(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale=None):
+    if w_scale is not None or any(t.dtype is not torch.bfloat16 for t in (dy, x, w, a, b)):
+        return "the kernels read bfloat16, of dy, x, w, a and b"
+    if drop_base:
+        return "the base is dropped, too; the kernels drop the input of a only"
+    if not w.numel() or w.shape[0] % 8 or w.shape[1] % 8:
+        return f"w is {list(w.shape)}; the kernels need multiples of 8, and some"
+    if b.stride(1) != 1:
+        return f"b has strides {list(b.stride())}; the kernels need rows without gaps"
+    times = {"y": y} if z is None else {"z": z}
+    return (
+        refuse_rows(dy=dy, x=x, w=w, a=a, **(times if needs[4] else {}))
+        or refuse_dtypes(bias=bias, gain=gain)
+        or refuse_negated(dy=dy, x=x, w=w, a=a, b=b, bias=bias, gain=gain)
+        or refuse_cuda(x, cuda_backward.DX)
+        or (None if _alone() else "Triton's kernels are there, which take three launches")
+    )
+
+
+@implements("lora_linear_backward", "cuda", backward_refusal)
+def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale=None):
+    return cuda_backward.backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, h, y, z, needs)
+
+
+def _alone():
+    """Whether Triton's kernels are no choice: this backend is forced, or they are not there."""
+    return forced_backend() == "cuda" or "triton" in missing_backends()
 
 
 def small(x, w, a, b, scale, bias, gain, y, z, h, w_scale=None):
