@@ -14,6 +14,17 @@ namespace py = pybind11;
 
 namespace lk {
 
+// the tables of csrc/<op>/cuda*.cu
+Kernels lora_linear_dx_kernels();
+Kernels lora_linear_outer_kernels();
+Kernels lora_linear_sides_kernels();
+Kernels lora_linear_small_kernels();
+Kernels lora_linear_sums_kernels();
+Kernels lora_linear_thin_kernels();
+Kernels lora_linear_tiles_kernels();
+Kernels merge_kernels();
+Kernels weight_norm_kernels();
+
 std::vector<Kernel> all() {
   std::vector<Kernel> found;
   for (Kernels each : {lora_linear_dx_kernels(), lora_linear_outer_kernels(), lora_linear_sides_kernels(),

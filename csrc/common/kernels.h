@@ -13,19 +13,10 @@ struct Kernels {
   int count;
 };
 
-Kernels lora_linear_dx_kernels();
-Kernels lora_linear_outer_kernels();
-Kernels lora_linear_sides_kernels();
-Kernels lora_linear_small_kernels();
-Kernels lora_linear_sums_kernels();
-Kernels lora_linear_thin_kernels();
-Kernels lora_linear_tiles_kernels();
-Kernels merge_kernels();
-Kernels weight_norm_kernels();
-
 }  // namespace lk
 
-#define LK_KERNEL(name) {#name, reinterpret_cast<const void*>(name), int(sizeof(Parameter))}
+#define LK_KERNEL_OF(name, Struct) {#name, reinterpret_cast<const void*>(name), int(sizeof(Struct))}
+#define LK_KERNEL(name) LK_KERNEL_OF(name, Parameter)
 #define LK_TABLE(file, Struct, ...)                                                                      \
   namespace lk {                                                                                         \
   using Parameter = Struct;                                                                              \

@@ -87,9 +87,5 @@ extern "C" __global__ void __launch_bounds__(256)
   if (threadIdx.x == 0) lk::put(p.dgain, p.kind, n, sum);
 }
 
-namespace lk {
-static const Kernel lora_linear_sums_table[] = {
-    {"lora_linear_sums", reinterpret_cast<const void*>(lora_linear_sums), int(sizeof(LoRALinearSums))},
-    {"lora_linear_zero_gain", reinterpret_cast<const void*>(lora_linear_zero_gain), int(sizeof(LoRALinearZeroGain))}};
-Kernels lora_linear_sums_kernels() { return {lora_linear_sums_table, 2}; }
-}  // namespace lk
+LK_TABLE(lora_linear_sums, LoRALinearSums, LK_KERNEL(lora_linear_sums),
+         LK_KERNEL_OF(lora_linear_zero_gain, LoRALinearZeroGain))

@@ -95,7 +95,32 @@ def cuda_shrink(kind: str, ranks: int) -> Cuda:
     return cuda_op("lora_linear/cuda_thin.cu", f"lora_linear_shrink_{kind}_{ranks}", 4 * (64 + ranks) * 128)
 
 
+BACKWARD = [
+    *(Configuration(f"lora_linear_sides.cu, {times}r<={ranks}", cuda_op(
+        "lora_linear/cuda_sides.cu", f"lora_linear_sides_{times}{ranks}", 6 * 8192 + 2 * chunks * ranks * 128), {CUDA: budget})
+      for times, ranks, chunks, budget in (
+          ("", 16, 8, Budget(11.8, "HMMA", units=256, wide=39, copies=1)),
+          ("", 32, 4, Budget(7.9, "HMMA", units=256, wide=23, copies=1)),
+          ("times_", 16, 8, Budget(16.2, "HMMA", units=256, wide=75, copies=1)),
+          ("times_", 32, 4, Budget(10.4, "HMMA", units=256, wide=43, copies=1)),
+      )),
+    *(Configuration(f"lora_linear_outer.cu, {name}", cuda_op(
+        "lora_linear/cuda_outer.cu", f"lora_linear_outer_{kernel}", 10 * 8192), {CUDA: budget})
+      for name, kernel, budget in (
+          ("r<=16", "16", Budget(11.2, "HMMA", units=64, wide=28, copies=3)),
+          ("r<=64", "64", Budget(4.5, "HMMA", units=256, wide=28, copies=3)),
+          ("drop_r<=16", "drop_16", Budget(42, "HMMA", units=16, wide=40)),
+          ("drop_r<=64", "drop_64", Budget(12.2, "HMMA", units=64, wide=40)),
+      )),
+    *(Configuration(f"lora_linear_dx.cu{name.replace('_', ', ')}", cuda_op(
+        "lora_linear/cuda_dx.cu", f"lora_linear_dx{name}", 12 * 8192, 256), {CUDA: Budget(per, "HMMA", units=64, wide=28)})
+      for name, per in (("", 6.3), ("_gain", 17.9), ("_drop", 6.3), ("_gain_drop", 17.9))),
+    *(Configuration(f"lora_linear_sums.cu, {name}", cuda_op("lora_linear/cuda_sums.cu", f"lora_linear_{name}", 0, 256),
+                    {CUDA: Budget(per, units=units, blocks=6)})
+      for name, per, units in (("sums", 6.3, 4), ("zero_gain", 5.8, 16))),
+]  # fmt: skip
 CUDA_OPS = [
+    *BACKWARD,
     *(Configuration(f"weight_norm.cu, {kind}, r={ranks}", cuda_ranks("weight_norm", kind, ranks), {CUDA: budget})
       for kind in ("bf16", "f16") for ranks, budget in (
           (16, Budget(43, "HMMA", units=8, wide=15, blocks=3)), (32, Budget(21, "HMMA", units=16, wide=12, blocks=2)),
