@@ -20,7 +20,7 @@ def test_every_kernel_of_the_sources_is_there():
     texts = [path.read_text() for path in launch.CSRC.glob("*/cuda*.cu")]
     named = {name for text in texts for name in re.findall(r"^LK_(?!TABLE)[A-Z_]+\((\w+),", text, re.MULTILINE)}
     tables = {name for text in texts for name in re.findall(r"LK_KERNEL(?:_OF)?\((\w+)", text)}
-    plain = {name for text in texts for name in re.findall(r'^extern "C" __global__ .*?(\w+)\(const', text, re.MULTILINE)}
+    plain = {name for text in texts for name in re.findall(r'^extern "C" __global__ void __launch_bounds__\(\d+\)\s+(\w+)\(', text, re.MULTILINE)}
     assert set(_cuda.kernels) == tables == named | plain
     assert sorted(_cuda.kernels.values()) == list(range(len(tables)))
 
