@@ -24,6 +24,27 @@ struct Pair<__half> {
 __device__ inline float2 widen(__nv_bfloat162 v) { return __bfloat1622float2(v); }
 __device__ inline float2 widen(__half2 v) { return __half22float2(v); }
 
+// four int8 numbers as two pairs of T, exactly
+__device__ inline void widen(uint32_t four, uint32_t& low, uint32_t& high, __half) {
+  const uint32_t biased = four ^ 0x80808080u;                                       // 0 to 255
+  asm("prmt.b32 %0, %1, %2, 0x5150;" : "=r"(low) : "r"(biased), "r"(0x64646464u));  // 1024 + what it was + 128
+  asm("prmt.b32 %0, %1, %2, 0x5352;" : "=r"(high) : "r"(biased), "r"(0x64646464u));
+  asm("sub.f16x2 %0, %0, %1;" : "+r"(low) : "r"(0x64806480u));
+  asm("sub.f16x2 %0, %0, %1;" : "+r"(high) : "r"(0x64806480u));
+}
+__device__ inline void widen(uint32_t four, uint32_t& low, uint32_t& high, __nv_bfloat16) {
+  const uint32_t biased = four ^ 0x80808080u;
+  float f[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    uint32_t bits;  // 2^23 + what it was + 128
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bits) : "r"(biased), "r"(0x4b000000u), "r"(0x7440u + uint32_t(i)));
+    f[i] = __uint_as_float(bits) - 8388736.f;
+  }
+  low = __byte_perm(__float_as_uint(f[0]), __float_as_uint(f[1]), 0x7632);
+  high = __byte_perm(__float_as_uint(f[2]), __float_as_uint(f[3]), 0x7632);
+}
+
 // for eight lanes that read 16 bytes each, of eight rows; for sixteen that read 8, of four rows and their neighbours
 enum class Swap { EIGHT, PAIRS };
 
@@ -31,6 +52,17 @@ template <Swap SWAP = Swap::EIGHT, typename T>
 __device__ T* piece(T* tile, int row, int at) {
   const int swap = SWAP == Swap::EIGHT ? row % 8 : row % 4 * 2;
   return tile + (row * WIDTH + (at ^ swap) * PIECE) / int(sizeof(T));
+}
+
+// put(row, column, sum) of each of a lane's sums of 16 rows and 8 COUNT columns
+template <int COUNT, typename Put>
+__device__ void each_sum(const float (&sums)[COUNT][4], Put&& put) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < COUNT; j++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) put(lane / 4 + i / 2 * 8, j * 8 + lane % 4 * 2 + i % 2, sums[j][i]);
+  }
 }
 
 // COUNT rows of m [rows, columns] from `row` on, 128 bytes of each from `column` on, by THREADS threads; zeros beyond its
@@ -104,6 +136,12 @@ __device__ inline __half rounded(float v) {
   return __float2half_rn(v);
 }
 
+// v as a number of bfloat16 and what that leaves of it
+__device__ inline void split(float v, __nv_bfloat16& high, __nv_bfloat16& low) {
+  high = __float2bfloat16_rn(v);
+  low = __float2bfloat16_rn(isinf(wide(high)) ? 0.f : v - wide(high));
+}
+
 // eight numbers of a row of m, of which `count` are there, as floats
 template <typename T>
 __device__ void load_eight(float (&v)[8], const T* m, int64_t count, bool aligned) {
@@ -143,10 +181,7 @@ __device__ void split_tile(__nv_bfloat16* tile, __nv_bfloat16* rest, const T* m,
     }
     alignas(16) __nv_bfloat16 high[8], low[8];
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-      high[j] = __float2bfloat16_rn(v[j]);
-      low[j] = __float2bfloat16_rn(isinf(wide(high[j])) ? 0.f : v[j] - wide(high[j]));
-    }
+    for (int j = 0; j < 8; j++) split(v[j], high[j], low[j]);
     *reinterpret_cast<uint4*>(piece(tile, r, c)) = *reinterpret_cast<uint4*>(high);
     if (rest) *reinterpret_cast<uint4*>(piece(rest, r, c)) = *reinterpret_cast<uint4*>(low);
   }

@@ -32,11 +32,8 @@ __device__ void load_v(const LoRALinearSides& p, B* tile, B* rest, int64_t colum
     const float gain = p.gain.data && at < p.n ? p.gain[at] : 1.f;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-      const float scaled = gain * v[j];
-      const B high = __float2bfloat16_rn(scaled);
       const int where = n / COLUMNS * RANK + ranks + j;
-      piece(tile, where, n % COLUMNS / 8)[n % 8] = high;
-      piece(rest, where, n % COLUMNS / 8)[n % 8] = __float2bfloat16_rn(isinf(wide(high)) ? 0.f : scaled - wide(high));
+      split(gain * v[j], piece(tile, where, n % COLUMNS / 8)[n % 8], piece(rest, where, n % COLUMNS / 8)[n % 8]);
     }
   }
 }
@@ -146,14 +143,10 @@ __device__ void sides(const LoRALinearSides& p) {
                               p.part != nullptr);
     }
     if (!p.p) continue;
-#pragma unroll
-    for (int j = 0; j < RANK / 8; j++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int64_t at = row + warp * 16 + lane / 4 + i / 2 * 8, r = rank + j * 8 + lane % 4 * 2 + i % 2;
-        if (at < end && r < p.r) p.p[(blockIdx.x * p.m + at) * p.r + r] = p.scale * of_v[j][i];
-      }
-    }
+    each_sum(of_v, [&](int at, int column, float sum) {
+      const int64_t m = row + warp * 16 + at, r = rank + column;
+      if (m < end && r < p.r) p.p[(blockIdx.x * p.m + m) * p.r + r] = p.scale * sum;
+    });
   }
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; chunk++) {

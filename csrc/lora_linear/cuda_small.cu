@@ -6,6 +6,7 @@
 // block of A's comes, too. So it does not matter in which order blocks run, or how many of them do at once; and sums are
 // added in the order of the parts, whoever does it.
 #include "../common/kernels.h"
+#include "../common/parts.cuh"
 #include "../common/tiles.cuh"
 
 namespace lk {
@@ -43,27 +44,6 @@ __device__ void copy_tokens(T* tile, const T* x, int64_t stride, int64_t tokens,
     cp_async(piece<SWAP<W>>(tile + t * TOKENS * COLUMNS<T>, token, c), inside ? x + token * stride + at : x,
              inside ? PIECE : 0);
   }
-}
-
-// four int8 numbers as two pairs of T, exactly
-__device__ inline void widen(uint32_t four, uint32_t& low, uint32_t& high, __half) {
-  const uint32_t biased = four ^ 0x80808080u;                                       // 0 to 255
-  asm("prmt.b32 %0, %1, %2, 0x5150;" : "=r"(low) : "r"(biased), "r"(0x64646464u));  // 1024 + what it was + 128
-  asm("prmt.b32 %0, %1, %2, 0x5352;" : "=r"(high) : "r"(biased), "r"(0x64646464u));
-  asm("sub.f16x2 %0, %0, %1;" : "+r"(low) : "r"(0x64806480u));
-  asm("sub.f16x2 %0, %0, %1;" : "+r"(high) : "r"(0x64806480u));
-}
-__device__ inline void widen(uint32_t four, uint32_t& low, uint32_t& high, __nv_bfloat16) {
-  const uint32_t biased = four ^ 0x80808080u;
-  float f[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    uint32_t bits;  // 2^23 + what it was + 128
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bits) : "r"(biased), "r"(0x4b000000u), "r"(0x7440u + uint32_t(i)));
-    f[i] = __uint_as_float(bits) - 8388736.f;
-  }
-  low = __byte_perm(__float_as_uint(f[0]), __float_as_uint(f[1]), 0x7632);
-  high = __byte_perm(__float_as_uint(f[2]), __float_as_uint(f[3]), 0x7632);
 }
 
 // sums [16 rows of a tile][tokens] += tile · tokensᵀ over 16 of W's columns
@@ -142,66 +122,25 @@ __device__ void stream(float (&sums)[TOKENS / 8][4], char* memory, const W* w, i
   cp_async_wait<0>();
 }
 
-// where a lane's sums of a part of a tile are kept
-template <int TOKENS>
-__device__ float4* kept(const LoRALinearSmall& p, int64_t part, int j) {
-  return reinterpret_cast<float4*>(p.scratch) + (part * (TOKENS / 8) + j) * THREADS + threadIdx.x;
-}
-
-template <int TOKENS>
-__device__ void together(float (&sums)[TOKENS / 8][4], const LoRALinearSmall& p, int64_t first, int parts) {
-#pragma unroll
-  for (auto& sum : sums) sum[0] = sum[1] = sum[2] = sum[3] = 0;
-  for (int part = 0; part < parts; part++) {
-#pragma unroll
-    for (int j = 0; j < TOKENS / 8; j++) {
-      const float4 v = *kept<TOKENS>(p, first + part, j);
-      sums[j][0] += v.x, sums[j][1] += v.y, sums[j][2] += v.z, sums[j][3] += v.w;
-    }
-  }
-}
-
-// whether this block is the last of `all` to come to a tile; what the others wrote before is seen then
-__device__ inline bool last(int* ticket, int all) {
-  __shared__ int is;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    is = atom_inc_acq_rel(ticket) == all - 1;
-    if (is) *ticket = 0;
-  }
-  __syncthreads();
-  return is;
-}
-
 // h's columns of a tile of A
 template <int TOKENS>
 __device__ void end_of_a(const LoRALinearSmall& p, int64_t row, int64_t first, int parts) {
   float sums[TOKENS / 8][4];
-  together<TOKENS>(sums, p, first, parts);
-  const int lane = threadIdx.x % 32, mine = threadIdx.x / 32 * 16 + lane / 4;
-#pragma unroll
-  for (int j = 0; j < TOKENS / 8; j++) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int64_t rank = row + mine + i / 2 * 8, token = j * 8 + lane % 4 * 2 + i % 2;
-      if (rank < p.r && token < p.m) p.h[token * p.r + rank] = p.scale * sums[j][i];
-    }
-  }
+  together<THREADS>(sums, p.scratch, first, parts);
+  each_sum(sums, [&](int r, int token, float sum) {
+    const int64_t rank = row + threadIdx.x / 32 * 16 + r;
+    if (rank < p.r && token < p.m) p.h[token * p.r + rank] = p.scale * sum;
+  });
 }
 
 // 64 columns of y, or of z
 template <typename T, int TOKENS>
 __device__ void store(const LoRALinearSmall& p, T* tile, void* to, const float (&sums)[TOKENS / 8][4], int64_t row) {
-  const int lane = threadIdx.x % 32, mine = threadIdx.x / 32 * 16 + lane / 4;
   __syncthreads();  // the tile has been read
-#pragma unroll
-  for (int j = 0; j < TOKENS / 8; j++) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int token = j * 8 + lane % 4 * 2 + i % 2, column = mine + i / 2 * 8;
-      piece(tile, token, column / 8)[column % 8] = rounded<T>(sums[j][i]);
-    }
-  }
+  each_sum(sums, [&](int r, int token, float sum) {
+    const int column = threadIdx.x / 32 * 16 + r;
+    piece(tile, token, column / 8)[column % 8] = rounded<T>(sum);
+  });
   __syncthreads();
   T* const out = static_cast<T*>(to);
   if (p.n % 8 == 0) {
@@ -224,7 +163,7 @@ template <typename W, typename T, int TOKENS>
 __device__ void end_of_w(const LoRALinearSmall& p, char* memory, int64_t row, int64_t first, int parts) {
   constexpr bool HALF = std::is_same<T, __half>::value;
   float sums[TOKENS / 8][4];
-  together<TOKENS>(sums, p, first, parts);
+  together<THREADS>(sums, p.scratch, first, parts);
   const int64_t mine = row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;  // and eight rows on
   const auto of_rows = [&](const Vector& v, float none, float (&found)[2]) {
     for (int i = 0; i < 2; i++) found[i] = v.data && mine + 8 * i < p.n ? v[mine + 8 * i] : none;
@@ -286,10 +225,7 @@ __device__ void lora_linear_small(const LoRALinearSmall& p) {
   } else {
     stream<W, T, TOKENS, STAGES>(sums, memory, static_cast<const W*>(p.w), p.w_row, row, p.n, p, begin, end);
   }
-#pragma unroll
-  for (int j = 0; j < TOKENS / 8; j++) {
-    *kept<TOKENS>(p, blockIdx.x, j) = make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
-  }
+  keep<THREADS>(sums, p.scratch, blockIdx.x);
   // which tiles of W this block ends: its own, or once h is complete those that wait for nothing else
   int from = tile, until = tile + 1;
   if (is_a) {

@@ -96,15 +96,10 @@ __device__ void shrink(const LoRALinearShrink& p) {
       }
     }
   }
-  const int lane = threadIdx.x % 32, mine = threadIdx.x / 32 * 16 + lane / 4;
-#pragma unroll
-  for (int j = 0; j < RANK / 8; j++) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int64_t t = token + mine + i / 2 * 8, r = rank + j * 8 + lane % 4 * 2 + i % 2;
-      if (t < p.m && r < p.r) p.h[(blockIdx.z * p.m + t) * p.r + r] = p.scale * sums[j][i];
-    }
-  }
+  each_sum(sums, [&](int row, int column, float sum) {
+    const int64_t t = token + threadIdx.x / 32 * 16 + row, r = rank + column;
+    if (t < p.m && r < p.r) p.h[(blockIdx.z * p.m + t) * p.r + r] = p.scale * sum;
+  });
 }
 
 }  // namespace lk

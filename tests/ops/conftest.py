@@ -1,4 +1,6 @@
+import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +22,10 @@ def planted(tmp_path, monkeypatch):
 
     def plant(source, old, new, keep, times=1):
         texts = {p.relative_to(launch.CSRC): p.read_text() for p in launch.CSRC.rglob("*") if p.suffix in (".cu", ".cuh", ".h")}
-        named = [path for path in texts if str(path) == source or path.parts[0] == "common"]
+        named = [Path(source)]
+        for path in named:  # and what it includes
+            found = re.findall(r'#include "(.*)"', texts[path])
+            named += [p for name in found if (p := Path(os.path.normpath(path.parent / name))) not in named]
         assert not old or sum(texts[path].count(old) for path in named) == times > 0, old
         for path in named:
             texts[path] = texts[path].replace(old, new) if old else texts[path]

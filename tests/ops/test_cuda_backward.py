@@ -93,6 +93,14 @@ def test_gradients_in_float32(simulated):
         assert not grads[name].equal(plain[name].float())
 
 
+def test_one_number_for_all_of_dy(simulated):
+    """As of y.sum(), whose rows have no memory of their own."""
+    p = make_problem(70, 64, 72, 5, BF16, gain=True)
+    found = run(replace(p, dy=torch.ones((), dtype=BF16).expand(70, 72)))
+    wanted = run(replace(p, dy=torch.ones(70, 72, dtype=BF16)))
+    assert all(found[key].equal(wanted[key]) for key in wanted)
+
+
 @pytest.mark.parametrize("name", ["x", "w", "a", "b", "dy"])
 def test_offsets_of_64_bits(simulated, name):
     p = make_problem(3, 24, 3 if name in ("w", "b") else 8, 3, BF16)
@@ -135,7 +143,7 @@ def test_other_architectures(simulated, arch):
     (cuda.SIDES, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
     (cuda.SIDES, "load(turn + STAGES - 1)", "load(turn + STAGES)"),
     (cuda.SIDES, "min(p.r, rank + RANK), RANK / 16);\n        __syncthreads();", "min(p.r, rank + RANK), RANK / 16);"),
-    (cuda.SIDES, "if (at < end && r < p.r)", "if (r < p.r)"),
+    (cuda.SIDES, "if (m < end && r < p.r)", "if (r < p.r)"),
     (cuda.SIDES, "of_uv += __shfl_xor_sync(0xffffffffu, of_uv, step);", ""),
     (cuda.OUTER, "    __syncthreads();  // the tiles of the step before have been read\n", ""),
     (cuda.OUTER, "cp_async_wait<1>();\n    __syncthreads();", "cp_async_wait<1>();"),
@@ -175,7 +183,7 @@ def test_planted_bugs(planted, monkeypatch, simulated, source, old, new):
 
 
 @pytest.mark.parametrize(("problem", "message"), [
-    (make_problem(4, 16, 16, 2, torch.float16), "the kernels read bfloat16, of dy, x, w, a and b"),
+    (make_problem(4, 16, 16, 2, torch.float16), "the kernels read bfloat16, of dy, x, w, a and b, and int8"),
     (make_problem(4, 16, 12, 2, BF16), r"w is \[12, 16\]; the kernels need multiples of 8, and some"),
 ])  # fmt: skip
 def test_refusals(simulated, problem, message):

@@ -1,12 +1,15 @@
 """lora_linear on a base of int8 with a scale for each row: W = w_scale ⊙ w."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from lora_kernels import lora_linear, use_backend
+from lora_kernels.ops.lora_linear import cuda_backward
 from lora_kernels.testing import assert_within_rounding
 from lora_kernels.testing.nvcc import MISSING, find_nvcc
-from lora_kernels.testing.ptxsim import device
+from lora_kernels.testing.ptxsim import SimulationError, device
 from tests.ops.interpreted import deterministic
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -128,22 +131,124 @@ def test_w_is_read_once_in_bytes():
 
 
 @needs_nvcc
-@pytest.mark.parametrize(("old", "new"), [
-    ("four ^ 0x80808080u", "four"),
-    ("- 8388736.f", "- 8388608.f"),
-    ("sixteen % 4 * 2 + lane % 4 / 2", "sixteen % 4 * 2 + lane % 2"),
-    ("sums[j][i] *= w_scale[i / 2]", "sums[j][i] *= w_scale[i % 2]"),
-    ("PAIRS : Swap::EIGHT", "EIGHT : Swap::EIGHT"),
+@pytest.mark.parametrize(("old", "new", "times"), [
+    ("four ^ 0x80808080u", "four", 2),  # of both types
+    ("- 8388736.f", "- 8388608.f", 1),
+    ("sixteen % 4 * 2 + lane % 4 / 2", "sixteen % 4 * 2 + lane % 2", 1),
+    ("sums[j][i] *= w_scale[i / 2]", "sums[j][i] *= w_scale[i % 2]", 1),
+    ("PAIRS : Swap::EIGHT", "EIGHT : Swap::EIGHT", 1),
 ])  # fmt: skip
-def test_planted_bugs(planted, old, new):
-    text = (planted.source / "lora_linear/cuda_small.cu").read_text()
-    planted("lora_linear/cuda_small.cu", old, new, keep="lora_linear_small_i8_bf16_16", times=text.count(old))
+def test_planted_bugs(planted, old, new, times):
+    planted("lora_linear/cuda_small.cu", old, new, keep="lora_linear_small_i8_bf16_16", times=times)
     x, w, a, b, w_scale = draw(9, 272, 72, 5, torch.bfloat16)
     wanted = lora_linear(*wide(x, w, a, b, w_scale), 0.5)
     with pytest.raises(AssertionError), use_backend("cuda", simulate=True), device() as sim:
         y = lora_linear(x, w, a, b, 0.5, w_scale=w_scale)
         assert sim.counters["shared_wavefronts"] <= 1.05 * sim.counters["shared_ideal"]
         assert_within_rounding(y, wanted, torch.bfloat16, 1.02)
+
+
+def gradients(args, gain=None, bias=None, dy=None, backend="cuda"):
+    """Those of x, a, b and of gain and bias, if they are there: of `args` in float64 if there is no backend."""
+    x, w, a, b, w_scale = args
+    if backend is None:
+        x, w, a, b = wide(*args)
+        gain, bias, dy = (None if v is None else v.double() for v in (gain, bias, dy))
+    leaves = [t.detach().clone().requires_grad_() for t in (x, a, b, gain, bias) if t is not None]
+    of = dict(zip("xab", leaves, strict=False)) | {name: t for name, t in zip(("gain", "bias"), leaves[3:], strict=False)}
+    with use_backend("reference"):
+        y = lora_linear(
+            of["x"], w, of["a"], of["b"], 0.5, of.get("bias"), of.get("gain"), **({} if backend is None else {"w_scale": w_scale})
+        )
+    with use_backend(backend or "reference", simulate=backend == "cuda"):
+        return dict(zip(of, torch.autograd.grad(y, leaves, dy), strict=True))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("shape", SHAPES[:3] + [(17, 512, 208, 65), (64, 784, 136, 5), (3, 16, 8, 2), (33, 272, 1096, 16)], ids=str)
+def test_gradients_of_cuda(shape):
+    args = draw(*shape, torch.bfloat16)
+    bias, gain, dy = torch.randn(shape[2]), torch.randn(shape[2]), torch.randn(shape[0], shape[2]).bfloat16()
+    for seed, more in enumerate([{}, {"gain": gain}, {"gain": gain, "bias": bias}]):
+        wanted = gradients(args, **more, dy=dy, backend=None)
+        with deterministic(bool(seed)), device(seed=seed) as sim:
+            found = gradients(args, **more, dy=dy)
+        for name in "xab":
+            assert_within_rounding(found[name], wanted[name], torch.bfloat16, 1.02, name=name)
+        for name in more:  # dgain is had from a rounded y
+            assert (found[name].double() - wanted[name]).norm() <= 5e-3 * wanted[name].norm(), name
+        assert sim.launches == 4 + (more.keys() == {"gain"})
+        assert sim.counters["shared_wavefronts"] <= 1.05 * sim.counters["shared_ideal"]
+
+
+@needs_nvcc
+def test_gains_of_zero():
+    args = draw(5, 64, 24, 3, torch.bfloat16)
+    gain, dy = torch.randn(24), torch.randn(5, 24).bfloat16()
+    gain[[0, 7, 8, 20]] = 0
+    with device():
+        found = gradients(args, gain, dy=dy)["gain"]
+    wanted = gradients(args, gain, dy=dy, backend=None)["gain"]
+    torch.testing.assert_close(found[gain == 0].double(), wanted[gain == 0], rtol=1e-4, atol=1e-4)
+
+
+@needs_nvcc
+def test_any_order_gives_the_same_gradients():
+    args, dy = draw(20, 272, 1096, 5, torch.bfloat16), torch.randn(20, 1096).bfloat16()
+    results = []
+    for seed in range(3):
+        with deterministic(False), device(seed=seed, resident=1 + 7 * (seed % 2)):
+            results.append(gradients(args, dy=dy))
+    assert all(one[name].equal(results[0][name]) for one in results for name in one)
+
+
+@needs_nvcc
+def test_a_row_alone_has_the_same_gradient():
+    args, dy = draw(40, 128, 136, 5, torch.bfloat16), torch.randn(40, 136).bfloat16()
+    with deterministic(True), device():
+        dx = gradients(args, dy=dy)["x"]
+        for row in (0, 39):
+            alone = (args[0][row : row + 1], *args[1:])
+            assert gradients(alone, dy=dy[row : row + 1])["x"].equal(dx[row : row + 1])
+
+
+@needs_nvcc
+def test_backward_reads_w_once_in_bytes():
+    x, w, a, b, w_scale = draw(4, 1024, 512, 16, torch.bfloat16)
+    dy, p, gain = torch.randn(4, 512).bfloat16(), torch.randn(1, 4, 16), torch.randn(512)
+    with use_backend("cuda", simulate=True), deterministic(False), device(trace=True) as sim:
+        cuda_backward.input_gradient_small(dy, w, a, p, gain, w_scale)
+    size = sum(t.numel() * t.element_size() for t in (w, a, dy, p, gain, w_scale))
+    assert size <= sim.dram()[0] <= size + 64
+    assert sim.launches == 1
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("old", "new"), [
+    ("    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    ("cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
+    ("step + 1) * STEP, end);  // while the tiles are multiplied\n    __syncthreads();", "step + 1) * STEP, end);"),
+    ("step + 1) * STEP, end);  // while", "step) * STEP, end);  //"),
+    ("    __syncthreads();  // the tiles have been read\n", ""),
+    ("0x3120", "0x3210"),
+    ("make_uint2(__byte_perm(v.x, v.y, 0x7632)", "make_uint2(__byte_perm(v.x, v.y, 0x5410)"),
+    ("low ? rest : tile", "tile"),
+    ("if (blockIdx.y == 0) adapter", "adapter"),
+    ("if (!last(p.tickets + blockIdx.x, parts)) return;", ""),
+    ("token < p.m && at < p.k", "at < p.k"),
+    ("rank + r < p.r && at < p.k", "at < p.k"),
+    ("", ""),
+])  # fmt: skip
+def test_planted_bugs_of_dx(planted, old, new):
+    planted(cuda_backward.DX_SMALL, old, new, keep="lora_linear_dx_small_16")
+    args, dy = draw(9, 272, 1096, 70, torch.bfloat16), torch.randn(9, 1096).bfloat16()
+    wanted = gradients(args, dy=dy, backend=None)["x"]
+    with pytest.raises((SimulationError, AssertionError)) if old else nullcontext():
+        for seed in range(2):
+            with deterministic(False), device(seed=seed) as sim:
+                found = gradients(args, dy=dy)["x"]
+            assert sim.counters["shared_wavefronts"] <= 1.05 * sim.counters["shared_ideal"]
+            assert_within_rounding(found, wanted, torch.bfloat16, 1.02)
 
 
 @needs_nvcc
@@ -156,3 +261,11 @@ def test_what_cuda_refuses(shape, flags, message):
     x, w, a, b, w_scale = draw(*shape, torch.bfloat16)
     with use_backend("cuda", simulate=True), pytest.raises(NotImplementedError, match=message):
         lora_linear(x, w, a, b, w_scale=w_scale, **flags)
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("m", "k"), [(65, 64), (4, 24)])
+def test_what_the_backward_of_cuda_refuses(m, k):
+    args = draw(m, k, 64, 4, torch.bfloat16)
+    with pytest.raises(NotImplementedError, match=f"w is int8; the kernel for that takes up to 64 rows of x, found {m}, mult"):
+        gradients(args, dy=torch.randn(m, 64).bfloat16())

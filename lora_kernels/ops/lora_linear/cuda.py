@@ -1,8 +1,6 @@
 """CUDA C++ for 16-bit x, A and B: up to 64 tokens in one launch, csrc/lora_linear/cuda_small.cu, with W in 16 bits or int8;
 else, and with dropout, h = s·drop(x) Aᵀ by csrc/lora_linear/cuda_thin.cu and the rest by csrc/lora_linear/cuda_tiles.cu."""
 
-from functools import lru_cache
-
 import torch
 
 from lora_kernels.ops import cost
@@ -11,6 +9,7 @@ from lora_kernels.ops.dispatch import Problem, plan
 from lora_kernels.ops.dropout import threshold
 from lora_kernels.ops.launch import KINDS, architecture, ceil, launch_cuda, multiprocessors, refuse_cuda, tickets, vector
 from lora_kernels.ops.lora_linear import cuda_backward
+from lora_kernels.ops.parts import shared_part
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_rows
 from lora_kernels.ops.registry import forced_backend, implements, missing_backends, note
 
@@ -75,27 +74,35 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
 
 
 def backward_refusal(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale=None):
-    if w_scale is not None or any(t.dtype is not torch.bfloat16 for t in (dy, x, w, a, b)):
-        return "the kernels read bfloat16, of dy, x, w, a and b"
+    if any(t.dtype is not torch.bfloat16 for t in (dy, x, a, b, *([w] if w_scale is None else []))):
+        return "the kernels read bfloat16, of dy, x, w, a and b, and int8 of w"
     if drop_base:
         return "the base is dropped, too; the kernels drop the input of a only"
     if not w.numel() or w.shape[0] % 8 or w.shape[1] % 8:
         return f"w is {list(w.shape)}; the kernels need multiples of 8, and some"
     if b.stride(1) != 1:
         return f"b has strides {list(b.stride())}; the kernels need rows without gaps"
+    if w_scale is not None and (len(x) > TOKENS or w.shape[1] % 16 or (dropout > 0 and seed is not None)):
+        return f"w is int8; the kernel for that takes up to {TOKENS} rows of x, found {len(x)}, multiples of 16, no dropout"
     times = {"y": y} if z is None else {"z": z}
     return (
-        refuse_rows(dy=dy, x=x, w=w, a=a, **(times if needs[4] else {}))
-        or refuse_dtypes(bias=bias, gain=gain)
-        or refuse_negated(dy=dy, x=x, w=w, a=a, b=b, bias=bias, gain=gain)
+        refuse_rows(x=x, w=w, a=a, **({} if _is_expanded(dy) else {"dy": dy}), **(times if needs[4] else {}))
+        or refuse_dtypes(bias=bias, gain=gain, w_scale=w_scale)
+        or refuse_negated(dy=dy, x=x, w=w, a=a, b=b, bias=bias, gain=gain, w_scale=w_scale)
         or refuse_cuda(x, cuda_backward.DX)
-        or (None if _alone() else "Triton's kernels are there, which take three launches")
+        or (None if w_scale is not None or _alone() else "Triton's kernels are there, which take three launches")
     )
 
 
 @implements("lora_linear_backward", "cuda", backward_refusal)
 def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale=None):
-    return cuda_backward.backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, h, y, z, needs)
+    dy = dy.contiguous() if _is_expanded(dy) else dy
+    return cuda_backward.backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, h, y, z, needs, w_scale)
+
+
+def _is_expanded(dy):
+    """As that of y.sum() is: one number to memory, all rows and columns to torch."""
+    return dy.stride(1) == 0
 
 
 def _alone():
@@ -109,7 +116,7 @@ def small(x, w, a, b, scale, bias, gain, y, z, h, w_scale=None):
     tokens, of_w = 16 if m <= 16 else TOKENS, "" if w_scale is None else "i8_"
     a_part = _part_of_a(r)
     a_tiles, w_tiles, a_parts = ceil(r, ROWS), ceil(n, ROWS), max(1, ceil(k, a_part))
-    w_part = _part(x, w, w_tiles, a_tiles * a_parts, tokens)
+    w_part = shared_part(x, k, WIDTH // w.element_size(), w_tiles, a_tiles * a_parts, 8 * tokens)
     blocks = a_tiles * a_parts + w_tiles * max(1, ceil(k, w_part))
     scratch = x.new_empty(blocks * ROWS * tokens, dtype=torch.float32)
     ticket = tickets(x.device, a_tiles + w_tiles + 1)
@@ -155,24 +162,3 @@ def tiles(x, w, b, bias, gain, h, y, z, whole):
 def _part_of_a(r):
     """How many columns of A are summed at a time; as Triton's `shrink` does, for the same bits."""
     return 1024 if r <= 32 else 2048
-
-
-def _part(x, w, tiles, others, tokens):
-    """How many columns of W a block takes. In the deterministic mode all: then the sums of a row are those of a GEMM, however
-    many rows there are."""
-    k, columns = max(x.shape[1], 1), WIDTH // w.element_size()
-    if torch.are_deterministic_algorithms_enabled():
-        return columns * ceil(k, columns)
-    return _shared(k, columns, tiles, others, tokens, 2 * chip(architecture(x), multiprocessors(x)).multiprocessors)
-
-
-@lru_cache(maxsize=4096)
-def _shared(k, columns, tiles, others, tokens, slots):
-    """So many columns that the blocks, of which `slots` run at once, have about as much to do each."""
-
-    def waste(parts):  # of the slots' time, and what parts cost: their sums are written and read
-        blocks = tiles * parts + others
-        return ceil(blocks, slots) * slots / max(blocks, 1) - 1 + 8 * parts * tokens / k
-
-    parts = min(range(1, max(1, min(8, k // (4 * columns))) + 1), key=waste)
-    return columns * ceil(ceil(k, columns), parts)

@@ -1,4 +1,5 @@
-"""CUDA C++: the backward of lora_linear in bfloat16, from csrc/lora_linear/cuda_sides.cu, _outer.cu, _dx.cu and _sums.cu.
+"""CUDA C++: the backward of lora_linear in bfloat16, from csrc/lora_linear/cuda_sides.cu, _outer.cu, _dx.cu or, with W in int8,
+_dx_small.cu, and _sums.cu.
 
 B1 reads dy once, for P = s·(dy ⊙ gain) B, dB and the sums of dy; B3 reads x once for dA; then dx, and what is left to add up.
 No atomics: what several blocks add to is kept in parts, whose sum is taken in their order.
@@ -10,14 +11,15 @@ from lora_kernels.ops import cost
 from lora_kernels.ops.chips import chip
 from lora_kernels.ops.dropout import threshold
 from lora_kernels.ops.gradients import empty_like
-from lora_kernels.ops.launch import NUMBERS, architecture, ceil, launch_cuda, vector
+from lora_kernels.ops.launch import NUMBERS, architecture, ceil, launch_cuda, tickets, vector
+from lora_kernels.ops.parts import shared_part
 
-SIDES, OUTER, DX, SUMS = (f"lora_linear/cuda_{name}.cu" for name in ("sides", "outer", "dx", "sums"))
+SIDES, OUTER, DX, DX_SMALL, SUMS = (f"lora_linear/cuda_{name}.cu" for name in ("sides", "outer", "dx", "dx_small", "sums"))
 # as in the sources: rows of a step, numbers of a tile of 64 by 64, in bytes; rows and columns of a tile of dx
 STEP, TILE_BYTES, TILE = 64, 8192, 128
 
 
-def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, h, y, z, needs):
+def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, h, y, z, needs, w_scale=None):
     """dx, da, db, dbias, dgain, as far as they are wanted."""
     needs_dx, needs_da, needs_db, needs_dbias, needs_dgain = needs
     times = (y if z is None else z) if needs_dgain else None
@@ -30,7 +32,7 @@ def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, h, y, z, needs):
         of_x, whole = outer(x, p, drop, needs_dx and len(p) > 1)
         p = p if whole is None else whole[None]
     if needs_dx:
-        dx = input_gradient(dy, w, a, p, gain, drop)
+        dx = input_gradient(dy, w, a, p, gain, drop) if w_scale is None else input_gradient_small(dy, w, a, p, gain, w_scale)
     da, db, dbias, dgain = (
         empty_like(t, wanted) if wanted else None for t, wanted in zip((a, b, bias, gain), needs[1:], strict=True)
     )
@@ -44,7 +46,7 @@ def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, h, y, z, needs):
         jobs.append((of_uv, dgain, None, gain if z is None else None, len(b), 1, 1.0))
     sums(jobs)
     if dgain is not None and z is None:
-        zero_gain(dy, x, w, b, h, gain, dgain)
+        zero_gain(dy, x, w, b, h, gain, w_scale, dgain)
     return dx, da, db, dbias, dgain
 
 
@@ -119,6 +121,24 @@ def input_gradient(dy, w, a, p, gain, drop):
     return dx
 
 
+def input_gradient_small(dy, w, a, p, gain, w_scale):
+    """(dy ⊙ gain ⊙ w_scale) w + p a for up to 64 rows and w of int8."""
+    (m, n), k, r = dy.shape, w.shape[1], len(a)
+    tokens, stages = (16, 5) if m <= 16 else (64, 3)
+    tiles = ceil(k, TILE)
+    part = shared_part(dy, n, STEP, tiles, 0, 16 * tokens)
+    blocks = tiles, ceil(n, part)
+    dx, scratch = dy.new_empty(m, k), dy.new_empty(tiles * blocks[1] * TILE * tokens, dtype=torch.float32)
+    ticket = tickets(dy.device, tiles)
+    args = (
+        dy, w, a, p, dx, scratch, ticket, *vector(gain), *vector(w_scale), m, n, k, r, len(p), dy.stride(0), w.stride(0),
+        a.stride(0), part,
+    )  # fmt: skip
+    shared = (stages * (STEP + tokens) + 2 * tokens) * 128
+    launch_cuda(DX_SMALL, f"lora_linear_dx_small_{tokens}", blocks, 128, args, [dx, scratch], shared, changes=[ticket])
+    return dx
+
+
 def sums(jobs):
     """Each out [n, r] = factor · gain ⊙ Σ part [parts, n, r] / divisor, up to four of them."""
     if not jobs:
@@ -133,10 +153,10 @@ def sums(jobs):
     launch_cuda(SUMS, "lora_linear_sums", (blocks,), 256, args, [job[1] for job in jobs], 0)
 
 
-def zero_gain(dy, x, w, b, h, gain, dgain):
+def zero_gain(dy, x, w, b, h, gain, w_scale, dgain):
     """The gradients of gains of zero: Σ dy ⊙ z, which y, a product with them, does not tell."""
     args = (
-        dy, x, w, b, h, dgain, NUMBERS[dgain.dtype], *vector(gain), len(x), x.shape[1], b.shape[1], dy.stride(0), x.stride(0),
-        w.stride(0), b.stride(0),
+        dy, x, w, b, h, dgain, NUMBERS[dgain.dtype], *vector(gain), *vector(w_scale), len(x), x.shape[1], b.shape[1], dy.stride(0),
+        x.stride(0), w.stride(0), b.stride(0),
     )  # fmt: skip
     launch_cuda(SUMS, "lora_linear_zero_gain", (len(w),), 256, args, [], 0, changes=[dgain])

@@ -1,0 +1,30 @@
+"""How blocks of CUDA C++ share the depth of a tile (csrc/common/parts.cuh)."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.chips import chip
+from lora_kernels.ops.launch import architecture, ceil, multiprocessors
+
+
+def shared_part(x: Tensor, depth: int, step: int, tiles: int, others: int, cost: int) -> int:
+    """How much of `depth` a block takes, a multiple of `step`, so that blocks, which come two at once to each multiprocessor of
+    x's GPU, have about as much to do each. `others` blocks do something else; `cost` is what the sums of a part cost beside a
+    unit of depth. In the deterministic mode all: then the sums of a row are those of a GEMM, however many rows there are.
+    """
+    depth = max(depth, 1)
+    if torch.are_deterministic_algorithms_enabled():
+        return step * ceil(depth, step)
+    return _shared(depth, step, tiles, others, cost, 2 * chip(architecture(x), multiprocessors(x)).multiprocessors)
+
+
+@lru_cache(maxsize=4096)
+def _shared(depth: int, step: int, tiles: int, others: int, cost: int, slots: int) -> int:
+    def waste(parts: int) -> float:  # of the slots' time, and of that of the sums, which are written and read
+        blocks = tiles * parts + others
+        return ceil(blocks, slots) * slots / max(blocks, 1) - 1 + parts * cost / depth
+
+    parts = min(range(1, max(1, min(8, depth // (4 * step))) + 1), key=waste)
+    return step * ceil(ceil(depth, step), parts)
