@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels.testing.nvcc import MISSING, find_nvcc
+from lora_kernels.testing.nvcc import MISSING, find_nvcc, front
 
 ROOT = Path(__file__).parents[1]
 CMAKE = shutil.which("cmake", path=Path(sys.executable).parent) or shutil.which("cmake")
@@ -43,12 +43,15 @@ def test_without_nvcc(configured, tmp_path):
 def test_the_gpus_that_are_asked_for(configured):
     if find_nvcc() is None:
         pytest.skip(f"{MISSING} (requirements-dev.txt has it for Linux on x86-64)")
-    gpus = "-DLK_CUDA_ARCHITECTURES=80;90", "-DLK_CUDA_PTX=90"
+    gpus = "-DLK_CUDA_ARCHITECTURES=86;90;100a;120", "-DLK_CUDA_PTX=90"
     status, why, rules = configured("-DLK_CUDA=ON", *gpus, f"-DLK_NVCC={find_nvcc()}")
     assert status == 0 and why is None
     command = next(line for line in rules.splitlines() if "cuda_small.cu" in line and "-gencode" in line)
     asked = [word for word in command.split() if word.startswith("arch=")]
-    assert asked == ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
+    fronts = {"86": "80", "90": "90", "100a": "100a", "120": "90"}
+    assert {name: front(f"sm_{name}") for name in fronts} == fronts
+    codes = [f"arch=compute_{seen},code=sm_{name}" for name, seen in fronts.items()]
+    assert asked == [*codes, "arch=compute_90,code=compute_90"]
     assert "-cudart static" in command
 
 

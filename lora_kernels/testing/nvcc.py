@@ -33,6 +33,12 @@ def find_nvcc() -> Path | None:
     return Path(on_path) if on_path else None
 
 
+def front(arch: str) -> str:
+    """The architecture that the sources see for a chip: 80 or 90, as in cmake/cuda.cmake; of a name with a letter, its own."""
+    number = arch.removeprefix("sm_")
+    return number if number[-1].isalpha() else "90" if int(number) >= 90 else "80"
+
+
 @functools.cache
 def compile_ptx(source: Path, arch: str = "sm_80", *options: str) -> str:
     """The PTX that nvcc -O3 makes of a file.
@@ -46,13 +52,13 @@ def compile_ptx(source: Path, arch: str = "sm_80", *options: str) -> str:
 
 @functools.cache
 def compile_cubin(source: Path, arch: str = "sm_80", *options: str) -> bytes:
-    """The binary for one chip that nvcc -O3 makes of a file.
+    """The binary for one chip, such as sm_120, that nvcc -O3 makes of a file, as in the module that is shipped: see `front`.
 
     Raises:
         FileNotFoundError: there is no nvcc.
         RuntimeError: it refused the file; the message is its own.
     """
-    return _compile(source, "-cubin", f"-arch={arch}", *options)
+    return _compile(source, "-cubin", "-gencode", f"arch=compute_{front(arch)},code={arch}", *options)
 
 
 def simulate_cuda(
@@ -66,7 +72,7 @@ def simulate_cuda(
         FileNotFoundError: there is no nvcc.
     """
     sim = current.get()
-    runs = _kernel(compile_ptx(source, f"sm_{sim.arch if sim else 80}"), kernel)
+    runs = _kernel(compile_ptx(source, f"sm_{front(f'sm_{sim.arch}' if sim else 'sm_80')}"), kernel)
     return runs.launch(grid, (threads,), args, writes, writes if poisoned is None else poisoned, shared)
 
 

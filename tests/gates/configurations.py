@@ -115,21 +115,26 @@ BACKWARD = [
     *(Configuration(f"lora_linear_dx.cu{name.replace('_', ', ')}", cuda_op(
         "lora_linear/cuda_dx.cu", f"lora_linear_dx{name}", 12 * 8192, 256), {CUDA: Budget(per, "HMMA", units=64, wide=28)})
       for name, per in (("", 6.3), ("_gain", 17.9), ("_drop", 6.3), ("_gain_drop", 17.9))),
+    *(Configuration(f"lora_linear_dx_small.cu, m<={tokens}", cuda_op(
+        "lora_linear/cuda_dx_small.cu", f"lora_linear_dx_small_{tokens}", kib * 1024), {CUDA: budget})
+      for tokens, kib, budget in (
+          (16, 54, Budget(43, "HMMA", units=32, wide=60)), (64, 64, Budget(20, "HMMA", units=64, wide=47)),
+      )),
     *(Configuration(f"lora_linear_sums.cu, {name}", cuda_op("lora_linear/cuda_sums.cu", f"lora_linear_{name}", 0, 256),
-                    {CUDA: Budget(per, units=units, blocks=6)})
-      for name, per, units in (("sums", 6.3, 4), ("zero_gain", 5.8, 16))),
+                    {CUDA: Budget(per, units=units, blocks=blocks)})
+      for name, per, units, blocks in (("sums", 6.3, 4, 6), ("zero_gain", 5.8, 16, 5))),
 ]  # fmt: skip
 CUDA_OPS = [
     *BACKWARD,
     *(Configuration(f"weight_norm.cu, {kind}, r={ranks}", cuda_ranks("weight_norm", kind, ranks), {CUDA: budget})
       for kind in ("bf16", "f16") for ranks, budget in (
           (16, Budget(43, "HMMA", units=8, wide=15, blocks=3)), (32, Budget(21, "HMMA", units=16, wide=12, blocks=2)),
-          (64, Budget(13.7, "HMMA", units=32, wide=16, blocks=2)), (128, Budget(8.9, "HMMA", units=64, wide=24)),
+          (64, Budget(14, "HMMA", units=32, wide=16, blocks=2)), (128, Budget(9, "HMMA", units=64, wide=24)),
       )),
     *(Configuration(f"merge.cu, {kind}, r={ranks}", cuda_ranks("merge", kind, ranks), {CUDA: budget})
       for kind in ("bf16", "f16") for ranks, budget in (
-          (16, Budget(60, "HMMA", units=8, wide=15, blocks=3)), (32, Budget(27, "HMMA", units=16, wide=12, blocks=2)),
-          (64, Budget(14, "HMMA", units=32, wide=16, blocks=2)), (128, Budget(11.2, "HMMA", units=64, wide=24)),
+          (16, Budget(60, "HMMA", units=8, wide=15, blocks=3)), (32, Budget(28.1, "HMMA", units=16, wide=12, blocks=2)),
+          (64, Budget(14.2, "HMMA", units=32, wide=16, blocks=2)), (128, Budget(11.2, "HMMA", units=64, wide=24)),
       )),
     *(Configuration(f"lora_linear_small.cu, {kind}, m<={tokens}", cuda_small(kind, tokens, kib), {CUDA: budget})
       for kind in ("bf16", "f16") for tokens, kib, budget in (
@@ -149,7 +154,7 @@ CUDA_OPS = [
       )),
     *(Configuration(
         f"lora_linear_tiles.cu, {kind}", cuda_op("lora_linear/cuda_tiles.cu", f"lora_linear_tiles_{kind}", 3 * 256 * 128, 256),
-        {CUDA: Budget(6.3, "HMMA", units=64, wide=25)},
+        {CUDA: Budget(6.4, "HMMA", units=64, wide=25)},
       ) for kind in ("bf16", "f16")),
 ]  # fmt: skip
 GATES = [*([] if MISSING else ops.GATES + weights.GATES), *CUDA_OPS, *CORPUS]

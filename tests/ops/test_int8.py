@@ -158,14 +158,23 @@ def gradients(args, gain=None, bias=None, dy=None, backend="cuda"):
     of = dict(zip("xab", leaves, strict=False)) | {name: t for name, t in zip(("gain", "bias"), leaves[3:], strict=False)}
     with use_backend("reference"):
         y = lora_linear(
-            of["x"], w, of["a"], of["b"], 0.5, of.get("bias"), of.get("gain"), **({} if backend is None else {"w_scale": w_scale})
+            of["x"],
+            w,
+            of["a"],
+            of["b"],
+            0.5,
+            of.get("bias"),
+            of.get("gain"),
+            **({} if backend is None else {"w_scale": w_scale}),
         )
     with use_backend(backend or "reference", simulate=backend == "cuda"):
         return dict(zip(of, torch.autograd.grad(y, leaves, dy), strict=True))
 
 
 @needs_nvcc
-@pytest.mark.parametrize("shape", SHAPES[:3] + [(17, 512, 208, 65), (64, 784, 136, 5), (3, 16, 8, 2), (33, 272, 1096, 16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", SHAPES[:3] + [(17, 512, 208, 65), (64, 784, 136, 5), (3, 16, 8, 2), (33, 272, 1096, 16)], ids=str
+)
 def test_gradients_of_cuda(shape):
     args = draw(*shape, torch.bfloat16)
     bias, gain, dy = torch.randn(shape[2]), torch.randn(shape[2]), torch.randn(shape[0], shape[2]).bfloat16()

@@ -156,7 +156,7 @@ def sums(jobs):
 def zero_gain(dy, x, w, b, h, gain, w_scale, dgain):
     """The gradients of gains of zero: Σ dy ⊙ z, which y, a product with them, does not tell."""
     args = (
-        dy, x, w, b, h, dgain, NUMBERS[dgain.dtype], *vector(gain), *vector(w_scale), len(x), x.shape[1], b.shape[1], dy.stride(0),
-        x.stride(0), w.stride(0), b.stride(0),
+        dy, x, w, b, h, dgain, NUMBERS[dgain.dtype], *vector(gain), *vector(w_scale), len(x), x.shape[1], b.shape[1],
+        dy.stride(0), x.stride(0), w.stride(0), b.stride(0),
     )  # fmt: skip
     launch_cuda(SUMS, "lora_linear_zero_gain", (len(w),), 256, args, [], 0, changes=[dgain])

@@ -17,7 +17,6 @@ from lora_kernels.testing.gates import occupancy, sass
 from lora_kernels.testing.gates.occupancy import CHIPS
 
 NVIDIA = tuple(arch for arch in CHIPS if arch.startswith("sm_"))
-WITH_A = ("sm_90", "sm_100")  # where wgmma and tcgen05 need the name of one chip alone
 _ANALYSIS = ("code.py", "sass.py", "amdgcn.py", "occupancy.py")
 
 
@@ -146,11 +145,7 @@ class Cuda:
 
     def text(self) -> str:
         options = [option for option in self.options if not option.startswith("-I")]
-        return f"{self.kernel} {self.threads} {options} {self.shared} {nvcc.OPTIONS} {WITH_A}"
-
-    def target(self, arch: str) -> str:
-        """The name of the chip for nvcc."""
-        return arch + "a" * (arch in WITH_A)
+        return f"{self.kernel} {self.threads} {options} {self.shared} {nvcc.OPTIONS} {[nvcc.front(arch) for arch in NVIDIA]}"
 
     def version(self) -> str:
         return f"nvcc {nvcc.version()}"

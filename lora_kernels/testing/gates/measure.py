@@ -51,7 +51,7 @@ def _triton(kernel: Triton, arch: str) -> tuple[Code, int, int]:
 
 
 def _cuda(kernel: Cuda, arch: str) -> tuple[Code, int, int]:
-    cubin = compile_cubin(kernel.source, kernel.target(arch), *kernel.options)
+    cubin = compile_cubin(kernel.source, arch, *kernel.options)
     return read_cubin(cubin, kernel.kernel, int(arch[3:])), kernel.shared, 0
 
 
