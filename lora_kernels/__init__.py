@@ -12,6 +12,8 @@ from lora_kernels.ops import (
     lora_linear,
     lora_linear_group,
     merged_weight,
+    multi_lora,
+    multi_lora_add_,
     use_backend,
     weight_norm,
 )
@@ -31,6 +33,8 @@ __all__ = [
     "lora_linear",
     "lora_linear_group",
     "merged_weight",
+    "multi_lora",
+    "multi_lora_add_",
     "nn",
     "save_adapter",
     "unfuse",

@@ -113,6 +113,42 @@ py::object fingerprint(py::handle w, const py::args& tensors) {
   return py::int_(count ? mix(sum, chosen->checksum(bytes, count)) : sum);
 }
 
+void multi_lora(const Matrix& x, const Matrix& a, const Matrix& b, const Matrix& from, const Matrix& to,
+                const Matrix& bias, bool holds_bias, int64_t first, const py::tuple& tables, int threads) {
+  constexpr int COUNT = 12;
+  if (tables.size() != COUNT) throw std::invalid_argument("multi_lora: 12 tables");
+  void* at[COUNT] = {};
+  int64_t rows[COUNT] = {}, columns[COUNT] = {};
+  for (int i = 0; i < COUNT; i++) {
+    if (tables[i].is_none()) continue;
+    int64_t held[4];
+    const lk::Tensor t = lk::reader.read(tables[i].ptr(), held);
+    int64_t elements = 1;
+    for (int d = t.dimensions - 1; d >= 0; d--) {
+      if (t.shape[d] > 1 && t.strides[d] != elements) throw std::invalid_argument("multi_lora: a table with gaps");
+      elements *= t.shape[d];
+    }
+    if (t.device.type != lk::CPU) throw std::invalid_argument("multi_lora: a table that is not on the CPU");
+    at[i] = t.data, rows[i] = t.shape[0], columns[i] = t.dimensions > 1 ? t.shape[1] : 1;
+  }
+  const auto ints = [&](int i) { return static_cast<int32_t*>(at[i]); };
+  const auto reals = [&](int i) { return static_cast<float*>(at[i]); };
+  const auto longs = [&](int i) { return static_cast<int64_t*>(at[i]); };
+  const auto part = [&](const Matrix& m, int64_t columns) {
+    lk::View v = m;
+    const int64_t size = m.type == lk::DType::f32 ? 4 : 2;
+    if (v.data) v.data = static_cast<char*>(v.data) + columns * m.col * size;
+    return v;
+  };
+  const lk::MultiLora p{x,          a,        b,          part(from, first), part(to, first), part(bias, first),
+                        holds_bias, ints(0),  ints(1),    ints(3),           ints(6),         reals(2),
+                        reals(4),   reals(5), longs(7),   reals(8),          longs(9),        longs(10),
+                        ints(11),   x.rows,   columns[7], rows[1],           columns[0],      x.cols,
+                        b.cols,     threads};
+  py::gil_scoped_release release;
+  chosen->multi_lora(p);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -199,5 +235,8 @@ PYBIND11_MODULE(_cpu, m) {
         chosen->row_norm_squared({w, floats(squared, "row_norm_squared"), w.cols, w.rows, threads});
       },
       release());
+  m.def("multi_lora", &multi_lora,
+        "tables: table, rank, scale, flags, gain, bias, generation of the slots; ids, weights, order, starts, error of "
+        "the plan. Columns `first` to `first` + those of b of `from` and `to`.");
   m.def("fingerprint", &fingerprint, "A 64-bit number of (W, tensors…) as they are; None where there is none.");
 }

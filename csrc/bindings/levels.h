@@ -1,6 +1,7 @@
 // Every kernel of one instruction set, and the choice among the sets at run time.
 #pragma once
 #include "../lora_linear/params.h"
+#include "../multi_lora/params.h"
 #include "../weight_norm/params.h"
 #if defined(LK_AMX)
 #include <sys/syscall.h>
@@ -19,21 +20,23 @@ struct Kernels {
   void (*weight_norm)(const WeightNorm&);
   void (*row_norm_squared)(const RowNormSquared&);
   uint64_t (*checksum)(const Bytes*, int);
+  void (*multi_lora)(const MultiLora&);
   void (*tiles)(const Tiles&) = nullptr;  // only with AMX
 };
 
-#define LK_DECLARE(level)                                                                 \
-  namespace level {                                                                       \
-  void forward_small(const ForwardSmall&);                                                \
-  void shrink(const Shrink&);                                                             \
-  void expand(const Expand&);                                                             \
-  void outer(const Outer&);                                                               \
-  void column_sums(const ColumnSums&);                                                    \
-  void weight_norm(const WeightNorm&);                                                    \
-  void row_norm_squared(const RowNormSquared&);                                           \
-  uint64_t checksum(const Bytes*, int);                                                   \
-  constexpr Kernels kernels{#level,      forward_small, shrink,           expand,  outer, \
-                            column_sums, weight_norm,   row_norm_squared, checksum};      \
+#define LK_DECLARE(level)                                                                        \
+  namespace level {                                                                              \
+  void forward_small(const ForwardSmall&);                                                       \
+  void shrink(const Shrink&);                                                                    \
+  void expand(const Expand&);                                                                    \
+  void outer(const Outer&);                                                                      \
+  void column_sums(const ColumnSums&);                                                           \
+  void weight_norm(const WeightNorm&);                                                           \
+  void row_norm_squared(const RowNormSquared&);                                                  \
+  uint64_t checksum(const Bytes*, int);                                                          \
+  void multi_lora(const MultiLora&);                                                             \
+  constexpr Kernels kernels{#level,      forward_small, shrink,           expand,   outer,       \
+                            column_sums, weight_norm,   row_norm_squared, checksum, multi_lora}; \
   }
 
 LK_DECLARE(portable)

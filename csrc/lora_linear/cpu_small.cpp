@@ -155,8 +155,11 @@ void forward_small(const ForwardSmall& p) {
     const Range rows = share(p.n_out, NR, thread, threads);
     with_type(p.w, [&](auto* w) {
       using T = std::remove_pointer_t<decltype(w)>;
-      T* y = static_cast<T*>(p.y.data);
-      stream(p, w, s, own, y, rows);
+      if (p.y.type == DType::f32) {
+        stream(p, w, s, own, static_cast<float*>(p.y.data), rows);
+      } else {
+        stream(p, w, s, own, static_cast<T*>(p.y.data), rows);
+      }
     });
   }
 }

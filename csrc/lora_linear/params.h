@@ -7,10 +7,11 @@ namespace lk {
 // y = gain ⊙ z + bias with z = x Wᵀ + scale · drop(x) Aᵀ Bᵀ, W read once; h = scale · drop(x) Aᵀ.
 // For few tokens: bound by the bytes of W.
 struct ForwardSmall {
-  View x, w, a, b, y;  // [tokens, in] [out, in] [rank, in] [out, rank] [tokens, out]; y has the type of x
-  View z;              // as y, or no data
-  View bias, gain;     // [out], or no data
-  float* h;            // [tokens, rank], or null
+  View x, w, a, b,
+      y;            // [tokens, in] [out, in] [rank, in] [out, rank] [tokens, out]; y has the type of w, or is float32
+  View z;           // as y, or no data
+  View bias, gain;  // [out], or no data
+  float* h;         // [tokens, rank], or null
   float scale;
   Dropout dropout;
   int64_t tokens, n_in, n_out, rank;

@@ -3,13 +3,16 @@
 from lora_kernels.ops.dora_linear import dora_linear
 from lora_kernels.ops.lora_linear import Member, lora_linear, lora_linear_group
 from lora_kernels.ops.merge import merged_weight
+from lora_kernels.ops.multi_lora import BatchPlan, Slots, multi_lora, multi_lora_add_
 from lora_kernels.ops.registry import FallbackWarning, explain, missing_backends, use_backend
 from lora_kernels.ops.weight_norm import NormCache, dora_gain, row_norm_squared, weight_norm
 
 __all__ = [
+    "BatchPlan",
     "FallbackWarning",
     "Member",
     "NormCache",
+    "Slots",
     "dora_gain",
     "dora_linear",
     "explain",
@@ -17,6 +20,8 @@ __all__ = [
     "lora_linear_group",
     "merged_weight",
     "missing_backends",
+    "multi_lora",
+    "multi_lora_add_",
     "row_norm_squared",
     "use_backend",
     "weight_norm",

@@ -9,7 +9,9 @@ import torch
 
 from lora_kernels import use_backend, weight_norm
 from lora_kernels.ops import row_norm_squared
+from lora_kernels.ops.multi_lora import multi_lora
 from lora_kernels.testing import assert_problem, make_problem, run
+from tests.ops.test_multi_lora import CASES, assert_exact, draw, planned
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -52,6 +54,13 @@ def test_weight_norm(level, dtype):
         w = (-1.5 * (p.b.double() @ p.a.double()) + 0.01).to(dtype)
         truth = (w.double() + 1.5 * (p.b.double() @ p.a.double())).norm(dim=1)
         torch.testing.assert_close(weight_norm(w, p.a, p.b, 1.5).double(), truth, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_multi_lora(level, dtype):
+    for case in CASES:
+        x, w, slots, slot, weights, bias = draw(*case, dtype)
+        assert_exact(multi_lora(x, w, slots, planned(slots, slot, weights), bias), (x, w, slots, slot, weights, bias))
 
 
 def test_every_level_draws_the_same_mask(level):

@@ -14,12 +14,12 @@ from lora_kernels import _cpu
 from lora_kernels.ops.buffers import mask, row_major, transposed
 from lora_kernels.ops.gradients import dtype_of, empty_like
 from lora_kernels.ops.lora_linear.loop import backward_each, forward_each, refuse_each
+from lora_kernels.ops.products import BLOCK, products, small
 from lora_kernels.ops.refusals import READ, refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tiles import on_tiles, product_back
 
 FEW = 64  # tokens, up to which a pass in float32 vectors is faster than tiles and a transposing copy
-BLOCK = 256  # rows of W widened at a time: 4 MiB of float32 at 4096 columns
 
 
 def refusal(x, w, a, b, scale, bias, gain, *_):
@@ -109,7 +109,7 @@ def _forward_large(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep
         _expand(wide, kept, None, h, mask=drop, mask_from=True)
         rest = wide - kept
     # float32 between the passes where there is more than one, so that y is rounded once
-    for rows, wide in _products(kept, w):
+    for rows, wide in products(kept, w):
         slice_b, slice_gain, slice_bias = b[rows], _slice(gain, rows), _slice(bias, rows)
         target = y[:, rows]
         if rest is None and not keep_z:
@@ -227,22 +227,6 @@ def _expand(source, target, b, h, *, gain=None, bias=None, mask=None, mask_from=
     _cpu.expand(source, target, b, gain, bias, h, mask, mask_from, torch.get_num_threads())
 
 
-def _products(x, w):
-    """x Wᵀ as (rows of W, product): one piece, or for 16-bit weights float32 pieces."""
-    if w.dtype is torch.float32:
-        yield slice(0, w.shape[0]), x @ w.T
-        return
-    wide, scratch = x.float(), x.new_empty(min(BLOCK, w.shape[0]), w.shape[1], dtype=torch.float32)
-    part = wide.new_empty(x.shape[0], len(scratch))
-    for first in range(0, w.shape[0], BLOCK):
-        rows = slice(first, min(first + BLOCK, w.shape[0]))
-        block = scratch[: rows.stop - first]
-        block.copy_(w[rows])
-        product = part if len(block) == len(scratch) else wide.new_empty(x.shape[0], len(block))
-        torch.mm(wide, block.T, out=product)
-        yield rows, product
-
-
 def _times_weight(dy, w):
     """dy W, in float32."""
     if w.dtype is torch.float32:
@@ -262,10 +246,3 @@ def _times_weight(dy, w):
 
 def _slice(vector, rows):
     return None if vector is None else vector[rows]
-
-
-def small(dtype: torch.dtype) -> int:
-    """Up to how many tokens the fused kernel is faster than the GEMM."""
-    if dtype is torch.float32:
-        return 32
-    return 4 if dtype is torch.bfloat16 and _cpu.has_tiles() else 64

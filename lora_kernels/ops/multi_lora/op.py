@@ -1,0 +1,117 @@
+"""A frozen linear layer in which each token has its own adapter, none, or several:
+
+    y[t] = W x[t] + Σᵢ vᵢ ((gᵢ − 1) ⊙ W x[t] + gᵢ ⊙ sᵢ Bᵢ Aᵢ x[t] + cᵢ) + bias                                 (1)
+
+over the adapters i of token t: v their weights, g = m / ‖W + s·BA‖ of DoRA and else 1, c the bias of B times s. With one
+adapter of weight 1 that is g ⊙ (W x + s·B A x) + c + bias.
+Sources: LoRA, arXiv:2106.09685, eq. 3; DoRA, arXiv:2402.09353, eq. 5; batches of adapters: Punica, arXiv:2310.18547, §3;
+ragged ranks: S-LoRA, arXiv:2311.03285, §5.2.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.lora_linear.op import FLOATS
+from lora_kernels.ops.multi_lora.plan import BatchPlan, Slots
+from lora_kernels.ops.registry import declare
+
+
+def multi_lora(
+    x: Tensor, w: Tensor, slots: Slots | Sequence[Slots], plan: BatchPlan, bias: Tensor | None = None
+) -> Tensor:
+    """Formula (1).
+
+    Shapes: x [..., in], w [out, in], bias [out]; returns [..., out] in the dtype of x. `plan` has as many tokens as x has
+    rows. `slots` are the adapters of w, or of several slices of its rows (q, k and v of one matrix) in their order. x and w
+    share a dtype (float32, bfloat16, float16 or float64), a and b of the slots one, too. Sums are float32 (float64 for
+    float64), and y is rounded once.
+
+    An id that is out of range or stale counts as no adapter, and sets `plan.error`; weights of others are never read.
+    Nothing is differentiated.
+
+    Raises:
+        TypeError: a tensor has a dtype that is not supported.
+        ValueError: a shape or device does not fit; the message names the tensor.
+        NotImplementedError: the forced backend refuses; the message says why.
+    """
+    slots = _check("multi_lora", x, slots, plan, bias, w.shape[0] if isinstance(w, Tensor) and w.dim() == 2 else -1)
+    if w.shape[1] != x.shape[-1] or w.dtype is not x.dtype or w.device != x.device:
+        wanted = f"[out, {x.shape[-1]}] {x.dtype} on {x.device} as x is"
+        raise ValueError(f"multi_lora: w must be {wanted}, found {list(w.shape)} {w.dtype} on {w.device}")
+    y = _forward(_rows(x), w, *_flat(slots, plan), bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
+
+
+def multi_lora_add_(
+    y: Tensor, x: Tensor, slots: Slots | Sequence[Slots], plan: BatchPlan, bias: Tensor | None = None
+) -> Tensor:
+    """Makes formula (1) of y = W x + bias, in place, wherever W x came from: a quantised base, another library. y is read and
+    written once, and returned. `bias` [out] is that which y holds already; it matters to DoRA alone, whose gain is not for it.
+
+    Shapes: y [..., out], x [..., in]; the rest as `multi_lora`, which rounds once where this rounds twice, since y is rounded.
+
+    Raises:
+        as `multi_lora`; and ValueError if y has not its own memory for each element.
+    """
+    slots = _check("multi_lora_add_", x, slots, plan, bias, y.shape[-1] if isinstance(y, Tensor) and y.dim() else -1)
+    if y.shape[:-1] != x.shape[:-1] or y.dtype is not x.dtype or y.device != x.device:
+        wanted = f"{[*x.shape[:-1], y.shape[-1]]} {x.dtype} on {x.device} as x is"
+        raise ValueError(f"multi_lora_add_: y must be {wanted}, found {list(y.shape)} {y.dtype} on {y.device}")
+    rows = y if y.dim() == 2 else y.view(math.prod(y.shape[:-1]), y.shape[-1])
+    if any(stride == 0 and size > 1 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
+        raise ValueError(f"multi_lora_add_: y must have its own memory for each element, found strides {list(y.stride())}")
+    _add(rows, _rows(x), *_flat(slots, plan), bias)
+    if not torch.compiler.is_compiling() and not y.is_inference():
+        torch.autograd.graph.increment_version(y)
+    return y
+
+
+def _rows(x):
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _flat(slots, plan):
+    return (slots[0].tensors if len(slots) == 1 else [t for s in slots for t in s.tensors]), *plan.tensors
+
+
+def _check(op, x, slots, plan, bias, n_out):
+    """The slots as a list, if everything fits."""
+    if not isinstance(x, Tensor) or x.dim() < 1 or n_out < 0:
+        raise TypeError(f"{op}: x and w or y must be tensors, x of at least one dimension and w of two")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: x must be float32, bfloat16, float16 or float64, found {x.dtype}")
+    slots = [slots] if isinstance(slots, Slots) else list(slots)
+    if not slots or not all(isinstance(s, Slots) for s in slots) or not isinstance(plan, BatchPlan):
+        raise TypeError(f"{op}: slots must be Slots, or several, and plan a BatchPlan")
+    for i, s in enumerate(slots):
+        if s.a.shape[1] != x.shape[-1] or s.a.device != x.device:
+            wanted = f"{x.shape[-1]} columns on {x.device} as x has"
+            raise ValueError(f"{op}: a of slots[{i}] must have {wanted}, found {list(s.a.shape)} on {s.a.device}")
+    found = [s.b.shape[1] for s in slots]
+    if sum(found) != n_out:
+        raise ValueError(f"{op}: the slots' b must have {n_out} columns together, found {found}")
+    tokens = math.prod(x.shape[:-1])
+    if len(plan.ids) != tokens or plan.ids.device != x.device:
+        raise ValueError(f"{op}: plan must be of {tokens} tokens on {x.device}, found {len(plan.ids)} on {plan.ids.device}")
+    count = len(slots[0].rank)
+    if len(plan.starts) != count + 1 or any(len(s.rank) != count for s in slots):
+        counts = [len(s.rank) for s in slots]
+        raise ValueError(f"{op}: plan and slots must have as many slots, found {len(plan.starts) - 1} and {counts}")
+    if bias is not None and (bias.shape != (n_out,) or bias.dtype not in FLOATS or bias.device != x.device):
+        wanted = f"[{n_out}], floating, on {x.device}"
+        raise ValueError(f"{op}: bias must be {wanted}, found {list(bias.shape)} {bias.dtype} on {bias.device}")
+    return slots
+
+
+_PLAN = "Tensor ids, Tensor? weights, Tensor order, Tensor starts, Tensor(e!) error, Tensor? bias"
+_forward = declare(
+    f"multi_lora_forward(Tensor x, Tensor w, Tensor[] slots, {_PLAN}) -> Tensor",
+    lambda x, w, slots, ids, weights, order, starts, error, bias: x.new_empty(x.shape[0], w.shape[0]),
+)
+_add = declare(
+    f"multi_lora_add(Tensor(y!) y, Tensor x, Tensor[] slots, {_PLAN}) -> ()",
+    lambda y, x, slots, ids, weights, order, starts, error, bias: None,
+)

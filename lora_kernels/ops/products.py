@@ -1,0 +1,52 @@
+"""The product x Wᵀ on the CPU, in float32 whatever the dtype."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lora_kernels import _cpu
+from lora_kernels.ops.tiles import on_tiles, product
+
+BLOCK = 256  # rows of W widened at a time: 4 MiB of float32 at 4096 columns
+
+
+def small(dtype: torch.dtype) -> int:
+    """Up to how many tokens the fused kernel is faster than the GEMM."""
+    if dtype is torch.float32:
+        return 32
+    return 4 if dtype is torch.bfloat16 and _cpu.has_tiles() else 64
+
+
+def base_product(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+    """x Wᵀ in float32, for float32 in `out`; x by rows."""
+    tokens = len(x)
+    if tokens and w.numel() and tokens <= small(x.dtype):
+        y = x.new_empty(tokens, len(w), dtype=torch.float32) if out is None else out
+        none = w.new_empty(0, w.shape[1]), w.new_empty(len(w), 0)
+        if _cpu.forward_small(x, w, none[0], none[1], y, None, None, None, None, 1.0, None, torch.get_num_threads()):
+            return y
+    if on_tiles(x, w) and tokens and w.numel():
+        return product(x, w)
+    if x.dtype is torch.float32:
+        return torch.mm(x, w.T, out=out)
+    y = x.new_empty(tokens, len(w), dtype=torch.float32)
+    for rows, wide in products(x, w):
+        y[:, rows] = wide
+    return y
+
+
+def products(x: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """x Wᵀ as (rows of W, product): one piece, or for 16-bit weights float32 pieces."""
+    if w.dtype is torch.float32:
+        yield slice(0, w.shape[0]), x @ w.T
+        return
+    wide, scratch = x.float(), x.new_empty(min(BLOCK, w.shape[0]), w.shape[1], dtype=torch.float32)
+    part = wide.new_empty(x.shape[0], len(scratch))
+    for first in range(0, w.shape[0], BLOCK):
+        rows = slice(first, min(first + BLOCK, w.shape[0]))
+        block = scratch[: rows.stop - first]
+        block.copy_(w[rows])
+        product = part if len(block) == len(scratch) else wide.new_empty(x.shape[0], len(block))
+        torch.mm(wide, block.T, out=product)
+        yield rows, product
