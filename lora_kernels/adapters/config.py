@@ -7,7 +7,7 @@ import re
 import stat
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from io import BufferedReader
 from pathlib import Path
@@ -144,8 +144,9 @@ class LoraConfig:
         return {"peft_type": "LORA", **self.extra, **own}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LoraConfig":
-        """Reads the keys of adapter_config.json; also takes `peft.LoraConfig(...).to_dict()`.
+    def from_dict(cls, values: Mapping[str, Any], also: Container[str] = ()) -> "LoraConfig":
+        """Reads the keys of adapter_config.json; also takes `peft.LoraConfig(...).to_dict()`. Those in `also` are kept in
+        `extra`: the caller does what they ask for.
 
         Raises:
             TypeError: a field has the wrong type.
@@ -160,7 +161,7 @@ class LoraConfig:
         for key, value in values.items():
             if key in own:
                 known[key] = value
-            elif key in _KEPT or not value:
+            elif key in _KEPT or key in also or not value:
                 extra[key] = value
             elif key not in _DROPPED:
                 raise AdapterError(
@@ -170,8 +171,8 @@ class LoraConfig:
         return cls(**known, extra=extra)
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str]) -> "LoraConfig":
-        """Reads adapter_config.json of a local directory; nothing is downloaded.
+    def from_pretrained(cls, directory: str | os.PathLike[str], also: Container[str] = ()) -> "LoraConfig":
+        """Reads adapter_config.json of a local directory; nothing is downloaded. `also` as in from_dict.
 
         Raises:
             AdapterError: the file is missing, too large, not JSON, or its content is refused; the message names it.
@@ -184,7 +185,7 @@ class LoraConfig:
             values = parse_object(file.read(size), path)
         _check_depth(values, path)
         try:
-            return cls.from_dict(values)
+            return cls.from_dict(values, also)
         except (TypeError, ValueError) as error:
             raise AdapterError(f"{path}: {error}") from error
 

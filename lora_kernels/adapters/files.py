@@ -92,14 +92,14 @@ def save_adapter(
     _check_layers(layers, selection, config)
     if save_embedding_layers:
         _check_unmerged(layers)
-    slots = _slots(model, selection, config)
+    slots = slots_of(model, selection, config)
     tensors = {
         key: _tensor(model.get_submodule(slot.owner), slot.name).detach().cpu().contiguous().clone()
         for key, slot in slots.items()
         if slot.role == "own" or (slot.role == "base" and save_embedding_layers)
     }
     for key, tensor in tensors.items():
-        _check_finite(key, tensor, "save_adapter")
+        check_finite(key, tensor, "save_adapter")
     rescaled = [n for n, layer in layers.items() if not math.isclose(layer.scaling, _scaling(layer), rel_tol=1e-6)]
     if rescaled:
         warnings.warn(f"save_adapter: set_scale is not saved; changed in {some(rescaled)}", stacklevel=2)
@@ -155,12 +155,12 @@ def load_adapter(
             _check_unmerged(layers)
             _check_rest(getattr(model, "_lora_config", None), selection, config)
         else:
-            _check_init(config)
+            check_init(config)
             check_targets(model, selection, config)
     except AdapterError as error:
         raise AdapterError(f"{folder / CONFIG_NAME}: {error}") from error
-    slots = _slots(model, selection, config)
-    tensors = _read(path, slots)
+    slots = slots_of(model, selection, config)
+    tensors = read_tensors(path, slots)
     with torch.random.fork_rng(devices=[]), ExitStack() as undo:
         new: dict[str, nn.Module] = {}
         if not layers:
@@ -171,7 +171,7 @@ def load_adapter(
             owner = new[slot.owner] if slot.owner in new else model.get_submodule(slot.owner)
             target = _tensor(owner, slot.name)
             value = value.to(target)
-            _check_finite(key, value, f"{path} as {target.dtype}")
+            check_finite(key, value, f"{path} as {target.dtype}")
             if slot.role == "own" or load_embedding_layers:
                 writes.append((target, value))
             elif not torch.equal(target, value):
@@ -190,7 +190,7 @@ def load_adapter(
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """Where one tensor of the file belongs."""
 
     owner: str
@@ -202,7 +202,7 @@ class _Slot:
     """"own": the adapter's, must be there; "base": a base weight that PEFT may repeat; "ignored": PEFT may write it."""
 
 
-def _slots(model: nn.Module, selection: Selection, config: LoraConfig) -> dict[str, _Slot]:
+def slots_of(model: nn.Module, selection: Selection, config: LoraConfig) -> dict[str, Slot]:
     """Every tensor that the files of this adapter hold or may hold, by its key."""
     slots = {}
     adapted = {target.name for target in selection.targets}
@@ -218,21 +218,21 @@ def _slots(model: nn.Module, selection: Selection, config: LoraConfig) -> dict[s
             if config.use_dora:
                 shapes["lora_magnitude_vector"] = (rows,)
         for key, shape in shapes.items():
-            slots[f"{path}.{key}"] = _Slot(target.name, key.removesuffix(".weight"), torch.Size(shape))
+            slots[f"{path}.{key}"] = Slot(target.name, key.removesuffix(".weight"), torch.Size(shape))
     for name, bias in trained_biases(model, selection, config.bias).items():
         owner = name.rpartition(".")[0]
         key = f"{owner}.base_layer.bias" if owner in adapted else name
-        slots[f"{PREFIX}{key}"] = _Slot(owner, "bias", bias.shape)
+        slots[f"{PREFIX}{key}"] = Slot(owner, "bias", bias.shape)
     for path in selection.saved:
         for name, tensor in model.get_submodule(path).state_dict().items():
             dtype = None if tensor.is_floating_point() else tensor.dtype
-            slots[f"{PREFIX}{path}.{name}"] = slot = _Slot(path, name, tensor.shape, dtype)
+            slots[f"{PREFIX}{path}.{name}"] = slot = Slot(path, name, tensor.shape, dtype)
             if config.bias == "all" and f".{name}".endswith(".bias"):
                 for copy in ("modules_to_save", "original_module"):
                     slots[f"{PREFIX}{path}.{copy}.{name}"] = replace(slot, role="ignored")
     for name in _embeddings(model):
         key = f"{PREFIX}{name}.base_layer.weight" if name in adapted else f"{PREFIX}{name}.weight"
-        slots.setdefault(key, _Slot(name, "weight", _tensor(model.get_submodule(name), "weight").shape, role="base"))
+        slots.setdefault(key, Slot(name, "weight", _tensor(model.get_submodule(name), "weight").shape, role="base"))
     return slots
 
 
@@ -286,7 +286,7 @@ def _scaling(layer: Layer) -> float:
     return layer.lora_alpha / (math.sqrt(layer.r) if layer.use_rslora else layer.r)
 
 
-def _check_init(config: LoraConfig) -> None:
+def check_init(config: LoraConfig) -> None:
     init = str(config.init_lora_weights)
     if init.startswith(_CHANGES_BASE):
         raise AdapterError(
@@ -297,14 +297,14 @@ def _check_init(config: LoraConfig) -> None:
         )
 
 
-def _check_finite(key: str, tensor: Tensor, where: str) -> None:
+def check_finite(key: str, tensor: Tensor, where: str) -> None:
     if tensor.is_floating_point():
         wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
         if wrong:
             raise AdapterError(f"{where}: {key} has {wrong} of {tensor.numel()} values that are not finite")
 
 
-def _read(path: Path, slots: dict[str, _Slot]) -> dict[str, Tensor]:
+def read_tensors(path: Path, slots: dict[str, Slot]) -> dict[str, Tensor]:
     """The tensors of a safetensors file, which must be those of `slots`; nothing is allocated before that is known."""
     file, size = open_file(path)
     with file:
@@ -321,13 +321,13 @@ def _read(path: Path, slots: dict[str, _Slot]) -> dict[str, Tensor]:
     tensors = {}
     for key, (begin, end) in spans.items():
         tensor = raw[begin:end].clone().view(_DTYPES[header[key]["dtype"]]).reshape(header[key]["shape"])
-        _check_finite(key, tensor, str(path))
+        check_finite(key, tensor, str(path))
         if slots[key].role != "ignored":
             tensors[key] = tensor
     return tensors
 
 
-def _header(file: BufferedReader, size: int, path: Path, slots: dict[str, _Slot]) -> tuple[dict[str, Any], int]:
+def _header(file: BufferedReader, size: int, path: Path, slots: dict[str, Slot]) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(file.read(8), "little")
     limit = max(_LEAST_HEADER, sum(len(key) + _HEADER_PER_TENSOR for key in slots))
     if size < 10 or length > size - 8:
@@ -378,7 +378,7 @@ def _check_spans(spans: dict[str, tuple[int, int]], size: int, path: Path) -> No
         raise AdapterError(f"{path}: is truncated or damaged: the tensors take {reached} bytes of data, found {size}")
 
 
-def _check_entry(key: str, entry: dict[str, Any], slot: _Slot, path: Path) -> None:
+def _check_entry(key: str, entry: dict[str, Any], slot: Slot, path: Path) -> None:
     dtype = _DTYPES[entry["dtype"]]
     if (slot.dtype or dtype) is not dtype or (slot.dtype is None and not dtype.is_floating_point):
         wanted = slot.dtype or "floating"

@@ -117,11 +117,11 @@ class BatchPlan:
         return BatchPlan(ids, weights, order, starts, torch.zeros(1, dtype=torch.int32, device=ids.device))
 
     def raise_errors(self) -> None:
-        """Raises if a kernel met an id that no pool has given or that was evicted since; its token got the base alone. Waits for
-        the device.
+        """Raises if a kernel met an id that no pool has given or that was evicted since; its token got the base alone. Waits
+        for the device.
 
         Raises:
-            LookupError: which tokens the ids are of that are out of range is said; of stale ones the pool knows.
+            LookupError: it did.
         """
         if int(self.error):
             raise LookupError("BatchPlan: an id of an adapter is out of range or stale; its tokens were computed without it")
@@ -139,7 +139,7 @@ def unflatten(slots: list[Tensor]) -> list[Slots]:
 def members_of(
     s: Slots, ids: Tensor, weights: Tensor | None, error: Tensor
 ) -> Iterator[tuple[Tensor, int, Tensor | None]]:
-    """The tokens of each adapter, its slot, and what it counts, for one column of ids after the other; sets error where an
+    """The tokens of each adapter, its slot, and what it counts, one column of ids after the other; sets error where an
     id is out of range or stale. Copies to the host."""
     for i, column in enumerate(ids.unbind(1)):
         slot = column & _SLOT

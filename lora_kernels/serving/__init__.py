@@ -1,0 +1,23 @@
+"""Many adapters over one base model: a pool of them, and layers that take one for each sequence of a batch."""
+
+from lora_kernels.ops.multi_lora import BatchPlan, Slots
+from lora_kernels.serving.adapter import Adapter, Factors, adapter_of, read_adapter
+from lora_kernels.serving.batch import Batch
+from lora_kernels.serving.layer import MultiLoRALinear, serve, unserve
+from lora_kernels.serving.pool import AdapterPool, PoolFullError, PoolStats
+
+__all__ = [
+    "Adapter",
+    "AdapterPool",
+    "Batch",
+    "BatchPlan",
+    "Factors",
+    "MultiLoRALinear",
+    "PoolFullError",
+    "PoolStats",
+    "Slots",
+    "adapter_of",
+    "read_adapter",
+    "serve",
+    "unserve",
+]

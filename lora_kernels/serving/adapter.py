@@ -1,0 +1,128 @@
+"""An adapter as the pool takes it: its factors, module by module, from PEFT's files or PEFT's tensors."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.adapters.config import AdapterError, LoraConfig
+from lora_kernels.adapters.files import WEIGHTS_NAME, Slot, check_finite, check_init, read_tensors, slots_of
+from lora_kernels.adapters.inject import some, unwrap
+from lora_kernels.adapters.targets import Target, select
+
+_ALSO = ("lora_bias",)  # keys of the configuration that LoraConfig leaves to us
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What an adapter does to one module: y = m / ‖W + s·BA‖ ⊙ (W x + s B A x) + s c."""
+
+    a: Tensor
+    """[r, in]."""
+    b: Tensor
+    """[out, r]."""
+    scale: float
+    """s: lora_alpha / r, or / √r with rsLoRA, after the patterns."""
+    magnitude: Tensor | None = None
+    """m [out] of DoRA."""
+    bias: Tensor | None = None
+    """c [out]: the bias of B (lora_bias)."""
+
+    @property
+    def r(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The factors of one adapter, by the name of the module, on the CPU."""
+
+    factors: Mapping[str, Factors]
+
+    @cached_property
+    def nbytes(self) -> int:
+        tensors = (t for f in self.factors.values() for t in (f.a, f.b, f.magnitude, f.bias) if t is not None)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def pinned(self) -> "Adapter":
+        """The same in memory that a GPU copies from by itself."""
+        pin = lambda t: None if t is None else t.pin_memory()  # noqa: E731
+        return Adapter({
+            name: Factors(f.a.pin_memory(), f.b.pin_memory(), f.scale, pin(f.magnitude), pin(f.bias))
+            for name, f in self.factors.items()
+        })  # fmt: skip
+
+
+def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter:
+    """The adapter in a local directory in PEFT's format, checked against `model` before a tensor is allocated: LoRA, rsLoRA,
+    DoRA, rank_pattern, alpha_pattern and lora_bias. Nothing is downloaded or executed.
+
+    Raises:
+        AdapterError: a file is missing, damaged, foreign or does not fit the model, or asks for what a batch cannot do: biases
+            of the base, modules_to_save, adapted embeddings.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: is not a directory (adapters are read from disk, never downloaded)")
+    config = LoraConfig.from_pretrained(folder, _ALSO)
+    try:
+        targets, slots = _wanted(unwrap(model), config)
+    except AdapterError as error:
+        raise AdapterError(f"{folder}: {error}") from error
+    return _adapter(targets, config, read_tensors(folder / WEIGHTS_NAME, slots))
+
+
+def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> Adapter:
+    """The adapter of tensors by PEFT's names, as peft.get_peft_model_state_dict gives them, and of PEFT's or our LoraConfig.
+
+    Raises:
+        AdapterError: as `read_adapter`.
+    """
+    config = config if isinstance(config, LoraConfig) else LoraConfig.from_dict(config.to_dict(), _ALSO)
+    targets, slots = _wanted(unwrap(model), config)
+    own = {key: slot for key, slot in slots.items() if slot.role == "own"}
+    for names, what in ((own.keys() - tensors.keys(), "missing"), (tensors.keys() - slots.keys(), "not of this adapter")):
+        if names:
+            raise AdapterError(f"{len(names)} tensors are {what}: {some(sorted(names))}")
+    for key, slot in own.items():
+        if tensors[key].shape != slot.shape or not tensors[key].is_floating_point():
+            found = f"{tensors[key].dtype} {list(tensors[key].shape)}"
+            raise AdapterError(f"{key} must be floating {list(slot.shape)}, found {found}")
+        check_finite(key, tensors[key], "adapter_of")
+    return _adapter(targets, config, {key: tensors[key].detach().cpu() for key in own})
+
+
+def _wanted(model: nn.Module, config: LoraConfig) -> tuple[list[Target], dict[str, Slot]]:
+    selection = select(model, config, strict=False)
+    check_init(config)
+    modules = dict(model.named_modules())
+    foreign = [t.name for t in selection.targets if not isinstance(modules[t.name], nn.Linear)]
+    for asked, what in (
+        (config.bias != "none", f"bias={config.bias!r} trains biases of the base"), (selection.saved, "it has modules_to_save"),
+        (foreign, f"it adapts {some(foreign)}, which are no nn.Linear"),
+    ):  # fmt: skip
+        if asked:
+            raise AdapterError(f"{what}; a batch shares the base, so only the factors of linear layers can differ")
+    slots = slots_of(model, selection, config)
+    if config.extra.get("lora_bias"):
+        for target in selection.targets:
+            key = f"base_model.model.{target.name}.lora_B.bias"
+            slots[key] = Slot(target.name, "lora_B.bias", torch.Size([modules[target.name].weight.shape[0]]))
+    return selection.targets, slots
+
+
+def _adapter(targets: list[Target], config: LoraConfig, tensors: Mapping[str, Tensor]) -> Adapter:
+    factors = {}
+    for target in targets:
+        of = lambda name, path=f"base_model.model.{target.name}": tensors.get(f"{path}.{name}")  # noqa: E731
+        scale = target.lora_alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
+        a, b = of("lora_A.weight"), of("lora_B.weight")
+        assert a is not None and b is not None
+        factors[target.name] = Factors(a, b, scale, of("lora_magnitude_vector"), of("lora_B.bias"))
+    return Adapter(factors)

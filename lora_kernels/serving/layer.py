@@ -1,0 +1,98 @@
+"""A model whose linear layers take another adapter for each sequence of a batch."""
+
+import functools
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_kernels.adapters.inject import unwrap
+from lora_kernels.ops.multi_lora import Slots, multi_lora
+from lora_kernels.serving.batch import Batch, current_batch
+from lora_kernels.serving.pool import AdapterPool
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class MultiLoRALinear(nn.Linear):
+    """y = W x + bias, and for each row what the adapters of the current batch add (`lora_kernels.multi_lora`).
+
+    It has the parameters of the layer that it replaces. Outside a batch, and where no row has an adapter, it is that layer.
+    """
+
+    slots: Slots
+
+    @classmethod
+    def around(cls, linear: nn.Linear, slots: Slots) -> "MultiLoRALinear":
+        layer = cls.__new__(cls)
+        layer.__dict__.update(linear.__dict__)
+        layer.slots = slots
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x [..., in] → [..., out].
+
+        Raises:
+            ValueError: the rows of x are no multiple of the requests of the batch.
+        """
+        batch = current_batch()
+        if batch is None or batch.all_base:
+            return F.linear(x, self.weight, self.bias)
+        return multi_lora(x, self.weight, self.slots, batch.plan(x.numel() // max(x.shape[-1], 1)), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, slots={len(self.slots.rank)}"
+
+
+def serve(model: Model, pool: AdapterPool) -> Model:
+    """Makes `model` take adapters by name, in place, and returns it:
+
+        model(input_ids, adapters=["customer-7", None]);  model.generate(input_ids, adapters=[...])
+
+    One entry for each sequence: a name of the pool, None for the base, or several names. Without `adapters`, or inside
+    `pool.batch(...)`, nothing changes in how it is called. The layers are those of the pool; `unserve` puts the old ones back.
+
+    Raises:
+        ValueError: the pool is another model's, or the model is served already.
+    """
+    if unwrap(model) is not pool.model:
+        raise ValueError("serve: the pool was made for another model")
+    if any(isinstance(m, MultiLoRALinear) for m in model.modules()):
+        raise ValueError("serve: the model is served already; unserve(model) first")
+    for name, site in pool.sites.items():
+        parent, _, child = name.rpartition(".")
+        owner = pool.model.get_submodule(parent)
+        setattr(owner, child, MultiLoRALinear.around(getattr(owner, child), site.slots))
+    for method in ("forward", "generate"):
+        call = getattr(model, method, None)
+        if call is not None:
+            model.__dict__[method] = _with_adapters(call, pool)
+    return model
+
+
+def unserve(model: Model) -> Model:
+    """Puts the layers back that `serve` replaced, and returns the model."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, MultiLoRALinear):
+            parent, _, child = name.rpartition(".")
+            linear = nn.Linear.__new__(nn.Linear)
+            linear.__dict__.update({key: value for key, value in module.__dict__.items() if key != "slots"})
+            setattr(model.get_submodule(parent), child, linear)
+    for method in ("forward", "generate"):
+        if hasattr(model.__dict__.get(method), "_lora_kernels"):
+            del model.__dict__[method]
+    return model
+
+
+def _with_adapters(call: Any, pool: AdapterPool) -> Any:
+    @functools.wraps(call)
+    def called(*args: Any, adapters: Any = None, adapter_weights: Any = None, **kwargs: Any) -> Any:
+        if adapters is None:
+            return call(*args, **kwargs)
+        batch: Batch = pool.batch(adapters, adapter_weights)
+        with torch.no_grad(), batch:
+            return call(*args, **kwargs)
+
+    called._lora_kernels = True  # type: ignore[attr-defined]
+    return called

@@ -1,0 +1,384 @@
+"""Adapters in a fixed amount of memory, ready for `multi_lora`: loaded, evicted, exchanged while others run."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.adapters.config import AdapterError
+from lora_kernels.adapters.inject import some, unwrap
+from lora_kernels.ops.lora_linear.op import FLOATS
+from lora_kernels.ops.multi_lora.plan import BASE
+from lora_kernels.serving.adapter import Adapter, adapter_of, read_adapter
+from lora_kernels.serving.batch import Batch, Wanted, requests_of
+from lora_kernels.serving.site import Site, bytes_of_page, bytes_of_slots, pages_of
+
+
+class PoolFullError(AdapterError):
+    """There is no room that an adapter in use would not have to leave; nothing has changed."""
+
+
+@dataclass
+class Resident:
+    """An adapter in a slot."""
+
+    name: str | None
+    """None once its name stands for another, or for none."""
+    slot: int
+    id: int
+    adapter: Adapter
+    pinned: bool
+    users: int = 0
+
+
+@dataclass
+class PoolStats:
+    """What a pool did so far, and what it holds; bytes."""
+
+    loads: int = 0
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    updates: int = 0
+    failures: int = 0
+    residents: int = 0
+    slots: int = 0
+    in_use: int = 0
+    on_host: int = 0
+    bytes_on_host: int = 0
+    pages_free: int = field(default=0)
+    """Of the module that has the fewest."""
+
+
+class AdapterPool:
+    """Slots and pages for the adapters of the linear layers of `model`, all allocated here and never more.
+
+        pool = AdapterPool(model, capacity_bytes=1 << 30, slots=64)
+        pool.load("customer-7", "path/to/adapter")                # PEFT's files: LoRA, rsLoRA, DoRA, patterns, lora_bias
+        with pool.batch(["customer-7", None]): ...                # adapters that run are never evicted
+
+    Rank rows lie in pages of 8, so ranks from 1 to `max_rank` share the memory without padding to the largest.
+    `capacity_bytes` covers pages, gains, biases and tables, on the device of the weights, in their dtype; each module gets as
+    many pages.
+    `host_bytes` of the host's memory keep adapters that were evicted (pinned, with a GPU), and `batch` brings them back.
+    `modules` are the names of the layers that adapters may change, all nn.Linear if not given.
+
+    A load is all or nothing. The gain of DoRA is computed then, in one pass over the weight. Evicted is whoever was not used
+    for longest and is not in use or pinned; what was in its pages is overwritten with zeros. All methods may be called from
+    several threads.
+
+    Raises:
+        TypeError, ValueError: a module is no nn.Linear, has a dtype that is not supported, or the capacity holds no page.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, capacity_bytes: int, slots: int = 64, max_rank: int = 512, host_bytes: int = 0,
+        modules: Iterable[str] | None = None,
+    ) -> None:  # fmt: skip
+        self.model = unwrap(model)
+        if slots < 1 or max_rank < 1:
+            raise ValueError(f"AdapterPool: slots and max_rank must be at least 1, found {slots} and {max_rank}")
+        weights = _weights(self.model, modules)
+        tables = sum(bytes_of_slots(w, slots, max_rank) for w in weights.values())
+        page = sum(map(bytes_of_page, weights.values()))
+        pages = (capacity_bytes - tables) // page
+        if pages < 1:
+            raise ValueError(
+                f"AdapterPool: capacity_bytes must be at least {tables + page} for {slots} slots and one page of each module,"
+                f" found {capacity_bytes}"
+            )
+        device = next(iter(weights.values())).device
+        self.max_rank, self.capacity_bytes, self.host_bytes = max_rank, capacity_bytes, host_bytes
+        self._generation = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.sites = {name: Site(w, self._generation, pages, max_rank) for name, w in weights.items()}
+        self._generations = [0] * slots
+        self._free = list(range(slots))
+        self._names: dict[str, Resident] = {}
+        self._residents: OrderedDict[int, Resident] = OrderedDict()  # by slot, the one used last at the end
+        self._host: OrderedDict[str, Adapter] = OrderedDict()
+        self._stats = PoolStats(slots=slots)
+        self._lock = threading.RLock()
+
+    @property
+    def device(self) -> torch.device:
+        return self._generation.device
+
+    def load(
+        self, name: str, source: str | os.PathLike[str] | Adapter | tuple[Any, Mapping[str, Tensor]], *, replace: bool = False,
+        pinned: bool = False,
+    ) -> int:  # fmt: skip
+        """Puts an adapter into a slot under a name, and returns its id. `source`: a directory in PEFT's format, an `Adapter`,
+        or (LoraConfig, tensors by PEFT's names). With `replace` the name may be taken: batches that began keep what they have,
+        later ones get the new one, and the old slot is freed when nobody uses it. A `pinned` adapter is not evicted.
+
+        Raises:
+            AdapterError: the adapter is damaged, does not fit the model, or has a rank over `max_rank` or more than the pool
+                holds; nothing has changed.
+            PoolFullError: everything in the way is in use or pinned; nothing has changed.
+            ValueError: the name is taken.
+        """
+        try:
+            adapter = self._read(source)
+            with self._lock:
+                if name in self._names and not replace:
+                    raise ValueError(f"AdapterPool: {name!r} is loaded already; replace=True exchanges it")
+                resident = self._place(name, adapter, pinned)
+                self._stats.loads += 1
+                self._keep_on_host(name, adapter)
+                return resident.id
+        except Exception:
+            self._stats.failures += 1
+            raise
+
+    def update(self, name: str, source: str | os.PathLike[str] | Adapter | tuple[Any, Mapping[str, Tensor]]) -> None:
+        """Writes other weights into the slot of an adapter, in place: its id stays, and a CUDA graph needs no second capture.
+        For weights that come from a trainer. Ranks may change as far as there are pages.
+
+        Raises:
+            AdapterError, PoolFullError, LookupError: as `load` and `batch`; nothing has changed.
+        """
+        try:
+            adapter = self._read(source)
+            with self._lock:
+                resident = self._resident(name)
+                prepared = self._prepared(adapter)
+                for site_name, site in self.sites.items():
+                    held = len(site.held.get(resident.slot, ()))
+                    need, room = self._pages(adapter, site_name), len(site.free) + held
+                    if need > room:
+                        raise PoolFullError(f"AdapterPool: {site_name} needs {need} pages for {name!r}, has {room}")
+                for site_name, site in self.sites.items():
+                    if len(site.held.get(resident.slot, ())) != self._pages(adapter, site_name):
+                        site.clear(resident.slot)
+                    if site_name in adapter.factors:
+                        site.put(resident.slot, adapter.factors[site_name], prepared[site_name])
+                resident.adapter = adapter
+                self._keep_on_host(name, adapter)
+                self._stats.updates += 1
+        except Exception:
+            self._stats.failures += 1
+            raise
+
+    def evict(self, name: str) -> None:
+        """Forgets an adapter. Its slot is freed now, or when the last batch that uses it ends.
+
+        Raises:
+            LookupError: there is none of that name.
+        """
+        with self._lock:
+            on_host = self._host.pop(name, None)
+            if name not in self._names and on_host is not None:
+                return
+            resident = self._resident(name)
+            del self._names[name]
+            resident.name = None
+            if not resident.users:
+                self._release(resident)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Brings adapters from the host's memory into slots, as `batch` would when it wants them; copies from pinned memory run
+        beside the host.
+
+        Raises:
+            LookupError, PoolFullError: as `batch`.
+        """
+        with self._lock:
+            for name in names:
+                self._activate(name)
+
+    def batch(self, adapters: Sequence[Wanted], weights: Sequence[Any] | None = None) -> Batch:
+        """A context in which the layers of `serve` use `adapters`: for each sequence (or token) a name, None for the base, or
+        several names, whose `weights` are then given likewise (1 if not). Adapters in it stay until it ends.
+
+        Raises:
+            LookupError: a name is not known; the others are not held.
+            PoolFullError: the batch wants more adapters than there is room for.
+        """
+        names, counted = requests_of(adapters, weights)
+        with self._lock:
+            held: dict[str, Resident] = {}
+            try:
+                for name in dict.fromkeys(n for row in names for n in row):
+                    held[name] = self._activate(name)
+                    held[name].users += 1
+            except Exception:
+                self._let_go(list(held.values()))
+                raise
+        rows = [[held[n].id for n in row] for row in names]
+        width = max(map(len, rows), default=1) or 1
+        ids = torch.tensor([row + [BASE] * (width - len(row)) for row in rows], dtype=torch.int64).reshape(len(rows), width)
+        of_ids = None
+        if width > 1 or counted is not None:
+            filled = [[1.0] * len(row) for row in rows] if counted is None else counted
+            padded = [row + [0.0] * (width - len(row)) for row in filled]
+            of_ids = torch.tensor(padded).reshape(len(rows), width).to(self.device)
+        return Batch(ids.to(self.device), of_ids, len(self._generations), lambda: self._let_go(list(held.values())))
+
+    def id_of(self, name: str) -> int:
+        """The id of a resident adapter, for plans of one's own."""
+        with self._lock:
+            return self._resident(name).id
+
+    def __contains__(self, name: str) -> bool:
+        with self._lock:
+            return name in self._names or name in self._host
+
+    def __len__(self) -> int:
+        """How many adapters are in slots under a name."""
+        return len(self._names)
+
+    def names(self) -> list[str]:
+        """Those in slots, the one used last at the end."""
+        with self._lock:
+            return [r.name for r in self._residents.values() if r.name is not None]
+
+    def stats(self) -> PoolStats:
+        with self._lock:
+            now = PoolStats(**vars(self._stats))
+            now.residents, now.in_use = len(self._residents), sum(r.users > 0 for r in self._residents.values())
+            now.on_host, now.bytes_on_host = len(self._host), sum(a.nbytes for a in self._host.values())
+            now.pages_free = min(len(site.free) for site in self.sites.values())
+            return now
+
+    def _read(self, source: Any) -> Adapter:
+        if isinstance(source, Adapter):
+            adapter = source
+        elif isinstance(source, tuple):
+            adapter = adapter_of(self.model, *source)
+        else:
+            adapter = read_adapter(self.model, source)
+        foreign = sorted(adapter.factors.keys() - self.sites.keys())
+        if foreign:
+            raise AdapterError(f"AdapterPool: the adapter changes modules that the pool does not have: {some(foreign)}")
+        for name, f in adapter.factors.items():
+            (n_out, n_in), pages = self.sites[name].weight.shape, len(self.sites[name].slots.a) // 8
+            if f.a.shape != (f.r, n_in) or f.b.shape != (n_out, f.r):
+                wanted, found = f"[r, {n_in}] and [{n_out}, r]", f"{list(f.a.shape)} and {list(f.b.shape)}"
+                raise AdapterError(f"AdapterPool: {name}: a and b must be {wanted}, found {found}")
+            if f.r > self.max_rank or pages_of(f.r) > pages:
+                most = min(self.max_rank, 8 * pages)
+                raise AdapterError(f"AdapterPool: {name}: the rank may be {most}, found {f.r}")
+            for what, t in (("a", f.a), ("b", f.b), ("magnitude", f.magnitude), ("bias", f.bias)):
+                if t is not None and not bool(t.to(self.sites[name].weight.dtype).isfinite().all()):
+                    kind = self.sites[name].weight.dtype
+                    raise AdapterError(f"AdapterPool: {name}: {what} has values that are not finite as {kind}")
+        return adapter
+
+    def _prepared(self, adapter: Adapter) -> dict[str, Any]:
+        prepared = {name: self.sites[name].prepared(f) for name, f in adapter.factors.items()}
+        for name, (*_, gain, _) in prepared.items():
+            if gain is not None and not bool(gain.isfinite().all()):
+                raise AdapterError(f"AdapterPool: {name}: the gain of DoRA is not finite")
+        return prepared
+
+    def _pages(self, adapter: Adapter, site: str) -> int:
+        f = adapter.factors.get(site)
+        return 0 if f is None else pages_of(f.r)
+
+    def _place(self, name: str, adapter: Adapter, pinned: bool) -> Resident:
+        """Everything that can fail comes before the first change."""
+        prepared = self._prepared(adapter)
+        for victim in self._victims(name, adapter):
+            self._release(victim)
+            self._stats.evictions += 1
+        slot = self._free.pop()
+        for site, f in adapter.factors.items():
+            self.sites[site].put(slot, f, prepared[site])
+        resident = Resident(name, slot, (self._generations[slot] << 32) + slot, adapter, pinned)
+        old = self._names.get(name)
+        self._names[name] = self._residents[slot] = resident
+        if old is not None:
+            old.name = None
+            if not old.users:
+                self._release(old)
+        return resident
+
+    def _victims(self, name: str, adapter: Adapter) -> list[Resident]:
+        """Whom to evict so that there is a slot and pages enough, the longest unused first."""
+        missing = {site: self._pages(adapter, site) - len(self.sites[site].free) for site in adapter.factors}
+        slots, victims = 1 - len(self._free), []
+        idle = [r for r in self._residents.values() if not r.users and not r.pinned]
+        for resident in idle:
+            if slots <= 0 and all(count <= 0 for count in missing.values()):
+                break
+            victims.append(resident)
+            slots -= 1
+            for site in missing:
+                missing[site] -= len(self.sites[site].held.get(resident.slot, ()))
+        short = [site for site, count in missing.items() if count > 0]
+        if slots > 0 or short:
+            what = "a slot" if slots > 0 else f"pages of {some(short)}"
+            in_use = len(self._residents) - len(idle)
+            raise PoolFullError(f"AdapterPool: no room for {name!r}: {what} wanted, and {in_use} adapters are in use or pinned")
+        return victims
+
+    def _release(self, resident: Resident) -> None:
+        """Frees a slot; ids of it are stale from now on."""
+        slot = resident.slot
+        self._generations[slot] = (self._generations[slot] + 1) & 0x7FFFFFFF
+        self._generation[slot] = self._generations[slot]
+        for site in self.sites.values():
+            site.clear(slot)
+        del self._residents[slot]
+        if resident.name is not None and self._names.get(resident.name) is resident:
+            del self._names[resident.name]
+        self._free.append(slot)
+
+    def _let_go(self, residents: list[Resident]) -> None:
+        with self._lock:
+            for resident in residents:
+                resident.users -= 1
+                if not resident.users and resident.name is None:
+                    self._release(resident)
+
+    def _resident(self, name: str) -> Resident:
+        if name not in self._names:
+            raise LookupError(f"AdapterPool: no adapter is called {name!r}; there are {some(sorted(self._names)) or 'none'}")
+        return self._names[name]
+
+    def _activate(self, name: str) -> Resident:
+        """The adapter in a slot, brought there from the host's memory if it must be; it is the one used last now."""
+        if name not in self._names and name in self._host:
+            self._stats.misses += 1
+            self._host.move_to_end(name)
+            return self._place(name, self._host[name], False)
+        resident = self._resident(name)
+        self._stats.hits += 1
+        self._residents.move_to_end(resident.slot)
+        return resident
+
+    def _keep_on_host(self, name: str, adapter: Adapter) -> None:
+        self._host.pop(name, None)
+        if adapter.nbytes > self.host_bytes:
+            return
+        self._host[name] = adapter.pinned() if self.device.type == "cuda" else adapter
+        while sum(a.nbytes for a in self._host.values()) > self.host_bytes:
+            self._host.popitem(last=False)
+
+
+def _plain(module: Any) -> bool:
+    """Whether it is an nn.Linear that computes as one."""
+    return type(module) is nn.Linear and "forward" not in vars(module)
+
+
+def _weights(model: nn.Module, modules: Iterable[str] | None) -> dict[str, Tensor]:
+    found = dict(model.named_modules())
+    names = [n for n, m in found.items() if _plain(m)] if modules is None else list(modules)
+    weights = {}
+    for name in names:
+        module = found.get(name)
+        if not isinstance(module, nn.Linear) or not _plain(module):
+            raise TypeError(f"AdapterPool: {name!r} must be a plain nn.Linear of the model, found {type(module).__name__}")
+        if module.weight.dtype not in FLOATS:
+            raise TypeError(f"AdapterPool: {name}: the weight must be floating, found {module.weight.dtype}")
+        weights[name] = module.weight
+    if not weights:
+        raise ValueError(f"AdapterPool: {type(model).__name__} has no linear layer")
+    if len({w.device for w in weights.values()}) > 1:
+        raise ValueError("AdapterPool: all weights must be on one device")
+    return weights

@@ -1,0 +1,442 @@
+"""The pool: what it holds, whom it evicts, and that nothing that fails changes anything."""
+
+import random
+import resource
+import threading
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from torch import nn
+
+import lora_kernels
+from lora_kernels.adapters import AdapterError
+from lora_kernels.serving import Adapter, AdapterPool, Factors, PoolFullError, adapter_of, read_adapter, serve
+from tests.serving.served import KINDS, base, save_all, tokens, trained
+
+SIZES = {"0": (24, 40), "2": (40, 16)}  # in, out
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 16, bias=False)).requires_grad_(False)
+
+
+def made(seed, r=8, modules=("0", "2"), dora=False, size=0.3):
+    """An adapter of random numbers."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=g) * size  # noqa: E731
+    return Adapter({
+        name: Factors(draw(r, SIZES[name][0]), draw(SIZES[name][1], r), 0.5 + seed % 3,
+                      draw(SIZES[name][1]).abs() + 0.5 if dora else None)
+        for name in modules
+    })  # fmt: skip
+
+
+def alone(model, adapter, x):
+    """What the model computes with one adapter, in plain torch."""
+    for name, layer in model.named_children():
+        y = layer(x)
+        if adapter is not None and name in adapter.factors:
+            f = adapter.factors[name]
+            delta = f.scale * f.b @ f.a
+            gain = torch.ones(len(f.b)) if f.magnitude is None else f.magnitude / (layer.weight + delta).norm(dim=1)
+            y = gain * (x @ (layer.weight + delta).T) + (0 if layer.bias is None else layer.bias)
+        x = y
+    return x
+
+
+def pool_of(model, slots=4, pages=4, **options):
+    """A pool with room for that many pages in each module."""
+    page = sum(8 * 4 * (a + b) for a, b in SIZES.values())
+    probe = options.pop("max_rank", 64)
+    tables = sum(slots * (8 * b + 4 * -(-probe // 8) + 12) for _, b in SIZES.values())
+    return AdapterPool(model, capacity_bytes=tables + pages * page, slots=slots, max_rank=probe, **options)
+
+
+def state(pool):
+    """Everything a kernel can read."""
+    return [t.clone() for site in pool.sites.values() for t in site.slots.tensors]
+
+
+def same_state(one, other):
+    return all(a.equal(b) for a, b in zip(one, other, strict=True))
+
+
+def test_the_longest_unused_leaves():
+    model = net()
+    pool = pool_of(model, slots=3, pages=6)
+    for i, name in enumerate("abc"):
+        pool.load(name, made(i))
+    with pool.batch(["a"]):
+        pass
+    pool.load("d", made(3))
+    assert pool.names() == ["c", "a", "d"] and "b" not in pool and pool.stats().evictions == 1
+    with pool.batch(["c", "a"]):
+        pool.load("e", made(4))
+        assert sorted(pool.names()) == ["a", "c", "e"]
+        pool.load("f", made(5), pinned=True)
+        before = state(pool)
+        with pytest.raises(PoolFullError, match="no room for 'g': a slot wanted, and 3 adapters are in use or pinned"):
+            pool.load("g", made(6))
+        assert same_state(before, state(pool)) and sorted(pool.names()) == ["a", "c", "f"]
+    pool.load("g", made(6))
+    pool.load("h", made(7))
+    assert pool.names() == ["f", "g", "h"]
+
+
+def test_pages_not_only_slots():
+    pool = pool_of(net(), slots=8, pages=4)
+    pool.load("wide", made(0, r=20))
+    assert pool.stats().pages_free == 1
+    pool.load("thin", made(1, r=8))
+    pool.load("some", made(2, r=3, modules=["0"]))
+    assert pool.names() == ["thin", "some"]
+    with pytest.raises(AdapterError, match="AdapterPool: 0: the rank may be 32, found 33"):
+        pool.load("huge", made(3, r=33))
+    with pytest.raises(PoolFullError, match="pages of 0, 2 wanted, and 1 adapters"), pool.batch(["thin"]):
+        pool.load("full", made(3, r=32))
+
+
+def test_nothing_is_left_behind():
+    pool = pool_of(net())
+    empty = state(pool)
+    for kind in (False, True):
+        pool.load("a", made(0, r=13, dora=kind))
+        pool.evict("a")
+        assert all(a.equal(b) for a, b in zip(empty[:8], state(pool)[:8], strict=True))
+    with pytest.raises(LookupError, match="AdapterPool: no adapter is called 'a'; there are none"):
+        pool.evict("a")
+
+
+def test_an_id_of_one_that_left_is_stale():
+    model = net()
+    pool = pool_of(model)
+    first = pool.load("a", made(0))
+    pool.evict("a")
+    assert pool.load("b", made(1)) != first
+    site, x = pool.sites["0"], torch.randn(2, 24)
+    from lora_kernels import multi_lora
+    from lora_kernels.ops.multi_lora import BatchPlan
+
+    plan = BatchPlan.build(torch.tensor([first, pool.id_of("b")]), 4)
+    y = multi_lora(x, model[0].weight, site.slots, plan, model[0].bias)
+    torch.testing.assert_close(y[0], model[0](x[0]))
+    with pytest.raises(LookupError, match="out of range or stale"):
+        plan.raise_errors()
+
+
+def test_exchange_while_it_runs():
+    model = net()
+    pool = pool_of(model)
+    served, x = serve(model, pool), torch.randn(1, 24)
+    old, new = made(0), made(1, r=16)
+    pool.load("a", old)
+    with pool.batch(["a"]):
+        pool.load("a", new, replace=True)
+        torch.testing.assert_close(served(x), alone(net(), old, x))
+        assert len(pool) == 1 and pool.stats().residents == 2
+    assert pool.stats().residents == 1
+    torch.testing.assert_close(served(x, adapters=["a"]), alone(net(), new, x))
+    with pytest.raises(ValueError, match="AdapterPool: 'a' is loaded already; replace=True exchanges it"):
+        pool.load("a", old)
+
+
+def test_update_in_place():
+    model = net()
+    pool = pool_of(model)
+    served, x = serve(model, pool), torch.randn(1, 24)
+    number = pool.load("a", made(0, r=9, dora=True))
+    places = [t.data_ptr() for site in pool.sites.values() for t in site.slots.tensors]
+    for other in (made(1, r=9), made(2, r=16, dora=True), made(3, r=30), made(4, r=2, modules=["2"]), made(5, r=7)):
+        pool.update("a", other)
+        torch.testing.assert_close(served(x, adapters=["a"]), alone(net(), other, x))
+        assert pool.id_of("a") == number
+    assert places == [t.data_ptr() for site in pool.sites.values() for t in site.slots.tensors]
+    pool.load("b", made(6, r=16))
+    before = state(pool)
+    with pytest.raises(PoolFullError, match="AdapterPool: 0 needs 3 pages for 'a', has 2"):
+        pool.update("a", made(7, r=24))
+    assert same_state(before, state(pool))
+    with pytest.raises(LookupError, match="no adapter is called 'c'; there are a, b"):
+        pool.update("c", made(0))
+
+
+def test_the_host_keeps_what_was_evicted():
+    model = net()
+    one = made(0).nbytes
+    pool = pool_of(model, slots=2, pages=2, host_bytes=3 * one)
+    served, x = serve(model, pool), torch.randn(1, 24)
+    adapters = {name: made(i) for i, name in enumerate("abcd")}
+    for name, adapter in adapters.items():
+        pool.load(name, adapter)
+    assert pool.names() == ["c", "d"] and "a" not in pool and "b" in pool
+    for name in "bcdbc":
+        torch.testing.assert_close(served(x, adapters=[name]), alone(net(), adapters[name], x))
+    stats = pool.stats()
+    assert stats.on_host == 3 and stats.bytes_on_host == 3 * one and stats.misses >= 3
+    pool.prefetch(["d"])
+    assert pool.names()[-1] == "d"
+    pool.evict("b")
+    assert "b" not in pool
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    (Adapter({"1": Factors(torch.ones(1, 24), torch.ones(40, 1), 1.0)}), "changes modules that the pool does not have: 1"),
+    (Adapter({"0": Factors(torch.ones(1, 23), torch.ones(40, 1), 1.0)}), r"0: a and b must be \[r, 24\] and \[40, r\]"),
+    (Adapter({"0": Factors(torch.ones(70, 24), torch.ones(40, 70), 1.0)}), "0: the rank may be 32, found 70"),
+    (Adapter({"0": Factors(torch.full((1, 24), torch.nan), torch.ones(40, 1), 1.0)}), "a has values that are not finite"),
+    (Adapter({"0": Factors(torch.ones(1, 24), torch.full((40, 1), torch.inf), 1.0)}), "b has values that are not finite"),
+    (Adapter({"0": Factors(torch.ones(1, 24).double() * 1e300, torch.ones(40, 1), 1.0)}), "not finite as torch.float32"),
+    (Adapter({"0": Factors(torch.ones(1, 24), torch.ones(40, 1), 1.0, torch.full((40,), torch.nan))}), "magnitude has values"),
+    ("/nowhere", "/nowhere: is not a directory"),
+])  # fmt: skip
+def test_a_bad_adapter_changes_nothing(source, message):
+    pool = pool_of(net(), slots=1)
+    pool.load("a", made(0))
+    before = state(pool)
+    with pytest.raises(AdapterError, match=message):
+        pool.load("b", source)
+    with pytest.raises(AdapterError, match=message):
+        pool.update("a", source)
+    assert same_state(before, state(pool)) and pool.names() == ["a"] and pool.stats().failures == 2
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_all(tmp_path_factory.mktemp("adapters"), ["lora", "dora", "lora_bias"])[0]
+
+
+def test_damaged_files(saved, tmp_path):
+    model = base()
+    pool = AdapterPool(model, capacity_bytes=8 << 20)
+    weights = (saved["lora"] / "adapter_model.safetensors").read_bytes()
+    config = (saved["lora"] / "adapter_config.json").read_text()
+    cases = {
+        "truncated": (weights[:-100], config, "is truncated or damaged"),
+        "empty": (b"", config, "is truncated or not safetensors"),
+        "other": (weights, config.replace('"r": 8', '"r": 4'), "must have shape"),
+        "no json": (weights, config[:50], "adapter_config.json"),
+        "bias": (weights, config.replace('"bias": "none"', '"bias": "all"'), "trains biases of the base"),
+        "saved": (weights, config.replace('"modules_to_save": null', '"modules_to_save": ["lm_head"]'), "has modules_to_save"),
+        "embedding": (weights, config.replace('"q_proj"', '"embed_tokens"'), "adapts model.embed_tokens, which are no nn.Lin"),
+        "pissa": (weights, config.replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'), "weights='pissa'"),
+        "unknown": (weights, config.replace('"use_qalora": false', '"use_qalora": true'), "use_qalora=True asks"),
+    }  # fmt: skip
+    for name, (data, text, message) in cases.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(data)
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(AdapterError, match=message):
+            pool.load(name, folder)
+    assert not len(pool) and pool.stats().failures == len(cases)
+
+
+def test_tensors_of_a_trainer(saved):
+    import peft
+
+    model, x = base(), tokens(2)
+    pool = AdapterPool(model, capacity_bytes=8 << 20)
+    pool.load("dora", saved["dora"])
+    served = serve(model, pool)
+    for kind in ("dora", "lora_bias"):
+        peft_model = trained(kind, seed=5)
+        source = peft_model.peft_config["default"], peft.get_peft_model_state_dict(peft_model)
+        pool.update("dora", source)
+        wanted = peft_model(x).logits
+        torch.testing.assert_close(served(x, adapters=["dora"] * 2).logits, wanted, rtol=1e-4, atol=1e-5)
+    config, tensors = source
+    for change, message in (
+        (dict(list(tensors.items())[1:]), "1 tensors are missing"),
+        (tensors | {"else": torch.ones(1)}, "1 tensors are not of this adapter: else"),
+        (tensors | {next(iter(tensors)): torch.ones(2, 2)}, "must be floating"),
+        (tensors | {next(iter(tensors)): next(iter(tensors.values())) * torch.nan}, "not finite"),
+    ):  # fmt: skip
+        with pytest.raises(AdapterError, match=message):
+            adapter_of(model, config, change)
+
+
+def test_load_adapter_and_the_pool_read_the_same(saved):
+    model = base()
+    adapter = read_adapter(model, saved["dora"])
+    other = base()
+    lora_kernels.load_adapter(other, saved["dora"])
+    layers = dict(other.named_modules())
+    assert adapter.factors.keys() == {n for n, m in layers.items() if hasattr(m, "lora_A")}
+    for name, f in adapter.factors.items():
+        assert f.a.equal(layers[name].lora_A) and f.b.equal(layers[name].lora_B) and f.scale == layers[name].scaling
+
+
+class Machine(RuleBasedStateMachine):
+    """Loads, evictions, exchanges, updates and batches in any order, against a dictionary of what must come out."""
+
+    names = st.sampled_from(["a", "b", "c", "d", "e"])
+    adapters = st.builds(
+        made, st.integers(0, 99), st.sampled_from([1, 8, 9, 17]), st.sampled_from([("0", "2"), ("0",), ("2",)]), st.booleans()
+    )
+
+    @initialize()
+    def start(self):
+        self.plain, self.model = net(), net()
+        self.pool = pool_of(self.model, slots=3, pages=5)
+        self.served = serve(self.model, self.pool)
+        self.known, self.open = {}, []
+        self.x = torch.randn(4, 24, generator=torch.Generator().manual_seed(3))
+
+    def forget(self):
+        """Who was evicted; never somebody that an open batch holds."""
+        gone = set(self.known) - set(self.pool.names())
+        held = {name for _, names, _ in self.open for name in names}
+        for name in gone:
+            assert name not in held, "evicted while in use"
+            del self.known[name]
+
+    @rule(name=names, adapter=adapters, replace=st.booleans())
+    def load(self, name, adapter, replace):
+        try:
+            self.pool.load(name, adapter, replace=replace)
+        except PoolFullError:
+            assert self.open
+            return
+        except ValueError:
+            assert name in self.known and not replace
+            return
+        self.known[name] = adapter
+        for i, (batch, names, wanted) in enumerate(self.open):
+            self.open[i] = batch, [n for n in names if n != name], wanted  # the batch keeps the old one, which has no name
+        self.forget()
+
+    @rule(name=names, adapter=adapters)
+    def update(self, name, adapter):
+        held = any(name in names for _, names, _ in self.open)
+        try:
+            self.pool.update(name, adapter)
+        except LookupError:
+            assert name not in self.known
+        except PoolFullError:
+            pass
+        else:
+            self.known[name] = adapter
+            if held:  # an update reaches those that run
+                for _, names, wanted in self.open:
+                    if name in names:
+                        wanted.update({name: adapter})
+
+    @rule(name=names)
+    def evict(self, name):
+        try:
+            self.pool.evict(name)
+        except LookupError:
+            assert name not in self.known
+            return
+        del self.known[name]
+        self.open = [(batch, [n for n in names if n != name], wanted) for batch, names, wanted in self.open]
+
+    @rule(rows=st.lists(st.one_of(st.none(), names), min_size=4, max_size=4))
+    def begin(self, rows):
+        try:
+            batch = self.pool.batch(rows)
+        except LookupError:
+            assert any(name not in self.known for name in rows if name)
+            return
+        wanted = {name: self.known[name] for name in rows if name}
+        self.open.append((batch, list(wanted), wanted))
+        batch.rows = rows
+
+    @rule(which=st.integers(0, 9))
+    def run(self, which):
+        if self.open:
+            batch, _, wanted = self.open.pop(which % len(self.open))
+            with batch:
+                y = self.served(self.x)
+            for i, name in enumerate(batch.rows):
+                expected = alone(self.plain, wanted[name] if name else None, self.x[i : i + 1])[0]
+                torch.testing.assert_close(y[i], expected, rtol=1e-4, atol=1e-4)
+
+    @rule()
+    def fail(self):
+        before = state(self.pool)
+        with pytest.raises(AdapterError):
+            self.pool.load("a", made(0, r=100), replace=True)
+        assert same_state(before, state(self.pool))
+
+    @invariant()
+    def books_balance(self):
+        if not hasattr(self, "pool"):
+            return
+        assert set(self.pool.names()) == set(self.known)
+        residents = self.pool.stats().residents
+        assert residents + len(self.pool._free) == 3
+        for site in self.pool.sites.values():
+            pages = sorted(site.free + [page for held in site.held.values() for page in held])
+            assert pages == list(range(5))
+            used = {8 * held[j // 8] + j % 8 for slot, held in site.held.items() for j in range(int(site.slots.rank[slot]))}
+            rest = [row for row in range(40) if row not in used]
+            assert not site.slots.a[rest].any() and not site.slots.b[rest].any()
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(
+    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+
+
+def test_two_threads():
+    """One loads, exchanges and evicts while the other runs batches; every row is what one adapter or none gives."""
+    model = net()
+    pool = pool_of(model, slots=4, pages=8)
+    served = serve(model, pool)
+    versions = {name: [made(10 * i + j) for j in range(2)] for i, name in enumerate("abc")}
+    for name in versions:
+        pool.load(name, versions[name][0])
+    failures, done = [], threading.Event()
+
+    def churn():
+        draw = random.Random(0)
+        while not done.is_set():
+            name = draw.choice("abc")
+            try:
+                pool.load(name, versions[name][draw.randrange(2)], replace=True)
+            except PoolFullError:
+                pass
+            except Exception as error:
+                failures.append(error)
+
+    x = torch.randn(3, 24)
+    outcomes = {name: [alone(net(), v, x) for v in versions[name]] for name in versions}
+    worker = threading.Thread(target=churn)
+    worker.start()
+    try:
+        for i in range(150):
+            rows = ["abc"[(i + j) % 3] for j in range(3)]
+            try:
+                y = served(x, adapters=rows)
+            except LookupError:
+                continue  # it was evicted to make room for another
+            for j, name in enumerate(rows):
+                assert any(torch.allclose(y[j], each[j], rtol=1e-4, atol=1e-4) for each in outcomes[name])
+    finally:
+        done.set()
+        worker.join()
+    assert not failures
+
+
+def test_ten_thousand_adapters_through_64_slots():
+    model = net()
+    pool = pool_of(model, slots=64, pages=64, host_bytes=made(0).nbytes * 4)
+    adapters = [made(i) for i in range(16)]
+    for i in range(200):
+        pool.load(f"first {i}", adapters[i % 16])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    held = len(pool), len(pool._host)
+    for i in range(10_000):
+        pool.load(f"adapter {i}", adapters[i % 16])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4 << 10  # KiB
+    assert (len(pool), len(pool._host)) == held == (64, 4) and pool.stats().evictions == 10_136
+
+
+def test_kinds_are_all_tested():
+    assert {"use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias"} <= {k for v in KINDS.values() for k in v}

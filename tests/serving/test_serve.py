@@ -1,0 +1,183 @@
+"""A served model gives each sequence of a batch what PEFT gives it alone."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import explain, use_backend
+from lora_kernels.serving import AdapterPool, MultiLoRALinear, serve, unserve
+from tests.integrations.fuse_helpers import llama
+from tests.serving.served import KINDS, base, save_all, tokens
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_all(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture
+def served(saved):
+    model = base()
+    pool = AdapterPool(model, capacity_bytes=8 << 20, slots=12)
+    for kind, folder in saved[0].items():
+        pool.load(kind, folder)
+    return serve(model, pool), pool, saved[1]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_each_row_is_as_peft_computes_it(served, backend):
+    model, _, peft_models = served
+    names = [*KINDS, None, "lora", None, "dora"]
+    x = tokens(len(names))
+    with use_backend(backend):
+        logits = model(x, adapters=names).logits
+        alone = model(x).logits
+    plain = base()
+    for i, name in enumerate(names):
+        wanted = (plain if name is None else peft_models[name])(x[i : i + 1]).logits[0]
+        torch.testing.assert_close(logits[i], wanted, rtol=1e-4, atol=1e-5)
+    assert alone.equal(plain(x).logits)
+
+
+def test_greedy_tokens_are_those_of_peft(served):
+    model, _, peft_models = served
+    names = [None, *KINDS]
+    x = tokens(len(names), 4)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(x, adapters=names, **options)
+    for i, name in enumerate(names):
+        wanted = (base() if name is None else peft_models[name]).generate(input_ids=x[i : i + 1], **options)
+        assert found[i].equal(wanted[0])
+
+
+def test_beams(served):
+    model, _, peft_models = served
+    x = tokens(2, 4)
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3, "pad_token_id": 0}
+    found = model.generate(x, adapters=["dora", None], **options)
+    assert found[0].equal(peft_models["dora"].generate(input_ids=x[:1], **options)[0])
+    assert found[1].equal(base().generate(x[1:], **options)[0])
+
+
+def test_several_adapters_for_one_sequence(served):
+    """The sum of what each adds to each layer, weighted; as PEFT adds active adapters."""
+    model, pool, _ = served
+    layer = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(4, 32)
+    with pool.batch(["lora", "rslora", "some", None]):
+        lora, rslora, some, plain = (layer(x[:1].expand(4, 32))[i] for i in range(4))
+    with pool.batch([["lora", "rslora"], "some", [], ["lora", "some", "rslora"]], [[0.5, 2.0], 3, [], [1, 1, 1]]):
+        y = layer(x[:1].expand(4, 32))
+    wanted = [0.5 * (lora - plain) + 2 * (rslora - plain), 3 * (some - plain), 0 * plain, lora + rslora + some - 3 * plain]
+    torch.testing.assert_close(y, torch.stack([plain + each for each in wanted]), rtol=1e-4, atol=1e-5)
+
+
+def test_16_bits(saved):
+    model = base(torch.bfloat16)
+    pool = AdapterPool(model, capacity_bytes=8 << 20, slots=12)
+    names = list(KINDS)
+    for kind in names:
+        pool.load(kind, saved[0][kind])
+    serve(model, pool)
+    x = tokens(len(names))
+    logits = model(x, adapters=names).logits
+    for i, name in enumerate(names):
+        wanted = saved[1][name](x[i : i + 1]).logits[0]
+        assert (logits[i].float() - wanted).norm() <= 0.05 * wanted.norm()
+
+
+def test_a_batch_for_several_calls_and_threads(served):
+    model, pool, _ = served
+    x = tokens(2)
+    wanted = model(x, adapters=["lora", None]).logits
+    with pool.batch(["lora", None]) as batch:
+        assert model(x).logits.equal(wanted) and model(x).logits.equal(wanted)
+    with pytest.raises(RuntimeError, match="Batch: it has ended"), batch:
+        pass
+
+
+def test_what_does_not_fit(served):
+    model, pool, _ = served
+    x = tokens(3)
+    with pytest.raises(LookupError, match="AdapterPool: no adapter is called 'lore'; there are dora, dora_rslora, head, lora"):
+        model(x, adapters=["lora", "lore", None])
+    with pytest.raises(ValueError, match="adapters: 2 were given, for an input of 21 rows"):
+        model(x, adapters=["lora", None])
+    for wrong in ("lora", [3], [["lora", 3]], 5):
+        with pytest.raises(TypeError, match="adapters"):
+            model(x, adapters=wrong)
+    for weights in ([1.0], [1.0, [1.0, 2.0], 0.0], [1.0, torch.inf, []]):
+        with pytest.raises((ValueError, TypeError), match="weights must be"):
+            model(x, adapters=["lora", "dora", None], adapter_weights=weights)
+    assert pool.stats().in_use == 0
+    with pytest.raises(ValueError, match="serve: the model is served already"):
+        serve(model, pool)
+    with pytest.raises(ValueError, match="serve: the pool was made for another model"):
+        serve(base(), pool)
+
+
+def test_serve_and_unserve_leave_a_model_as_it_was(saved):
+    model = base()
+    x, before = tokens(2), dict(model.named_modules())
+    wanted, parameters = model(x).logits, {name: id(p) for name, p in model.named_parameters()}
+    pool = AdapterPool(model, capacity_bytes=8 << 20)
+    serve(model, pool)
+    assert isinstance(model.lm_head, MultiLoRALinear) and "slots=64" in repr(model.lm_head)
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert model.state_dict().keys() == before[""].state_dict().keys()
+    unserve(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in before.values()]
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters and model(x).logits.equal(wanted)
+    assert not {"forward", "generate"} & vars(model).keys()
+    serve(model, pool)
+
+
+def test_hooks_stay(saved):
+    model = base()
+    seen = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    pool = AdapterPool(model, capacity_bytes=8 << 20)
+    serve(model, pool)
+    model(tokens(1))
+    assert seen == [1]
+
+
+def test_explain_says_what_ran(served):
+    model, *_ = served
+    explanation = explain(model, tokens(2), adapters=["lora", None])
+    assert {d.op for d in explanation.decisions} == {"multi_lora_forward"} and len(explanation.decisions) == 15
+    assert {d.chosen for d in explanation.decisions} == {"cpu"}
+
+
+def test_modules_that_cannot_be_pooled():
+    class Mine(nn.Linear):
+        def forward(self, x):
+            return x
+
+    net = nn.Sequential(nn.Linear(8, 8), Mine(8, 8))
+    assert list(AdapterPool(net, capacity_bytes=1 << 20).sites) == ["0"]
+    with pytest.raises(TypeError, match="AdapterPool: '1' must be a plain nn.Linear of the model, found Mine"):
+        AdapterPool(net, capacity_bytes=1 << 20, modules=["0", "1"])
+    with pytest.raises(TypeError, match="AdapterPool: '7' must be a plain nn.Linear of the model, found NoneType"):
+        AdapterPool(net, capacity_bytes=1 << 20, modules=["7"])
+    with pytest.raises(ValueError, match="AdapterPool: capacity_bytes must be at least .* for 64 slots and one page"):
+        AdapterPool(net, capacity_bytes=1 << 10)
+    with pytest.raises(ValueError, match="AdapterPool: Tanh has no linear layer"):
+        AdapterPool(nn.Tanh(), capacity_bytes=1 << 10)
+    with pytest.raises(ValueError, match="slots and max_rank must be at least 1, found 0 and 512"):
+        AdapterPool(net, capacity_bytes=1 << 20, slots=0)
+
+
+def test_a_compiled_model(saved):
+    model = llama().eval()
+    pool = AdapterPool(model, capacity_bytes=8 << 20)
+    pool.load("lora", saved[0]["lora"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        served = serve(model, pool)
+        compiled = torch.compile(served, backend="eager")
+        x = tokens(2)
+        with pool.batch(["lora", None]):
+            torch.testing.assert_close(compiled(x).logits, served(x).logits)
