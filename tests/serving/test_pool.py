@@ -278,13 +278,19 @@ class Machine(RuleBasedStateMachine):
         made, st.integers(0, 99), st.sampled_from([1, 8, 9, 17]), st.sampled_from([("0", "2"), ("0",), ("2",)]), st.booleans()
     )
 
-    @initialize()
-    def start(self):
+    @initialize(first=st.lists(adapters, min_size=2, max_size=2))
+    def start(self, first):
         self.plain, self.model = net(), net()
         self.pool = pool_of(self.model, slots=3, pages=5)
         self.served = serve(self.model, self.pool)
         self.known, self.open = {}, []
         self.x = torch.randn(4, 24, generator=torch.Generator().manual_seed(3))
+        for name, adapter in zip("ab", first, strict=True):
+            self.load(name, adapter, False)
+
+    def pick(self, data):
+        """Mostly a name that there is."""
+        return data.draw(st.sampled_from(sorted(self.known) * 3 + ["a", "f"]))
 
     def forget(self):
         """Who was evicted; never somebody that an open batch holds."""
@@ -309,8 +315,9 @@ class Machine(RuleBasedStateMachine):
             self.open[i] = batch, [n for n in names if n != name], wanted  # the batch keeps the old one, which has no name
         self.forget()
 
-    @rule(name=names, adapter=adapters)
-    def update(self, name, adapter):
+    @rule(data=st.data(), adapter=adapters)
+    def update(self, data, adapter):
+        name = self.pick(data)
         held = any(name in names for _, names, _ in self.open)
         try:
             self.pool.update(name, adapter)
@@ -325,8 +332,9 @@ class Machine(RuleBasedStateMachine):
                     if name in names:
                         wanted.update({name: adapter})
 
-    @rule(name=names)
-    def evict(self, name):
+    @rule(data=st.data())
+    def evict(self, data):
+        name = self.pick(data)
         try:
             self.pool.evict(name)
         except LookupError:
@@ -335,8 +343,9 @@ class Machine(RuleBasedStateMachine):
         del self.known[name]
         self.open = [(batch, [n for n in names if n != name], wanted) for batch, names, wanted in self.open]
 
-    @rule(rows=st.lists(st.one_of(st.none(), names), min_size=4, max_size=4))
-    def begin(self, rows):
+    @rule(data=st.data(), count=st.integers(1, 4))
+    def begin(self, data, count):
+        rows = ([self.pick(data) for _ in range(count)] + [None] * 4)[:4]
         try:
             batch = self.pool.batch(rows)
         except LookupError:
@@ -380,7 +389,7 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
 
 
