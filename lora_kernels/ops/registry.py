@@ -25,6 +25,7 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 _library = torch.library.Library("lora_kernels", "DEF")
 _implementations: dict[str, dict[str, "Implementation"]] = {}
 _missing: dict[str, str] = {}
+_there: set[str] = set()  # backends that some op has
 _warned: set[tuple[str, str]] = set()
 _forced: ContextVar[str | None] = ContextVar("forced_backend", default=None)
 _simulated: ContextVar[bool] = ContextVar("simulated", default=False)
@@ -142,9 +143,10 @@ def load_backends(package: str) -> None:
         module = f"{package}.{backend}"
         try:
             import_module(module)
+            _there.add(backend)
         except ImportError as error:
-            absent = isinstance(error, ModuleNotFoundError) and error.name == module
-            _missing.setdefault(backend, "this version has no such kernels" if absent else _not_built(error))
+            if not isinstance(error, ModuleNotFoundError) or error.name != module:
+                _missing.setdefault(backend, _not_built(error))
 
 
 def _not_built(error: ImportError) -> str:
@@ -231,12 +233,12 @@ def note(plan: Any) -> None:
 
 def missing_backends() -> dict[str, str]:
     """The backends that cannot run at all on this machine, each with its reason."""
-    return dict(_missing)
+    return {b: "this version has no such kernels" for b in BACKENDS if b not in _there} | _missing
 
 
 def refusals(name: str, args: tuple[Any, ...]) -> dict[str, str | None]:
     """For each backend of an op, why it refuses these arguments; None if it accepts them."""
-    found: dict[str, str | None] = dict(_missing)
+    found: dict[str, str | None] = dict(missing_backends())
     found.update({b: i.refusal(*args) for b, i in _implementations[name].items()})
     return found
 

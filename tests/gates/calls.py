@@ -1,6 +1,6 @@
 """The configurations of the ops' Triton kernels: what their launchers choose for some sizes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_kernels import Member, dora_linear, lora_linear, lora_linear_group, merged_weight, use_backend, weight_norm
+from lora_kernels import (
+    Member,
+    dora_linear,
+    lora_linear,
+    lora_linear_group,
+    merged_weight,
+    multi_lora,
+    multi_lora_add_,
+    use_backend,
+    weight_norm,
+)
+from lora_kernels.ops import BatchPlan, Slots
 from lora_kernels.ops.dispatch import forced
 from lora_kernels.ops.launch import Launch, recorded
 from lora_kernels.testing.gates import Budget, Configuration, Triton
@@ -17,6 +28,7 @@ from lora_kernels.testing.ptxsim import device
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 WIDE = 4096
+Call = Callable[[], None]
 MMA, CUDA, AMD = "sm_80 sm_86 sm_89 sm_120", " ".join(NVIDIA), "gfx942"
 
 
@@ -78,6 +90,28 @@ def merge(r: int, dtype: torch.dtype = BF16, adapters: torch.dtype | None = None
     def call() -> None:
         a, b = (torch.empty(s, dtype=adapters or dtype) for s in ((r, WIDE), (WIDE, r)))
         merged_weight(torch.empty(WIDE, WIDE, dtype=dtype), a, b, 0.5, torch.ones(WIDE))
+
+    return call
+
+
+def multi(tokens: int, outs: Sequence[int] = (WIDE,), each: int = 1, adds: bool = False, dtype: torch.dtype = BF16) -> Call:
+    """Many adapters over one base; `each`: adapters of a token, `adds`: on a product that is there."""
+
+    def call() -> None:
+        count, pages = 64, 64
+        i32 = lambda *shape: torch.zeros(shape, dtype=torch.int32)  # noqa: E731
+        sites = [
+            Slots(torch.empty(8, WIDE, dtype=dtype), torch.empty(8, n, dtype=dtype), i32(count, pages), i32(count),
+                  torch.zeros(count), i32(count), torch.empty(count, n), torch.empty(count, n), i32(count))
+            for n in outs
+        ]  # fmt: skip
+        ids = torch.zeros(tokens, each, dtype=torch.int64)
+        plan = BatchPlan.build(ids, count, None if each == 1 else torch.ones(tokens, each))
+        x, bias = torch.empty(tokens, WIDE, dtype=dtype), torch.empty(sum(outs), dtype=dtype)
+        if adds:
+            multi_lora_add_(torch.empty(tokens, sum(outs), dtype=dtype), x, sites, plan, bias)
+        else:
+            multi_lora(x, torch.empty(sum(outs), WIDE, dtype=dtype), sites, plan, bias)
 
     return call
 

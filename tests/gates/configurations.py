@@ -11,7 +11,7 @@ from lora_kernels.testing.gates.configuration import NVIDIA
 
 MISSING = missing_backends().get("triton")
 if not MISSING:
-    from tests.gates import ops, weights
+    from tests.gates import ops, serving, weights
 
 KERNELS = Path(__file__).parents[1] / "ptxsim" / "kernels"
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -157,4 +157,4 @@ CUDA_OPS = [
         {CUDA: Budget(6.4, "HMMA", units=64, wide=25)},
       ) for kind in ("bf16", "f16")),
 ]  # fmt: skip
-GATES = [*([] if MISSING else ops.GATES + weights.GATES), *CUDA_OPS, *CORPUS]
+GATES = [*([] if MISSING else ops.GATES + serving.GATES + weights.GATES), *CUDA_OPS, *CORPUS]

@@ -220,6 +220,7 @@ def test_a_missing_backend_has_a_reason(tmp_path, monkeypatch):
     (package / "cpu.py").write_text("import a_module_that_is_not_there\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(registry, "_missing", {})
+    monkeypatch.setattr(registry, "_there", set())
     load_backends(package.name)
     assert registry.missing_backends() == {
         "cpu": "No module named 'a_module_that_is_not_there'",

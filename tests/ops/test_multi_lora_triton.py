@@ -1,0 +1,170 @@
+"""multi_lora's Triton kernels: in the interpreter all cases, in the simulator what they read, launch and wait for."""
+
+import importlib.util
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_kernels import use_backend
+from lora_kernels.ops import missing_backends
+from lora_kernels.ops.multi_lora import BatchPlan, multi_lora, multi_lora_add_
+from lora_kernels.testing.ptxsim import device
+from tests.ops.interpreted import deterministic, interpreted
+from tests.ops.multi import ids_of, make_slots
+from tests.ops.test_multi_lora import CASES, assert_exact, draw, planned
+
+if "triton" in missing_backends():
+    pytest.skip(missing_backends()["triton"], allow_module_level=True)
+
+from lora_kernels.ops.multi_lora import triton as backend
+from lora_kernels.ops.multi_lora import triton_kernels
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture
+def simulated():
+    with use_backend("triton", simulate=True), deterministic(False):
+        yield
+
+
+def both(args, plan):
+    """y, and what becomes of a product that was there."""
+    x, w, slots, _, _, bias = args
+    base = (x.double() @ w.double().T + (0 if bias is None else bias.double())).to(x.dtype)
+    return multi_lora(x, w, slots, plan, bias), multi_lora_add_(base, x, slots, plan, bias)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_interpreted(case, dtype):
+    args = draw(*case, dtype)
+    plan = planned(args[2], args[3], args[4])
+    with deterministic(False), interpreted(seed=case[0]):
+        y, added = both(args, plan)
+    assert_exact(y, args)
+    assert_exact(added, args, roundings=2)
+    plan.raise_errors()
+
+
+@pytest.mark.parametrize("arch", [80, 90, 120])
+@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[4], CASES[6], (20, 4096, [64, 32], [8, 16, 0, 33], 1)], ids=str)
+def test_values_simulated(simulated, case, arch):
+    if arch != 80 and case[0] == 70:
+        case = (20, *case[1:])
+    args = draw(*case, BF16)
+    plan = planned(args[2], args[3], args[4])
+    with device(arch=arch, seed=arch) as sim:
+        y, added = both(args, plan)
+    assert_exact(y, args)
+    assert_exact(added, args, roundings=2)
+    assert sim.launches == 2 * (1 + len(case[2]))  # h of all slices at once, then each slice
+
+
+def test_float16(simulated):
+    args = draw(9, 72, [40], [8, 3, 16], 1, F16)
+    with device():
+        y, added = both(args, planned(*args[2:4]))
+    assert_exact(y, args)
+    assert_exact(added, args, roundings=2)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_neighbours_do_not_matter(k):
+    """Neither who they are nor how many there are, in the deterministic mode; nor that one has an adapter of NaN."""
+    x, w, slots, slot, weights, bias = draw(40, 72, [56], [8, 3, 16, 40], k, BF16)
+
+    def run(rows, slots):
+        weight = None if weights is None else weights[rows]
+        with deterministic(True), interpreted():
+            return multi_lora(x[rows], w, slots, planned(slots, slot[rows], weight), bias)
+
+    together = run(slice(0, 40), slots)
+    for t in (0, 7, 39):
+        assert run(slice(t, t + 1), slots)[0].equal(together[t])
+    a = slots[0].a.clone()
+    a[slots[0].table[3, :5].long() * 8] = torch.nan
+    beside = run(slice(0, 40), [replace(slots[0], a=a)])
+    touched = (slot == 3).any(1)
+    assert beside[touched].isnan().any(1).all() and beside[~touched].equal(together[~touched])
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_ids_that_nobody_gave(simulated, k):
+    x, w, slots, slot, _, bias = draw(12, 32, [24], [8, 3, 16], k, BF16)
+    ids = ids_of(slot, slots)
+    for t, each in {0: -2, 3: 1 << 40, 5: 3, 7: int(ids_of(torch.tensor(1), slots)) + (1 << 32), 8: -(1 << 62)}.items():
+        ids[t, -1], slot[t, -1] = each, -1
+    plan = BatchPlan.build(ids, 3)
+    with device():
+        y = multi_lora(x, w, slots, plan, bias)
+    assert_exact(y, (x, w, slots, slot, None, bias))
+    with pytest.raises(LookupError, match="BatchPlan: an id of an adapter is out of range or stale"):
+        plan.raise_errors()
+
+
+def test_any_order_gives_the_same_bits(simulated):
+    args = draw(20, 2056, [72], [8, 24, 3, 16], 1, BF16)
+    plan = planned(*args[2:4])
+    results = []
+    for seed in range(3):
+        with device(seed=seed, resident=1 + 7 * (seed % 2)):
+            results.append(both(args, plan))
+    assert all(one.equal(first) for result in results for one, first in zip(result, results[0], strict=True))
+
+
+def test_what_is_read(simulated):
+    """Of A and B as many bytes as there are ranks, each row once; DoRA adds its gains alone."""
+    ranks, n_in, n_out = [8, 16, 32, 64] * 3, 1024, 512
+    slots = make_slots(n_in, [n_out], ranks, BF16, dora=(0, 1, 2))
+    x, y, slot = torch.randn(12, n_in).bfloat16(), torch.randn(12, n_out).bfloat16(), torch.randperm(12)[:, None]
+    read = {}
+    for dora in (False, True):
+        flags = torch.zeros(12, dtype=torch.int32) if not dora else slots[0].flags
+        sites = [replace(slots[0], flags=flags)]
+        with device(trace=True, shuffle=False) as sim:
+            multi_lora_add_(y.clone(), x, sites, planned(sites, slot))
+        read[dora], _ = sim.dram()
+    thin = sum(ranks) * (n_in + n_out) * 2
+    others = (x.numel() + y.numel()) * 2 + 12 * 4 * sum(ranks) + 12 * (8 * 4 + 64 * 4)  # h, ids, tables
+    assert thin <= read[False] <= 1.05 * (thin + others)
+    assert 0 < read[True] - read[False] <= 1.05 * 3 * n_out * 4 and 3 * n_out * 4 <= 0.07 * thin
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("inside & (each != -1) & (known == 0)", "inside & (each != -1) & (each < 0)"),
+    ("held == each >> 32", "held == held"),
+    ("(each >= 0) & (slot < count)", "(each >= 0)"),
+    ("sums = tl.where(own[:, None], gains * sums, sums)", "sums = gains * sums"),
+    ("RANKS + ranks[None, :], own[:, None] & (ranks", "RANKS + ranks[None, :], (entry >= 0)[:, None] & (ranks"),
+    ("page * PAGE + ranks % PAGE", "page * PAGE"),
+    ("(number - (ends - blocks)) * BM", "number * BM"),
+    ("entry // EACH", "entry"),
+    ("", ""),
+])  # fmt: skip
+def test_planted_bugs(old, new, monkeypatch, tmp_path):
+    """In the interpreter, from a changed copy of the file."""
+    text = Path(triton_kernels.__file__).read_text()
+    assert not old or text.count(old) == 1, old
+    copy = tmp_path / "planted_kernels.py"
+    copy.write_text(text.replace(old, new) if old else text)
+    spec = importlib.util.spec_from_file_location("planted_kernels", copy)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(backend, "multi_lora_kernel", module.multi_lora_kernel)
+    monkeypatch.setattr(backend, "multi_shrink_kernel", module.multi_shrink_kernel)
+    k = 2 if "EACH" in old else 1
+    x, w, slots, slot, weights, bias = draw(40, 48, [56], [8, 3, 16, 40], k, BF16)
+    ids = ids_of(slot, slots)
+    if k == 1:
+        ids[0, 0], ids[1, 0] = int(ids_of(torch.tensor(1), slots)) + (1 << 32), 4 + (9 << 32)  # stale, out of range
+        slot[:2, 0] = -1
+    plan = BatchPlan.build(ids, 4, weights)
+    with pytest.raises(AssertionError) if old else nullcontext():
+        with deterministic(False), interpreted():
+            y = multi_lora(x, w, slots, plan, bias)
+        assert_exact(y, (x, w, slots, slot, weights, bias))
+        assert bool(plan.error) == (k == 1)
