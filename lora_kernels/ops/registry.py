@@ -20,6 +20,7 @@ from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ON_GPU = ("triton", "cuda")
+NONE = "it has no such kernel"
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _library = torch.library.Library("lora_kernels", "DEF")
@@ -238,7 +239,8 @@ def missing_backends() -> dict[str, str]:
 
 def refusals(name: str, args: tuple[Any, ...]) -> dict[str, str | None]:
     """For each backend of an op, why it refuses these arguments; None if it accepts them."""
-    found: dict[str, str | None] = dict(missing_backends())
+    found: dict[str, str | None] = dict.fromkeys(BACKENDS, NONE)
+    found.update(missing_backends())
     found.update({b: i.refusal(*args) for b, i in _implementations[name].items()})
     return found
 
@@ -264,7 +266,7 @@ def choose(name: str, args: tuple[Any, ...]) -> Implementation:
             return implementation
     reasons = refusals(name, args)
     if forced:
-        raise NotImplementedError(f"{name} cannot run on {forced}: {reasons.get(forced, 'it has no such kernel')}")
+        raise NotImplementedError(f"{name} cannot run on {forced}: {reasons[forced]}")
     raise NotImplementedError(f"{name}: no backend accepts these arguments: {reasons}")
 
 
@@ -277,7 +279,7 @@ def _record(name: str, chosen: str, args: tuple[Any, ...], forced: bool) -> None
     for backend in BACKENDS:
         if backend == chosen.split()[0]:
             continue
-        reason = reasons.get(backend, "it has no such kernel")
+        reason = reasons[backend]
         if reason is None:
             reason = f"{chosen} is forced" if forced else f"{chosen} comes first"
             if backend not in order:
@@ -288,7 +290,7 @@ def _record(name: str, chosen: str, args: tuple[Any, ...], forced: bool) -> None
 
 def _warn_of_fallback(name: str, order: tuple[str, ...], args: tuple[Any, ...]) -> None:
     reasons = refusals(name, args)
-    reason = "; ".join(f"{b}: {reasons.get(b, 'it has no such kernel')}" for b in order if b != "reference")
+    reason = "; ".join(f"{b}: {reasons[b]}" for b in order if b != "reference")
     if (name, reason) not in _warned:
         _warned.add((name, reason))
         warnings.warn(f"{name} runs on the slow reference. {reason}", FallbackWarning, stacklevel=5)
