@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_kernels.ops.lora_linear.op import FLOATS
 from lora_kernels.ops.multi_lora.plan import BatchPlan, Slots
+from lora_kernels.ops.multi_lora.training import trained
 from lora_kernels.ops.registry import declare
 
 
@@ -30,7 +31,10 @@ def multi_lora(
     float64), and y is rounded once.
 
     An id that is out of range or stale counts as no adapter, and sets `plan.error`; weights of others are never read.
-    Nothing is differentiated.
+
+    Gradients flow to x, to bias, and to a, b, gain and bias of the slots where they require it; w is frozen. Then each adapter
+    of the batch is one `lora_linear` of its tokens, so what its rows of a and b get has the bits of training it alone; the plan
+    is read on the host.
 
     Raises:
         TypeError: a tensor has a dtype that is not supported.
@@ -41,7 +45,10 @@ def multi_lora(
     if w.shape[1] != x.shape[-1] or w.dtype is not x.dtype or w.device != x.device:
         wanted = f"[out, {x.shape[-1]}] {x.dtype} on {x.device} as x is"
         raise ValueError(f"multi_lora: w must be {wanted}, found {list(w.shape)} {w.dtype} on {w.device}")
-    y = _forward(_rows(x), w, *_flat(slots, plan), bias)
+    if torch.is_grad_enabled() and _wants_grad(x, bias, *(t for s in slots for t in (s.a, s.b, s.gain, s.bias))):
+        y = trained(_rows(x), w, slots, plan, bias)
+    else:
+        y = _forward(_rows(x), w, *_flat(slots, plan), bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
 
 
@@ -54,12 +61,14 @@ def multi_lora_add_(
     Shapes: y [..., out], x [..., in]; the rest as `multi_lora`, which rounds once where this rounds twice, since y is rounded.
 
     Raises:
-        as `multi_lora`; and ValueError if y has not its own memory for each element.
+        as `multi_lora`; and ValueError if y has not its own memory for each element, or a gradient is wanted: there is none.
     """
     slots = _check("multi_lora_add_", x, slots, plan, bias, y.shape[-1] if isinstance(y, Tensor) and y.dim() else -1)
     if y.shape[:-1] != x.shape[:-1] or y.dtype is not x.dtype or y.device != x.device:
         wanted = f"{[*x.shape[:-1], y.shape[-1]]} {x.dtype} on {x.device} as x is"
         raise ValueError(f"multi_lora_add_: y must be {wanted}, found {list(y.shape)} {y.dtype} on {y.device}")
+    if torch.is_grad_enabled() and _wants_grad(y, x, *(t for s in slots for t in (s.a, s.b, s.gain, s.bias))):
+        raise ValueError("multi_lora_add_: it is not differentiated; use multi_lora, or torch.no_grad()")
     rows = y if y.dim() == 2 else y.view(math.prod(y.shape[:-1]), y.shape[-1])
     if any(stride == 0 and size > 1 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
         raise ValueError(f"multi_lora_add_: y must have its own memory for each element, found strides {list(y.stride())}")
@@ -67,6 +76,10 @@ def multi_lora_add_(
     if not torch.compiler.is_compiling() and not y.is_inference():
         torch.autograd.graph.increment_version(y)
     return y
+
+
+def _wants_grad(*tensors):
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _rows(x):
