@@ -19,6 +19,7 @@ class MultiLoRALinear(nn.Linear):
     """y = W x + bias, and for each row what the adapters of the current batch add (`lora_kernels.multi_lora`).
 
     It has the parameters of the layer that it replaces. Outside a batch, and where no row has an adapter, it is that layer.
+    Inside, it serves: gradients flow only if tensors of `slots` require them.
     """
 
     slots: Slots
@@ -39,7 +40,10 @@ class MultiLoRALinear(nn.Linear):
         batch = current_batch()
         if batch is None or batch.all_base:
             return F.linear(x, self.weight, self.bias)
-        return multi_lora(x, self.weight, self.slots, batch.plan(x.numel() // max(x.shape[-1], 1)), self.bias)
+        plan, s = batch.plan(x.numel() // max(x.shape[-1], 1)), self.slots
+        trains = s.a.requires_grad or s.b.requires_grad or s.gain.requires_grad or s.bias.requires_grad
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            return multi_lora(x, self.weight, s, plan, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, slots={len(self.slots.rank)}"
