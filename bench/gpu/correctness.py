@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from bench.gpu.cases import FLAGS, sizes
+from bench.gpu.many import many
 from bench.gpu.setting import Found, Setting, fused, pefts
 from lora_kernels import dora_linear, explain, lora_linear, merged_weight, nn, use_backend, weight_norm
 from lora_kernels.ops import dispatch, launch, row_norm_squared
@@ -89,6 +90,11 @@ def checks(setting: Setting) -> Iterator[Check]:
     for kind in ([nn.DoRALinear] if setting.tiny else [nn.LoRALinear, nn.DoRALinear]):
         for dtype in [BF16] if setting.dry else DTYPES:
             yield f"nn.{kind.__name__} {str(dtype)[6:]}", partial(layer, setting, kind, dtype)
+    for rows in (5,) if setting.dry else (1, 5, 64, 300):
+        for dtype in [BF16] if setting.dry else DTYPES:
+            for several in (False,) if setting.tiny else (False, True):
+                what = f"{'several adapters' if several else 'an adapter'} a row, {rows} rows, {str(dtype)[6:]}"
+                yield f"multi_lora: {what}", partial(many, setting, rows, dtype, several)
     for use_dora in (False, True):
         for dtype in [BF16] if setting.dry else DTYPES:
             yield f"PEFT's layer, dora {use_dora}, {str(dtype)[6:]}", partial(witness, setting, dtype, use_dora)
