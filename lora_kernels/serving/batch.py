@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.multi_lora.plan import BASE, BatchPlan
+from lora_kernels.ops.multi_lora.plan import BatchPlan
 
 Wanted = str | None | Sequence[str]
 
@@ -20,9 +20,11 @@ class Batch:
     request its share of neighbouring rows. Leaving it raises LookupError if a kernel met an id that the pool no longer has.
     """
 
-    def __init__(self, ids: Tensor, weights: Tensor | None, slots: int, let_go: Callable[[], None]) -> None:
+    def __init__(
+        self, ids: Tensor, weights: Tensor | None, slots: int, all_base: bool, let_go: Callable[[], None]
+    ) -> None:  # fmt: skip
         self.ids, self.weights, self._slots = ids, weights, slots
-        self.all_base = bool((ids == BASE).all())
+        self.all_base = all_base
         self._let_go: Callable[[], None] | None = let_go
         self._plans: dict[int, BatchPlan] = {}
         self._tokens: list[Token[Batch | None]] = []

@@ -70,7 +70,7 @@ class AdapterPool:
 
     A load is all or nothing. The gain of DoRA is computed then, in one pass over the weight. Evicted is whoever was not used
     for longest and is not in use or pinned; what was in its pages is overwritten with zeros. All methods may be called from
-    several threads.
+    several threads; on a GPU all of it, the batches' kernels too, must be on one stream, which orders them.
 
     Raises:
         TypeError, ValueError: a module is no nn.Linear, has a dtype that is not supported, or the capacity holds no page.
@@ -217,7 +217,8 @@ class AdapterPool:
             filled = [[1.0] * len(row) for row in rows] if counted is None else counted
             padded = [row + [0.0] * (width - len(row)) for row in filled]
             of_ids = torch.tensor(padded).reshape(len(rows), width).to(self.device)
-        return Batch(ids.to(self.device), of_ids, len(self._generations), lambda: self._let_go(list(held.values())))
+        let_go = lambda: self._let_go(list(held.values()))  # noqa: E731
+        return Batch(ids.to(self.device), of_ids, len(self._generations), not held, let_go)
 
     def id_of(self, name: str) -> int:
         """The id of a resident adapter, for plans of one's own."""
