@@ -86,6 +86,14 @@ def test_shapes_of_more_dimensions(backend):
         torch.testing.assert_close(multi_lora_add_(base, x.view(3, 4, 16), slots[0], plan, bias), y.view(3, 4, 24))
 
 
+def test_autocast():
+    x, w, slots, slot, _, bias = draw(12, 16, [24], [8, 3, 5], 1, torch.float32)
+    plan = planned(slots, slot)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = multi_lora(x, w, slots, plan, bias)
+    assert y.equal(multi_lora(x.bfloat16(), w.bfloat16(), slots, plan, bias)) and y.dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_strides(dtype):
     x, w, slots, slot, _, bias = draw(20, 48, [40], [8, 3, 16], 1, dtype)

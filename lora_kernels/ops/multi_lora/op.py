@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.lora_linear.op import FLOATS
+from lora_kernels.ops.lora_linear.op import FLOATS, _any_autocast, without_autocast
 from lora_kernels.ops.multi_lora.plan import BatchPlan, Slots
 from lora_kernels.ops.multi_lora.training import trained
 from lora_kernels.ops.registry import declare
@@ -28,7 +28,7 @@ def multi_lora(
     Shapes: x [..., in], w [out, in], bias [out]; returns [..., out] in the dtype of x. `plan` has as many tokens as x has
     rows. `slots` are the adapters of w, or of several slices of its rows (q, k and v of one matrix) in their order. x and w
     share a dtype (float32, bfloat16, float16 or float64), a and b of the slots one, too. Sums are float32 (float64 for
-    float64), and y is rounded once.
+    float64), and y is rounded once. Under autocast x and w are cast to its dtype.
 
     An id that is out of range or stale counts as no adapter, and sets `plan.error`; weights of others are never read.
 
@@ -41,6 +41,10 @@ def multi_lora(
         ValueError: a shape or device does not fit; the message names the tensor.
         NotImplementedError: the forced backend refuses; the message says why.
     """
+    if _any_autocast() and torch.is_autocast_enabled(x.device.type):
+        cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
+        with without_autocast(x):
+            return multi_lora(x.to(cast), w.to(cast), slots, plan, bias)
     slots = _check("multi_lora", x, slots, plan, bias, w.shape[0] if isinstance(w, Tensor) and w.dim() == 2 else -1)
     if w.shape[1] != x.shape[-1] or w.dtype is not x.dtype or w.device != x.device:
         wanted = f"[out, {x.shape[-1]}] {x.dtype} on {x.device} as x is"
