@@ -42,6 +42,7 @@ from lora_kernels.adapters.inject import (
 )
 from lora_kernels.adapters.targets import Selection, select
 from lora_kernels.nn import DoRALinear, LoRAEmbedding
+from lora_kernels.nn.base import initial_scaling
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -283,7 +284,7 @@ def _check_unmerged(layers: dict[str, Layer]) -> None:
 
 
 def _scaling(layer: Layer) -> float:
-    return layer.lora_alpha / (math.sqrt(layer.r) if layer.use_rslora else layer.r)
+    return initial_scaling(layer.lora_alpha, layer.r, layer.use_rslora)
 
 
 def check_init(config: LoraConfig) -> None:

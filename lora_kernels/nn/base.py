@@ -41,7 +41,7 @@ class AdapterLayer(nn.Module):
         self._unmerged: Tensor | None = None
 
     def _initial_scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return initial_scaling(self.lora_alpha, self.r, self.use_rslora)
 
     def _adapted_weight(self) -> Tensor:
         """The weight that makes a plain layer compute what this one does in eval mode, rounded once to its dtype."""
@@ -170,6 +170,11 @@ class AdapterLayer(nn.Module):
         text = f"r={self.r}, lora_alpha={self.lora_alpha:g}, scaling={self.scaling:g}"
         text += ", merged=True" if self.merged else ""
         return text if self.enabled else f"{text}, enabled=False"
+
+
+def initial_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """What the adapter's product is multiplied with."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
 def freeze(*parameters: nn.Parameter | None) -> None:

@@ -1,6 +1,5 @@
 """An adapter as the pool takes it: its factors, module by module, from PEFT's files or PEFT's tensors."""
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError, LoraConfig
-from lora_kernels.adapters.files import WEIGHTS_NAME, Slot, check_finite, check_init, read_tensors, slots_of
+from lora_kernels.adapters.files import PREFIX, WEIGHTS_NAME, Slot, check_finite, check_init, read_tensors, slots_of
 from lora_kernels.adapters.inject import some, unwrap
 from lora_kernels.adapters.targets import Target, select
+from lora_kernels.nn.base import initial_scaling
 
 _ALSO = ("lora_bias",)  # keys of the configuration that LoraConfig leaves to us
 
@@ -112,7 +112,7 @@ def _wanted(model: nn.Module, config: LoraConfig) -> tuple[list[Target], dict[st
     slots = slots_of(model, selection, config)
     if config.extra.get("lora_bias"):
         for target in selection.targets:
-            key = f"base_model.model.{target.name}.lora_B.bias"
+            key = f"{PREFIX}{target.name}.lora_B.bias"
             slots[key] = Slot(target.name, "lora_B.bias", torch.Size([modules[target.name].weight.shape[0]]))
     return selection.targets, slots
 
@@ -120,8 +120,8 @@ def _wanted(model: nn.Module, config: LoraConfig) -> tuple[list[Target], dict[st
 def _adapter(targets: list[Target], config: LoraConfig, tensors: Mapping[str, Tensor]) -> Adapter:
     factors = {}
     for target in targets:
-        of = lambda name, path=f"base_model.model.{target.name}": tensors.get(f"{path}.{name}")  # noqa: E731
-        scale = target.lora_alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
+        of = lambda name, path=f"{PREFIX}{target.name}": tensors.get(f"{path}.{name}")  # noqa: E731
+        scale = initial_scaling(target.lora_alpha, target.r, config.use_rslora)
         a, b = of("lora_A.weight"), of("lora_B.weight")
         assert a is not None and b is not None
         factors[target.name] = Factors(a, b, scale, of("lora_magnitude_vector"), of("lora_B.bias"))

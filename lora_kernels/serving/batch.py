@@ -65,8 +65,9 @@ class Batch:
         if self._tokens:
             return
         self.close()
-        if kind is None and any(bool(plan.error) for plan in self._plans.values()):
-            next(plan for plan in self._plans.values() if plan.error).raise_errors()
+        if kind is None:
+            for plan in self._plans.values():
+                plan.raise_errors()
 
 
 _current: ContextVar[Batch | None] = ContextVar("batch", default=None)

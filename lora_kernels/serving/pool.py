@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_kernels.adapters.config import AdapterError
 from lora_kernels.adapters.inject import some, unwrap
 from lora_kernels.ops.lora_linear.op import FLOATS
-from lora_kernels.ops.multi_lora.plan import BASE
+from lora_kernels.ops.multi_lora.plan import BASE, PAGE
 from lora_kernels.serving.adapter import Adapter, adapter_of, read_adapter
 from lora_kernels.serving.batch import Batch, Wanted, requests_of
 from lora_kernels.serving.site import Site, bytes_of_page, bytes_of_slots, pages_of
@@ -257,12 +257,12 @@ class AdapterPool:
         if foreign:
             raise AdapterError(f"AdapterPool: the adapter changes modules that the pool does not have: {some(foreign)}")
         for name, f in adapter.factors.items():
-            (n_out, n_in), pages = self.sites[name].weight.shape, len(self.sites[name].slots.a) // 8
+            (n_out, n_in), pages = self.sites[name].weight.shape, len(self.sites[name].slots.a) // PAGE
             if f.a.shape != (f.r, n_in) or f.b.shape != (n_out, f.r):
                 wanted, found = f"[r, {n_in}] and [{n_out}, r]", f"{list(f.a.shape)} and {list(f.b.shape)}"
                 raise AdapterError(f"AdapterPool: {name}: a and b must be {wanted}, found {found}")
             if f.r > self.max_rank or pages_of(f.r) > pages:
-                most = min(self.max_rank, 8 * pages)
+                most = min(self.max_rank, PAGE * pages)
                 raise AdapterError(f"AdapterPool: {name}: the rank may be {most}, found {f.r}")
             for what, t in (("a", f.a), ("b", f.b), ("magnitude", f.magnitude), ("bias", f.bias)):
                 if t is not None and not bool(t.to(self.sites[name].weight.dtype).isfinite().all()):

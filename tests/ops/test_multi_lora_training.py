@@ -7,6 +7,7 @@ import torch
 
 from lora_kernels import lora_linear
 from lora_kernels.ops.multi_lora import multi_lora, multi_lora_add_
+from lora_kernels.ops.multi_lora.plan import rows_of
 from tests.ops.interpreted import deterministic
 from tests.ops.multi import exact
 from tests.ops.test_multi_lora import draw, planned
@@ -15,11 +16,6 @@ from tests.ops.test_multi_lora import draw, planned
 def clean(slots):
     """Without the NaN between the rows, which a dense gradient check would meet."""
     return [replace(s, **{n: getattr(s, n).nan_to_num() for n in ("a", "b", "gain", "bias")}) for s in slots]
-
-
-def rows_of(s, slot):
-    j = torch.arange(int(s.rank[slot]))
-    return s.table[slot, j // 8].long() * 8 + j % 8
 
 
 @pytest.mark.parametrize("k", [1, 2])
