@@ -1,4 +1,4 @@
-# make install | test | test-slow | demo | lint | gates | bench. Each makes .venv on its first call and reuses it.
+# make install | test | test-slow | demo | serve-demo | lint | gates | bench. Each makes .venv on its first call and reuses it.
 # make gpu runs in your own environment: see there.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +6,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA := $(shell find csrc tests -name '*.cu' -o -name '*.cuh')
 SOURCES := $(CSRC) $(filter csrc/%,$(CUDA)) CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml
 
-.PHONY: install test test-slow demo lint gates bench bench-pytest gpu
+.PHONY: install test test-slow demo serve-demo lint gates bench bench-pytest gpu
 
 install: .venv/built
 
@@ -34,6 +34,9 @@ test-slow: install
 
 demo: .venv/demo
 	$(BIN)/python examples/finetune.py $(ARGS)
+
+serve-demo: .venv/demo
+	$(BIN)/python -m lora_kernels serve-demo $(ARGS)
 
 lint: .venv/requirements
 	$(BIN)/python -m ruff check .

@@ -1,9 +1,11 @@
-"""`python -m lora_kernels doctor`: what is here, what is missing and why."""
+"""`python -m lora_kernels doctor`: what is here, what is missing and why. `serve-demo`: many adapters over one model."""
 
 import importlib.metadata
 import platform
+import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 
@@ -42,8 +44,19 @@ def doctor() -> int:
     return 0 if right else 1
 
 
+def serve_demo(arguments: list[str]) -> int:
+    """Runs examples/serve.py, which a checkout of the repository has; its exit status."""
+    script = Path(lora_kernels.__file__).parents[1] / "examples" / "serve.py"
+    if not script.is_file():
+        print(f"serve-demo: {script} is not here; a checkout of the repository has it", file=sys.stderr)
+        return 2
+    return int(runpy.run_path(str(script))["main"](arguments))
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] != ["doctor"]:
-        print("usage: python -m lora_kernels doctor", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(doctor())
+    if sys.argv[1:] == ["doctor"]:
+        sys.exit(doctor())
+    if sys.argv[1:2] == ["serve-demo"]:
+        sys.exit(serve_demo(sys.argv[2:]))
+    print("usage: python -m lora_kernels doctor | serve-demo [--quick]", file=sys.stderr)
+    sys.exit(2)
