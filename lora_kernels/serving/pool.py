@@ -16,7 +16,7 @@ from lora_kernels.ops.lora_linear.op import FLOATS
 from lora_kernels.ops.multi_lora.plan import BASE, PAGE
 from lora_kernels.serving.adapter import Adapter, adapter_of, read_adapter
 from lora_kernels.serving.batch import Batch, Wanted, requests_of
-from lora_kernels.serving.site import Site, bytes_of_page, bytes_of_slots, pages_of
+from lora_kernels.serving.site import Prepared, Site, bytes_of_page, bytes_of_slots, pages_of
 
 
 class PoolFullError(AdapterError):
@@ -156,7 +156,7 @@ class AdapterPool:
                     if len(site.held.get(resident.slot, ())) != self._pages(adapter, site_name):
                         site.clear(resident.slot)
                     if site_name in adapter.factors:
-                        site.put(resident.slot, adapter.factors[site_name], prepared[site_name])
+                        site.put(resident.slot, prepared[site_name])
                 resident.adapter = adapter
                 self._keep_on_host(name, adapter)
                 self._stats.updates += 1
@@ -270,10 +270,10 @@ class AdapterPool:
                     raise AdapterError(f"AdapterPool: {name}: {what} has values that are not finite as {kind}")
         return adapter
 
-    def _prepared(self, adapter: Adapter) -> dict[str, Any]:
+    def _prepared(self, adapter: Adapter) -> dict[str, Prepared]:
         prepared = {name: self.sites[name].prepared(f) for name, f in adapter.factors.items()}
-        for name, (*_, gain, _) in prepared.items():
-            if gain is not None and not bool(gain.isfinite().all()):
+        for name, each in prepared.items():
+            if each.gain is not None and not bool(each.gain.isfinite().all()):
                 raise AdapterError(f"AdapterPool: {name}: the gain of DoRA is not finite")
         return prepared
 
@@ -288,8 +288,8 @@ class AdapterPool:
             self._release(victim)
             self._stats.evictions += 1
         slot = self._free.pop()
-        for site, f in adapter.factors.items():
-            self.sites[site].put(slot, f, prepared[site])
+        for site, each in prepared.items():
+            self.sites[site].put(slot, each)
         resident = Resident(name, slot, (self._generations[slot] << 32) + slot, adapter, pinned)
         old = self._names.get(name)
         self._names[name] = self._residents[slot] = resident

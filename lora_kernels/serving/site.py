@@ -1,5 +1,6 @@
 """One module's part of a pool: pages for rank rows, and what a slot says of its adapter here."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,17 +24,30 @@ def pages_of(r: int) -> int:
     return -(-r // PAGE)
 
 
-class Site:
-    """The adapters of one weight W [out, in]. Nobody but the pool calls it, under its lock."""
+@dataclass(frozen=True)
+class Prepared:
+    """An adapter as the tables hold it."""
 
-    def __init__(self, weight: Tensor, generation: Tensor, pages: int, max_rank: int) -> None:
-        self.weight = weight
-        (n_out, n_in), count = weight.shape, len(generation)
-        new = partial(torch.zeros, device=weight.device)
+    a: Tensor
+    """[r, in]."""
+    b: Tensor
+    """Bᵀ [r, out]."""
+    scale: float
+    gain: Tensor | None = None
+    """[out] of DoRA."""
+    bias: Tensor | None = None
+    """[out]: scale times the bias of B."""
+
+
+class Pages:
+    """Slots for the adapters of one matrix [out, in], and who has which page. Its owner calls it from one thread at a time."""
+
+    def __init__(self, n_out: int, n_in: int, dtype: torch.dtype, generation: Tensor, pages: int, max_rank: int) -> None:
+        count, new = len(generation), partial(torch.zeros, device=generation.device)
         # zeros: nothing but a pool's own numbers is ever in reach of a kernel
         self.slots = Slots(
-            a=new(pages * PAGE, n_in, dtype=weight.dtype),
-            b=new(pages * PAGE, n_out, dtype=weight.dtype),
+            a=new(pages * PAGE, n_in, dtype=dtype),
+            b=new(pages * PAGE, n_out, dtype=dtype),
             table=new(count, pages_of(max_rank), dtype=torch.int32),
             rank=new(count, dtype=torch.int32),
             scale=new(count),
@@ -44,38 +58,23 @@ class Site:
         )
         self.free = list(range(pages))
         self.held: dict[int, list[int]] = {}
-        self._squared: Tensor | None = None
 
-    def prepared(self, f: Factors) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """A, Bᵀ, gain and bias as the tables hold them; of DoRA one pass over W, whose own norm is kept."""
-        w = self.weight.detach()
-        a, b = (t.to(w.device, w.dtype, non_blocking=True) for t in (f.a, f.b))
-        gain = None
-        if f.magnitude is not None:
-            if self._squared is None:
-                self._squared = row_norm_squared(w)
-            norm = weight_norm(w, a, b, f.scale, self._squared)
-            gain = dora_gain(f.magnitude.to(norm, non_blocking=True), norm).float()
-        bias = None if f.bias is None else f.scale * f.bias.to(w.device, torch.float32, non_blocking=True)
-        return a, b.T, gain, bias
-
-    def put(self, slot: int, f: Factors, prepared: tuple[Tensor, Tensor, Tensor | None, Tensor | None]) -> None:
+    def put(self, slot: int, prepared: Prepared) -> None:
         """Writes an adapter into a slot that holds none here, or one of as many pages."""
-        a, b, gain, bias = prepared
-        held = self.held.get(slot)
+        r, held = len(prepared.a), self.held.get(slot)
         if held is None:
-            held = self.held[slot] = [self.free.pop() for _ in range(pages_of(f.r))]
-        s, place = self.slots, self.weight.device
+            held = self.held[slot] = [self.free.pop() for _ in range(pages_of(r))]
+        s, place = self.slots, self.slots.a.device
         pages = torch.tensor(held, dtype=torch.int32).to(place, non_blocking=True)
         at = (pages.long()[:, None] * PAGE + torch.arange(PAGE, device=place)).flatten()
-        s.a[at[: f.r]], s.b[at[: f.r]] = a, b
-        s.a[at[f.r :]] = 0
-        s.b[at[f.r :]] = 0
+        s.a[at[:r]], s.b[at[:r]] = prepared.a, prepared.b
+        s.a[at[r:]] = 0
+        s.b[at[r:]] = 0
         s.table[slot, : len(held)] = pages
-        s.gain[slot] = 0 if gain is None else gain
-        s.bias[slot] = 0 if bias is None else bias
-        s.scale[slot], s.rank[slot] = f.scale, f.r
-        s.flags[slot] = GAIN * (gain is not None) + BIAS * (bias is not None)
+        s.gain[slot] = 0 if prepared.gain is None else prepared.gain
+        s.bias[slot] = 0 if prepared.bias is None else prepared.bias
+        s.scale[slot], s.rank[slot] = prepared.scale, r
+        s.flags[slot] = GAIN * (prepared.gain is not None) + BIAS * (prepared.bias is not None)
 
     def clear(self, slot: int) -> None:
         """Takes the adapter out of a slot and leaves nothing of it behind."""
@@ -86,3 +85,26 @@ class Site:
             s.a[page * PAGE : (page + 1) * PAGE] = 0
             s.b[page * PAGE : (page + 1) * PAGE] = 0
             self.free.append(page)
+
+
+class Site(Pages):
+    """The adapters of one weight W [out, in]. Nobody but the pool calls it, under its lock."""
+
+    def __init__(self, weight: Tensor, generation: Tensor, pages: int, max_rank: int) -> None:
+        n_out, n_in = weight.shape
+        super().__init__(n_out, n_in, weight.dtype, generation, pages, max_rank)
+        self.weight = weight
+        self._squared: Tensor | None = None
+
+    def prepared(self, f: Factors) -> Prepared:
+        """What the tables are to hold; of DoRA one pass over W, whose own norm is kept."""
+        w = self.weight.detach()
+        a, b = (t.to(w.device, w.dtype, non_blocking=True) for t in (f.a, f.b))
+        gain = None
+        if f.magnitude is not None:
+            if self._squared is None:
+                self._squared = row_norm_squared(w)
+            norm = weight_norm(w, a, b, f.scale, self._squared)
+            gain = dora_gain(f.magnitude.to(norm, non_blocking=True), norm).float()
+        bias = None if f.bias is None else f.scale * f.bias.to(w.device, torch.float32, non_blocking=True)
+        return Prepared(a, b.T, f.scale, gain, bias)
