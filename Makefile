@@ -1,4 +1,4 @@
-# make install | test | test-slow | demo | serve-demo | lint | gates | bench. Each makes .venv on its first call and reuses it.
+# make install | test | test-slow | test-vllm | demo | serve-demo | lint | gates | bench. Each makes .venv on its first call and reuses it.
 # make gpu runs in your own environment: see there.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +6,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA := $(shell find csrc tests -name '*.cu' -o -name '*.cuh')
 SOURCES := $(CSRC) $(filter csrc/%,$(CUDA)) CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml
 
-.PHONY: install test test-slow demo serve-demo lint gates bench bench-pytest gpu
+.PHONY: install test test-slow test-vllm demo serve-demo lint gates bench bench-pytest gpu
 
 install: .venv/built
 
@@ -31,6 +31,18 @@ test: install
 # the ops' whole tests on simulated kernels, and the kit with each version of Triton that is supported
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+.venv-vllm/requirements: requirements-vllm.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --no-compile -r requirements-vllm.txt
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# the plugin in vLLM, in an environment of vLLM's own; the package is that of `make install`, found by its entry points
+test-vllm: install .venv-vllm/requirements
+	$(BIN)/python setup.py --quiet egg_info --egg-base .venv-vllm
+	PYTHONPATH="$(CURDIR):$(CURDIR)/.venv-vllm" OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -o addopts= \
+		--confcutdir=tests/engines tests/engines $(ARGS)
 
 demo: .venv/demo
 	$(BIN)/python examples/finetune.py $(ARGS)

@@ -189,6 +189,9 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.lora_kernels.multi_lora_add.default, (x @ w.T, x, flat, *plan.tensors, bias))
     compiled = torch.compile(lambda x: multi_lora(x, w, slots, plan, bias), fullgraph=True, backend="aot_eager")
     assert compiled(x).equal(multi_lora(x, w, slots, plan, bias))
+    fresh = [replace(s) for s in slots]  # nothing of it is cached, and the plan is made in the graph
+    made = lambda x, ids: multi_lora(x, w, fresh, BatchPlan.build(ids, len(plan.starts) - 1, plan.weights), bias)  # noqa: E731
+    assert torch.compile(made, fullgraph=True, backend="aot_eager")(x, plan.ids).equal(multi_lora(x, w, slots, plan, bias))
 
 
 def test_explain():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.lora_linear.op import FLOATS, _any_autocast, without_autocast
-from lora_kernels.ops.multi_lora.plan import BatchPlan, Slots
+from lora_kernels.ops.multi_lora.plan import BatchPlan, Slots, listed
 from lora_kernels.ops.multi_lora.training import trained
 from lora_kernels.ops.registry import declare
 
@@ -91,6 +91,8 @@ def _rows(x):
 
 
 def _flat(slots, plan):
+    if torch.compiler.is_compiling():  # Dynamo cannot enter the lock that a cached property has in Python 3.11
+        return [t for s in slots for t in listed(s)], *listed(plan)
     return (slots[0].tensors if len(slots) == 1 else [t for s in slots for t in s.tensors]), *plan.tensors
 
 

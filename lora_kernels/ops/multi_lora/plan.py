@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class Slots:
 
     @cached_property
     def tensors(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self)]
+        return listed(self)
 
 
 TENSORS = len(fields(Slots))
@@ -128,7 +129,12 @@ class BatchPlan:
 
     @cached_property
     def tensors(self) -> list[Tensor | None]:
-        return [self.ids, self.weights, self.order, self.starts, self.error]
+        return listed(self)
+
+
+def listed(one: "Slots | BatchPlan") -> list[Any]:
+    """The tensors in the order of the fields."""
+    return [getattr(one, field.name) for field in fields(one)]
 
 
 def unflatten(slots: list[Tensor]) -> list[Slots]:

@@ -1,0 +1,101 @@
+"""What vLLM's loader leaves out of an adapter: DoRA's magnitudes and lora_bias."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from vllm.lora import lora_model as theirs
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.utils import parse_fine_tuned_lora_name
+
+from lora_kernels.adapters.config import AdapterError
+from lora_kernels.adapters.inject import some
+
+MAGNITUDE, BIAS = ".lora_magnitude_vector", ".lora_B.bias"
+
+
+@dataclasses.dataclass
+class Extra:
+    """Of one module of the adapter."""
+
+    magnitude: Tensor | None = None
+    """m [out]."""
+    bias: Tensor | None = None
+    """s · c [out]."""
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(the name that B has there, MAGNITUDE or BIAS), or None for a tensor that vLLM knows."""
+    for suffix, kind in ((MAGNITUDE, MAGNITUDE), (MAGNITUDE + ".weight", MAGNITUDE), (BIAS, BIAS)):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix) + ".lora_B.weight", kind
+    return None
+
+
+def parse_name(name: str, weights_mapper: Any = None) -> tuple[str, bool]:
+    """vLLM's parse_fine_tuned_lora_name, which knows magnitudes and biases too: (module, whether it is A)."""
+    found = split_name(name)
+    return parse_fine_tuned_lora_name(name if found is None else found[0], weights_mapper)
+
+
+def unsupported_features(self: PEFTHelper) -> list[str]:
+    """In place of PEFTHelper._validate_features: all that it finds but DoRA and lora_bias."""
+    return _features(dataclasses.replace(self, use_dora=False, lora_bias=False))
+
+
+_features = PEFTHelper._validate_features
+
+
+class Model(LoRAModel):
+    """vLLM's adapter with `extras`, by the names of its modules in vLLM's model, before packing."""
+
+    extras: Mapping[str, Extra] = {}
+
+    @classmethod
+    def from_lora_tensors(
+        cls, lora_model_id: int, tensors: dict[str, Tensor], peft_helper: PEFTHelper, *args: Any, **kwargs: Any
+    ) -> "Model":
+        """As vLLM's; a tensor that is missing or has a wrong rank is an AdapterError.
+
+        What DoRA and lora_bias add is taken out first, since vLLM raises for it.
+        """
+        own: dict[str, Tensor] = {}
+        rest: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            (own if split_name(name) else rest)[name] = tensor
+        model = super().from_lora_tensors(lora_model_id, rest, peft_helper, *args, **kwargs)
+        for name, lora in model.loras.items():
+            if lora.lora_a is None or lora.lora_b is None:
+                raise AdapterError(f"{name}: {'A' if lora.lora_a is None else 'B'} is missing")
+            if lora.lora_a.shape[0] != lora.lora_b.shape[-1]:
+                found = f"{list(lora.lora_a.shape)} and {list(lora.lora_b.shape)}"
+                raise AdapterError(f"{name}: A and B must be [r, in] and [out, r], found {found}")
+        if not model.loras:
+            raise AdapterError("the adapter changes no module")
+        extras = {name: Extra() for name in model.loras}
+        mapper = kwargs.get("weights_mapper")
+        for name, tensor in own.items():
+            plain, kind = split_name(name) or ("", "")
+            module, _ = parse_fine_tuned_lora_name(plain, mapper)
+            if module not in extras:
+                raise AdapterError(f"{name}: the module has no A and B")
+            vector = tensor.float().flatten()
+            if kind == MAGNITUDE:
+                extras[module].magnitude = vector
+            else:
+                extras[module].bias = vector * model.loras[module].scaling
+        for kind, asked in (("magnitude", peft_helper.use_dora), ("bias", peft_helper.lora_bias)):
+            having = {name for name, extra in extras.items() if getattr(extra, kind) is not None}
+            if asked and having != extras.keys():
+                raise AdapterError(f"the {kind} is missing of {some(sorted(extras.keys() - having))}")
+            if having and not asked:
+                raise AdapterError(f"the config does not say that {some(sorted(having))} has a {kind}")
+        model.extras = {name: e for name, e in extras.items() if e.magnitude is not None or e.bias is not None}
+        return model
+
+
+def install() -> None:
+    theirs.parse_fine_tuned_lora_name = parse_name
+    PEFTHelper._validate_features = unsupported_features
