@@ -152,6 +152,9 @@ def cuda_kernels(setting: Setting, found: Found) -> Iterator[Check]:
         for rows in () if setting.tiny else (tokens,) if setting.dry else (1, 16, 33, 64):
             shape = (n_in + -n_in % 16, n_out, rank)
             yield f"CUDA C++ int8: {rows} rows, {str(dtype)[6:]}", partial(cuda_int8, setting, rows, shape, dtype)
+        for rows in (tokens,) if setting.dry else (1, 16, 33, 64):
+            what = f"CUDA C++ multi_lora: {rows} rows, {str(dtype)[6:]}"
+            yield what, partial(many, setting, rows, dtype, False, by_cuda=True)
         for r in (rank,) if setting.dry else (1, 17, 64, 128):
             yield f"CUDA C++ norm and merge: r {r}, {str(dtype)[6:]}", partial(cuda_weights, setting, (n_in, n_out, r), dtype)
 

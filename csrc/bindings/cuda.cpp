@@ -24,14 +24,15 @@ Kernels lora_linear_sums_kernels();
 Kernels lora_linear_thin_kernels();
 Kernels lora_linear_tiles_kernels();
 Kernels merge_kernels();
+Kernels multi_lora_small_kernels();
 Kernels weight_norm_kernels();
 
 std::vector<Kernel> all() {
   std::vector<Kernel> found;
-  for (Kernels each :
-       {lora_linear_dx_kernels(), lora_linear_dx_small_kernels(), lora_linear_outer_kernels(),
-        lora_linear_sides_kernels(), lora_linear_small_kernels(), lora_linear_sums_kernels(),
-        lora_linear_thin_kernels(), lora_linear_tiles_kernels(), merge_kernels(), weight_norm_kernels()}) {
+  for (Kernels each : {lora_linear_dx_kernels(), lora_linear_dx_small_kernels(), lora_linear_outer_kernels(),
+                       lora_linear_sides_kernels(), lora_linear_small_kernels(), lora_linear_sums_kernels(),
+                       lora_linear_thin_kernels(), lora_linear_tiles_kernels(), merge_kernels(),
+                       multi_lora_small_kernels(), weight_norm_kernels()}) {
     found.insert(found.end(), each.first, each.first + each.count);
   }
   return found;

@@ -7,7 +7,7 @@
 // added in the order of the parts, whoever does it.
 #include "../common/kernels.h"
 #include "../common/parts.cuh"
-#include "../common/tiles.cuh"
+#include "../common/tokens.cuh"
 
 namespace lk {
 
@@ -23,7 +23,7 @@ struct LoRALinearSmall {
   float scale;
 };
 
-constexpr int ROWS = 64, THREADS = 128, RANKS = 64;  // of a tile; ranks of a step of the product with B
+constexpr int RANKS = 64;  // of a step of the product with B
 
 template <typename T>
 constexpr int COLUMNS = WIDTH / int(sizeof(T));
@@ -46,26 +46,10 @@ __device__ void copy_tokens(T* tile, const T* x, int64_t stride, int64_t tokens,
   }
 }
 
-// sums [16 rows of a tile][tokens] += tile · tokensᵀ over 16 of W's columns
-template <typename W, typename T, int TOKENS>
-__device__ void multiply(float (&sums)[TOKENS / 8][4], W* w_tile, T* x_tile, int step, int tokens) {
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
-  uint32_t f[4];
-  ldmatrix_x4(f, piece(w_tile, row, 2 * step + lane / 16));
-#pragma unroll
-  for (int j = 0; j < TOKENS / 8; j += 2) {
-    if (j * 8 >= tokens) break;
-    uint32_t g[4];
-    ldmatrix_x4(g, piece<SWAP<W>>(x_tile, j * 8 + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
-    mma_m16n8k16<T>(sums[j], f, g[0], g[1]);
-    mma_m16n8k16<T>(sums[j + 1], f, g[2], g[3]);
-  }
-}
-
-// the same over 32 columns of int8. A column of the product is any number of W's row and the same of x's: a lane takes four
+// sums [16 rows of a tile][tokens] += tile · tokensᵀ over 32 columns of int8. A column of the product is any number of W's row and the same of x's: a lane takes four
 // that are neighbours
 template <typename T, int TOKENS>
-__device__ void multiply(float (&sums)[TOKENS / 8][4], int8_t* w_tile, T* x_tile, int step, int tokens) {
+__device__ void multiply_int8(float (&sums)[TOKENS / 8][4], int8_t* w_tile, T* x_tile, int step, int tokens) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
   uint32_t bytes[4];
   ldmatrix_x4(bytes, piece(w_tile, row, 2 * step + lane / 16));
@@ -113,9 +97,10 @@ __device__ void stream(float (&sums)[TOKENS / 8][4], char* memory, const W* w, i
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       if constexpr (sizeof(W) == 1) {
-        multiply<T, TOKENS>(sums, reinterpret_cast<int8_t*>(stage), reinterpret_cast<T*>(stage + W_BYTES), i, tokens);
+        multiply_int8<T, TOKENS>(sums, reinterpret_cast<int8_t*>(stage), reinterpret_cast<T*>(stage + W_BYTES), i,
+                                 tokens);
       } else {
-        multiply<W, T, TOKENS>(sums, reinterpret_cast<W*>(stage), reinterpret_cast<T*>(stage + W_BYTES), i, tokens);
+        multiply<T, TOKENS>(sums, reinterpret_cast<T*>(stage), reinterpret_cast<T*>(stage + W_BYTES), i, tokens);
       }
     }
   }
@@ -190,9 +175,9 @@ __device__ void end_of_w(const LoRALinearSmall& p, char* memory, int64_t row, in
     __syncthreads();
 #pragma unroll 1
     for (int i = 0; i < steps; i++) {
-      multiply<B, B, TOKENS>(sums, b_tile, h_tile, i, int(p.m));
-      multiply<B, B, TOKENS>(sums, b_tile, h_rest, i, int(p.m));
-      if (HALF) multiply<B, B, TOKENS>(sums, b_rest, h_tile, i, int(p.m));
+      multiply<B, TOKENS>(sums, b_tile, h_tile, i, int(p.m));
+      multiply<B, TOKENS>(sums, b_tile, h_rest, i, int(p.m));
+      if (HALF) multiply<B, TOKENS>(sums, b_rest, h_tile, i, int(p.m));
     }
   }
   T* const tile = reinterpret_cast<T*>(memory);

@@ -27,7 +27,7 @@ from lora_kernels.integrations.vllm import hooks
 from lora_kernels.integrations.vllm.adapters import Extra
 from lora_kernels.integrations.vllm.layers import OnMultiLora
 from lora_kernels.integrations.vllm.step import Step
-from lora_kernels.ops.multi_lora import multi_lora_add_
+from lora_kernels.ops.multi_lora import BatchPlan, multi_lora_add_
 from lora_kernels.serving.site import Pages, Prepared
 
 KINDS = [None, *llama.KINDS]
@@ -238,6 +238,22 @@ def test_stale_ids_are_found():
     with pytest.raises(LookupError, match="out of range or stale"):
         step.set(torch.tensor([1, -1]), False)
     step.set(torch.tensor([1, -1]), False)
+
+
+def test_a_plan_in_fixed_buffers_is_the_plan():
+    """Of steps that grow and shrink, and of longer ones, which CUDA graphs pad them to."""
+    torch.manual_seed(0)
+    step = Step(4, 16, torch.device("cpu"))
+    for count in (9, 3, 0, 12, 16, 1, 5):
+        step.occupy(count % 4)
+        slots = torch.randint(-1, 4, (count,))
+        step.set(slots, False)
+        for tokens in {count, (count + 16) // 2, 16, count // 2}:
+            padded = torch.cat([slots, torch.full((16,), -1)])[:tokens]
+            ids = torch.where(padded < 0, -1, (step.generation[padded.clamp(min=0)].long() << 32) + padded)
+            wanted, plan = BatchPlan.build(ids, 4), step.plan(tokens)
+            for name in ("ids", "order", "starts"):
+                assert torch.equal(getattr(plan, name), getattr(wanted, name)), (count, tokens, name)
 
 
 def test_it_can_be_left_out():

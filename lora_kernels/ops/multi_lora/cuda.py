@@ -1,0 +1,65 @@
+"""CUDA C++ for up to 64 tokens in 16 bits, each with one adapter or none: one launch, csrc/multi_lora/cuda.cu."""
+
+import torch
+
+from lora_kernels.ops.chips import chip
+from lora_kernels.ops.launch import KINDS, architecture, ceil, launch_cuda, multiprocessors, refuse_cuda, tickets, vector
+from lora_kernels.ops.multi_lora.plan import PAGE, unflatten
+from lora_kernels.ops.parts import shared_part
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_rows
+from lora_kernels.ops.registry import implements
+
+SMALL = "multi_lora/cuda.cu"
+# as in the source, whose tiles have rows of 128 bytes
+TOKENS, ROWS, SLICES, WIDTH = 64, 64, 3, 128
+STAGES = {16: 6, 64: 4}
+NO_SLICE = (*[None] * 9, *[0] * 5)
+
+
+def refusal(x, w, slots, ids, weights, order, starts, error, bias):
+    sites, (m, k) = unflatten(slots), x.shape
+    if x.dtype not in KINDS or any(s.a.dtype is not x.dtype for s in sites):
+        return f"x is {x.dtype} and a {sites[0].a.dtype}; the kernel reads bfloat16 or float16, the same for both"
+    if m > TOKENS or len(sites) > SLICES:
+        return f"x has {m} rows and w {len(sites)} slices; the kernel takes up to {TOKENS} and {SLICES}"
+    if ids.shape[1] > 1 or weights is not None:
+        return "tokens have several adapters, or weights; the kernel takes one adapter of weight 1 for each"
+    if k == 0 or k % 8 or any(s.b.shape[1] % 8 for s in sites):
+        return f"w is {list(w.shape)}, in slices of {[s.b.shape[1] for s in sites]}; the kernel needs multiples of 8"
+    factors = {f"{name} of slots[{i}]": getattr(s, name) for i, s in enumerate(sites) for name in "ab"}
+    return (
+        refuse_rows(x=x, w=w, **factors)
+        or refuse_dtypes(bias=bias)
+        or refuse_negated(x=x, w=w, bias=bias, **factors)
+        or refuse_cuda(x, SMALL)
+    )
+
+
+@implements("multi_lora_forward", "cuda", refusal)
+def forward(x, w, slots, ids, weights, order, starts, error, bias):
+    sites, (m, k), y = unflatten(slots), x.shape, x.new_empty(len(x), len(w))
+    if not y.numel():
+        return y
+    tokens, pages = 16 if m <= 16 else TOKENS, max(s.table.shape[1] for s in sites)
+    # A's parts depend on k alone: so do a row's bits in the deterministic mode
+    a_part = WIDTH // 2 * ceil(k, WIDTH // 2 * min(8, max(1, k // 1024)))
+    a_parts, tiles_of_a, w_tiles = ceil(k, a_part), ceil(pages * PAGE, ROWS), sum(ceil(s.b.shape[1], ROWS) for s in sites)
+    a_blocks = min(m * tiles_of_a * a_parts, 2 * chip(architecture(x), multiprocessors(x)).multiprocessors)
+    w_part = shared_part(x, k, WIDTH // 2, w_tiles, len(sites) * min(m * a_parts, a_blocks), 8 * tokens)
+    w_blocks, ranks = w_tiles * ceil(k, w_part), ROWS * tiles_of_a
+    h = x.new_empty(a_parts, len(sites), m, ranks, dtype=torch.float32)
+    scratch, ticket = x.new_empty(w_blocks * ROWS * tokens, dtype=torch.float32), tickets(x.device, SLICES + w_tiles)
+    fields, first = [], 0
+    for s in sites:
+        n, pages = s.b.shape[1], s.table.shape[1]
+        fields += [s.a, s.b, s.table, s.rank, s.generation, s.scale, s.flags, s.gain, s.bias]
+        fields += [n, first, pages, s.a.stride(0), s.b.stride(0)]
+        first += n
+    args = (
+        x, w, y, ids, order, error, h, scratch, ticket, *vector(bias), m, k, len(sites[0].rank), len(sites), ranks, x.stride(0),
+        w.stride(0), y.stride(0), a_blocks, a_part, w_part, *fields, *NO_SLICE * (SLICES - len(sites)),
+    )  # fmt: skip
+    shared = STAGES[tokens] * (ROWS + tokens) * WIDTH
+    grid, kernel = (len(sites) * a_blocks + w_blocks,), f"multi_lora_small_{KINDS[x.dtype]}_{tokens}"
+    launch_cuda(SMALL, kernel, grid, 128, args, [y, h, scratch], shared, changes=[ticket, error])
+    return y
