@@ -3,7 +3,7 @@
 from lora_kernels.ops.multi_lora import BatchPlan, Slots
 from lora_kernels.serving.adapter import Adapter, Factors, adapter_of, read_adapter
 from lora_kernels.serving.batch import Batch
-from lora_kernels.serving.layer import MultiLoRALinear, serve, unserve
+from lora_kernels.serving.layer import MultiLoRAEmbedding, MultiLoRALinear, serve, unserve
 from lora_kernels.serving.pool import AdapterPool, PoolFullError, PoolStats
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Batch",
     "BatchPlan",
     "Factors",
+    "MultiLoRAEmbedding",
     "MultiLoRALinear",
     "PoolFullError",
     "PoolStats",

@@ -21,7 +21,7 @@ _ALSO = ("lora_bias",)  # keys of the configuration that LoraConfig leaves to us
 
 @dataclass(frozen=True)
 class Factors:
-    """What an adapter does to one module: y = m / ‖W + s·BA‖ ⊙ (W x + s B A x) + s c."""
+    """What an adapter does to one module: y = m / ‖W + s·BA‖ ⊙ (W x + s B A x) + s c. The x of an embedding is one-hot."""
 
     a: Tensor
     """[r, in]."""
@@ -65,7 +65,7 @@ def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
 
     Raises:
         AdapterError: a file is missing, damaged, foreign or does not fit the model, or asks for what a batch cannot do: biases
-            of the base, modules_to_save, adapted embeddings.
+            of the base, modules_to_save, embeddings with DoRA.
     """
     folder = Path(directory)
     if not folder.is_dir():
@@ -102,13 +102,16 @@ def _wanted(model: nn.Module, config: LoraConfig) -> tuple[list[Target], dict[st
     selection = select(model, config, strict=False)
     check_init(config)
     modules = dict(model.named_modules())
-    foreign = [t.name for t in selection.targets if not isinstance(modules[t.name], nn.Linear)]
+    foreign = [t.name for t in selection.targets if not isinstance(modules[t.name], nn.Linear | nn.Embedding)]
+    embeddings = [t.name for t in selection.targets if isinstance(modules[t.name], nn.Embedding)]
+    beyond_lora = config.use_dora or config.extra.get("lora_bias")
     for asked, what in (
         (config.bias != "none", f"bias={config.bias!r} trains biases of the base"), (selection.saved, "it has modules_to_save"),
-        (foreign, f"it adapts {some(foreign)}, which are no nn.Linear"),
+        (foreign, f"it adapts {some(foreign)}, which are neither nn.Linear nor nn.Embedding"),
+        (beyond_lora and embeddings, f"it adapts {some(embeddings)} with DoRA or lora_bias, and is an embedding"),
     ):  # fmt: skip
         if asked:
-            raise AdapterError(f"{what}; a batch shares the base, so only the factors of linear layers can differ")
+            raise AdapterError(f"{what}; a batch shares the base, so only factors of linear layers and embeddings can differ")
     slots = slots_of(model, selection, config)
     if config.extra.get("lora_bias"):
         for target in selection.targets:
@@ -122,7 +125,9 @@ def _adapter(targets: list[Target], config: LoraConfig, tensors: Mapping[str, Te
     for target in targets:
         of = lambda name, path=f"{PREFIX}{target.name}": tensors.get(f"{path}.{name}")  # noqa: E731
         scale = initial_scaling(target.lora_alpha, target.r, config.use_rslora)
-        a, b = of("lora_A.weight"), of("lora_B.weight")
+        a, b = (of(f"lora_{side}.weight") for side in "AB")
+        if a is None:
+            a, b = (of(f"lora_embedding_{side}") for side in "AB")
         assert a is not None and b is not None
         factors[target.name] = Factors(a, b, scale, of("lora_magnitude_vector"), of("lora_B.bias"))
     return Adapter(factors)

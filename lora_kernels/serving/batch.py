@@ -27,6 +27,7 @@ class Batch:
         self.all_base = all_base
         self._let_go: Callable[[], None] | None = let_go
         self._plans: dict[int, BatchPlan] = {}
+        self._columns: dict[int, list[BatchPlan]] = {}
         self._tokens: list[Token[Batch | None]] = []
         self._lock = threading.Lock()
 
@@ -45,6 +46,18 @@ class Batch:
             ids, weights = self.ids.repeat_interleave(each, 0), self.weights
             weights = None if weights is None else weights.repeat_interleave(each, 0)
             found = self._plans[rows] = BatchPlan.build(ids, self._slots, weights)
+        return found
+
+    def columns(self, rows: int) -> list[BatchPlan]:
+        """`plan` as one plan for each of the adapters that a row may have."""
+        plan = self.plan(rows)
+        if plan.ids.shape[1] == 1:
+            return [plan]
+        found = self._columns.get(rows)
+        if found is None:
+            weights = [None] * plan.ids.shape[1] if plan.weights is None else plan.weights.unbind(1)
+            pairs = zip(plan.ids.unbind(1), weights, strict=True)
+            found = self._columns[rows] = [BatchPlan.build(ids, self._slots, of_ids) for ids, of_ids in pairs]
         return found
 
     def close(self) -> None:
@@ -66,7 +79,7 @@ class Batch:
             return
         self.close()
         if kind is None:
-            for plan in self._plans.values():
+            for plan in (*self._plans.values(), *(plan for plans in self._columns.values() for plan in plans)):
                 plan.raise_errors()
 
 

@@ -1,4 +1,4 @@
-"""A model whose linear layers take another adapter for each sequence of a batch."""
+"""A model whose layers take another adapter for each sequence of a batch."""
 
 import functools
 from typing import Any, TypeVar
@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_kernels.adapters.inject import unwrap
-from lora_kernels.ops.multi_lora import Slots, multi_lora
+from lora_kernels.ops.multi_lora import Slots, multi_lora, multi_lora_add_
 from lora_kernels.serving.batch import Batch, current_batch
 from lora_kernels.serving.pool import AdapterPool
+from lora_kernels.serving.site import EmbeddingSite
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,6 +50,37 @@ class MultiLoRALinear(nn.Linear):
         return f"{super().extra_repr()}, slots={len(self.slots.rank)}"
 
 
+class MultiLoRAEmbedding(nn.Embedding):
+    """y = W[i], and for each row what the adapters of the current batch add: s · B A[:, i].
+
+    It has the parameters of the embedding that it replaces, and serves as `MultiLoRALinear` does, without gradients.
+    """
+
+    site: EmbeddingSite
+
+    @classmethod
+    def around(cls, embedding: nn.Embedding, site: EmbeddingSite) -> "MultiLoRAEmbedding":
+        layer = cls.__new__(cls)
+        layer.__dict__.update(embedding.__dict__)
+        layer.__dict__["site"] = site
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x [...], integers → [..., dim].
+
+        Raises:
+            ValueError: the elements of x are no multiple of the requests of the batch.
+        """
+        y, batch = super().forward(x), current_batch()
+        if batch is None or batch.all_base:
+            return y
+        with torch.no_grad():
+            y, entries, site = y.detach(), x.reshape(-1), self.site
+            for plan in batch.columns(entries.numel()):
+                multi_lora_add_(y, site.looked_up(plan.ids[:, 0], entries).view(*x.shape, -1), site.slots, plan)
+        return y
+
+
 def serve(model: Model, pool: AdapterPool) -> Model:
     """Makes `model` take adapters by name, in place, and returns it:
 
@@ -62,12 +94,15 @@ def serve(model: Model, pool: AdapterPool) -> Model:
     """
     if unwrap(model) is not pool.model:
         raise ValueError("serve: the pool was made for another model")
-    if any(isinstance(m, MultiLoRALinear) for m in model.modules()):
+    if any(isinstance(m, MultiLoRALinear | MultiLoRAEmbedding) for m in model.modules()):
         raise ValueError("serve: the model is served already; unserve(model) first")
     for name, site in pool.sites.items():
         parent, _, child = name.rpartition(".")
         owner = pool.model.get_submodule(parent)
-        setattr(owner, child, MultiLoRALinear.around(getattr(owner, child), site.slots))
+        if isinstance(site, EmbeddingSite):
+            setattr(owner, child, MultiLoRAEmbedding.around(getattr(owner, child), site))
+        else:
+            setattr(owner, child, MultiLoRALinear.around(getattr(owner, child), site.slots))
     for method in ("forward", "generate"):
         call = getattr(model, method, None)
         if call is not None:
@@ -78,11 +113,12 @@ def serve(model: Model, pool: AdapterPool) -> Model:
 def unserve(model: Model) -> Model:
     """Puts the layers back that `serve` replaced, and returns the model."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, MultiLoRALinear):
+        if isinstance(module, MultiLoRALinear | MultiLoRAEmbedding):
+            kind = nn.Linear if isinstance(module, MultiLoRALinear) else nn.Embedding
             parent, _, child = name.rpartition(".")
-            linear = nn.Linear.__new__(nn.Linear)
-            linear.__dict__.update({key: value for key, value in module.__dict__.items() if key != "slots"})
-            setattr(model.get_submodule(parent), child, linear)
+            plain = kind.__new__(kind)
+            plain.__dict__.update({key: value for key, value in module.__dict__.items() if key not in ("slots", "site")})
+            setattr(model.get_submodule(parent), child, plain)
     for method in ("forward", "generate"):
         if hasattr(model.__dict__.get(method), "_lora_kernels"):
             del model.__dict__[method]

@@ -16,7 +16,7 @@ from lora_kernels.ops.lora_linear.op import FLOATS
 from lora_kernels.ops.multi_lora.plan import BASE, PAGE
 from lora_kernels.serving.adapter import Adapter, adapter_of, read_adapter
 from lora_kernels.serving.batch import Batch, Wanted, requests_of
-from lora_kernels.serving.site import Prepared, Site, bytes_of_page, bytes_of_slots, pages_of
+from lora_kernels.serving.site import Prepared, bytes_of_page, bytes_of_slots, pages_of, site_of
 
 
 class PoolFullError(AdapterError):
@@ -56,7 +56,7 @@ class PoolStats:
 
 
 class AdapterPool:
-    """Slots and pages for the adapters of the linear layers of `model`, all allocated here and never more.
+    """Slots and pages for the adapters of the layers of `model`, all allocated here and never more.
 
         pool = AdapterPool(model, capacity_bytes=1 << 30, slots=64)
         pool.load("customer-7", "path/to/adapter")                # PEFT's files: LoRA, rsLoRA, DoRA, patterns, lora_bias
@@ -66,14 +66,15 @@ class AdapterPool:
     `capacity_bytes` covers pages, gains, biases and tables, on the device of the weights, in their dtype; each module gets as
     many pages.
     `host_bytes` of the host's memory keep adapters that were evicted (pinned, with a GPU), and `batch` brings them back.
-    `modules` are the names of the layers that adapters may change, all nn.Linear if not given.
+    `modules` are the names of the layers that adapters may change: nn.Linear, the head among them, and nn.Embedding (LoRA
+    alone). If not given all nn.Linear, since the pages of an embedding have as many columns as it has entries.
 
     A load is all or nothing. The gain of DoRA is computed then, in one pass over the weight. Evicted is whoever was not used
     for longest and is not in use or pinned; what was in its pages is overwritten with zeros. All methods may be called from
     several threads; on a GPU all of it, the batches' kernels too, must be on one stream, which orders them.
 
     Raises:
-        TypeError, ValueError: a module is no nn.Linear, has a dtype that is not supported, or the capacity holds no page.
+        TypeError, ValueError: a module is neither, has a dtype that is not supported, or the capacity holds no page.
     """
 
     def __init__(
@@ -83,19 +84,19 @@ class AdapterPool:
         self.model = unwrap(model)
         if slots < 1 or max_rank < 1:
             raise ValueError(f"AdapterPool: slots and max_rank must be at least 1, found {slots} and {max_rank}")
-        weights = _weights(self.model, modules)
-        tables = sum(bytes_of_slots(w, slots, max_rank) for w in weights.values())
-        page = sum(map(bytes_of_page, weights.values()))
+        layers = _layers(self.model, modules)
+        tables = sum(bytes_of_slots(layer, slots, max_rank) for layer in layers.values())
+        page = sum(bytes_of_page(layer, max_rank) for layer in layers.values())
         pages = (capacity_bytes - tables) // page
         if pages < 1:
             raise ValueError(
                 f"AdapterPool: capacity_bytes must be at least {tables + page} for {slots} slots and one page of each module,"
                 f" found {capacity_bytes}"
             )
-        device = next(iter(weights.values())).device
+        device = next(iter(layers.values())).weight.device
         self.max_rank, self.capacity_bytes, self.host_bytes = max_rank, capacity_bytes, host_bytes
         self._generation = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.sites = {name: Site(w, self._generation, pages, max_rank) for name, w in weights.items()}
+        self.sites = {name: site_of(layer, self._generation, pages, max_rank) for name, layer in layers.items()}
         self._generations = [0] * slots
         self._free = list(range(slots))
         self._names: dict[str, Resident] = {}
@@ -257,7 +258,7 @@ class AdapterPool:
         if foreign:
             raise AdapterError(f"AdapterPool: the adapter changes modules that the pool does not have: {some(foreign)}")
         for name, f in adapter.factors.items():
-            (n_out, n_in), pages = self.sites[name].weight.shape, len(self.sites[name].slots.a) // PAGE
+            (n_out, n_in), pages = self.sites[name].shape, len(self.sites[name].slots.a) // PAGE
             if f.a.shape != (f.r, n_in) or f.b.shape != (n_out, f.r):
                 wanted, found = f"[r, {n_in}] and [{n_out}, r]", f"{list(f.a.shape)} and {list(f.b.shape)}"
                 raise AdapterError(f"AdapterPool: {name}: a and b must be {wanted}, found {found}")
@@ -363,23 +364,26 @@ class AdapterPool:
 
 
 def _plain(module: Any) -> bool:
-    """Whether it is an nn.Linear that computes as one."""
-    return type(module) is nn.Linear and "forward" not in vars(module)
+    """Whether it is an nn.Linear or nn.Embedding that computes as one."""
+    if "forward" in vars(module):
+        return False
+    return type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None)
 
 
-def _weights(model: nn.Module, modules: Iterable[str] | None) -> dict[str, Tensor]:
+def _layers(model: nn.Module, modules: Iterable[str] | None) -> dict[str, nn.Linear | nn.Embedding]:
     found = dict(model.named_modules())
-    names = [n for n, m in found.items() if _plain(m)] if modules is None else list(modules)
-    weights = {}
+    names = [n for n, m in found.items() if type(m) is nn.Linear and _plain(m)] if modules is None else list(modules)
+    layers: dict[str, nn.Linear | nn.Embedding] = {}
     for name in names:
         module = found.get(name)
-        if not isinstance(module, nn.Linear) or not _plain(module):
-            raise TypeError(f"AdapterPool: {name!r} must be a plain nn.Linear of the model, found {type(module).__name__}")
+        if not isinstance(module, nn.Linear | nn.Embedding) or not _plain(module):
+            kinds = "nn.Linear or nn.Embedding without max_norm"
+            raise TypeError(f"AdapterPool: {name!r} must be a plain {kinds} of the model, found {type(module).__name__}")
         if module.weight.dtype not in FLOATS:
             raise TypeError(f"AdapterPool: {name}: the weight must be floating, found {module.weight.dtype}")
-        weights[name] = module.weight
-    if not weights:
+        layers[name] = module
+    if not layers:
         raise ValueError(f"AdapterPool: {type(model).__name__} has no linear layer")
-    if len({w.device for w in weights.values()}) > 1:
+    if len({layer.weight.device for layer in layers.values()}) > 1:
         raise ValueError("AdapterPool: all weights must be on one device")
-    return weights
+    return layers

@@ -4,20 +4,29 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lora_kernels.adapters.config import AdapterError
 from lora_kernels.ops import dora_gain, row_norm_squared, weight_norm
-from lora_kernels.ops.multi_lora.plan import BIAS, GAIN, PAGE, Slots
+from lora_kernels.ops.multi_lora.plan import BIAS, GAIN, PAGE, Slots, rows_of
 from lora_kernels.serving.adapter import Factors
 
 
-def bytes_of_page(weight: Tensor) -> int:
-    return PAGE * (weight.shape[0] + weight.shape[1]) * weight.element_size()
+def bytes_of_page(module: nn.Module, max_rank: int) -> int:
+    rows, columns = _shape(module)
+    own = PAGE * pages_of(max_rank) if isinstance(module, nn.Embedding) else 0
+    return PAGE * (rows + columns + own) * module.weight.element_size()  # type: ignore[operator]
 
 
-def bytes_of_slots(weight: Tensor, slots: int, max_rank: int) -> int:
+def bytes_of_slots(module: nn.Module, slots: int, max_rank: int) -> int:
     """Of gain and bias, and of the tables."""
-    return slots * (2 * 4 * weight.shape[0] + 4 * pages_of(max_rank) + 12)
+    return slots * (2 * 4 * _shape(module)[0] + 4 * pages_of(max_rank) + 12)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Rows of B and columns of A."""
+    rows, columns = module.weight.shape  # type: ignore[misc]
+    return (columns, rows) if isinstance(module, nn.Embedding) else (rows, columns)
 
 
 def pages_of(r: int) -> int:
@@ -37,6 +46,8 @@ class Prepared:
     """[out] of DoRA."""
     bias: Tensor | None = None
     """[out]: scale times the bias of B."""
+    columns: Tensor | None = None
+    """A of an embedding, [r, entries]."""
 
 
 class Pages:
@@ -88,12 +99,12 @@ class Pages:
 
 
 class Site(Pages):
-    """The adapters of one weight W [out, in]. Nobody but the pool calls it, under its lock."""
+    """The adapters of one linear layer, W [out, in]. Nobody but the pool calls it, under its lock."""
 
-    def __init__(self, weight: Tensor, generation: Tensor, pages: int, max_rank: int) -> None:
-        n_out, n_in = weight.shape
-        super().__init__(n_out, n_in, weight.dtype, generation, pages, max_rank)
-        self.weight = weight
+    def __init__(self, module: nn.Linear, generation: Tensor, pages: int, max_rank: int) -> None:
+        self.shape = _shape(module)
+        super().__init__(*self.shape, module.weight.dtype, generation, pages, max_rank)
+        self.weight = module.weight
         self._squared: Tensor | None = None
 
     def prepared(self, f: Factors) -> Prepared:
@@ -108,3 +119,54 @@ class Site(Pages):
             gain = dora_gain(f.magnitude.to(norm, non_blocking=True), norm).float()
         bias = None if f.bias is None else f.scale * f.bias.to(w.device, torch.float32, non_blocking=True)
         return Prepared(a, b.T, f.scale, gain, bias)
+
+
+class EmbeddingSite(Pages):
+    """The adapters of one embedding, W [entries, dim]: y = W[i] + s · B A[:, i]. A token's column of A is looked up; it is then
+    the x of a linear layer with this B, whose own A is the first rows of the identity."""
+
+    def __init__(self, module: nn.Embedding, generation: Tensor, pages: int, max_rank: int) -> None:
+        self.shape = _shape(module)
+        super().__init__(self.shape[0], PAGE * pages_of(max_rank), module.weight.dtype, generation, pages, max_rank)
+        self.weight = module.weight
+        self.columns = torch.zeros(pages * PAGE, self.shape[1], dtype=self.weight.dtype, device=self.weight.device)
+        """[rows, entries]: A, in the pages that B has."""
+
+    def prepared(self, f: Factors) -> Prepared:
+        """What the tables are to hold, but for A.
+
+        Raises:
+            AdapterError: the adapter has a magnitude or a bias.
+        """
+        if f.magnitude is not None or f.bias is not None:
+            raise AdapterError("an embedding has no DoRA and no lora_bias in a batch")
+        w = self.weight
+        units = torch.eye(f.r, self.slots.a.shape[1], dtype=w.dtype, device=w.device)
+        a, b = (t.to(w.device, w.dtype, non_blocking=True) for t in (f.a, f.b))
+        return Prepared(units, b.T, f.scale, columns=a)
+
+    def put(self, slot: int, prepared: Prepared) -> None:
+        super().put(slot, prepared)
+        assert prepared.columns is not None
+        self.columns[rows_of(self.slots, slot)] = prepared.columns
+
+    def clear(self, slot: int) -> None:
+        for page in self.held.get(slot, ()):
+            self.columns[page * PAGE : (page + 1) * PAGE] = 0
+        super().clear(slot)
+
+    def looked_up(self, ids: Tensor, entries: Tensor) -> Tensor:
+        """The column of A for each token, [tokens, ranks]: of the adapter `ids` [tokens] at `entries` [tokens]; zeros where it
+        has no ranks, or the id is not known."""
+        s, j = self.slots, torch.arange(self.slots.a.shape[1], device=ids.device)
+        slot = (ids & 0xFFFFFFFF).clamp(max=len(s.rank) - 1)
+        known = (ids >= 0) & (ids == (s.generation[slot].long() << 32) + slot)
+        there = known[:, None] & (j < s.rank[slot][:, None])
+        rows = s.table[slot][:, j // PAGE].long() * PAGE + j % PAGE
+        return torch.where(there, self.columns[rows.where(there, 0), entries[:, None]], 0)
+
+
+def site_of(module: nn.Linear | nn.Embedding, generation: Tensor, pages: int, max_rank: int) -> Site | EmbeddingSite:
+    if isinstance(module, nn.Embedding):
+        return EmbeddingSite(module, generation, pages, max_rank)
+    return Site(module, generation, pages, max_rank)

@@ -221,7 +221,7 @@ def test_damaged_files(saved, tmp_path):
         "no json": (weights, config[:50], "adapter_config.json"),
         "bias": (weights, config.replace('"bias": "none"', '"bias": "all"'), "trains biases of the base"),
         "saved": (weights, config.replace('"modules_to_save": null', '"modules_to_save": ["lm_head"]'), "has modules_to_save"),
-        "embedding": (weights, config.replace('"q_proj"', '"embed_tokens"'), "adapts model.embed_tokens, which are no nn.Lin"),
+        "norm": (weights, config.replace('"q_proj"', '"input_layernorm"'), "layernorm, which are neither nn.Linear nor"),
         "pissa": (weights, config.replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'), "weights='pissa'"),
         "unknown": (weights, config.replace('"use_qalora": false', '"use_qalora": true'), "use_qalora=True asks"),
     }  # fmt: skip

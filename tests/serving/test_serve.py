@@ -2,12 +2,14 @@
 
 import warnings
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 from lora_kernels import explain, use_backend
-from lora_kernels.serving import AdapterPool, MultiLoRALinear, serve, unserve
+from lora_kernels.adapters.config import AdapterError
+from lora_kernels.serving import Adapter, AdapterPool, Factors, MultiLoRALinear, serve, unserve
 from tests.integrations.fuse_helpers import llama
 from tests.serving.served import KINDS, base, save_all, tokens
 
@@ -98,6 +100,88 @@ def test_a_batch_for_several_calls_and_threads(served):
         pass
 
 
+def trained_embeddings():
+    """PEFT models that adapt the embedding, one of them the head, too, and the same adapter without the embedding."""
+    models = {}
+    for i, (name, targets) in enumerate({"both": ["embed_tokens", "lm_head", "q_proj"], "embedding": ["embed_tokens"]}.items()):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(llama(), peft.LoraConfig(r=3 + 8 * i, lora_alpha=9, target_modules=targets)).eval()
+        generator = torch.Generator().manual_seed(i)
+        for key, p in model.named_parameters():
+            if "lora_" in key:
+                p.data.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+        models[name] = model
+    return models
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_embeddings(saved, tmp_path, backend):
+    """Beside layers' adapters and the base; several for one sequence add up; exchanged, evicted, and back."""
+    model, models = base(), trained_embeddings()
+    modules = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    pool = AdapterPool(model, capacity_bytes=8 << 20, slots=4, max_rank=16, modules=modules)
+    for name, each in models.items():
+        each.save_pretrained(tmp_path / name)
+        pool.load(name, tmp_path / name)
+    pool.load("dora", saved[0]["dora"])
+    serve(model, pool)
+    x, names = tokens(5), ["both", None, "dora", "embedding", "both"]
+    plain, wanted = base(), dict(models, dora=saved[1]["dora"])
+    with use_backend(backend):
+        for _ in range(2):
+            logits = model(x, adapters=names).logits
+            for i, name in enumerate(names):
+                of = plain if name is None else wanted[name]
+                torch.testing.assert_close(logits[i], of(x[i : i + 1]).logits[0], rtol=1e-4, atol=1e-5)
+            pool.evict("both")
+            pool.load("both", tmp_path / "both")
+        embedding = model.model.embed_tokens
+        with pool.batch([["both", "embedding"], "embedding", [], ["both", "dora"]], [[0.5, 2.0], 3, [], [1, 1]]):
+            y = embedding(x[:4])
+        parts = {name: each.base_model.model.model.embed_tokens(x) for name, each in models.items()}
+        rows = plain.model.embed_tokens(x)
+        both, alone = (parts[name] - rows for name in ("both", "embedding"))
+        added = torch.stack([0.5 * both[0] + 2 * alone[0], 3 * alone[1], 0 * rows[2], both[3]])
+        torch.testing.assert_close(y, rows[:4] + added, rtol=1e-4, atol=1e-5)
+    assert type(unserve(model).model.embed_tokens) is nn.Embedding and model(x).logits.equal(plain(x).logits)
+
+
+def test_embeddings_in_16_bits_and_stale_ids(tmp_path):
+    model, models = base(torch.bfloat16), trained_embeddings()
+    pool = AdapterPool(model, capacity_bytes=8 << 20, slots=2, max_rank=16, modules=["model.embed_tokens"])
+    models["embedding"].save_pretrained(tmp_path)
+    pool.load("embedding", tmp_path)
+    layer, x = serve(model, pool).model.embed_tokens, tokens(2)
+    with pool.batch(["embedding", None]):
+        y = layer(x)
+    wanted = models["embedding"].base_model.model.model.embed_tokens(x)
+    torch.testing.assert_close(y[0].float(), wanted[0], rtol=1e-2, atol=1e-2)
+    assert y[1].equal(layer(x)[1])
+    batch = pool.batch(["embedding", None])
+    batch.ids[0] += 1 << 32
+    with pytest.raises(LookupError, match="out of range or stale"), batch:
+        assert layer(x).equal(y[1:].new_tensor(layer.weight[x].tolist()))
+
+
+def test_embeddings_that_a_batch_cannot_have(saved, tmp_path):
+    model = base()
+    layers = AdapterPool(model, capacity_bytes=8 << 20)
+    trained_embeddings()["embedding"].save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="changes modules that the pool does not have: model.embed_tokens"):
+        layers.load("embedding", tmp_path)
+    config = (tmp_path / "adapter_config.json").read_text()
+    (tmp_path / "adapter_config.json").write_text(config.replace('"use_dora": false', '"use_dora": true'))
+    with pytest.raises(AdapterError, match="it adapts model.embed_tokens with DoRA or lora_bias, and is an embedding"):
+        layers.load("embedding", tmp_path)
+    embeddings = AdapterPool(model, capacity_bytes=8 << 20, modules=["model.embed_tokens"])
+    dora = Factors(torch.ones(2, embeddings.sites["model.embed_tokens"].shape[1]), torch.ones(32, 2), 1.0, torch.ones(32))
+    with pytest.raises(AdapterError, match="an embedding has no DoRA and no lora_bias in a batch"):
+        embeddings.load("dora", Adapter({"model.embed_tokens": dora}))
+    with pytest.raises(TypeError, match="nn.Linear or nn.Embedding without max_norm of the model, found Embedding"):
+        model.model.embed_tokens.max_norm = 1.0
+        AdapterPool(model, capacity_bytes=8 << 20, modules=["model.embed_tokens"])
+
+
 def test_what_does_not_fit(served):
     model, pool, _ = served
     x = tokens(3)
@@ -158,9 +242,9 @@ def test_modules_that_cannot_be_pooled():
 
     net = nn.Sequential(nn.Linear(8, 8), Mine(8, 8))
     assert list(AdapterPool(net, capacity_bytes=1 << 20).sites) == ["0"]
-    with pytest.raises(TypeError, match="AdapterPool: '1' must be a plain nn.Linear of the model, found Mine"):
+    with pytest.raises(TypeError, match="AdapterPool: '1' must be a plain nn.Linear or .* of the model, found Mine"):
         AdapterPool(net, capacity_bytes=1 << 20, modules=["0", "1"])
-    with pytest.raises(TypeError, match="AdapterPool: '7' must be a plain nn.Linear of the model, found NoneType"):
+    with pytest.raises(TypeError, match="AdapterPool: '7' must be a plain nn.Linear or .* of the model, found NoneType"):
         AdapterPool(net, capacity_bytes=1 << 20, modules=["7"])
     with pytest.raises(ValueError, match="AdapterPool: capacity_bytes must be at least .* for 64 slots and one page"):
         AdapterPool(net, capacity_bytes=1 << 10)
