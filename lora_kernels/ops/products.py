@@ -1,6 +1,7 @@
 """The product x Wᵀ on the CPU, in float32 whatever the dtype."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,20 +21,26 @@ def small(dtype: torch.dtype) -> int:
 
 def base_product(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     """x Wᵀ in float32, for float32 in `out`; x by rows."""
-    tokens = len(x)
+    tokens, (n_out, n_in) = x.shape[0], w.shape
     if tokens and w.numel() and tokens <= small(x.dtype):
-        y = x.new_empty(tokens, len(w), dtype=torch.float32) if out is None else out
-        none = w.new_empty(0, w.shape[1]), w.new_empty(len(w), 0)
-        if _cpu.forward_small(x, w, none[0], none[1], y, None, None, None, None, 1.0, None, torch.get_num_threads()):
+        y = x.new_empty(tokens, n_out, dtype=torch.float32) if out is None else out
+        a, b = _no_adapter(n_out, n_in, w.dtype)
+        if _cpu.forward_small(x, w, a, b, y, None, None, None, None, 1.0, None, torch.get_num_threads()):
             return y
     if on_tiles(x, w) and tokens and w.numel():
         return product(x, w)
     if x.dtype is torch.float32:
         return torch.mm(x, w.T, out=out)
-    y = x.new_empty(tokens, len(w), dtype=torch.float32)
+    y = x.new_empty(tokens, n_out, dtype=torch.float32)
     for rows, wide in products(x, w):
         y[:, rows] = wide
     return y
+
+
+@lru_cache(maxsize=1024)
+def _no_adapter(n_out: int, n_in: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and B of rank 0; to make them anew costs as much as a row of a small layer."""
+    return torch.empty(0, n_in, dtype=dtype), torch.empty(n_out, 0, dtype=dtype)
 
 
 def products(x: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:

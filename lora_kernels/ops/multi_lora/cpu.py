@@ -24,7 +24,7 @@ def refusal(x, w, slots, ids, weights, order, starts, error, bias):
 @implements("multi_lora_forward", "cpu", refusal)
 def forward(x, w, slots, ids, weights, order, starts, error, bias):
     x = row_major(x)
-    y = x.new_empty(len(x), len(w))
+    y = x.new_empty(x.shape[0], w.shape[0])
     z = base_product(x, w, y if x.dtype is torch.float32 else None)
     adapt(z, y, x, slots, (ids, weights, order, starts, error), bias, False)
     return y

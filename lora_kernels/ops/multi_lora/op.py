@@ -97,7 +97,7 @@ def _flat(slots, plan):
 
 
 def _check(op, x, slots, plan, bias, n_out):
-    """The slots as a list, if everything fits."""
+    """The slots as a list, if everything fits. Sizes are read once: each costs as much as a small layer's row."""
     if not isinstance(x, Tensor) or x.dim() < 1 or n_out < 0:
         raise TypeError(f"{op}: x and w or y must be tensors, x of at least one dimension and w of two")
     if x.dtype not in FLOATS:
@@ -105,22 +105,23 @@ def _check(op, x, slots, plan, bias, n_out):
     slots = [slots] if isinstance(slots, Slots) else list(slots)
     if not slots or not all(isinstance(s, Slots) for s in slots) or not isinstance(plan, BatchPlan):
         raise TypeError(f"{op}: slots must be Slots, or several, and plan a BatchPlan")
+    *outer, n_in = x.shape
+    device, count, found = x.device, slots[0].rank.shape[0], 0
     for i, s in enumerate(slots):
-        if s.a.shape[1] != x.shape[-1] or s.a.device != x.device:
-            wanted = f"{x.shape[-1]} columns on {x.device} as x has"
+        if s.a.shape[1] != n_in or s.a.device != device:
+            wanted = f"{n_in} columns on {device} as x has"
             raise ValueError(f"{op}: a of slots[{i}] must have {wanted}, found {list(s.a.shape)} on {s.a.device}")
-    found = [s.b.shape[1] for s in slots]
-    if sum(found) != n_out:
-        raise ValueError(f"{op}: the slots' b must have {n_out} columns together, found {found}")
-    tokens = math.prod(x.shape[:-1])
-    if len(plan.ids) != tokens or plan.ids.device != x.device:
-        raise ValueError(f"{op}: plan must be of {tokens} tokens on {x.device}, found {len(plan.ids)} on {plan.ids.device}")
-    count = len(slots[0].rank)
-    if len(plan.starts) != count + 1 or any(len(s.rank) != count for s in slots):
+        found += s.b.shape[1]
+    if found != n_out:
+        raise ValueError(f"{op}: the slots' b must have {n_out} columns together, found {[s.b.shape[1] for s in slots]}")
+    tokens, ids = math.prod(outer), plan.ids
+    if ids.shape[0] != tokens or ids.device != device:
+        raise ValueError(f"{op}: plan must be of {tokens} tokens on {device}, found {len(ids)} on {ids.device}")
+    if plan.starts.shape[0] != count + 1 or any(s.rank.shape[0] != count for s in slots[1:]):
         counts = [len(s.rank) for s in slots]
         raise ValueError(f"{op}: plan and slots must have as many slots, found {len(plan.starts) - 1} and {counts}")
-    if bias is not None and (bias.shape != (n_out,) or bias.dtype not in FLOATS or bias.device != x.device):
-        wanted = f"[{n_out}], floating, on {x.device}"
+    if bias is not None and (bias.shape != (n_out,) or bias.dtype not in FLOATS or bias.device != device):
+        wanted = f"[{n_out}], floating, on {device}"
         raise ValueError(f"{op}: bias must be {wanted}, found {list(bias.shape)} {bias.dtype} on {bias.device}")
     return slots
 
