@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench import report_many
+
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- bench:begin -->\n", "<!-- bench:end -->\n"
 THREADS, RANK = 2, 16  # what tables and pictures show
@@ -49,7 +51,8 @@ def main(argv: list[str] | None = None, readme: Path = README) -> int:
             print(f"{readme} is not what {', '.join(results)} yield: run python -m bench.report", file=sys.stderr)
         return int(new != old)
     for file, result in zip(files, results.values(), strict=True):
-        draw(result, file.with_suffix(".png"))
+        kind = report_many if pick(result["rows"], op="multi_lora") else sys.modules[__name__]
+        kind.draw(result, file.with_suffix(".png"))
     readme.write_text(new, encoding="utf-8")
     return 0
 
@@ -72,9 +75,10 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
     parts = [INTRO]
     for path, result in results.items():
         rows = pick(result["rows"], threads=THREADS)
-        shown = pick(rows, r=RANK)
+        adapters, many = [row for row in rows if row["op"] != "multi_lora"], pick(rows, op="multi_lora")
+        shown = pick(adapters, r=RANK)
         parts.append(circumstances(path, result))
-        parts += filter(None, [layers(shown), norms(shown), memory(result["rows"]), losses(rows)])
+        parts += filter(None, [layers(shown), norms(shown), memory(result["rows"]), losses(adapters), report_many.table(many)])
     return "\n".join(parts)
 
 

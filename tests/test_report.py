@@ -61,6 +61,35 @@ def test_a_row_that_loses_is_listed_whatever_its_rank():
     assert "* fp32 DoRA norm: 8×9 r=16 1.500\n" in text({**norm, "ratios": {"ours / peft": 1.5}})
 
 
+def many(kind, **seconds):
+    """A batch of many adapters, nn.Linear's time 1."""
+    usual = {"linear": 1.0, "ours": 1.5, "ours, add": 0.25, "peft": 6, "loop": 2, "gather": 5, "vllm": 4, "sglang": 8}
+    seconds = usual | seconds
+    ratios = {f"ours / {name}": seconds["ours"] / seconds[name] for name in seconds if name != "ours"}
+    shape = {"M": 64, "K": 1024, "N": 1024, "ranks": [8, 64, 16], "threads": 2}
+    return {"op": "multi_lora", "kind": kind, "dtype": "float32", **shape, "seconds": seconds, "ratios": ratios}
+
+
+def test_batches_of_many_adapters_have_a_table_of_their_own():
+    got = text(row(0.5, 1.25), many("distinct"), many("identical", loop=1.25))
+    assert "| fp32 64, 1024×1024, r=8–64, distinct | 1.50 | 0.25 | 6.00 | 2.00 | 5.00 | 4.00 | 8.00 |\n" in got
+    lost = "Where a rival is faster, our time over its: fp32 64, 1024×1024, r=8–64, identical, loop over segments 1.200."
+    assert lost in got and "Where we lose to PEFT (2 threads, every rank): none of 1 rows.\n" in got
+    assert "Many adapters" not in text(row(0.5, 1.25)) and "nowhere." in text(many("distinct"))
+
+
+def test_pictures_of_both(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, rows in {"a": [row(0.5, 1.25), row(0.5, 1.25, kind="dora")], "b": [many("distinct")]}.items():
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({"stamp": STAMP, "rows": rows}), encoding="utf-8")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}{END}", encoding="utf-8")
+    assert main([str(tmp_path / "a.json"), str(tmp_path / "b.json")], readme) == 0
+    assert (tmp_path / "a.png").is_file() and (tmp_path / "b.png").is_file()
+    assert named(readme.read_text(encoding="utf-8")) == ["a.json", "b.json"]
+
+
 def test_check_fails_when_a_digit_is_changed(readme, capsys):
     assert main(["--check"], readme) == 0
     right = readme.read_text(encoding="utf-8")
