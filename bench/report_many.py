@@ -54,7 +54,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     panel.set(xscale="log", yticks=range(len(rows)), yticklabels=[title(row) for row in rows], xlabel="time / nn.Linear's")
     panel.xaxis.set_major_formatter("{x:g}")
     panel.invert_yaxis()
-    panel.legend(frameon=False, loc="lower right")
+    panel.margins(y=0.01)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
     stamp = result["stamp"]
     note = f"{stamp['processor']}, {stamp['level']}; torch {stamp['torch']}, peft {stamp['peft']}; {rows[0]['threads']} threads"
     figure.supxlabel(note, fontsize=9, color="0.4")
