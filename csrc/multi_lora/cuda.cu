@@ -210,7 +210,7 @@ __device__ inline void split(uint32_t pair, uint32_t& high, uint32_t& low, __hal
 }
 __device__ inline void split(uint32_t pair, uint32_t& high, uint32_t& low, __nv_bfloat16) { high = pair, low = 0; }
 
-// sums += B h of 16 ranks for positions `from` to `until`; all others' h counts as zero
+// sums += B h of 16 ranks for positions `from` to `until`; the others' sums stay, whatever B is
 template <typename T, int TOKENS>
 __device__ void multiply_b(float (&sums)[TOKENS / 8][4], T* b_tile, __nv_bfloat16* h_tile, __nv_bfloat16* h_rest,
                            int step, int from, int until) {
@@ -229,15 +229,17 @@ __device__ void multiply_b(float (&sums)[TOKENS / 8][4], T* b_tile, __nv_bfloat1
     ldmatrix_x4(g, piece(h_tile, row, at));
     ldmatrix_x4(g_rest, piece(h_rest, row, at));
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int token = j * 8 + i / 2 * 8 + lane / 4;
-      if (token < from || token >= until) g[i] = g_rest[i] = 0;
-    }
-#pragma unroll
     for (int i = 0; i < 2; i++) {
-      mma_m16n8k16<B>(sums[j + i], f, g[2 * i], g[2 * i + 1]);
-      mma_m16n8k16<B>(sums[j + i], f, g_rest[2 * i], g_rest[2 * i + 1]);
-      if (HALF) mma_m16n8k16<B>(sums[j + i], f_rest, g[2 * i], g[2 * i + 1]);
+      float (&sum)[4] = sums[j + i];
+      const float before[4] = {sum[0], sum[1], sum[2], sum[3]};
+      mma_m16n8k16<B>(sum, f, g[2 * i], g[2 * i + 1]);
+      mma_m16n8k16<B>(sum, f, g_rest[2 * i], g_rest[2 * i + 1]);
+      if (HALF) mma_m16n8k16<B>(sum, f_rest, g[2 * i], g[2 * i + 1]);
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int token = (j + i) * 8 + lane % 4 * 2 + e % 2;
+        if (token < from || token >= until) sum[e] = before[e];
+      }
     }
   }
 }

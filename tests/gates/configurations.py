@@ -153,11 +153,6 @@ CUDA_OPS = [
       for kind in ("bf16", "f16") for ranks, budget in (
           (16, Budget(16.6, "HMMA", units=8, wide=20, blocks=2)), (64, Budget(7.2, "HMMA", units=32, wide=32)),
       )),
-    *(Configuration(f"multi_lora.cu, {kind}, m<={tokens}", cuda_op(
-        "multi_lora/cuda.cu", f"multi_lora_small_{kind}_{tokens}", kib * 1024), {CUDA: budget})
-      for kind in ("bf16", "f16") for tokens, kib, budget in (
-          (16, 60, Budget(24.4, "HMMA", units=8, wide=57)), (64, 64, Budget(10.5, "HMMA", units=32, wide=51)),
-      )),
     *(Configuration(f"lora_linear_shrink.cu, {kind}, r<={ranks}", cuda_shrink(kind, ranks), {CUDA: budget})
       for kind in ("drop_bf16", "drop_f16") for ranks, budget in (
           (16, Budget(94, "HMMA", units=8, wide=20, blocks=2)), (64, Budget(29.5, "HMMA", units=32, wide=32)),

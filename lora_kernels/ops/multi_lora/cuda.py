@@ -13,6 +13,7 @@ SMALL = "multi_lora/cuda.cu"
 # as in the source, whose tiles have rows of 128 bytes
 TOKENS, ROWS, SLICES, WIDTH = 64, 64, 3, 128
 STAGES = {16: 6, 64: 4}
+PART = 1024  # columns of A at most that a block sums
 NO_SLICE = (*[None] * 9, *[0] * 5)
 
 
@@ -22,8 +23,8 @@ def refusal(x, w, slots, ids, weights, order, starts, error, bias):
         return f"x is {x.dtype} and a {sites[0].a.dtype}; the kernel reads bfloat16 or float16, the same for both"
     if m > TOKENS or len(sites) > SLICES:
         return f"x has {m} rows and w {len(sites)} slices; the kernel takes up to {TOKENS} and {SLICES}"
-    if ids.shape[1] > 1 or weights is not None:
-        return "tokens have several adapters, or weights; the kernel takes one adapter of weight 1 for each"
+    if ids.shape[1] != 1 or weights is not None:
+        return f"tokens have {ids.shape[1]} adapters, or weights; the kernel takes one of weight 1 for each, or none"
     if k == 0 or k % 8 or any(s.b.shape[1] % 8 for s in sites):
         return f"w is {list(w.shape)}, in slices of {[s.b.shape[1] for s in sites]}; the kernel needs multiples of 8"
     factors = {f"{name} of slots[{i}]": getattr(s, name) for i, s in enumerate(sites) for name in "ab"}
@@ -41,11 +42,14 @@ def forward(x, w, slots, ids, weights, order, starts, error, bias):
     if not y.numel():
         return y
     tokens, pages = 16 if m <= 16 else TOKENS, max(s.table.shape[1] for s in sites)
-    # A's parts depend on k alone: so do a row's bits in the deterministic mode
-    a_part = WIDTH // 2 * ceil(k, WIDTH // 2 * min(8, max(1, k // 1024)))
-    a_parts, tiles_of_a, w_tiles = ceil(k, a_part), ceil(pages * PAGE, ROWS), sum(ceil(s.b.shape[1], ROWS) for s in sites)
-    a_blocks = min(m * tiles_of_a * a_parts, 2 * chip(architecture(x), multiprocessors(x)).multiprocessors)
-    w_part = shared_part(x, k, WIDTH // 2, w_tiles, len(sites) * min(m * a_parts, a_blocks), 8 * tokens)
+    tiles_of_a, w_tiles = ceil(pages * PAGE, ROWS), sum(ceil(s.b.shape[1], ROWS) for s in sites)
+    adapters, at_once = min(m, sites[0].rank.shape[0]), 2 * chip(architecture(x), multiprocessors(x)).multiprocessors
+    of_a = len(sites) * adapters * ceil(k, PART)  # if none has more than 64 ranks
+    w_part = shared_part(x, k, WIDTH // 2, w_tiles, min(of_a, at_once), 8 * tokens)
+    # the parts of A end before those of W, or one block would end all tiles. In the deterministic mode they are Triton's
+    a_part = PART if torch.are_deterministic_algorithms_enabled() else min(PART, max(256, w_part // 128 * 64))
+    a_parts = ceil(k, a_part)
+    a_blocks = min(m * tiles_of_a * a_parts, max(1, at_once // len(sites)))
     w_blocks, ranks = w_tiles * ceil(k, w_part), ROWS * tiles_of_a
     h = x.new_empty(a_parts, len(sites), m, ranks, dtype=torch.float32)
     scratch, ticket = x.new_empty(w_blocks * ROWS * tokens, dtype=torch.float32), tickets(x.device, SLICES + w_tiles)

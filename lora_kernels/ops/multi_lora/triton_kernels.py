@@ -112,7 +112,7 @@ def one_adapter(
                 ranks = first + tl.arange(0, BR)
                 hs = load_h(h, rows, own, ranks, rank, parts, entries, RANKS)  # [BM, BR]
                 bs = tl.trans(load_rows(b, paged(table, s, ranks, rank, pages), ranks < rank, columns, b0, n))  # [BR, BN]
-                sums = product(hs, bs, sums, PRECISION)
+                sums = tl.where(own[:, None], product(hs, bs, sums, PRECISION), sums)  # b may be NaN
             at = tl.cast(s, tl.int64) * n + columns
             if kind & 1:
                 gains = tl.load(gain + at, mask=columns < n, other=0.0)[None, :]
