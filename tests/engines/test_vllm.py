@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import llama
@@ -23,7 +24,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from lora_kernels.adapters.config import AdapterError
 from lora_kernels.integrations import vllm as plugin
-from lora_kernels.integrations.vllm import hooks
+from lora_kernels.integrations.vllm import fits
 from lora_kernels.integrations.vllm.adapters import Extra
 from lora_kernels.integrations.vllm.layers import OnMultiLora
 from lora_kernels.integrations.vllm.step import Step
@@ -41,7 +42,8 @@ NUMBERS = itertools.count(1)
 WRONG = {
     "shape": "A and B must be", "nan": "not finite", "magnitude": "the magnitude is missing", "short": "magnitude must have",
     "rank": "greater than max_lora_rank", "foreign": "modules that the model does not have", "half": "B is missing",
-    "pissa": "init_lora_weights='pissa'", "truncated": "", "missing": "",
+    "pissa": "init_lora_weights='pissa'", "truncated": "incomplete metadata, file not fully covered",
+    "missing": "doesn't contain tensors",
 }  # fmt: skip
 
 
@@ -102,7 +104,8 @@ def test_every_kind_in_one_batch_equals_peft(llm, folder, wanted):
         found = generate(llm, [(adapters[kind], prompt) for kind, prompt in jobs])
         for (kind, prompt), output in zip(jobs, found, strict=True):
             check(output, wanted(kind, prompt))
-    assert all(type(layer)._apply_lora_to_output is OnMultiLora._apply_lora_to_output for layer in layers_of(llm).values())
+    names = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    assert sorted(layers_of(llm)) == sorted(f"model.layers.{i}.{name}" for i in range(2) for name in names)
 
 
 def test_adapters_answer_differently(wanted):
@@ -158,15 +161,53 @@ def test_an_adapter_is_exchanged_in_place(llm, folder, wanted, tmp_path):
     place.symlink_to(folder / "dora_some")
     again = LoRARequest("policy", adapter.lora_int_id, str(place), load_inplace=True)
     check(generate(llm, [(again, llama.PROMPTS[2])])[0], wanted("dora_some", llama.PROMPTS[2]))
+    place.unlink()
+    place.symlink_to(llama.spoil(folder, "nan"))
+    with pytest.raises(VLLMValidationError, match="cannot be served: .* values that are not finite"):
+        generate(llm, [(again, llama.PROMPTS[2])])
+    check(generate(llm, [(adapter, llama.PROMPTS[1])])[0], wanted("dora_some", llama.PROMPTS[1]))  # what was there stays
+
+
+def test_a_number_that_another_adapter_has(llm, folder):
+    adapter = request(folder, "lora")
+    generate(llm, [(adapter, [1])])
+    other = LoRARequest("other", adapter.lora_int_id, str(folder / "dora"))
+    with pytest.raises(VLLMValidationError, match=f"number {adapter.lora_int_id} is that of .*lora; load_inplace exchanges it"):
+        generate(llm, [(other, [1])])
+
+
+def test_a_gain_that_is_not_finite_leaves_no_slot(llm, folder, wanted, monkeypatch):
+    """What only a rank itself can see, after the adapter is in the slot."""
+    adapter = request(folder, "dora")
+    real = OnMultiLora._norm_squared
+    monkeypatch.setattr(OnMultiLora, "_norm_squared", lambda self, *rest: real(self, *rest) * torch.nan)
+    with pytest.raises(VLLMValidationError, match="the gain of DoRA is not finite"):
+        generate(llm, [(adapter, [1])])
+    manager = llm.llm_engine.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
+    assert adapter.lora_int_id not in manager.lora_index_to_id and adapter.lora_int_id not in manager.list_adapters()
+    monkeypatch.undo()
+    check(generate(llm, [(adapter, llama.PROMPTS[1])])[0], wanted("dora", llama.PROMPTS[1]))
+
+
+def test_norms_are_those_of_the_weights_now(llm):
+    """vLLM removes all adapters when it has new weights."""
+    manager = llm.llm_engine.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
+    for layer in layers_of(llm).values():
+        layer._squared = [torch.zeros(())] * len(layer._squared)
+    manager.remove_all_adapters()
+    assert all(norm is None for layer in layers_of(llm).values() for norm in layer._squared)
 
 
 def test_dora_over_a_base_that_hides_its_weight(llm, folder, wanted, monkeypatch):
     """Quantised and packed bases have no plain weight: the norm comes from products."""
-    for layer in layers_of(llm).values():
-        monkeypatch.setattr(layer, "_squared", [None] * len(layer._squared))
     monkeypatch.setattr(OnMultiLora, "_weight", lambda self: None)
     for kind in ("dora", "dora_some"):
         check(generate(llm, [(request(folder, kind), llama.PROMPTS[3])])[0], wanted(kind, llama.PROMPTS[3]))
+    real = OnMultiLora._base
+    monkeypatch.setattr(OnMultiLora, "_base", lambda self, x: real(self, (x / 0.8).round() * 0.8))
+    with pytest.raises(VLLMValidationError, match="it rounds its inputs to a fixed scale"):
+        generate(llm, [(request(folder, "dora"), [1])])
+    generate(llm, [(request(folder, "lora"), [1])])
 
 
 def test_a_layer_is_traced_whole(llm, folder):
@@ -211,15 +252,44 @@ def test_two_ranks_and_a_server(folder, wanted):
     asyncio.run(run())
 
 
+def fake_manager(names, packed=None, **more):
+    """A manager of vLLM's with modules by name, each an nn.Linear that is not ours."""
+    model = torch.nn.Module()
+    for name in names:
+        owner = model
+        *path, last = name.split(".")
+        for part in path:
+            owner.add_module(part, getattr(owner, part, torch.nn.Module()))
+            owner = getattr(owner, part)
+        owner.add_module(last, torch.nn.Linear(2, 2))
+    return SimpleNamespace(**{
+        "packed_modules": {}, "packed_modules_mapping": packed or {}, "modules": dict.fromkeys(names, torch.nn.Linear(2, 2)),
+        "model": model, "lora_config": SimpleNamespace(target_modules=None), "is_pooling_model": False,
+        "_get_lora_layer_weights": lambda adapter, name: adapter.loras.get(name),
+    } | more)  # fmt: skip
+
+
 def test_dora_where_vllm_has_its_own_layer_is_refused():
-    """On the head, on embeddings and experts, and everywhere under fully_sharded_loras."""
-    manager = SimpleNamespace(
-        packed_modules={}, modules={"lm_head": torch.nn.Linear(2, 2)}, model=torch.nn.Module(),
-        lora_config=SimpleNamespace(target_modules=None),
-    )  # fmt: skip
-    adapter = SimpleNamespace(loras={"lm_head": None}, extras={"lm_head": Extra(magnitude=torch.ones(2))})
+    """On the head, on embeddings, and on what vLLM serves no LoRA for."""
+    adapter = SimpleNamespace(loras={"lm_head": 1}, extras={"lm_head": Extra(magnitude=torch.ones(2))})
     with pytest.raises(AdapterError, match="lm_head: DoRA and lora_bias are served on linear layers, this is vLLM's Linear"):
-        hooks._with_checks(None, manager, adapter)
+        fits.check(fake_manager(["lm_head"]), adapter)
+    with pytest.raises(AdapterError, match="on modules that vLLM serves no LoRA for: lm_head"):
+        fits.check(fake_manager(["lm_head"], modules={}), adapter)
+    fits.check(fake_manager(["lm_head"], modules={}), SimpleNamespace(loras={"lm_head": 1}, extras={}))
+
+
+@pytest.mark.parametrize(("name", "more", "there"), [
+    ("model.a.q_proj", {}, True), ("model.a.o_proj", {}, True), ("model.a.x_proj", {}, False), ("model.b.q_proj", {}, False),
+    ("a.q_proj", {}, False), ("a.q_proj", {"is_pooling_model": True}, True), ("model.mlp.experts.base_layer", {}, True),
+    ("model.a.o_proj.base_layer", {}, True),
+])  # fmt: skip
+def test_which_names_the_model_has(name, more, there):
+    """Packed ones, those of pooling models without their first part, and experts, which vLLM checks itself."""
+    manager = fake_manager(["model.a.qkv_proj", "model.a.o_proj"], {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}, **more)
+    manager.modules = {}
+    with nullcontext() if there else pytest.raises(AdapterError, match="modules that the model does not have"):
+        fits.check(manager, SimpleNamespace(loras={name: 1}, extras={}))
 
 
 def test_stale_ids_are_found():

@@ -85,12 +85,11 @@ def test_neighbours_do_not_matter(k):
     together = run(slice(0, 40), slots)
     for t in (0, 7, 39):
         assert run(slice(t, t + 1), slots)[0].equal(together[t])
+    a = slots[0].a.clone()
+    a[slots[0].table[3, :5].long() * 8] = torch.nan
+    beside = run(slice(0, 40), [replace(slots[0], a=a)])
     touched = (slot == 3).any(1)
-    for name in "ab":
-        spoiled = getattr(slots[0], name).clone()
-        spoiled[slots[0].table[3, :5].long() * 8] = torch.nan
-        beside = run(slice(0, 40), [replace(slots[0], **{name: spoiled})])
-        assert beside[touched].isnan().any(1).all() and beside[~touched].equal(together[~touched])
+    assert beside[touched].isnan().any(1).all() and beside[~touched].equal(together[~touched])
 
 
 @pytest.mark.parametrize("k", [1, 2])

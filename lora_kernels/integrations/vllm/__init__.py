@@ -1,14 +1,14 @@
 """vLLM's LoRA layers on `multi_lora`, as a plugin: `pip install lora_kernels` beside vLLM is all, vLLM finds `register`.
 
 What changes: DoRA and lora_bias are served, beside LoRA, rsLoRA and patterns and mixed with them and with base requests; an
-adapter takes as many rank rows as it has ranks (max_lora_rank is a limit, no longer a padding); an adapter that is damaged or
-does not fit fails the request that named it first, with the reason, before the engine has it in a batch. Each of vLLM's linear
-layers keeps its base product, quantised or not, and `multi_lora_add_` corrects it in place. Shards (tensor parallelism) follow
-vLLM's: see `layers`.
+adapter is read as far as it has ranks, without padding to max_lora_rank (for which memory is kept, as in vLLM); an adapter that
+is damaged or does not fit fails the request that names it first, with the reason, before the engine has it in a batch. Each of
+vLLM's linear layers keeps its base product, quantised or not, and `multi_lora_add_` corrects it in place. Shards (tensor
+parallelism) follow vLLM's: see `layers`.
 
-What does not: scheduling, the API, adapters on experts, embeddings and the head, and layers under fully_sharded_loras, which
-stay vLLM's own; DoRA or lora_bias there is refused in words. `LORA_KERNELS_VLLM=0`, or VLLM_PLUGINS without our name, leaves
-vLLM as it is.
+What does not: scheduling, the API, adapters on experts, embeddings and the head, and column and row parallel layers under
+fully_sharded_loras, which stay vLLM's own; DoRA or lora_bias there is refused in words. `LORA_KERNELS_VLLM=0`, or VLLM_PLUGINS
+without our name, leaves vLLM as it is.
 """
 
 import logging
@@ -42,5 +42,7 @@ def register() -> None:
             ", ".join(TESTED), error,
         )  # fmt: skip
         return
+    if not vllm.__version__.startswith(TESTED):
+        log.warning("lora_kernels: vLLM %s has what the plugin needs; tested are %s", vllm.__version__, ", ".join(TESTED))
     hooks.install()
     _registered = True

@@ -52,6 +52,8 @@ class Model(LoRAModel):
     """vLLM's adapter with `extras`, by the names of its modules in vLLM's model, before packing."""
 
     extras: Mapping[str, Extra] = {}
+    path: str | None = None
+    """Where it was read from."""
 
     @classmethod
     def from_lora_tensors(
@@ -63,13 +65,15 @@ class Model(LoRAModel):
         """
         own: dict[str, Tensor] = {}
         rest: dict[str, Tensor] = {}
+        skipped = kwargs.get("skip_prefixes") or []
         for name, tensor in tensors.items():
-            (own if split_name(name) else rest)[name] = tensor
+            if not cls._should_skip_module(name, skipped):
+                (own if split_name(name) else rest)[name] = tensor
         model = super().from_lora_tensors(lora_model_id, rest, peft_helper, *args, **kwargs)
         for name, lora in model.loras.items():
             if lora.lora_a is None or lora.lora_b is None:
                 raise AdapterError(f"{name}: {'A' if lora.lora_a is None else 'B'} is missing")
-            if lora.lora_a.shape[0] != lora.lora_b.shape[-1]:
+            if lora.lora_a.dim() == lora.lora_b.dim() == 2 and lora.lora_a.shape[0] != lora.lora_b.shape[1]:
                 found = f"{list(lora.lora_a.shape)} and {list(lora.lora_b.shape)}"
                 raise AdapterError(f"{name}: A and B must be [r, in] and [out, r], found {found}")
         if not model.loras:

@@ -10,7 +10,7 @@ The gain of DoRA scales a row of W, so it may scale each part of that sum; the n
 the ranks add their squares once, when an adapter is put into a slot. lora_bias and the bias of the base are added by rank 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class OnMultiLora:
             for size in self.output_slices
         ]
         self._slots = [pages.slots for pages in self._pages]
-        self._squared = [None] * len(self._pages)
+        self.forget_norms()
         # what vLLM reads shapes and dtype of when it makes adapters to warm up with
         self.lora_a_stacked = tuple(s.a[None, None] for s in self._slots)
         self.lora_b_stacked = tuple(s.b.T[None, None] for s in self._slots)
@@ -108,17 +108,27 @@ class OnMultiLora:
                 a, b = (t.to(pages.slots.a.device, pages.slots.a.dtype, non_blocking=True) for t in (a, b))
                 pages.put(index, Prepared(a, b.T, 1.0))
 
-    def complete(self, index: int, name: str, magnitude: Parts | None, bias: Parts | None) -> AdapterError | None:
+    def forget_norms(self) -> None:
+        """The weight of the base has changed."""
+        self._squared = [None] * len(self._pages)
+
+    def complete(self, index: int, name: str, magnitude: Parts | None, bias: Parts | None) -> Exception | None:
         """Puts the gain of DoRA and s times lora_bias beside the factors of a slot. Returns what is wrong with the gain: each
         rank has its own part of it, and all must go through all layers."""
-        wrong = None
+        wrong: Exception | None = None
         for i, m in enumerate(() if magnitude is None else self._here(None, _columns(magnitude))[1]):
             if m is not None:
                 s = self._slots[i]
-                s.gain[index] = self._gain(i, index, m[:, 0].to(s.gain.device, torch.float32))
+                try:
+                    squared = self._norm_squared(i, *self._factors(i, index))
+                except Exception as error:
+                    wrong, squared = error, torch.zeros_like(s.gain[index])
+                if self._is_row_parallel and self.tp_size > 1:
+                    squared = tensor_model_parallel_all_reduce(squared)
+                s.gain[index] = dora_gain(m[:, 0].to(s.gain.device, torch.float32), squared.sqrt())
                 s.flags[index] |= GAIN
                 if not bool(s.gain[index].isfinite().all()):
-                    wrong = AdapterError(f"{name}: the gain of DoRA is not finite")
+                    wrong = wrong or AdapterError(f"{name}: the gain of DoRA is not finite")
         for i, c in enumerate(() if bias is None or self._is_later_part else self._here(None, _columns(bias))[1]):
             if c is not None:
                 self._slots[i].bias[index] = c[:, 0]
@@ -131,7 +141,7 @@ class OnMultiLora:
         if step.all_base and not torch.compiler.is_compiling() and not _capturing(x):
             return output
         rows = output if output.dim() == 2 else output.view(-1, output.shape[-1])
-        x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        x = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).to(output.dtype)  # a router's output may be float32
         layer = self.base_layer
         bias = None if self._is_later_part or layer.skip_bias_add else layer.bias
         multi_lora_add_(rows, x, self._slots, step.plan(x.shape[0]), bias)
@@ -178,28 +188,26 @@ class OnMultiLora:
             return self.slice_lora_a(a), self.slice_lora_b(b)
         return [None if a[0] is None else self.slice_lora_a(a[0])], [self.slice_lora_b(b[0])]
 
-    def _gain(self, i: int, index: int, magnitude: Tensor) -> Tensor:
-        """m / ‖W + BA‖ of the rows of slice i, its own device and float32."""
+    def _factors(self, i: int, index: int) -> tuple[Tensor, Tensor]:
+        """A and B of a slot, in slice i."""
         s = self._slots[i]
         at = rows_of(s, index)
-        squared = self._norm_squared(i, s.a[at], s.b[at].T)
-        if self._is_row_parallel and self.tp_size > 1:
-            squared = tensor_model_parallel_all_reduce(squared)
-        return dora_gain(magnitude, squared.sqrt()).float()
+        return s.a[at], s.b[at].T
 
     def _norm_squared(self, i: int, a: Tensor, b: Tensor) -> Tensor:
-        """‖W + BA‖² by row, of the columns of W that are here."""
+        """‖W + BA‖² by row, of the columns of W that are here; float32."""
         start = sum(self.output_slices[:i])
         rows = slice(start, start + self.output_slices[i])
-        w, squared = self._weight(), self._squared[i]
+        w = self._weight()
         if w is not None:
-            if squared is None:
-                squared = self._squared[i] = row_norm_squared(w[rows])
-            return weight_norm(w[rows], a.to(w.dtype), b.to(w.dtype), 1.0, squared).square()
-        if squared is None:
-            squared = self._squared[i] = sum(w.float().square().sum(0) for w in self._columns_of_weight(rows))
-        of_a = self._base(a)[:, rows].float()  # A Wᵀ
+            if self._squared[i] is None:
+                self._squared[i] = row_norm_squared(w[rows])
+            return weight_norm(w[rows], a.to(w.dtype), b.to(w.dtype), 1.0, self._squared[i]).square().float()
         a, b = a.float(), b.float()
+        squared, of_a = b.new_zeros(len(b)), b.new_zeros(len(a), len(b))
+        for first, columns in self._columns_of_weight(rows):
+            squared += columns.square().sum(0)
+            of_a += a[:, first : first + len(columns)] @ columns  # A Wᵀ
         # ‖W + BA‖² = ‖W‖² + 2 diag(W Aᵀ Bᵀ) + diag(B A Aᵀ Bᵀ)
         return (squared + 2 * (b * of_a.T).sum(1) + ((b @ (a @ a.T)) * b).sum(1)).clamp_min(0)
 
@@ -209,13 +217,20 @@ class OnMultiLora:
         shape = (sum(self.output_slices), self.input_size)
         return w.detach() if isinstance(w, Tensor) and w.dtype in FLOATS and tuple(w.shape) == shape else None
 
-    def _columns_of_weight(self, rows: slice) -> Any:
-        """Wᵀ, some of its rows at a time: the products of unit vectors."""
-        size = self.input_size
-        for first in range(0, size, CHUNK):
-            units = torch.zeros(min(CHUNK, size - first), size)
+    def _columns_of_weight(self, rows: slice) -> Iterator[tuple[int, Tensor]]:
+        """Wᵀ, CHUNK of its rows at a time, and which is the first: the products of unit vectors.
+
+        Raises:
+            AdapterError: they do not grow as their inputs do: those are quantised with a scale of their own.
+        """
+        for first in range(0, self.input_size, CHUNK):
+            units = torch.zeros(min(CHUNK, self.input_size - first), self.input_size)
             units[torch.arange(len(units)), first + torch.arange(len(units))] = 1
-            yield self._base(units)[:, rows]
+            columns = self._base(units)[:, rows].float()
+            if first == 0 and not torch.allclose(2 * self._base(units / 2)[:, rows].float(), columns, rtol=1e-2, atol=1e-6):
+                kind = type(self.base_layer.quant_method).__name__
+                raise AdapterError(f"DoRA needs the norm of W, which {kind} hides: it rounds its inputs to a fixed scale")
+            yield first, columns
 
     def _base(self, x: Tensor) -> Tensor:
         x = x.to(self._slots[0].a.device, self.base_layer.params_dtype)

@@ -1,7 +1,7 @@
 """Triton: many adapters over one base, in two launches: h of each entry of the plan, every row of A read once for a block of
 the adapter's tokens; then y, the base product with the adapters' products on the same float32 sums, or of a base product that
 stands in y already. Work and bytes follow the sum of the ranks. What a row gets does not depend on the others: their numbers
-count as zeros."""
+count as zeros. (Zero times NaN is NaN: a B that is not finite, which a pool refuses, reaches the rows of its tile.)"""
 
 import triton
 import triton.language as tl
@@ -112,7 +112,7 @@ def one_adapter(
                 ranks = first + tl.arange(0, BR)
                 hs = load_h(h, rows, own, ranks, rank, parts, entries, RANKS)  # [BM, BR]
                 bs = tl.trans(load_rows(b, paged(table, s, ranks, rank, pages), ranks < rank, columns, b0, n))  # [BR, BN]
-                sums = tl.where(own[:, None], product(hs, bs, sums, PRECISION), sums)  # b may be NaN
+                sums = product(hs, bs, sums, PRECISION)
             at = tl.cast(s, tl.int64) * n + columns
             if kind & 1:
                 gains = tl.load(gain + at, mask=columns < n, other=0.0)[None, :]

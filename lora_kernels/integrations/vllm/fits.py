@@ -1,0 +1,82 @@
+"""Whether an adapter fits a model of vLLM; known before vLLM keeps it, or lets another go for it. Every rank finds the same."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from lora_kernels.adapters.config import AdapterError
+from lora_kernels.adapters.inject import some
+from lora_kernels.integrations.vllm.adapters import Extra
+from lora_kernels.integrations.vllm.layers import OnMultiLora
+
+
+def check(manager: Any, adapter: Any) -> None:
+    """Raises AdapterError unless every module of the adapter is one of the model's, and its tensors fit there and are finite.
+
+    What vLLM leaves out of an adapter (a vision tower, say) it leaves out still, unless DoRA or lora_bias is there.
+    """
+    whole = not any(isinstance(module, PPMissingLayer) for module in manager.model.modules())
+    unknown = sorted(name for name in adapter.loras if not _has(manager, name))
+    if unknown and whole:
+        raise AdapterError(f"the adapter changes modules that the model does not have: {some(unknown)}")
+    served: set[str] = set()
+    for name, layer, parts in _layers(manager):
+        loras = [manager._get_lora_layer_weights(adapter, part) for part in parts]
+        extras = [_extra(manager, adapter, part) for part in parts]
+        if not isinstance(layer, OnMultiLora):
+            if any(extras):
+                kind = type(layer).__name__
+                raise AdapterError(f"{name}: DoRA and lora_bias are served on linear layers, this is vLLM's {kind}")
+            continue
+        served.update(part for part, extra in zip(parts, extras, strict=True) if extra)
+        if any(loras):
+            found: list[Any] = [[getattr(lora, side, None) for lora in loras] for side in ("lora_a", "lora_b")]
+            found += [[getattr(extra, what, None) for extra in extras] for what in ("magnitude", "bias")]
+            a, b, magnitude, bias = found if name in manager.packed_modules else [each[0] for each in found]
+            layer.check(name, a, b, magnitude, bias)
+    left = sorted(adapter.extras.keys() - served - {name.removeprefix("model.") for name in served})
+    if left and whole and manager.lora_config.target_modules is None:
+        raise AdapterError(f"DoRA or lora_bias is on modules that vLLM serves no LoRA for: {some(left)}")
+
+
+def extras_by_layer(manager: Any, adapter: Any) -> Iterator[tuple[str, OnMultiLora, Any, Any]]:
+    """(name, layer, magnitude, bias) of the layers that have any, packed as vLLM packs B."""
+    for name, layer, parts in _layers(manager):
+        found = [_extra(manager, adapter, part) for part in parts]
+        if not isinstance(layer, OnMultiLora) or not any(found):
+            continue
+        values: list[Any] = []
+        for what in ("magnitude", "bias"):
+            vectors = [getattr(extra, what, None) for extra in found]
+            if all(v is None for v in vectors):
+                values.append(None)
+            else:
+                values.append(vectors if name in manager.packed_modules else vectors[0])
+        yield name, layer, *values
+
+
+def _layers(manager: Any) -> Iterator[tuple[str, Any, list[str]]]:
+    """(name, layer, the names that an adapter has for it)."""
+    for name, layer in manager.modules.items():
+        yield name, layer, manager.packed_modules.get(name) or [name]
+
+
+def _extra(manager: Any, adapter: Any, part: str) -> Extra | None:
+    """By vLLM's rule for names: those of a pooling model may lack its first part."""
+    extras = getattr(adapter, "extras", {})
+    found = extras.get(part)
+    return extras.get(part.removeprefix("model.")) if found is None and manager.is_pooling_model else found
+
+
+def _has(manager: Any, name: str) -> bool:
+    """Whether the model has a module that an adapter calls so, wrapped or not. Names of experts are vLLM's to check."""
+    if ".experts" in name:
+        return True
+    there = {each for each, _ in manager.model.named_modules()}
+    for full in [name, f"model.{name}"] if manager.is_pooling_model else [name]:
+        prefix, _, last = full.removesuffix(".base_layer").rpartition(".")
+        packed = [key for key, parts in manager.packed_modules_mapping.items() if last in parts]
+        if {f"{prefix}.{each}".removeprefix(".") for each in (last, *packed)} & there:
+            return True
+    return False

@@ -1,0 +1,127 @@
+"""A request whose adapter cannot be served fails alone, and first: in a step it would take the engine with it.
+
+An adapter that is new is loaded and checked by every worker, then put into a slot by every worker, each time by a call whose
+answer is a reason or None. An exception would leave the answers of other ranks in their queues, where vLLM takes them for those
+of the next call; and a rank that goes on alone would wait in a sum for one that has given up.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import msgspec
+from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
+
+from lora_kernels.adapters.config import AdapterError
+from lora_kernels.integrations.vllm.fits import check
+
+TRY = "lora_kernels_try_lora"
+"""The name of `try_lora` in vLLM's workers."""
+
+
+def try_lora(worker: Any, fields: Sequence[Any], stage: str) -> str | None:
+    """A method of each worker. Stages: "load" and check, keeping the adapter aside; "drop" it; "add" it to the engine, as
+    vLLM's add_lora; "remove" it again. Returns why that failed."""
+    request = LoRARequest(*fields)
+    try:
+        manager = worker.model_runner.lora_manager
+        if stage == "load":
+            held = manager._adapter_manager.list_adapters().get(request.lora_int_id)
+            if held is None or request.load_inplace:
+                aside(manager)[request.lora_int_id] = manager._load_adapter(request)
+            elif getattr(held, "path", request.lora_path) != request.lora_path:
+                raise AdapterError(f"number {request.lora_int_id} is that of {held.path}; load_inplace exchanges it")
+        elif stage == "drop":
+            aside(manager).pop(request.lora_int_id, None)
+        elif stage == "add":
+            worker.add_lora(request)
+        else:
+            worker.remove_lora(request.lora_int_id)
+    except Exception as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+def load(original: Any, manager: Any, request: Any) -> Any:
+    """In place of a worker's _load_adapter: what lies aside already, or is read and checked now."""
+    kept = aside(manager).pop(request.lora_int_id, None)
+    if kept is not None and kept.path == request.lora_path:
+        return kept
+    adapter = original(manager, request)
+    check(manager._adapter_manager, adapter)
+    adapter.path = request.lora_path
+    return adapter
+
+
+def aside(manager: Any) -> dict[int, Any]:
+    """The adapters that a worker has loaded and not yet added."""
+    return manager.__dict__.setdefault("_lora_kernels_aside", {})
+
+
+def proved(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around a method of the engine that takes a LoRARequest."""
+    request = _unproven(original, engine, args, kwargs)
+    if request is not None:
+        fields, steps = msgspec.structs.astuple(request), _proof(engine, request, engine.is_sleeping())
+        for stage in _Answered(steps):
+            stage.answer = engine.collective_rpc(TRY, args=(fields, stage.name))
+    return original(engine, *args, **kwargs)
+
+
+def proved_async(original: Any) -> Callable[..., Any]:
+    """As `proved`, for the server's engine."""
+
+    @functools.wraps(original)
+    async def method(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        request = _unproven(original, engine, args, kwargs)
+        if request is not None:
+            fields, steps = msgspec.structs.astuple(request), _proof(engine, request, await engine.is_sleeping())
+            for stage in _Answered(steps):
+                stage.answer = await engine.collective_rpc(TRY, args=(fields, stage.name))
+        return await original(engine, *args, **kwargs)
+
+    return method
+
+
+def _proof(engine: Any, request: Any, sleeps: bool) -> Generator[str, Sequence[str | None], None]:
+    """The stages to ask all workers for; takes their answers, and raises with the first reason. While the engine sleeps its
+    slots may have no memory, so the adapter is only loaded."""
+    for stage in ("load",) if sleeps else ("load", "add"):
+        reason = next((reason for reason in (yield stage) if reason is not None), None)
+        if reason is not None:
+            yield "drop" if stage == "load" else "remove"
+            _proven(engine).discard(_key(request))
+            message = f"the adapter {request.lora_name!r} ({request.lora_path}) cannot be served: {reason}"
+            raise VLLMValidationError(message, parameter="lora_request")
+    _proven(engine).add(_key(request))
+
+
+class _Answered:
+    """Iterates over a generator's stages, each of which takes its answer before the next."""
+
+    def __init__(self, stages: Generator[str, Sequence[str | None], None]) -> None:
+        self._stages, self.name, self.answer = stages, "", None
+
+    def __iter__(self) -> "_Answered":
+        return self
+
+    def __next__(self) -> "_Answered":
+        self.name = self._stages.send(self.answer)  # type: ignore[arg-type]
+        return self
+
+
+def _unproven(original: Any, engine: Any, args: Any, kwargs: Any) -> Any:
+    """The LoRARequest of a call, if its adapter is to be tried."""
+    request = inspect.signature(original).bind(engine, *args, **kwargs).arguments.get("lora_request")
+    known = request is None or (_key(request) in _proven(engine) and not request.load_inplace)
+    return None if known or engine.vllm_config.lora_config is None else request
+
+
+def _proven(engine: Any) -> set[tuple[int, str]]:
+    return engine.__dict__.setdefault("_lora_kernels_proven", set())
+
+
+def _key(request: Any) -> tuple[int, str]:
+    return request.lora_int_id, request.lora_path
