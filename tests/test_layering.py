@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "nn": {"ops", "nn"},
     "adapters": {"ops", "nn", "adapters"},
     "serving": {"ops", "nn", "adapters", "serving"},
-    "integrations": {"ops", "nn", "adapters", "serving", "integrations"},
+    "integrations": {"ops", "nn", "adapters", "serving", "integrations", "_version"},
     "testing": {"ops", "testing", "_ptxsim"},
 }
 BACKENDS = {"reference", "cpu", "triton", "cuda"}

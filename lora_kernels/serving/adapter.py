@@ -75,7 +75,9 @@ def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
         targets, slots = _wanted(unwrap(model), config)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from error
-    return _adapter(targets, config, read_tensors(folder / WEIGHTS_NAME, slots))
+    tensors = read_tensors(folder / WEIGHTS_NAME, slots)
+    check_base(model, slots, tensors, str(folder / WEIGHTS_NAME))
+    return _adapter(targets, config, tensors)
 
 
 def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> Adapter:
@@ -87,6 +89,7 @@ def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> 
     config = config if isinstance(config, LoraConfig) else LoraConfig.from_dict(config.to_dict(), _ALSO)
     targets, slots = _wanted(unwrap(model), config)
     own = {key: slot for key, slot in slots.items() if slot.role == "own"}
+    check_base(model, slots, tensors, "adapter_of")
     for names, what in ((own.keys() - tensors.keys(), "missing"), (tensors.keys() - slots.keys(), "not of this adapter")):
         if names:
             raise AdapterError(f"{len(names)} tensors are {what}: {some(sorted(names))}")
@@ -96,6 +99,16 @@ def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> 
             raise AdapterError(f"{key} must be floating {list(slot.shape)}, found {found}")
         check_finite(key, tensors[key], "adapter_of")
     return _adapter(targets, config, {key: tensors[key].detach().cpu() for key in own})
+
+
+def check_base(model: nn.Module, slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises AdapterError where an adapter repeats a weight of its base, as PEFT does of an adapted embedding, and the model
+    has another: the adapter is not for it."""
+    for key in slots.keys() & tensors.keys():
+        if slots[key].role == "base":
+            weight = unwrap(model).get_submodule(slots[key].owner).weight.detach()  # type: ignore[operator]
+            if tensors[key].shape != weight.shape or not torch.equal(tensors[key].to(weight), weight):
+                raise AdapterError(f"{where}: {key} differs from the base weight of the model, which a batch shares")
 
 
 def _wanted(model: nn.Module, config: LoraConfig) -> tuple[list[Target], dict[str, Slot]]:

@@ -21,10 +21,12 @@ class Batch:
     """
 
     def __init__(
-        self, ids: Tensor, weights: Tensor | None, slots: int, all_base: bool, let_go: Callable[[], None]
+        self, ids: Tensor, weights: Tensor | None, slots: int, modules: frozenset[str], let_go: Callable[[], None]
     ) -> None:  # fmt: skip
         self.ids, self.weights, self._slots = ids, weights, slots
-        self.all_base = all_base
+        self.modules = modules
+        """Those that an adapter of the batch changes."""
+        self.all_base = not modules
         self._let_go: Callable[[], None] | None = let_go
         self._plans: dict[int, BatchPlan] = {}
         self._columns: dict[int, list[BatchPlan]] = {}

@@ -57,27 +57,33 @@ class MultiLoRAEmbedding(nn.Embedding):
     """
 
     site: EmbeddingSite
+    name: str
 
     @classmethod
-    def around(cls, embedding: nn.Embedding, site: EmbeddingSite) -> "MultiLoRAEmbedding":
+    def around(cls, embedding: nn.Embedding, site: EmbeddingSite, name: str) -> "MultiLoRAEmbedding":
         layer = cls.__new__(cls)
-        layer.__dict__.update(embedding.__dict__)
-        layer.__dict__["site"] = site
+        layer.__dict__.update(embedding.__dict__, site=site, name=name)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x [...], integers → [..., dim].
 
         Raises:
-            ValueError: the elements of x are no multiple of the requests of the batch.
+            ValueError: x has no multiple of the batch's requests as its first dimension.
         """
         y, batch = super().forward(x), current_batch()
-        if batch is None or batch.all_base:
+        if batch is None or self.name not in batch.modules:
             return y
+        if x.dim() > 1 and x.shape[0] % len(batch.ids):
+            raise ValueError(
+                f"adapters: {len(batch.ids)} were given, for {self.name} with an input of {list(x.shape)}; its first dimension"
+                " must be a multiple (positions that all requests share are nobody's to adapt)"
+            )
         with torch.no_grad():
             y, entries, site = y.detach(), x.reshape(-1), self.site
             for plan in batch.columns(entries.numel()):
-                multi_lora_add_(y, site.looked_up(plan.ids[:, 0], entries).view(*x.shape, -1), site.slots, plan)
+                columns = site.looked_up(plan.ids[:, 0], entries)
+                multi_lora_add_(y, columns.view(*x.shape, columns.shape[1]), site.slots, plan)
         return y
 
 
@@ -100,9 +106,10 @@ def serve(model: Model, pool: AdapterPool) -> Model:
         parent, _, child = name.rpartition(".")
         owner = pool.model.get_submodule(parent)
         if isinstance(site, EmbeddingSite):
-            setattr(owner, child, MultiLoRAEmbedding.around(getattr(owner, child), site))
+            new: nn.Module = MultiLoRAEmbedding.around(getattr(owner, child), site, name)
         else:
-            setattr(owner, child, MultiLoRALinear.around(getattr(owner, child), site.slots))
+            new = MultiLoRALinear.around(getattr(owner, child), site.slots)
+        setattr(owner, child, new)
     for method in ("forward", "generate"):
         call = getattr(model, method, None)
         if call is not None:
@@ -117,7 +124,8 @@ def unserve(model: Model) -> Model:
             kind = nn.Linear if isinstance(module, MultiLoRALinear) else nn.Embedding
             parent, _, child = name.rpartition(".")
             plain = kind.__new__(kind)
-            plain.__dict__.update({key: value for key, value in module.__dict__.items() if key not in ("slots", "site")})
+            ours = ("slots", "site", "name")
+            plain.__dict__.update({key: value for key, value in module.__dict__.items() if key not in ours})
             setattr(model.get_submodule(parent), child, plain)
     for method in ("forward", "generate"):
         if hasattr(model.__dict__.get(method), "_lora_kernels"):

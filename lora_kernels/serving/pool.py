@@ -219,7 +219,8 @@ class AdapterPool:
             padded = [row + [0.0] * (width - len(row)) for row in filled]
             of_ids = torch.tensor(padded).reshape(len(rows), width).to(self.device)
         let_go = lambda: self._let_go(list(held.values()))  # noqa: E731
-        return Batch(ids.to(self.device), of_ids, len(self._generations), not held, let_go)
+        modules = frozenset(module for resident in held.values() for module in resident.adapter.factors)
+        return Batch(ids.to(self.device), of_ids, len(self._generations), modules, let_go)
 
     def id_of(self, name: str) -> int:
         """The id of a resident adapter, for plans of one's own."""

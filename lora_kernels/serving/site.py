@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError
 from lora_kernels.ops import dora_gain, row_norm_squared, weight_norm
-from lora_kernels.ops.multi_lora.plan import BIAS, GAIN, PAGE, Slots, rows_of
+from lora_kernels.ops.multi_lora.plan import BIAS, GAIN, PAGE, Slots
 from lora_kernels.serving.adapter import Factors
 
 
@@ -129,8 +129,8 @@ class EmbeddingSite(Pages):
         self.shape = _shape(module)
         super().__init__(self.shape[0], PAGE * pages_of(max_rank), module.weight.dtype, generation, pages, max_rank)
         self.weight = module.weight
-        self.columns = torch.zeros(pages * PAGE, self.shape[1], dtype=self.weight.dtype, device=self.weight.device)
-        """[rows, entries]: A, in the pages that B has."""
+        self.columns = torch.zeros(self.shape[1], pages, PAGE, dtype=self.weight.dtype, device=self.weight.device)
+        """[entries, pages, 8]: Aᵀ, in the pages that B has."""
 
     def prepared(self, f: Factors) -> Prepared:
         """What the tables are to hold, but for A.
@@ -148,11 +148,15 @@ class EmbeddingSite(Pages):
     def put(self, slot: int, prepared: Prepared) -> None:
         super().put(slot, prepared)
         assert prepared.columns is not None
-        self.columns[rows_of(self.slots, slot)] = prepared.columns
+        held = self.held[slot]
+        room = self.columns.new_zeros(self.shape[1], len(held) * PAGE)
+        room[:, : len(prepared.columns)] = prepared.columns.T
+        pages = torch.tensor(held).to(room.device, non_blocking=True)
+        self.columns[:, pages] = room.view(-1, len(held), PAGE)
 
     def clear(self, slot: int) -> None:
         for page in self.held.get(slot, ()):
-            self.columns[page * PAGE : (page + 1) * PAGE] = 0
+            self.columns[:, page] = 0
         super().clear(slot)
 
     def looked_up(self, ids: Tensor, entries: Tensor) -> Tensor:
@@ -162,8 +166,7 @@ class EmbeddingSite(Pages):
         slot = (ids & 0xFFFFFFFF).clamp(max=len(s.rank) - 1)
         known = (ids >= 0) & (ids == (s.generation[slot].long() << 32) + slot)
         there = known[:, None] & (j < s.rank[slot][:, None])
-        rows = s.table[slot][:, j // PAGE].long() * PAGE + j % PAGE
-        return torch.where(there, self.columns[rows.where(there, 0), entries[:, None]], 0)
+        return torch.where(there, self.columns[entries[:, None], s.table[slot].long()].flatten(1), 0)
 
 
 def site_of(module: nn.Linear | nn.Embedding, generation: Tensor, pages: int, max_rank: int) -> Site | EmbeddingSite:

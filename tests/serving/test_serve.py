@@ -163,6 +163,40 @@ def test_embeddings_in_16_bits_and_stale_ids(tmp_path):
         assert layer(x).equal(y[1:].new_tensor(layer.weight[x].tolist()))
 
 
+def test_embeddings_by_whom_they_are_called(tmp_path):
+    """Positions that all sequences share are refused where the batch adapts them, and else left alone; no tokens are none."""
+    model = base()
+    pool = AdapterPool(model, capacity_bytes=8 << 20, slots=2, max_rank=16, modules=["model.embed_tokens", "lm_head"])
+    for name, each in trained_embeddings().items():
+        each.save_pretrained(tmp_path / name)
+    pool.load("embedding", tmp_path / "embedding")
+    factors = Factors(torch.ones(2, 32), torch.ones(pool.sites["lm_head"].shape[0], 2), 1.0)
+    pool.load("head", Adapter({"lm_head": factors}))
+    layer, x = serve(model, pool).model.embed_tokens, tokens(1, 4)
+    with pool.batch(["head", None]):
+        assert layer(x).equal(layer.weight[x])
+    with pool.batch(["embedding", None]):
+        with pytest.raises(ValueError, match=r"for model.embed_tokens with an input of \[1, 4\]; its first dimension must be"):
+            layer(x)
+        assert layer(x[:, :0].expand(2, 0)).shape == (2, 0, 32) and layer(x[0, :2]).shape == (2, 32)
+
+
+def test_an_adapter_for_other_embeddings(tmp_path):
+    """PEFT writes the embedding beside its adapter; another base has another."""
+    tuned = trained_embeddings()["embedding"]
+    state = peft.get_peft_model_state_dict(tuned, save_embedding_layers=True)
+    tuned.save_pretrained(tmp_path, save_embedding_layers=True)
+    model = base()
+    pool = AdapterPool(model, capacity_bytes=8 << 20, modules=["model.embed_tokens"])
+    pool.load("same", tmp_path)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 3] += 1
+    with pytest.raises(AdapterError, match="embed_tokens.base_layer.weight differs from the base weight of the model"):
+        pool.load("other", tmp_path)
+    with pytest.raises(AdapterError, match="adapter_of: .* differs from the base weight of the model"):
+        pool.load("other", (tuned.peft_config["default"], state))
+
+
 def test_embeddings_that_a_batch_cannot_have(saved, tmp_path):
     model = base()
     layers = AdapterPool(model, capacity_bytes=8 << 20)
