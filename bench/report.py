@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import report_many
+from bench.report_parts import DTYPES, grid, pyplot, sign
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- bench:begin -->\n", "<!-- bench:end -->\n"
 THREADS, RANK = 2, 16  # what tables and pictures show
-NAMES = {
-    "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "lora": "LoRA", "dora": "DoRA",
+NAMES = DTYPES | {
+    "lora": "LoRA", "dora": "DoRA",
     "ours": "ours", "peft": "PEFT", "linear": "nn.Linear alone",
 }  # fmt: skip
 RIVALS = {"peft": "PEFT", "torch": "the best plain PyTorch", "compile": "torch.compile of that"}
@@ -172,22 +173,9 @@ def distinct(rows: list[dict[str, Any]], *keys: str) -> list[tuple[Any, ...]]:
     return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows if set(keys) <= set(row)))
 
 
-def grid(heading: list[str], lines: list[list[str]]) -> str:
-    """A markdown table, nothing without lines."""
-    rule = ["---"] + ["---:"] * (len(heading) - 1)
-    return "".join(f"| {' | '.join(line)} |\n" for line in [heading, rule, *lines]) if lines else ""
-
-
 def draw(result: dict[str, Any], path: Path) -> None:
     """A panel for each dtype and direction (rows) and shape (columns): ours and PEFT's over nn.Linear alone, over M."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit(f"the picture needs matplotlib (requirements-dev.txt; `make install` sets it up): {error}") from None
-
-    matplotlib.use("Agg")  # a picture in a file needs no display
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     rows = pick(result["rows"], op="lora_linear", threads=THREADS, r=RANK)
     across, down = distinct(rows, "K", "N"), [(d, w) for (d,) in distinct(rows, "dtype") for (w,) in distinct(rows, "what")]
     if not rows:
@@ -203,9 +191,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         panel.set_xlabel("M (tokens)")
     handles = {label: handle for panel in panels.flat for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5, frameon=False)
-    stamp = result["stamp"]
-    note = f"{stamp['processor']}, {stamp['level']}; torch {stamp['torch']}, peft {stamp['peft']}; r={RANK}, {THREADS} threads"
-    figure.supxlabel(note, fontsize=9, color="0.4")
+    sign(figure, result["stamp"], f"r={RANK}, {THREADS} threads")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

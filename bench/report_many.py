@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from bench.report_parts import DTYPES, grid, pyplot, sign
+
 RIVALS = {
     "peft": "PEFT", "loop": "loop over segments", "gather": "gathered bmm", "vllm": "vLLM's way", "sglang": "SGLang's way",
 }  # fmt: skip
-NAMES = {"float32": "fp32", "bfloat16": "bf16"}
 INTRO = """\
 Many adapters in one batch, each contender's time over that of `nn.Linear` alone; Punica's workloads. *adapters alone*:
 `multi_lora_add_` on a product that is there.
@@ -19,18 +20,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         return ""
     heading = ["rows, K×N, ranks, workload", "ours", "adapters alone", *RIVALS.values()]
     lines = [[title(row), *(f"{over_linear(row, name):.2f}" for name in ("ours", "ours, add", *RIVALS))] for row in rows]
-    text = [INTRO, *(f"| {' | '.join(line)} |" for line in [heading, ["---", *["---:"] * (len(heading) - 1)], *lines]), ""]
     lost = [
         f"{title(row)}, {what} {row['ratios'][f'ours / {rival}']:.3f}"
         for row in rows for rival, what in RIVALS.items() if row["ratios"][f"ours / {rival}"] > 1
     ]  # fmt: skip
-    text.append(f"Where a rival is faster, our time over its: {'; '.join(lost) or 'nowhere'}.\n")
-    return "\n".join(text)
+    told = f"Where a rival is faster, our time over its: {'; '.join(lost) or 'nowhere'}.\n"
+    return "\n".join([INTRO, grid(heading, lines), told])
 
 
 def title(row: dict[str, Any]) -> str:
     ranks = "–".join(str(r) for r in dict.fromkeys((min(row["ranks"]), max(row["ranks"]))))
-    return f"{NAMES[row['dtype']]} {row['M']}, {row['K']}×{row['N']}, r={ranks}, {row['kind']}"
+    return f"{DTYPES[row['dtype']]} {row['M']}, {row['K']}×{row['N']}, r={ranks}, {row['kind']}"
 
 
 def over_linear(row: dict[str, Any], name: str) -> float:
@@ -39,12 +39,7 @@ def over_linear(row: dict[str, Any], name: str) -> float:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Bars: each contender's time over nn.Linear's, a group for each batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # a picture in a file needs no display
-    from matplotlib import pyplot as plt
-
-    rows, names = result["rows"], {"ours": "ours", **RIVALS}
+    plt, rows, names = pyplot(), result["rows"], {"ours": "ours", **RIVALS}
     figure, panel = plt.subplots(figsize=(10, 1.5 + 0.62 * len(rows)), layout="constrained")
     colours = ("#00798c", "#d1495b", "#edae49", "#66a182", "#8d96a3", "#30638e")
     for i, ((name, label), colour) in enumerate(zip(names.items(), colours, strict=True)):
@@ -56,8 +51,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     panel.invert_yaxis()
     panel.margins(y=0.01)
     figure.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
-    stamp = result["stamp"]
-    note = f"{stamp['processor']}, {stamp['level']}; torch {stamp['torch']}, peft {stamp['peft']}; {rows[0]['threads']} threads"
-    figure.supxlabel(note, fontsize=9, color="0.4")
+    sign(figure, result["stamp"], f"{rows[0]['threads']} threads")
     figure.savefig(path, dpi=110)
     plt.close(figure)
