@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_kernels.adapters.config import AdapterError
 from lora_kernels.adapters.inject import some, unwrap
 from lora_kernels.ops.lora_linear.op import FLOATS
-from lora_kernels.ops.multi_lora.plan import BASE, PAGE
+from lora_kernels.ops.multi_lora.plan import BASE, PAGE, id_of
 from lora_kernels.serving.adapter import Adapter, adapter_of, read_adapter
 from lora_kernels.serving.batch import Batch, Wanted, requests_of
 from lora_kernels.serving.site import Prepared, bytes_of_page, bytes_of_slots, pages_of, site_of
@@ -292,7 +292,7 @@ class AdapterPool:
         slot = self._free.pop()
         for site, each in prepared.items():
             self.sites[site].put(slot, each)
-        resident = Resident(name, slot, (self._generations[slot] << 32) + slot, adapter, pinned)
+        resident = Resident(name, slot, id_of(self._generations[slot], slot), adapter, pinned)
         old = self._names.get(name)
         self._names[name] = self._residents[slot] = resident
         if old is not None:

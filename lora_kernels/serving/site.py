@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError
 from lora_kernels.ops import dora_gain, row_norm_squared, weight_norm
-from lora_kernels.ops.multi_lora.plan import BIAS, GAIN, PAGE, Slots
+from lora_kernels.ops.multi_lora.plan import BIAS, GAIN, PAGE, Slots, slots_of
 from lora_kernels.serving.adapter import Factors
 
 
@@ -163,8 +163,7 @@ class EmbeddingSite(Pages):
         """The column of A for each token, [tokens, ranks]: of the adapter `ids` [tokens] at `entries` [tokens]; zeros where it
         has no ranks, or the id is not known."""
         s, j = self.slots, torch.arange(self.slots.a.shape[1], device=ids.device)
-        slot = (ids & 0xFFFFFFFF).clamp(max=len(s.rank) - 1)
-        known = (ids >= 0) & (ids == (s.generation[slot].long() << 32) + slot)
+        slot, known = slots_of(ids, s.generation)
         there = known[:, None] & (j < s.rank[slot][:, None])
         return torch.where(there, self.columns[entries[:, None], s.table[slot].long()].flatten(1), 0)
 

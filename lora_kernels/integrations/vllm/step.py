@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.multi_lora.plan import BASE, BatchPlan
+from lora_kernels.ops.multi_lora.plan import BASE, BatchPlan, id_of
 
 
 class Step:
@@ -41,7 +41,7 @@ class Step:
         if count > room:
             raise ValueError(f"lora_kernels: a step may have {room} tokens, found {count}")
         self.all_base = all_base
-        ids = (self.generation[slots.clamp_min(0)].long() << 32) + slots
+        ids = id_of(self.generation[slots.clamp_min(0)].long(), slots)
         plan = BatchPlan.build(torch.where(slots >= 0, ids, BASE), len(self.generation))
         last = max(count, self._filled)
         self._ids[:count], self._order[:count] = plan.ids, plan.order

@@ -137,6 +137,19 @@ def listed(one: "Slots | BatchPlan") -> list[Any]:
     return [getattr(one, field.name) for field in fields(one)]
 
 
+def id_of(generation: Any, slot: Any) -> Any:
+    """The id of the adapter in a slot, of numbers or of int64 tensors."""
+    return (generation << 32) + slot
+
+
+def slots_of(ids: Tensor, generation: Tensor) -> tuple[Tensor, Tensor]:
+    """The slot of each id, and whether it is one that is there and not stale; where it is not, the slot is 0."""
+    slot = ids & _SLOT
+    inside = (ids >= 0) & (slot < len(generation))
+    slot = torch.where(inside, slot, 0)
+    return slot, inside & (generation[slot] == ids >> 32)
+
+
 def unflatten(slots: list[Tensor]) -> list[Slots]:
     """The slots that an op got as a flat list."""
     return [Slots(*slots[i : i + TENSORS]) for i in range(0, len(slots), TENSORS)]
@@ -148,10 +161,7 @@ def members_of(
     """The tokens of each adapter, its slot, and what it counts, one column of ids after the other; sets error where an
     id is out of range or stale. Copies to the host."""
     for i, column in enumerate(ids.unbind(1)):
-        slot = column & _SLOT
-        inside = (column >= 0) & (slot < len(s.rank))
-        slot = torch.where(inside, slot, 0)
-        known = inside & (s.generation[slot] == column >> 32)
+        slot, known = slots_of(column, s.generation)
         error |= ((column != BASE) & ~known).any().int()
         for each in slot[known].unique().tolist():
             members = torch.nonzero(known & (slot == each))[:, 0]
