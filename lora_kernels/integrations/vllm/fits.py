@@ -10,6 +10,9 @@ from lora_kernels.adapters.inject import some
 from lora_kernels.integrations.vllm.adapters import Extra
 from lora_kernels.integrations.vllm.layers import OnMultiLora
 
+EXTRAS = ("magnitude", "bias")
+"""The fields of `Extra`."""
+
 
 def check(manager: Any, adapter: Any) -> None:
     """Raises AdapterError unless every module of the adapter is one of the model's, and its tensors fit there and are finite.
@@ -17,7 +20,8 @@ def check(manager: Any, adapter: Any) -> None:
     What vLLM leaves out of an adapter (a vision tower, say) it leaves out still, unless DoRA or lora_bias is there.
     """
     whole = not any(isinstance(module, PPMissingLayer) for module in manager.model.modules())
-    unknown = sorted(name for name in adapter.loras if not _has(manager, name))
+    there = {name for name, _ in manager.model.named_modules()}
+    unknown = sorted(name for name in adapter.loras if not _has(manager, there, name))
     if unknown and whole:
         raise AdapterError(f"the adapter changes modules that the model does not have: {some(unknown)}")
     served: set[str] = set()
@@ -31,10 +35,8 @@ def check(manager: Any, adapter: Any) -> None:
             continue
         served.update(part for part, extra in zip(parts, extras, strict=True) if extra)
         if any(loras):
-            found: list[Any] = [[getattr(lora, side, None) for lora in loras] for side in ("lora_a", "lora_b")]
-            found += [[getattr(extra, what, None) for extra in extras] for what in ("magnitude", "bias")]
-            a, b, magnitude, bias = found if name in manager.packed_modules else [each[0] for each in found]
-            layer.check(name, a, b, magnitude, bias)
+            factors = (_packed(manager, name, loras, side) for side in ("lora_a", "lora_b"))
+            layer.check(name, *factors, *(_packed(manager, name, extras, what) for what in EXTRAS))
     left = sorted(adapter.extras.keys() - served - {name.removeprefix("model.") for name in served})
     if left and whole and manager.lora_config.target_modules is None:
         raise AdapterError(f"DoRA or lora_bias is on modules that vLLM serves no LoRA for: {some(left)}")
@@ -46,14 +48,16 @@ def extras_by_layer(manager: Any, adapter: Any) -> Iterator[tuple[str, OnMultiLo
         found = [_extra(manager, adapter, part) for part in parts]
         if not isinstance(layer, OnMultiLora) or not any(found):
             continue
-        values: list[Any] = []
-        for what in ("magnitude", "bias"):
-            vectors = [getattr(extra, what, None) for extra in found]
-            if all(v is None for v in vectors):
-                values.append(None)
-            else:
-                values.append(vectors if name in manager.packed_modules else vectors[0])
-        yield name, layer, *values
+        magnitude, bias = (_packed(manager, name, found, what) for what in EXTRAS)
+        yield name, layer, magnitude, bias
+
+
+def _packed(manager: Any, name: str, parts: list[Any], what: str) -> Any:
+    """An attribute of the parts of a layer as vLLM packs B: a list if the layer is packed; None if no part has it."""
+    values = [getattr(part, what, None) for part in parts]
+    if all(value is None for value in values):
+        return None
+    return values if name in manager.packed_modules else values[0]
 
 
 def _layers(manager: Any) -> Iterator[tuple[str, Any, list[str]]]:
@@ -69,11 +73,11 @@ def _extra(manager: Any, adapter: Any, part: str) -> Extra | None:
     return extras.get(part.removeprefix("model.")) if found is None and manager.is_pooling_model else found
 
 
-def _has(manager: Any, name: str) -> bool:
-    """Whether the model has a module that an adapter calls so, wrapped or not. Names of experts are vLLM's to check."""
+def _has(manager: Any, there: set[str], name: str) -> bool:
+    """Whether the model, whose modules are `there`, has one that an adapter calls so, wrapped or not. Names of experts are
+    vLLM's to check."""
     if ".experts" in name:
         return True
-    there = {each for each, _ in manager.model.named_modules()}
     for full in [name, f"model.{name}"] if manager.is_pooling_model else [name]:
         prefix, _, last = full.removesuffix(".base_layer").rpartition(".")
         packed = [key for key, parts in manager.packed_modules_mapping.items() if last in parts]

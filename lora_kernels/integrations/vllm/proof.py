@@ -64,9 +64,9 @@ def proved(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
     """Around a method of the engine that takes a LoRARequest."""
     request = _unproven(original, engine, args, kwargs)
     if request is not None:
-        fields, steps = msgspec.structs.astuple(request), _proof(engine, request, engine.is_sleeping())
-        for stage in _Answered(steps):
-            stage.answer = engine.collective_rpc(TRY, args=(fields, stage.name))
+        fields, stages, answer = msgspec.structs.astuple(request), _proof(engine, request, engine.is_sleeping()), None
+        while (stage := _next(stages, answer)) is not None:
+            answer = engine.collective_rpc(TRY, args=(fields, stage))
     return original(engine, *args, **kwargs)
 
 
@@ -77,15 +77,15 @@ def proved_async(original: Any) -> Callable[..., Any]:
     async def method(engine: Any, *args: Any, **kwargs: Any) -> Any:
         request = _unproven(original, engine, args, kwargs)
         if request is not None:
-            fields, steps = msgspec.structs.astuple(request), _proof(engine, request, await engine.is_sleeping())
-            for stage in _Answered(steps):
-                stage.answer = await engine.collective_rpc(TRY, args=(fields, stage.name))
+            fields, stages, answer = msgspec.structs.astuple(request), _proof(engine, request, await engine.is_sleeping()), None
+            while (stage := _next(stages, answer)) is not None:
+                answer = await engine.collective_rpc(TRY, args=(fields, stage))
         return await original(engine, *args, **kwargs)
 
     return method
 
 
-def _proof(engine: Any, request: Any, sleeps: bool) -> Generator[str, Sequence[str | None], None]:
+def _proof(engine: Any, request: Any, sleeps: bool) -> Generator[str, Any, None]:
     """The stages to ask all workers for; takes their answers, and raises with the first reason. While the engine sleeps its
     slots may have no memory, so the adapter is only loaded."""
     for stage in ("load",) if sleeps else ("load", "add"):
@@ -98,18 +98,12 @@ def _proof(engine: Any, request: Any, sleeps: bool) -> Generator[str, Sequence[s
     _proven(engine).add(_key(request))
 
 
-class _Answered:
-    """Iterates over a generator's stages, each of which takes its answer before the next."""
-
-    def __init__(self, stages: Generator[str, Sequence[str | None], None]) -> None:
-        self._stages, self.name, self.answer = stages, "", None
-
-    def __iter__(self) -> "_Answered":
-        return self
-
-    def __next__(self) -> "_Answered":
-        self.name = self._stages.send(self.answer)  # type: ignore[arg-type]
-        return self
+def _next(stages: Generator[str, Any, None], answer: Sequence[str | None] | None) -> str | None:
+    """The stage that follows the answer to the one before; None after the last."""
+    try:
+        return stages.send(answer)
+    except StopIteration:
+        return None
 
 
 def _unproven(original: Any, engine: Any, args: Any, kwargs: Any) -> Any:
