@@ -35,6 +35,15 @@ def ids_of(slot, slots):
     return torch.where(slot < 0, BASE, (slots[0].generation[slot.clamp(min=0)].long() << 32) + slot)
 
 
+def with_wrong_ids(slots, slot):
+    """The ids of slots [12, k] of three adapters, in the last column some that nobody gave: negative, out of range, stale. And
+    the slots that are left, those gone."""
+    ids, slot = ids_of(slot, slots), slot.clone()
+    for t, each in {0: -2, 3: 1 << 40, 5: 3, 7: int(ids_of(torch.tensor(1), slots)) + (1 << 32), 8: -(1 << 62)}.items():
+        ids[t, -1], slot[t, -1] = each, -1
+    return ids, slot
+
+
 def exact(x, w, slots, slot, weights=None, bias=None, size=False):
     """The formula in float64, token by token: slot [tokens, k]; or its size, that of the absolute values of all terms."""
     wide = (lambda t: t.double().abs()) if size else (lambda t: t.double())

@@ -13,7 +13,7 @@ from lora_kernels.ops.multi_lora import BatchPlan, cuda, multi_lora
 from lora_kernels.testing.nvcc import MISSING, find_nvcc
 from lora_kernels.testing.ptxsim import SimulationError, device
 from tests.ops.interpreted import deterministic
-from tests.ops.multi import ids_of, make_slots
+from tests.ops.multi import ids_of, make_slots, with_wrong_ids
 from tests.ops.test_multi_lora import assert_exact, draw, planned
 
 if find_nvcc() is None:
@@ -73,9 +73,7 @@ def test_ids_that_nobody_gave(simulated):
     """They stand between those of an adapter whose slot they name."""
     x, w, slots, slot, _, bias = draw(12, 64, [24], [8, 3, 16], 1, BF16)
     slot[4:11] = 1
-    ids = ids_of(slot, slots)
-    for t, each in {0: -2, 3: 1 << 40, 5: 3, 7: int(ids_of(torch.tensor(1), slots)) + (1 << 32), 8: -(1 << 62)}.items():
-        ids[t, 0], slot[t, 0] = each, -1
+    ids, slot = with_wrong_ids(slots, slot)
     plan = BatchPlan.build(ids, 3)
     with device():
         y = multi_lora(x, w, slots, plan, bias)

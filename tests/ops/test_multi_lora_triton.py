@@ -13,7 +13,7 @@ from lora_kernels.ops import missing_backends
 from lora_kernels.ops.multi_lora import BatchPlan, multi_lora, multi_lora_add_
 from lora_kernels.testing.ptxsim import device
 from tests.ops.interpreted import deterministic, interpreted
-from tests.ops.multi import ids_of, make_slots
+from tests.ops.multi import ids_of, make_slots, with_wrong_ids
 from tests.ops.test_multi_lora import CASES, assert_exact, draw, planned
 
 if "triton" in missing_backends():
@@ -95,9 +95,7 @@ def test_neighbours_do_not_matter(k):
 @pytest.mark.parametrize("k", [1, 2])
 def test_ids_that_nobody_gave(simulated, k):
     x, w, slots, slot, _, bias = draw(12, 32, [24], [8, 3, 16], k, BF16)
-    ids = ids_of(slot, slots)
-    for t, each in {0: -2, 3: 1 << 40, 5: 3, 7: int(ids_of(torch.tensor(1), slots)) + (1 << 32), 8: -(1 << 62)}.items():
-        ids[t, -1], slot[t, -1] = each, -1
+    ids, slot = with_wrong_ids(slots, slot)
     plan = BatchPlan.build(ids, 3)
     with device():
         y = multi_lora(x, w, slots, plan, bias)
