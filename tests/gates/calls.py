@@ -94,11 +94,13 @@ def merge(r: int, dtype: torch.dtype = BF16, adapters: torch.dtype | None = None
     return call
 
 
-def multi(tokens: int, outs: Sequence[int] = (WIDE,), each: int = 1, adds: bool = False, dtype: torch.dtype = BF16) -> Call:
-    """Many adapters over one base; `each`: adapters of a token, `adds`: on a product that is there."""
+def multi(
+    tokens: int, outs: Sequence[int] = (WIDE,), each: int = 1, adds: bool = False, dtype: torch.dtype = BF16, most: int = 512
+) -> Call:
+    """Many adapters over one base; `each`: adapters of a token, `adds`: on a product that is there, `most`: largest rank."""
 
     def call() -> None:
-        count, pages = 64, 64
+        count, pages = 64, most // 8
         i32 = lambda *shape: torch.zeros(shape, dtype=torch.int32)  # noqa: E731
         sites = [
             Slots(torch.empty(8, WIDE, dtype=dtype), torch.empty(8, n, dtype=dtype), i32(count, pages), i32(count),
@@ -127,7 +129,8 @@ def launches(call: Callable[[], None], arch: str) -> dict[str, Launch]:
 
 def on_chips(name: str, kernel: str, call: Callable[[], None], budgets: dict[str, Budget], **more: Any) -> Configuration:
     """What the launcher chooses on each chip."""
-    made = {arch: _triton(kernel, launches(call, arch)[kernel]) for arch in CHIPS}
+    shipped = [arch for arch in CHIPS if arch not in more.get("without", ())]
+    made = {arch: _triton(kernel, launches(call, arch)[kernel]) for arch in shipped}
     special = {arch: one for arch, one in made.items() if one != made["sm_80"]}
     return Configuration(name, made["sm_80"], budgets, special=special, **more)
 

@@ -3,6 +3,8 @@
 from lora_kernels.testing.gates import Budget
 from tests.gates.calls import F16, F32, multi, on_chips
 
+TWO = {"gfx942": "scalar registers are spilled; two launches are made there"}
+
 GATES = [
     on_chips("multi, shrink, 16 tokens", "multi_shrink_kernel", multi(16), {
         "sm_80 sm_86 sm_89": Budget(17.5, "HMMA", units=4, wide=6, blocks=10),
@@ -77,4 +79,48 @@ GATES = [
         "sm_100": Budget(34.1, "UTCHMMA", units=4, wide=53, blocks=3),
         "gfx942": Budget(14.4, "v_mfma", units=8, wide=20, blocks=2),
     }),
+    on_chips("multi, one launch, 16 tokens", "multi_small_kernel", multi(16, most=64), {
+        "sm_80": Budget(8.4, "HMMA", units=16, wide=52, blocks=7),
+        "sm_86 sm_89": Budget(8.4, "HMMA", units=16, wide=52, blocks=4),
+        "sm_90 sm_100": Budget(7.4, "HMMA", units=16, wide=52, blocks=8),
+        "sm_120": Budget(16.1, "HMMA", units=4, wide=8, blocks=4),
+    }, without=TWO),
+    on_chips("multi, one launch, 32 tokens", "multi_small_kernel", multi(32, most=64), {
+        "sm_80 sm_86 sm_89": Budget(31, "HMMA", units=16, wide=34, blocks=3, copies=2),
+        "sm_90 sm_100": Budget(9.6, "HMMA", units=8, wide=13, blocks=2),
+        "sm_120": Budget(15.1, "HMMA", units=16, wide=34, blocks=4, copies=1),
+    }, without=TWO),
+    on_chips("multi, one launch, 64 tokens", "multi_small_kernel", multi(64, most=64), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(14.5, "HMMA", units=32, wide=48, blocks=2, copies=1),
+        "sm_90": Budget(100.6, "HGMMA", units=4, wide=48, blocks=3, copies=1),
+        "sm_100": Budget(114.1, "UTCHMMA", units=4, wide=76, blocks=4, copies=1),
+    }, without=TWO),
+    on_chips("multi, one launch, f16, 16 tokens", "multi_small_kernel", multi(16, dtype=F16, most=64), {
+        "sm_80": Budget(12.9, "HMMA", units=8, wide=26, blocks=5),
+        "sm_86 sm_89": Budget(8.6, "HMMA", units=16, wide=52, blocks=4),
+        "sm_90": Budget(7.6, "HMMA", units=16, wide=52, blocks=10),
+        "sm_100": Budget(9.9, "HMMA", units=16, wide=52, blocks=8),
+        "sm_120": Budget(32, "HMMA", units=12, wide=27, blocks=4, copies=2),
+    }, without=TWO),
+    on_chips("multi, one launch, fp32, 16 tokens", "multi_small_kernel", multi(16, dtype=F32, most=64), {
+        "sm_80 sm_86 sm_89": Budget(12.5, units=33, wide=39, blocks=6),
+        "sm_90 sm_100 sm_120": Budget(77, units=5, wide=39, blocks=4),
+    }, without=TWO),
+    on_chips("multi, one launch, fp32, 64 tokens", "multi_small_kernel", multi(64, dtype=F32, most=64), {
+        "sm_80": Budget(11.9, units=33, wide=18, blocks=2),
+        "sm_86 sm_89": Budget(12.5, units=60, wide=39, blocks=3),
+        "sm_90 sm_120": Budget(169.5, units=4, wide=39, blocks=3),
+        "sm_100": Budget(121.3, units=3, wide=23, blocks=3),
+    }, without=TWO),
+    on_chips("multi, one launch, two adapters a token, 16 tokens", "multi_small_kernel", multi(16, each=2, most=64), {
+        "sm_80 sm_86 sm_89": Budget(12.9, "HMMA", units=8, wide=27, blocks=4),
+        "sm_90 sm_100 sm_120": Budget(10.7, "HMMA", units=8, wide=20, blocks=4),
+    }, without=TWO),
+    on_chips(
+        "multi, one launch, two adapters a token, fp32, 16 tokens", "multi_small_kernel", multi(16, each=2, dtype=F32, most=64),
+        {
+            "sm_80 sm_86 sm_89": Budget(21.7, units=41, wide=20, blocks=3),
+            "sm_90 sm_100 sm_120": Budget(68.6, units=2, wide=7, blocks=2),
+        }, without=TWO,
+    ),
 ]

@@ -31,11 +31,21 @@ def simulated():
         yield
 
 
+@pytest.fixture
+def two_launches(monkeypatch):
+    """As for a pool of large ranks."""
+    monkeypatch.setattr(backend, "PROGRAMS", 0)
+
+
 def both(args, plan):
     """y, and what becomes of a product that was there."""
+    return multi_lora(*args[:3], plan, args[5]), add(args, plan)
+
+
+def add(args, plan):
     x, w, slots, _, _, bias = args
     base = (x.double() @ w.double().T + (0 if bias is None else bias.double())).to(x.dtype)
-    return multi_lora(x, w, slots, plan, bias), multi_lora_add_(base, x, slots, plan, bias)
+    return multi_lora_add_(base, x, slots, plan, bias)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -50,6 +60,16 @@ def test_values_interpreted(case, dtype):
     plan.raise_errors()
 
 
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 4, 6)], ids=str)
+def test_values_of_two_launches(case, two_launches):
+    """h of all slices in one launch, then one for each, where one launch would do for both."""
+    args = draw(*case, BF16)
+    with deterministic(False), interpreted(seed=case[0]) as names:
+        y = multi_lora(*args[:3], planned(*args[2:5]), args[5])
+    assert_exact(y, args)
+    assert names == ["multi_shrink_kernel"] + len(case[2]) * ["multi_lora_kernel"]
+
+
 @pytest.mark.parametrize("arch", [80, 90, 120])
 @pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[4], CASES[6], (20, 4096, [64, 32], [8, 16, 0, 33], 1)], ids=str)
 def test_values_simulated(simulated, case, arch):
@@ -58,10 +78,14 @@ def test_values_simulated(simulated, case, arch):
     args = draw(*case, BF16)
     plan = planned(args[2], args[3], args[4])
     with device(arch=arch, seed=arch) as sim:
-        y, added = both(args, plan)
+        y = multi_lora(*args[:3], plan, args[5])
+        launches, slices = sim.launches, len(case[2])
+        added = add(args, plan)
     assert_exact(y, args)
     assert_exact(added, args, roundings=2)
-    assert sim.launches == 2 * (1 + len(case[2]))  # h of all slices at once, then each slice
+    few = case[0] <= (64 if case[4] == 1 else 16)
+    assert launches == (slices if few else 1 + slices)  # those of nn.Linear alone
+    assert sim.launches == launches + 1 + slices  # h of all slices, then each: y is there already
 
 
 def test_float16(simulated):
@@ -132,6 +156,48 @@ def test_what_is_read(simulated):
     assert 0 < read[True] - read[False] <= 1.05 * 3 * n_out * 4 and 3 * n_out * 4 <= 0.07 * thin
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_one_launch_reads_each_number_once(simulated, dora):
+    """W once, and of A and B as many bytes as there are ranks; tiles of y beside them, which other programs have summed up."""
+    ranks, n_in, n_out = [8, 16, 32, 64] * 3, 1024, 512
+    slots = make_slots(n_in, [n_out], ranks, BF16, dora=(0, 1, 2) if dora else ())
+    x, w, slot = torch.randn(12, n_in).bfloat16(), torch.randn(n_out, n_in).bfloat16(), torch.randperm(12)[:, None]
+    with device(trace=True, shuffle=False) as sim:
+        multi_lora(x, w, slots, planned(slots, slot))
+    thin, gains = sum(ranks) * (n_in + n_out) * 2, 3 * n_out * 4 if dora else 0
+    others = x.numel() * 2 + 12 * 4 * sum(ranks) + 12 * (8 * 4 + 64 * 4)  # h, ids, tables
+    read, _ = sim.dram()
+    assert thin + w.numel() * 2 + gains <= read <= 1.05 * (thin + others + gains) + w.numel() * 2
+    assert sim.launches == 1
+
+
+def test_one_launch_or_two_give_the_same_bits(simulated, monkeypatch):
+    """In the deterministic mode, so that a row does not depend on the largest rank of its pool."""
+    args = draw(20, 2056, [72, 40], [8, 24, 3, 64], 1, BF16)
+    results = []
+    for programs in (backend.PROGRAMS, 0):
+        monkeypatch.setattr(backend, "PROGRAMS", programs)
+        with deterministic(True), device() as sim:
+            results.append(multi_lora(*args[:3], planned(*args[2:4]), args[5]))
+        assert sim.launches == (2 if programs else 3)
+    assert results[0].equal(results[1])
+
+
+def plant(old, new, monkeypatch, tmp_path):
+    """The kernels of a changed copy of the file instead of its own, and tickets which they alone count."""
+    monkeypatch.setattr("lora_kernels.ops.launch._tickets", {})
+    text = Path(triton_kernels.__file__).read_text()
+    assert not old or text.count(old) == 1, old
+    copy = tmp_path / "planted_kernels.py"
+    copy.write_text(text.replace(old, new) if old else text)
+    spec = importlib.util.spec_from_file_location("planted_kernels", copy)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(backend, "multi_lora_kernel", module.multi_lora_kernel)
+    monkeypatch.setattr(backend, "multi_shrink_kernel", module.multi_shrink_kernel)
+    monkeypatch.setattr(backend, "multi_small_kernel", module.multi_small_kernel)
+
+
 @pytest.mark.parametrize(("old", "new"), [
     ("inside & (each != -1) & (known == 0)", "inside & (each != -1) & (each < 0)"),
     ("held == each >> 32", "held == held"),
@@ -143,17 +209,11 @@ def test_what_is_read(simulated):
     ("entry // EACH", "entry"),
     ("", ""),
 ])  # fmt: skip
-def test_planted_bugs(old, new, monkeypatch, tmp_path):
+@pytest.mark.parametrize("launches", [1, 2])
+def test_planted_bugs(old, new, launches, monkeypatch, tmp_path):
     """In the interpreter, from a changed copy of the file."""
-    text = Path(triton_kernels.__file__).read_text()
-    assert not old or text.count(old) == 1, old
-    copy = tmp_path / "planted_kernels.py"
-    copy.write_text(text.replace(old, new) if old else text)
-    spec = importlib.util.spec_from_file_location("planted_kernels", copy)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(backend, "multi_lora_kernel", module.multi_lora_kernel)
-    monkeypatch.setattr(backend, "multi_shrink_kernel", module.multi_shrink_kernel)
+    plant(old, new, monkeypatch, tmp_path)
+    monkeypatch.setattr(backend, "PROGRAMS", backend.PROGRAMS if launches == 1 else 0)
     k = 2 if "EACH" in old else 1
     x, w, slots, slot, weights, bias = draw(40, 48, [56], [8, 3, 16, 40], k, BF16)
     ids = ids_of(slot, slots)
@@ -166,3 +226,38 @@ def test_planted_bugs(old, new, monkeypatch, tmp_path):
             y = multi_lora(x, w, slots, plan, bias)
         assert_exact(y, (x, w, slots, slot, weights, bias))
         assert bool(plan.error) == (k == 1)
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("starts, order, h, m * EACH", "starts, order, h, m"),
+    ("program // (BLOCKS * parts), program % BLOCKS,", "program // (BLOCKS * parts), 0,"),
+    ("program // BLOCKS % parts", "0"),
+    ("part * SPLIT, tl.minimum(k, (part + 1)", "0, tl.minimum(k, (part + 1)"),
+    ("if tl.atomic_add(ticket, 1, sem=\"acq_rel\") == ahead - 1", "if tl.atomic_add(ticket, 1, sem=\"acq_rel\") == ahead"),
+    ("tl.atomic_xchg(ticket, 0, sem=\"relaxed\")", "pass"),
+    ("until = tiles", "until = 0"),
+    ("until = tiles", "until = tiles - 1"),
+    ("(program - ahead) // SPLITS, (program - ahead) % SPLITS", "(program - ahead) // SPLITS, 0"),
+    ("range(split * each, tl.minimum(k, (split + 1)", "range(split * each, tl.minimum(k, (split + 2)"),
+    ("sem=\"acq_rel\") == SPLITS:", "sem=\"acq_rel\") == SPLITS - 1:"),
+    ("last = tl.atomic_add(ticket + 1", "tl.atomic_add(ticket + 1"),
+    ("tl.atomic_xchg(ticket + 1 + tile, 0, sem=\"relaxed\")", "pass"),
+    ("tl.range(0, SPLITS, num_stages=1)", "tl.range(0, SPLITS - 1, num_stages=1)"),
+    ("if tile == 0:", "if tile == 9:"),
+    ("", ""),
+])  # fmt: skip
+def test_planted_bugs_of_one_launch(old, new, monkeypatch, tmp_path):
+    """Where tiles and parts are several, for one adapter a token and two; first with the programs of h before the others. A run
+    finds the tickets that the one before left."""
+    plant(old, new, monkeypatch, tmp_path)
+    cases = [draw(5, 1100, [140], [8, 24, 3], k, BF16) for k in (1, 2)]
+    with pytest.raises(AssertionError) if old else nullcontext(), deterministic(False):
+        for seed in (None, 1):
+            for x, w, slots, slot, weights, bias in cases:
+                ids = ids_of(slot, slots)
+                ids[0, 0], slot[0, 0] = 3 + (9 << 32), -1  # out of range
+                plan = BatchPlan.build(ids, 3, weights)
+                with interpreted(seed=seed) as names:
+                    y = multi_lora(x, w, slots, plan, bias)
+                assert_exact(y, (x, w, slots, slot, weights, bias))
+                assert plan.error and names == ["multi_small_kernel"]

@@ -1,4 +1,4 @@
-"""Triton: h of every entry of the plan, then y; two launches, see triton_kernels.py."""
+"""Triton: h of every entry of the plan, then y of each slice; of few tokens both in one launch. See triton_kernels.py."""
 
 import torch
 
@@ -6,13 +6,14 @@ from lora_kernels.ops import cost
 from lora_kernels.ops.chips import chip
 from lora_kernels.ops.launch import architecture, ceil, launch, power, refuse_triton, tickets
 from lora_kernels.ops.multi_lora.plan import PAGE, unflatten
-from lora_kernels.ops.multi_lora.triton_kernels import multi_lora_kernel, multi_shrink_kernel
+from lora_kernels.ops.multi_lora.triton_kernels import multi_lora_kernel, multi_shrink_kernel, multi_small_kernel
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.thin import precision
 
-FEW = 64  # entries, up to which a block of shrink has 16 of one adapter
+FEW = 64  # tokens that one launch takes, at most; entries, up to which a block of shrink has 16 of one adapter
 SPLIT = 1024  # columns of x that one of its programs sums, where there are few
+PROGRAMS = 2048  # at most to make h, where one launch makes it and y: of a pool for large ranks most have nothing to do
 
 
 def refusal(x, w, slots, ids, weights, order, starts, error, bias):
@@ -41,20 +42,84 @@ def add(y, x, slots, ids, weights, order, starts, error, bias):
 
 
 def run(x, w, slots, ids, weights, order, starts, error, bias, y):
-    """Fills y; without w it holds x wᵀ and the bias already. One launch for h of all sites, and one for each site."""
+    """Fills y; without w it holds x wᵀ and the bias already. One launch for each site, and one more for h of all sites unless
+    `at_once`."""
     if not y.numel():
         return
     sites = unflatten(slots)
     deterministic = torch.are_deterministic_algorithms_enabled()
     pages = max(s.table.shape[1] for s in sites)
     tables = tuple(s.table if s.table.shape[1] == pages else _wider(s.table, pages) for s in sites)
-    hs = shrink(x, sites, tables, order, starts, ids.shape[1], deterministic)
+    one = w is not None and at_once(x, sites[0], pages, ids.shape[1], weights, deterministic)
+    hs = [None] * len(sites) if one else shrink(x, sites, tables, order, starts, ids.shape[1], deterministic)
     first = 0
     for site, table, h in zip(sites, tables, hs, strict=True):
         last = first + site.b.shape[1]
         of_w, of_bias = (None if t is None else t[first:last] for t in (w, bias))
-        adapt(x, of_w, h, site, table, ids, weights, order, error, of_bias, y[:, first:last], deterministic)
+        if one:
+            small(x, of_w, site, table, ids, weights, order, starts, error, of_bias, y[:, first:last], deterministic)
+        else:
+            adapt(x, of_w, h, site, table, ids, weights, order, error, of_bias, y[:, first:last], deterministic)
         first = last
+
+
+def at_once(x, site, pages, each, weights, fixed):
+    """Whether one launch makes h and y. Not on AMD: there the compiler spills scalar registers."""
+    if torch.version.hip:
+        return False
+    rows = tiles(x, FEW if fixed else len(x), each == 1 and weights is None, False)[0]
+    return len(x) <= min(rows, FEW) and programs_of_a(x, site, pages, each, fixed)[0] <= PROGRAMS
+
+
+def programs_of_a(x, site, pages, each, fixed):
+    """How many programs make h of one site in `small`; blocks of ranks and parts of the depth, of each block of entries."""
+    entries = len(x) * each
+    units = ceil(entries, 64 if fixed else 16) + min(len(site.rank), entries)  # at most: the plan is not looked at here
+    blocks, parts = ceil(pages * PAGE, 16), max(1, ceil(x.shape[1], SPLIT))
+    return units * blocks * parts, blocks, parts
+
+
+def small(x, w, site, table, ids, weights, order, starts, error, bias, y, deterministic):
+    """Fills y of one site in one launch."""
+    (m, k), each, count, n = x.shape, ids.shape[1], len(site.rank), y.shape[1]
+    alone, pages = each == 1 and weights is None, table.shape[1]
+    bm, bn, bk, br, warps, stages = small_tiles(x, FEW if deterministic else m, alone)
+    ahead, blocks, parts = programs_of_a(x, site, pages, each, deterministic)
+    w_tiles = ceil(n, bn)
+    splits = 1 if deterministic else cost.splits(w_tiles, k)
+    ranks = power(pages * PAGE, least=16, most=1 << 20)
+    h = x.new_empty(parts, m * each, ranks, dtype=torch.float32)
+    scratch, ticket = x.new_empty(w_tiles * splits * bm * bn, dtype=torch.float32), tickets(x.device, 1 + w_tiles)
+    args = {
+        "x": x, "w": w, "h": h, "a": site.a, "b": site.b, "table": table, "rank_of": site.rank, "scale_of": site.scale,
+        "flags": site.flags, "gain": site.gain, "more": site.bias, "generation": site.generation, "starts": starts, "ids": ids,
+        "weights": weights, "order": order, "error": error, "bias": bias, "y": y, "scratch": scratch, "ticket": ticket, "m": m,
+        "n": n, "k": k, "count": count, "pages": pages, "parts": parts, "x0": x.stride(0), "x1": x.stride(1),
+        "w0": w.stride(0), "w1": w.stride(1), "y0": y.stride(0), "y1": y.stride(1), "a0": site.a.stride(0),
+        "b0": site.b.stride(0), "bias0": 0 if bias is None else bias.stride(0), "ahead": ahead, "BLOCKS": blocks,
+        "SPLITS": splits, "SPLIT": SPLIT, "EACH": each, "ALONE": alone, "SLOTS": power(count, least=16, most=1 << 20),
+        "RANKS": ranks, "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk, "BR": br,
+        "BM_OF_A": 64 if deterministic else 16, "BK_OF_A": 32 if x.dtype is torch.float32 else 64,
+    }  # fmt: skip
+    launch(
+        multi_small_kernel, (ahead + w_tiles * splits,), args, [y, scratch, h], changes=[error, ticket], warps=warps,
+        stages=stages,
+    )  # fmt: skip
+
+
+def small_tiles(x, m, alone):
+    """As `tiles`, for `small`: with these ptxas does not spill there (tests/gates)."""
+    rows, bn, bk, br, warps, stages = tiles(x, m, alone, False)
+    arch, kind = architecture(x), x.dtype
+    if kind is torch.float32 and (rows == 64 or not alone):
+        warps = warps if arch < 100 else 4 if alone else 8
+    elif kind is torch.float16 and rows == 16 and alone and arch in (80, 120):
+        br, warps = 32 if arch == 120 else 16, 4
+    elif rows == 16 and alone:
+        warps = 8 if kind is torch.bfloat16 and arch == 120 else 2
+    elif rows == 32 and kind is not torch.float32 and 90 <= arch < 120:
+        br, warps = 16, 8
+    return rows, bn, bk, br, warps, stages
 
 
 def adapt(x, w, h, site, table, ids, weights, order, error, bias, y, deterministic):

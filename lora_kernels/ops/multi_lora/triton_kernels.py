@@ -1,7 +1,8 @@
-"""Triton: many adapters over one base, in two launches: h of each entry of the plan, every row of A read once for a block of
-the adapter's tokens; then y, the base product with the adapters' products on the same float32 sums, or of a base product that
-stands in y already. Work and bytes follow the sum of the ranks. What a row gets does not depend on the others: their numbers
-count as zeros. (Zero times NaN is NaN: a B that is not finite, which a pool refuses, reaches the rows of its tile.)"""
+"""Triton: many adapters over one base, in two steps: h of each entry of the plan, every row of A read once for a block of the
+adapter's tokens; then y, the base product with the adapters' products on the same float32 sums, or of a base product that is
+in y already. Each step is a launch; of few tokens one launch takes both. Work and bytes follow the sum of the ranks. What a row
+gets does not depend on the others: their numbers count as zeros. (Zero times NaN is NaN: a B that is not finite, which a pool
+refuses, reaches the rows of its tile.)"""
 
 import triton
 import triton.language as tl
@@ -52,6 +53,21 @@ def unit(starts, number, count, BM: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def times_a(
+    x, a, entry, mine, at, there, begin, end, k, x0, x1, a0, EACH: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """x Aᵀ of these entries and rows `at` of a over columns begin to end, [BM, BR]; 0 where `mine` and `there` are not."""
+    sums = tl.zeros((BM, BR), tl.float32)
+    for first in range(begin, end, BK):
+        depth = first + tl.arange(0, BK).to(tl.int64)
+        where = x + (entry // EACH)[:, None] * x0 + depth[None, :] * x1
+        xs = tl.load(where, mask=mine[:, None] & (depth < k)[None, :], other=0.0)  # [BM, BK]
+        sums = product(xs, load_rows(a, at, there, depth, a0, k), sums, PRECISION)
+    return sums
+
+
+@triton.jit
 def multi_shrink_kernel(
     x, as_, tables, rank_of, scale_of, starts, order, hs, entries, k, count, pages, x0, x1, a0s, SPLIT: tl.constexpr,
     EACH: tl.constexpr, SLOTS: tl.constexpr, RANKS: tl.constexpr,
@@ -73,12 +89,10 @@ def multi_shrink_kernel(
             if block >= 0 and block * BR < tl.minimum(rank, RANKS):
                 ranks = block * BR + tl.arange(0, BR)
                 at = paged(tables[g], slot, ranks, rank, pages)
-                sums = tl.zeros((BM, BR), tl.float32)
-                for first in range(tl.program_id(2) * SPLIT, tl.minimum(k, (tl.program_id(2) + 1) * SPLIT), BK):
-                    depth = first + tl.arange(0, BK).to(tl.int64)
-                    where = x + (entry // EACH)[:, None] * x0 + depth[None, :] * x1
-                    xs = tl.load(where, mask=mine[:, None] & (depth < k)[None, :], other=0.0)  # [BM, BK]
-                    sums = product(xs, load_rows(as_[g], at, ranks < rank, depth, a0s[g], k), sums, PRECISION)
+                sums = times_a(
+                    x, as_[g], entry, mine, at, ranks < rank, tl.program_id(2) * SPLIT,
+                    tl.minimum(k, (tl.program_id(2) + 1) * SPLIT), k, x0, x1, a0s[g], EACH, PRECISION, BM, BK, BR,
+                )  # fmt: skip
                 sums *= tl.load(scale_of[g] + slot)
                 to = hs[g] + (part * entries + entry)[:, None] * RANKS + ranks[None, :]
                 tl.store(to, sums, mask=mine[:, None] & (ranks < rank)[None, :])
@@ -228,3 +242,107 @@ def multi_lora_kernel(
         tl.store(to, sums.to(y.dtype.element_ty), mask=inside[:, None] & (columns < n)[None, :])
         if column == 0:
             report(error, ids, generation, rows, inside, count, EACH)
+
+
+@triton.jit
+def part_of_h(
+    x, a, table, rank_of, scale_of, starts, order, h, entries, k, count, pages, x0, x1, a0, number, block, part,
+    SPLIT: tl.constexpr, EACH: tl.constexpr, SLOTS: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """What a program of `multi_shrink_kernel` does, of one site: block `number` of entries, `block` of ranks, `part` of x."""
+    slot, begin, end = unit(starts, number, count, BM, SLOTS)
+    if slot < count:
+        rank = tl.load(rank_of + slot)
+        if block * BR < tl.minimum(rank, RANKS):
+            positions = begin + tl.arange(0, BM).to(tl.int64)
+            mine = positions < end
+            entry = tl.load(order + positions, mask=mine, other=0)
+            ranks = block * BR + tl.arange(0, BR)
+            at = paged(table, slot, ranks, rank, pages)
+            sums = times_a(
+                x, a, entry, mine, at, ranks < rank, part * SPLIT, tl.minimum(k, (part + 1) * SPLIT), k, x0, x1, a0, EACH,
+                PRECISION, BM, BK, BR,
+            )  # fmt: skip
+            sums *= tl.load(scale_of + slot)
+            to = h + (tl.cast(part, tl.int64) * entries + entry)[:, None] * RANKS + ranks[None, :]
+            tl.store(to, sums, mask=mine[:, None] & (ranks < rank)[None, :])
+
+
+@triton.jit
+def at_sums(BM: tl.constexpr, BN: tl.constexpr):
+    """Where the sums of a tile lie in its part of the scratch memory."""
+    return tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+
+
+@triton.jit(do_not_specialize=["m", "ahead"])
+def multi_small_kernel(
+    x, w, h, a, b, table, rank_of, scale_of, flags, gain, more, generation, starts, ids, weights, order, error, bias, y,
+    scratch, ticket, m, n, k, count, pages, parts, x0, x1, w0, w1, y0, y1, a0, b0, bias0, ahead,
+    BLOCKS: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr, EACH: tl.constexpr, ALONE: tl.constexpr,
+    SLOTS: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BR: tl.constexpr, BM_OF_A: tl.constexpr, BK_OF_A: tl.constexpr,
+):  # fmt: skip
+    """y [m, n] of one site by way of h, in one launch; m <= BM.
+
+    The first `ahead` programs make h: BLOCKS of 16 ranks, `parts` of the depth, the rest blocks of BM_OF_A entries. The others
+    take a tile of w each, BN of its rows and one of SPLITS parts of the depth. Nobody waits: whoever comes last to a tile ends
+    it, and the last of those that make h comes to every tile. Tickets: one for h, one for each tile, zero before and after."""
+    program, tiles = tl.program_id(0), tl.cdiv(n, BN)
+    makes_h = program < ahead
+    from_, until = 0, 0  # the tiles to which this program comes
+    if makes_h:
+        part_of_h(
+            x, a, table, rank_of, scale_of, starts, order, h, m * EACH, k, count, pages, x0, x1, a0,
+            program // (BLOCKS * parts), program % BLOCKS, program // BLOCKS % parts, SPLIT, EACH, SLOTS, RANKS, PRECISION,
+            BM_OF_A, BK_OF_A, 16,
+        )  # fmt: skip
+        if tl.atomic_add(ticket, 1, sem="acq_rel") == ahead - 1:
+            tl.atomic_xchg(ticket, 0, sem="relaxed")
+            until = tiles
+    else:
+        tile, split = (program - ahead) // SPLITS, (program - ahead) % SPLITS
+        rows = tl.arange(0, BM).to(tl.int64)
+        if ALONE:
+            rows = tl.load(order + rows, mask=rows < m, other=m)
+        columns = tl.cast(tile, tl.int64) * BN + tl.arange(0, BN)
+        sums = tl.zeros((BM, BN), tl.float32)
+        each = tl.cdiv(tl.cdiv(k, BK), SPLITS) * BK
+        for first in range(split * each, tl.minimum(k, (split + 1) * each), BK):
+            depth = first + tl.arange(0, BK).to(tl.int64)
+            xs = load_tile(x, rows, depth, x0, x1, m, k)  # [BM, BK]
+            ws = load_tile(w, depth, columns, w1, w0, k, n)  # [BK, BN]
+            sums = product(xs, ws, sums, PRECISION)
+        tl.store(scratch + tl.cast(program - ahead, tl.int64) * (BM * BN) + at_sums(BM, BN), sums)
+        if tl.atomic_add(ticket + 1 + tile, 1, sem="acq_rel") == SPLITS:
+            from_, until = tile, tile + 1
+    for tile in tl.range(from_, until, num_stages=1):
+        last = True
+        if makes_h:
+            last = tl.atomic_add(ticket + 1 + tile, 1, sem="acq_rel") == SPLITS
+        if last:
+            tl.atomic_xchg(ticket + 1 + tile, 0, sem="relaxed")
+            rows = tl.arange(0, BM).to(tl.int64)
+            inside = rows < m
+            if ALONE:
+                rows = tl.load(order + rows, mask=inside, other=m)
+            columns = tl.cast(tile, tl.int64) * BN + tl.arange(0, BN)
+            sums = tl.zeros((BM, BN), tl.float32)
+            for split in tl.range(0, SPLITS, num_stages=1):
+                sums += tl.load(scratch + tl.cast(tile * SPLITS + split, tl.int64) * (BM * BN) + at_sums(BM, BN))
+            if ALONE:
+                sums = one_adapter(
+                    sums, None, h, b, table, rank_of, flags, gain, more, ids, generation, rows, inside, columns, n, b0, count,
+                    pages, parts, m, RANKS, PRECISION, BR,
+                )  # fmt: skip
+            else:
+                sums = several_adapters(
+                    sums, None, h, b, table, rank_of, flags, gain, more, ids, weights, generation, rows, inside, columns, n,
+                    b0, count, pages, parts, m * EACH, EACH, RANKS, PRECISION, BM, BN, BR,
+                )  # fmt: skip
+            if bias is not None:
+                sums += tl.load(bias + columns * bias0, mask=columns < n, other=0.0).to(tl.float32)[None, :]
+            to = y + rows[:, None] * y0 + columns[None, :] * y1
+            tl.store(to, sums.to(y.dtype.element_ty), mask=inside[:, None] & (columns < n)[None, :])
+            if tile == 0:
+                report(error, ids, generation, rows, inside, count, EACH)
