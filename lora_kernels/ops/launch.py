@@ -38,6 +38,7 @@ class Launch:
     args: dict[str, Any]
     warps: int
     stages: int
+    registers: int | None = None
 
 
 _recorder: ContextVar[list[Launch] | None] = ContextVar("launches", default=None)
@@ -121,26 +122,29 @@ def _triton_version() -> tuple[int, ...]:
 
 def launch(
     kernel: Any, grid: tuple[int, ...], args: dict[str, Any], makes: Sequence[Tensor], *, changes: Sequence[Tensor] = (),
-    warps: int = 4, stages: int = 3, early: bool = False,
+    warps: int = 4, stages: int = 3, registers: int | None = None, early: bool = False,
 ) -> None:  # fmt: skip
     """Runs a `@triton.jit` kernel, which fills the tensors `makes`, may write those in `changes`, and changes no other.
 
     `args` has its parameters by name, those of `tl.constexpr` too. Nothing runs if the grid is empty. `early`: it may start
-    before the launch before it has ended, and waits for that itself (from sm_90).
+    before the launch before it has ended, and waits for that itself (from sm_90). `registers`: of a thread, at most; without a
+    limit ptxas chooses a lower one, for more blocks on a multiprocessor, and may spill for it. AMD has no such option.
     """
     if 0 in grid:
         return
     if (recorder := _recorder.get()) is not None:
-        recorder.append(Launch(kernel, grid, args, warps, stages))
+        recorder.append(Launch(kernel, grid, args, warps, stages, registers))
         return
     if simulates():
         # the tests' kit lies above the ops and is there only for whom asks for it
         simulate = import_module("lora_kernels.testing.triton_ptx").simulate_triton
         simulate(kernel, grid, args, [*makes, *changes], poisoned=makes, warps=warps, stages=stages)
         return
-    overlap = {"launch_pdl": True} if early else {}
+    options = {"launch_pdl": True} if early else {}
+    if registers and torch.version.hip is None:
+        options["maxnreg"] = registers
     with torch.cuda.device((makes or changes)[0].device):
-        kernel[grid](**args, num_warps=warps, num_stages=stages, **overlap)
+        kernel[grid](**args, num_warps=warps, num_stages=stages, **options)
 
 
 def refuse_cuda(t: Tensor, source: str) -> str | None:

@@ -65,12 +65,14 @@ def _expanded(descriptor: Any, form: Any) -> list[Any]:
     return [TensorMap(tensor, form["block_size"], (0, 32, 64, 128)[form["swizzle"]]), *shape, *strides]
 
 
-def compile_triton(function: Any, args: dict[str, Any], arch: int | str = 80, warps: int = 4, stages: int = 3) -> Compiled:
+def compile_triton(
+    function: Any, args: dict[str, Any], arch: int | str = 80, warps: int = 4, stages: int = 3, registers: int | None = None
+) -> Compiled:
     """Compiles a `@triton.jit` function for these arguments, as a launch with them would.
 
     Tensors and numbers are arguments at run time, whose divisibility by 16 is known to the compiler as in a launch; the
     number 1, None and what is annotated `tl.constexpr` are constants; of parameters in `do_not_specialize` only the type
-    is known. A tuple is so many arguments. `arch` is 80 for sm_80 and so on, or "gfx942".
+    is known. A tuple is so many arguments. `arch` is 80 for sm_80 and so on, or "gfx942", where `registers` says nothing.
     """
     names = [parameter.name for parameter in function.params]
     if missing := [name for name in names if name not in args]:
@@ -89,7 +91,7 @@ def compile_triton(function: Any, args: dict[str, Any], arch: int | str = 80, wa
             kinds.append(kind)
         signature.append((parameter.name, tuple(kinds) if isinstance(given, tuple) else kinds[0]))
     with _lock:
-        return _compiled(function, tuple(signature), tuple(constants), tuple(divisible), arch, warps, stages)
+        return _compiled(function, tuple(signature), tuple(constants), tuple(divisible), arch, warps, stages, registers)
 
 
 def _kind(value: Any, constant: bool, special: bool) -> tuple[str, bool]:
@@ -107,8 +109,9 @@ def _kind(value: Any, constant: bool, special: bool) -> tuple[str, bool]:
 
 @functools.cache
 def _compiled(
-    function: Any, signature: Any, constants: Any, divisible: tuple[Any, ...], arch: int | str, warps: int, stages: int
-) -> Compiled:
+    function: Any, signature: Any, constants: Any, divisible: tuple[Any, ...], arch: int | str, warps: int, stages: int,
+    registers: int | None,
+) -> Compiled:  # fmt: skip
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -118,7 +121,8 @@ def _compiled(
         attrs={path: [["tt.divisibility", 16]] for path in divisible},
     )  # fmt: skip
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
-    made = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    limit = {"maxnreg": registers} if registers and target.backend == "cuda" else {}
+    made = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages, **limit})
     code, told = made.asm, made.metadata
     threads = re.search(r"\.reqntid\s+(\d+)", code.get("ptx", ""))
     return Compiled(

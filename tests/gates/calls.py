@@ -137,7 +137,7 @@ def on_chips(name: str, kernel: str, call: Callable[[], None], budgets: dict[str
 
 def _triton(name: str, launch: Launch) -> Triton:
     args = {k: tuple(map(_dtype, v)) if isinstance(v, tuple) else _dtype(v) for k, v in launch.args.items()}
-    return Triton(f"{launch.kernel.fn.__module__}:{name}", args, launch.warps, launch.stages)
+    return Triton(f"{launch.kernel.fn.__module__}:{name}", args, launch.warps, launch.stages, launch.registers)
 
 
 def _dtype(value: object) -> object:

@@ -11,6 +11,10 @@ from lora_kernels.ops.lora_linear.triton_forward import place, together
 from lora_kernels.ops.thin import load_tile, product
 
 PAGE = tl.constexpr(8)
+NOBODY = tl.constexpr(0x7FFFFFFF)
+# a tile's ticket in multi_small_kernel: how many parts of its base product there are, and
+OF_W, OF_H, MINE = tl.constexpr(1 << 8), tl.constexpr(1 << 16), tl.constexpr(1 << 24)  # all; h; who made h ends it
+PATIENCE = tl.constexpr(64)  # looks at a ticket, about 50 us
 
 
 @triton.jit
@@ -38,6 +42,12 @@ def slots_of(ids, generation, rows, inside, K: tl.constexpr, i, count):
 
 
 @triton.jit
+def next_slot(slot, s):
+    """The lowest of these slots above s, or NOBODY."""
+    return tl.min(tl.where(slot > s, slot, NOBODY), 0)
+
+
+@triton.jit
 def unit(starts, number, count, BM: tl.constexpr, SLOTS: tl.constexpr):
     """Blocks of BM entries, slot by slot: the slot of block `number` (`count` if there is none), its first position and its
     adapter's end."""
@@ -50,6 +60,48 @@ def unit(starts, number, count, BM: tl.constexpr, SLOTS: tl.constexpr):
     mine = each == slot
     begin = tl.sum(tl.where(mine, first + (number - (ends - blocks)) * BM, 0), 0)
     return slot, begin, tl.sum(tl.where(mine, last, 0), 0)
+
+
+@triton.jit
+def of_slice(us, g):
+    """us[g] of pointers."""
+    u = us[0]
+    for i in tl.static_range(1, len(us)):
+        if g == i:
+            u = us[i]
+    return u
+
+
+@triton.jit
+def number_of_slice(us, g):
+    """us[g] of numbers."""
+    u = tl.cast(us[0], tl.int32)
+    for i in tl.static_range(1, len(us)):
+        if g == i:
+            u = tl.cast(us[i], tl.int32)
+    return u
+
+
+@triton.jit
+def slice_of(tile, ns, BN: tl.constexpr):
+    """Of tiles of BN columns, slice by slice: the slice of a tile, which of its tiles that is, and the slice's first column."""
+    g, start, first, before = 0, 0, 0, 0
+    for i in tl.static_range(len(ns) - 1):
+        before += tl.cdiv(ns[i], BN)
+        if tile >= before:
+            g, start = i + 1, before
+            first += ns[i]
+    return g, tile - start, first
+
+
+@triton.jit
+def tiles_before(ns, g, BN: tl.constexpr):
+    """How many tiles the slices before g have."""
+    tiles = 0
+    for i in tl.static_range(len(ns)):
+        if i < g:
+            tiles += tl.cdiv(ns[i], BN)
+    return tiles
 
 
 @triton.jit
@@ -69,33 +121,32 @@ def times_a(
 
 @triton.jit
 def multi_shrink_kernel(
-    x, as_, tables, rank_of, scale_of, starts, order, hs, entries, k, count, pages, x0, x1, a0s, SPLIT: tl.constexpr,
+    x, as_, tables, ranks_of, scales, starts, order, h, entries, k, count, pages, x0, x1, a0s, SPLIT: tl.constexpr,
     EACH: tl.constexpr, SLOTS: tl.constexpr, RANKS: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """hs[g] [part, entry, RANKS] = s · x Aᵀ of the entry's adapter over columns SPLIT·part and on, as far as it has ranks.
+    """h [slice, part, entry, RANKS] = s · x Aᵀ of the entry's adapter over columns SPLIT·part and on, as far as it has ranks.
     EACH: as many adapters a token."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     slot, begin, end = unit(starts, tl.program_id(0), count, BM, SLOTS)
-    part = tl.program_id(2).to(tl.int64)
+    g, block = tl.program_id(1) // (RANKS // BR), tl.program_id(1) % (RANKS // BR)
     if slot < count:
         positions = begin + tl.arange(0, BM).to(tl.int64)
         mine = positions < end
         entry = tl.load(order + positions, mask=mine, other=0)
-        for g in tl.static_range(len(as_)):
-            block = tl.program_id(1) - g * (RANKS // BR)
-            rank = tl.load(rank_of[g] + slot)
-            if block >= 0 and block * BR < tl.minimum(rank, RANKS):
-                ranks = block * BR + tl.arange(0, BR)
-                at = paged(tables[g], slot, ranks, rank, pages)
-                sums = times_a(
-                    x, as_[g], entry, mine, at, ranks < rank, tl.program_id(2) * SPLIT,
-                    tl.minimum(k, (tl.program_id(2) + 1) * SPLIT), k, x0, x1, a0s[g], EACH, PRECISION, BM, BK, BR,
-                )  # fmt: skip
-                sums *= tl.load(scale_of[g] + slot)
-                to = hs[g] + (part * entries + entry)[:, None] * RANKS + ranks[None, :]
-                tl.store(to, sums, mask=mine[:, None] & (ranks < rank)[None, :])
+        rank = tl.load(of_slice(ranks_of, g) + slot)
+        if block * BR < tl.minimum(rank, RANKS):
+            ranks = block * BR + tl.arange(0, BR)
+            at = paged(of_slice(tables, g), slot, ranks, rank, pages)
+            sums = times_a(
+                x, of_slice(as_, g), entry, mine, at, ranks < rank, tl.program_id(2) * SPLIT,
+                tl.minimum(k, (tl.program_id(2) + 1) * SPLIT), k, x0, x1, number_of_slice(a0s, g), EACH, PRECISION, BM, BK, BR,
+            )  # fmt: skip
+            sums *= tl.load(of_slice(scales, g) + slot)
+            part = tl.cast(g, tl.int64) * tl.num_programs(2) + tl.program_id(2)
+            to = h + (part * entries + entry)[:, None] * RANKS + ranks[None, :]
+            tl.store(to, sums, mask=mine[:, None] & (ranks < rank)[None, :])
 
 
 @triton.jit
@@ -117,25 +168,25 @@ def one_adapter(
     """g ⊙ (sums + h Bᵀ) + c, each row with the adapter that it has, if it has one. sums have the bias `held` in them, unless
     None; it gets no gain."""
     slot, _ = slots_of(ids, generation, rows, inside, 1, 0, count)
-    lowest, highest = tl.min(tl.where(slot < 0, 0x7FFFFFFF, slot), 0), tl.max(slot, 0)
-    for s in tl.range(lowest, highest + 1, num_stages=1):
+    s = next_slot(slot, -1)
+    while s < NOBODY:
         own = slot == s
-        if tl.max(own.to(tl.int32), 0) > 0:
-            rank, kind = tl.load(rank_of + s), tl.load(flags + s)
-            for first in tl.range(0, rank, BR, num_stages=1):
-                ranks = first + tl.arange(0, BR)
-                hs = load_h(h, rows, own, ranks, rank, parts, entries, RANKS)  # [BM, BR]
-                bs = tl.trans(load_rows(b, paged(table, s, ranks, rank, pages), ranks < rank, columns, b0, n))  # [BR, BN]
-                sums = product(hs, bs, sums, PRECISION)
-            at = tl.cast(s, tl.int64) * n + columns
-            if kind & 1:
-                gains = tl.load(gain + at, mask=columns < n, other=0.0)[None, :]
-                if held is not None:
-                    sums = tl.where(own[:, None], gains * (sums - held) + held, sums)
-                else:
-                    sums = tl.where(own[:, None], gains * sums, sums)
-            if kind & 2:
-                sums += tl.where(own[:, None], tl.load(more + at, mask=columns < n, other=0.0)[None, :], 0.0)
+        rank, kind = tl.load(rank_of + s), tl.load(flags + s)
+        for first in tl.range(0, rank, BR, num_stages=1):
+            ranks = first + tl.arange(0, BR)
+            hs = load_h(h, rows, own, ranks, rank, parts, entries, RANKS)  # [BM, BR]
+            bs = tl.trans(load_rows(b, paged(table, s, ranks, rank, pages), ranks < rank, columns, b0, n))  # [BR, BN]
+            sums = product(hs, bs, sums, PRECISION)
+        at = tl.cast(s, tl.int64) * n + columns
+        if kind & 1:
+            gains = tl.load(gain + at, mask=columns < n, other=0.0)[None, :]
+            if held is not None:
+                sums = tl.where(own[:, None], gains * (sums - held) + held, sums)
+            else:
+                sums = tl.where(own[:, None], gains * sums, sums)
+        if kind & 2:
+            sums += tl.where(own[:, None], tl.load(more + at, mask=columns < n, other=0.0)[None, :], 0.0)
+        s = next_slot(slot, s)
     return sums
 
 
@@ -152,24 +203,24 @@ def several_adapters(
         v = tl.full((BM,), 1.0, tl.float32)
         if weights is not None:
             v = tl.load(weights + rows * EACH + i, mask=inside, other=0.0)
-        lowest, highest = tl.min(tl.where(slot < 0, 0x7FFFFFFF, slot), 0), tl.max(slot, 0)
-        for s in tl.range(lowest, highest + 1, num_stages=1):
+        s = next_slot(slot, -1)
+        while s < NOBODY:
             own = slot == s
-            if tl.max(own.to(tl.int32), 0) > 0:
-                rank, kind = tl.load(rank_of + s), tl.load(flags + s)
-                term = tl.zeros((BM, BN), tl.float32)
-                for first in tl.range(0, rank, BR, num_stages=1):
-                    ranks = first + tl.arange(0, BR)
-                    hs = load_h(h, rows * EACH + i, own, ranks, rank, parts, entries, RANKS)
-                    bs = tl.trans(load_rows(b, paged(table, s, ranks, rank, pages), ranks < rank, columns, b0, n))
-                    term = product(hs, bs, term, PRECISION)
-                at = tl.cast(s, tl.int64) * n + columns
-                if kind & 1:
-                    gains = tl.load(gain + at, mask=columns < n, other=0.0)[None, :]
-                    term = gains * term + (gains - 1.0) * (sums if held is None else sums - held)
-                if kind & 2:
-                    term += tl.load(more + at, mask=columns < n, other=0.0)[None, :]
-                added += tl.where(own[:, None], v[:, None] * term, 0.0)
+            rank, kind = tl.load(rank_of + s), tl.load(flags + s)
+            term = tl.zeros((BM, BN), tl.float32)
+            for first in tl.range(0, rank, BR, num_stages=1):
+                ranks = first + tl.arange(0, BR)
+                hs = load_h(h, rows * EACH + i, own, ranks, rank, parts, entries, RANKS)
+                bs = tl.trans(load_rows(b, paged(table, s, ranks, rank, pages), ranks < rank, columns, b0, n))
+                term = product(hs, bs, term, PRECISION)
+            at = tl.cast(s, tl.int64) * n + columns
+            if kind & 1:
+                gains = tl.load(gain + at, mask=columns < n, other=0.0)[None, :]
+                term = gains * term + (gains - 1.0) * (sums if held is None else sums - held)
+            if kind & 2:
+                term += tl.load(more + at, mask=columns < n, other=0.0)[None, :]
+            added += tl.where(own[:, None], v[:, None] * term, 0.0)
+            s = next_slot(slot, s)
     return sums + added
 
 
@@ -182,22 +233,72 @@ def report(error, ids, generation, rows, inside, count, EACH: tl.constexpr):
             tl.atomic_xchg(error, 1, sem="relaxed")
 
 
+@triton.jit
+def times_w(
+    x, w, rows, columns, split, m, n, k, x0, x1, w0, w1, SPLITS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """x wᵀ of these rows and columns over part `split` of SPLITS of the depth, [BM, BN]."""
+    sums = tl.zeros((BM, BN), tl.float32)
+    each = tl.cdiv(tl.cdiv(k, BK), SPLITS) * BK
+    for first in range(split * each, tl.minimum(k, (split + 1) * each), BK):
+        depth = first + tl.arange(0, BK).to(tl.int64)
+        xs = load_tile(x, rows, depth, x0, x1, m, k)  # [BM, BK]
+        ws = load_tile(w, depth, columns, w1, w0, k, n)  # [BK, BN]
+        sums = product(xs, ws, sums, PRECISION)
+    return sums
+
+
+@triton.jit
+def finish(
+    sums, h, bs, tables, ranks_of, flags, gains, mores, generations, ids, weights, error, bias, y, rows, inside, columns,
+    column, g, begin, m, n, count, pages, parts, y0, y1, b0s, bias0, EACH: tl.constexpr, ALONE: tl.constexpr,
+    MADE: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """What follows the base product of a tile of slice g: adapters, bias, y; and the report."""
+    held = None
+    if bias is not None:
+        biases = tl.load(bias + (begin + columns) * bias0, mask=columns < n, other=0.0).to(tl.float32)[None, :]
+        if MADE:
+            held = biases
+    hs = h + tl.cast(g, tl.int64) * parts * m * EACH * RANKS
+    if ALONE:
+        sums = one_adapter(
+            sums, held, hs, of_slice(bs, g), of_slice(tables, g), of_slice(ranks_of, g), of_slice(flags, g), of_slice(gains, g),
+            of_slice(mores, g), ids, of_slice(generations, g), rows, inside, columns, n, number_of_slice(b0s, g), count, pages,
+            parts, m, RANKS, PRECISION, BR,
+        )  # fmt: skip
+    else:
+        sums = several_adapters(
+            sums, held, hs, of_slice(bs, g), of_slice(tables, g), of_slice(ranks_of, g), of_slice(flags, g), of_slice(gains, g),
+            of_slice(mores, g), ids, weights, of_slice(generations, g), rows, inside, columns, n, number_of_slice(b0s, g),
+            count, pages, parts, m * EACH, EACH, RANKS, PRECISION, BM, BN, BR,
+        )  # fmt: skip
+    if bias is not None and not MADE:
+        sums += biases
+    to = y + rows[:, None] * y0 + (begin + columns)[None, :] * y1
+    tl.store(to, sums.to(y.dtype.element_ty), mask=inside[:, None] & (columns < n)[None, :])
+    if column == 0:
+        report(error, ids, of_slice(generations, g), rows, inside, count, EACH)
+
+
 @triton.jit(do_not_specialize=["m"])
 def multi_lora_kernel(
-    x, w, h, b, table, rank_of, flags, gain, more, generation, ids, weights, order, error, bias, y, scratch, ticket, m, n, k,
-    count, pages, parts, x0, x1, w0, w1, y0, y1, b0, bias0,
+    x, w, h, bs, tables, ranks_of, flags, gains, mores, generations, ids, weights, order, error, bias, y, scratch, ticket, m,
+    ns, k, count, pages, parts, x0, x1, w0, w1, y0, y1, b0s, bias0,
     EACH: tl.constexpr, ALONE: tl.constexpr, MADE: tl.constexpr, SPLITS: tl.constexpr, WAITS: tl.constexpr,
     RANKS: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     SLAB: tl.constexpr,
 ):  # fmt: skip
-    """y [m, n] of one site. MADE: x wᵀ, with the bias in it, stands in y already. ALONE: a token has one adapter of weight 1 at
-    most; tokens then come in the order of the plan, those of an adapter together. Else EACH.
+    """y [m, Σ ns], slice by slice. MADE: x wᵀ, with the bias in it, stands in y already. ALONE: a token has one adapter of
+    weight 1 at most; tokens then come in the order of the plan, those of an adapter together. Else EACH.
 
-    SPLITS: as many programs share a tile's depth. WAITS: h is being made meanwhile. What the stores need is computed there
-    again: kept over the loops it would take the registers of those."""
+    SPLITS: as many programs share a tile's depth. WAITS: h is being made meanwhile."""
     tile = tl.program_id(0)
-    row, column = place(tile, tl.cdiv(m, BM), tl.cdiv(n, BN), GROUP, SLAB)
+    row, column = place(tile, tl.cdiv(m, BM), tiles_before(ns, len(ns), BN), GROUP, SLAB)
+    g, column, begin = slice_of(column, ns, BN)
+    n = number_of_slice(ns, g)
     rows, columns = row.to(tl.int64) * BM + tl.arange(0, BM), column.to(tl.int64) * BN + tl.arange(0, BN)
     inside = rows < m
     if ALONE:
@@ -205,43 +306,24 @@ def multi_lora_kernel(
     last = True
     sums = tl.zeros((BM, BN), tl.float32)
     if MADE:
-        from_ = y + rows[:, None] * y0 + columns[None, :] * y1
+        from_ = y + rows[:, None] * y0 + (begin + columns)[None, :] * y1
         sums = tl.load(from_, mask=inside[:, None] & (columns < n)[None, :], other=0.0).to(tl.float32)
     else:
-        each = tl.cdiv(tl.cdiv(k, BK), SPLITS) * BK
-        begin = tl.program_id(1) * each
-        for first in range(begin, tl.minimum(k, begin + each), BK):
-            depth = first + tl.arange(0, BK).to(tl.int64)
-            xs = load_tile(x, rows, depth, x0, x1, m, k)  # [BM, BK]
-            ws = load_tile(w, depth, columns, w1, w0, k, n)  # [BK, BN]
-            sums = product(xs, ws, sums, PRECISION)
+        sums = times_w(
+            x, w + tl.cast(begin, tl.int64) * w0, rows, columns, tl.program_id(1), m, n, k, x0, x1, w0, w1, SPLITS, PRECISION,
+            BM, BN, BK,
+        )  # fmt: skip
     if WAITS:
         tl.extra.cuda.gdc_wait()
     if SPLITS > 1:
         thin = tl.zeros((BM, BR), tl.float32)
         last, sums, thin = together(sums, thin, None, scratch, ticket, tile, SPLITS, BM, BN, BR)
     if last:
-        held = None
-        if bias is not None:
-            biases = tl.load(bias + columns * bias0, mask=columns < n, other=0.0).to(tl.float32)[None, :]
-            if MADE:
-                held = biases
-        if ALONE:
-            sums = one_adapter(
-                sums, held, h, b, table, rank_of, flags, gain, more, ids, generation, rows, inside, columns, n, b0, count,
-                pages, parts, m, RANKS, PRECISION, BR,
-            )  # fmt: skip
-        else:
-            sums = several_adapters(
-                sums, held, h, b, table, rank_of, flags, gain, more, ids, weights, generation, rows, inside, columns, n, b0,
-                count, pages, parts, m * EACH, EACH, RANKS, PRECISION, BM, BN, BR,
-            )  # fmt: skip
-        if bias is not None and not MADE:
-            sums += biases
-        to = y + rows[:, None] * y0 + columns[None, :] * y1
-        tl.store(to, sums.to(y.dtype.element_ty), mask=inside[:, None] & (columns < n)[None, :])
-        if column == 0:
-            report(error, ids, generation, rows, inside, count, EACH)
+        finish(
+            sums, h, bs, tables, ranks_of, flags, gains, mores, generations, ids, weights, error, bias, y, rows, inside,
+            columns, column, g, begin, m, n, count, pages, parts, y0, y1, b0s, bias0, EACH, ALONE, MADE, RANKS, PRECISION, BM,
+            BN, BR,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -277,72 +359,75 @@ def at_sums(BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["m", "ahead"])
 def multi_small_kernel(
-    x, w, h, a, b, table, rank_of, scale_of, flags, gain, more, generation, starts, ids, weights, order, error, bias, y,
-    scratch, ticket, m, n, k, count, pages, parts, x0, x1, w0, w1, y0, y1, a0, b0, bias0, ahead,
+    x, w, h, as_, bs, tables, ranks_of, scales, flags, gains, mores, generations, starts, ids, weights, order, error, bias, y,
+    scratch, ticket, m, ns, k, count, pages, parts, x0, x1, w0, w1, y0, y1, a0s, b0s, bias0, ahead,
     BLOCKS: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr, EACH: tl.constexpr, ALONE: tl.constexpr,
     SLOTS: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BR: tl.constexpr, BM_OF_A: tl.constexpr, BK_OF_A: tl.constexpr,
+    BR: tl.constexpr, BM_OF_A: tl.constexpr, BK_OF_A: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """y [m, n] of one site by way of h, in one launch; m <= BM.
+    """y [m, Σ ns] by way of h, in one launch; m <= BM.
 
-    The first `ahead` programs make h: BLOCKS of 16 ranks, `parts` of the depth, the rest blocks of BM_OF_A entries. The others
-    take a tile of w each, BN of its rows and one of SPLITS parts of the depth. Nobody waits: whoever comes last to a tile ends
-    it, and the last of those that make h comes to every tile. Tickets: one for h, one for each tile, zero before and after."""
-    program, tiles = tl.program_id(0), tl.cdiv(n, BN)
-    makes_h = program < ahead
-    from_, until = 0, 0  # the tiles to which this program comes
-    if makes_h:
+    The first `ahead` programs of each slice make its h: BLOCKS of 16 ranks, `parts` of the depth, the rest blocks of BM_OF_A
+    entries. The others take a tile of w each, BN of its rows and one of SPLITS parts of the depth; the last of them at a tile
+    ends it, if h comes in time. Else the last of those that make h does: nobody waits for ever, in whatever order they run.
+    Tickets: one for h of each slice, one for each tile (TILES of a slice at most), zero before and after."""
+    slices: tl.constexpr = len(ns)
+    program = tl.program_id(0)
+    from_, until = 0, 0  # the tiles that this program may end
+    if program < slices * ahead:
+        g, number = program // ahead, program % ahead
         part_of_h(
-            x, a, table, rank_of, scale_of, starts, order, h, m * EACH, k, count, pages, x0, x1, a0,
-            program // (BLOCKS * parts), program % BLOCKS, program // BLOCKS % parts, SPLIT, EACH, SLOTS, RANKS, PRECISION,
+            x, of_slice(as_, g), of_slice(tables, g), of_slice(ranks_of, g), of_slice(scales, g), starts, order,
+            h + tl.cast(g, tl.int64) * parts * m * EACH * RANKS, m * EACH, k, count, pages, x0, x1, number_of_slice(a0s, g),
+            number // (BLOCKS * parts), number % BLOCKS, number // BLOCKS % parts, SPLIT, EACH, SLOTS, RANKS, PRECISION,
             BM_OF_A, BK_OF_A, 16,
         )  # fmt: skip
-        if tl.atomic_add(ticket, 1, sem="acq_rel") == ahead - 1:
-            tl.atomic_xchg(ticket, 0, sem="relaxed")
-            until = tiles
+        if tl.atomic_add(ticket + g, 1, sem="acq_rel") == ahead - 1:
+            tl.atomic_xchg(ticket + g, 0, sem="relaxed")
+            each = tiles_before(ns, g, BN) + tl.arange(0, TILES)
+            there = each < tiles_before(ns, g + 1, BN)
+            mine = tl.atomic_add(ticket + slices + each, OF_H, mask=there, sem="acq_rel")
+            mine = there & (mine >= OF_W)
+            tl.store(ticket + slices + each, MINE, mask=mine)
+            tl.debug_barrier()
+            from_, until = tl.min(tl.where(mine, each, NOBODY), 0), tl.max(tl.where(mine, each + 1, 0), 0)
     else:
-        tile, split = (program - ahead) // SPLITS, (program - ahead) % SPLITS
+        tile, split = (program - slices * ahead) // SPLITS, (program - slices * ahead) % SPLITS
+        g, column, begin = slice_of(tile, ns, BN)
         rows = tl.arange(0, BM).to(tl.int64)
         if ALONE:
             rows = tl.load(order + rows, mask=rows < m, other=m)
-        columns = tl.cast(tile, tl.int64) * BN + tl.arange(0, BN)
-        sums = tl.zeros((BM, BN), tl.float32)
-        each = tl.cdiv(tl.cdiv(k, BK), SPLITS) * BK
-        for first in range(split * each, tl.minimum(k, (split + 1) * each), BK):
-            depth = first + tl.arange(0, BK).to(tl.int64)
-            xs = load_tile(x, rows, depth, x0, x1, m, k)  # [BM, BK]
-            ws = load_tile(w, depth, columns, w1, w0, k, n)  # [BK, BN]
-            sums = product(xs, ws, sums, PRECISION)
-        tl.store(scratch + tl.cast(program - ahead, tl.int64) * (BM * BN) + at_sums(BM, BN), sums)
-        if tl.atomic_add(ticket + 1 + tile, 1, sem="acq_rel") == SPLITS:
-            from_, until = tile, tile + 1
+        columns = tl.cast(column, tl.int64) * BN + tl.arange(0, BN)
+        sums = times_w(
+            x, w + tl.cast(begin, tl.int64) * w0, rows, columns, split, m, number_of_slice(ns, g), k, x0, x1, w0, w1, SPLITS,
+            PRECISION, BM, BN, BK,
+        )  # fmt: skip
+        tl.store(scratch + tl.cast(tile * SPLITS + split, tl.int64) * (BM * BN) + at_sums(BM, BN), sums)
+        if tl.atomic_add(ticket + slices + tile, 1, sem="acq_rel") % OF_W == SPLITS - 1:
+            looks = 0
+            while looks < PATIENCE:
+                looks += 1
+                if tl.atomic_add(ticket + slices + tile, 0, sem="relaxed") >= OF_H:
+                    looks = PATIENCE
+            if tl.atomic_add(ticket + slices + tile, OF_W, sem="acq_rel") >= OF_H:
+                from_, until = tile, tile + 1
     for tile in tl.range(from_, until, num_stages=1):
-        last = True
-        if makes_h:
-            last = tl.atomic_add(ticket + 1 + tile, 1, sem="acq_rel") == SPLITS
-        if last:
-            tl.atomic_xchg(ticket + 1 + tile, 0, sem="relaxed")
+        ends = True
+        if program < slices * ahead:
+            ends = tl.atomic_add(ticket + slices + tile, 0, sem="relaxed") == MINE
+        if ends:
+            tl.atomic_xchg(ticket + slices + tile, 0, sem="relaxed")
+            g, column, begin = slice_of(tile, ns, BN)
             rows = tl.arange(0, BM).to(tl.int64)
             inside = rows < m
             if ALONE:
                 rows = tl.load(order + rows, mask=inside, other=m)
-            columns = tl.cast(tile, tl.int64) * BN + tl.arange(0, BN)
+            columns = tl.cast(column, tl.int64) * BN + tl.arange(0, BN)
             sums = tl.zeros((BM, BN), tl.float32)
             for split in tl.range(0, SPLITS, num_stages=1):
                 sums += tl.load(scratch + tl.cast(tile * SPLITS + split, tl.int64) * (BM * BN) + at_sums(BM, BN))
-            if ALONE:
-                sums = one_adapter(
-                    sums, None, h, b, table, rank_of, flags, gain, more, ids, generation, rows, inside, columns, n, b0, count,
-                    pages, parts, m, RANKS, PRECISION, BR,
-                )  # fmt: skip
-            else:
-                sums = several_adapters(
-                    sums, None, h, b, table, rank_of, flags, gain, more, ids, weights, generation, rows, inside, columns, n,
-                    b0, count, pages, parts, m * EACH, EACH, RANKS, PRECISION, BM, BN, BR,
-                )  # fmt: skip
-            if bias is not None:
-                sums += tl.load(bias + columns * bias0, mask=columns < n, other=0.0).to(tl.float32)[None, :]
-            to = y + rows[:, None] * y0 + columns[None, :] * y1
-            tl.store(to, sums.to(y.dtype.element_ty), mask=inside[:, None] & (columns < n)[None, :])
-            if tile == 0:
-                report(error, ids, generation, rows, inside, count, EACH)
+            finish(
+                sums, h, bs, tables, ranks_of, flags, gains, mores, generations, ids, weights, error, bias, y, rows, inside,
+                columns, column, g, begin, m, number_of_slice(ns, g), count, pages, parts, y0, y1, b0s, bias0, EACH, ALONE,
+                False, RANKS, PRECISION, BM, BN, BR,
+            )  # fmt: skip

@@ -55,6 +55,8 @@ class Triton:
     """As for a launch; a dtype stands for a tensor of it whose address divides by 16, a `Map` for a map."""
     warps: int = 4
     stages: int = 3
+    registers: int | None = None
+    """Of a thread, at most; None: as many as ptxas likes."""
 
     @property
     def threads(self) -> int:
@@ -94,7 +96,8 @@ class Triton:
         """The rest of what decides about the code."""
         args = {k: _each(v, lambda one: f"{one.dtype} at {one.data_ptr() % 16}" if isinstance(one, Tensor) else one)
                 for k, v in self.args.items()}  # fmt: skip
-        return f"{self.function} {args} {self.warps} {self.stages}"
+        limit = "" if self.registers is None else f" {self.registers}"
+        return f"{self.function} {args} {self.warps} {self.stages}{limit}"
 
     def version(self) -> str:
         import triton

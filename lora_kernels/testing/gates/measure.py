@@ -44,7 +44,7 @@ def _triton(kernel: Triton, arch: str) -> tuple[Code, int, int]:
 
     function = kernel.load()
     number = int(arch[3:]) if arch.startswith("sm_") else arch
-    made = compile_triton(function, kernel.given(), number, kernel.warps, kernel.stages)
+    made = compile_triton(function, kernel.given(), number, kernel.warps, kernel.stages, kernel.registers)
     if isinstance(number, int):
         return read_cubin(made.cubin, function.__name__, number), made.shared, made.columns
     return read_amdgcn(made.amdgcn), made.shared, 0
