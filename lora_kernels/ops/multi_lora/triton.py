@@ -20,13 +20,13 @@ REGISTERS = 255  # of a thread: with fewer, for more blocks at once, ptxas spill
 
 
 def refusal(x, w, slots, ids, weights, order, starts, error, bias):
-    tensors, kind = {"x": x, "w": w, "bias": bias}, unflatten(slots)[0].a.dtype
-    for i, s in enumerate(unflatten(slots)):
+    tensors, sites = {"x": x, "w": w, "bias": bias}, unflatten(slots)
+    for i, s in enumerate(sites):
         tensors |= {f"a of slots[{i}]": s.a, f"b of slots[{i}]": s.b}
         if s.a.stride(1) != 1 or s.b.stride(1) != 1:
             return f"a and b of slots[{i}] must have rows without gaps"
-        if s.a.dtype is not kind:
-            return f"a of slots[{i}] is {s.a.dtype} and of slots[0] {kind}; one launch reads both"
+        if s.a.dtype is not sites[0].a.dtype:
+            return f"a of slots[{i}] is {s.a.dtype} and of slots[0] {sites[0].a.dtype}; one launch reads both"
     return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_triton(x)
 
 
