@@ -174,6 +174,17 @@ PYBIND11_MODULE(_cpu, m) {
       },
       release(), "False, and nothing done, unless the rows of x, w and a are contiguous.");
   m.def(
+      "base_product",
+      [](const Matrix& x, const Matrix& w, const Matrix& y, int threads) {
+        for (const Matrix* m : {&x, &w, &y}) {
+          floats(*m, "base_product");
+          if (!m->by_rows()) return false;
+        }
+        chosen->base_product({x, w, y, x.rows, x.cols, w.rows, threads});
+        return true;
+      },
+      release(), "False, and nothing done, unless the rows of x, w and y, float32, are contiguous.");
+  m.def(
       "shrink",
       [](const Matrix& x, const Matrix& a, const Matrix& gain, const Matrix& h, float scale, Dropout dropout,
          int threads) {

@@ -288,7 +288,7 @@ void run(const Tiles& p) {
   }
 #pragma omp parallel num_threads(p.threads)
   {
-    const TileConfig config;
+    static const TileConfig config;  // in memory: GCC's intrinsic says that it reads a pointer's worth of bytes
     _tile_loadconfig(&config);
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     const int64_t held = straight ? std::max(d.more(), CHUNK) : CHUNK;

@@ -18,6 +18,13 @@ struct ForwardSmall {
   int threads;
 };
 
+// y = x Wᵀ; all float32 and by rows. For some dozens of tokens, which a vendor's GEMM takes longer for.
+struct BaseProduct {
+  View x, w, y;  // [tokens, in] [out, in] [tokens, out]
+  int64_t tokens, n_in, n_out;
+  int threads;
+};
+
 // h = scale · drop(x) (a ⊙ gain)ᵀ: [tokens, rank]
 struct Shrink {
   View x, a, gain;  // [tokens, in] [rank, in] (any strides) [in] or no data

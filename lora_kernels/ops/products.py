@@ -10,6 +10,7 @@ from lora_kernels import _cpu
 from lora_kernels.ops.tiles import on_tiles, product
 
 BLOCK = 256  # rows of W widened at a time: 4 MiB of float32 at 4096 columns
+DOZENS = (17, 64)  # tokens, for which a product with x packed is faster in float32 than the kernel for few and than the GEMM
 
 
 def small(dtype: torch.dtype) -> int:
@@ -19,9 +20,19 @@ def small(dtype: torch.dtype) -> int:
     return 4 if dtype is torch.bfloat16 and _cpu.has_tiles() else 64
 
 
+def some_dozens(x: Tensor, w: Tensor) -> bool:
+    """Whether these, x by rows, are for such a product; without AVX2 the GEMM is as fast."""
+    fits = DOZENS[0] <= x.shape[0] <= DOZENS[1] and x.dtype is w.dtype is torch.float32
+    return fits and w.stride(1) == 1 and w.numel() > 0 and _cpu.level() != "portable"
+
+
 def base_product(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     """x Wᵀ in float32, for float32 in `out`; x by rows."""
     tokens, (n_out, n_in) = x.shape[0], w.shape
+    if some_dozens(x, w):
+        y = x.new_empty(tokens, n_out) if out is None else out
+        _cpu.base_product(x, w, y, torch.get_num_threads())
+        return y
     if tokens and w.numel() and tokens <= small(x.dtype):
         y = x.new_empty(tokens, n_out, dtype=torch.float32) if out is None else out
         a, b = _no_adapter(n_out, n_in, w.dtype)

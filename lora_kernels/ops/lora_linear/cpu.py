@@ -1,4 +1,5 @@
-"""CPU: for few tokens one C++ kernel that streams W once; above, the vendor's GEMM between thin C++ passes in place.
+"""CPU: for few tokens one C++ kernel that streams W once; above, a GEMM between thin C++ passes in place: up to 64 tokens in
+float32 our own, which packs x alone, else the vendor's.
 
 The vendor's 16-bit GEMM rounds its result before the adapter's term is added, which costs 1.4 to 1.9 times the error of
 one rounding; without native support it is up to 100 times slower, and with AMX a NaN can reach other rows. So 16-bit
@@ -14,7 +15,7 @@ from lora_kernels import _cpu
 from lora_kernels.ops.buffers import mask, row_major, transposed
 from lora_kernels.ops.gradients import dtype_of, empty_like
 from lora_kernels.ops.lora_linear.loop import backward_each, forward_each, refuse_each
-from lora_kernels.ops.products import BLOCK, products, small
+from lora_kernels.ops.products import BLOCK, base_product, products, small
 from lora_kernels.ops.refusals import READ, refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tiles import on_tiles, product_back
@@ -93,7 +94,7 @@ def _forward_large(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep
     _cpu.shrink(x, a, None, h, scale, drop, torch.get_num_threads())
     if x.dtype is torch.float32 and not drop_base:
         # in place: a second buffer of y's size costs more in page faults than the passes themselves
-        wide, rows = x @ w.T, transposed(b)
+        wide, rows = base_product(x, w), transposed(b)
         y, z = wide, None
         if keep_z:
             _expand(wide, wide, rows, h)

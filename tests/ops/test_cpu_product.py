@@ -1,0 +1,87 @@
+"""x Wᵀ in float32 for some dozens of tokens, at each level, inside matrices of NaN, against float64."""
+
+import math
+
+import pytest
+import torch
+
+_cpu = pytest.importorskip("lora_kernels._cpu", reason="the CPU kernels are not built here")
+
+from lora_kernels.ops.products import DOZENS, base_product, small  # noqa: E402
+
+SHAPES = [(1, 1, 1), (3, 33, 17), (16, 15, 7), (33, 64, 48), (40, 97, 50), (48, 130, 49), (49, 200, 6), (64, 500, 65)]
+SHAPES += [(65, 127, 13), (96, 193, 100), (97, 64, 55), (130, 31, 9)]
+
+
+@pytest.fixture(params=_cpu.levels())
+def level(request):
+    before = _cpu.level()
+    _cpu.set_level(request.param)
+    yield request.param
+    _cpu.set_level(before)
+
+
+def operands(tokens, n_in, n_out):
+    """x [tokens, in] and w [out, in] inside larger matrices of NaN."""
+    generator = torch.Generator().manual_seed(tokens * n_in + n_out)
+    made = []
+    for rows in (tokens, n_out):
+        held = torch.full((rows, n_in + 3), math.nan)
+        held[:, :n_in] = torch.randn(rows, n_in, generator=generator)
+        made.append(held[:, :n_in])
+    return made
+
+
+def product(x, w, threads=2):
+    """The result inside a matrix with a row and five columns more, which must stay as they are."""
+    held = torch.full((len(x) + 1, len(w) + 5), math.nan)
+    held[len(x)] = held[:, len(w) :] = 7
+    assert _cpu.base_product(x, w, held[: len(x), : len(w)], threads)
+    assert (held[len(x)] == 7).all() and (held[:, len(w) :] == 7).all()
+    return held[: len(x), : len(w)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(level, shape, threads):
+    x, w = operands(*shape)
+    y, wide_x, wide_w = product(x, w, threads), x.double(), w.double()
+    # a sum of at most 64 products, then of the blocks
+    allowed = (wide_x.abs() @ wide_w.abs().T) * (min(shape[1], 64) + shape[1] // 64 + 1) * 2.0**-24
+    assert ((y.double() - wide_x @ wide_w.T).abs() <= allowed).all()
+
+
+def test_the_bits_of_a_token_do_not_depend_on_the_others(level):
+    x, w = operands(96, 300, 70)
+    y = product(x, w)
+    for count in (1, 7, 33, 64, 65):
+        assert torch.equal(product(x[:count], w), y[:count])
+        assert torch.equal(product(x[-count:], w, 3), y[-count:])
+
+
+def test_special_numbers_stay_in_their_token_and_their_output(level):
+    x, w = operands(64, 129, 97)
+    x[7, 5], x[9, 128], w[33, 128] = math.nan, math.inf, -math.inf
+    y, expected = product(x, w), x @ w.T
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isinf(), expected.isinf()) and torch.equal(y[y.isinf()], expected[y.isinf()])
+
+
+def test_depth_or_outputs_of_none(level):
+    assert torch.equal(product(torch.empty(40, 0), torch.empty(9, 0)), torch.zeros(40, 9))
+    assert product(torch.randn(40, 8), torch.empty(0, 8)).shape == (40, 0)
+
+
+def test_columns_are_refused():
+    x, w = torch.randn(40, 8), torch.randn(8, 9).T
+    y = torch.full((40, 9), math.nan)
+    assert not _cpu.base_product(x, w, y, 1) and y.isnan().all()
+    assert torch.allclose(base_product(x, w), x @ w.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [DOZENS[0] - 1, DOZENS[0], small(torch.float32) + 1, DOZENS[1], DOZENS[1] + 1])
+def test_any_way_to_the_product(tokens):
+    x, w = operands(tokens, 200, 70)
+    y = torch.full((tokens, 70), math.nan)
+    assert base_product(x, w, y) is y
+    assert torch.allclose(y, x @ w.T, atol=1e-4) and torch.allclose(base_product(x, w), y, atol=1e-4)
