@@ -17,7 +17,7 @@ typedef float vec __attribute__((vector_size(VL * 4)));
 typedef uint32_t uvec __attribute__((vector_size(VL * 4)));
 typedef uint16_t hvec __attribute__((vector_size(VL * 2)));
 
-LK_INLINE vec splat(float v) { return v - vec{}; }  // 0 + v would be an addition, for -0
+LK_INLINE vec splat(float v) { return v - vec{}; }  // not 0 + v, which has to be added: 0 + -0 is 0
 
 // Uninitialised floats on a cache line: a vector load that crosses two lines costs twice.
 class Buffer {

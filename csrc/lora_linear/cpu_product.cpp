@@ -1,10 +1,12 @@
-// y = x Wᵀ in float32 for some dozens of tokens. x is packed with its tokens side by side, so that a number of W meets up to
-// 64 of them and the sums of 6 outputs stay in registers along a block of depth: 24 products for 10 loads. The block of x
-// stays in the first-level cache while a panel of W passes; W is read once, and asked for a block ahead. Each result is the
-// sum of its blocks' sums, whatever its neighbours are.
+// y = x Wᵀ with float32 sums, for up to some hundred tokens. x is packed in float32 with its tokens side by side, so that a
+// number of W meets several vectors of them, and the sums of some outputs stay in registers along a block of depth: with
+// AVX-512 6 outputs and 64 tokens, 24 products for 10 loads. The blocks of W and of 64 tokens and their sums fit in the
+// first-level cache. W is read once, and asked for a block ahead; its 16-bit blocks are widened first. Each result is the sum of its
+// blocks' sums, whatever its neighbours are.
 #include <omp.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "../common/dot.h"
@@ -51,7 +53,8 @@ LK_INLINE void transpose(vec (&r)[VL]) {
 }
 
 // to[j, 0:VL] = from[0:rows, j] for the first `columns` j; zeros for the rows that are not there
-LK_INLINE void turn(const float* from, int64_t row, int64_t rows, int64_t columns, float* to, int64_t to_row) {
+template <typename T>
+LK_INLINE void turn(const T* from, int64_t row, int64_t rows, int64_t columns, float* to, int64_t to_row) {
   vec r[VL];
   LK_UNROLL for (int i = 0; i < VL; i++) {
     r[i] = i >= rows ? vec{} : columns >= VL ? load(from + i * row) : load_first(from + i * row, columns);
@@ -73,8 +76,8 @@ struct Tokens {
 };
 
 // blocks of depth of x, each [group][depth, width], to their place in the packed x
-void pack(const BaseProduct& p, const Tokens& of, Range blocks, float* to) {
-  const auto* x = static_cast<const float*>(p.x.data);
+template <typename X>
+void pack(const BaseProduct& p, const X* x, const Tokens& of, Range blocks, float* to) {
   for (int64_t k0 = blocks.first * DEPTH; k0 < std::min(blocks.last * DEPTH, p.n_in); k0 += DEPTH) {
     const int64_t depth = std::min(DEPTH, p.n_in - k0);
     for (int64_t t = 0; t < of.groups * of.width; t += VL) {
@@ -115,17 +118,40 @@ void tile_of(int64_t count, const float* w, int64_t row, const float* x, int64_t
   if constexpr (O > 1) tile_of<V, O - 1>(count, w, row, x, depth, sums, add);
 }
 
-// `count` outputs from n on; sums: [groups, PANEL, width]
+// A block of W in float32: where it lies, or where it is widened to.
+struct Block {
+  const float* w;
+  int64_t row;
+};
+Block block_of(const BaseProduct& p, int64_t n, int64_t count, int64_t k, int64_t depth, float* wide) {
+  Block found{wide, DEPTH};
+  with_type(p.w, [&](auto* w) {
+    w += n * p.w.row + k;
+    if constexpr (std::is_same_v<decltype(w), float*>) {
+      found = {w, p.w.row};
+    } else {
+      for (int64_t i = 0; i < count; i++, w += p.w.row) {
+        for (int64_t c = 0; c < depth; c += 2 * LINE) __builtin_prefetch(w + c + DEPTH);
+        for (int64_t c = 0; c < depth; c += VL) {
+          store(wide + i * DEPTH + c, c + VL <= depth ? load(w + c) : load_first(w + c, depth - c));
+        }
+      }
+    }
+  });
+  return found;
+}
+
+// `count` outputs from n on; sums: [groups, PANEL, width], wide: [PANEL, DEPTH]
 template <int V>
-void panel(const BaseProduct& p, const Tokens& of, const float* x, int64_t n, int64_t count, float* sums) {
+void panel(const BaseProduct& p, const Tokens& of, const float* x, int64_t n, int64_t count, float* sums, float* wide) {
   constexpr int64_t O = outputs(V), WIDTH = V * VL;
-  const auto* w = static_cast<const float*>(p.w.data) + n * p.w.row;
   for (int64_t k = 0; k < p.n_in || k == 0; k += DEPTH) {
     const int64_t depth = std::min(DEPTH, p.n_in - k);
+    const Block block = block_of(p, n, count, k, depth, wide);
     for (int64_t i = 0; i < count; i += O) {
       for (int64_t g = 0; g < of.groups; g++) {
-        tile_of<V>(std::min(O, count - i), w + i * p.w.row + k, p.w.row, x + (k * of.groups + g * depth) * WIDTH, depth,
-                   sums + (g * PANEL + i) * WIDTH, k > 0);
+        tile_of<V>(std::min(O, count - i), block.w + i * block.row, block.row, x + (k * of.groups + g * depth) * WIDTH,
+                   depth, sums + (g * PANEL + i) * WIDTH, k > 0);
       }
     }
   }
@@ -147,6 +173,7 @@ void panel(const BaseProduct& p, const Tokens& of, const float* x, int64_t n, in
 }  // namespace
 
 void base_product(const BaseProduct& p) {
+  if (p.tokens == 0) return;
   const Tokens of(p.tokens);
   const Buffer x(of.groups * of.width * p.n_in);
   const int64_t vectors = of.width / VL;
@@ -157,12 +184,13 @@ void base_product(const BaseProduct& p) {
 #pragma omp parallel num_threads(p.threads)
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    const Buffer sums(of.groups * PANEL * of.width);
-    pack(p, of, share((p.n_in + DEPTH - 1) / DEPTH, 1, thread, threads), x.get());
+    const Buffer sums(of.groups * PANEL * of.width), wide(PANEL * DEPTH);
+    const Range blocks = share((p.n_in + DEPTH - 1) / DEPTH, 1, thread, threads);
+    with_type(p.x, [&](auto* from) { pack(p, from, of, blocks, x.get()); });
 #pragma omp barrier
     const Range mine = share(p.n_out, outputs(int(vectors)), thread, threads);
     for (int64_t n = mine.first; n < mine.last; n += PANEL) {
-      run(p, of, x.get(), n, std::min(PANEL, mine.last - n), sums.get());
+      run(p, of, x.get(), n, std::min(PANEL, mine.last - n), sums.get(), wide.get());
     }
   }
 }

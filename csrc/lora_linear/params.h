@@ -18,7 +18,7 @@ struct ForwardSmall {
   int threads;
 };
 
-// y = x Wᵀ; all float32 and by rows. For some dozens of tokens, which a vendor's GEMM takes longer for.
+// y = x Wᵀ, by rows all, y in float32. For some dozens of tokens, which a vendor's GEMM takes longer for.
 struct BaseProduct {
   View x, w, y;  // [tokens, in] [out, in] [tokens, out]
   int64_t tokens, n_in, n_out;

@@ -10,29 +10,32 @@ from lora_kernels import _cpu
 from lora_kernels.ops.tiles import on_tiles, product
 
 BLOCK = 256  # rows of W widened at a time: 4 MiB of float32 at 4096 columns
-DOZENS = (17, 64)  # tokens, for which a product with x packed is faster in float32 than the kernel for few and than the GEMM
+PIECE = 4096  # outputs of a float32 piece, where W is read as it is
+PACKED_FROM = 25  # tokens, from which a product with x packed is faster than the kernel for few;
+PACKED = {torch.float32: 64, torch.bfloat16: 256, torch.float16: 256}  # and up to which than the GEMM
 
 
 def small(dtype: torch.dtype) -> int:
-    """Up to how many tokens the fused kernel is faster than the GEMM."""
-    if dtype is torch.float32:
-        return 32
-    return 4 if dtype is torch.bfloat16 and _cpu.has_tiles() else 64
+    """Up to how many tokens the fused kernel is faster than the product and passes before and after it."""
+    if dtype is torch.bfloat16 and _cpu.has_tiles():
+        return 4
+    return 64 if dtype is not torch.float32 and _cpu.level() == "portable" else 32
 
 
-def some_dozens(x: Tensor, w: Tensor) -> bool:
-    """Whether these, x by rows, are for such a product; without AVX2 the GEMM is as fast."""
-    fits = DOZENS[0] <= x.shape[0] <= DOZENS[1] and x.dtype is w.dtype is torch.float32
-    return fits and w.stride(1) == 1 and w.numel() > 0 and _cpu.level() != "portable"
+def packs(x: Tensor, w: Tensor) -> bool:
+    """Whether the product of x, by rows, is the one that packs x. Without AVX2 it is not faster."""
+    if not PACKED_FROM <= x.shape[0] <= PACKED.get(x.dtype, 0) or x.dtype is not w.dtype:
+        return False
+    return w.stride(1) == 1 and w.numel() > 0 and not on_tiles(x, w) and _cpu.level() != "portable"
 
 
 def base_product(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     """x Wᵀ in float32, for float32 in `out`; x by rows."""
     tokens, (n_out, n_in) = x.shape[0], w.shape
-    if some_dozens(x, w):
-        y = x.new_empty(tokens, n_out) if out is None else out
-        _cpu.base_product(x, w, y, torch.get_num_threads())
-        return y
+    if packs(x, w):
+        y = x.new_empty(tokens, n_out, dtype=torch.float32) if out is None else out
+        if _cpu.base_product(x, w, y, torch.get_num_threads()):
+            return y
     if tokens and w.numel() and tokens <= small(x.dtype):
         y = x.new_empty(tokens, n_out, dtype=torch.float32) if out is None else out
         a, b = _no_adapter(n_out, n_in, w.dtype)
@@ -55,9 +58,14 @@ def _no_adapter(n_out: int, n_in: int, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def products(x: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """x Wᵀ as (rows of W, product): one piece, or for 16-bit weights float32 pieces."""
-    if w.dtype is torch.float32:
-        yield slice(0, w.shape[0]), x @ w.T
+    """x Wᵀ as (rows of W, product): in float32 one piece, of 16-bit weights float32 pieces."""
+    if x.dtype is w.dtype is torch.float32:
+        yield slice(0, w.shape[0]), base_product(x, w)
+        return
+    if packs(x, w):
+        for first in range(0, w.shape[0], PIECE):
+            rows = slice(first, min(first + PIECE, w.shape[0]))
+            yield rows, base_product(x, w[rows])
         return
     wide, scratch = x.float(), x.new_empty(min(BLOCK, w.shape[0]), w.shape[1], dtype=torch.float32)
     part = wide.new_empty(x.shape[0], len(scratch))

@@ -87,8 +87,9 @@ from lora_kernels.testing import assert_problem, make_problem, poisoned
 with use_backend("cpu"), poisoned():
     for level in _cpu.levels():
         _cpu.set_level(level)
-        for tokens in (1, 5, 70):
+        for tokens in (1, 5, 40, 70):
             for dtype in (torch.float32, torch.bfloat16):
+                assert_problem(make_problem(tokens, 33, 41, 3, dtype, gain=True, bias=True))
                 p = make_problem(tokens, 33, 41, 3, dtype, gain=True, bias=True, dropout=0.3)
                 assert_problem(p)
                 n = weight_norm(p.w, p.a, p.b, 1.5).double()

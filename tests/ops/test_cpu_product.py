@@ -1,4 +1,4 @@
-"""x Wᵀ in float32 for some dozens of tokens, at each level, inside matrices of NaN, against float64."""
+"""x Wᵀ with float32 sums and x packed, at each level, inside matrices of NaN, against float64."""
 
 import math
 
@@ -7,7 +7,8 @@ import torch
 
 _cpu = pytest.importorskip("lora_kernels._cpu", reason="the CPU kernels are not built here")
 
-from lora_kernels.ops.products import DOZENS, base_product, small  # noqa: E402
+from lora_kernels.ops import products as module  # noqa: E402
+from lora_kernels.ops.products import PACKED, PACKED_FROM, base_product, packs, products  # noqa: E402
 
 SHAPES = [(1, 1, 1), (3, 33, 17), (16, 15, 7), (33, 64, 48), (40, 97, 50), (48, 130, 49), (49, 200, 6), (64, 500, 65)]
 SHAPES += [(65, 127, 13), (96, 193, 100), (97, 64, 55), (130, 31, 9)]
@@ -21,13 +22,13 @@ def level(request):
     _cpu.set_level(before)
 
 
-def operands(tokens, n_in, n_out):
+def operands(tokens, n_in, n_out, dtype=torch.float32):
     """x [tokens, in] and w [out, in] inside larger matrices of NaN."""
     generator = torch.Generator().manual_seed(tokens * n_in + n_out)
     made = []
     for rows in (tokens, n_out):
-        held = torch.full((rows, n_in + 3), math.nan)
-        held[:, :n_in] = torch.randn(rows, n_in, generator=generator)
+        held = torch.full((rows, n_in + 3), math.nan, dtype=dtype)
+        held[:, :n_in] = torch.randn(rows, n_in, generator=generator).to(dtype)
         made.append(held[:, :n_in])
     return made
 
@@ -41,10 +42,11 @@ def product(x, w, threads=2):
     return held[: len(x), : len(w)]
 
 
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_float64(level, shape, threads):
-    x, w = operands(*shape)
+def test_against_float64(level, shape, threads, dtype):
+    x, w = operands(*shape, dtype)
     y, wide_x, wide_w = product(x, w, threads), x.double(), w.double()
     # a sum of at most 64 products, then of the blocks
     allowed = (wide_x.abs() @ wide_w.abs().T) * (min(shape[1], 64) + shape[1] // 64 + 1) * 2.0**-24
@@ -67,21 +69,45 @@ def test_special_numbers_stay_in_their_token_and_their_output(level):
     assert torch.equal(y.isinf(), expected.isinf()) and torch.equal(y[y.isinf()], expected[y.isinf()])
 
 
-def test_depth_or_outputs_of_none(level):
+def test_depth_or_outputs_or_tokens_of_none(level):
     assert torch.equal(product(torch.empty(40, 0), torch.empty(9, 0)), torch.zeros(40, 9))
-    assert product(torch.randn(40, 8), torch.empty(0, 8)).shape == (40, 0)
+    assert product(torch.empty(40, 8), torch.empty(0, 8)).shape == (40, 0)
+    assert product(torch.empty(0, 8), torch.empty(9, 8)).shape == (0, 9)
 
 
 def test_columns_are_refused():
-    x, w = torch.randn(40, 8), torch.randn(8, 9).T
-    y = torch.full((40, 9), math.nan)
-    assert not _cpu.base_product(x, w, y, 1) and y.isnan().all()
-    assert torch.allclose(base_product(x, w), x @ w.T, atol=1e-5)
+    x, w, y = torch.randn(40, 8), torch.randn(9, 8), torch.full((40, 9), math.nan)
+    for args in ((x.T.contiguous().T, w, y), (x, w.T.contiguous().T, y), (x, w, y.T.contiguous().T)):
+        assert not _cpu.base_product(*args, 1) and args[2].isnan().all()
+        assert torch.allclose(base_product(x.contiguous(), *args[1:]), x @ w.T, atol=1e-5)
+        args[2].fill_(math.nan)
 
 
-@pytest.mark.parametrize("tokens", [DOZENS[0] - 1, DOZENS[0], small(torch.float32) + 1, DOZENS[1], DOZENS[1] + 1])
-def test_any_way_to_the_product(tokens):
-    x, w = operands(tokens, 200, 70)
-    y = torch.full((tokens, 70), math.nan)
-    assert base_product(x, w, y) is y
-    assert torch.allclose(y, x @ w.T, atol=1e-4) and torch.allclose(base_product(x, w), y, atol=1e-4)
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("tokens", [4, PACKED_FROM - 1, PACKED_FROM, 64, 65, 256, 257])
+def test_any_way_to_the_product(level, tokens, dtype):
+    x, w = operands(tokens, 200, 300, dtype)
+    y = torch.full((tokens, 300), math.nan)
+    found = base_product(x, w, y)
+    assert found is y or (found.dtype is torch.float32 and dtype is not torch.float32)
+    wanted = x.float() @ w.float().T
+    assert torch.allclose(found, wanted, atol=1e-4)
+    assert torch.allclose(torch.cat([wide for _, wide in products(x, w)], 1), wanted, atol=1e-4)
+
+
+def test_what_is_packed(level):
+    for dtype, most in PACKED.items():
+        w, tiles = torch.empty(3, 8, dtype=dtype), level == "amx" and dtype is torch.bfloat16
+        found = [tokens for tokens in range(300) if packs(torch.empty(tokens, 8, dtype=dtype), w)]
+        assert found == ([] if level == "portable" or tiles else list(range(PACKED_FROM, most + 1)))
+    for x, w in ((8, torch.empty(3, 8).half()), (3, torch.empty(3, 8).T), (0, torch.empty(3, 0))):
+        assert not packs(torch.empty(40, x), w)
+
+
+def test_more_outputs_than_a_piece(monkeypatch, level):
+    """The float32 product of 16-bit weights is never there as a whole."""
+    monkeypatch.setattr(module, "PIECE", 64)
+    x, w = operands(40, 33, 150, torch.float16)
+    pieces = list(products(x, w))
+    assert [p.shape[1] for _, p in pieces] == ([64, 64, 22] if level != "portable" else [150])
+    assert torch.allclose(torch.cat([p for _, p in pieces], 1), x.float() @ w.float().T, atol=1e-4)

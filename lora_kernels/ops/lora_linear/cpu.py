@@ -1,10 +1,10 @@
-"""CPU: for few tokens one C++ kernel that streams W once; above, a GEMM between thin C++ passes in place: up to 64 tokens in
-float32 our own, which packs x alone, else the vendor's.
+"""CPU: for few tokens one C++ kernel that streams W once; above, a GEMM between thin C++ passes in place: for up to 64 tokens
+in float32 and 256 in 16 bits our own, which packs x alone, else the vendor's.
 
 The vendor's 16-bit GEMM rounds its result before the adapter's term is added, which costs 1.4 to 1.9 times the error of
 one rounding; without native support it is up to 100 times slower, and with AMX a NaN can reach other rows. So 16-bit
-products are ours: on AMX tiles where there are any, else W is widened block by block into a float32 scratch that stays in
-the cache, in both directions. Sums are float32 and y is rounded once.
+products are ours: on AMX tiles where there are any, else W is widened block by block: where x is packed by that kernel, else
+into a float32 scratch that stays in the cache, in both directions. Sums are float32 and y is rounded once.
 """
 
 from functools import partial

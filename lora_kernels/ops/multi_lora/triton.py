@@ -1,6 +1,7 @@
 """Triton: h of every entry of the plan, then y, of few tokens in one launch. See triton_kernels.py."""
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -58,12 +59,13 @@ def run(x, w, slots, ids, weights, order, starts, error, bias, y):
     if w is not None and at_once(x, sites, ids.shape[1], weights, deterministic):
         small(x, w, sites, ids, weights, order, starts, error, bias, y, deterministic)
     else:
-        h = shrink(x, sites, order, starts, ids.shape[1], deterministic)
+        shrunk = cache(lambda: shrink(x, sites, order, starts, ids.shape[1], deterministic))
         first = 0
-        for some, of_h in zip([[s] for s in sites], h.split(1), strict=True) if torch.version.hip else [(sites, h)]:
+        for i, some in enumerate([[s] for s in sites] if torch.version.hip else [sites]):
             last = first + sum(widths(some))
             of_w, of_bias = (None if t is None else t[first:last] for t in (w, bias))
-            adapt(x, of_w, of_h, some, ids, weights, order, error, of_bias, y[:, first:last], deterministic)
+            of_h, of_y = slice(i, i + len(some)), y[:, first:last]
+            adapt(x, of_w, lambda of_h=of_h: shrunk()[of_h], some, ids, weights, order, error, of_bias, of_y, deterministic)
             first = last
 
 
@@ -71,8 +73,13 @@ def at_once(x, sites, each, weights, fixed):
     """Whether one launch makes h and y. Not on AMD, for the registers."""
     if torch.version.hip:
         return False
-    most = FEW if each == 1 and weights is None else 16
+    most = FEW if is_alone(each, weights) else 16
     return len(x) <= most and programs_of_a(x, sites[0], each, fixed)[0] <= PROGRAMS
+
+
+def is_alone(each, weights):
+    """Whether a token has one adapter, whole."""
+    return each == 1 and weights is None
 
 
 def programs_of_a(x, site, each, fixed):
@@ -86,24 +93,18 @@ def programs_of_a(x, site, each, fixed):
 def small(x, w, sites, ids, weights, order, starts, error, bias, y, deterministic):
     """Fills y in one launch."""
     (m, k), each, count = x.shape, ids.shape[1], len(sites[0].rank)
-    alone = each == 1 and weights is None
-    bm, bn, bk, br, warps, stages = tiles(x, FEW if deterministic else m, alone, False, len(sites) > 1)
+    shape = tiles(x, FEW if deterministic else m, is_alone(each, weights), False, len(sites) > 1)
+    bm, bn, *_, warps, stages = shape
     ahead, blocks, parts = programs_of_a(x, sites[0], each, deterministic)
     w_tiles = sum(ceil(n, bn) for n in widths(sites))
     splits = 1 if deterministic else cost.splits(w_tiles, k)
     h = x.new_empty(len(sites), parts, m * each, ranks_of_h(sites), dtype=torch.float32)
     scratch = x.new_empty(w_tiles * splits * bm * bn, dtype=torch.float32)
     ticket = tickets(x.device, len(sites) + w_tiles)
-    args = {
-        **of_slices(sites, "as_", "bs", "tables", "ranks_of", "scales", "flags", "gains", "mores", "generations"),
-        "x": x, "w": w, "h": h, "starts": starts, "ids": ids, "weights": weights, "order": order, "error": error, "bias": bias,
-        "y": y, "scratch": scratch, "ticket": ticket, "m": m, "ns": widths(sites), "k": k, "count": count,
-        "pages": sites[0].table.shape[1], "parts": parts, "x0": x.stride(0), "x1": x.stride(1),
-        "w0": w.stride(0), "w1": w.stride(1), "y0": y.stride(0), "y1": y.stride(1),
-        "a0s": tuple(s.a.stride(0) for s in sites), "b0s": tuple(s.b.stride(0) for s in sites),
-        "bias0": 0 if bias is None else bias.stride(0), "ahead": ahead, "BLOCKS": blocks, "SPLITS": splits, "SPLIT": SPLIT,
-        "EACH": each, "ALONE": alone, "SLOTS": power(count, least=16, most=1 << 20), "RANKS": h.shape[3],
-        "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk, "BR": br, "BM_OF_A": 64 if deterministic else 16,
+    args = common(x, w, h, sites, ids, weights, order, error, bias, y, shape[:4]) | {
+        **of_slices(sites, "as_", "scales"), "starts": starts, "scratch": scratch, "ticket": ticket,
+        "a0s": tuple(s.a.stride(0) for s in sites), "ahead": ahead, "BLOCKS": blocks, "SPLITS": splits, "SPLIT": SPLIT,
+        "SLOTS": power(count, least=16, most=1 << 20), "BM_OF_A": 64 if deterministic else 16,
         "BK_OF_A": 32 if x.dtype is torch.float32 else 64,
         "TILES": power(max(ceil(n, bn) for n in widths(sites)), most=1 << 20),
     }  # fmt: skip
@@ -113,28 +114,23 @@ def small(x, w, sites, ids, weights, order, starts, error, bias, y, deterministi
     )  # fmt: skip
 
 
-def adapt(x, w, h, sites, ids, weights, order, error, bias, y, deterministic):
-    """Fills y, h being there or on its way."""
-    (m, k), each = x.shape, ids.shape[1]
-    alone, made = each == 1 and weights is None, w is None
-    bm, bn, bk, br, warps, stages = tiles(x, max(m, 64) if deterministic else m, alone, made, len(sites) > 1)
+def adapt(x, w, of_h, sites, ids, weights, order, error, bias, y, deterministic):
+    """Fills y; of_h gives h, which is there or on its way."""
+    (m, k), made = x.shape, w is None
+    shape = tiles(x, max(m, 64) if deterministic else m, is_alone(ids.shape[1], weights), made, len(sites) > 1)
+    bm, bn, _, br, warps, stages = shape
     across = sum(ceil(n, bn) for n in widths(sites))
     count = ceil(m, bm) * across
     splits = 1 if made or deterministic or m > 64 else cost.splits(count, k)
     scratch = x.new_empty(count * splits * bm * (bn + br), dtype=torch.float32) if splits > 1 else None
     ticket = tickets(x.device, count) if splits > 1 else None
+    h = of_h()  # after the tickets, which in a CUDA graph are a launch of their own: y starts while h is made
     waits = not made and h.numel() > 0 and architecture(x) >= 90  # what stands in y already is read before the wait
     size = x.element_size()
     tile_order = cost.order(bm * max(k, 1) * size, bn * max(k, 1) * size, bm * bn * size, across, chip(architecture(x)).l2)
-    args = {
-        "x": None if made else x, "w": w, "h": h, "ids": ids, "weights": weights, "order": order, "error": error, "bias": bias,
-        "y": y, "scratch": scratch, "ticket": ticket, "m": m, "ns": widths(sites), "k": k, "count": len(sites[0].rank),
-        "pages": sites[0].table.shape[1], "parts": h.shape[1], "x0": x.stride(0), "x1": x.stride(1),
-        "w0": 0 if made else w.stride(0), "w1": 0 if made else w.stride(1), "y0": y.stride(0), "y1": y.stride(1),
-        "b0s": tuple(s.b.stride(0) for s in sites), "bias0": 0 if bias is None else bias.stride(0), "EACH": each,
-        "ALONE": alone, "MADE": made, "SPLITS": splits, "WAITS": waits, "RANKS": h.shape[3], "PRECISION": precision(x),
-        "BM": bm, "BN": bn, "BK": bk, "BR": br, **dict(zip(("GROUP", "SLAB"), tile_order, strict=True)),
-        **of_slices(sites, "bs", "tables", "ranks_of", "flags", "gains", "mores", "generations"),
+    args = common(x, w, h, sites, ids, weights, order, error, bias, y, shape[:4]) | {
+        "scratch": scratch, "ticket": ticket, "MADE": made, "SPLITS": splits, "WAITS": waits,
+        **dict(zip(("GROUP", "SLAB"), tile_order, strict=True)),
     }  # fmt: skip
     fills = [t for t in (None if made else y, scratch) if t is not None]
     changes = [error, *([y] if made else []), *([] if ticket is None else [ticket])]
@@ -142,6 +138,21 @@ def adapt(x, w, h, sites, ids, weights, order, error, bias, y, deterministic):
         multi_lora_kernel, (count, splits), args, fills, changes=changes, warps=warps, stages=stages, registers=REGISTERS,
         early=waits,
     )  # fmt: skip
+
+
+def common(x, w, h, sites, ids, weights, order, error, bias, y, shape):
+    """Arguments of both kernels that fill y."""
+    made, each = w is None, ids.shape[1]
+    return {
+        **of_slices(sites, "bs", "tables", "ranks_of", "flags", "gains", "mores", "generations"),
+        "x": None if made else x, "w": w, "h": h, "ids": ids, "weights": weights, "order": order, "error": error, "bias": bias,
+        "y": y, "m": x.shape[0], "ns": widths(sites), "k": x.shape[1], "count": len(sites[0].rank),
+        "pages": sites[0].table.shape[1], "parts": h.shape[1], "x0": x.stride(0), "x1": x.stride(1),
+        "w0": 0 if made else w.stride(0), "w1": 0 if made else w.stride(1), "y0": y.stride(0), "y1": y.stride(1),
+        "b0s": tuple(s.b.stride(0) for s in sites), "bias0": 0 if bias is None else bias.stride(0), "EACH": each,
+        "ALONE": is_alone(each, weights), "RANKS": h.shape[3], "PRECISION": precision(x),
+        **dict(zip(("BM", "BN", "BK", "BR"), shape, strict=True)),
+    }  # fmt: skip
 
 
 def shrink(x, sites, order, starts, each, fixed):
