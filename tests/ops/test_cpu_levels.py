@@ -11,6 +11,7 @@ from lora_kernels import use_backend, weight_norm
 from lora_kernels.ops import row_norm_squared
 from lora_kernels.ops.multi_lora import multi_lora
 from lora_kernels.testing import assert_problem, make_problem, run
+from tests.ops.cpu import at_level
 from tests.ops.test_multi_lora import CASES, assert_exact, draw, planned
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -26,13 +27,8 @@ def levels():
 
 @pytest.fixture(params=levels())
 def level(request):
-    from lora_kernels import _cpu
-
-    before = _cpu.level()
-    _cpu.set_level(request.param)
-    with use_backend("cpu"):
+    with at_level(request.param), use_backend("cpu"):
         yield request.param
-    _cpu.set_level(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,6 +9,7 @@ _cpu = pytest.importorskip("lora_kernels._cpu", reason="the CPU kernels are not 
 
 from lora_kernels.ops import products as module  # noqa: E402
 from lora_kernels.ops.products import PACKED, PACKED_FROM, base_product, packs, products  # noqa: E402
+from tests.ops.cpu import at_level, operands  # noqa: E402
 
 SHAPES = [(1, 1, 1), (3, 33, 17), (16, 15, 7), (33, 64, 48), (40, 97, 50), (48, 130, 49), (49, 200, 6), (64, 500, 65)]
 SHAPES += [(65, 127, 13), (96, 193, 100), (97, 64, 55), (130, 31, 9)]
@@ -16,21 +17,8 @@ SHAPES += [(65, 127, 13), (96, 193, 100), (97, 64, 55), (130, 31, 9)]
 
 @pytest.fixture(params=_cpu.levels())
 def level(request):
-    before = _cpu.level()
-    _cpu.set_level(request.param)
-    yield request.param
-    _cpu.set_level(before)
-
-
-def operands(tokens, n_in, n_out, dtype=torch.float32):
-    """x [tokens, in] and w [out, in] inside larger matrices of NaN."""
-    generator = torch.Generator().manual_seed(tokens * n_in + n_out)
-    made = []
-    for rows in (tokens, n_out):
-        held = torch.full((rows, n_in + 3), math.nan, dtype=dtype)
-        held[:, :n_in] = torch.randn(rows, n_in, generator=generator).to(dtype)
-        made.append(held[:, :n_in])
-    return made
+    with at_level(request.param):
+        yield request.param
 
 
 def product(x, w, threads=2):
@@ -54,7 +42,7 @@ def test_against_float64(level, shape, threads, dtype):
 
 
 def test_the_bits_of_a_token_do_not_depend_on_the_others(level):
-    x, w = operands(96, 300, 70)
+    x, w = operands(96, 300, 70, torch.float32)
     y = product(x, w)
     for count in (1, 7, 33, 64, 65):
         assert torch.equal(product(x[:count], w), y[:count])
@@ -62,7 +50,7 @@ def test_the_bits_of_a_token_do_not_depend_on_the_others(level):
 
 
 def test_special_numbers_stay_in_their_token_and_their_output(level):
-    x, w = operands(64, 129, 97)
+    x, w = operands(64, 129, 97, torch.float32)
     x[7, 5], x[9, 128], w[33, 128] = math.nan, math.inf, -math.inf
     y, expected = product(x, w), x @ w.T
     assert torch.equal(y.isnan(), expected.isnan())

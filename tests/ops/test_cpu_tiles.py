@@ -16,20 +16,10 @@ from lora_kernels.ops.buffers import mask as drop_mask  # noqa: E402
 from lora_kernels.ops.buffers import transposed  # noqa: E402
 from lora_kernels.ops.dropout import mask  # noqa: E402
 from lora_kernels.ops.tiles import product, product_back  # noqa: E402
+from tests.ops.cpu import operands  # noqa: E402
 
 SHAPES = [(1, 1, 1), (3, 33, 17), (15, 64, 31), (16, 32, 16), (17, 100, 50), (33, 31, 65), (48, 129, 97), (64, 257, 40)]
 SHAPES += [(65, 33, 5), (90, 129, 97), (130, 1100, 300)]
-
-
-def operands(tokens, n_in, n_out, gap=3):
-    """x [tokens, in] and w [out, in] inside larger matrices of NaN."""
-    generator = torch.Generator().manual_seed(tokens)
-    made = []
-    for rows in (tokens, n_out):
-        held = torch.full((rows, n_in + gap), math.nan, dtype=torch.bfloat16)
-        held[:, :n_in] = torch.randn(rows, n_in, generator=generator).to(torch.bfloat16)
-        made.append(held[:, :n_in])
-    return made
 
 
 def by_columns(w, gap=5):
@@ -48,13 +38,13 @@ def close(found, x, w):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_product(shape):
-    x, w = operands(*shape)
+    x, w = operands(*shape, torch.bfloat16)
     close(product(x, w), x, w)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_product_back(shape):
-    x, w = operands(*shape)
+    x, w = operands(*shape, torch.bfloat16)
     close(product_back(x, by_columns(w)), x, w)
 
 
@@ -84,7 +74,7 @@ TWO_NUMBERS = 2.0**-16
 @pytest.mark.parametrize("adapter_dtype", TYPES, ids=str)
 @pytest.mark.parametrize("shape", LAYERS, ids=str)
 def test_forward(shape, adapter_dtype, rank, threads):
-    x, w = operands(*shape)
+    x, w = operands(*shape, torch.bfloat16)
     tokens, n_in, n_out = shape
     h, a, b, gain, bias = random(rank, (tokens, rank), (rank, n_in), (n_out, rank), (n_out,), (n_out,))
     a, b = a.to(adapter_dtype), b.to(adapter_dtype)
@@ -121,7 +111,7 @@ def test_forward(shape, adapter_dtype, rank, threads):
 @pytest.mark.parametrize("shape", LAYERS, ids=str)
 def test_backward(shape, dropout, with_gain, adapter_dtype, rank, threads):
     # dy [tokens, n_in], dx [tokens, n_out]: depth is what the layer gives out
-    dy, w = operands(*shape)
+    dy, w = operands(*shape, torch.bfloat16)
     tokens, n_in, n_out = shape
     a, b, gain = random(rank, (rank, n_out), (n_in, rank), (n_in,))
     a, b, seed = a.to(adapter_dtype), b.to(adapter_dtype), torch.tensor(2**40 + rank)
@@ -146,7 +136,7 @@ def test_backward(shape, dropout, with_gain, adapter_dtype, rank, threads):
 
 def test_a_nan_stays_in_its_token_and_in_its_row_of_w():
     for tokens in (40, 130):
-        x, w = operands(tokens, 129, 97)
+        x, w = operands(tokens, 129, 97, torch.bfloat16)
         x[7, 5] = w[33, 128] = math.nan
         bad = torch.zeros(tokens, 97, dtype=torch.bool)
         bad[7] = bad[:, 33] = True
@@ -155,7 +145,7 @@ def test_a_nan_stays_in_its_token_and_in_its_row_of_w():
 
 
 def test_the_result_of_a_token_is_that_of_the_token_alone():
-    x, w = operands(150, 1300, 70)
+    x, w = operands(150, 1300, 70, torch.bfloat16)
     y = product(x, w)
     for tokens in (1, 16, 17, 33, 63, 64, 65, 140):
         assert torch.equal(product(x[:tokens], w), y[:tokens])
@@ -163,7 +153,7 @@ def test_the_result_of_a_token_is_that_of_the_token_alone():
 
 
 def test_infinite_h_is_not_made_nan():
-    x, w = operands(70, 64, 32)
+    x, w = operands(70, 64, 32, torch.bfloat16)
     h, b = torch.full((70, 1), math.inf), torch.ones(32, 1, dtype=torch.bfloat16)
     y = torch.empty(70, 32)
     _cpu.tiles(x, w, None, b, y, None, None, None, h, 1.0, None, False, 2)
