@@ -11,8 +11,6 @@ cost model says what was measured; a class of shapes that was not measured keeps
 
 import argparse
 import datetime
-import functools
-import random
 import statistics
 import subprocess
 import sys
@@ -22,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from lora_kernels import explain, use_backend
 from lora_kernels.ops import cost, dispatch, launch, tables
 from lora_kernels.ops.chips import Chip, chip
 from lora_kernels.ops.cost import Problem
+from lora_kernels.ops.tuning import Calls, Times, calls, choice, events
 
 LAYERS = {
     "Llama-3-8B": [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)],
@@ -33,12 +31,7 @@ LAYERS = {
     "Qwen2.5-0.5B": [(896, 896), (896, 128), (896, 4864), (4864, 896)],
 }
 TOKENS, RANKS, DTYPES = [1, 16, 64, 256, 1024, 8192], [8, 16, 64, 128], [torch.bfloat16, torch.float16]
-ROUNDS = 11
-FLUSH = 2**30  # bytes: more than any L2, and long enough to write for the host to be ahead with the launches
 BASE = "base"  # the library's GEMM alone
-
-Calls = dict[str, Callable[[], object]]
-Times = dict[str, float]
 
 
 def problems(quick: bool = False) -> Iterator[Problem]:
@@ -63,17 +56,13 @@ def tune(
     """
     rows = []
     for p in shapes:
-        calls = op(p)
+        every = op(p)
         planned = dispatch.plan(p, arch, multiprocessors=on.multiprocessors, backends=backends)
         able = [c.name for c in planned.candidates if c.refused is None]
-        taken = clock({name: calls[name] for name in (*able, BASE)})
+        taken = clock({name: every[name] for name in (*able, BASE)})
         rows.append((p, taken))
         print(f"{p}: " + ", ".join(f"{name} {seconds * 1e6:.1f} µs" for name, seconds in taken.items()), flush=True)
-    choices = []
-    for p, taken in rows:
-        seconds = {name: float(f"{taken[name]:.4g}") for name in taken if name != BASE}
-        winner = min(seconds, key=seconds.__getitem__)
-        choices.append(tables.Choice(p.direction, str(p.dtype)[6:], p.m, p.k, p.n, p.r, winner, seconds))
+    choices = [choice(p, {name: taken[name] for name in taken if name != BASE}) for p, taken in rows]
     made = fit(rows, on, tables.table(arch))._replace(arch=arch, gpu=gpu, measured=True, stamp=stamp, choices=tuple(choices))
     path = tables.write(made, folder)
     dispatch.forget()
@@ -84,16 +73,16 @@ def fit(rows: list[tuple[Problem, Times]], on: Chip, table: tables.Table) -> tab
     """The table with those efficiencies for which the model says what was measured: the median of each class."""
     ideal, found = dict.fromkeys(tables.SHARES, 1.0), defaultdict(list)
     for p, taken in rows:
-        launches = cost.steps(p)["vendor"]
-        at = next(i for i, step in enumerate(launches) if step.kind == "vendor")
-        lines = cost.rooflines(launches[at], None, p, on, ideal)
-        name = "vendor" if lines["compute"] > lines["memory"] else "stream"
+        base = cost.gemm(p)
+        lines = cost.rooflines(base, None, p, on, ideal)
+        name = "library" if lines["compute"] > lines["memory"] else "stream"
         found[_key(p), name].append(max(lines["compute"], lines["memory"]) / (taken[BASE] - on.launch))
-        if "vendor" in taken:
-            befores = [None, *launches]
-            thin = [cost.rooflines(s, befores[i], p, on, ideal) for i, s in enumerate(launches) if i != at]
-            if all(max(each.values()) == each["memory"] for each in thin):
-                rest = taken["vendor"] - taken[BASE] - len(thin) * on.launch
+        if cost.LIBRARY in taken:
+            launches = cost.steps(p)[cost.LIBRARY]
+            pairs = zip(launches, [None, *launches], strict=False)
+            thin = [cost.rooflines(step, before, p, on, ideal) for step, before in pairs if step.kind == "thin"]
+            if name == "library" and all(max(each.values()) == each["memory"] for each in thin):
+                rest = taken[cost.LIBRARY] - taken[BASE] - len(thin) * on.launch
                 found[_key(p), "thin"].append(sum(each["memory"] for each in thin) / rest if rest > 0 else 1.0)
     table = _with(table, found)
     found = defaultdict(list)
@@ -102,7 +91,7 @@ def fit(rows: list[tuple[Problem, Times]], on: Chip, table: tables.Table) -> tab
         for name, launches in cost.steps(p).items():
             at = next(i for i, step in enumerate(launches) if step.kind != "thin")
             # where the first launch may hide under the second, its time is no part of the sum
-            if name not in taken or name == "vendor" or (name == "two launches" and p.m <= 64):
+            if name not in taken or name == cost.LIBRARY or (name == "two launches" and p.m <= 64):
                 continue
             lines = [cost.rooflines(s, before, p, on, shares) for s, before in zip(launches, [None, *launches], strict=False)]
             rest = taken[name] - len(launches) * on.launch - sum(max(x.values()) for i, x in enumerate(lines) if i != at)
@@ -124,64 +113,13 @@ def _with(table: tables.Table, found: dict[tuple[tuple[str, str], str], list[flo
 
 
 def on_device(device: str) -> Callable[[Problem], Calls]:
-    """The calls of a problem on the backends for GPUs, each checked once to be what its name says."""
+    """The calls of a problem on the backends for GPUs, and the library's GEMM alone."""
 
-    def calls(p: Problem) -> Calls:
-        (n,), (r,) = p.n, p.r
-        x, w, a, b, dy = (
-            torch.randn(shape, dtype=p.dtype, device=device) for shape in ((p.m, p.k), (n, p.k), (r, p.k), (n, r), (p.m, n))
-        )
-        h = torch.randn(p.m, r, device=device)
-        ops, plain = torch.ops.lora_kernels, (x, w, a, b, 1.0, None, None, 0.0, None, False)
-        if p.direction == "forward":
-            op, args = ops.lora_linear_forward, (*plain, True, False)
-        else:  # its own op: before torch 2.13 autograd's thread would not see what is forced
-            op, args = ops.lora_linear_backward, (dy, *plain, h, None, None, [True, True, True, False, False])
+    def made(p: Problem) -> Calls:
+        x, w, dy = (torch.randn(shape, dtype=p.dtype, device=device) for shape in ((p.m, p.k), (*p.n, p.k), (p.m, *p.n)))
+        return {BASE: lambda: x @ w.T if p.direction == "forward" else dy @ w, **calls(p, device)}
 
-        def run(name):
-            with use_backend("cuda" if name == cost.CUDA else "triton"), dispatch.forced(name):
-                return op(*args)
-
-        made: Calls = {BASE: lambda: x @ w.T if p.direction == "forward" else dy @ w}
-        return made | {name: checked(name, functools.partial(run, name)) for name in cost.NAMES[p.direction]}
-
-    return calls
-
-
-def checked(name: str, call: Callable[[], object]) -> Callable[[], object]:
-    """The call, that first makes sure that the candidate runs by that name: the times of another would be filed under it."""
-    sure = False
-
-    def run() -> object:
-        nonlocal sure
-        if not sure:
-            noted = [decision.plan for decision in explain(call).decisions]
-            if not noted or noted[-1] is None or noted[-1].winner != name:
-                raise RuntimeError(f"bench.tune: {name} was forced, and the backend that ran noted {noted}")
-            sure = True
-        return call()
-
-    return run
-
-
-def events(calls: Calls) -> Times:
-    """The median seconds of each call on the GPU, by CUDA events, over interleaved rounds with L2 flushed."""
-    flush = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
-    shuffled, order = random.Random(0), list(calls)
-    marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
-    for name in order * 2:
-        calls[name]()
-    for _ in range(ROUNDS):
-        shuffled.shuffle(order)
-        for name in order:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            start.record()
-            calls[name]()
-            end.record()
-            marks[name].append((start, end))
-        torch.cuda.synchronize()
-    return {name: statistics.median(a.elapsed_time(b) for a, b in pairs) / 1e3 for name, pairs in marks.items()}
+    return made
 
 
 def circumstances() -> dict[str, str]:

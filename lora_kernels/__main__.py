@@ -1,5 +1,7 @@
-"""`python -m lora_kernels doctor`: what is here, what is missing and why. `serve-demo`: many adapters over one model."""
+"""`python -m lora_kernels doctor`: what is here, what is missing and why. `tune`: times the kernels on the GPU that is here.
+`serve-demo`: many adapters over one model."""
 
+import argparse
 import importlib.metadata
 import platform
 import runpy
@@ -10,7 +12,7 @@ from pathlib import Path
 import torch
 
 import lora_kernels
-from lora_kernels.ops import explain, lora_linear, missing_backends
+from lora_kernels.ops import explain, lora_linear, missing_backends, tables, tuning
 from lora_kernels.ops.launch import cuda_build
 
 
@@ -44,6 +46,25 @@ def doctor() -> int:
     return 0 if right else 1
 
 
+def tune(arguments: list[str]) -> int:
+    """Times the ways to compute common layers and keeps the fastest for this user; 2 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m lora_kernels tune", description=tune.__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0, help="about how long it may take (60)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--layer", action="append", metavar="INxOUT", help="such a layer, e.g. 4096x11008; may be repeated")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("tune: it measures on a GPU, and torch finds none here; nothing was written", file=sys.stderr)
+        return 2
+    layers = [tuple(map(int, layer.split("x"))) for layer in options.layer or []] or tuning.LAYERS
+    problems = tuning.usual(getattr(torch, options.dtype), options.rank, layers)
+    found = tuning.tune(problems, "cuda", options.seconds)
+    print(*tuning.words(found), sep="\n")
+    print(f"{len(found)} of {len(problems)} measured, in {tables.place(torch.cuda.get_device_name())}")
+    return 0
+
+
 def serve_demo(arguments: list[str]) -> int:
     """Runs examples/serve.py, which a checkout of the repository has; its exit status."""
     script = Path(lora_kernels.__file__).parents[1] / "examples" / "serve.py"
@@ -58,5 +79,7 @@ if __name__ == "__main__":
         sys.exit(doctor())
     if sys.argv[1:2] == ["serve-demo"]:
         sys.exit(serve_demo(sys.argv[2:]))
-    print("usage: python -m lora_kernels doctor | serve-demo [--quick]", file=sys.stderr)
+    if sys.argv[1:2] == ["tune"]:
+        sys.exit(tune(sys.argv[2:]))
+    print("usage: python -m lora_kernels doctor | tune [--help] | serve-demo [--quick]", file=sys.stderr)
     sys.exit(2)

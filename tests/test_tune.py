@@ -12,15 +12,14 @@ from lora_kernels.ops.dispatch import plan, tables_from
 ON = chip(90)
 BOTH = ("triton", "cuda")
 STAMP = {"gpu": "a GPU", "driver": "1", "torch": "2", "triton": "3", "commit": "abc", "date": "2026-01-01"}
-SHARES = {"fused": 0.31, "vendor": 0.77, "one_pass": 0.41, "thin": 0.66, "stream": 0.83, "mma": 0.27}
+SHARES = {"fused": 0.31, "library": 0.77, "one_pass": 0.41, "thin": 0.66, "stream": 0.83, "mma": 0.27}
 
 
 def planted(p, name):
     """The seconds of a candidate where SHARES hold."""
     launches = cost.steps(p)
     if name == bench.BASE:
-        gemm = next(step for step in launches["vendor"] if step.kind == "vendor")
-        return cost.seconds(name, [gemm], p, ON, SHARES)
+        return cost.seconds(name, [cost.gemm(p)], p, ON, SHARES)
     return cost.seconds(name, launches[name], p, ON, SHARES)
 
 
@@ -79,7 +78,7 @@ def test_a_candidate_that_refuses_is_not_timed(tmp_path):
         return dict.fromkeys(calls, 1e-3)
 
     run(tmp_path, [Problem(d, 8192, 64, (64,), (16,), torch.bfloat16) for d in cost.NAMES], clock=clock)
-    assert timed == [{"two launches", "vendor", "cuda", "base"}, {"fused", "vendor", "base"}]
+    assert timed == [{"two launches", "addmm", "cuda", "base"}, {"fused", "addmm", "base"}]
 
 
 def test_nothing_is_written_when_a_measurement_fails(tmp_path):
@@ -115,11 +114,11 @@ def test_the_calls_are_what_their_names_say(direction, monkeypatch):
 
     with dispatch.forced(cost.NAMES[direction][0]):  # a backend that takes another one
         other = plan(p, 90, backends=BOTH)
-    with pytest.raises(RuntimeError, match="bench.tune: vendor was forced, and the backend that ran noted .*forced"):
-        bench.on_device("cpu")(p)["vendor"]()
+    with pytest.raises(RuntimeError, match="tune: addmm was forced, and the backend that ran noted .*forced"):
+        bench.on_device("cpu")(p)["addmm"]()
     asks = False  # a backend that does not choose
-    with pytest.raises(RuntimeError, match=r"bench.tune: vendor was forced, and the backend that ran noted \[None\]"):
-        bench.on_device("cpu")(p)["vendor"]()
+    with pytest.raises(RuntimeError, match=r"tune: addmm was forced, and the backend that ran noted \[None\]"):
+        bench.on_device("cpu")(p)["addmm"]()
 
 
 def test_events_flush_before_each_of_at_least_ten_calls(monkeypatch):

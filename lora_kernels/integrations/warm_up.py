@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn import GroupedLinear, LoRALinear
+from lora_kernels.ops import tuning
+from lora_kernels.ops.cost import Problem
 from lora_kernels.ops.lora_linear.op import FLOATS
-from lora_kernels.ops.registry import simulates
+from lora_kernels.ops.registry import explain, simulates
 
 
 def warm_up(
-    model: nn.Module, tokens: SupportsIndex | Sequence[SupportsIndex], *, dtype: torch.dtype | None = None
-) -> list[str]:
+    model: nn.Module, tokens: SupportsIndex | Sequence[SupportsIndex], *, dtype: torch.dtype | None = None, tune: bool = False,
+    seconds: float = 60.0,
+) -> list[str]:  # fmt: skip
     """Calls every LoRA layer of a model on zeros, so that Triton compiles, and the GPU loads, what they will run.
 
         fuse(model)
@@ -26,6 +29,10 @@ def warm_up(
     the base weight if not given. Call it as the model will be called: in train or eval mode, under `torch.autocast`, under
     `torch.no_grad()` or not. In train mode backward runs too, with a gradient of the input and without.
 
+    With `tune` the ways to compute each of these calls are timed on the GPU (`lora_kernels.ops.tuning`), for about `seconds` in
+    all, those of the most rows first, and the fastest is kept for it in the user's cache directory: `explain` then says
+    "measured here". Without, nothing is timed.
+
     Parameters, their gradients and torch's random numbers are left as they are; hooks of the layers run, those of their
     parameters on gradients of zero. It takes the memory of one layer's call.
 
@@ -34,6 +41,7 @@ def warm_up(
     Raises:
         TypeError: model is not a torch.nn.Module, tokens are not integers, or dtype is not one of the layers'.
         ValueError: no number of tokens is given, or one is below 1. Nothing has run.
+        RuntimeError: `tune`, and the layers are simulated: there is nothing to time.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"warm_up: model must be a torch.nn.Module, found {type(model).__name__}")
@@ -41,10 +49,17 @@ def warm_up(
         raise TypeError(f"warm_up: dtype must be float32, bfloat16, float16 or float64, found {dtype}")
     counts = _counts(tokens)
     layers = [each for each in _layers(model) if each[3].is_cuda or simulates()]
+    problems: dict[torch.device, list[Problem]] = {}
     with torch.random.fork_rng({weight.device for *_, weight in layers if weight.is_cuda}):
         for _, layer, width, weight in layers:
             for count in counts:
-                _call(layer, torch.zeros(count, width, dtype=dtype or weight.dtype, device=weight.device))
+                x = torch.zeros(count, width, dtype=dtype or weight.dtype, device=weight.device)
+                if tune:
+                    problems.setdefault(x.device, []).extend(_problems(layer, x))
+                else:
+                    _call(layer, x)
+    for device, found in problems.items():
+        tuning.tune(sorted(found, key=lambda p: -p.m), device, seconds / len(problems))
     return [name for name, *_ in layers]
 
 
@@ -76,6 +91,14 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, Tensor]]:
             yield name, module, module.in_features, module.weight
         elif peft is not None and isinstance(module, peft.FusedLinear):
             yield name, module, module.in_features, module.get_base_layer().weight
+
+
+def _problems(layer: nn.Module, x: Tensor) -> Iterator[Problem]:
+    """Those that a call of a layer has several candidates for."""
+    # in this thread, or before torch 2.13 nobody would see what a GPU's backward chooses
+    with torch.autograd.set_multithreading_enabled(False):
+        decisions = explain(_call, layer, x).decisions
+    yield from (decision.plan.problem for decision in decisions if decision.plan is not None)
 
 
 def _call(layer: nn.Module, x: Tensor) -> None:

@@ -3,12 +3,14 @@
 Forward, y = gain ⊙ (x Wᵀ + h Bᵀ) + bias with h = s·drop(x) Aᵀ:
     two launches    F1 reads x and A and writes h; F2 reads x, W, h and B and writes y
     one pass        one launch: h is summed beside y in the loop over the depth, anew in every column tile
-    vendor          F1; the library's GEMM x Wᵀ; a pass over y that adds h Bᵀ in place
+    addmm           F1; h Bᵀ is written, and the library's GEMM adds x Wᵀ. With a gain: x Wᵀ, and a pass over y. With a dropped
+                    base: F1 writes drop(x), too; drop(x) Wᵀ; a pass that reads it and writes y; the GEMM adds x Wᵀ
     cuda            CUDA C++: up to 64 tokens without dropout one launch that reads x, W, A and B; else two
 Backward, with P = s·(dy ⊙ gain) B:
     fused           B1 reads dy, h and B (and y, for the gain's gradient) and writes P and dB; B2 reads dy, W, P and A and
                     writes dx; B3 reads x and P and writes dA
-    vendor          B1; the library's GEMM dy W; a pass over dx that adds P A in place; B3
+    addmm           B1, which writes dy ⊙ gain, too; B3; drop(P A) is written, and the library's GEMM adds (dy ⊙ gain) W. With a
+                    dropped base: (dy ⊙ (gain - 1)) W; a pass that adds P A and drops; the GEMM adds dy W. Then the parts' sums
 
 A launch takes the longest of: its bytes at the memory's rate, those that the launch before left in L2 at L2's rate, its
 operations at the chip's rate in whole waves of tiles, and the stream of one tile through one multiprocessor. Launches add up.
@@ -22,8 +24,10 @@ import torch
 
 from lora_kernels.ops.chips import Chip
 
-FORWARD, BACKWARD = ("two launches", "one pass", "vendor"), ("fused", "vendor")
-CUDA = "cuda"
+LIBRARY, CUDA = "addmm", "cuda"
+FORWARD, BACKWARD = ("two launches", "one pass", LIBRARY), ("fused", LIBRARY)
+OFFERED = {CUDA: ("cuda",), LIBRARY: ("triton", "cuda")}  # by which backends; the others by Triton's
+FEW = 64  # rows, up to which bytes decide, and the fused kernels move the fewest
 NAMES = {"forward": (*FORWARD, CUDA), "backward": BACKWARD}
 MASK = 20  # integer operations for a word of Philox 4x32-10: ten rounds of two wide products and six others make four words
 BLOCK = 64  # rows, columns and ranks of the tiles of F1, B1 and B3; each block of ranks draws the dropout anew
@@ -48,10 +52,13 @@ class Problem(NamedTuple):
     def half(self) -> bool:
         return self.dtype.itemsize == 2
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return tuple(name for name in ("gain", "drop_base", "dropout", "tf32") if getattr(self, name))
+
     def __str__(self) -> str:
         n, r = (" + ".join(map(str, numbers)) for numbers in (self.n, self.r))
-        flags = [name for name in ("gain", "drop_base", "dropout", "tf32") if getattr(self, name)]
-        return ", ".join([f"{self.direction} m {self.m}, k {self.k}, n {n}, r {r}", str(self.dtype)[6:], *flags])
+        return ", ".join([f"{self.direction} m {self.m}, k {self.k}, n {n}, r {r}", str(self.dtype)[6:], *self.flags])
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Step:
     """One launch. Bytes count each tensor once, however often tiles read it again."""
 
     kind: str
-    """Whose efficiency it has: "fused", "one_pass", "vendor", "thin" or "mma"."""
+    """Whose efficiency it has: "fused", "one_pass", "library", "thin" or "mma"."""
     reads: Mapping[str, int]
     writes: Mapping[str, int]
     flops: float
@@ -111,14 +118,37 @@ def _forward(p: Problem) -> dict[str, list[Step]]:
         "one_pass", {"x": x, "w": w, "a": a, "b": b}, {"y": y}, base + 2.0 * m * k * per_tile + up, tiles * shared,
         streamed + k * max(p.r, default=0) * size // shared, again=_ceil(m, bm) * per_tile * k * size, masks=drawn * columns,
     )  # fmt: skip
-    gemm = Step("vendor", {"x": x, "w": w}, {"y": y}, base, tiles)
-    add = Step("thin", {"y": y, "h": h, "b": b}, {"y": y}, up, tiles)
     cuda = [shrink, replace(fused, kind="mma")]
-    if m <= 64 and not p.dropout:
+    if m <= FEW and not p.dropout:
         rows = columns * shared + blocks  # of blocks, which have 64 rows of W or of A
         flops = base + up + 2.0 * m * k * ranks
         cuda = [Step("mma", {"x": x, "w": w, "a": a, "b": b}, {"y": y, "h": h}, flops, rows, streamed)]
-    return {"two launches": [shrink, fused], "one pass": [single], "vendor": [shrink, gemm, add], CUDA: cuda}
+    return {"two launches": [shrink, fused], "one pass": [single], LIBRARY: _forward_by_library(p, shrink, up), CUDA: cuda}
+
+
+def gemm(p: Problem) -> Step:
+    """The library's GEMM alone: x Wᵀ, or back dy W."""
+    x, w, _, _, _, y = _sizes(p)
+    (bm, bn), flops = _tile(p), 2.0 * p.m * p.k * sum(p.n)
+    if p.direction == "forward":
+        return Step("library", {"x": x, "w": w}, {"y": y}, flops, _ceil(p.m, bm) * sum(_ceil(n, bn) for n in p.n))
+    return Step("library", {"dy": y, "w": w}, {"dx": x}, flops, _ceil(p.m, bm) * _ceil(p.k, bn))
+
+
+def _forward_by_library(p: Problem, shrink: Step, up: float) -> list[Step]:
+    x, w, _, b, h, y = _sizes(p)
+    base = gemm(p)
+    add = replace(base, reads={**base.reads, "y": y})
+    expand = Step("thin", {"h": h, "b": b}, {"y": y}, up, base.tiles)
+    if p.drop_base:
+        kept = {"dropped": len(p.n) * x}
+        of_kept = replace(base, reads={**kept, "w": w}, writes={"z": y})
+        return [
+            replace(shrink, writes={**shrink.writes, **kept}), of_kept, replace(expand, reads={**expand.reads, "z": y}), add,
+        ]  # fmt: skip
+    if p.gain:
+        return [shrink, base, replace(expand, reads={**expand.reads, "y": y})]
+    return [shrink, expand, add]
 
 
 def splits(tiles: int, k: int) -> int:
@@ -163,9 +193,23 @@ def _backward(p: Problem) -> dict[str, list[Step]]:
         depth * (min(bm, m) + bk) * size, masks=drawn,
     )  # fmt: skip
     b3 = Step("thin", {"x": x, "p": h}, {"da": a}, down, parts * _ceil(k, BLOCK), part, masks=drawn * blocks)
-    gemm = Step("vendor", {"dy": dy, "w": w}, {"dx": x}, base, tiles)
-    add = Step("thin", {"dx": x, "p": h, "a": a}, {"dx": x}, down, tiles, masks=drawn)
-    return {"fused": [b1, b2, b3], "vendor": [b1, gemm, add, b3]}
+    return {"fused": [b1, b2, b3], LIBRARY: _backward_by_library(p, b1, b3)}
+
+
+def _backward_by_library(p: Problem, b1: Step, b3: Step) -> list[Step]:
+    x, w, a, _, h, dy = _sizes(p)
+    base, ranks = gemm(p), sum(p.r)
+    scaled = {"scaled": dy} if p.gain else {}
+    expand = Step("thin", {"p": h, "a": a}, {"dx": x}, b3.flops, base.tiles, masks=p.m * p.k * len(p.n) if p.dropout else 0)
+    of = {"dy": dy} if p.drop_base else scaled or {"dy": dy}
+    between = [expand, replace(base, reads={**of, "w": w, "dx": x})]
+    if p.drop_base:
+        of_scaled = {"t": len(p.n) * x}
+        between[:1] = [
+            replace(base, reads={**scaled, "w": w}, writes=of_scaled), replace(expand, reads={**expand.reads, **of_scaled}),
+        ]  # fmt: skip
+    sums = Step("thin", {"parts": 4 * p.k * ranks}, {"da": a}, 0.0, 1)
+    return [replace(b1, writes={**b1.writes, **scaled}), b3, *between, sums]
 
 
 def seconds(name: str, launches: list[Step], p: Problem, chip: Chip, shares: Mapping[str, float]) -> float:
@@ -186,7 +230,7 @@ def rooflines(step: Step, before: Step | None, p: Problem, chip: Chip, shares: M
     touched = {**before.reads, **before.writes} if before else {}
     # of a tensor that does not fit beside the others, little is left in L2 by the time that it is read again
     warm = sum(size for name, size in step.reads.items() if name in touched and size <= chip.l2 // 2)
-    thin, library = step.kind == "thin", step.kind == "vendor"
+    thin, library = step.kind == "thin", step.kind == "library"
     waves = _ceil(step.tiles, chip.multiprocessors) * chip.multiprocessors / step.tiles
     if library and step.tiles < chip.multiprocessors:
         waves = 1.0  # it splits the depth
@@ -205,7 +249,7 @@ def rooflines(step: Step, before: Step | None, p: Problem, chip: Chip, shares: M
 
 def refusal(name: str, p: Problem, arch: int, deterministic: bool = False) -> str | None:
     """Why a candidate cannot compute this, in words; None if it can."""
-    if name == "vendor" and deterministic:
+    if name == LIBRARY and deterministic:
         return "deterministic: the library chooses its GEMM by the number of rows, and with it the bits of a row"
     if name == "one pass":
         if p.drop_base:
@@ -214,13 +258,6 @@ def refusal(name: str, p: Problem, arch: int, deterministic: bool = False) -> st
             return f"r is {max(p.r)}: above 64, h does not fit beside the sums"
         if p.m > 256 and arch < 100:
             return f"m is {p.m}: above 256, before sm_100, h in every column tile costs more than a launch"
-    elif name == "vendor":
-        if p.drop_base:
-            return "the base is dropped, too, and the library's GEMM knows no mask"
-        if p.direction == "backward" and p.gain:
-            return "dy ⊙ gain would need a pass of its own"
-        if len(p.n) > 1:
-            return f"{len(p.n)} layers share x, and it takes one"
     elif name == CUDA:
         if not p.half:
             return f"{str(p.dtype)[6:]}: it takes 16 bits"

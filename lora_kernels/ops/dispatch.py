@@ -5,8 +5,9 @@
     note(p)                               # for `explain`
     if p.winner == "one pass": ...
 
-What was measured near the shape decides (`tables`, filled by `python -m bench.tune`), or else the least predicted time
-(`cost`). Nothing is timed at a first call.
+What was measured near the shape on that GPU decides (`tables`, filled by `python -m bench.tune`). Where nothing was, many rows
+take the library's GEMM, which is that of a layer without an adapter, since no prediction shows that ours is faster; few rows,
+whose bytes decide, take the least predicted time (`cost`). Nothing is timed at a first call.
 """
 
 from collections.abc import Iterator
@@ -62,10 +63,10 @@ class Plan:
 
 def plan(
     problem: Problem, arch: int, deterministic: bool = False, multiprocessors: int | None = None,
-    backends: tuple[str, ...] = ("triton",),
+    backends: tuple[str, ...] = ("triton",), gpu: str | None = None,
 ) -> Plan:  # fmt: skip
     """Decides between the candidates of these backends, "triton" and "cuda". `arch` is 90 for sm_90; one that is not known is
-    taken for the nearest that is.
+    taken for the nearest that is. `gpu` is the name of the one that is here, for what was measured on it.
 
     With `deterministic` the choice is that for m = FIXED on the architecture's own chip, so that a row's bits depend neither on
     how many rows come with it nor on the size of the chip; callers pass `torch.are_deterministic_algorithms_enabled()`.
@@ -73,13 +74,14 @@ def plan(
     Raises:
         NotImplementedError: the candidate that `forced` names refuses.
     """
-    return _plan(problem, arch, deterministic, None if deterministic else multiprocessors, backends, *_settings.get())
+    here = (None, None) if deterministic else (multiprocessors, gpu)
+    return _plan(problem, arch, deterministic, *here, backends, *_settings.get())
 
 
 @lru_cache(maxsize=4096)
 def _plan(
-    problem: Problem, arch: int, deterministic: bool, multiprocessors: int | None, backends: tuple[str, ...],
-    force: str | None, folder: str,
+    problem: Problem, arch: int, deterministic: bool, multiprocessors: int | None, gpu: str | None,
+    backends: tuple[str, ...], force: str | None, folder: str,
 ) -> Plan:  # fmt: skip
     on, table = chip(arch, multiprocessors), tables.table(arch, folder)
     asked = problem._replace(m=FIXED) if deterministic else problem
@@ -90,7 +92,7 @@ def _plan(
             cost.refusal(name, asked, arch, deterministic),
         )
         for name, steps in cost.steps(asked).items()
-        if ("cuda" if name == cost.CUDA else "triton") in backends
+        if any(backend in backends for backend in cost.OFFERED.get(name, ("triton",)))
     )  # fmt: skip
     if force in cost.NAMES[problem.direction]:
         # for the rows that there are, in the deterministic mode, too
@@ -101,29 +103,35 @@ def _plan(
             raise NotImplementedError(f"lora_linear {problem.direction} cannot run as {force}: {reason}")
         winner, why = force, "forced"
     else:
-        winner, why = _choose(asked, candidates, table)
+        winner, why = _choose(asked, candidates, table, tables.local(gpu) if gpu else ())
     return Plan(problem, candidates, winner, why, on, _source(asked, arch, on, table, deterministic))
 
 
-def _choose(p: Problem, candidates: tuple[Candidate, ...], table: tables.Table) -> tuple[str, str]:
+def _choose(
+    p: Problem, candidates: tuple[Candidate, ...], table: tables.Table, local: tuple[tables.Choice, ...]
+) -> tuple[str, str]:
     able = {c.name: c for c in candidates if c.refused is None}
     if len(able) == 1:
         return next(iter(able)), "the others refuse"
-    if not p.dropout and not p.tf32:  # only that is measured
-        for near in tables.nearest_choice(table.choices, p.direction, str(p.dtype)[6:], p[1:5]):
+    # the package's tables are of plain layers; with a gain a forward does as much more in one form as in the other
+    plain = p.flags if p.direction == "backward" else tuple(flag for flag in p.flags if flag != "gain")
+    for where, choices, flags in (("measured here", local, p.flags), ("measured", table.choices, plain)):
+        for near in tables.nearest_choice(choices, p.direction, str(p.dtype)[6:], p[1:5], flags):
             taken = {name: seconds for name, seconds in near.seconds.items() if name in able}
             if near.winner in able or (taken and near.winner == cost.CUDA):  # its own backend refused, or was not asked
                 times = ", ".join(f"{name} {seconds * 1e6:.1f} µs" for name, seconds in near.seconds.items())
                 at = f"m {near.m}, k {near.k}, n {' + '.join(map(str, near.n))}, r {' + '.join(map(str, near.r))}"
                 winner = near.winner if near.winner in able else min(taken, key=taken.__getitem__)
-                return winner, f"measured at {at}: {times}"
+                return winner, f"{where} at {at}: {times}"
+    if p.m > cost.FEW and cost.LIBRARY in able and not table.knows(str(p.dtype)[6:]):
+        return cost.LIBRARY, "many rows, and nothing was measured on such a GPU: the library's GEMM"
     # where it is even, the launch decides, which costs the host less than one of Triton's
     return min(able.values(), key=lambda c: c.seconds * (0.98 if c.name == cost.CUDA else 1)).name, "least predicted time"
 
 
 def _source(p: Problem, arch: int, on: Chip, table: tables.Table, deterministic: bool) -> str:
     near = "" if arch == on.arch else f", the nearest to sm_{arch} that is known"
-    measured = table.measured and any(choice.dtype == str(p.dtype)[6:] for choice in table.choices)
+    measured = table.knows(str(p.dtype)[6:])
     stood = f"predicted from efficiencies measured on {table.gpu}" if measured else "predicted, not measured"
     fixed = f"; deterministic: chosen and predicted for m {FIXED}, whatever m is" if deterministic else ""
     return f"sm_{on.arch} ({on.name}, {on.multiprocessors} multiprocessors{near}): {stood}{fixed}"
@@ -165,4 +173,5 @@ def _set(name: str | None, folder: str) -> Iterator[None]:
 def forget() -> None:
     """Drops what was decided and read: tables on the disk have changed."""
     _plan.cache_clear()
+    tables.local.cache_clear()
     tables.table.cache_clear()

@@ -70,11 +70,16 @@ def multiprocessors(t: Tensor) -> int | None:
     return _gpu(t.device.index)[1] if t.is_cuda else None
 
 
+def gpu(t: Tensor) -> str | None:
+    """The name of the GPU that holds a tensor; None where it is simulated."""
+    return _gpu(t.device.index)[2] if t.is_cuda else None
+
+
 @lru_cache
-def _gpu(index: int) -> tuple[int, int]:
+def _gpu(index: int) -> tuple[int, int, str]:
     major, minor = torch.cuda.get_device_capability(index)
     count = torch.cuda.get_device_properties(index).multi_processor_count
-    return 0 if torch.version.hip is not None else 10 * major + minor, count
+    return 0 if torch.version.hip is not None else 10 * major + minor, count, torch.cuda.get_device_name(index)
 
 
 def tickets(device: torch.device, count: int) -> Tensor:

@@ -73,10 +73,11 @@ def kept(low, high, rows, first, limit, BM: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["m"])
 def shrink_kernel(
-    u, vs, outs, lows, highs, limits, scales, m, k, rs, u0, u1, v0s, v1s, SPLIT: tl.constexpr,
+    u, vs, outs, dropped, lows, highs, limits, scales, m, k, rs, u0, u1, v0s, v1s, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """outs[g] [part, m, r_g] = scale · drop(u) v_gᵀ over columns SPLIT·part and on; u [m, k] is read once for all v_g [r_g, k].
+    dropped[g] [m, k]: u where the mask keeps it.
 
     EARLY: what comes next may start meanwhile, and waits before it reads.
     """
@@ -97,6 +98,9 @@ def shrink_kernel(
             mine = us
             if lows[g] is not None:
                 mine = tl.where(kept(lows[g], highs[g], rows, first, limits[g], BM, BK), us, 0.0)
+            if dropped[g] is not None:
+                inside = ((rows < m) & (tl.program_id(1) == 0))[:, None] & (depth < k)[None, :]
+                tl.store(dropped[g] + rows[:, None] * k + depth[None, :], mine, mask=inside)
             added = added + (product(mine, v, sums[g], PRECISION),)
         sums = added
     for g in tl.static_range(len(vs)):
@@ -106,17 +110,19 @@ def shrink_kernel(
 
 @triton.jit
 def one_side(
-    u, v, gain, h, times, p, part, of_u, of_uv, scale, column, m, n, r, u0, u1, v0, v1, t0, t1,
+    u, v, gain, h, times, p, part, of_u, of_uv, scaled, less, scale, column, m, n, r, u0, u1, v0, v1, t0, t1,
     ROWS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """One program of `both_sides_kernel`: u [m, n], v [n, r], h [m, r]; from row ROWS·program_id(2) and column BN·column on."""
     columns = tl.cast(column, tl.int64) * BN + tl.arange(0, BN)
     ranks = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    z = tl.program_id(2).to(tl.int64)
+    z, first_ranks = tl.program_id(2).to(tl.int64), tl.program_id(0) == 0
+    if gain is not None:
+        gains = tl.load(gain + columns, mask=columns < n, other=0.0).to(tl.float32)
     if p is not None:
         vs = load_tile(v, columns, ranks, v0, v1, n, r)  # [BN, BR]
         if gain is not None:  # on the thin side, where its digits cost little
-            vs = vs.to(tl.float32) * tl.load(gain + columns, mask=columns < n, other=0.0).to(tl.float32)[:, None]
+            vs = vs.to(tl.float32) * gains[:, None]
     sums, sum_u, sum_uv = tl.zeros((BN, BR), tl.float32), tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
     for first in range(0, ROWS, BM):
         rows = z * ROWS + first + tl.arange(0, BM)
@@ -125,6 +131,10 @@ def one_side(
             ps = scale * product(us, vs, tl.zeros((BM, BR), tl.float32), PRECISION)  # [BM, BR]
             at = p + (tl.cast(column, tl.int64) * m + rows)[:, None] * r + ranks[None, :]
             tl.store(at, ps, mask=(rows < m)[:, None] & (ranks < r)[None, :])
+        if scaled is not None:
+            mine = (us.to(tl.float32) * (gains - less)[None, :]).to(us.dtype)
+            inside = ((rows < m) & first_ranks)[:, None] & (columns < n)[None, :]
+            tl.store(scaled + rows[:, None] * n + columns[None, :], mine, mask=inside)
         if of_u is not None:
             sum_u += tl.sum(us.to(tl.float32), 0)
         if of_uv is not None:
@@ -137,27 +147,27 @@ def one_side(
     if part is not None:
         at = part + (z * n + columns)[:, None] * r + ranks[None, :]
         tl.store(at, sums, mask=(columns < n)[:, None] & (ranks < r)[None, :])
-    once = tl.program_id(0) == 0
     if of_u is not None:
-        tl.store(of_u + z * n + columns, sum_u, mask=(columns < n) & once)
+        tl.store(of_u + z * n + columns, sum_u, mask=(columns < n) & first_ranks)
     if of_uv is not None:
-        tl.store(of_uv + z * n + columns, sum_uv, mask=(columns < n) & once)
+        tl.store(of_uv + z * n + columns, sum_uv, mask=(columns < n) & first_ranks)
 
 
 @triton.jit(do_not_specialize=["m"])
 def both_sides_kernel(
-    us, vs, gains, hs, times, ps, parts, of_us, of_uvs, scales, m, ns, rs, u0s, u1s, v0s, v1s, t0s, t1s,
+    us, vs, gains, hs, times, ps, parts, of_us, of_uvs, scaleds, lesses, scales, m, ns, rs, u0s, u1s, v0s, v1s, t0s, t1s,
     ROWS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Of each u_g [m, n_g], read once: p [column block, m, r] = scale · u (gain ⊙ v) in parts, part [z, n, r] = uᵀ h over rows
-    ROWS·z and on, and over them the sums of u and of u ⊙ times, [z, n]. What is None is left out."""
+    ROWS·z and on, and over them the sums of u and of u ⊙ times, [z, n]; scaled [m, n] = u ⊙ (gain - less). What is None is
+    left out."""
     column = tl.program_id(1)
     for g in tl.static_range(len(us)):
         blocks = tl.cdiv(ns[g], BN)
         if column >= 0 and column < blocks and tl.program_id(0) * BR < rs[g]:
             one_side(
-                us[g], vs[g], gains[g], hs[g], times[g], ps[g], parts[g], of_us[g], of_uvs[g], scales[g], column, m, ns[g],
-                rs[g], u0s[g], u1s[g], v0s[g], v1s[g], t0s[g], t1s[g], ROWS, PRECISION, BM, BN, BR,
+                us[g], vs[g], gains[g], hs[g], times[g], ps[g], parts[g], of_us[g], of_uvs[g], scaleds[g], lesses[g], scales[g],
+                column, m, ns[g], rs[g], u0s[g], u1s[g], v0s[g], v1s[g], t0s[g], t1s[g], ROWS, PRECISION, BM, BN, BR,
             )  # fmt: skip
         column -= blocks
 
@@ -192,35 +202,6 @@ def outer_kernel(
     for g in tl.static_range(len(ps)):
         at = parts[g] + (z * rs[g] + ranks)[None, :] * n + columns[:, None]
         tl.store(at, sums[g], mask=(columns < n)[:, None] & (ranks < rs[g])[None, :])
-
-
-@triton.jit
-def add_up(block, parts, gains, divisors, outs, factors, counts, ns, rs, BLOCK: tl.constexpr):
-    """outs[j] [n, r] = factor · gain ⊙ Σ parts[j] [count, n, r] / divisor in the order of the parts, but where the divisor is
-    zero; `block` counts the blocks of all. What is left of it comes back."""
-    for j in tl.static_range(len(parts)):
-        size = tl.cast(ns[j], tl.int64) * rs[j]
-        blocks = tl.cdiv(size, BLOCK).to(tl.int32)
-        if block >= 0 and block < blocks:
-            at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            inside = at < size
-            sums = tl.zeros((BLOCK,), tl.float32)
-            for z in range(counts[j]):
-                sums += tl.load(parts[j] + z * size + at, mask=inside, other=0.0)
-            if gains[j] is not None:
-                sums *= tl.load(gains[j] + at // rs[j], mask=inside, other=0.0).to(tl.float32)
-            if divisors[j] is not None:
-                divisor = tl.load(divisors[j] + at // rs[j], mask=inside, other=0.0).to(tl.float32)
-                inside = inside & (divisor != 0.0)
-                sums = tl.div_rn(sums, tl.where(divisor != 0.0, divisor, 1.0))
-            tl.store(outs[j] + at, (factors[j] * sums).to(outs[j].dtype.element_ty), mask=inside)
-        block -= blocks
-    return block
-
-
-@triton.jit
-def add_up_kernel(parts, gains, divisors, outs, factors, counts, ns, rs, BLOCK: tl.constexpr):
-    add_up(tl.program_id(0), parts, gains, divisors, outs, factors, counts, ns, rs, BLOCK)
 
 
 def precision(t):
@@ -262,8 +243,10 @@ def how(u, exact):
     return "ieee" if exact and u.dtype is torch.float32 else precision(u)
 
 
-def shrink(u, vs, scales, drops=None, *, exact=False, early=False, fixed=True):
+def shrink(u, vs, scales, drops=None, *, dropped=None, exact=False, early=False, fixed=True):
     """For each v [r, k] the parts of scale · drop(u) vᵀ, [parts, m, r] in float32, with u [m, k]; `exact`: never TF32.
+
+    `dropped`: for each v a tensor [m, k] that gets u where the mask keeps it, or None.
 
     `fixed`: how k is split depends on k and r alone, so that a row's sum does not depend on how many rows there are.
     """
@@ -279,21 +262,25 @@ def shrink(u, vs, scales, drops=None, *, exact=False, early=False, fixed=True):
     # with 3, ptxas spills a few registers there to fit more blocks
     stages = 2 if tile["BR"] == 32 and not (architecture(u) >= 120 and any(seed is not None for _, seed in drops)) else 3
     outs = tuple(u.new_empty(parts, m, r, dtype=torch.float32) for r in ranks)
+    dropped = tuple(dropped or [None] * len(vs))
     args = {
-        "u": u, "vs": tuple(vs), "outs": outs, **drawn(drops), "m": m, "k": k, "rs": tuple(ranks), "u0": u.stride(0),
-        "u1": u.stride(1), **strides("v", vs), "SPLIT": split, "PRECISION": how(u, exact), **tile,
+        "u": u, "vs": tuple(vs), "outs": outs, "dropped": dropped, **drawn(drops), "m": m, "k": k, "rs": tuple(ranks),
+        "u0": u.stride(0), "u1": u.stride(1), **strides("v", vs), "SPLIT": split, "PRECISION": how(u, exact), **tile,
         "scales": tuple(float(s) * inverse(*drop) for s, drop in zip(scales, drops, strict=True)),
         "EARLY": early and architecture(u) >= 90,
     }  # fmt: skip
-    launch(shrink_kernel, (ceil(m, tile["BM"]), ceil(max(ranks), tile["BR"]), parts), args, outs, stages=stages)
+    makes = [*outs, *(t for t in dropped if t is not None)]
+    launch(shrink_kernel, (ceil(m, tile["BM"]), ceil(max(ranks), tile["BR"]), parts), args, makes, stages=stages)
     return outs
 
 
 class Side:
-    """What `both_sides` makes of one u [m, n]: p if v [n, r] is there, part if h [m, r] is, of_u and of_uv if asked."""
+    """What `both_sides` makes of one u [m, n]: p if v [n, r] is there, part if h [m, r] is, of_u and of_uv if asked, and into
+    `scaled` [m, n], if that is there, u ⊙ (gain - less)."""
 
-    def __init__(self, u, r, *, v=None, gain=None, h=None, times=None, scale=1.0, sums=False):
+    def __init__(self, u, r, *, v=None, gain=None, h=None, times=None, scale=1.0, sums=False, scaled=None, less=0.0):
         self.u, self.r, self.v, self.gain, self.h, self.times, self.scale, self.sums = u, r, v, gain, h, times, scale, sums
+        self.scaled, self.less = scaled, float(less)
         self.p = self.part = self.of_u = self.of_uv = None
 
 
@@ -320,12 +307,12 @@ def both_sides(sides, *, exact=False):
         side.of_uv = None if side.times is None else new(parts, n)
     fields = {name: tuple(getattr(s, one) for s in sides) for name, one in (
         ("us", "u"), ("vs", "v"), ("gains", "gain"), ("hs", "h"), ("times", "times"), ("ps", "p"), ("parts", "part"),
-        ("of_us", "of_u"), ("of_uvs", "of_uv"), ("scales", "scale"), ("rs", "r"),
+        ("of_us", "of_u"), ("of_uvs", "of_uv"), ("scaleds", "scaled"), ("lesses", "less"), ("scales", "scale"), ("rs", "r"),
     )}  # fmt: skip
     args = {**fields, "m": m, "ns": tuple(ns), "ROWS": rows, "PRECISION": how(first, exact), "BM": bm, "BN": bn, "BR": br}
     for name, one in (("u", "us"), ("v", "vs"), ("t", "times")):
         args |= strides(name, fields[one])
-    made = [t for s, n in zip(sides, ns, strict=True) if n for t in (s.p, s.part, s.of_u, s.of_uv) if t is not None]
+    made = [t for s, n in zip(sides, ns, strict=True) if n for t in (s.p, s.part, s.of_u, s.of_uv, s.scaled) if t is not None]
     grid = (ceil(max(s.r for s in sides), br), sum(blocks), parts)
     launch(both_sides_kernel, grid, args, made, warps=4 if wide else 8, stages=2)
 
@@ -358,41 +345,3 @@ def _rows(m, blocks):
     while rows > 64 and blocks * ceil(m, rows) < 96:
         rows //= 2
     return rows
-
-
-class Sums:
-    """What is to be added up: the arguments of `add_up`, for its own launch or for another kernel's last programs."""
-
-    BLOCK = 1024
-
-    def __init__(self):
-        self.jobs = []
-
-    def add(self, part, out, factor=1.0, gain=None, divisor=None):
-        """out [n, r] (r = 1 for a vector) = factor · gain ⊙ Σ part [parts, n, r] / divisor; out is contiguous, and left alone
-        where the divisor is zero."""
-        n, r = part.shape[1], part.shape[2] if part.dim() == 3 else 1
-        self.jobs.append((part, gain, divisor, out, float(factor), len(part), n, r))
-
-    def blocks(self):
-        return sum(ceil(n * r, self.BLOCK) for *_, n, r in self.jobs)
-
-    def args(self):
-        names = ("parts", "gains", "divisors", "outs", "factors", "counts", "ns", "rs")
-        return dict(zip(names, map(tuple, zip(*self.jobs, strict=True)) if self.jobs else [()] * 8, strict=True))
-
-    def made(self):
-        return [out for _, _, _, out, *_ in self.jobs]
-
-    def launch(self):
-        launch(add_up_kernel, (self.blocks(),), {**self.args(), "BLOCK": self.BLOCK}, self.made())
-
-
-def total(part):
-    """Σ part [parts, ...] in the order of the parts."""
-    if len(part) == 1:
-        return part[0]
-    out, sums = part.new_empty(part.shape[1:]), Sums()
-    sums.add(part, out)
-    sums.launch()
-    return out

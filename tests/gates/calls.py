@@ -34,18 +34,23 @@ MMA, CUDA, AMD = "sm_80 sm_86 sm_89 sm_120", " ".join(NVIDIA), "gfx942"
 
 def linear(
     m: int, r: int, dtype: torch.dtype = BF16, gain: bool = False, dropout: float = 0.0, semantics: str = "peft",
-    form: str = "two launches", dx: bool = True,
+    form: str = "two launches", dx: bool = True, adapters: torch.dtype | None = None,
 ) -> Callable[[], None]:  # fmt: skip
-    """A forward and a backward of one layer; nothing is computed. Up to 64 tokens in one pass."""
+    """A forward and a backward of one layer; nothing is computed but the library's products, which are small. Up to 64 tokens
+    in one pass."""
+    library = form == "addmm"
+    wide = 512 if library else WIDE
+    form = "one pass" if m <= 64 and not library else form
 
     def call() -> None:
-        x, w, a, b = (torch.empty(s, dtype=dtype) for s in ((m, WIDE), (WIDE, WIDE), (r, WIDE), (WIDE, r)))
-        given = torch.ones(WIDE).requires_grad_() if gain else None
+        x, w = (torch.empty(s, dtype=dtype) for s in ((m, wide), (wide, wide)))
+        a, b = (torch.empty(s, dtype=adapters or dtype) for s in ((r, wide), (wide, r)))
+        given = torch.ones(wide).requires_grad_() if gain else None
         seed = torch.tensor(2**40) if dropout else None
         leaves = x.requires_grad_(dx), a.requires_grad_(), b.requires_grad_()
-        with forced("one pass" if m <= 64 else form):
+        with forced(form):
             y = lora_linear(leaves[0], w, *leaves[1:], 0.5, None, given, dropout, semantics, seed)
-        with forced("fused"):
+        with forced(form if library else "fused"):
             y.backward(torch.empty_like(y))
 
     return call
@@ -101,7 +106,7 @@ def multi(
 
     def call() -> None:
         count, pages = 64, most // 8
-        i32 = lambda *shape: torch.zeros(shape, dtype=torch.int32)  # noqa: E731
+        i32 = lambda *shape: torch.empty(shape, dtype=torch.int32)  # noqa: E731
         sites = [
             Slots(torch.empty(8, WIDE, dtype=dtype), torch.empty(8, n, dtype=dtype), i32(count, pages), i32(count),
                   torch.zeros(count), i32(count), torch.empty(count, n), torch.empty(count, n), i32(count))
@@ -118,19 +123,21 @@ def multi(
     return call
 
 
-def launches(call: Callable[[], None], arch: str) -> dict[str, Launch]:
-    """The first launch of each kernel on a chip."""
+def launches(call: Callable[[], None], arch: str, last: bool) -> dict[str, Launch]:
+    """The first launch of each kernel on a chip, or the last."""
     hip = None if arch in NVIDIA else "7.0"
     with use_backend("triton", simulate=True), device(80 if hip else int(arch[3:])), recorded() as found:
         with patch.object(torch.version, "hip", hip):
             call()
-    return {launch.kernel.__name__: launch for launch in reversed(found)}
+    return {launch.kernel.__name__: launch for launch in (found if last else reversed(found))}
 
 
-def on_chips(name: str, kernel: str, call: Callable[[], None], budgets: dict[str, Budget], **more: Any) -> Configuration:
+def on_chips(
+    name: str, kernel: str, call: Callable[[], None], budgets: dict[str, Budget], last: bool = False, **more: Any
+) -> Configuration:
     """What the launcher chooses on each chip."""
     shipped = [arch for arch in CHIPS if arch not in more.get("without", ())]
-    made = {arch: _triton(kernel, launches(call, arch)[kernel]) for arch in shipped}
+    made = {arch: _triton(kernel, launches(call, arch, last)[kernel]) for arch in shipped}
     special = {arch: one for arch, one in made.items() if one != made["sm_80"]}
     return Configuration(name, made["sm_80"], budgets, special=special, **more)
 
@@ -146,5 +153,6 @@ def _dtype(value: object) -> object:
     return value.dtype if isinstance(value, Tensor) else value
 
 
+DROPPED = linear(64, 16, gain=True, dropout=0.1, form="addmm")
 DROPPED_F16 = linear(8192, 16, F16, gain=True, dropout=0.1)
 LORA_ONLY = linear(8192, 16, gain=True, dropout=0.1, semantics="lora_only")

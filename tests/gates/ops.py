@@ -1,7 +1,7 @@
 """The configurations of lora_linear's Triton kernels, and the budgets of a person."""
 
 from lora_kernels.testing.gates import Budget
-from tests.gates.calls import DROPPED_F16, F16, F32, LORA_ONLY, group, linear, on_chips
+from tests.gates.calls import DROPPED, DROPPED_F16, F16, F32, LORA_ONLY, group, linear, on_chips
 
 GATES = [
     on_chips("forward, bf16, r=8", "forward_kernel", linear(8192, 8), {
@@ -51,12 +51,6 @@ GATES = [
         "sm_90": Budget(107, "HGMMA", units=8, wide=33, blocks=2),
         "sm_100": Budget(104, "UTCHMMA", units=8, wide=41, blocks=3),
         "gfx942": Budget(33, "v_mfma", units=16, wide=15, blocks=3),
-    }),
-    on_chips("forward, bf16, r=16, on the library's product", "forward_kernel", linear(8192, 16, form="vendor"), {
-        "sm_80 sm_86 sm_89 sm_120": Budget(9.3, "HMMA", units=16, wide=13, blocks=5),
-        "sm_90": Budget(71, "HGMMA", units=2, wide=13, blocks=6),
-        "sm_100": Budget(95, "UTCHMMA", units=2, wide=13, blocks=4),
-        "gfx942": Budget(45, "v_mfma", units=4, wide=5, blocks=8),
     }),
     on_chips("forward, bf16, r=16, group", "forward_kernel", group(8192, 16), {
         "sm_80 sm_86 sm_89": Budget(3.6, "HMMA", units=64, wide=99),
@@ -282,6 +276,35 @@ GATES = [
     on_chips("outer, fp32, r=16", "outer_kernel", linear(8192, 16, F32), {
         "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120": Budget(7.6, units=4, wide=2, blocks=10),
         "gfx942": Budget(45, "v_mfma", units=4, wide=1, blocks=8, copies=2),
+    }),
+    on_chips("shrink, bf16, r=16, dropped base", "shrink_kernel", DROPPED, {
+        "sm_80 sm_86 sm_89 sm_120": Budget(89, "HMMA", units=8, wide=15, blocks=3),
+        "sm_90": Budget(172, "HGMMA", units=4, wide=15, blocks=4),
+        "sm_100": Budget(322, "UTCHMMA", units=4, wide=20, blocks=3),
+        "gfx942": Budget(116, "v_mfma", units=4, wide=6, blocks=4),
+    }),
+    on_chips("both sides, bf16, r=16, dropped base", "both_sides_kernel", DROPPED, {
+        "sm_80 sm_86 sm_89 sm_120": Budget(10.7, "HMMA", units=80, wide=10),
+        "sm_90 sm_100": Budget(11.6, "HMMA", units=64, wide=14),
+        "gfx942": Budget(45, "v_mfma", units=32, wide=1),
+    }),
+    on_chips("expand, bf16, r=16", "expand_kernel", linear(64, 16, form="addmm"), {
+        "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120": Budget(10.5, "HMMA", units=16, wide=6, blocks=4),
+        "gfx942": Budget(45, "v_mfma", units=4, wide=3, blocks=7),
+    }),
+    on_chips("expand, bf16, r=16, dropped base", "expand_kernel", DROPPED, {
+        "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120": Budget(11, "HMMA", units=16, wide=10, blocks=3),
+        "gfx942": Budget(45, "v_mfma", units=4, wide=9, blocks=5),
+    }),
+    on_chips("expand, bf16, r=16, back, dropped base", "expand_kernel", DROPPED, {
+        "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120": Budget(10.8, "HMMA", units=16, wide=10, blocks=3),
+        "gfx942": Budget(47, "v_mfma", units=4, wide=5, blocks=7),
+    }, last=True),
+    on_chips("expand, fp16, r=64, float32 adapters", "expand_kernel", linear(64, 64, F16, form="addmm", adapters=F32), {
+        "sm_80 sm_86 sm_89 sm_120": Budget(15, "HMMA", units=24, wide=6),
+        "sm_90": Budget(75, "HGMMA", units=5, wide=6),
+        "sm_100": Budget(106, "UTCHMMA", units=3, wide=6, blocks=2),
+        "gfx942": Budget(36.5, "v_mfma", units=6, wide=2, blocks=3),
     }),
     on_chips("rest of gradients, bf16, r=16, gain", "rest_of_gradients_kernel", linear(8192, 16, gain=True, dx=False), {
         "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120": Budget(12.3, units=8, wide=52, blocks=9),

@@ -1,6 +1,7 @@
 """warm_up on simulated kernels: what is called later is compiled by then, and the model is left as it was."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from lora_kernels import explain, fuse, use_backend, warm_up
 from lora_kernels.nn import DoRALinear, GroupedLinear, LoRAEmbedding, LoRALinear
+from lora_kernels.ops import tuning
 from lora_kernels.testing.triton_ptx import _compiled
 
 compiled = pytest.fixture(lambda: lambda: _compiled.cache_info().misses)
@@ -132,3 +134,24 @@ def test_bad_input(arguments, error, message):
 def test_bad_dtype():
     with pytest.raises(TypeError, match=r"^warm_up: dtype must be .*, found torch.int64"):
         warm_up(nn.Identity(), 3, dtype=torch.int64)
+
+
+def test_what_a_model_calls_is_timed(monkeypatch):
+    """Each way that its layers are called, forward and backward, those of the most rows first."""
+    timed = []
+    monkeypatch.setattr(tuning, "tune", lambda problems, device, seconds: timed.append((problems, device, seconds)))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        with use_backend("triton", simulate=True):
+            warm_up(Block(), [3, 70], tune=True, seconds=20)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    ((problems, device, seconds),) = timed
+    assert device == torch.device("cpu") and seconds == 20
+    assert [p.m for p in problems] == sorted((p.m for p in problems), reverse=True)
+    kinds = {(p.direction, p.m, p.k, p.n, p.r, p.flags) for p in problems}
+    dropped = ("gain", "drop_base", "dropout")
+    for direction, m in itertools.product(("forward", "backward"), (3, 70)):
+        assert (direction, m, 24, (16, 8), (4, 4), dropped) in kinds
+        assert (direction, m, 8, (24,), (4,), ("dropout",)) in kinds and (direction, m, 24, (8,), (4,), dropped) in kinds

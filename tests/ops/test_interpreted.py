@@ -97,7 +97,7 @@ def form_of(draw, gain, dropout, semantics, rank):
     drop_base = gain and dropout > 0 and semantics == "peft"
     able = [None, "two launches"]
     able += [] if drop_base or rank > 64 else ["one pass"]
-    able += [] if drop_base or gain else ["vendor"]
+    able += [] if drop_base or gain else ["addmm"]
     return draw(st.sampled_from(able))
 
 
@@ -108,10 +108,10 @@ def check_linear(draw):
                            dropout_semantics=semantics, **given)  # fmt: skip
     arch, form = draw(st.sampled_from([80, 90])), form_of(draw, given["gain"], given["dropout"], semantics, rank)
     # torch's own product on a CPU with AMX takes in the NaN that lie between the rows
-    problem = in_layouts(draw, problem, LAYOUTS[:2] if form == "vendor" else LAYOUTS)
-    with interpreted(arch), forced(form) if form else nullcontext(), deterministic(form != "vendor"):
+    problem = in_layouts(draw, problem, LAYOUTS[:2] if form == "addmm" else LAYOUTS)
+    with interpreted(arch), forced(form) if form else nullcontext(), deterministic(form != "addmm"):
         results = assert_problem(problem)
-    _, others = twice(lambda: run(problem), arch, form, exactly=form != "vendor")
+    _, others = twice(lambda: run(problem), arch, form, exactly=form != "addmm")
     assert all(same(results, other) for other in others)
 
 
@@ -125,7 +125,7 @@ def test_ranks(rank, dtype, kind):
         assert_problem(make_problem(5, 37, 29, rank, dtype, kind, gain=True, bias=True))
 
 
-@pytest.mark.parametrize("form", ["one pass", "two launches", "vendor"])
+@pytest.mark.parametrize("form", ["one pass", "two launches", "addmm"])
 @pytest.mark.parametrize(("dtype", "kind"), [(BF16, BF16), (F32, F32)], ids=str)
 def test_a_shared_depth(dtype, kind, form):
     """Few rows: several programs share a tile's depth, and the last of them to come adds up, whichever it is."""

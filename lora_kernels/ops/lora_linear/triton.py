@@ -1,7 +1,8 @@
 """Triton: what is launched for lora_linear and for a group of layers that share x, of which one layer is the smallest.
 
 Forward: h = s·drop(x) Aᵀ (ops/thin.py), then triton_forward.py. Backward: P = s·(dy ⊙ gain) B, dB and the sums of dy from one
-read of dy; dA from one read of x (both ops/thin.py); then dx, and all that is left to add up, in triton_backward.py.
+read of dy; dA from one read of x (both ops/thin.py); then dx, and all that is left to add up, in triton_backward.py. For many
+tokens y and dx are the library's GEMM with triton_expand.py beside it (library.py), until a GPU has shown that ours is faster.
 In bfloat16 dy ⊙ gain is rounded before its product with W, which makes the error of dx 1.4 times that of rounding it alone.
 """
 
@@ -14,14 +15,17 @@ from lora_kernels.ops import cost
 from lora_kernels.ops.chips import chip
 from lora_kernels.ops.dispatch import Problem, plan
 from lora_kernels.ops.gradients import empty_like
-from lora_kernels.ops.launch import architecture, ceil, launch, multiprocessors, power, refuse_triton, tickets
+from lora_kernels.ops.launch import architecture, ceil, gpu, launch, multiprocessors, power, refuse_triton, tickets
+from lora_kernels.ops.lora_linear import library
 from lora_kernels.ops.lora_linear.loop import drops_base, keeps_z, refuse_each
 from lora_kernels.ops.lora_linear.triton_backward import input_gradient_kernel, rest_of_gradients_kernel
+from lora_kernels.ops.lora_linear.triton_expand import expand
 from lora_kernels.ops.lora_linear.triton_forward import forward_kernel
 from lora_kernels.ops.maps import box, boxes, take
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements, note
-from lora_kernels.ops.thin import Side, Sums, both_sides, drawn, inverse, outer, precision, shrink, strides
+from lora_kernels.ops.thin import Side, both_sides, drawn, inverse, outer, precision, shrink, strides
+from lora_kernels.ops.triton_sums import Sums, totals
 
 COLUMNS = 64  # whose gain one program looks at
 
@@ -109,16 +113,18 @@ def planned(direction, x, layers):
     p = plan(Problem(
         direction, *x.shape, _of(layers, "n"), _of(layers, "r"), x.dtype, any(layer.gain is not None for layer in layers),
         any(layer.drop_base for layer in layers), any(layer.drop[1] is not None for layer in layers), precision(x) == "tf32",
-    ), architecture(x), deterministic, multiprocessors(x))  # fmt: skip
+    ), architecture(x), deterministic, multiprocessors(x), gpu=gpu(x))  # fmt: skip
     note(p)
     return p.winner, deterministic
 
 
 def _forward(x, layers, keep):
-    """The y, the h [m, r] if kept and the z if kept of each layer: two launches, or one, or three with the library's GEMM."""
-    m, k = x.shape
+    """The y, the h [m, r] if kept and the z if kept of each layer: two launches, or one, or those around the library's GEMM."""
     form, deterministic = planned("forward", x, layers)
-    one_pass, made = form == "one pass", form == "vendor"
+    if form == cost.LIBRARY:
+        return _forward_by_library(x, layers, keep)
+    m, k = x.shape
+    one_pass = form == "one pass"
     none = (None,) * len(layers)
     ys = tuple(x.new_empty(m, layer.n) for layer in layers)
     zs = tuple(torch.empty_like(y) if layer.keep_z else None for y, layer in zip(ys, layers, strict=True))
@@ -126,18 +132,15 @@ def _forward(x, layers, keep):
     hs = none if one_pass else shrink(x, *given, early=True, fixed=deterministic)
     in_one_part = not one_pass and len(hs[0]) == 1
     wholes = tuple(x.new_empty(m, layer.r, dtype=torch.float32) if keep and not in_one_part else None for layer in layers)
-    for y, layer in zip(ys, layers, strict=True):
-        if made:
-            torch.mm(x, layer.w.T, out=y)
     two_sums = any(layer.drop_base for layer in layers)
     drops = [layer.drop if one_pass or layer.drop_base else (0.0, None) for layer in layers]
-    bm, bn, bk, warps, stages = tiles(x, max(m, 64) if deterministic else m, two_sums or made)
+    bm, bn, bk, warps, stages = tiles(x, max(m, 64) if deterministic else m, two_sums)
     count = ceil(m, bm) * sum(ceil(layer.n, bn) for layer in layers)
     br = power(max(_of(layers, "r")), most=64 if one_pass else 16)
-    splits = 1 if made or deterministic or two_sums or m > 64 else cost.splits(count, k)
+    splits = 1 if deterministic or two_sums or m > 64 else cost.splits(count, k)
     scratch = x.new_empty(count * splits * bm * (bn + br), dtype=torch.float32) if splits > 1 else None
     ticket = tickets(x.device, count) if splits > 1 else None
-    waits = not one_pass and not made and architecture(x) >= 90  # what stands in y already is read before the wait
+    waits = not one_pass and architecture(x) >= 90
     ws = _of(layers, "w")
     # of a group on sm_100 ptxas would spill
     by_maps = form == "two launches" and not two_sums and take([x], ws) and (len(ws) == 1 or architecture(x) // 10 != 10)
@@ -149,14 +152,25 @@ def _forward(x, layers, keep):
         "inverses": tuple(inverse(*drop) for drop in drops), "scales": tuple(float(layer.scale) for layer in layers),
         "m": m, "ns": _of(layers, "n"), "k": k, "rs": _of(layers, "r"), "parts": 1 if one_pass else len(hs[0]),
         "x0": x.stride(0), "x1": x.stride(1), **strides("w", ws), **strides("a", _of(layers, "a")),
-        **strides("b", _of(layers, "b")), "MADE": made, "SPLITS": splits, "WAITS": waits,
+        **strides("b", _of(layers, "b")), "SPLITS": splits, "WAITS": waits,
         "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk, "BR": br,
         **_order(x, bm, bn, k, sum(ceil(layer.n, bn) for layer in layers)),
     }  # fmt: skip
-    fills = [t for t in (*(() if made else ys), *zs, *wholes, scratch) if t is not None]
-    changes = [*(ys if made else ()), *([] if ticket is None else [ticket])]
+    fills = [t for t in (*ys, *zs, *wholes, scratch) if t is not None]
+    changes = [] if ticket is None else [ticket]
     launch(forward_kernel, (count, splits), args, fills, changes=changes, warps=warps, stages=stages, early=waits)
     return ys, tuple(h[0] for h in hs) if keep and in_one_part else wholes, zs
+
+
+def _forward_by_library(x, layers, keep):
+    ys = tuple(x.new_empty(len(x), layer.n) for layer in layers)
+    zs = tuple(torch.empty_like(y) if layer.keep_z else None for y, layer in zip(ys, layers, strict=True))
+    dropped = [x.new_empty(x.shape) if layer.drop_base else None for layer in layers]
+    hs = shrink(x, *(_of(layers, name) for name in ("a", "scale", "drop")), dropped=dropped, fixed=False)
+    if keep and len(hs[0]) > 1:
+        hs = totals(hs)
+    library.forward(expand, x, dropped, layers, hs, ys, zs)
+    return ys, tuple(h[0] if keep else None for h in hs), zs
 
 
 def _order(x, rows, columns, depth, across):
@@ -167,12 +181,14 @@ def _order(x, rows, columns, depth, across):
 
 
 def _backward(x, dys, layers, hs, ys, zs, needs_dx, needs):
-    """dx, and da, db, dbias and dgain of each layer; three launches."""
+    """dx, and da, db, dbias and dgain of each layer; three launches, or those around the library's GEMM."""
     sides, sums, grads, dgains = [], Sums(), [], []
+    by_library = needs_dx and planned("backward", x, layers)[0] == cost.LIBRARY
     for dy, layer, h, y, z, (da, db, dbias, dgain) in zip(dys, layers, hs, ys, zs, needs, strict=True):
         sides.append(Side(
             dy, layer.r, v=layer.b if needs_dx or da else None, gain=layer.gain, h=h if db else None,
-            times=(y if z is None else z) if dgain else None, scale=float(layer.scale), sums=dbias,
+            times=(y if z is None else z) if dgain else None, scale=float(layer.scale), sums=dbias, less=layer.drop_base,
+            scaled=x.new_empty(dy.shape) if by_library and layer.gain is not None else None,
         ))  # fmt: skip
     if any(side.v is not None or side.h is not None or side.sums or side.times is not None for side in sides):
         both_sides(sides)
@@ -200,12 +216,14 @@ def _backward(x, dys, layers, hs, ys, zs, needs_dx, needs):
         grads.append((da, db, dbias, dgain))
         dgains.append(dgain if from_y else None)
     dx = x.new_empty(x.shape) if needs_dx else None
-    _last(x, dys, layers, hs, ps, dgains, sums, dx)
+    if by_library:
+        library.input_gradient(expand, dys, [side.scaled for side in sides], layers, ps, dx)
+    _last(x, dys, layers, hs, ps, dgains, sums, None if by_library else dx)
     return dx, grads
 
 
 def _last(x, dys, layers, hs, ps, dgains, sums, dx):
-    """The launch that makes dx, if it is wanted, and adds up."""
+    """The launch that makes dx, unless that is there or not wanted, and adds up."""
     m, k = x.shape
     jobs = sums.args()
     jobs["sizes"], jobs["ranks"] = jobs.pop("ns"), jobs.pop("rs")
@@ -222,10 +240,7 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
         if blocks:
             launch(rest_of_gradients_kernel, (blocks,), args, sums.made())
         return
-    form, deterministic = planned("backward", x, layers)
-    made = form == "vendor"
-    if made:
-        torch.mm(dys[0], layers[0].w, out=dx)
+    deterministic = torch.are_deterministic_algorithms_enabled()
     drops = [layer.drop for layer in layers]
     dtype, gains, two_sums = x.dtype, any(layer.gain is not None for layer in layers), any(layer.drop_base for layer in layers)
     tall = max(m, 64) if deterministic else m
@@ -238,18 +253,17 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
         bm = power(tall, most=32 if two_sums or architecture(x) >= 120 else 64)
         bk, bn, warps, stages = 64, 32, 8 if bm == 64 else 4, 2
     # little is to be had in boxes of 32 columns (sm_120) and where dy ⊙ gain goes through registers
-    by_maps = not made and not gains and bn == 64 and take(dys, args["ws"])
+    by_maps = not gains and bn == 64 and take(dys, args["ws"])
     args |= {
         **boxes("map_d", args["dys"] if by_maps else (), bm, bn), **boxes("map_w", args["ws"] if by_maps else (), bn, bk),
         "ps": tuple(ps), "as_": _of(layers, "a"), "dx": dx, **drawn(drops), "inverses": tuple(inverse(*drop) for drop in drops),
         "counts_p": tuple(map(len, ps)), **strides("a", _of(layers, "a")),
-        "DROP_BASES": tuple(int(layer.drop_base) for layer in layers), "MADE": made, "PRECISION": precision(x),
+        "DROP_BASES": tuple(int(layer.drop_base) for layer in layers), "PRECISION": precision(x),
         "BM": bm, "BN": bn, "BK": bk, "BR": 16,
         **_order(x, bm, bk, sum(_of(layers, "n")), ceil(k, bk)),
     }  # fmt: skip
     grid = (ceil(m, bm) * ceil(k, bk) + blocks,)
-    fills, changes = ([], [dx]) if made else ([dx], [])
-    launch(input_gradient_kernel, grid, args, [*fills, *sums.made()], changes=changes, warps=warps, stages=stages)
+    launch(input_gradient_kernel, grid, args, [dx, *sums.made()], warps=warps, stages=stages)
 
 
 def _layers(w, a, b, scale, bias, gain, dropout, seed, drop_base, keep_z=False):

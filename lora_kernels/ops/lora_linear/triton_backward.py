@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.lora_linear.triton_forward import adapter, place
-from lora_kernels.ops.thin import add_up, kept, load_tile, product
+from lora_kernels.ops.thin import kept, load_tile, product
+from lora_kernels.ops.triton_sums import add_up
 
 
 @triton.jit
@@ -93,12 +94,12 @@ def input_gradient_kernel(
     ps, as_, dx, map_d0, map_d1, map_d2, map_w0, map_w1, map_w2, lows, highs, limits, inverses, counts_p, a0s, a1s,
     parts, gains, divisors, outs, factors, counts, sizes, ranks, dys, x, ws, hs, bs, dy_gains, dgains, m, ns, k, rs,
     d0s, d1s, x0, x1, w0s, w1s, b0s, b1s,
-    DROP_BASES: tl.constexpr, MADE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    DROP_BASES: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     SLAB: tl.constexpr,
 ):  # fmt: skip
-    """dx = Σ (dy ⊙ gain) w + drop(p a); with DROP_BASES[g]: dy w + drop((dy ⊙ (gain - 1)) w + p a). MADE: dy w stands in dx
-    already. The programs after those of the tiles do `rest_of_gradients`. The maps: of each dy and w (ops/maps.py)."""
+    """dx = Σ (dy ⊙ gain) w + drop(p a); with DROP_BASES[g]: dy w + drop((dy ⊙ (gain - 1)) w + p a). The programs after those of
+    the tiles do `rest_of_gradients`. The maps: of each dy and w (ops/maps.py)."""
     maps_d, maps_w = (map_d0, map_d1, map_d2), (map_w0, map_w1, map_w2)
     down, across = tl.cdiv(m, BM), tl.cdiv(k, BK)
     if tl.program_id(0) >= down * across:
@@ -111,8 +112,6 @@ def input_gradient_kernel(
         rows, columns = row.to(tl.int64) * BM + tl.arange(0, BM), column.to(tl.int64) * BK + tl.arange(0, BK)
         at, inside = dx + rows[:, None] * k + columns[None, :], (rows < m)[:, None] & (columns < k)[None, :]
         sums = tl.zeros((BM, BK), tl.float32)
-        if MADE:
-            sums += tl.load(at, mask=inside, other=0.0).to(tl.float32)
         for g in tl.static_range(len(dys)):
             term = tl.zeros((BM, BK), tl.float32)
             map_d, map_w = None if map_d0 is None else maps_d[g], None if map_d0 is None else maps_w[g]
@@ -121,7 +120,7 @@ def input_gradient_kernel(
                     dys[g], ws[g], dy_gains[g], map_d, map_w, row, column, term, sums, rows, columns, m, ns[g], k, d0s[g],
                     d1s[g], w0s[g], w1s[g], 1, PRECISION, BM, BN, BK,
                 )  # fmt: skip
-            elif not MADE:
+            else:
                 sums, term = over_outputs(
                     dys[g], ws[g], dy_gains[g], map_d, map_w, row, column, sums, term, rows, columns, m, ns[g], k, d0s[g],
                     d1s[g], w0s[g], w1s[g], 0, PRECISION, BM, BN, BK,

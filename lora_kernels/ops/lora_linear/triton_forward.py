@@ -1,8 +1,7 @@
-"""Triton: y = gain ⊙ (x Wᵀ + h Bᵀ) + bias for layers that share x. Where h comes from, and the base product, is a choice:
+"""Triton: y = gain ⊙ (x Wᵀ + h Bᵀ) + bias for layers that share x. Where h comes from is a choice:
 
 h [parts, m, r] is made by a launch before (two launches), or in this one from the tiles of x that it reads (one pass). The
-base product is taken here, or stands in y already (vendor). The adapter's product is taken after the loop over the depth, on
-the same float32 sums, so y is rounded once; but for vendor, where it was rounded before.
+adapter's product is taken after the loop over the depth, on the same float32 sums, so y is rounded once.
 """
 
 import triton
@@ -138,14 +137,14 @@ def together(
 def forward_kernel(
     x, ws, as_, hs, bs, biases, gains, ys, zs, wholes, scratch, ticket, map_x, map_w0, map_w1, map_w2, lows, highs, limits,
     inverses, scales, m, ns, k, rs, parts, x0, x1, w0s, w1s, a0s, a1s, b0s, b1s,
-    MADE: tl.constexpr, SPLITS: tl.constexpr, WAITS: tl.constexpr,
+    SPLITS: tl.constexpr, WAITS: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     SLAB: tl.constexpr,
 ):  # fmt: skip
     """ys[g] = gain ⊙ z + bias, z = x wᵀ + h bᵀ, for each layer; h is in hs[g], or made here with as_[g].
 
-    With a seed and no as_[g] the base is dropped, too: gain ⊙ z + (x - drop(x)) wᵀ + bias. MADE: x wᵀ stands in y already.
-    SPLITS: as many programs share a tile's depth. WAITS: h is being made meanwhile. The maps: of x and of each w (ops/maps.py).
+    With a seed and no as_[g] the base is dropped, too: gain ⊙ z + (x - drop(x)) wᵀ + bias. SPLITS: as many programs share a
+    tile's depth. WAITS: h is being made meanwhile. The maps: of x and of each w (ops/maps.py).
     """
     maps = (map_w0, map_w1, map_w2)
     down, across = tl.cdiv(m, BM), 0
@@ -159,19 +158,13 @@ def forward_kernel(
         if column >= 0 and column < blocks:
             columns = column.to(tl.int64) * BN + tl.arange(0, BN)
             last = True
-            if MADE:
-                at = ys[g] + rows[:, None] * ns[g] + columns[None, :]
-                inside = (rows < m)[:, None] & (columns < ns[g])[None, :]
-                sums = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-                dropped, thin = sums, tl.zeros((BM, BR), tl.float32)
-            else:
-                each = tl.cdiv(tl.cdiv(k, BK), SPLITS) * BK
-                begin = tl.program_id(1) * each
-                sums, dropped, thin = along(
-                    x, ws[g], as_[g], map_x, None if map_x is None else maps[g], row, column, rows, columns, begin,
-                    min(k, begin + each), lows[g], highs[g], limits[g], m, ns[g], k, rs[g], x0, x1, w0s[g], w1s[g], a0s[g],
-                    a1s[g], PRECISION, BM, BN, BK, BR,
-                )  # fmt: skip
+            each = tl.cdiv(tl.cdiv(k, BK), SPLITS) * BK
+            begin = tl.program_id(1) * each
+            sums, dropped, thin = along(
+                x, ws[g], as_[g], map_x, None if map_x is None else maps[g], row, column, rows, columns, begin,
+                min(k, begin + each), lows[g], highs[g], limits[g], m, ns[g], k, rs[g], x0, x1, w0s[g], w1s[g], a0s[g], a1s[g],
+                PRECISION, BM, BN, BK, BR,
+            )  # fmt: skip
             if WAITS:
                 tl.extra.cuda.gdc_wait()
             if SPLITS > 1:

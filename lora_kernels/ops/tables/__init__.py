@@ -1,22 +1,31 @@
 """One JSON file an architecture: which share of its peaks our kernels reach, and what was measured to be the fastest.
 
-Until `python -m bench.tune` fills a file on a GPU, its figures are predictions ("measured": false): a vendor's GEMM by
-published measurements (0.67 of the peak on the H100, 0.82 on the A100; elsewhere a guess), ours at 0.90 to 0.95 of that;
-CUDA C++ by mma.sync at 0.9 of ours in Triton, which uses wgmma on sm_90 and tcgen05 on sm_100: there at 0.55 and 0.2 of it.
+Until `python -m bench.tune` fills a file on a GPU, its figures are predictions ("measured": false), at the pessimistic end of
+what was published: the library's GEMM at 0.67 of the peak on the H100 and 0.82 on the A100; ours at 0.51 of that on sm_90
+(370 of 722 TFLOP/s in triton-lang/triton#2339, a GEMM by wgmma without specialised warps) and, by the same lack, on sm_100; at
+0.68 on sm_86, 89 and 120 (75 of 110 TFLOP/s in triton-lang/triton#319, an RTX 3090), and at 0.9 on sm_80. CUDA C++ by mma.sync
+at 0.9 of ours where Triton uses it, too; on sm_90 at 0.45 of the library, on sm_100 at a fifth. They decide for few rows alone.
 """
 
 import json
 import math
+import os
+import re
+import sys
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from lora_kernels._version import __version__
 from lora_kernels.ops.chips import nearest
 
 FOLDER = str(Path(__file__).parent)
 SIZES = {"small": 64, "medium": 1024, "large": math.inf}  # the most rows of each class
-SHARES = ("fused", "vendor", "one_pass", "thin", "stream", "mma")
+SHARES = ("fused", "library", "one_pass", "thin", "stream", "mma")
 
 
 class Choice(NamedTuple):
@@ -30,6 +39,8 @@ class Choice(NamedTuple):
     r: tuple[int, ...]
     winner: str
     seconds: dict[str, float]
+    flags: tuple[str, ...] = ()
+    """Those of `cost.Problem`."""
 
 
 class Table(NamedTuple):
@@ -41,10 +52,14 @@ class Table(NamedTuple):
     measured: bool
     stamp: dict[str, Any] | None
     efficiency: dict[str, dict[str, dict[str, float]]]
-    """By kind of dtype ("half" is 16 bits, "single" the others) and class of m in SIZES. "fused", "vendor", "one_pass", "mma":
+    """By kind of dtype ("half" is 16 bits, "single" the others) and class of m in SIZES. "fused", "library", "one_pass", "mma":
     the share of the peak operations a second that such a GEMM reaches; "thin", "stream": the share of the memory's bandwidth
     that a kernel with a thin matrix and a GEMM reach."""
     choices: tuple[Choice, ...] = ()
+
+    def knows(self, dtype: str) -> bool:
+        """Whether calls of a dtype were measured on such a GPU."""
+        return self.measured and any(choice.dtype == dtype for choice in self.choices)
 
     def shares(self, half: bool, m: int) -> dict[str, float]:
         """The efficiencies for m rows."""
@@ -58,35 +73,80 @@ def table(arch: int, folder: str = FOLDER) -> Table:
     known = {int(path.stem.removeprefix("sm_")): path for path in Path(folder).glob("sm_*.json")}
     if not known:
         return table(arch)
-    found = json.loads(known[nearest(arch, known)].read_text(encoding="utf-8"))
-    choices = [Choice(**{**row, "n": tuple(row["n"]), "r": tuple(row["r"])}) for row in found.pop("choices")]
-    return Table(**found, choices=tuple(choices))
+    return _read(known[nearest(arch, known)])
+
+
+def _read(path: Path) -> Table:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = [{**row, **{name: tuple(row.get(name, ())) for name in ("n", "r", "flags")}} for row in found.pop("choices")]
+    return Table(**found, choices=tuple(Choice(**row) for row in rows))
+
+
+def place(gpu: str) -> Path:
+    """The file in the user's cache directory that holds what was measured on a GPU of that name with these versions."""
+    triton = sys.modules.get("triton")
+    names = [gpu, f"torch {torch.__version__}", f"triton {triton.__version__ if triton else 'none'}", __version__]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_kernels" / "tables"
+    return folder / (re.sub(r"[^a-z0-9.+]+", "-", " ".join(names).lower()) + ".json")
+
+
+@lru_cache
+def local(gpu: str) -> tuple[Choice, ...]:
+    """What `lora_kernels.ops.tuning` measured on this machine's GPU of that name; a file that cannot be read is none."""
+    path = place(gpu)
+    if not path.is_file():
+        return ()
+    try:
+        return _read(path).choices
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        warnings.warn(f"lora_kernels: {path} is no table ({type(error).__name__}: {error}) and is left aside", stacklevel=2)
+        return ()
+
+
+def keep(gpu: str, arch: int, found: Sequence[Choice]) -> Path:
+    """Adds choices to the user's file for a GPU, in the place of older ones of the same problems."""
+    path = place(gpu)
+    choices = tuple({(choice[:6], choice.flags): choice for choice in (*local(gpu), *found)}.values())
+    stamp = {"torch": torch.__version__, "lora_kernels": __version__}
+    _write(table(arch)._replace(arch=arch, gpu=gpu, measured=True, stamp=stamp, choices=choices), path)
+    local.cache_clear()
+    return path
 
 
 def write(made: Table, folder: str | Path) -> Path:
     """Writes sm_<arch>.json, a line for each class and each choice."""
+    path = Path(folder) / f"sm_{made.arch}.json"
+    _write(made, path)
+    table.cache_clear()
+    return path
+
+
+def _write(made: Table, path: Path) -> None:
     kinds = {kind: _lines(classes) for kind, classes in made.efficiency.items()}
     rows = [json.dumps(choice._asdict()) for choice in made.choices]
     parts = [f'"{name}": {json.dumps(getattr(made, name))}' for name in ("arch", "gpu", "measured", "stamp")]
     parts += ['"efficiency": {\n  ' + ",\n  ".join(f'"{kind}": {text}' for kind, text in kinds.items()) + "\n }"]
     parts += ['"choices": [' + ",".join(f"\n  {row}" for row in rows) + ("\n ]" if rows else "]")]
-    path = Path(folder) / f"sm_{made.arch}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{\n " + ",\n ".join(parts) + "\n}\n", encoding="utf-8")
-    table.cache_clear()
-    return path
+    # another process may read it meanwhile
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_text("{\n " + ",\n ".join(parts) + "\n}\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def _lines(classes: dict[str, dict[str, float]]) -> str:
     return "{\n   " + ",\n   ".join(f'"{name}": {json.dumps(shares)}' for name, shares in classes.items()) + "\n  }"
 
 
-def nearest_choice(choices: Sequence[Choice], direction: str, dtype: str, shape: tuple[Any, ...]) -> list[Choice]:
-    """Those measured within a factor of two of each of `shape`'s numbers (m, k, n, r), the nearest first, in log space."""
+def nearest_choice(
+    choices: Sequence[Choice], direction: str, dtype: str, shape: tuple[Any, ...], flags: tuple[str, ...] = ()
+) -> list[Choice]:
+    """Those with the same flags that were measured within a factor of two of each of `shape`'s numbers (m, k, n, r), the
+    nearest first, in log space."""
     wanted = _numbers(*shape)
     found = []
     for choice in choices:
-        if (choice.direction, choice.dtype, len(choice.n)) == (direction, dtype, len(shape[2])):
+        if (choice.direction, choice.dtype, choice.flags, len(choice.n)) == (direction, dtype, flags, len(shape[2])):
             pairs = zip(_numbers(choice.m, choice.k, choice.n, choice.r), wanted, strict=True)
             apart = [abs(math.log2(max(one, 1) / max(other, 1))) for one, other in pairs]
             if max(apart) <= 1:

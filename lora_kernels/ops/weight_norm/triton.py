@@ -11,7 +11,8 @@ from lora_kernels.ops.gradients import dtype_of
 from lora_kernels.ops.launch import architecture, ceil, launch, power, refuse_triton
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
-from lora_kernels.ops.thin import HALVES, Side, both_sides, load_tile, outer, product, shrink, total
+from lora_kernels.ops.thin import HALVES, Side, both_sides, load_tile, outer, product, shrink
+from lora_kernels.ops.triton_sums import total
 
 
 @triton.jit
