@@ -24,7 +24,6 @@ except ImportError as error:
 
 CSRC = Path(__file__).parents[2] / "csrc"
 LEAST = (8, 0)  # of the GPUs: tensor cores that know bfloat16, cp.async
-SOUND = (3, 8)  # of the Tritons on sm_90
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}  # in the names of CUDA C++ kernels
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # there, as kind
 
@@ -97,6 +96,7 @@ def tickets(device: torch.device, count: int) -> Tensor:
 
 
 _tickets: dict[tuple[torch.device, int], Tensor] = {}
+_assembled: set[tuple[int, int]] = set()  # kernels and GPUs whose ptxas is chosen
 
 
 def refuse_device(t: Tensor) -> str | None:
@@ -109,20 +109,6 @@ def refuse_device(t: Tensor) -> str | None:
     if torch.version.hip is None and capability < LEAST:
         return f"its kernels need compute capability 8.0, {torch.cuda.get_device_name(t.device)} has {capability}"
     return None
-
-
-def refuse_triton(t: Tensor) -> str | None:
-    """The same for a kernel of Triton, which is imported by then."""
-    reason = refuse_device(t)
-    if reason is None and architecture(t) // 10 == 9 and (version := _triton_version()) < SOUND:
-        found = ".".join(map(str, version))
-        return f"Triton {found} makes wrong code for sm_90: operands of wgmma change while it reads them; 3.8 does not"
-    return reason
-
-
-@lru_cache
-def _triton_version() -> tuple[int, ...]:
-    return tuple(map(int, sys.modules["triton"].__version__.split(".")[:2]))
 
 
 def launch(
@@ -148,7 +134,12 @@ def launch(
     options = {"launch_pdl": True} if early else {}
     if registers and torch.version.hip is None:
         options["maxnreg"] = registers
-    with torch.cuda.device((makes or changes)[0].device):
+    device = (makes or changes)[0].device
+    with torch.cuda.device(device):
+        if (id(kernel), device.index) not in _assembled:
+            _assembled.add((id(kernel), device.index))
+            choose = import_module("lora_kernels.ops.triton_compiler").choose_assembler
+            choose(kernel, device.index, architecture((makes or changes)[0]))
         kernel[grid](**args, num_warps=warps, num_stages=stages, **options)
 
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: tiles, products, the mask of dropout, and products of a big matrix with thin ones.
+"""What the Triton kernels share: tiles, products, and products of a big matrix with thin ones.
 
 Sums are float32 in a fixed order; there are no atomics on them. Offsets are 64 bits. What several programs add to is kept in
 parts, which whoever reads them adds up in their order. Kernels take tuples where several layers share a tensor.
@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.dropout import threshold
 from lora_kernels.ops.launch import architecture, ceil, launch, power
+from lora_kernels.ops.triton_compiler import sound
+from lora_kernels.ops.triton_dropout import drawn, inverse, kept
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -52,23 +53,6 @@ def rest(v):
     """What bfloat16 leaves of float32; nothing of an infinity."""
     high = v.to(tl.bfloat16).to(tl.float32)
     return tl.where(tl.abs(high) == float("inf"), 0.0, v - high).to(tl.bfloat16)
-
-
-@triton.jit
-def kept(low, high, rows, first, limit, BM: tl.constexpr, BK: tl.constexpr):
-    """Whether dropout keeps elements `first` and on of these rows, [BM, BK]: ops/dropout.py's Philox, a word an element.
-
-    The seed is what `low` points to, or its halves are in `low` and `high` as `drawn` packs them.
-    """
-    if low.dtype.is_ptr():
-        seed = tl.load(low)
-    else:
-        seed = ((high >> 1) << 32) | ((low >> 1) & 0xFFFFFFFF)
-    group = (first // 4 + tl.arange(0, BK // 4)).to(tl.uint32)[None, :] + tl.zeros((BM, 1), tl.uint32)
-    near, far = rows.to(tl.uint32)[:, None] + 0 * group, (rows >> 32).to(tl.uint32)[:, None] + 0 * group
-    w0, w1, w2, w3 = tl.philox(seed, group, near, far, 0 * group)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BM, BK))
-    return words.to(tl.int64) >= limit
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -211,29 +195,6 @@ def precision(t):
     return "tf32" if t.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def odd(word):
-    """A word as an argument: always 64 bits and odd, since Triton compiles anew for a narrow one and for a multiple of 16."""
-    return 2**33 + 2 * (word & 0xFFFFFFFF) + 1
-
-
-def drawn(drops):
-    """The arguments `lows`, `highs`, `limits` of a kernel, for a (dropout, seed) of each layer. A seed on the CPU is passed by
-    value: no copy to the device."""
-    lows, highs, limits = [], [], []
-    for dropout, seed in drops:
-        drops_any = seed is not None and dropout > 0
-        by_value = drops_any and seed.is_cpu
-        number = int(seed) if by_value else 0
-        lows.append(odd(number) if by_value else seed if drops_any else None)
-        highs.append(odd(number >> 32) if by_value else None)
-        limits.append(threshold(dropout) if drops_any else 0)
-    return {"lows": tuple(lows), "highs": tuple(highs), "limits": tuple(limits)}
-
-
-def inverse(dropout, seed):
-    return 1.0 / (1.0 - dropout) if seed is not None and dropout > 0 else 1.0
-
-
 def strides(name, tensors):
     """The arguments `u0s` and `u1s` for tensors called u, where there is one."""
     return {f"{name}{i}s": tuple(0 if t is None else t.stride(i) for t in tensors) for i in (0, 1)}
@@ -260,7 +221,9 @@ def shrink(u, vs, scales, drops=None, *, dropped=None, exact=False, early=False,
         split *= 2  # there are programs enough, and each part is written and read
     parts = max(1, ceil(k, split))
     # with 3, ptxas spills a few registers there to fit more blocks
-    stages = 2 if tile["BR"] == 32 and not (architecture(u) >= 120 and any(seed is not None for _, seed in drops)) else 3
+    drawing = any(seed is not None for _, seed in drops)
+    stages = 2 if tile["BR"] == 32 and not (architecture(u) >= 120 and drawing) else 3
+    warps, stages = sound(u, vs, how(u, exact), bm, 4, stages, changed=drawing, narrow=True)
     outs = tuple(u.new_empty(parts, m, r, dtype=torch.float32) for r in ranks)
     dropped = tuple(dropped or [None] * len(vs))
     args = {
@@ -270,7 +233,7 @@ def shrink(u, vs, scales, drops=None, *, dropped=None, exact=False, early=False,
         "EARLY": early and architecture(u) >= 90,
     }  # fmt: skip
     makes = [*outs, *(t for t in dropped if t is not None)]
-    launch(shrink_kernel, (ceil(m, tile["BM"]), ceil(max(ranks), tile["BR"]), parts), args, makes, stages=stages)
+    launch(shrink_kernel, (ceil(m, tile["BM"]), ceil(max(ranks), tile["BR"]), parts), args, makes, warps=warps, stages=stages)
     return outs
 
 
@@ -314,7 +277,8 @@ def both_sides(sides, *, exact=False):
         args |= strides(name, fields[one])
     made = [t for s, n in zip(sides, ns, strict=True) if n for t in (s.p, s.part, s.of_u, s.of_uv, s.scaled) if t is not None]
     grid = (ceil(max(s.r for s in sides), br), sum(blocks), parts)
-    launch(both_sides_kernel, grid, args, made, warps=4 if wide else 8, stages=2)
+    warps, stages = sound(first, [s.h for s in sides], how(first, exact), bn, 4 if wide else 8, 2)
+    launch(both_sides_kernel, grid, args, made, warps=warps, stages=stages)
 
 
 def outer(u, ps, drops=None, *, keep=False, exact=False):
@@ -335,7 +299,9 @@ def outer(u, ps, drops=None, *, keep=False, exact=False):
         "ROWS": rows, "PRECISION": how(u, exact), "BM": bm, "BN": bn, "BR": br,
     }  # fmt: skip
     made = [t for t in (*parts, *wholes) if t is not None]
-    launch(outer_kernel, (ceil(max(ranks), br), ceil(n, bn), ceil(m, rows)), args, made, warps=4 if wide else 8, stages=2)
+    drawing = any(seed is not None for _, seed in drops or [])
+    warps, stages = sound(u, ps, how(u, exact), bn, 4 if wide else 8, 2, changed=drawing)
+    launch(outer_kernel, (ceil(max(ranks), br), ceil(n, bn), ceil(m, rows)), args, made, warps=warps, stages=stages)
     return parts, wholes
 
 

@@ -4,11 +4,12 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.launch import ceil, launch, power, refuse_triton
+from lora_kernels.ops.launch import ceil, launch, power, refuse_device
 from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.thin import HALVES, load_tile, precision, product
+from lora_kernels.ops.triton_compiler import sound
 from lora_kernels.ops.weight_norm import dora_gain, weight_norm
 
 ROWS, RANKS = 64, 64  # up to which one launch does all
@@ -49,7 +50,7 @@ def dora_kernel(
 
 def refusal(x, w, a, b, scale, bias, magnitude):
     tensors = {"x": x, "w": w, "a": a, "b": b, "bias": bias, "magnitude": magnitude}
-    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_triton(x)
+    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(x)
 
 
 @implements("dora_linear", "triton", refusal)
@@ -68,5 +69,7 @@ def forward(x, w, a, b, scale, bias, magnitude):
         "b0": b.stride(0), "b1": b.stride(1), "PRECISION": precision(x), "OF_B_A": "half" if a.dtype in HALVES else "bf16x6",
         **tile,
     }  # fmt: skip
-    launch(dora_kernel, (ceil(n, tile["BN"]),), args, [y, norm], stages=3)
+    rows = max(tile["BM"], tile["BK"])  # of x, and of Aᵀ in B A
+    warps, stages = sound(x, [a], precision(x), rows, 4, 3, narrow=True)
+    launch(dora_kernel, (ceil(n, tile["BN"]),), args, [y, norm], warps=warps, stages=stages)
     return y, norm

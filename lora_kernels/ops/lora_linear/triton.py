@@ -15,7 +15,7 @@ from lora_kernels.ops import cost
 from lora_kernels.ops.chips import chip
 from lora_kernels.ops.dispatch import Problem, plan
 from lora_kernels.ops.gradients import empty_like
-from lora_kernels.ops.launch import architecture, ceil, gpu, launch, multiprocessors, power, refuse_triton, tickets
+from lora_kernels.ops.launch import architecture, ceil, gpu, launch, multiprocessors, power, refuse_device, tickets
 from lora_kernels.ops.lora_linear import library
 from lora_kernels.ops.lora_linear.loop import drops_base, keeps_z, refuse_each
 from lora_kernels.ops.lora_linear.triton_backward import input_gradient_kernel, rest_of_gradients_kernel
@@ -24,7 +24,9 @@ from lora_kernels.ops.lora_linear.triton_forward import forward_kernel
 from lora_kernels.ops.maps import box, boxes, take
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements, note
-from lora_kernels.ops.thin import Side, both_sides, drawn, inverse, outer, precision, shrink, strides
+from lora_kernels.ops.thin import Side, both_sides, outer, precision, shrink, strides
+from lora_kernels.ops.triton_compiler import sound
+from lora_kernels.ops.triton_dropout import drawn, inverse
 from lora_kernels.ops.triton_sums import Sums, totals
 
 COLUMNS = 64  # whose gain one program looks at
@@ -55,7 +57,7 @@ class Layer:
 
 def refusal(x, w, a, b, scale, bias, gain, *_):
     tensors = {"x": x, "w": w, "a": a, "b": b, "bias": bias, "gain": gain}
-    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_triton(x)
+    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(x)
 
 
 def backward_refusal(dy, *args):
@@ -107,6 +109,11 @@ def tiles(x, m, two_sums):
     return (power(m, most=64), 64, 64, 4, stages) if two_sums or m <= 64 else (128, 128, 64, 8, stages)
 
 
+def _narrow(m, two_sums):
+    """Whether a tile may be two warps': not where rows must have the bits that they have among many, nor with two sums."""
+    return m <= 64 and not two_sums and not torch.are_deterministic_algorithms_enabled()
+
+
 def planned(direction, x, layers):
     """Which candidate of `dispatch` runs, and whether rows must have the same bits however many there are."""
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -144,6 +151,10 @@ def _forward(x, layers, keep):
     ws = _of(layers, "w")
     # of a group on sm_100 ptxas would spill
     by_maps = form == "two launches" and not two_sums and take([x], ws) and (len(ws) == 1 or architecture(x) // 10 != 10)
+    warps, stages = sound(
+        x, _of(layers, "a") if one_pass else ws, precision(x), bm, warps, stages, mapped=by_maps,
+        changed=any(seed is not None for _, seed in drops), narrow=_narrow(m, two_sums),
+    )  # fmt: skip
     args = {
         "x": x, "ws": ws, "as_": _of(layers, "a") if one_pass else none, "hs": hs,
         "map_x": box(x, bm, bk) if by_maps else None, **boxes("map_w", ws if by_maps else (), bn, bk),
@@ -254,6 +265,10 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
         bk, bn, warps, stages = 64, 32, 8 if bm == 64 else 4, 2
     # little is to be had in boxes of 32 columns (sm_120) and where dy ⊙ gain goes through registers
     by_maps = not gains and bn == 64 and take(dys, args["ws"])
+    factors = ps if dtype is torch.float16 and gains else args["ws"]  # dy ⊙ gain is float32 there, as ps are
+    warps, stages = sound(
+        x, factors, precision(x), bm, warps, stages, changed=gains, mapped=by_maps, narrow=_narrow(m, two_sums)
+    )
     args |= {
         **boxes("map_d", args["dys"] if by_maps else (), bm, bn), **boxes("map_w", args["ws"] if by_maps else (), bn, bk),
         "ps": tuple(ps), "as_": _of(layers, "a"), "dx": dx, **drawn(drops), "inverses": tuple(inverse(*drop) for drop in drops),

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.lora_linear.triton_forward import adapter, place
-from lora_kernels.ops.thin import kept, load_tile, product
+from lora_kernels.ops.thin import load_tile, product
+from lora_kernels.ops.triton_dropout import kept
 from lora_kernels.ops.triton_sums import add_up
 
 

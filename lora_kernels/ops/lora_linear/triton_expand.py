@@ -10,7 +10,8 @@ from torch import Tensor
 from lora_kernels.ops.launch import ceil, launch, power
 from lora_kernels.ops.lora_linear.library import Term
 from lora_kernels.ops.lora_linear.triton_forward import adapter
-from lora_kernels.ops.thin import drawn, inverse, kept, precision, strides
+from lora_kernels.ops.thin import precision, strides
+from lora_kernels.ops.triton_dropout import drawn, inverse, kept
 
 COLUMNS = 128  # of a tile
 

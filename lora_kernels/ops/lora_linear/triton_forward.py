@@ -7,7 +7,8 @@ adapter's product is taken after the loop over the depth, on the same float32 su
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.thin import kept, load_sum, load_tile, product
+from lora_kernels.ops.thin import load_sum, load_tile, product
+from lora_kernels.ops.triton_dropout import kept
 
 
 @triton.jit
@@ -27,7 +28,7 @@ def place(tile, down, across, GROUP: tl.constexpr, SLAB: tl.constexpr):
 @triton.jit
 def adapter(h, b, sums, rows, columns, m, n, r, parts, b0, b1, PRECISION: tl.constexpr, BR: tl.constexpr):
     """sums + h bᵀ, h [parts, m, r] in float32, b [n, r]."""
-    for first in range(0, r, BR):
+    for first in tl.range(0, r, BR, num_stages=1):  # parts of h are in registers: ops/triton_compiler.py
         ranks = first + tl.arange(0, BR).to(tl.int64)
         hs = load_sum(h, rows, ranks, parts, m, r)  # [BM, BR]
         sums = product(hs, load_tile(b, ranks, columns, b1, b0, r, n), sums, PRECISION)

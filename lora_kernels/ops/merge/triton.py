@@ -4,10 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.launch import ceil, launch, power, refuse_triton
+from lora_kernels.ops.launch import ceil, launch, power, refuse_device
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.thin import HALVES, product
+from lora_kernels.ops.triton_compiler import sound
 
 
 @triton.jit
@@ -39,7 +40,7 @@ def merge_kernel(
 
 def refusal(w, a, b, scale, gain, out=None):
     found = {"w": w, "a": a, "b": b, "gain": gain, "out": out}
-    return refuse_dtypes(**found) or refuse_negated(**found) or refuse_triton(w)
+    return refuse_dtypes(**found) or refuse_negated(**found) or refuse_device(w)
 
 
 @implements("merge_into", "triton", refusal)
@@ -60,5 +61,7 @@ def merged_weight(w, a, b, scale, gain, out=None):
     }  # fmt: skip
     grid = (ceil(n, tile["BN"]) * ceil(k, tile["BK"]),)
     # other blocks, not stages, hide the wait for W: most calls take one step over the ranks
-    launch(merge_kernel, grid, args, [] if in_place else [out], changes=[out] if in_place else [], stages=2)
+    warps, stages = sound(b, [a], args["PRECISION"], tile["BN"], 4, 2, narrow=True)
+    made, changes = ([], [out]) if in_place else ([out], [])
+    launch(merge_kernel, grid, args, made, changes=changes, warps=warps, stages=stages)
     return out

@@ -7,12 +7,13 @@ import torch
 
 from lora_kernels.ops import cost
 from lora_kernels.ops.chips import chip
-from lora_kernels.ops.launch import architecture, ceil, launch, power, refuse_triton, tickets
+from lora_kernels.ops.launch import architecture, ceil, launch, power, refuse_device, tickets
 from lora_kernels.ops.multi_lora.plan import PAGE, unflatten
 from lora_kernels.ops.multi_lora.triton_kernels import multi_lora_kernel, multi_shrink_kernel, multi_small_kernel
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.thin import precision
+from lora_kernels.ops.triton_compiler import sound
 
 FEW = 64  # tokens that one launch takes, at most; entries, up to which a block of shrink has 16 of one adapter
 SPLIT = 1024  # columns of x that one of its programs sums, where there are few
@@ -28,7 +29,7 @@ def refusal(x, w, slots, ids, weights, order, starts, error, bias):
             return f"a and b of slots[{i}] must have rows without gaps"
         if s.a.dtype is not sites[0].a.dtype:
             return f"a of slots[{i}] is {s.a.dtype} and of slots[0] {sites[0].a.dtype}; one launch reads both"
-    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_triton(x)
+    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(x)
 
 
 def add_refusal(y, x, slots, *rest):
@@ -99,6 +100,8 @@ def small(x, w, sites, ids, weights, order, starts, error, bias, y, deterministi
     w_tiles = sum(ceil(n, bn) for n in widths(sites))
     splits = 1 if deterministic else cost.splits(w_tiles, k)
     h = x.new_empty(len(sites), parts, m * each, ranks_of_h(sites), dtype=torch.float32)
+    rows = max(bm, 64 if deterministic else 16)
+    warps, stages = sound(x, [sites[0].a], precision(x), rows, warps, stages, narrow=not deterministic)
     scratch = x.new_empty(w_tiles * splits * bm * bn, dtype=torch.float32)
     ticket = tickets(x.device, len(sites) + w_tiles)
     args = common(x, w, h, sites, ids, weights, order, error, bias, y, shape[:4]) | {
@@ -126,6 +129,7 @@ def adapt(x, w, of_h, sites, ids, weights, order, error, bias, y, deterministic)
     ticket = tickets(x.device, count) if splits > 1 else None
     h = of_h()  # after the tickets, which in a CUDA graph are a launch of their own: y starts while h is made
     waits = not made and h.numel() > 0 and architecture(x) >= 90  # what stands in y already is read before the wait
+    warps, stages = sound(x, [w], precision(x), bm, warps, stages, narrow=bm == FEW and m <= FEW and not deterministic)
     size = x.element_size()
     tile_order = cost.order(bm * max(k, 1) * size, bn * max(k, 1) * size, bm * bn * size, across, chip(architecture(x)).l2)
     args = common(x, w, h, sites, ids, weights, order, error, bias, y, shape[:4]) | {
@@ -170,7 +174,8 @@ def shrink(x, sites, order, starts, each, fixed):
         "SLOTS": power(count, least=16, most=1 << 20), "RANKS": ranks, "PRECISION": precision(x), "BM": bm, "BK": bk, "BR": br,
         "EARLY": architecture(x) >= 90,
     }  # fmt: skip
-    launch(multi_shrink_kernel, (units, len(sites) * ceil(ranks, br), h.shape[1]), args, [h], stages=3)
+    warps, stages = sound(x, [sites[0].a], precision(x), bm, 4, 3, narrow=True)
+    launch(multi_shrink_kernel, (units, len(sites) * ceil(ranks, br), h.shape[1]), args, [h], warps=warps, stages=stages)
     return h
 
 

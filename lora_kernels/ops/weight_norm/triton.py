@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.gradients import dtype_of
-from lora_kernels.ops.launch import architecture, ceil, launch, power, refuse_triton
+from lora_kernels.ops.launch import architecture, ceil, launch, power, refuse_device
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.thin import HALVES, Side, both_sides, load_tile, outer, product, shrink
+from lora_kernels.ops.triton_compiler import sound
 from lora_kernels.ops.triton_sums import total
 
 
@@ -53,7 +54,7 @@ def row_norm_squared_kernel(w, squared, n, k, w0, w1, BN: tl.constexpr, BK: tl.c
 
 
 def refusal(w, a=None, b=None, scale=None, w_squared=None):
-    return refuse_dtypes(w=w, a=a, b=b) or refuse_negated(w=w, a=a, b=b) or refuse_triton(w)
+    return refuse_dtypes(w=w, a=a, b=b) or refuse_negated(w=w, a=a, b=b) or refuse_device(w)
 
 
 def backward_refusal(dn, n, w, a, b, scale, needs):
@@ -75,7 +76,8 @@ def forward(w, a, b, scale, w_squared):
         "MORE": r > most, "PRECISION": _precision(a), "BR": power(r, most=most), **tile(w),
     }  # fmt: skip
     stages = 2 if architecture(w) >= 120 and r < 16 else 3  # with 3, ptxas spills a few registers there
-    launch(norm_kernel, (ceil(n, args["BN"]),), args, [norm], stages=stages)
+    warps, stages = sound(b, [a], _precision(a), args["BN"], 4, stages, narrow=True)
+    launch(norm_kernel, (ceil(n, args["BN"]),), args, [norm], warps=warps, stages=stages)
     return norm
 
 
