@@ -18,7 +18,7 @@ if "triton" in missing_backends():
 import triton
 import triton.language as tl
 
-from lora_kernels.ops import thin
+from lora_kernels.ops import thin, triton_dropout
 from lora_kernels.ops.dispatch import forced
 from lora_kernels.ops.dropout import _philox, threshold
 from lora_kernels.ops.launch import launch
@@ -258,14 +258,14 @@ def test_a_seed_on_the_device(monkeypatch):
 @triton.jit
 def draw(out, low, high, limit, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = first + tl.arange(0, ROWS).to(tl.int64)
-    keep = thin.kept(low, high, rows, 0, limit, ROWS, COLUMNS)
+    keep = triton_dropout.kept(low, high, rows, 0, limit, ROWS, COLUMNS)
     tl.store(out + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], keep.to(tl.int8))
 
 
 @pytest.mark.parametrize("first", [0, 2**32 - 3, 2**33 + 5])
 def test_the_mask_of_far_rows(first):
     out, seed = torch.empty(16, 64, dtype=torch.int8), torch.tensor(-(2**40) + 12345)
-    low, high = thin.odd(int(seed)), thin.odd(int(seed) >> 32)
+    low, high = triton_dropout.odd(int(seed)), triton_dropout.odd(int(seed) >> 32)
     args = {"out": out, "low": low, "high": high, "limit": threshold(0.3), "first": first, "ROWS": 16, "COLUMNS": 64}
     launch(draw, (1,), args, [out])
     row = (first + torch.arange(16))[:, None].expand(16, 16)
