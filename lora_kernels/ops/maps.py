@@ -1,8 +1,8 @@
 """Maps of matrices (CUDA's tensor maps, PTX ISA §5.5), for the tensor memory accelerator of sm_90 and later: one thread loads a
 whole tile through one, and no lane computes addresses.
 
-In the main loop of the forward that is 87 instructions for 127 on sm_90 (tests/gates/table.json), and no fence that a Triton
-could leave out. Only where a loop takes one product of tiles as they come: with two (a dropped base), or an operand from
+In the main loop of the forward that is 87 instructions for 127 on sm_90 (tests/gates/table.json), and no fence is needed, which
+some Tritons leave out. Only where a loop takes one product of tiles as they come: with two (a dropped base), or an operand from
 registers (dy ⊙ gain), it has no stages on sm_90 (ops/triton_compiler.py). To make a map takes the host about as long as a
 launch, which a product over few rows does not hide.
 """

@@ -32,6 +32,7 @@ FENCED = (3, 7, 1)  # the first Triton that puts a fence after `cp.async`
 SOUND = (13, 3)  # the first ptxas that leaves the registers of wgmma alone
 DRIVER = 13000  # the first CUDA driver that loads what a ptxas of CUDA 13 makes
 
+_H = torch.empty(0)  # float32
 _turn = threading.RLock()
 
 
@@ -54,6 +55,12 @@ def sound(
     if not (registers if major == WGMMA else chained) and (mapped or fences()):
         return warps, stages
     return (WARPS, stages) if narrow else (warps, 1)
+
+
+def rank_stages(u: Tensor, precision: str, rows: int, warps: int) -> int | None:
+    """Stages of a loop over ranks, whose products take float32 sums with B or A: none where that is faulty, else None, which
+    stands for those of the launch."""
+    return 1 if sound(u, [_H], precision, rows, warps, 2, changed=True)[1] == 1 else None
 
 
 def fences() -> bool:

@@ -25,7 +25,7 @@ from lora_kernels.ops.maps import box, boxes, take
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements, note
 from lora_kernels.ops.thin import Side, both_sides, outer, precision, shrink, strides
-from lora_kernels.ops.triton_compiler import sound
+from lora_kernels.ops.triton_compiler import rank_stages, sound
 from lora_kernels.ops.triton_dropout import drawn, inverse
 from lora_kernels.ops.triton_sums import Sums, totals
 
@@ -109,9 +109,14 @@ def tiles(x, m, two_sums):
     return (power(m, most=64), 64, 64, 4, stages) if two_sums or m <= 64 else (128, 128, 64, 8, stages)
 
 
-def _narrow(m, two_sums):
-    """Whether a tile may be two warps': not where rows must have the bits that they have among many, nor with two sums."""
-    return m <= 64 and not two_sums and not torch.are_deterministic_algorithms_enabled()
+def sound_tiles(x, factors, m, tile, two_sums, **how):
+    """Such tiles with as many rows, warps and stages as are sound for products of x's dtype with these factors (`how` as in
+    `sound`): of few rows half at once, with mma.sync; but not where a row must have the bits that it has among many."""
+    rows, across, depth, warps, stages = tile
+    found = sound(x, factors, precision(x), rows, warps, stages, **how)
+    if found != (warps, stages) and m <= 64 and not two_sums and not torch.are_deterministic_algorithms_enabled():
+        return (32, across, depth, warps, stages)
+    return (rows, across, depth, *found)
 
 
 def planned(direction, x, layers):
@@ -141,20 +146,19 @@ def _forward(x, layers, keep):
     wholes = tuple(x.new_empty(m, layer.r, dtype=torch.float32) if keep and not in_one_part else None for layer in layers)
     two_sums = any(layer.drop_base for layer in layers)
     drops = [layer.drop if one_pass or layer.drop_base else (0.0, None) for layer in layers]
-    bm, bn, bk, warps, stages = tiles(x, max(m, 64) if deterministic else m, two_sums)
+    ws = _of(layers, "w")
+    # of a group on sm_100 ptxas would spill
+    by_maps = form == "two launches" and not two_sums and take([x], ws) and (len(ws) == 1 or architecture(x) // 10 != 10)
+    tile = tiles(x, max(m, 64) if deterministic else m, two_sums)
+    drawing = any(seed is not None for _, seed in drops)
+    factors = _of(layers, "a") if one_pass else ws
+    bm, bn, bk, warps, stages = sound_tiles(x, factors, m, tile, two_sums, changed=drawing, mapped=by_maps)
     count = ceil(m, bm) * sum(ceil(layer.n, bn) for layer in layers)
     br = power(max(_of(layers, "r")), most=64 if one_pass else 16)
     splits = 1 if deterministic or two_sums or m > 64 else cost.splits(count, k)
     scratch = x.new_empty(count * splits * bm * (bn + br), dtype=torch.float32) if splits > 1 else None
     ticket = tickets(x.device, count) if splits > 1 else None
     waits = not one_pass and architecture(x) >= 90
-    ws = _of(layers, "w")
-    # of a group on sm_100 ptxas would spill
-    by_maps = form == "two launches" and not two_sums and take([x], ws) and (len(ws) == 1 or architecture(x) // 10 != 10)
-    warps, stages = sound(
-        x, _of(layers, "a") if one_pass else ws, precision(x), bm, warps, stages, mapped=by_maps,
-        changed=any(seed is not None for _, seed in drops), narrow=_narrow(m, two_sums),
-    )  # fmt: skip
     args = {
         "x": x, "ws": ws, "as_": _of(layers, "a") if one_pass else none, "hs": hs,
         "map_x": box(x, bm, bk) if by_maps else None, **boxes("map_w", ws if by_maps else (), bn, bk),
@@ -165,11 +169,17 @@ def _forward(x, layers, keep):
         "x0": x.stride(0), "x1": x.stride(1), **strides("w", ws), **strides("a", _of(layers, "a")),
         **strides("b", _of(layers, "b")), "SPLITS": splits, "WAITS": waits,
         "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk, "BR": br,
+        "RANK_STAGES": rank_stages(x, precision(x), bm, warps),
         **_order(x, bm, bn, k, sum(ceil(layer.n, bn) for layer in layers)),
     }  # fmt: skip
     fills = [t for t in (*ys, *zs, *wholes, scratch) if t is not None]
     changes = [] if ticket is None else [ticket]
-    launch(forward_kernel, (count, splits), args, fills, changes=changes, warps=warps, stages=stages, early=waits)
+    # ptxas would spill for one more block, or with a few more have room for one less
+    registers = {10: 255 if two_sums else None, 9: 128 if by_maps else None}.get(architecture(x) // 10)
+    launch(
+        forward_kernel, (count, splits), args, fills, changes=changes, warps=warps, stages=stages, registers=registers,
+        early=waits,
+    )  # fmt: skip
     return ys, tuple(h[0] for h in hs) if keep and in_one_part else wholes, zs
 
 
@@ -266,15 +276,13 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
     # little is to be had in boxes of 32 columns (sm_120) and where dy ⊙ gain goes through registers
     by_maps = not gains and bn == 64 and take(dys, args["ws"])
     factors = ps if dtype is torch.float16 and gains else args["ws"]  # dy ⊙ gain is float32 there, as ps are
-    warps, stages = sound(
-        x, factors, precision(x), bm, warps, stages, changed=gains, mapped=by_maps, narrow=_narrow(m, two_sums)
-    )
+    bm, bk, bn, warps, stages = sound_tiles(x, factors, m, (bm, bk, bn, warps, stages), two_sums, changed=gains, mapped=by_maps)
     args |= {
         **boxes("map_d", args["dys"] if by_maps else (), bm, bn), **boxes("map_w", args["ws"] if by_maps else (), bn, bk),
         "ps": tuple(ps), "as_": _of(layers, "a"), "dx": dx, **drawn(drops), "inverses": tuple(inverse(*drop) for drop in drops),
         "counts_p": tuple(map(len, ps)), **strides("a", _of(layers, "a")),
         "DROP_BASES": tuple(int(layer.drop_base) for layer in layers), "PRECISION": precision(x),
-        "BM": bm, "BN": bn, "BK": bk, "BR": 16,
+        "BM": bm, "BN": bn, "BK": bk, "BR": 16, "RANK_STAGES": rank_stages(x, precision(x), bm, warps),
         **_order(x, bm, bk, sum(_of(layers, "n")), ceil(k, bk)),
     }  # fmt: skip
     grid = (ceil(m, bm) * ceil(k, bk) + blocks,)

@@ -97,7 +97,7 @@ def input_gradient_kernel(
     d0s, d1s, x0, x1, w0s, w1s, b0s, b1s,
     DROP_BASES: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
-    SLAB: tl.constexpr,
+    SLAB: tl.constexpr, RANK_STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx = Σ (dy ⊙ gain) w + drop(p a); with DROP_BASES[g]: dy w + drop((dy ⊙ (gain - 1)) w + p a). The programs after those of
     the tiles do `rest_of_gradients`. The maps: of each dy and w (ops/maps.py)."""
@@ -127,9 +127,13 @@ def input_gradient_kernel(
                     d1s[g], w0s[g], w1s[g], 0, PRECISION, BM, BN, BK,
                 )  # fmt: skip
             if lows[g] is None:
-                sums = adapter(ps[g], as_[g], sums, rows, columns, m, k, rs[g], counts_p[g], a1s[g], a0s[g], PRECISION, BR)
+                sums = adapter(
+                    ps[g], as_[g], sums, rows, columns, m, k, rs[g], counts_p[g], a1s[g], a0s[g], PRECISION, BR, RANK_STAGES
+                )
             else:
-                term = adapter(ps[g], as_[g], term, rows, columns, m, k, rs[g], counts_p[g], a1s[g], a0s[g], PRECISION, BR)
+                term = adapter(
+                    ps[g], as_[g], term, rows, columns, m, k, rs[g], counts_p[g], a1s[g], a0s[g], PRECISION, BR, RANK_STAGES
+                )
                 keep = kept(lows[g], highs[g], rows, column * BK, limits[g], BM, BK)
                 sums += tl.where(keep, inverses[g] * term, 0.0)
         tl.store(at, sums.to(dx.dtype.element_ty), mask=inside)

@@ -11,6 +11,7 @@ from lora_kernels.ops.launch import ceil, launch, power
 from lora_kernels.ops.lora_linear.library import Term
 from lora_kernels.ops.lora_linear.triton_forward import adapter
 from lora_kernels.ops.thin import precision, strides
+from lora_kernels.ops.triton_compiler import rank_stages
 from lora_kernels.ops.triton_dropout import drawn, inverse, kept
 
 COLUMNS = 128  # of a tile
@@ -19,7 +20,8 @@ COLUMNS = 128  # of a tile
 @triton.jit(do_not_specialize=["m"])
 def expand_kernel(
     out, z_out, hs, bs, zs, gains, bias, lows, highs, limits, inverses, parts, m, n, rs, b0s, b1s,
-    LESS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    LESS: tl.constexpr, RANK_STAGES: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BR: tl.constexpr,
 ):  # fmt: skip
     """out [m, n] = Σ_g inverse · mask ⊙ (gain ⊙ (z + h bᵀ) - LESS · z) + bias, h [parts, m, r], b [n, r]; z_out = z + h bᵀ.
     z, out and z_out may be one tensor: a program reads its own tile before it writes it."""
@@ -33,7 +35,9 @@ def expand_kernel(
         if zs[g] is not None:
             base = tl.load(zs[g] + at, mask=inside, other=0.0).to(tl.float32)
             sums += base
-        sums = adapter(hs[g], bs[g], sums, rows, columns, m, n, rs[g], parts[g], b0s[g], b1s[g], PRECISION, BR)
+        sums = adapter(
+            hs[g], bs[g], sums, rows, columns, m, n, rs[g], parts[g], b0s[g], b1s[g], PRECISION, BR, RANK_STAGES,
+        )  # fmt: skip
         if z_out is not None:
             tl.store(z_out + at, sums.to(z_out.dtype.element_ty), mask=inside)
         if gains[g] is not None:
@@ -56,18 +60,18 @@ def expand(
     ranks = tuple(term.b.shape[1] for term in terms)
     drops = [term.drop for term in terms]
     tall = max(ranks) > 32  # each row of tiles reads b again, which from then on counts beside out
-    bm, bn = power(m, most=64 if tall else 32), power(n, most=COLUMNS)
+    bm, bn, warps = power(m, most=64 if tall else 32), power(n, most=COLUMNS), 8 if tall else 4
     args = {
         "out": out, "z_out": z_out, "hs": tuple(t.h for t in terms), "bs": tuple(t.b for t in terms),
         "zs": tuple(t.z for t in terms), "gains": tuple(t.gain for t in terms), "bias": bias, **drawn(drops),
         "inverses": tuple(inverse(*drop) for drop in drops), "parts": tuple(len(t.h) for t in terms), "m": m, "n": n,
-        "rs": ranks, **strides("b", [t.b for t in terms]), "LESS": less, "PRECISION": precision(out), "BM": bm, "BN": bn,
-        "BR": 16,
+        "rs": ranks, **strides("b", [t.b for t in terms]), "LESS": less,
+        "RANK_STAGES": rank_stages(out, precision(out), bm, warps), "PRECISION": precision(out), "BM": bm, "BN": bn, "BR": 16,
     }  # fmt: skip
     read = {t.z.data_ptr() for t in terms if t.z is not None}
     written = [out] if z_out is None else [out, z_out]
     makes = [t for t in written if t.data_ptr() not in read]
     changes = [t for t in written if t.data_ptr() in read]
-    grid, warps = (ceil(m, bm) * ceil(n, bn),), 8 if tall else 4
+    grid = (ceil(m, bm) * ceil(n, bn),)
     # without a limit ptxas spills a few registers to fit more blocks
     launch(expand_kernel, grid, args, makes, changes=changes, warps=warps, stages=2, registers=128 if tall else 168)

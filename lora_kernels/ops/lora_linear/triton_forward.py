@@ -26,9 +26,11 @@ def place(tile, down, across, GROUP: tl.constexpr, SLAB: tl.constexpr):
 
 
 @triton.jit
-def adapter(h, b, sums, rows, columns, m, n, r, parts, b0, b1, PRECISION: tl.constexpr, BR: tl.constexpr):
-    """sums + h bᵀ, h [parts, m, r] in float32, b [n, r]."""
-    for first in tl.range(0, r, BR, num_stages=1):  # parts of h are in registers: ops/triton_compiler.py
+def adapter(
+    h, b, sums, rows, columns, m, n, r, parts, b0, b1, PRECISION: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr
+):
+    """sums + h bᵀ, h [parts, m, r] in float32, b [n, r]. STAGES: of the loop, None for those of the launch."""
+    for first in tl.range(0, r, BR, num_stages=STAGES):
         ranks = first + tl.arange(0, BR).to(tl.int64)
         hs = load_sum(h, rows, ranks, parts, m, r)  # [BM, BR]
         sums = product(hs, load_tile(b, ranks, columns, b1, b0, r, n), sums, PRECISION)
@@ -79,7 +81,7 @@ def along(
 @triton.jit
 def finish(
     sums, dropped, thin, a, h, b, bias, gain, y, z, whole, low, inverse, scale, rows, columns, column, m, n, r, parts, b0, b1,
-    PRECISION: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr, BR: tl.constexpr, RANK_STAGES: tl.constexpr,
 ):  # fmt: skip
     """What follows the loop: the adapter, z, the gain, the bias; y = gain ⊙ z + bias, z = sums + h bᵀ."""
     if a is not None:
@@ -92,7 +94,7 @@ def finish(
         if low is not None:  # what is kept counts `inverse` times in drop(x)
             dropped += (1.0 - inverse) * sums
             sums *= inverse
-        sums = adapter(h, b, sums, rows, columns, m, n, r, parts, b0, b1, PRECISION, BR)
+        sums = adapter(h, b, sums, rows, columns, m, n, r, parts, b0, b1, PRECISION, BR, RANK_STAGES)
         if whole is not None and column == 0:
             keep_sum(h, whole, rows, parts, m, r, BR)
     at, inside = rows[:, None] * n + columns[None, :], (rows < m)[:, None] & (columns < n)[None, :]
@@ -140,7 +142,7 @@ def forward_kernel(
     inverses, scales, m, ns, k, rs, parts, x0, x1, w0s, w1s, a0s, a1s, b0s, b1s,
     SPLITS: tl.constexpr, WAITS: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
-    SLAB: tl.constexpr,
+    SLAB: tl.constexpr, RANK_STAGES: tl.constexpr,
 ):  # fmt: skip
     """ys[g] = gain ⊙ z + bias, z = x wᵀ + h bᵀ, for each layer; h is in hs[g], or made here with as_[g].
 
@@ -174,5 +176,6 @@ def forward_kernel(
                 finish(
                     sums, dropped, thin, as_[g], hs[g], bs[g], biases[g], gains[g], ys[g], zs[g], wholes[g], lows[g],
                     inverses[g], scales[g], rows, columns, column, m, ns[g], rs[g], parts, b0s[g], b1s[g], PRECISION, BR,
+                    RANK_STAGES,
                 )  # fmt: skip
         column -= blocks
