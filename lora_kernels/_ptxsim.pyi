@@ -18,6 +18,7 @@ def run(
     block: list[int],
     parameters: bytes,
     buffers: list[tuple[str, int, int, bool, bool, int]],
+    before: list[tuple[str, int, int, bool]],
     dynamic_shared: int,
     check: bool,
     late: bool,

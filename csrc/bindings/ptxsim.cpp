@@ -52,7 +52,9 @@ std::unique_ptr<Program> make(const std::vector<Line>& code, const py::bytes& re
     begins.emplace_back(program->operands.size(), program->immediates.size());
     program->operands.insert(program->operands.end(), operands.begin(), operands.end());
     program->immediates.insert(program->immediates.end(), immediates.begin(), immediates.end());
-    program->code.push_back({e.run, e.flow, nullptr, nullptr, predicate, negated, line, at->second});
+    if (name == "wgmma.mma_async") program->wgmma = at->second;
+    const int32_t results = results_of(e, immediates.data());
+    program->code.push_back({e.run, e.flow, nullptr, nullptr, predicate, negated, results, line, at->second});
   }
   for (size_t i = 0; i < begins.size(); i++) {
     program->code[i].at = program->operands.data() + begins[i].first;
@@ -61,12 +63,12 @@ std::unique_ptr<Program> make(const std::vector<Line>& code, const py::bytes& re
   return program;
 }
 
-// buffers: (name, address, bytes, writable, poisoned, bytes of an element)
+// buffers: (name, address, bytes, writable, poisoned, bytes of an element); before: (name, address, bytes, written)
 py::dict run(const Program& program, std::array<uint32_t, 3> grid, std::array<uint32_t, 3> block,
              const py::bytes& parameters,
              const std::vector<std::tuple<std::string, uint64_t, uint64_t, bool, bool, uint32_t>>& buffers,
-             uint32_t dynamic_shared, bool check, bool late, bool shuffle, uint64_t seed, uint64_t steps, bool trace,
-             int resident) {
+             const std::vector<std::tuple<std::string, uint64_t, uint64_t, bool>>& before, uint32_t dynamic_shared,
+             bool check, bool late, bool shuffle, uint64_t seed, uint64_t steps, bool trace, int resident) {
   Launch launch;
   launch.program = &program;
   for (const auto& [name, address, bytes, writable, poisoned, unit] : buffers) {
@@ -74,6 +76,8 @@ py::dict run(const Program& program, std::array<uint32_t, 3> grid, std::array<ui
     launch.units.push_back(unit);
   }
   launch.shadows.resize(buffers.size());
+  for (const auto& [name, address, bytes, written] : before)
+    launch.before.push_back({name, address, address + bytes, written});
   const std::string held = parameters;
   launch.parameters.assign(held.begin(), held.end());
   std::copy(grid.begin(), grid.end(), launch.grid);
@@ -107,6 +111,7 @@ py::dict run(const Program& program, std::array<uint32_t, 3> grid, std::array<ui
     errors.append(f.more ? f.text + " (and " + std::to_string(f.more) + " more like it)" : f.text);
   }
   result["errors"] = errors;
+  result["passes_on"] = launch.passes_on;
   result["counters"] = counters;
   result["by_opcode"] = by_opcode;
   result["trace"] = py::bytes(reinterpret_cast<const char*>(launch.trace.data()), launch.trace.size() * 8);

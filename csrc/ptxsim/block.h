@@ -14,8 +14,8 @@ constexpr uint64_t SHARED_WINDOW = 0x7f00000000000000, LOCAL_WINDOW = 0x7e000000
 // a kernel's parameters, whose address it may take
 constexpr uint64_t PARAMETER_WINDOW = 0x7d00000000000000;
 
-// an asynchronous copy will write some bytes, or it has; one will read them, or it has
-enum class Travel : uint8_t { arriving, leaves, left };
+// an asynchronous copy will write some bytes, or it has; one will read them, or it has; the same of a wgmma
+enum class Travel : uint8_t { arriving, leaves, left, multiplies, multiplied };
 
 // what is known of some bytes of shared memory
 struct Cell {
@@ -25,7 +25,7 @@ struct Cell {
   bool ready = false;   // written
   bool atomic = false;  // `read` and `readers` are atomics
   bool arriving = false;
-  uint16_t leaving = 0;  // copies
+  uint16_t leaving = 0, multiplied = 0;  // copies; wgmma that read it
 };
 
 // 16 bytes, which are accessed as one nearly always; else each byte has a cell of its own, in Block::pieces
@@ -115,6 +115,13 @@ struct Options {
   int resident = 8;  // blocks that run side by side
 };
 
+// what the launch before reads or writes, and may still be at
+struct Before {
+  std::string name;
+  uint64_t first, last;
+  bool written;
+};
+
 struct Launch;
 
 struct Block {
@@ -160,6 +167,8 @@ struct Launch {
   Counters counters;
   std::vector<uint64_t> by_opcode;
   std::vector<Finding> findings;
+  std::vector<Before> before;   // of an early launch; each thread waits for it with griddepcontrol.wait
+  bool passes_on = false;       // griddepcontrol.launch_dependents came before that: the next launch may meet them, too
   std::vector<uint64_t> trace;  // sector · 2 + (a store)
   std::map<uint64_t, Clocks> released;
   std::mt19937_64 random;
@@ -254,7 +263,7 @@ void each_cell(Block& block, uint32_t address, uint32_t bytes, F&& f) {
       const auto same = [&](const Cell& c) {
         return std::memcmp(&c.write, &pieces[0].write, sizeof c.write) == 0 && c.read.clock == 0 && c.readers < 0 &&
                c.ready == pieces[0].ready && c.arriving == pieces[0].arriving && c.leaving == pieces[0].leaving &&
-               c.atomic == pieces[0].atomic;
+               c.multiplied == pieces[0].multiplied && c.atomic == pieces[0].atomic;
       };
       bool alike = true;
       for (const Cell& c : pieces) alike = alike && same(c);

@@ -156,6 +156,20 @@ void barrier(Warp& w, const Instruction& in, Mask mask, bool waits, bool reduces
   arrive(w, int(which), wanted, true, {in.at[0], Reduction::What(in.with[2]), mask, *w.at<Mask>(in.at[1]) & mask});
 }
 
+// 9.7.13.13: the launch before has ended, and what it wrote is there, for who waits and whom it synchronises with
+void wait_for_launch(Warp& w, const Instruction&, Mask mask) {
+  if (mask == w.live) w.past.ended = true;
+  for (int i = 0; i < LANES && mask != w.live; i++) {
+    if (mask >> i & 1) of_lane(w, i).ended = true;
+  }
+}
+void launch_dependents(Warp& w, const Instruction&, Mask mask) {
+  for (int i = 0; i < LANES; i++) {
+    const bool waited = w.past.ended || (w.apart >> i & 1 && w.of_lanes[size_t(i)].ended);
+    if (mask >> i & 1 && !waited) w.block->launch->passes_on = true;
+  }
+}
+
 // what CUDA's assert and Triton's device_assert call: the message, the file and the line
 void assert_fail(Warp& w, const Instruction& in, Mask mask) {
   const int lane = __builtin_ctz(mask);
@@ -198,7 +212,8 @@ const Table entries{
     {"match.all.sync.b32", "32,p=32,32", match_all<uint32_t>, Flow::together},
     {"match.all.sync.b64", "32,p=64,32", match_all<uint64_t>, Flow::together},
     {"bar.arrive", "*", RUN { barrier(w, in, mask, false); }, Flow::together},
-    {"griddepcontrol", "=", nothing, Flow::none},  // launches do not overlap here
+    {"griddepcontrol.wait", "=", wait_for_launch, Flow::none},
+    {"griddepcontrol.launch_dependents", "=", launch_dependents, Flow::none},
     {"nanosleep", "=32", nothing, Flow::pause},
     // 9.7.21: an exit follows
     {"trap", "=", [](Warp& w, const Instruction&, Mask mask) { report(w, __builtin_ctz(mask), "trap"); }, Flow::none},

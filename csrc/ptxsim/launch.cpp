@@ -144,14 +144,18 @@ size_t choose(Warp& w, const Instruction* code) {
   return 0;
 }
 
-// a register that wgmma will write is left alone until it is waited for
-void check_accumulators(Warp& w, const Instruction& in) {
+// until it is waited for, a register that wgmma will write is left alone, and one that it reads is not written
+void check_held(Warp& w, const Instruction& in) {
   const Program& program = *w.block->launch->program;
   if (&in == &program.code.back()) return;
-  const bool adds = program.names[size_t(in.opcode)] == "wgmma.mma_async";  // to its own, in their order
-  for (const int32_t* at = in.at + (adds ? in.with[0] / 2 : 0); at != (&in)[1].at; at++) {
-    if (std::find(w.accumulators.begin(), w.accumulators.end(), *at) == w.accumulators.end()) continue;
-    return report(w, -1, "an accumulator of wgmma.mma_async is used before wgmma.wait_group");
+  const bool multiplies = in.opcode == program.wgmma;  // adds to its own, in their order
+  for (const int32_t* at = in.at; at != (&in)[1].at; at++) {
+    const bool result = at - in.at < in.results;
+    const auto held = w.held[size_t(*at) / 4];
+    if (held & SUM && !(result && multiplies))
+      return report(w, -1, "an accumulator of wgmma.mma_async is used before wgmma.wait_group");
+    if (held & SOURCE && result)
+      return report(w, -1, "a register of A of wgmma.mma_async is written before wgmma.wait_group");
   }
 }
 
@@ -183,7 +187,7 @@ void advance(Warp& w) {
         mask &= in.negated ? ~p : p;
       }
       w.now = &in;
-      if (!w.accumulators.empty()) check_accumulators(w, in);
+      if (mask && !w.held.empty()) check_held(w, in);
       left--;
       launch.by_opcode[in.opcode]++;
       launch.counters.instructions++;
@@ -255,6 +259,19 @@ bool turn(Block& block) {
 
 Table::Table(std::initializer_list<Entry> entries) { all_entries().insert(all_entries().end(), entries); }
 const std::vector<Entry>& table() { return all_entries(); }
+
+int32_t results_of(const Entry& entry, const int64_t* immediates) {
+  const std::string name = entry.name, form = entry.operands;
+  const auto begins = [&](const char* with) { return name.rfind(with, 0) == 0; };
+  if (form != "*") {
+    const std::string written = form.substr(0, form.find('='));
+    return written.empty() ? 0 : int32_t(std::count(written.begin(), written.end(), ',')) + 1;
+  }
+  if (name == "ld") return int32_t(immediates[7]);
+  if (name == "ldmatrix") return int32_t(immediates[2]);
+  if (name == "wgmma.mma_async") return int32_t(immediates[0] / 2);
+  return begins("atom.") || begins("mbarrier.wait") || name == "mbarrier.arrive" || name == "bar.red";
+}
 
 void arrive(Warp& w, int which, uint32_t wanted, bool waits, const Reduction& reduction) {
   Block& block = *w.block;

@@ -33,8 +33,9 @@ struct Instruction {
   const int64_t* with;  // immediates: offsets, counts, targets
   int32_t predicate;    // offset of the guard, or -1
   bool negated;
-  int32_t line;    // of the PTX text
-  int32_t opcode;  // index into the program's list of names, for the counters
+  int32_t results;  // how many operands it writes, which come first
+  int32_t line;     // of the PTX text
+  int32_t opcode;   // index into the program's list of names, for the counters
 };
 
 struct Program {
@@ -43,6 +44,7 @@ struct Program {
   std::vector<int64_t> immediates;
   std::vector<uint8_t> registers;  // of a warp at its start: constants and zeros
   std::vector<std::string> names;
+  int32_t wgmma = -1;                                            // in it: that of wgmma.mma_async
   int32_t tid[3], ctaid[3], nctaid[3], ntid[3], laneid, warpid;  // where the special registers lie, or -1
   uint32_t shared_bytes = 0;                                     // static
   uint32_t local_bytes = 0;                                      // a thread
@@ -110,17 +112,20 @@ struct Reach {
 };
 struct Past {
   Reach known, proxied;  // all; those that a fence.proxy.async follows
+  bool ended = false;    // the launch before, by griddepcontrol.wait
   void join(const Past& other) {
     known.join(other.known);
     proxied.join(other.proxied);
+    ended |= other.ended;
   }
 };
 
-// wgmma that have not been waited for, and the registers that they will write
+// wgmma that have not been waited for, the registers that they will write, and those that they read
 struct Products {
   std::vector<std::function<void()>> run;
-  std::vector<int32_t> sums;
+  std::vector<int32_t> sums, sources;
 };
+enum Held : uint8_t { FREE = 0, SUM = 1, SOURCE = 2 };
 
 struct Warp {
   Block* block;
@@ -137,13 +142,13 @@ struct Warp {
   std::vector<std::vector<Copy>> committed;
   Products products;  // since the last commit
   std::vector<Products> committed_products;
-  std::vector<int32_t> accumulators;  // of both
-  uint64_t seen = 0;                  // Block::events when it last waited at an mbarrier in vain
-  uint64_t done = 0, waited = 0;      // instructions; when it last waited at an mbarrier
-  Mask vain = 0;                      // lanes whose last wait there was in vain: others go first
-  int idle = 0;                       // waits at an mbarrier, one after another, between which nothing happened
-  int waiting = -1;                   // at this barrier
-  Mask arrived = 0;                   // lanes that wait there
+  std::vector<uint8_t> held;  // Held of each register by its offset in units of 4 bytes; none while nothing multiplies
+  uint64_t seen = 0;          // Block::events when it last waited at an mbarrier in vain
+  uint64_t done = 0, waited = 0;  // instructions; when it last waited at an mbarrier
+  Mask vain = 0;                  // lanes whose last wait there was in vain: others go first
+  int idle = 0;                   // waits at an mbarrier, one after another, between which nothing happened
+  int waiting = -1;               // at this barrier
+  Mask arrived = 0;               // lanes that wait there
   const Instruction* now = nullptr;
 
   template <typename T>
@@ -181,5 +186,7 @@ struct Table {
   explicit Table(std::initializer_list<Entry> entries);
 };
 const std::vector<Entry>& table();
+// how many operands an instruction writes
+int32_t results_of(const Entry& entry, const int64_t* immediates);
 
 }  // namespace lk::ptx

@@ -151,6 +151,18 @@ void check_global(Warp& w, int lane, size_t buffer, uint64_t address, uint32_t b
   }
 }
 
+// an early launch leaves alone what the one before writes, and does not write what it reads, until it has waited
+void check_before(Warp& w, int lane, uint64_t address, uint32_t bytes, Access access, const char* what) {
+  if (w.past.ended || (w.apart >> lane & 1 && w.of_lanes[size_t(lane)].ended)) return;
+  for (const Before& b : w.block->launch->before) {
+    if (address >= b.last || address + bytes <= b.first || (access == Access::load && !b.written)) continue;
+    return report(w, lane,
+                  std::string(what) + (access == Access::load ? " reads " : " writes ") + b.name + "+" +
+                      std::to_string(int64_t(address - b.first)) +
+                      " of the launch before, without griddepcontrol.wait");
+  }
+}
+
 }  // namespace
 
 Launch::~Launch() {
@@ -203,6 +215,9 @@ uint8_t* shared_at(Warp& w, int lane, uint32_t address, uint32_t bytes, Access a
     if (cell.leaving && access != Access::load) {
       return wrong(at, ": a cp.async.bulk out of it has not been waited for");
     }
+    if (cell.multiplied && access != Access::load) {
+      return wrong(at, ": a wgmma that reads it has not been waited for");
+    }
     const bool same = access == Access::store && value && cell.ready && std::memcmp(data, value, bytes) == 0;
     if (cell.write.clock && !ordered(w, lane, cell.write) && !same) {
       return wrong(at, ": shared race with a write of " + thread_of(cell.write));
@@ -247,6 +262,7 @@ uint8_t* global_at(Warp& w, int lane, uint64_t address, uint32_t bytes, Access a
     report(w, lane, std::string(what) + ": writes " + b.name + ", which is read only");
     return nullptr;
   }
+  if (launch.options.check && !launch.before.empty()) check_before(w, lane, address, bytes, access, what);
   if (launch.options.check && b.writable) check_global(w, lane, found, address, bytes, access, what);
   return reinterpret_cast<uint8_t*>(address);
 }
@@ -336,6 +352,8 @@ void mark_travel(Block& block, uint32_t address, uint32_t bytes, Travel travel) 
     if (travel == Travel::arriving) cell.arriving = true;
     if (travel == Travel::leaves) cell.leaving++;
     if (travel == Travel::left && cell.leaving) cell.leaving--;
+    if (travel == Travel::multiplies) cell.multiplied++;
+    if (travel == Travel::multiplied && cell.multiplied) cell.multiplied--;
   });
 }
 

@@ -38,25 +38,31 @@ struct Descriptor {
 float half_of(uint16_t v, bool bf16) { return bf16 ? from_bf16(v) : from_f16(v); }
 
 constexpr uint32_t K = 16, PIECE = 8;  // depth of a product; elements of 16 bytes
+constexpr const char* NAMES[] = {"wgmma B", "wgmma A"};
 
-// to[k][i] is element (first + i, k) of an operand in shared memory, which is read 16 bytes at a time
-void read_operand(Warp& w, uint64_t descriptor, bool across, bool bf16, uint32_t first, uint32_t count,
-                  const char* what, std::vector<float>& to) {
+// f(i, k, address) for each 16 bytes of an operand in shared memory, of elements from (i, k) on
+template <typename F>
+void each_piece(uint64_t descriptor, bool across, uint32_t first, uint32_t count, F&& f) {
   const Descriptor d(descriptor);
-  to.assign(count * K, 0.f);
   const uint32_t step_i = across ? PIECE : 1, step_k = across ? 1 : PIECE;
   for (uint32_t i = 0; i < count; i += step_i) {
-    for (uint32_t k = 0; k < K; k += step_k) {
-      const uint32_t address = d.address(first + i, k, across);
-      const uint8_t* at = shared_at(w, 0, address, 16, Access::load, what);
-      if (!at || !shown_to_proxy(w, 0, address, 16, what)) continue;
-      uint16_t held[PIECE];
-      std::memcpy(held, at, sizeof held);
-      for (uint32_t e = 0; e < PIECE; e++) {
-        to[(across ? k : k + e) * count + (across ? i + e : i)] = half_of(held[e], bf16);
-      }
-    }
+    for (uint32_t k = 0; k < K; k += step_k) f(i, k, d.address(first + i, k, across));
   }
+}
+
+// to[k][i] is element (first + i, k) of an operand in shared memory
+void read_operand(Warp& w, uint64_t descriptor, bool across, bool bf16, uint32_t first, uint32_t count,
+                  const char* what, std::vector<float>& to) {
+  to.assign(count * K, 0.f);
+  each_piece(descriptor, across, first, count, [&](uint32_t i, uint32_t k, uint32_t address) {
+    const uint8_t* at = shared_at(w, 0, address, 16, Access::load, what);
+    if (!at) return;
+    uint16_t held[PIECE];
+    std::memcpy(held, at, sizeof held);
+    for (uint32_t e = 0; e < PIECE; e++) {
+      to[(across ? k : k + e) * count + (across ? i + e : i)] = half_of(held[e], bf16);
+    }
+  });
 }
 
 // operands: D (n / 2 registers), A (4 registers or a descriptor), B's descriptor, whether D is added;
@@ -65,8 +71,29 @@ struct Product {
   const Instruction* in;
   uint64_t a, b;  // descriptors
   Mask added;
+  bool begun = false;  // its bytes of shared memory are marked until it has read them
+
+  // f(whether it is A, descriptor, whether across, first row, rows) for each operand in shared memory
+  template <typename F>
+  void each_operand(const Warp& w, F&& f) const {
+    if (!in->with[2]) f(true, a, in->with[5] != 0, uint32_t(w.index % 4) * ROWS, uint32_t(ROWS));
+    f(false, b, in->with[6] != 0, 0u, uint32_t(in->with[0]));
+  }
+  void begin(Warp& w);
   void run(Warp& w) const;
 };
+
+// what it reads must be there, and be shown to its proxy, when it is issued, however late it runs
+void Product::begin(Warp& w) {
+  begun = w.block->launch->options.late;
+  each_operand(w, [&](bool left, uint64_t d, bool across, uint32_t first, uint32_t count) {
+    each_piece(d, across, first, count, [&](uint32_t, uint32_t, uint32_t address) {
+      if (!shared_at(w, 0, address, 16, Access::load, NAMES[left])) return;
+      if (!shown_to_proxy(w, 0, address, 16, NAMES[left])) return;
+      if (begun) mark_travel(*w.block, address, 16, Travel::multiplies);
+    });
+  });
+}
 
 void Product::run(Warp& w) const {
   const auto n = uint32_t(in->with[0]);
@@ -83,10 +110,13 @@ void Product::run(Warp& w) const {
         }
       }
     }
-  } else {
-    read_operand(w, a, in->with[5], bf16, uint32_t(w.index % 4) * ROWS, ROWS, "wgmma A", x);
   }
-  read_operand(w, b, in->with[6], bf16, 0, n, "wgmma B", y);
+  each_operand(w, [&](bool left, uint64_t d, bool across, uint32_t first, uint32_t count) {
+    each_piece(d, across, first, count, [&](uint32_t, uint32_t, uint32_t address) {
+      if (begun && address + 16 <= w.block->shared.size()) mark_travel(*w.block, address, 16, Travel::multiplied);
+    });
+    read_operand(w, d, across, bf16, first, count, NAMES[left], left ? x : y);
+  });
   std::vector<float> sums(n);
   for (int m = 0; m < ROWS; m++) {
     const auto each_sum = [&](auto f) {  // f(column, register, lane) of this row
@@ -105,17 +135,26 @@ void Product::run(Warp& w) const {
   }
 }
 
+// marks the registers of products
+void hold(Warp& w, const Products& products) {
+  if (products.run.empty()) return;
+  if (w.held.empty()) w.held.assign(w.block->launch->program->registers.size() / 4, FREE);
+  for (const int32_t at : products.sums) w.held[size_t(at) / 4] |= SUM;
+  for (const int32_t at : products.sources) w.held[size_t(at) / 4] |= SOURCE;
+}
+
 void issue(Warp& w, const Instruction& in, Mask mask) {
   if (mask != ALL) report(w, -1, "wgmma: not all lanes of the warp are here");
   const auto n = uint32_t(in.with[0]);
   const int32_t *at_a = in.at + n / 2, *at_b = at_a + (in.with[2] ? 4 : 1);
-  const Product product{&in, in.with[2] ? 0 : w.at<uint64_t>(at_a[0])[0], w.at<uint64_t>(at_b[0])[0],
-                        *w.at<Mask>(at_b[1])};
+  Product product{&in, in.with[2] ? 0 : w.at<uint64_t>(at_a[0])[0], w.at<uint64_t>(at_b[0])[0], *w.at<Mask>(at_b[1])};
   w.block->launch->counters.mma++;
+  product.begin(w);
   if (!w.block->launch->options.late) return product.run(w);
   w.products.run.push_back([product, &w] { product.run(w); });
-  w.products.sums.insert(w.products.sums.end(), in.at, in.at + n / 2);
-  w.accumulators.insert(w.accumulators.end(), in.at, in.at + n / 2);
+  w.products.sums.insert(w.products.sums.end(), in.at, at_a);
+  if (in.with[2]) w.products.sources.insert(w.products.sources.end(), at_a, at_b);
+  hold(w, w.products);
 }
 
 void commit(Warp& w, const Instruction&, Mask) {
@@ -130,9 +169,9 @@ void wait_group(Warp& w, const Instruction& in, Mask) {
     w.committed_products.erase(w.committed_products.begin());
   }
   w.now = now;
-  w.accumulators = w.products.sums;
-  for (const Products& p : w.committed_products)
-    w.accumulators.insert(w.accumulators.end(), p.sums.begin(), p.sums.end());
+  w.held.clear();
+  hold(w, w.products);
+  for (const Products& p : w.committed_products) hold(w, p);
   tick(w);
 }
 

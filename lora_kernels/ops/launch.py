@@ -129,7 +129,7 @@ def launch(
     if simulates():
         # the tests' kit lies above the ops and is there only for whom asks for it
         simulate = import_module("lora_kernels.testing.triton_ptx").simulate_triton
-        simulate(kernel, grid, args, [*makes, *changes], poisoned=makes, warps=warps, stages=stages)
+        simulate(kernel, grid, args, [*makes, *changes], poisoned=makes, warps=warps, stages=stages, early=early)
         return
     options = {"launch_pdl": True} if early else {}
     if registers and torch.version.hip is None:
@@ -183,7 +183,7 @@ def launch_cuda(
         return
     if simulates():
         simulate = import_module("lora_kernels.testing.nvcc").simulate_cuda
-        simulate(CSRC / source, kernel, grid, threads, [args], [*makes, *changes], shared, poisoned=makes)
+        simulate(CSRC / source, kernel, grid, threads, [args], [*makes, *changes], shared, poisoned=makes, early=early)
         return
     x, y, z = (*grid, 1, 1)[:3]
     device = (makes or changes)[0].device.index

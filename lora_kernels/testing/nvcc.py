@@ -63,17 +63,17 @@ def compile_cubin(source: Path, arch: str = "sm_80", *options: str) -> bytes:
 
 def simulate_cuda(
     source: Path, kernel: str, grid: Sequence[int], threads: int, args: Sequence[Any], writes: Sequence[Tensor], shared: int,
-    *, poisoned: Sequence[Tensor] | None = None,
+    *, poisoned: Sequence[Tensor] | None = None, early: bool = False,
 ) -> Run:  # fmt: skip
     """Runs a kernel of a file on CPU tensors; `writes` are those it changes, of which it fills `poisoned`, or else all. For the
-    architecture of `ptxsim.device`, else sm_80.
+    architecture of `ptxsim.device`, else sm_80. `early` as for `ptxsim.Kernel.launch`.
 
     Raises:
         FileNotFoundError: there is no nvcc.
     """
     sim = current.get()
     runs = _kernel(compile_ptx(source, f"sm_{front(f'sm_{sim.arch}' if sim else 'sm_80')}"), kernel)
-    return runs.launch(grid, (threads,), args, writes, writes if poisoned is None else poisoned, shared)
+    return runs.launch(grid, (threads,), args, writes, writes if poisoned is None else poisoned, shared, early=early)
 
 
 @functools.cache

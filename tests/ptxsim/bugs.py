@@ -33,7 +33,7 @@ class Bug:
 
     @property
     def interpreted(self) -> bool:
-        return not CASES[self.case].cuda and self.nth is None
+        return CASES[self.case].interpreted and self.nth is None
 
     def changed(self, ptx: str) -> str:
         found = list(re.finditer(self.old, ptx))
@@ -51,6 +51,8 @@ def ptx(case: str, what: str, old: str, new: str, nth: int, simulator: str, says
 
 
 WRONG, ORDER = "wrong numbers", "other bits in another order"
+NO_FENCE, A_WRITTEN = "no fence.proxy.async after the write of", "a register of A of wgmma.mma_async is written before"
+OF_A = r"(wgmma\.mma_async\S*\s+\{[^}]*\},\s*\{\s*(%r\d+)[^;]*;)"
 BUGS = [
     triton("vector_add", "a store without its mask",
            "tl.store(y + at, xs + zs, mask=inside)", "tl.store(y + at, xs + zs)",
@@ -228,6 +230,36 @@ BUGS = [
     Bug("dropout.cu", "the same key in each round", "k[0] += 0x9E3779B9u, k[1] += 0xBB67AE85u;", "", VALUES, WRONG),
     Bug("dropout.cu", "columns written beyond the row", "i < 4 && group * 4 + i < columns", "i < 4",
         FINDING, "st: race on dropout_param_1"),
+    ptx("lora, sm_90", "no fence between cp.async and wgmma", r"fence\.proxy\.async[.\w:]*;", "", 0, FINDING, NO_FENCE),
+    ptx("lora, sm_90", "no fence between st.shared and wgmma", r"fence\.proxy\.async[.\w:]*;", "", -1, FINDING, NO_FENCE),
+    ptx("lora, sm_90", "a fence for global memory alone", r"(fence\.proxy\.async)[.\w:]*;", r"\1.global;", 0,
+        FINDING, NO_FENCE),
+    ptx("lora, sm_90", "wgmma.wait_group gone", r"wgmma\.wait_group\S*\s+0;", "", -1,
+        FINDING, "an accumulator of wgmma.mma_async is used before"),
+    ptx("cast_dot, sm_90", "a register of wgmma's A written before the wait", OF_A, r"\1 mov.b32 \2, 0;", -1,
+        FINDING, A_WRITTEN),
+    ptx("cast_dot, sm_90", "that register loaded, of some lanes", OF_A, r"\1 @%p1 ld.shared.b32 \2, [global_smem];", 0,
+        FINDING, A_WRITTEN),
+    ptx("handed_on, sm_90", "no wait for the launch before", r"griddepcontrol\.wait;", "", 0, FINDING, "of the launch before"),
+    triton("handed_on, sm_90", "that wait after what it is for", "    tl.extra.cuda.gdc_wait()\n    tl.store(y +",
+           "    early = tl.load(held + at, mask=inside)\n    tl.extra.cuda.gdc_wait()\n    xs += early\n    tl.store(y +",
+           NONE, NONE, FINDING, "ld reads handed_on_param_1+"),
+    triton("handed_on, sm_90", "y written before the wait", "    tl.extra.cuda.gdc_wait()\n",
+           "    tl.store(y + at, xs, mask=inside)\n    tl.extra.cuda.gdc_wait()\n",
+           NONE, NONE, FINDING, "st writes handed_on_param_2+"),
+    Bug("wgmma.cu", "no fence between what threads copied and wgmma", "    fence_proxy();  // shows", "//", FINDING, NO_FENCE),
+    Bug("wgmma.cu", "that fence for global memory alone", "fence.proxy.async.shared::cta;", "fence.proxy.async.global;",
+        FINDING, NO_FENCE),
+    Bug("wgmma.cu", "that fence before the copies are waited for", "    wait<1>();\n    fence_proxy();  // shows",
+        "    fence_proxy();\n    wait<1>();  //", FINDING, "wgmma A at"),
+    Bug("wgmma.cu", "that fence in the first warp alone", "    fence_proxy();  // shows",
+        "    if (warp == 0) fence_proxy();  //", FINDING, NO_FENCE),
+    Bug("wgmma.cu", "that fence after wgmma has begun",
+        "    fence_proxy();  // shows both to wgmma\n    __syncthreads();\n    multiply(sum, xs[now], ws[now]);",
+        "    __syncthreads();\n    multiply(sum, xs[now], ws[now]);\n    fence_proxy();", FINDING, NO_FENCE),
+    Bug("wgmma.cu", "a stage filled while wgmma reads it", "    asm volatile(\"wgmma.wait_group.sync.aligned 0",
+        "    if (s == 1 || s + 1 == steps) asm volatile(\"wgmma.wait_group.sync.aligned 0",
+        FINDING, "a wgmma that reads it has not been waited for"),
     Bug("softmax.cu", "the maximum not subtracted", "v[j] - most", "v[j]", VALUES, WRONG),
     Bug("softmax.cu", "zeros in the padding", "__half2float(x[i]) : -INFINITY", "__half2float(x[i]) : 0.f", VALUES, WRONG),
     Bug("softmax.cu", "no barrier in the reduction", "  __syncthreads();  // all warps have left theirs\n", "",

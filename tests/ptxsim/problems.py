@@ -80,6 +80,18 @@ def dot(m: int, n: int, k: int, dtype: torch.dtype, tolerance: float) -> Problem
     return Problem(args, {"y": x.double() @ w.double()}, tolerance)
 
 
+def cast(m: int, n: int, k: int) -> Problem:
+    """y = x w in float32 with x rounded to the 16 bits of w [k, n]."""
+    x, w = random(m, k, dtype=torch.float32), random(k, n)
+    args = {"x": x, "w": w, "y": unwritten(m, n), "m": m, "n": n, "k": k}
+    return Problem(args, {"y": x.half().double() @ w.double()}, 1e-6)
+
+
+def handed(n: int) -> Problem:
+    x = random(n, dtype=torch.float32)
+    return Problem({"x": x, "held": zeros(n), "y": unwritten(n), "n": n}, {"y": x.double()}, 0, zeroed=("held",))
+
+
 def lora(m: int, n: int, k: int, r: int, dtype: torch.dtype = torch.float16, tolerance: float = 2**-9) -> Problem:
     """The rows of a beyond r are there, full of NaN."""
     x, w, b = random(m, k, dtype=dtype), random(n, k, dtype=dtype), random(n, r, dtype=dtype)

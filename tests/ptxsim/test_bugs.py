@@ -44,7 +44,7 @@ def test_nothing_is_seen_in_the_kernels_as_they_are(name, numbers, request):
     case = dataclasses.replace(CASES[name], numbers=numbers)
     needs(case)
     assert corpus.by_simulator(case) == (MISSED, "")
-    if not case.cuda:
+    if case.interpreted:
         assert corpus.by_mended_interpreter(case) == (MISSED, "")
         assert request.getfixturevalue("plain")["clean"][name] == MISSED
 

@@ -71,3 +71,78 @@ def test_the_cache_against_plain_python(capacity, line):
     accesses = ((rng.integers(0, 400, 300)[:, None] + np.arange(5)) * 2 + rng.integers(0, 2, (300, 1))).ravel()
     found = _ptxsim.through_cache(accesses.astype(np.uint64).tobytes(), capacity, line)
     assert found == traffic([int(a) for a in accesses], capacity, line)
+
+
+def dependent(*lines, target="sm_90"):
+    """Copies x to y, 64 threads, with some lines before."""
+    begin = [
+        "mov.u32 %t, %tid.x;", "setp.eq.u32 %p, %t, 0;", "setp.lt.u32 %q, %t, 32;", "ld.param.u64 %x, [x];",
+        "ld.param.u64 %y, [y];", "mad.wide.u32 %x, %t, 4, %x;", "mad.wide.u32 %y, %t, 4, %y;", *lines,
+        "ld.global.f32 %f, [%x];",
+    ]  # fmt: skip
+    registers = [".reg .b32 %t; .reg .b64 %x, %y; .reg .f32 %f; .reg .pred %p, %q;"]
+    return ptxsim.Kernel(kernel_text([*begin, "st.global.f32 [%y], %f;"], registers, [("x", "u64"), ("y", "u64")], target))
+
+
+WAIT, PASS = "griddepcontrol.wait;", "griddepcontrol.launch_dependents;"
+PLAIN, WAITS = dependent(), dependent(WAIT)
+
+
+def chain(*kernels, early=True, arch=90):
+    """x to y to z and so on, each launch after the first an early one; what is found."""
+    tensors, errors = [torch.randn(64) for _ in range(len(kernels) + 1)], []
+    with ptxsim.device(arch, tolerant=True) as sim:
+        for i, kernel in enumerate(kernels):
+            x, y = tensors[i : i + 2]
+            errors += kernel.launch((1,), (64,), [x, y], [y], [y], early=early and i > 0).errors
+    assert sim.launches == len(kernels)
+    return errors
+
+
+def test_an_early_launch_waits_for_what_it_reads():
+    assert chain(PLAIN, WAITS) == chain(PLAIN, PLAIN, early=False) == []
+    (error,) = chain(PLAIN, PLAIN)
+    assert "of the launch before, without griddepcontrol.wait (and 63 more like it)" in error and "ld reads y+" in error
+    assert chain(PLAIN, WAITS, WAITS, PLAIN)
+
+
+def test_before_sm_90_launches_follow_each_other():
+    assert chain(PLAIN, dependent(target="sm_80")) == []
+
+
+@pytest.mark.parametrize(("lines", "warps"), [
+    ([f"@%p {WAIT}"], "01"), ([f"@%q {WAIT}"], "1"), ([f"@!%q {WAIT}"], "0"),
+    ([f"@%p {WAIT}", "bar.warp.sync 0xffffffff;"], "1"),
+    ([f"@%p {WAIT}", "bar.sync 0;"], ""), (["bar.sync 0;", f"@%p {WAIT}"], "01"),
+])  # fmt: skip
+def test_each_thread_waits_or_meets_one_that_has(lines, warps):
+    errors = "\n".join(chain(PLAIN, dependent(*lines)))
+    assert bool(errors) == bool(warps)
+    if warps == "1":
+        assert "warp 1" in errors and "(and 31 more" in errors
+    if warps == "0":
+        assert "warp 0" in errors and "(and 31 more" in errors
+    if lines == [f"@%p {WAIT}"]:
+        assert "(and 62 more" in errors
+
+
+def test_memory_that_the_launch_before_reads_is_not_written():
+    x, y, z = torch.randn(64), torch.randn(64), torch.randn(64)
+    for kernel, found in ((PLAIN, True), (WAITS, False)):
+        with ptxsim.device(90, tolerant=True):
+            PLAIN.launch((1,), (64,), [x, y], [y])
+            errors = kernel.launch((1,), (64,), [z, x], [x], early=True).errors
+        assert bool(errors) == found
+        assert not found or "st writes x+" in errors[0]
+
+
+def test_a_launch_that_lets_the_next_one_begin_before_it_has_waited():
+    """The third may then meet the first, too: what that wrote is not there yet."""
+    x, y, z, a, b = (torch.randn(64) for _ in range(5))
+    for first, found in (([PASS, WAIT], True), ([WAIT, PASS], False), ([WAIT], False)):
+        with ptxsim.device(90, tolerant=True):
+            PLAIN.launch((1,), (64,), [x, y], [y])
+            dependent(*first).launch((1,), (64,), [z, a], [a], early=True)
+            errors = PLAIN.launch((1,), (64,), [y, b], [b], early=True).errors
+        assert bool(errors) == found, first
+        assert not found or "ld reads y+" in errors[0]

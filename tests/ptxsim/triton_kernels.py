@@ -168,3 +168,28 @@ def descriptors(x, w, y, m, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.con
     for first in range(0, k, BK):
         sums = tl.dot(xs.load([row, first]), tl.trans(ws.load([column, first])), sums)
     ys.store([row, column], sums.to(y.dtype.element_ty))
+
+
+@triton.jit
+def cast_dot(x, w, y, m, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
+    """y = x w with w [k, n] in 16 bits, to which x is rounded: on sm_90 that operand of wgmma is in registers."""
+    rows, columns = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    sums = tl.zeros((BM, BN), tl.float32)
+    for first in tl.range(0, k, BK, num_stages=STAGES):
+        depth = first + tl.arange(0, BK)
+        xs = tl.load(x + rows[:, None] * k + depth[None, :])
+        ws = tl.load(w + depth[:, None] * n + columns[None, :])
+        sums = tl.dot(xs.to(ws.dtype), ws, sums)
+    tl.store(y + rows[:, None] * n + columns[None, :], sums)
+
+
+@triton.jit
+def handed_on(x, held, y, n, B: tl.constexpr):
+    """y = x + held, which each launch sets to zero for the next; that begins meanwhile, and waits (from sm_90)."""
+    tl.extra.cuda.gdc_launch_dependents()
+    at = tl.program_id(0) * B + tl.arange(0, B)
+    inside = at < n
+    xs = tl.load(x + at, mask=inside)
+    tl.extra.cuda.gdc_wait()
+    tl.store(y + at, xs + tl.load(held + at, mask=inside), mask=inside)
+    tl.store(held + at, tl.zeros((B,), tl.float32), mask=inside)

@@ -26,8 +26,7 @@ ORDERS = {
     "mmio": RELAXED,
 }  # fmt: skip
 ALONE = {
-    "ret": ["exit"], "exit": ["exit"], "griddepcontrol": ["griddepcontrol"], "trap": ["trap", "exit"],
-    "brkpt": ["trap", "exit"],
+    "ret": ["exit"], "exit": ["exit"], "trap": ["trap", "exit"], "brkpt": ["trap", "exit"],
 }  # fmt: skip
 CLOCKS = {"%clock": 32, "%clock64": 64, "%globaltimer": 64, "%globaltimer_lo": 32}
 NOTHING = ("prefetch", "prefetchu", "discard", "applypriority")
@@ -285,6 +284,9 @@ class _Decoder(Hopper, Values):
         if parts[1] == "const":
             raise self.unsupported(".".join(parts))
         self.emit("isspacep", [self.slot(operands[0], 1), self.slot(operands[1], 64)], [SPACES[parts[1]]])
+
+    def _griddepcontrol(self, parts: list[str], operands: list[str]) -> None:
+        self.plain(".".join(parts), operands)
 
     def _mapa(self, parts: list[str], operands: list[str]) -> None:
         """A cluster is one block here: the address is its own."""

@@ -23,6 +23,8 @@ class Device:
     counters: Counter[str] = field(default_factory=Counter)
     by_opcode: Counter[str] = field(default_factory=Counter)
     trace: bytearray = field(default_factory=bytearray)
+    before: list[tuple[str, int, int, bool]] = field(default_factory=list)
+    """What an early launch may still meet: name, address, bytes of what the last one touched, and whether it writes it."""
     ends: list[int] = field(default_factory=list)
     """Where in `trace` each launch ends."""
 

@@ -61,7 +61,9 @@ class Hopper(Emitter):
     def fence_proxy(self, parts: list[str], operands: list[str]) -> None:
         if "tensormap::generic" in parts:
             self.emit("fence.proxy.tensormap", [], [])
-        elif "async" in parts or "mbarrier_init" in parts:
+        elif "mbarrier_init" in parts or parts[-2:] == ["async", "global"]:
+            self.emit("fence.cta", [], [])  # of shared memory neither shows what threads wrote
+        elif "async" in parts:
             self.emit("fence.proxy.async", [], [])
         else:
             raise self.unsupported(".".join(parts))

@@ -16,6 +16,7 @@ from lora_kernels.testing.ptxsim.tensor_map import TensorMap
 
 OPTIONS = {
     "check": True, "late": True, "shuffle": True, "seed": 0, "resident": 8, "trace": False, "tolerant": False,
+    "early": False,
 }  # fmt: skip
 _NAN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FORMATS = {"f32": "<f", "f64": "<d"}
@@ -24,6 +25,7 @@ _KIB = 1024
 SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 """KiB that a block may have by opting in, by architecture: "Technical Specifications per Compute Capability", CUDA C++
 Programming Guide."""
+DEPENDENT = 90  # from which architecture on launches may overlap
 STEPS = 200_000_000  # instructions of one block after which a launch is given up
 
 
@@ -57,7 +59,8 @@ class Kernel:
         self.name = self._decoded.kernel.name
         self.parameters = self._decoded.parameters
         target = re.search(r"\.target\s+sm_(\d+)", ptx)
-        self._most_shared = SHARED.get(int(target[1]) if target else 0, max(SHARED.values())) * _KIB
+        self._arch = int(target[1]) if target else 0
+        self._most_shared = SHARED.get(self._arch, max(SHARED.values())) * _KIB
 
     def launch(
         self,
@@ -84,6 +87,8 @@ class Kernel:
             resident (8): blocks that run side by side
             trace (False): keep every sector that was touched
             tolerant (False): give back what was found in `errors` instead of raising it
+            early (False): it may start while the launch before it in `device()` runs, from sm_90 on; what that writes is there,
+                and what it reads may be written, only after griddepcontrol.wait (programmatic dependent launch)
 
         Raises:
             SimulationError: something was found.
@@ -120,13 +125,19 @@ class Kernel:
         for t in poisoned:  # what is left unwritten shall not hold what was there, which may be right
             if t.dtype in _NAN:
                 t.fill_(float("nan"))
+        sim = current.get()
+        before = sim.before if sim and o["early"] and self._arch >= DEPENDENT else []
         found = _ptxsim.run(
-            self._decoded.program, blocks, size, bytes(packed), buffers, shared, o["check"], o["late"], o["shuffle"],
+            self._decoded.program, blocks, size, bytes(packed), buffers, before, shared, o["check"], o["late"], o["shuffle"],
             o["seed"], STEPS, o["trace"], o["resident"],
         )  # fmt: skip
+        passes_on = found.pop("passes_on")
+        if sim:  # what that launch met the next one may meet, too, if it need not wait for it
+            touched = [(name, at, extent, at in changed) for at, (name, extent, _) in tensors.items()]
+            sim.before = touched + (before if passes_on else [])
         if found["errors"] and not o["tolerant"]:
             raise SimulationError(f"{self.name}:\n" + "\n".join(found["errors"]))
-        if sim := current.get():
+        if sim:
             sim.launches += 1
             sim.counters.update(found["counters"])
             sim.by_opcode.update(found["by_opcode"])
