@@ -1,4 +1,4 @@
-"""Every Triton that was tried, besides the one installed: `make test-slow` downloads each once, into .venv/tritons."""
+"""Every Triton that was tried, besides the one installed: downloaded once, into .venv/tritons."""
 
 import os
 import subprocess
@@ -12,22 +12,12 @@ pytest.importorskip("triton", reason="triton is not installed here (requirements
 import triton
 
 from lora_kernels.ops.launch import SOUND
+from lora_kernels.testing.gates.versions import installed
 from lora_kernels.testing.triton_versions import TRIED
 
 ROOT = Path(__file__).parents[2]
 # a version that is not where it was looked for must not pass for another
 RUN = "import sys, pytest, triton; assert triton.__version__ == sys.argv[1], triton; sys.exit(pytest.main(sys.argv[2:]))"
-
-
-def installed(version):
-    """The folder with this Triton, beside the environment's own."""
-    place = ROOT / ".venv" / "tritons" / version
-    if not place.exists():
-        part = place.with_name(f"{version}.part")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", part]
-        subprocess.run([*pip, f"triton=={version}"], check=True)
-        part.rename(place)
-    return place
 
 
 @pytest.mark.slow

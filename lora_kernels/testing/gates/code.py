@@ -19,6 +19,10 @@ class Instruction:
     """The label of a branch."""
     last: bool = False
     """The next instruction does not follow."""
+    operands: tuple[str, ...] = ()
+    """Of SASS, without the predicate before it."""
+    guarded: bool = False
+    """It may do nothing."""
 
     @property
     def stem(self) -> str:

@@ -1,5 +1,6 @@
 """What is shipped: a kernel with its tiles, the chips it is for, and what its code must be like on each."""
 
+import functools
 import hashlib
 import importlib
 import re
@@ -17,7 +18,7 @@ from lora_kernels.testing.gates import occupancy, sass
 from lora_kernels.testing.gates.occupancy import CHIPS
 
 NVIDIA = tuple(arch for arch in CHIPS if arch.startswith("sm_"))
-_ANALYSIS = ("code.py", "sass.py", "amdgcn.py", "occupancy.py")
+_ANALYSIS = ("code.py", "sass.py", "amdgcn.py", "occupancy.py", "hazards.py")
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,12 @@ class Triton:
         import triton
 
         return f"triton {triton.__version__}"
+
+    def assembler(self, arch: str) -> str:
+        """The version of ptxas that this Triton takes for a chip of NVIDIA's, as 12.9."""
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        return str(get_ptxas(int(arch[3:])).version)
 
     def missing(self, arch: str) -> str | None:
         """What is not here, in words."""
@@ -191,12 +198,17 @@ class Configuration:
     def budget(self, arch: str) -> Budget:
         return next(budget for chips, budget in self.budgets.items() if arch in chips.split())
 
-    def fingerprint(self, arch: str = "") -> str:
-        """Of all that decides about the numbers: the source, these arguments, the compiler, how code is read."""
+    def fingerprint(self, arch: str = "", version: str = "") -> str:
+        """Of all that decides about the numbers: the source, these arguments, the compiler, how code is read. `version`: of
+        Triton, if it is another than the one installed."""
         kernel = self.on(arch)
-        mine = [(Path(__file__).parent / name).read_text() for name in _ANALYSIS]
-        parts = [*kernel.sources(), kernel.text(), kernel.version(), *mine]
+        parts = [*kernel.sources(), kernel.text(), f"triton {version}" if version else kernel.version(), *_how_code_is_read()]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _how_code_is_read() -> list[str]:
+    return [(Path(__file__).parent / name).read_text() for name in _ANALYSIS]
 
 
 def _each(value: Any, change: Callable[[Any], Any]) -> Any:

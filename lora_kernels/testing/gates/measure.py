@@ -5,6 +5,7 @@ from typing import Any
 from lora_kernels.testing.gates.amdgcn import read_amdgcn
 from lora_kernels.testing.gates.code import LOAD, WIDE, Code, count, main_loop
 from lora_kernels.testing.gates.configuration import NVIDIA, Budget, Configuration, Cuda, Triton
+from lora_kernels.testing.gates.hazards import hazards
 from lora_kernels.testing.gates.occupancy import CHIPS, occupancy, occupancy_amd
 from lora_kernels.testing.gates.sass import read_cubin
 from lora_kernels.testing.nvcc import compile_cubin
@@ -23,7 +24,7 @@ def measure(configuration: Configuration, arch: str) -> Row:
     if gone:
         raise FileNotFoundError(gone)
     try:
-        code, dynamic, columns = _triton(kernel, arch) if isinstance(kernel, Triton) else _cuda(kernel, arch)
+        code, dynamic, columns = compiled(kernel, arch)
     except Exception as error:  # each compiler has its own; the row has the message, and is broken
         return {"error": f"{type(error).__name__}: {error}".strip()[:500]}
     if arch in NVIDIA:
@@ -32,11 +33,24 @@ def measure(configuration: Configuration, arch: str) -> Row:
         blocks, limit = occupancy_amd(arch, code.waves, code.shared + dynamic, kernel.warps)
     loop = main_loop(code)
     return {
-        "registers": code.registers, "stack": code.stack, "spills": code.spills, "shared": code.shared + dynamic,
+        "registers": code.registers, **soundness(kernel, arch, code), "shared": code.shared + dynamic,
         "blocks": blocks, "warps": blocks * kernel.warps, "limit": limit,
         "unit": loop.unit, "units": loop.units, "instructions": loop.instructions, "copies": loop.copies,
         "wide": count(code.instructions, WIDE), "loads": count(code.instructions, LOAD),
     }  # fmt: skip
+
+
+def compiled(kernel: Triton | Cuda, arch: str) -> tuple[Code, int, int]:
+    """The code, its dynamic shared memory in bytes, and its columns of tensor memory."""
+    return _triton(kernel, arch) if isinstance(kernel, Triton) else _cuda(kernel, arch)
+
+
+def soundness(kernel: Triton | Cuda, arch: str, code: Code) -> Row:
+    """The part of a row that every version of a compiler is held to."""
+    found = hazards(code) if arch in NVIDIA else []
+    row: Row = {"stack": code.stack, "spills": code.spills, "hazards": len(found)}
+    row |= {"hazard": found[0]} if found else {}
+    return row | ({"ptxas": kernel.assembler(arch)} if isinstance(kernel, Triton) and arch in NVIDIA else {})
 
 
 def _triton(kernel: Triton, arch: str) -> tuple[Code, int, int]:
@@ -60,14 +74,24 @@ def per(row: Row) -> float:
     return float(row["instructions"] / max(1, row["units"]))
 
 
-def broken(row: Row, budget: Budget, arch: str) -> list[str]:
-    """The gates that a row does not pass, in words."""
+def unsound(row: Row) -> list[str]:
+    """The gates that no version of a compiler may break, in words; what a row does not have is zero."""
     if "error" in row:
         return [f"does not compile: {row['error']}"]
-    chip, unit = CHIPS[arch], budget.matrix or "load"
     found = []
-    if row["spills"] or row["stack"]:
-        found.append(f"spills: {row['stack']} bytes of stack, {row['spills']} spilled")
+    if row.get("spills") or row.get("stack"):
+        found.append(f"spills: {row.get('stack', 0)} bytes of stack, {row.get('spills', 0)} spilled")
+    if row.get("hazards"):
+        found.append(f"hazards: {row['hazards']} instructions, the first: {row['hazard']}")
+    return found
+
+
+def broken(row: Row, budget: Budget, arch: str) -> list[str]:
+    """The gates that a row does not pass, in words."""
+    found = unsound(row)
+    if "error" in row:
+        return found
+    chip, unit = CHIPS[arch], budget.matrix or "load"
     if row["shared"] > chip.shared_block:
         found.append(f"shared memory: {row['shared']} bytes, {chip.shared_block} there are")
     if row["blocks"] < budget.blocks:

@@ -11,7 +11,7 @@ from pathlib import Path
 from lora_kernels.testing.gates.code import Code, Instruction
 
 _USAGE = re.compile(r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
+_LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?)\s*;")
 _BRANCHES = {"BRA", "JMP"}
 _RESERVED = 1024  # of the driver, counted in SHARED from sm_90 on where a kernel has any
 
@@ -86,10 +86,12 @@ def _parse(text: str, kernel: str) -> tuple[list[Instruction], dict[str, int]]:
 
 def _instruction(guarded: bool, opcode: str, operands: str) -> Instruction:
     stem = opcode.split(".")[0]
+    given = tuple(re.split(r",\s*", operands)) if operands else ()
     if stem in ("BRX", "JMX", "BRXU", "JMXU"):
         raise ValueError(f"{opcode}: where it branches to is computed, so that loops are not known")
     if stem in _BRANCHES:
         target = re.search(r"`\(([^)]+)\)", operands)
         # a predicate may also be the first operand
-        return Instruction(opcode, target[1] if target else None, not guarded and operands.startswith("`("))
-    return Instruction(opcode, None, stem in ("EXIT", "RET") and not guarded)
+        last = not guarded and operands.startswith("`(")
+        return Instruction(opcode, target[1] if target else None, last, given, guarded)
+    return Instruction(opcode, None, stem in ("EXIT", "RET") and not guarded, given, guarded)

@@ -11,7 +11,9 @@ from pathlib import Path
 from lora_kernels.testing.gates.configuration import Configuration
 from lora_kernels.testing.gates.measure import Row, broken, measure, per
 from lora_kernels.testing.gates.occupancy import CHIPS
+from lora_kernels.testing.gates.versions import Other
 
+BY = ", triton "  # between the chip and the version in the key of a row that another Triton made
 Key = tuple[str, str]
 Reasons = dict[Key, list[str]]
 
@@ -21,12 +23,22 @@ class Table:
     """Rows by configuration and chip, each with its fingerprint and the compiler that made it."""
 
     rows: dict[Key, Row] = field(default_factory=dict)
+    others: dict[Other, Row] = field(default_factory=dict)
+    """By the version of Triton, too: what other Tritons than the installed one made, as far as it is not zero."""
 
     @staticmethod
     def read(path: Path) -> "Table":
         """An empty one where there is no file."""
         text = json.loads(path.read_text()) if path.exists() else {}
-        return Table({(name, arch): row for name, rows in text.items() for arch, row in rows.items()})
+        table = Table()
+        for name, rows in text.items():
+            for place, row in rows.items():
+                arch, _, version = place.partition(BY)
+                if version:
+                    table.others[name, arch, version] = row
+                else:
+                    table.rows[name, arch] = row
+        return table
 
     def write(self, path: Path) -> None:
         """A row a line, so that a change is read in the difference."""
@@ -34,7 +46,9 @@ class Table:
         parts = []
         for name in names:
             mine = [(arch, self.rows[name, arch]) for arch in CHIPS if (name, arch) in self.rows]
-            lines = ",\n".join(f"  {json.dumps(arch)}: {json.dumps(row)}" for arch, row in mine)
+            others = [(version, arch, self.others[name, arch, version]) for one, arch, version in self.others if one == name]
+            mine += [(f"{arch}{BY}{version}", row) for version, arch, row in sorted(others, key=lambda other: other[:2])]
+            lines = ",\n".join(f"  {json.dumps(place)}: {json.dumps(row)}" for place, row in mine)
             parts.append(f"{json.dumps(name)}: {{\n{lines}\n}}")
         path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
@@ -54,7 +68,20 @@ class Table:
             warps = f"{row['blocks']} ({row['warps']} of {CHIPS[arch].warps})"
             cells = [name, arch, f"{row['registers']}{spilled}", row["shared"], warps, row["limit"], loop, f"{per(row):.2f}"]
             lines.append(f"| {' | '.join(map(str, cells))} | {row['wide']} of {row['loads']} |")
-        return "\n".join(lines)
+        return "\n".join(lines + self._of_others())
+
+    def _of_others(self) -> list[str]:
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for (_, arch, version), row in self.others.items():
+            groups.setdefault((version, arch), []).append(row)
+        head = ("Triton", "chip", "ptxas", "kernels", "with hazards", "with spills", "do not compile")
+        lines = ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for (version, arch), rows in sorted(groups.items()):
+            by = ", ".join(sorted({row["ptxas"] for row in rows if "ptxas" in row}))
+            gates = (["hazards"], ["spills", "stack"], ["error"])
+            counts = [sum(any(row.get(name) for name in names) for row in rows) for names in gates]
+            lines.append(f"| {' | '.join(map(str, [version, arch, by, len(rows), *counts]))} |")
+        return lines if groups else []
 
 
 def current(configuration: Configuration, arch: str, table: Table) -> tuple[Row, bool]:
