@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels.testing.gates import Table, broken, current, differences
+from lora_kernels.testing.gates import Table, broken, current, differences, versions
+from lora_kernels.testing.gates.measure import unsound
 from tests.gates.configurations import GATES, MISSING
 
 HERE = Path(__file__).parent
 TABLE = Table.read(HERE / "table.json")
+OTHERS = versions.others()
 ROWS = [pytest.param(one, arch, id=f"{one.name}-{arch}") for one in GATES for arch in one.chips]
 
 
@@ -32,6 +34,24 @@ def test_the_table_has_what_is_shipped_and_nothing_else():
     assert len(set(names)) == len(names)
     shipped = {(configuration.name, arch) for configuration in GATES for arch in configuration.chips}
     assert set(TABLE.rows) == shipped, "`make gates` writes the table anew"
+    places = versions.chosen(GATES)
+    assert set(TABLE.others) == {(one.name, arch, version) for one, arch in places for version in OTHERS}
+
+
+@pytest.mark.skipif(bool(MISSING), reason=str(MISSING))
+@pytest.mark.parametrize("arch", versions.CHIPS)
+@pytest.mark.parametrize("version", OTHERS)
+def test_other_tritons(version, arch):
+    """They are not here: the table holds what they made of the kernels as they are."""
+    stale, wrong = [], {}
+    for one in [one for one, chip in versions.chosen(GATES) if chip == arch]:
+        row = TABLE.others.get((one.name, arch, version), {"fingerprint": "none"})
+        if row["fingerprint"] != one.fingerprint(arch, version):
+            stale.append(one.name)
+        if unsound(row):
+            wrong[one.name] = unsound(row)
+    assert not wrong
+    assert not stale, "`make gates` writes the table anew"
 
 
 def test_the_table_was_made_by_the_pinned_compilers():

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from lora_kernels.testing import nvcc
-from lora_kernels.testing.gates import Budget, Configuration, Cuda, Table, Triton, measure, occupancy, sass, table
+from lora_kernels.testing.gates import Budget, Configuration, Cuda, Table, Triton, measure, occupancy, sass, table, versions
 from lora_kernels.testing.gates.amdgcn import read_amdgcn
 from lora_kernels.testing.gates.code import LOAD, WIDE, Code, Instruction, MainLoop, count, main_loop
-from tests.gates.configurations import ALL, CORPUS, GATES
+from tests.gates.configurations import ALL, CORPUS, GATES, HALF, SINGLE, corpus
 
 HERE = Path(__file__).parent
 MATMUL = GATES[-1]
+CAST = {"x": SINGLE, "w": HALF, "y": SINGLE, "m": 256, "n": 256, "k": 1024, "BM": 64, "BN": 128, "BK": 64}
 
 
 def code(text, kernel="k"):
@@ -225,10 +226,55 @@ def test_only_what_changed_is_compiled(tmp_path, monkeypatch):
     assert table.differences(found | {"made": "nvcc 1.0"}, again) == []
 
 
+def test_other_tritons_in_the_table(tmp_path):
+    row = {"registers": 8, "fingerprint": "a"}
+    rows = {("k", "sm_90", "3.6.0"): {"ptxas": "12.8", "fingerprint": "b"}, ("k", "sm_90", "3.9.0"): {"error": "none"}}
+    rows["k", "sm_100", "3.6.0"] = {"hazards": 2, "hazard": "MOV writes R8", "ptxas": "12.9", "fingerprint": "c"}
+    Table({("k", "sm_90"): row}, rows).write(tmp_path / "table.json")
+    assert len((tmp_path / "table.json").read_text().splitlines()) == 8
+    again = Table.read(tmp_path / "table.json")
+    assert again.rows == {("k", "sm_90"): row} and again.others == rows
+    counts = [
+        "3.6.0 | sm_100 | 12.9 | 1 | 1 | 0 | 0", "3.6.0 | sm_90 | 12.8 | 1 | 0 | 0 | 0", "3.9.0 | sm_90 |  | 1 | 0 | 0 | 1",
+    ]  # fmt: skip
+    assert again._of_others()[3:] == [f"| {line} |" for line in counts]
+
+
+def test_a_row_of_another_triton_goes_stale():
+    if CORPUS[0].kernel.missing("sm_90"):
+        pytest.skip(CORPUS[0].kernel.missing("sm_90"))
+    one, arch = versions.chosen(GATES)[0]
+    first = one.fingerprint(arch, "3.6.0")
+    assert first == one.fingerprint(arch, "3.6.0") and len({first, one.fingerprint(arch, "3.7.1"), one.fingerprint(arch)}) == 3
+    changed = dataclasses.replace(one.on(arch), stages=one.on(arch).stages + 1)
+    assert dataclasses.replace(one, special={**one.special, arch: changed}).fingerprint(arch, "3.6.0") != first
+    only = dataclasses.replace(one, special={**one.special, f"{arch}, triton 3.6.0": changed})
+    assert only.on(arch, "3.6.0") is changed and only.on(arch) == only.on(arch, "3.9.0") == one.on(arch)
+    assert only.fingerprint(arch, "3.6.0") != first and only.fingerprint(arch) == one.fingerprint(arch)
+
+
+def test_another_triton_compiles_in_a_process_of_its_own(monkeypatch, tmp_path):
+    """Here the installed one stands for it; a folder with another version is not taken for the one that was asked for."""
+    if CORPUS[0].kernel.missing("sm_90"):
+        pytest.skip(CORPUS[0].kernel.missing("sm_90"))
+    import triton
+
+    kernel = corpus("cast_dot", CAST | {"STAGES": 1})
+    wrong = dataclasses.replace(kernel, args=kernel.args | {"BM": 48})
+    monkeypatch.setattr(versions, "installed", lambda version: Path(triton.__file__).parents[1])
+    asked = [("k", "sm_90", kernel), ("wrong", "sm_90", wrong)]
+    rows = versions._process(triton.__version__, asked, str(tmp_path))
+    assert rows["k", "sm_90"] == {"ptxas": kernel.assembler("sm_90")}
+    assert rows["wrong", "sm_90"]["error"].startswith("CompilationError")
+    with pytest.raises(RuntimeError, match=r"^triton 3.0.0: [\s\S]*AssertionError: <module 'triton'"):
+        versions._process("3.0.0", asked[:1], str(tmp_path))
+
+
 def test_the_table_for_people():
     table = Table.read(HERE / "table.json")
+    others = {(arch, version) for _, arch, version in table.others}
     text, row = table.markdown(), table.rows["lora 128x128x64, 8 warps, 3 stages", "sm_80"]
-    assert len(text.splitlines()) == 2 + len(table.rows)
+    assert len(text.splitlines()) == 2 + len(table.rows) + (3 if others else 0) + len(others)
     loop = f"{row['instructions']}: 72 HMMA | {row['instructions'] / 72:.2f}"
     assert f"| 2 (16 of 64) | registers, shared memory | {loop} | 25 of 28 |" in text
 

@@ -11,8 +11,9 @@ import tempfile
 from pathlib import Path
 
 from lora_kernels.testing.gates import versions
+from lora_kernels.testing.gates.configuration import BY
 from lora_kernels.testing.gates.measure import unsound
-from lora_kernels.testing.gates.table import BY, Table, differences, recompute
+from lora_kernels.testing.gates.table import Table, differences, recompute
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ from lora_kernels.testing.gates import occupancy, sass
 from lora_kernels.testing.gates.occupancy import CHIPS
 
 NVIDIA = tuple(arch for arch in CHIPS if arch.startswith("sm_"))
+BY = ", triton "  # between a chip and the version of another Triton than the one installed
 _ANALYSIS = ("code.py", "sass.py", "amdgcn.py", "occupancy.py", "hazards.py")
 
 
@@ -180,7 +181,7 @@ class Configuration:
     without: Mapping[str, str] = field(default_factory=dict)
     """Chips this is not shipped for, and why."""
     special: Mapping[str, Triton] = field(default_factory=dict)
-    """What is launched in the place of `kernel` on some chips."""
+    """What is launched in the place of `kernel` on some chips, or under another Triton: "sm_90, triton 3.6.0"."""
 
     def __post_init__(self) -> None:
         named = sorted(" ".join([*self.budgets, *self.without]).split())
@@ -191,9 +192,9 @@ class Configuration:
     def chips(self) -> tuple[str, ...]:
         return tuple(chip for chip in self.kernel.chips if chip in " ".join(self.budgets).split())
 
-    def on(self, arch: str) -> Triton | Cuda:
-        """What is launched on a chip."""
-        return self.special.get(arch, self.kernel)
+    def on(self, arch: str, version: str = "") -> Triton | Cuda:
+        """What is launched on a chip, by another Triton than the one installed if `version` names it."""
+        return self.special.get(f"{arch}{BY}{version}", self.special.get(arch, self.kernel))
 
     def budget(self, arch: str) -> Budget:
         return next(budget for chips, budget in self.budgets.items() if arch in chips.split())
@@ -201,7 +202,7 @@ class Configuration:
     def fingerprint(self, arch: str = "", version: str = "") -> str:
         """Of all that decides about the numbers: the source, these arguments, the compiler, how code is read. `version`: of
         Triton, if it is another than the one installed."""
-        kernel = self.on(arch)
+        kernel = self.on(arch, version)
         parts = [*kernel.sources(), kernel.text(), f"triton {version}" if version else kernel.version(), *_how_code_is_read()]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
-from lora_kernels.testing.gates.configuration import Configuration
+from lora_kernels.testing.gates.configuration import BY, Configuration
 from lora_kernels.testing.gates.measure import Row, broken, measure, per
 from lora_kernels.testing.gates.occupancy import CHIPS
 from lora_kernels.testing.gates.versions import Other
 
-BY = ", triton "  # between the chip and the version in the key of a row that another Triton made
 Key = tuple[str, str]
 Reasons = dict[Key, list[str]]
 

@@ -59,7 +59,7 @@ def recompute(configurations: Sequence[Configuration], jobs: int, cache: str) ->
     rows = {}
     for version in others():
         pairs = chosen(configurations)
-        asked: Asked = [(c.name, arch, c.on(arch)) for c, arch in pairs]
+        asked: Asked = [(c.name, arch, c.on(arch, version)) for c, arch in pairs]
         with ThreadPoolExecutor(jobs) as pool:  # of processes, which it waits for
             parts = pool.map(lambda i, by=version, all_=asked: _process(by, all_[i::jobs], cache), range(jobs))
             found = {place: row for part in parts for place, row in part.items()}
