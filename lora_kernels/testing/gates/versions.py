@@ -1,7 +1,5 @@
 """The package's kernels as the other supported Tritons compile them, each version in a process of its own.
 
-    python -m lora_kernels.testing.gates.versions FILE    compiles what FILE, a pickle, lists; prints a row a line
-
 On sm_90 and sm_100 alone: what those versions differ in is when products that run asynchronously are waited for. Of the rest it
 is held that ptxas takes it without spilling; instructions are counted for the installed Triton only.
 """
@@ -86,27 +84,27 @@ def installed(version: str) -> Path:
 def _process(version: str, asked: Asked, cache: str) -> dict[Place, Row]:
     if not asked:
         return {}
-    folder = installed(version)
-    with tempfile.NamedTemporaryFile(suffix=".pickle") as file:
-        file.write(pickle.dumps(asked))
-        file.flush()
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "TRITON_CACHE_DIR": f"{cache}/{version}",
-        }  # fmt: skip
-        command = [sys.executable, "-c", RUN, version, file.name]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"triton {version}: {done.stderr.strip()[-2000:]}")
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return {(name, arch): row for name, arch, row in lines}
+    places = os.pathsep.join([str(installed(version)), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": places, "TRITON_CACHE_DIR": f"{cache}/{version}"}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "asked").write_bytes(pickle.dumps(asked))
+        command = [sys.executable, "-c", RUN, version, folder]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"triton {version}: {done.stderr.strip()[-2000:]}")
+        rows = json.loads(Path(folder, "rows").read_text())
+    return {(name, arch): row for name, arch, row in rows}
 
 
-def main(path: str) -> None:
-    asked: Asked = pickle.loads(Path(path).read_bytes())
+def main(folder: str) -> None:
+    """Compiles what the file `asked` lists and writes the file `rows`; Triton itself prints."""
+    asked: Asked = pickle.loads(Path(folder, "asked").read_bytes())
+    rows = []
     for name, arch, kernel in asked:
         try:
             code, *_ = compiled(kernel, arch)
             row = {key: value for key, value in soundness(kernel, arch, code).items() if value}
         except Exception as error:  # each compiler has its own; the row has the message, and is broken
             row = {"error": f"{type(error).__name__}: {error}".strip()[:500]}
-        print(json.dumps([name, arch, row]))
+        rows.append((name, arch, row))
+    Path(folder, "rows").write_text(json.dumps(rows))
