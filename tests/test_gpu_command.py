@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from bench import report
-from bench.gpu.__main__ import STAGES, apart, kebab, main
-from bench.gpu.setting import Found, Setting, differ
+from bench.gpu.__main__ import STAGES, kebab, main
+from bench.gpu.record import Record
+from bench.gpu.running import Work, apart
+from bench.gpu.setting import Found, differ
 from lora_kernels.ops import missing_backends
 
 if "triton" in missing_backends():
@@ -27,7 +29,8 @@ def dry(folder, *more):
 def test_a_dry_run_goes_through_every_stage(tmp_path, capsys):
     status, found = dry(tmp_path)
     assert status == 0, capsys.readouterr().out
-    assert found["dry_run"] and found["stamp"]["torch"] == torch.__version__ and found["stamp"]["gpu"] == "none: simulated"
+    assert found["dry_run"] and found["stamp"]["torch"] == torch.__version__
+    assert found["stamp"]["gpu"] == "none: sm_80 simulated"
     assert list(found["stages"]) == list(STAGES)
     states = {name: stage["status"] for name, stage in found["stages"].items()}
     assert states == dict.fromkeys(STAGES, "passed") | {"sanitizer": "not run"}
@@ -74,10 +77,13 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, monkeypatch, caps
     assert "finds none here; nothing was written" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_a_stage_whose_process_dies_has_failed(monkeypatch):
+def test_a_stage_whose_process_dies_has_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    found = apart("environment", Setting(dry=True))
-    assert found["status"] == "failed" and "ended with 1 and left no result" in found["failures"][0]
+    record = Record(tmp_path / "found.json")
+    record.begin()
+    apart(Work("environment", "environment"), record, 10, ["--dry-run"])
+    stage = record.read()["stages"]["environment"]
+    assert stage["status"] == "failed" and stage["failures"] == ["its process ended with 1 between checks"]
 
 
 def test_the_report_of_cpus_refuses_a_file_of_a_gpu(tmp_path, capsys):

@@ -1,48 +1,40 @@
 """`python -m bench.gpu`: everything that only a GPU can show, and where the results are.
 
-    --dry-run    the same stages with CPU tensors in the simulator and tiny shapes: no times, nothing in bench/results
-    --quick      fewer shapes and repetitions
-    --only A B   these stages alone
+    --minutes N  what is worth most first, within N minutes: `bench.gpu.timed` has the order and the shares
+    --dry-run    the same with CPU tensors in the simulator and small shapes: no times, nothing in bench/results
+    --arch 90    whose kernels a dry run simulates; 80 if not given
+    --quick      fewer shapes and repetitions, without --minutes
+    --only A B   these stages or parts alone
     --out FILE   the JSON file; bench/results/<gpu>.json if not given, a temporary file in a dry run. A picture goes beside it
 
-Each stage runs in a process of its own, because an access out of bounds leaves a process without its GPU, and says passed,
-failed or not run. Exit status: 0, 1 if a stage failed, 2 without a GPU (nothing is written then).
+The file is written anew after each check, so a run that is cut off leaves what it found. Each stage runs in a process of its
+own, because an access out of bounds leaves a process without its GPU, and says passed, failed or not run. Exit status: 0, 1 if
+a stage failed, 2 without a GPU (nothing is written then).
 """
 
 import argparse
-import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-STAGES = ("environment", "correctness", "sanitizer", "determinism", "graphs", "speed")
-ROOT = Path(__file__).parents[2]
-SECONDS = 3 * 3600  # of one stage: a kernel that hangs must not hold the others
+from bench.gpu import ready, timed
+from bench.gpu.record import FAILED, Record
+from bench.gpu.running import ROOT, Work, apart, run
+
+# seconds of each: a kernel that hangs must not hold the others
+STAGES = {"environment": 120, "correctness": 3600, "sanitizer": 7500, "determinism": 1800, "graphs": 1800, "speed": 5400}
+PARTS = tuple(part.name for part in timed.PARTS)
 
 
 def main(argv: list[str] | None = None, here: bool = False) -> int:
     """The exit status. With `here` the stages run in this process."""
-    parser = argparse.ArgumentParser(prog="bench.gpu")
-    parser.add_argument("--dry-run", action="store_true", help="CPU tensors in the simulator, tiny shapes, no times")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and repetitions")
-    parser.add_argument("--tiny", action="store_true", help="with --dry-run: hardly anything, for the test of this command")
-    parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help=", ".join(STAGES))
-    parser.add_argument("--out", type=Path, help="a JSON file")
-    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)  # one stage, in the process made for it
-    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)  # what compute-sanitizer looks at
-    options = parser.parse_args(argv)
-    if options.tiny and not options.dry_run:
-        parser.error("--tiny is for --dry-run")
-
+    options = parsed(argv)
     import torch
 
-    from bench.gpu.setting import Setting
+    from bench.gpu.setting import Found, Setting, cores
 
     if not options.dry_run and (not torch.cuda.is_available() or torch.version.hip is not None):
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
@@ -52,79 +44,75 @@ def main(argv: list[str] | None = None, here: bool = False) -> int:
             file=sys.stderr,
         )
         return 2
-    setting = Setting(options.dry_run, options.quick, options.tiny)
+    setting = Setting(options.dry_run, options.quick, options.tiny, options.arch or 80)
     if options.once:
         from bench.gpu.cases import once
 
-        return once(setting)
-    if options.stage:
-        options.out.write_text(json.dumps(run(options.stage, setting)), encoding="utf-8")
-        return 0
+        return once(setting, options.few)
+    if options.stage:  # one, in the process made for it
+        record = Record(options.out) if options.form != "warm" else None
+        skipped = frozenset(record.tried(options.stage) if record else ())
+        i, n = map(int, options.process.split("/"))
+        found = Found(record, options.stage, options.until, (i, n), skipped)
+        return run(Work(options.stage, options.module, options.form), setting, found)
+
+    began = time.monotonic()
+    words = ready.report(dry=options.dry_run)
+    if options.minutes and not options.dry_run:
+        words += ready.build(0.25 * 60 * options.minutes)
 
     from bench.gpu.environment import stamp
 
     circumstances = stamp(setting)
-    found = {name: run(name, setting) if here else apart(name, setting) for name in STAGES if name in options.only}
-    rows = [row for stage in found.values() for row in stage.pop("rows", [])]
-    result = {"dry_run": setting.dry, "quick": setting.quick, "stamp": circumstances, "stages": found, "rows": rows}
     path = options.out or place(setting, circumstances["gpu"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, result)
-    picture = drawn(result, path.with_suffix(".png"))
-    if picture:
-        found["picture"] = picture
-        write(path, result)
-    for name, stage in found.items():
-        print(f"{name:12} {stage['status']:8} {stage['checked']} checks, {stage['failed']} failed", flush=True)
-        for text in (*stage["failures"], *(f"not run: {reason}" for reason in summed(stage["not_run"]))):
-            print(f"    {text.splitlines()[0][:300]}")
+    record = Record(path)
+    head = {"dry_run": setting.dry, "quick": setting.quick, "minutes": options.minutes}
+    record.begin(**head, stamp=circumstances, ready=words, command=sys.argv[1:])
+    flags = {"--dry-run": setting.dry, "--quick": setting.quick, "--tiny": setting.tiny}
+    shared = [flag for flag, wanted in flags.items() if wanted] + (["--arch", str(options.arch)] if options.arch else [])
+    if options.minutes:
+        left = options.minutes - (time.monotonic() - began) / 60
+        timed.run(record, left, shared, cores(), ready.assemblers(), options.only, drawn=lambda: picture(record))
+    else:
+        for name in options.only or STAGES:
+            work, start = Work(name, name), time.monotonic()
+            if here:
+                run(work, setting, Found(record, name))
+            else:
+                apart(work, record, STAGES[name], shared)
+            stage = record.settle(name, wall_seconds=round(time.monotonic() - start, 1))
+            print(timed.said(name, stage), flush=True)
+        picture(record)
     print(path)
-    return int(any(stage["status"] == "failed" for stage in found.values()))
+    return int(any(stage["status"] == FAILED for stage in record.read()["stages"].values()))
 
 
-def summed(reasons: list[str]) -> list[str]:
-    """The first few, and how many more."""
-    return reasons if len(reasons) <= 6 else [*reasons[:5], f"and {len(reasons) - 5} more, in the JSON file"]
-
-
-def run(name: str, setting: Any) -> dict[str, Any]:
-    """One stage in this process; what escapes from it is a failure of it."""
-    from bench.gpu.setting import Found
-
-    print(f"{name}:", flush=True)
-    start = time.perf_counter()
-    try:
-        found = import_module(f"bench.gpu.{name}").stage(setting).plain()
-    except Exception as error:
-        broken = Found()
-        broken.fail(f"the stage ended with {type(error).__name__}: {error}")
-        found = broken.plain()
-    return {**found, "wall_seconds": round(time.perf_counter() - start, 1)}
-
-
-def apart(name: str, setting: Any) -> dict[str, Any]:
-    """One stage in a process of its own."""
-    from bench.gpu.setting import Found
-
-    environment = dict(os.environ)
-    if name != "speed":
-        # torch refuses cuBLAS in its deterministic mode without it; it costs speed, which is therefore not measured under it
-        environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    given = {"--dry-run": setting.dry, "--quick": setting.quick, "--tiny": setting.tiny}
-    flags = [flag for flag, wanted in given.items() if wanted]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "found.json"
-        words = [sys.executable, "-m", "bench.gpu", "--stage", name, "--out", str(file), *flags]
-        try:
-            status: object = subprocess.run(words, check=False, cwd=ROOT, env=environment, timeout=SECONDS).returncode
-        except subprocess.TimeoutExpired:
-            status = f"{SECONDS} seconds without an end"
-        if file.is_file():
-            # a context that a kernel broke may also fail as the process ends; what was found stands
-            return json.loads(file.read_text(encoding="utf-8"))
-    broken = Found()
-    broken.fail(f"its process ended with {status} and left no result")
-    return broken.plain()
+def parsed(argv: list[str] | None) -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="bench.gpu", description=__doc__, formatter_class=form)
+    parser.add_argument("--minutes", type=float, help="what is worth most first, within so many")
+    parser.add_argument("--dry-run", action="store_true", help="CPU tensors in the simulator, small shapes, no times")
+    parser.add_argument("--arch", type=int, help="with --dry-run: whose kernels; 90 is sm_90")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and repetitions")
+    parser.add_argument("--tiny", action="store_true", help="with --dry-run: hardly anything, for the test of this command")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help=f"{', '.join(STAGES)}; with --minutes {', '.join(PARTS)}")
+    parser.add_argument("--out", type=Path, help="a JSON file")
+    for name, default in {"--stage": None, "--module": None, "--form": "", "--process": "0/1"}.items():
+        parser.add_argument(name, default=default, help=argparse.SUPPRESS)  # of the process made for a stage
+    parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
+    for name in ("--once", "--few"):
+        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)  # what compute-sanitizer looks at
+    options = parser.parse_args(argv)
+    if options.tiny and not options.dry_run:
+        parser.error("--tiny is for --dry-run")
+    if options.arch and not options.dry_run:
+        parser.error("--arch is for --dry-run: a GPU has its own")
+    if options.minutes is not None and options.minutes <= 0:
+        parser.error(f"--minutes must be above 0, found {options.minutes:g}")
+    known = PARTS if options.minutes else tuple(STAGES)
+    if unknown := [name for name in options.only or [] if name not in known]:
+        parser.error(f"--only knows {', '.join(known)}, found {', '.join(unknown)}")
+    return options
 
 
 def place(setting: Any, gpu: str) -> Path:
@@ -139,20 +127,21 @@ def kebab(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def drawn(result: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """The picture; if it cannot be drawn, a stage that failed. Without times to draw, nothing."""
+def picture(record: Record) -> None:
+    """Draws it beside the file; if it cannot be drawn, that is a stage that failed. Without rows to draw, nothing."""
     from bench.gpu.plot import draw
     from bench.gpu.setting import Found
 
+    result = record.read()
     if not any(row["op"] == "lora_linear" for row in result["rows"]):
-        return None
+        return
+    if missing := ready.missing("matplotlib"):
+        return Found(record, "picture").skip(missing)
+    result["stages"].pop("picture", None)
     found = Found()
-    found.check("picture", lambda: draw(result, path))
-    return found.plain() if found.failures else None
+    found.check("picture", lambda: draw(result, record.path.with_suffix(".png")))
+    if found.failures:
+        record.settle("picture", **found.kept)
 
 
 if __name__ == "__main__":

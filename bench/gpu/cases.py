@@ -21,7 +21,7 @@ FLAGS = {
 
 def sizes(setting: Setting) -> tuple[int, int, int, int]:
     """Tokens, in, out, rank: more than one tile of each on a GPU, and no multiple of one."""
-    return (5, 33, 20, 3) if setting.dry else (300, 1030, 777, 24)
+    return setting.sizes or ((5, 33, 20, 3) if setting.dry else (300, 1030, 777, 24))
 
 
 def problem(setting: Setting, dtype: torch.dtype = torch.bfloat16, **flags) -> Problem:
@@ -98,8 +98,20 @@ def _layer(setting: Setting) -> Case:
     return call
 
 
-def once(setting: Setting) -> int:
-    """Runs each case once, and forced as each candidate; what compute-sanitizer looks at. The exit status."""
+FEW = ("lora_linear dora, dropout, bias bfloat16", "lora_linear, 2 rows", "lora_linear_group")
+
+
+def once(setting: Setting, few: bool = False) -> int:
+    """Runs each case once, and forced as each candidate; what compute-sanitizer looks at. `few`: those of FEW, as dispatch
+    chooses. The exit status."""
+    if few:
+        with setting.chosen():
+            made = cases(setting)
+            for name in FEW:
+                print(f"{name}: {len(made[name]())} results", flush=True)
+        if not setting.dry:
+            torch.cuda.synchronize()
+        return 0
     from lora_kernels.ops import dispatch
     from lora_kernels.ops.cost import FORWARD
 

@@ -9,8 +9,8 @@ from bench.gpu.setting import Found, Setting, bits, differ
 from lora_kernels import lora_linear
 
 
-def stage(setting: Setting) -> Found:
-    found, times = Found(), 1 if setting.tiny else 3 if setting.dry else 50 if setting.quick else 1000
+def stage(setting: Setting, found: Found) -> None:
+    times = 1 if setting.tiny else 3 if setting.dry else 50 if setting.quick else 1000
     with setting.backend():
         for name, case in cases(setting).items():
             found.check(name, partial(repeat, case, times, setting.device))
@@ -19,7 +19,6 @@ def stage(setting: Setting) -> Found:
             for dtype in [torch.bfloat16] if setting.dry else [torch.bfloat16, torch.float16, torch.float32]:
                 if "dropout" not in FLAGS[name]:  # whose mask depends on the row's number
                     found.check(f"rows of {name} {str(dtype)[6:]}", partial(rows, setting, dtype, FLAGS[name]))
-    return found
 
 
 def repeat(case, times: int, device: str) -> None:

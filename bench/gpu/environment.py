@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from bench.gpu.setting import Found, Setting
+from bench.gpu.witness import assembler
+from lora_kernels.ops.launch import cuda_build
 
 ROOT = Path(__file__).parents[2]
 ASKED = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "memory.total")
@@ -34,7 +36,7 @@ def installed(name: str) -> str | None:
 def stamp(setting: Setting) -> dict[str, Any]:
     """The GPU, the versions and the commit."""
     changed = said("git", "status", "--porcelain", "--", ".", ":!bench/results")
-    found: dict[str, Any] = {"gpu": "none: simulated" if setting.dry else torch.cuda.get_device_name()}
+    found: dict[str, Any] = {"gpu": f"none: sm_{setting.arch} simulated" if setting.dry else torch.cuda.get_device_name()}
     if not setting.dry:
         has = torch.cuda.get_device_properties(0)
         found |= {
@@ -52,6 +54,8 @@ def stamp(setting: Setting) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": installed("triton"),
         "peft": installed("peft"),
+        "assembler": assembler(),
+        "cuda_cpp": cuda_build(),
         "python": platform.python_version(),
         "commit": said("git", "rev-parse", "--short", "HEAD") or None,
         "uncommitted_changes": bool(changed),
@@ -60,14 +64,12 @@ def stamp(setting: Setting) -> dict[str, Any]:
     }
 
 
-def stage(setting: Setting) -> Found:
+def stage(setting: Setting, found: Found) -> None:
     """The stamp, printed; it fails where something is missing that the other stages need."""
-    found = Found()
     for name, value in stamp(setting).items():
         found.note(f"{name}: {value}")
     for name in ("triton", "peft", "matplotlib"):
         found.check(name, lambda name=name: needed(name))
-    return found
 
 
 def needed(name: str) -> None:

@@ -12,8 +12,7 @@ from lora_kernels.testing import rms
 REPLAYS = 100
 
 
-def stage(setting: Setting) -> Found:
-    found = Found()
+def stage(setting: Setting, found: Found) -> None:
     with setting.backend():
         if setting.dry:
             found.skip("CUDA graphs: capture needs a GPU")
@@ -27,7 +26,6 @@ def stage(setting: Setting) -> Found:
             found.check(f"torch.compile, {name}", partial(compiled, setting, FLAGS[name]))
         for use_dora in [False] if setting.tiny else [False, True]:
             found.check(f"torch.compile of the fused layer, dora {use_dora}", partial(compiled_layer, setting, use_dora))
-    return found
 
 
 def forward(p) -> list[torch.Tensor]:

@@ -10,15 +10,17 @@ STYLES = {
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """A panel for each kind and direction (rows) and shape (columns), without dropout. A dry run has no times: its panels
-    hold no curve."""
+    """A panel for each kind and direction (rows) and shape (columns), without dropout but for a timed run. A dry run has no
+    times: its panels hold no curve."""
     import matplotlib
 
     matplotlib.use("Agg")  # a picture in a file needs no display
     from matplotlib import pyplot as plt
 
-    rows = [row for row in result["rows"] if row["op"] == "lora_linear" and not row["dropout"]]
+    rows = [row for row in result["rows"] if row["op"] == "lora_linear" and (result.get("minutes") or not row["dropout"])]
     rows = [row for row in rows if row["r"] == RANK] or rows
+    first = {tuple(row[key] for key in ("kind", "what", "K", "N", "M")): row for row in reversed(rows)}
+    rows = list(first.values())[::-1]  # one curve goes through each M once
     down = list(dict.fromkeys((row["kind"], row["what"]) for row in rows))
     across = list(dict.fromkeys((row["K"], row["N"]) for row in rows))
     if not rows:
@@ -39,6 +41,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     dry = "DRY RUN, no times; " if result["dry_run"] else ""
     versions = ", ".join(f"{name} {stamp[name]}" for name in ("torch", "peft", "triton"))
     note = f"{dry}{stamp['gpu']}; {versions}; bfloat16, r={rows[0]['r']}"
+    if dropped := sorted({row["M"] for row in rows if row["dropout"]}):
+        note += f", dropout at M={', '.join(map(str, dropped))}"
     figure.supxlabel(note, fontsize=9, color="0.4")
     figure.savefig(path, dpi=110)
     plt.close(figure)

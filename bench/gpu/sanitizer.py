@@ -1,13 +1,14 @@
-"""NVIDIA's compute-sanitizer over all kernels; a machine without it says so."""
+"""NVIDIA's compute-sanitizer over all kernels, or in a timed run over a few; a machine without it says so."""
 
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 from bench.gpu import cases
-from bench.gpu.setting import Found, Setting
+from bench.gpu.running import ROOT
+from bench.gpu.setting import Found, Refused, Setting
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")  # where CUDA installs it, often outside PATH
@@ -15,31 +16,37 @@ SECONDS = 1800
 WRONG = 86  # the exit status that the sanitizer gives when it found something
 
 
-def stage(setting: Setting) -> Found:
-    found = Found()
+def program() -> str | None:
+    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *PLACES]))
+
+
+def stage(setting: Setting, found: Found) -> None:
+    timed = found.until < float("inf")
     if setting.dry:
         found.skip("compute-sanitizer: needs a GPU; the simulator has such checks of its own, and ran what it would look at")
-        cases.once(setting)
-        return found
-    program = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *PLACES]))
-    if program is None:
+        cases.once(setting, few=timed)
+        return
+    path = program()
+    if path is None:
         found.skip("compute-sanitizer: not found")
-        return found
-    for tool in TOOLS:
-        found.check(tool, lambda tool=tool: look(program, tool, setting, found))
-    return found
+        return
+    for tool in TOOLS[:1] if timed else TOOLS:
+        seconds = min(SECONDS, max(1.0, found.until - time.monotonic()))
+        found.check(tool, lambda tool=tool, seconds=seconds: look(path, tool, setting, found, seconds, timed))
 
 
-def look(program: str, tool: str, setting: Setting, found: Found) -> None:
+def look(path: str, tool: str, setting: Setting, found: Found, seconds: float, few: bool) -> None:
     """Raises with what the tool said if it found something."""
-    script = [sys.executable, "-m", "bench.gpu", "--once", *(["--quick"] if setting.quick else [])]
+    script = [sys.executable, "-m", "bench.gpu", "--once", *(["--quick"] if setting.quick else []), *(["--few"] if few else [])]
     # each tensor in an allocation of its own: what lies beyond it is then out of bounds and not another tensor's
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    words = [program, "--tool", tool, "--error-exitcode", str(WRONG), *script]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        words, capture_output=True, text=True, check=False, timeout=SECONDS, env=environment, cwd=root, errors="replace"
-    )
+    words = [path, "--tool", tool, "--error-exitcode", str(WRONG), *script]
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, timeout=seconds, env=environment, cwd=ROOT, errors="replace"
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Refused(f"no end within {seconds:.0f} s") from error
     lines = (done.stdout + done.stderr).splitlines()
     said = [line for line in lines if line.startswith("=========")] or lines
     if done.returncode:

@@ -1,83 +1,188 @@
 """Where the stages run, how large they are, and what a stage found."""
 
+import os
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.gpu.record import FAILED, NOT_RUN, PASSED, Record, blank, fold
 from lora_kernels import use_backend
-from lora_kernels.ops import FallbackWarning
-
-PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
-SHOWN = 30  # failures that are kept in words; the number counts all
+from lora_kernels.ops import FallbackWarning, registry
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A GPU, or with `dry` the simulator and CPU tensors. `quick`: less of everything; `tiny`: only to see that it runs."""
+    """A GPU, or with `dry` the simulator of `arch` (90 is sm_90) and CPU tensors. `quick`: less of everything; `tiny`: only to
+    see that it runs. `sizes`: tokens, in, out, rank where not the usual ones."""
 
     dry: bool = False
     quick: bool = False
     tiny: bool = False
+    arch: int = 80
+    sizes: tuple[int, int, int, int] | None = None
 
     @property
     def device(self) -> str:
         return "cpu" if self.dry else "cuda"
 
     @contextmanager
-    def backend(self) -> Iterator[None]:
-        """Every op on Triton's kernels, in the backward pass too, or an error."""
-        with warnings.catch_warnings(), use_backend("triton", simulate=self.dry):
+    def backend(self, name: str = "triton") -> Iterator[None]:
+        """Every op on this backend's kernels, in the backward pass too, or an error."""
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            if self.dry:
+                stack.enter_context(_simulator(self.arch))
+            stack.enter_context(use_backend(name, simulate=self.dry))
             # before torch 2.13 autograd's own thread, which runs a GPU's backward, would not see what is forced here
-            with torch.autograd.set_multithreading_enabled(False):
-                warnings.simplefilter("error", FallbackWarning)
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            warnings.simplefilter("error", FallbackWarning)
+            yield
+
+    @contextmanager
+    def chosen(self) -> Iterator[None]:
+        """What dispatch chooses by itself, as in a user's program; in a dry run what it would choose on the simulated GPU. Who
+        must not get the reference asks `backends`."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FallbackWarning)
+            if not self.dry:
                 yield
+                return
+            usual = registry.PREFERENCE["cpu"]
+            with _simulator(self.arch), use_backend("triton", simulate=True):
+                token = registry._forced.set(None)
+                registry.PREFERENCE["cpu"] = registry.PREFERENCE["cuda"]
+                try:
+                    yield
+                finally:
+                    registry.PREFERENCE["cpu"] = usual
+                    registry._forced.reset(token)
+
+
+def _simulator(arch: int) -> Any:
+    from lora_kernels.testing.ptxsim import device
+
+    return device(arch)
+
+
+def backends(call: Callable[[], object]) -> tuple[list[str], list[str]]:
+    """What ran in a call, its backward too: each op with its backend and candidate; and the ops that the reference ran, with
+    why the others did not."""
+    with torch.autograd.set_multithreading_enabled(False):  # autograd's own thread would not see who asks, before torch 2.13
+        decisions = registry.explain(call).decisions
+    ran = [f"{d.op}: {d.chosen.split()[0]}" + (f", {d.plan.winner}" if d.plan else "") for d in decisions]
+    slow = [
+        f"{d.op} ran on the reference: " + "; ".join(f"{name}: {d.others.get(name)}" for name in registry.ON_GPU)
+        for d in decisions if d.chosen.startswith("reference")
+    ]  # fmt: skip
+    return ran, slow
+
+
+class Broken(RuntimeError):
+    """The process has lost its GPU, and only another one can go on."""
 
 
 @dataclass
 class Found:
-    """What a stage found. It passes if something was checked and nothing failed."""
+    """What a stage found. It passes if something was checked and nothing failed.
 
-    checked: int = 0
-    failures: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    not_run: list[str] = field(default_factory=list)
+    With a `record` all of it also goes into the file at once. `until`, of time.monotonic, is when no further check begins;
+    `process` says which of several this is: (i, n) takes each n-th check. `skipped` are those that another took.
+    """
+
+    record: Record | None = None
+    name: str = ""
+    until: float = float("inf")
+    process: tuple[int, int] = (0, 1)
+    skipped: frozenset[str] = frozenset()
+    clock: Callable[[], float] = time.monotonic
+    kept: dict[str, Any] = field(default_factory=blank)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    met: int = 0
 
     def check(self, name: str, call: Callable[[], object]) -> None:
-        """Counts a check, which fails by raising; the next one runs all the same."""
-        self.checked += 1
+        """Counts a check, which fails by raising; the next one runs all the same. One that a backend refuses did not run."""
+        i, n = self.process
+        self.met += 1
+        if (self.met - 1) % n != i or name in self.skipped:
+            return
+        if self.over():
+            self.skip(f"{name}: time")
+            return
+        self._tell("started", [str(i), name])
+        refused = None
         try:
             call()
+        except Refused as refusal:
+            refused = str(refusal)
         except Exception as error:
             self.fail(f"{name}: {type(error).__name__}: {str(error).strip() or last_line(error)}")
+            self._tell("ended", str(i))
+            lost()
+            return
+        self._tell("ended", str(i))
+        if refused is not None:
+            self.skip(f"{name}: {refused}")
+        else:
+            self._keep(PASSED, name)
+
+    def over(self) -> bool:
+        """Whether the time of the stage is spent."""
+        return self.clock() >= self.until
 
     def fail(self, why: str) -> None:
-        self.failures.append(why)
+        self._keep(FAILED, why)
         print(f"    FAILED {why}", flush=True)
 
     def note(self, text: str) -> None:
-        self.notes.append(text)
+        self._keep("note", text)
         print(f"    {text}", flush=True)
 
     def skip(self, text: str) -> None:
         """Something that could not be tried here."""
-        self.not_run.append(text)
+        self._keep(NOT_RUN, text)
         print(f"    not run: {text}", flush=True)
 
-    @property
-    def status(self) -> str:
-        return FAILED if self.failures else PASSED if self.checked else NOT_RUN
+    def row(self, made: dict[str, Any]) -> None:
+        """A measurement."""
+        self.rows.append(made)
+        self._tell("row", made)
 
-    def plain(self) -> dict[str, Any]:
-        kept = [why[:1000] for why in self.failures[:SHOWN]]
-        found = {"checked": self.checked, "failed": len(self.failures), "failures": kept, "notes": self.notes}
-        return {"status": self.status, **found, "not_run": self.not_run, "rows": self.rows}
+    def _keep(self, kind: str, value: str) -> None:
+        fold(self.kept, kind, value)
+        self._tell(kind, value)
+
+    def _tell(self, kind: str, value: Any) -> None:
+        if self.record is not None:
+            self.record.add(self.name, kind, value)
+
+    checked = property(lambda self: self.kept["checked"])
+    failures = property(lambda self: self.kept["failures"])
+    status = property(lambda self: self.kept["status"])
+
+
+class Refused(Exception):
+    """A check that cannot be made here, with the reason."""
+
+
+def lost() -> None:
+    """Raises if a kernel broke the context: whatever follows in this process would fail."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise Broken(str(error)) from error
+
+
+def cores() -> int:
+    """The processes that compile side by side."""
+    return min(16, os.cpu_count() or 1)
 
 
 def last_line(error: BaseException) -> str:

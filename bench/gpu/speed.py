@@ -4,24 +4,23 @@
     ours      PEFT's layer after `fuse`
     peft      PEFT's layer
     compile   PEFT's layer through torch.compile, for r = 16
-    addmm     the best that plain PyTorch does in a Function of its own: the base, then the adapter added in place, as
-              Unsloth does; without DoRA and dropout
+    addmm     `rivals.Addmm`, without DoRA
 
 Bytes are the least that the work can move: each operand once. `tune.events` is the clock: CUDA events, L2 flushed before
 each call, a random order in each round, the median.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.gpu.setting import Found, Setting, fused, pefts
+from bench.gpu.rivals import Addmm
+from bench.gpu.setting import Found, Setting, backends, fused, pefts
 from bench.tune import LAYERS, events
-from lora_kernels import explain, merged_weight, use_backend, weight_norm
-from lora_kernels.ops import FallbackWarning, dispatch
+from lora_kernels import merged_weight, weight_norm
+from lora_kernels.ops import dispatch
 from lora_kernels.ops.chips import chip
 
 TOKENS, RANKS, DROPOUTS = [1, 16, 256, 1024, 8192], [16, 64], [0.0, 0.1]
@@ -30,20 +29,16 @@ Calls = dict[str, Callable[[], object]]
 Clock = Callable[[Calls], dict[str, float | None]]
 
 
-def stage(setting: Setting) -> Found:
-    """A row fails if one of its contenders does not run; no speed is a failure."""
-    found = Found()
+def stage(setting: Setting, found: Found) -> None:
+    """A row fails if one of its contenders does not run, or ours on the reference; no speed is a failure."""
     clock = called if setting.dry else events
-    # autograd's threads as in training: with `setting.backend` there would be none
-    with warnings.catch_warnings(), use_backend("triton", simulate=setting.dry):
-        warnings.simplefilter("error", FallbackWarning)
+    with setting.chosen():
         for shape in shapes(setting):
-            found.check(f"{shape}", lambda shape=shape: keep(found, layer_row(setting, clock, *shape)))
+            found.check(f"{shape}", lambda shape=shape: whole(found, *layer_row(setting, clock, *shape)))
         for k, n, r in matrices(setting):
             for make in (norm_row, merge_row):
                 name = f"{make.__name__} {k}×{n} r {r}"
-                found.check(name, lambda make=make, at=(k, n, r): keep(found, make(setting, clock, *at)))
-    return found
+                found.check(name, lambda make=make, at=(k, n, r): whole(found, *make(setting, clock, *at)))
 
 
 def called(calls: Calls) -> dict[str, float | None]:
@@ -73,18 +68,20 @@ def shapes(setting: Setting) -> Iterator[tuple[int, int, int, int, bool, float, 
 
 def layer_row(
     setting: Setting, clock: Clock, k: int, n: int, r: int, tokens: int, use_dora: bool, dropout: float, backward: bool
-) -> dict[str, Any]:  # fmt: skip
-    calls, plan = contenders(setting, k, n, r, tokens, use_dora, dropout, backward)
-    return row(
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    calls = contenders(setting, k, n, r, tokens, use_dora, dropout, backward)
+    ran, slow = backends(calls["ours"])
+    made = row(
         setting, calls, clock, floor(tokens, k, n, r, backward), op="lora_linear", kind="dora" if use_dora else "lora",
-        what="forward + backward" if backward else "forward", dropout=dropout, M=tokens, K=k, N=n, r=r, plan=plan,
+        what="forward + backward" if backward else "forward", dropout=dropout, M=tokens, K=k, N=n, r=r, ran=ran,
     )  # fmt: skip
+    return made, slow
 
 
 def contenders(
     setting: Setting, k: int, n: int, r: int, tokens: int, use_dora: bool, dropout: float, backward: bool
-) -> tuple[Calls, list[str]]:  # fmt: skip
-    """The calls to time, and which of our kernels `ours` runs."""
+) -> Calls:  # fmt: skip
+    """The calls to time."""
     device = setting.device
     torch.manual_seed(0)
     stock = pefts(k, n, r, DTYPE, device, dropout, use_dora)
@@ -109,30 +106,10 @@ def contenders(
     if r == RANKS[0] and not setting.quick and not setting.dry:
         torch._dynamo.reset()
         calls["compile"] = of(torch.compile(stock, dynamic=False), trained(stock))
-    if not use_dora and not dropout:
+    if not use_dora:
         w = stock.base_layer.weight
-        calls["addmm"] = of(lambda x: Addmm.apply(x, w, a, b, 2.0), [a, b])
-    decisions = explain(calls["ours"]).decisions
-    taken = [f"{d.op}: {d.plan.winner if d.plan else d.chosen}" for d in decisions]
-    assert decisions and all(d.chosen.startswith("triton") for d in decisions), f"ours ran {taken}"
-    return calls, taken
-
-
-class Addmm(torch.autograd.Function):
-    """y = x Wᵀ + s·x Aᵀ Bᵀ with each adapter product added in place; h = x Aᵀ is computed again in backward."""
-
-    @staticmethod
-    def forward(ctx, x, w, a, b, scale):
-        ctx.save_for_backward(x, w, a, b)
-        ctx.scale = scale
-        return (x @ w.T).addmm_(x @ a.T, b.T, alpha=scale)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, w, a, b = ctx.saved_tensors
-        p = dy @ b
-        dx = (dy @ w).addmm_(p, a, alpha=ctx.scale)
-        return dx, None, (p.T @ x).mul_(ctx.scale), (dy.T @ (x @ a.T)).mul_(ctx.scale), None
+        calls["addmm"] = of(lambda x: Addmm.apply(x, w, a, b, 2.0, dropout), [a, b])
+    return calls
 
 
 def floor(m: int, k: int, n: int, r: int, backward: bool) -> int:
@@ -145,18 +122,20 @@ def floor(m: int, k: int, n: int, r: int, backward: bool) -> int:
     return elements * DTYPE.itemsize
 
 
-def norm_row(setting: Setting, clock: Clock, k: int, n: int, r: int) -> dict[str, Any]:
+def norm_row(setting: Setting, clock: Clock, k: int, n: int, r: int) -> tuple[dict[str, Any], list[str]]:
     w, a, b = tensors(setting, k, n, r)
     calls = {"ours": lambda: weight_norm(w, a, b, 2.0), "torch": lambda: torch.linalg.vector_norm(w + 2.0 * (b @ a), dim=1)}
     moved = (w.numel() + a.numel() + b.numel()) * DTYPE.itemsize + n * 4
-    return row(setting, calls, clock, moved, op="weight_norm", kind="dora", what="norm", K=k, N=n, r=r)
+    ran, slow = backends(calls["ours"])
+    return row(setting, calls, clock, moved, op="weight_norm", kind="dora", what="norm", K=k, N=n, r=r, ran=ran), slow
 
 
-def merge_row(setting: Setting, clock: Clock, k: int, n: int, r: int) -> dict[str, Any]:
+def merge_row(setting: Setting, clock: Clock, k: int, n: int, r: int) -> tuple[dict[str, Any], list[str]]:
     w, a, b = tensors(setting, k, n, r)
     calls = {"ours": lambda: merged_weight(w, a, b, 2.0), "torch": lambda: w + 2.0 * (b @ a)}
     moved = (2 * w.numel() + a.numel() + b.numel()) * DTYPE.itemsize
-    return row(setting, calls, clock, moved, op="merged_weight", kind="lora", what="merge", K=k, N=n, r=r)
+    ran, slow = backends(calls["ours"])
+    return row(setting, calls, clock, moved, op="merged_weight", kind="lora", what="merge", K=k, N=n, r=r, ran=ran), slow
 
 
 def tensors(setting: Setting, k: int, n: int, r: int) -> list[Tensor]:
@@ -180,8 +159,14 @@ def row(setting: Setting, calls: Calls, clock: Clock, moved: int, **what: Any) -
     return made
 
 
+def whole(found: Found, made: dict[str, Any], slow: list[str]) -> None:
+    """The row, and a failure where the reference ran."""
+    keep(found, made)
+    assert not slow, "; ".join(slow)
+
+
 def keep(found: Found, made: dict[str, Any]) -> None:
-    found.rows.append(made)
+    found.row(made)
     shape = " ".join(f"{key}={made[key]}" for key in ("M", "K", "N", "r", "dropout") if key in made)
     name = f"{made['op']} {made['kind']} {made['what']}"
     if made["seconds"]["ours"] is None:

@@ -1,0 +1,96 @@
+"""`--minutes N`: what is worth most first, each part with a share of the time.
+
+    s of 480  part        what
+         20   ceilings    the library's GEMMs, with torch.addmm and beta 1 too, copies, a launch
+         90   essentials  every kernel at real tile sizes against float64, by every backend that takes it
+         60   witness     a textbook matmul with the register hazard of sm_90, 1000 times by each assembler
+        150   rows        eight rows of speed: ours, the frozen linear, PEFT, "addmm" in plain torch, torch.compile
+         60   repeats     the same bits again, on other streams, in CUDA graphs
+         45   tuned       bench.tune on a few shapes, into sm_<arch>.json beside the JSON file
+         25   sanitizer   compute-sanitizer's memcheck on three cases
+         30   more        further rows of speed; what is left of the time
+
+A part that ends early leaves its time to those behind it; one that runs out stops between two checks, and the others are "not
+run: time". Where the module _cuda is not there and nvcc is, it is built first. Kernels are compiled by a process for each core:
+the checks of `essentials` and `repeats` are themselves shared among so many, and what `rows`, `tuned` and `more` will time is
+called once before.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from bench.gpu.record import Record
+from bench.gpu.running import Work, apart, not_run
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    module: str
+    seconds: float
+    """Of 480."""
+    shared: bool = False
+    """Its checks are shared among processes."""
+    ahead: float = 0.0
+    """The share of its time in which processes may compile."""
+
+
+PARTS = (
+    Part("ceilings", "ceilings", 20), Part("essentials", "essentials", 90, shared=True), Part("witness", "witness", 60),
+    Part("rows", "rows", 150, ahead=0.5), Part("repeats", "repeats", 60, shared=True), Part("tuned", "tuned", 45, ahead=0.5),
+    Part("sanitizer", "sanitizer", 25), Part("more", "rows", 30, ahead=0.6),
+)  # fmt: skip
+LEAST = 0.02  # of a part's share: with less it does not begin
+
+
+def schedule(
+    seconds: float, clock: Callable[[], float], parts: tuple[Part, ...] = PARTS
+) -> Iterator[tuple[Part, float | None]]:
+    """Each part with the seconds that it has as it begins; None where there are none left."""
+    whole = sum(part.seconds for part in parts)
+    began = planned = clock()
+    for part in parts:
+        share = part.seconds * seconds / whole
+        planned += share
+        now = clock()
+        # who begins late has his share all the same, at the cost of the last ones
+        left = min(began + seconds, max(planned, now + share)) - now
+        yield part, left if left > LEAST * share else None
+
+
+def run(
+    record: Record, minutes: float, words: list[str], cores: int, assemblers: dict[str, dict[str, str | None]],
+    only: list[str] | None = None, each: Callable[..., None] = apart, clock: Callable[[], float] = time.monotonic,
+    drawn: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """The parts in their order. `assemblers`: the environment of each that `witness` tries. `drawn` is called after rows."""
+    parts = tuple(part for part in PARTS if only is None or part.name in only)
+    for part, left in schedule(60 * minutes, clock, parts):
+        if left is None:
+            not_run(record, part.name, "time")
+            continue
+        began = clock()
+        if part.name == "witness":
+            for i, environment in enumerate(assemblers.values()):
+                rest = (left - (clock() - began)) / (len(assemblers) - i)
+                each(Work(part.name, part.module), record, rest, words, 1, environment)
+        else:
+            if part.ahead and cores > 1:
+                each(Work(part.name, part.module, "warm"), record, left * part.ahead, words, cores)
+            rest = left - (clock() - began)
+            each(Work(part.name, part.module), record, rest, words, cores if part.shared else 1)
+        stage = record.settle(part.name, share_seconds=round(left, 1), wall_seconds=round(clock() - began, 1))
+        print(said(part.name, stage), flush=True)
+        if part.module == "rows":
+            drawn()
+
+
+def said(name: str, stage: dict[str, Any]) -> str:
+    """A line about a stage, and what failed in it."""
+    lines = [f"{name:12} {stage['status']:8} {stage['checked']} checks, {stage['failed']} failed"]
+    lines += [f"    {text.splitlines()[0][:300]}" for text in stage["failures"]]
+    reasons = stage["not_run"]
+    shown = reasons if len(reasons) <= 6 else [*reasons[:5], f"and {len(reasons) - 5} more, in the JSON file"]
+    return "\n".join(lines + [f"    not run: {text[:300]}" for text in shown])

@@ -1,0 +1,93 @@
+"""`bench.tune` on a few shapes, into sm_<arch>.json beside the JSON file of the run: to be looked at, and then copied into
+lora_kernels/ops/tables. The file is written anew after each shape."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from bench import tune
+from bench.gpu import speed
+from bench.gpu.setting import Found, Setting
+from lora_kernels import explain, use_backend
+from lora_kernels.ops import dispatch, launch
+from lora_kernels.ops.chips import chip
+from lora_kernels.ops.cost import Problem
+from lora_kernels.testing import make_problem, run
+
+Times = dict[str, float]
+
+
+def shapes(setting: Setting) -> Iterator[Problem]:
+    """What is worth most first."""
+    if setting.dry:
+        yield from (Problem(direction, 130, 136, (72,), (16,), torch.bfloat16) for direction in ("forward", "backward"))
+        return
+    for m, k, n in ((8192, 4096, 4096), (16, 4096, 4096), (1024, 4096, 4096), (64, 4096, 4096), (8192, 4096, 14336),
+                    (8192, 14336, 4096), (8192, 4096, 1024), (256, 4096, 4096), (1, 4096, 4096)):  # fmt: skip
+        for direction in ("forward", "backward"):
+            yield Problem(direction, m, k, (n,), (16,), torch.bfloat16)
+
+
+def stage(setting: Setting, found: Found) -> None:
+    measured: dict[Problem, Times] = {}
+    for p in shapes(setting):
+        found.check(str(p), partial(one, setting, found, p, measured))
+
+
+def warm(setting: Setting, found: Found) -> None:
+    for p in shapes(setting):
+        found.check(str(p), lambda p=p: speed.called(calls(setting, p)))
+
+
+def one(setting: Setting, found: Found, p: Problem, measured: dict[Problem, Times]) -> None:
+    made = calls(setting, p)
+    if setting.dry:
+        speed.called(made)
+        return
+    measured[p] = tune.events(made)
+    found.row({"op": "tune", "what": str(p), "seconds": measured[p]})
+    if found.record is not None:
+        write(measured, backends(), found.record.path.parent)
+
+
+def write(measured: dict[Problem, Times], able: tuple[str, ...], folder) -> None:
+    """The table of what was measured so far, by `tune.tune`, whose clock gives it."""
+    here = torch.empty(0, device="cuda")
+    arch, stamp = launch.architecture(here), tune.circumstances()
+
+    def known(p: Problem) -> tune.Calls:
+        return {name: partial(measured[p].__getitem__, name) for name in measured[p]}
+
+    def clock(asked: tune.Calls) -> Times:
+        return {name: float(call()) for name, call in asked.items()}  # type: ignore[arg-type]
+
+    tune.tune(chip(arch, launch.multiprocessors(here)), arch, measured, known, clock, folder, stamp["gpu"], stamp, able)
+
+
+def backends() -> tuple[str, ...]:
+    """Those that run a layer on this GPU."""
+    found = []
+    for name in ("triton", "cuda"):
+        try:
+            with use_backend(name), torch.autograd.set_multithreading_enabled(False):
+                explain(run, make_problem(16, 64, 64, 16, torch.bfloat16, device="cuda"))
+            found.append(name)
+        except NotImplementedError as refusal:
+            print(f"    {name} is left out: {refusal}", flush=True)
+    return tuple(found)
+
+
+def calls(setting: Setting, p: Problem) -> dict[str, Callable[[], object]]:
+    """Those candidates of a problem that can run it, and the library's product alone."""
+    if setting.dry:
+        with setting.backend():
+            planned = dispatch.plan(p, setting.arch)
+    else:
+        here = torch.empty(0, device="cuda")
+        planned = dispatch.plan(p, launch.architecture(here), multiprocessors=launch.multiprocessors(here), backends=backends())
+    able = [each.name for each in planned.candidates if each.refused is None]
+    made = tune.on_device(setting.device)(p)
+    if setting.dry:  # what on_device forces is no simulation
+        return {tune.BASE: made[tune.BASE]}
+    return {name: made[name] for name in (*able, tune.BASE)}
