@@ -67,6 +67,7 @@ bench-pytest: install
 	$(BIN)/python -m pytest -o addopts= bench/lora_linear.py bench/weight_norm.py $(ARGS)
 
 # on a machine with a GPU, with the Python on PATH (or PYTHON=...) and not .venv's, whose torch may have no CUDA. It needs:
-# pip install -e . triton peft transformers matplotlib
+# pip install -e . triton peft transformers matplotlib. ARGS="--minutes 8": what is worth most, within them; bench/gpu/offline.sh
+# prepares that for a machine without a network
 gpu:
 	$(PYTHON) -m bench.gpu $(ARGS)

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.gpu import offline, ready, rivals, rows, speed, timed
+from bench import tune
+from bench.gpu import ceilings, offline, ready, rivals, rows, speed, timed, tuned
 from bench.gpu.__main__ import PARTS, main
 from bench.gpu.record import Record
 from bench.gpu.running import ROOT, Work, apart
@@ -76,7 +78,7 @@ def test_the_parts_in_order_each_with_its_share(record):
     assert [s for name, form, s, *_ in seen if name == "ceilings"] == [20]
     assert [(s, e) for name, _, s, _, e in seen if name == "witness"] == [(30, each) for each in two.values()]
     assert [(form, s, n) for name, form, s, n, _ in seen if name == "rows"] == [("warm", 75, 16), ("", 75, 1)]
-    assert {n for name, form, _, n, _ in seen if name in ("essentials", "repeats") or form == "warm"} == {16}
+    assert {n for name, form, _, n, _ in seen if name in ("essentials", "witness", "repeats") or form == "warm"} == {16}
     assert clock.now == pytest.approx(100 + 480)
     assert record.read()["stages"]["essentials"]["share_seconds"] == 90
 
@@ -270,3 +272,78 @@ def test_the_offline_folder_is_unpacked_if_it_is_whole(tmp_path, monkeypatch):
     (folder / "ptxas.xz").write_bytes(b"half of it")
     with pytest.raises(offline.Missing, match="was not copied whole"):
         offline.unpack(folder, scratch)
+
+
+class Pretended(Setting):
+    """CPU tensors where a GPU's are meant: for the branches that a dry run leaves out."""
+
+    device = property(lambda self: "cpu")
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = 0.0
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, other):
+            return (other.at - self.at) * 1e3
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None, **more: empty(*size, device=device and "cpu", **more))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "pretended")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # for the CPU it would call a C++ compiler
+    for module in (ceilings, tune):
+        monkeypatch.setattr(module, "FLUSH", 1)
+    return Pretended(timed=True)
+
+
+def test_what_a_dry_run_leaves_out_of_the_speed(record, pretended, monkeypatch):
+    monkeypatch.setattr(ceilings, "GEMMS", [(32, 24, 16)])
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, **more: zeros(min(size[0], 64) if size else (), **more))
+    ceilings.stage(pretended, Found(record, "ceilings"))
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(rows, "MORE", [row._replace(m=5, k=64, n=48) for row in rows.MORE[2:6:3]])
+    rows.measure(pretended, Found(record, "more"), tune.events)
+    found = record.read()
+    assert {stage["failed"] for stage in found["stages"].values()} == {0}, found["stages"]
+    made = {row["what"]: row for row in found["rows"]}
+    for kind in ("bfloat16", "float16"):
+        assert made[f"addmm 32×24×16 {kind}"]["flops_per_second"] > 0
+    assert made["copy"]["bytes_per_second"] > 0 and made["launch"]["host_seconds"] > 0
+    layer = made["forward + backward"]
+    assert set(layer["seconds"]) == {"ours", "linear", "peft", "addmm", "compile"} and layer["ratios"]["ours / addmm"] > 0
+    assert layer["ran"] == ["lora_linear_forward: cpu", "lora_linear_backward: cpu"]
+
+
+def test_the_table_is_written_after_each_shape(record, pretended, monkeypatch):
+    shapes = [tuned.Problem(what, 16, 256, (128,), (16,), torch.bfloat16) for what in ("forward", "backward")]
+    names = {"forward": "two launches", "backward": "fused"}
+    monkeypatch.setattr(tuned, "shapes", lambda setting: iter(shapes))
+    monkeypatch.setattr(tuned, "calls", lambda setting, p: {names[p.direction]: int, "vendor": int, "base": int})
+    monkeypatch.setattr(tuned, "backends", lambda: ("triton",))
+    monkeypatch.setattr(tuned.launch, "architecture", lambda t: 90)
+    planned = tuned.dispatch.plan
+
+    def only(*args, **more):  # the others would have to be timed, too
+        made = planned(*args, **more)
+        return replace(made, candidates=tuple(c for c in made.candidates if c.name in (*names.values(), "vendor")))
+
+    monkeypatch.setattr(tuned.dispatch, "plan", only)
+    seen = []
+    write = tuned.write
+
+    def watched(measured, able, folder):
+        write(measured, able, folder)
+        seen.append(len(json.loads((folder / "sm_90.json").read_text())["choices"]))
+
+    monkeypatch.setattr(tuned, "write", watched)
+    tuned.stage(pretended, Found(record, "tuned"))
+    assert seen == [1, 2] and record.read()["stages"]["tuned"]["status"] == "passed", record.read()["stages"]
+    assert [row["op"] for row in record.read()["rows"]] == ["tune", "tune"]

@@ -44,11 +44,11 @@ def main(argv: list[str] | None = None, here: bool = False) -> int:
             file=sys.stderr,
         )
         return 2
-    setting = Setting(options.dry_run, options.quick, options.tiny, options.arch or 80)
+    setting = Setting(options.dry_run, options.quick, options.tiny, options.arch or 80, bool(options.minutes) or options.timed)
     if options.once:
         from bench.gpu.cases import once
 
-        return once(setting, options.few)
+        return once(setting, few=setting.timed)
     if options.stage:  # one, in the process made for it
         record = Record(options.out) if options.form != "warm" else None
         skipped = frozenset(record.tried(options.stage) if record else ())
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None, here: bool = False) -> int:
     record = Record(path)
     head = {"dry_run": setting.dry, "quick": setting.quick, "minutes": options.minutes}
     record.begin(**head, stamp=circumstances, ready=words, command=sys.argv[1:])
-    flags = {"--dry-run": setting.dry, "--quick": setting.quick, "--tiny": setting.tiny}
+    flags = {"--dry-run": setting.dry, "--quick": setting.quick, "--tiny": setting.tiny, "--timed": setting.timed}
     shared = [flag for flag, wanted in flags.items() if wanted] + (["--arch", str(options.arch)] if options.arch else [])
     if options.minutes:
         left = options.minutes - (time.monotonic() - began) / 60
@@ -100,8 +100,8 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     for name, default in {"--stage": None, "--module": None, "--form": "", "--process": "0/1"}.items():
         parser.add_argument(name, default=default, help=argparse.SUPPRESS)  # of the process made for a stage
     parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
-    for name in ("--once", "--few"):
-        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)  # what compute-sanitizer looks at
+    for name in ("--timed", "--once"):  # for minutes; what compute-sanitizer looks at
+        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.tiny and not options.dry_run:
         parser.error("--tiny is for --dry-run")

@@ -107,7 +107,7 @@ def once(setting: Setting, few: bool = False) -> int:
     if few:
         with setting.chosen():
             made = cases(setting)
-            for name in FEW:
+            for name in [name for name in FEW if name in made]:
                 print(f"{name}: {len(made[name]())} results", flush=True)
         if not setting.dry:
             torch.cuda.synchronize()

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from bench.gpu.ready import assembler
 from bench.gpu.setting import Found, Setting
-from bench.gpu.witness import assembler
 from lora_kernels.ops.launch import cuda_build
 
 ROOT = Path(__file__).parents[2]

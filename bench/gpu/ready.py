@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,17 +59,23 @@ def build(seconds: float) -> list[str]:
 
     major, minor = torch.cuda.get_device_capability()
     print("building lora_kernels._cuda", flush=True)
+    there = any((ROOT / "lora_kernels").glob("_cpu.*.so"))
     environment = {
-        **os.environ, "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "LORA_KERNELS_CPU": "0", "LORA_KERNELS_CUDA": "1",
-        "LORA_KERNELS_NVCC": nvcc() or "",
+        **os.environ, "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "LORA_KERNELS_CPU": "0" if there else "auto",
+        "LORA_KERNELS_CUDA": "1", "LORA_KERNELS_NVCC": nvcc() or "",
     }  # fmt: skip
-    words = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return [f"lora_kernels._cuda was not built: no end within {seconds:.0f} s"]
-    if done.returncode:
-        return [f"lora_kernels._cuda was not built: {(done.stdout + done.stderr)[-800:]}"]
+    # beside the tree: in place, the modules that are not built again would be taken away
+    with tempfile.TemporaryDirectory() as folder:
+        places = ["--build-lib", f"{folder}/lib", "--build-temp", f"{folder}/temp"]
+        words = [sys.executable, "setup.py", "--quiet", "build_ext", *places]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return [f"lora_kernels._cuda was not built: no end within {seconds:.0f} s"]
+        if done.returncode:
+            return [f"lora_kernels._cuda was not built: {(done.stdout + done.stderr)[-800:]}"]
+        for path in Path(folder).glob("lib/lora_kernels/*.so"):
+            shutil.copy(path, ROOT / "lora_kernels")
     return [f"lora_kernels._cuda was built here for sm_{major}{minor}"]
 
 
@@ -96,3 +103,13 @@ def release(path: str) -> tuple[int, ...]:
         return ()
     at = said.partition(", V")[2].split("\n")[0].strip()
     return tuple(int(each) for each in at.split(".") if each.isdigit())
+
+
+def assembler() -> str:
+    """The version of the ptxas that Triton takes for sm_90; "" without one."""
+    try:
+        from triton import knobs
+
+        return ".".join(map(str, release(knobs.nvidia.ptxas.path)))
+    except (ImportError, RuntimeError):
+        return ""

@@ -21,23 +21,23 @@ def program() -> str | None:
 
 
 def stage(setting: Setting, found: Found) -> None:
-    timed = found.until < float("inf")
     if setting.dry:
         found.skip("compute-sanitizer: needs a GPU; the simulator has such checks of its own, and ran what it would look at")
-        cases.once(setting, few=timed)
+        cases.once(setting, few=setting.timed)
         return
     path = program()
     if path is None:
         found.skip("compute-sanitizer: not found")
         return
-    for tool in TOOLS[:1] if timed else TOOLS:
+    for tool in TOOLS[:1] if setting.timed else TOOLS:
         seconds = min(SECONDS, max(1.0, found.until - time.monotonic()))
-        found.check(tool, lambda tool=tool, seconds=seconds: look(path, tool, setting, found, seconds, timed))
+        found.check(tool, lambda tool=tool, seconds=seconds: look(path, tool, setting, found, seconds))
 
 
-def look(path: str, tool: str, setting: Setting, found: Found, seconds: float, few: bool) -> None:
+def look(path: str, tool: str, setting: Setting, found: Found, seconds: float) -> None:
     """Raises with what the tool said if it found something."""
-    script = [sys.executable, "-m", "bench.gpu", "--once", *(["--quick"] if setting.quick else []), *(["--few"] if few else [])]
+    flags = {"--quick": setting.quick, "--timed": setting.timed}
+    script = [sys.executable, "-m", "bench.gpu", "--once", *(flag for flag, wanted in flags.items() if wanted)]
     # each tensor in an allocation of its own: what lies beyond it is then out of bounds and not another tensor's
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     words = [path, "--tool", tool, "--error-exitcode", str(WRONG), *script]

@@ -20,12 +20,13 @@ from lora_kernels.ops import FallbackWarning, registry
 @dataclass(frozen=True)
 class Setting:
     """A GPU, or with `dry` the simulator of `arch` (90 is sm_90) and CPU tensors. `quick`: less of everything; `tiny`: only to
-    see that it runs. `sizes`: tokens, in, out, rank where not the usual ones."""
+    see that it runs; `timed`: for minutes. `sizes`: tokens, in, out, rank where not the usual ones."""
 
     dry: bool = False
     quick: bool = False
     tiny: bool = False
     arch: int = 80
+    timed: bool = False
     sizes: tuple[int, int, int, int] | None = None
 
     @property

@@ -20,7 +20,7 @@ from bench.gpu.rivals import Addmm
 from bench.gpu.setting import Found, Setting, backends, fused, pefts
 from bench.tune import LAYERS, events
 from lora_kernels import merged_weight, weight_norm
-from lora_kernels.ops import dispatch
+from lora_kernels.ops import launch
 from lora_kernels.ops.chips import chip
 
 TOKENS, RANKS, DROPOUTS = [1, 16, 256, 1024, 8192], [16, 64], [0.0, 0.1]
@@ -154,8 +154,9 @@ def row(setting: Setting, calls: Calls, clock: Clock, moved: int, **what: Any) -
         if base := rivals.pop("linear", None):
             made["ratios"] |= {f"{name} / linear": taken / base for name, taken in rivals.items()}
         made["floor_bytes_per_second"] = moved / ours
-        arch, multiprocessors = dispatch.where(torch.empty(0, device=setting.device))
-        made["share_of_the_vendors_rate"] = moved / ours / chip(arch, multiprocessors).dram  # of the nearest chip that is known
+        here = torch.empty(0, device=setting.device)
+        on = chip(launch.architecture(here), launch.multiprocessors(here))  # the nearest that is known
+        made["share_of_the_vendors_rate"] = moved / ours / on.dram
     return made
 
 

@@ -3,7 +3,8 @@
     s of 480  part        what
          20   ceilings    the library's GEMMs, with torch.addmm and beta 1 too, copies, a launch
          90   essentials  every kernel at real tile sizes against float64, by every backend that takes it
-         60   witness     a textbook matmul with the register hazard of sm_90, 1000 times by each assembler
+         60   witness     a textbook matmul with the register hazard of sm_90, 1000 times, and our ops that had it, by each
+                          assembler: Triton's own, and one from 13.3 on
         150   rows        eight rows of speed: ours, the frozen linear, PEFT, "addmm" in plain torch, torch.compile
          60   repeats     the same bits again, on other streams, in CUDA graphs
          45   tuned       bench.tune on a few shapes, into sm_<arch>.json beside the JSON file
@@ -12,7 +13,7 @@
 
 A part that ends early leaves its time to those behind it; one that runs out stops between two checks, and the others are "not
 run: time". Where the module _cuda is not there and nvcc is, it is built first. Kernels are compiled by a process for each core:
-the checks of `essentials` and `repeats` are themselves shared among so many, and what `rows`, `tuned` and `more` will time is
+the checks of `essentials`, `witness` and `repeats` are shared among so many, and what `rows`, `tuned` and `more` will time is
 called once before.
 """
 
@@ -38,9 +39,10 @@ class Part:
 
 
 PARTS = (
-    Part("ceilings", "ceilings", 20), Part("essentials", "essentials", 90, shared=True), Part("witness", "witness", 60),
-    Part("rows", "rows", 150, ahead=0.5), Part("repeats", "repeats", 60, shared=True), Part("tuned", "tuned", 45, ahead=0.5),
-    Part("sanitizer", "sanitizer", 25), Part("more", "rows", 30, ahead=0.6),
+    Part("ceilings", "ceilings", 20), Part("essentials", "essentials", 90, shared=True),
+    Part("witness", "witness", 60, shared=True), Part("rows", "rows", 150, ahead=0.5),
+    Part("repeats", "repeats", 60, shared=True), Part("tuned", "tuned", 45, ahead=0.5), Part("sanitizer", "sanitizer", 25),
+    Part("more", "rows", 30, ahead=0.6),
 )  # fmt: skip
 LEAST = 0.02  # of a part's share: with less it does not begin
 
@@ -75,7 +77,7 @@ def run(
         if part.name == "witness":
             for i, environment in enumerate(assemblers.values()):
                 rest = (left - (clock() - began)) / (len(assemblers) - i)
-                each(Work(part.name, part.module), record, rest, words, 1, environment)
+                each(Work(part.name, part.module), record, rest, words, cores, environment)
         else:
             if part.ahead and cores > 1:
                 each(Work(part.name, part.module, "warm"), record, left * part.ahead, words, cores)

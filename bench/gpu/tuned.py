@@ -2,13 +2,13 @@
 lora_kernels/ops/tables. The file is written anew after each shape."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import torch
 
 from bench import tune
 from bench.gpu import speed
-from bench.gpu.setting import Found, Setting
+from bench.gpu.setting import Found, Refused, Setting
 from lora_kernels import explain, use_backend
 from lora_kernels.ops import dispatch, launch
 from lora_kernels.ops.chips import chip
@@ -65,6 +65,7 @@ def write(measured: dict[Problem, Times], able: tuple[str, ...], folder) -> None
     tune.tune(chip(arch, launch.multiprocessors(here)), arch, measured, known, clock, folder, stamp["gpu"], stamp, able)
 
 
+@cache
 def backends() -> tuple[str, ...]:
     """Those that run a layer on this GPU."""
     found = []
@@ -87,6 +88,8 @@ def calls(setting: Setting, p: Problem) -> dict[str, Callable[[], object]]:
         here = torch.empty(0, device="cuda")
         planned = dispatch.plan(p, launch.architecture(here), multiprocessors=launch.multiprocessors(here), backends=backends())
     able = [each.name for each in planned.candidates if each.refused is None]
+    if not able:
+        raise Refused("none of our backends runs on this GPU")
     made = tune.on_device(setting.device)(p)
     if setting.dry:  # what on_device forces is no simulation
         return {tune.BASE: made[tune.BASE]}
