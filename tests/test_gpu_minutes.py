@@ -259,16 +259,22 @@ def test_the_offline_folder_takes_no_assembler_with_the_hazard(tmp_path):
 
 def test_the_offline_folder_is_unpacked_if_it_is_whole(tmp_path, monkeypatch):
     folder, scratch, tree = tmp_path / "gpu", tmp_path / "scratch", tmp_path / "tree"
-    for each in (scratch, tree / "lora_kernels", folder / "lib" / "lora_kernels"):
+    for each in (scratch, tree / "lora_kernels", tree / "csrc", tree / "cmake", folder / "lib" / "lora_kernels"):
         each.mkdir(parents=True)
     monkeypatch.setattr(offline, "ROOT", tree)
+    (tree / "CMakeLists.txt").write_text("how")
+    (tree / "csrc" / "kernel.cu").write_text("what")
     (folder / "lib" / "lora_kernels" / "_cuda.so").write_bytes(b"a module")
     (folder / "ptxas.xz").write_bytes(offline.lzma.compress(b"an assembler"))
     of = {str(path.relative_to(folder)): offline.facts(path) for path in offline.files(folder)}
-    (folder / "manifest.json").write_text(json.dumps({"files": of, "made_for": {"python": "3.12"}}))
+    made = {"files": of, "made_for": {"python": "3.12"}, "sources": offline.sources()}
+    (folder / "manifest.json").write_text(json.dumps(made))
     path = Path(offline.unpack(folder, scratch))
     assert path.read_bytes() == b"an assembler" and path.stat().st_mode & 0o111
     assert (tree / "lora_kernels" / "_cuda.so").read_bytes() == b"a module"
+    (tree / "csrc" / "kernel.cu").write_text("something else")
+    with pytest.raises(offline.Missing, match="csrc has changed since"):
+        offline.unpack(folder, scratch)
     (folder / "ptxas.xz").write_bytes(b"half of it")
     with pytest.raises(offline.Missing, match="was not copied whole"):
         offline.unpack(folder, scratch)

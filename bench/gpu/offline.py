@@ -132,6 +132,7 @@ def prepare(options: argparse.Namespace, python: str, found: dict[str, str]) -> 
     made = {
         "made_for": {"python": options.version, "machine": platform.machine(), "gpu": f"sm_{options.arch.replace('.', '')}"},
         "made_by": found | {"commit": said("git", "rev-parse", "--short", "HEAD")},
+        "sources": sources(),
         "files": {str(path.relative_to(folder)): facts(path) for path in files(folder)},
     }
     (folder / "manifest.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
@@ -174,7 +175,7 @@ def assembler(given: str | None, work: Path) -> Path:
         if release(str(place)) >= SOUND:
             return place
     call("an assembler", sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work / "wheel"),
-         f"nvidia-cuda-nvcc>={least}")  # fmt: skip
+         f"nvidia-cuda-nvcc>={least},<{SOUND[0] + 1}")  # fmt: skip
     for wheel in sorted((work / "wheel").glob("nvidia_cuda_nvcc*.whl")):
         with zipfile.ZipFile(wheel) as packed:
             for name in packed.namelist():
@@ -216,6 +217,15 @@ def facts(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
+def sources() -> str:
+    """What the modules are built from, as one sha256."""
+    names = [ROOT / "CMakeLists.txt", *files(ROOT / "cmake"), *files(ROOT / "csrc")]
+    total = hashlib.sha256()
+    for path in names:
+        total.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return total.hexdigest()
+
+
 def tree_size() -> int:
     """Bytes of what git has or would take."""
     names = said("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
@@ -226,13 +236,15 @@ def unpack(folder: Path, scratch: Path) -> str:
     """On the other machine: puts the modules into the package, and the assembler into `scratch`; gives its path, or nothing.
 
     Raises:
-        Missing: a file is not what the manifest says.
+        Missing: a file, or what the modules were built from, is not what the manifest says.
     """
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     for name, wanted in manifest["files"].items():
         path = folder / name
         if not path.is_file() or facts(path) != wanted:
             raise Missing(f"{path} is not what manifest.json says; the folder was not copied whole")
+    if sources() != manifest["sources"]:
+        raise Missing("csrc has changed since the modules were built: bash bench/gpu/offline.sh makes them again")
     own = ".".join(map(str, sys.version_info[:2]))
     if own != manifest["made_for"]["python"]:
         print(f"made for Python {manifest['made_for']['python']}, and this is {own}: the modules are not used", file=sys.stderr)

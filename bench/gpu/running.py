@@ -56,9 +56,9 @@ def apart(
     if work.module != "rows" and work.module != "speed":
         # torch refuses cuBLAS in its deterministic mode without it; it costs speed, which is therefore not measured under it
         variables.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    variables.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its helpers would be at work beside what is timed
     if processes > 1:
         variables.setdefault("OMP_NUM_THREADS", "1")
-        variables.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
     def begin(i: int) -> subprocess.Popen:
         command = [sys.executable, "-m", "bench.gpu", "--stage", work.name, "--module", work.module, "--form", work.form]
