@@ -175,7 +175,8 @@ def _forward(x, layers, keep):
     fills = [t for t in (*ys, *zs, *wholes, scratch) if t is not None]
     changes = [] if ticket is None else [ticket]
     # ptxas would spill for one more block, or with a few more have room for one less
-    registers = {10: 255 if two_sums else None, 9: 128 if by_maps else None}.get(architecture(x) // 10)
+    capped = by_maps and len(ws) > 1 and x.dtype is torch.bfloat16
+    registers = {10: 255 if two_sums else None, 9: 128 if capped else None}.get(architecture(x) // 10)
     launch(
         forward_kernel, (count, splits), args, fills, changes=changes, warps=warps, stages=stages, registers=registers,
         early=waits,
@@ -286,7 +287,10 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
         **_order(x, bm, bk, sum(_of(layers, "n")), ceil(k, bk)),
     }  # fmt: skip
     grid = (ceil(m, bm) * ceil(k, bk) + blocks,)
-    launch(input_gradient_kernel, grid, args, [dx, *sums.made()], warps=warps, stages=stages)
+    # without a limit ptxas would spill to have more blocks
+    registers = 128 if dtype is torch.float16 and gains and bm == 64 and architecture(x) // 10 == 10 else None
+    made = [dx, *sums.made()]
+    launch(input_gradient_kernel, grid, args, made, warps=warps, stages=stages, registers=registers)
 
 
 def _layers(w, a, b, scale, bias, gain, dropout, seed, drop_base, keep_z=False):

@@ -61,7 +61,6 @@ def merged_weight(w, a, b, scale, gain, out=None):
     }  # fmt: skip
     grid = (ceil(n, tile["BN"]) * ceil(k, tile["BK"]),)
     # other blocks, not stages, hide the wait for W: most calls take one step over the ranks
-    warps, stages = sound(b, [a], args["PRECISION"], tile["BN"], 4, 2, narrow=True)
-    made, changes = ([], [out]) if in_place else ([out], [])
-    launch(merge_kernel, grid, args, made, changes=changes, warps=warps, stages=stages)
+    _, stages = sound(b, [a], args["PRECISION"], tile["BN"], 4, 2)
+    launch(merge_kernel, grid, args, [] if in_place else [out], changes=[out] if in_place else [], stages=stages)
     return out

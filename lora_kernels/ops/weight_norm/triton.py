@@ -76,8 +76,9 @@ def forward(w, a, b, scale, w_squared):
         "MORE": r > most, "PRECISION": _precision(a), "BR": power(r, most=most), **tile(w),
     }  # fmt: skip
     stages = 2 if architecture(w) >= 120 and r < 16 else 3  # with 3, ptxas spills a few registers there
-    warps, stages = sound(b, [a], _precision(a), args["BN"], 4, stages, narrow=True)
-    launch(norm_kernel, (ceil(n, args["BN"]),), args, [norm], warps=warps, stages=stages)
+    if sound(b, [a], _precision(a), args["BN"], 4, stages) != (4, stages):
+        args["BN"] = 32  # rows, whose products are mma.sync; of two warps b and w would not fit the registers
+    launch(norm_kernel, (ceil(n, args["BN"]),), args, [norm], stages=stages)
     return norm
 
 
