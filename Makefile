@@ -55,7 +55,7 @@ lint: .venv/requirements
 	$(BIN)/python -m mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(CUDA)
 
-# compiles every shipped kernel for every GPU, without one, and writes tests/gates/table.json
+# compiles every shipped kernel for every GPU, without one, by every supported Triton, and writes tests/gates/table.json
 gates: install
 	$(BIN)/python -m lora_kernels.testing.gates $(ARGS)
 
