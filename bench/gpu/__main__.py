@@ -31,7 +31,9 @@ PARTS = tuple(part.name for part in timed.PARTS)
 
 def main(argv: list[str] | None = None, here: bool = False) -> int:
     """The exit status. With `here` the stages run in this process."""
-    options = parsed(argv)
+    options, began = parsed(argv), time.monotonic()
+    # before torch, whose import alone takes seconds
+    words = ready.report(dry=options.dry_run) if not (options.stage or options.once) else []
     import torch
 
     from bench.gpu.setting import Found, Setting, cores
@@ -56,8 +58,6 @@ def main(argv: list[str] | None = None, here: bool = False) -> int:
         found = Found(record, options.stage, options.until, (i, n), skipped)
         return run(Work(options.stage, options.module, options.form), setting, found)
 
-    began = time.monotonic()
-    words = ready.report(dry=options.dry_run)
     if options.minutes and not options.dry_run:
         words += ready.build(0.25 * 60 * options.minutes)
 

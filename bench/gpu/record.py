@@ -1,8 +1,10 @@
 """The JSON file of a run. It is replaced as a whole after each check, so a run that is cut off leaves what it found."""
 
 import fcntl
+import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,15 +48,13 @@ class Record:
     @contextmanager
     def changed(self) -> Iterator[dict[str, Any]]:
         """What is in the file, to be changed; no other process changes it meanwhile."""
-        # the folder is locked, for the file is another one after each change
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
+        # the file itself is another one after each change, and its folder may be where nothing can be locked
+        name = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
+        with open(Path(tempfile.gettempdir()) / f"bench-gpu-{name}.lock", "w", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             content = self.read()
             yield content
             self._write(content)
-        finally:
-            os.close(folder)
 
     def add(self, stage: str, kind: str, value: Any) -> None:
         """Adds to a stage what `fold` knows; a "row"; or what a process is at ("started": its number and the check)."""
