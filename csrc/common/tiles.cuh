@@ -80,6 +80,23 @@ __device__ void copy_tile(T* tile, const T* m, int64_t stride, int64_t row, int6
   }
 }
 
+// The same of a matrix whose rows cannot be read 16 bytes at a time, or whose columns are `step` numbers apart.
+template <int THREADS, int COUNT, Swap SWAP = Swap::EIGHT, typename T>
+__device__ void copy_numbers(T* tile, const T* m, int64_t stride, int64_t step, int64_t row, int64_t rows,
+                             int64_t column, int64_t columns) {
+  static_assert(sizeof(T) == 2, "a piece has eight numbers");
+  for (int i = threadIdx.x; i < COUNT * WIDTH / PIECE; i += THREADS) {
+    const int r = i / 8, c = i % 8;
+    alignas(16) T found[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const int64_t at = column + c * 8 + j;
+      found[j] = row + r < rows && at < columns ? m[(row + r) * stride + at * step] : T(0.f);
+    }
+    *reinterpret_cast<uint4*>(piece<SWAP>(tile, r, c)) = *reinterpret_cast<uint4*>(found);
+  }
+}
+
 // 16 rows of b [rows, rank] from `row` on as the left operand of a product, RANK / 16 steps of it; zeros beyond its edges
 template <int RANK, typename T>
 __device__ void load_rows(uint32_t (&operand)[RANK / 16][4], const T* b, int64_t stride, int64_t row, int64_t rows,
@@ -122,6 +139,13 @@ struct Vector {
   }
 };
 
+// a matrix of any of the floating types, with any strides
+struct Matrix {
+  const void* data;
+  int64_t kind, row, column;  // kind as of a Vector
+  __device__ float operator()(int64_t r, int64_t c) const { return Vector{data, kind}[r * row + c * column]; }
+};
+
 __device__ inline float wide(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ inline float wide(__half v) { return __half2float(v); }
 __device__ inline float wide(float v) { return v; }
@@ -140,6 +164,26 @@ __device__ inline __half rounded(float v) {
 __device__ inline void split(float v, __nv_bfloat16& high, __nv_bfloat16& low) {
   high = __float2bfloat16_rn(v);
   low = __float2bfloat16_rn(isinf(wide(high)) ? 0.f : v - wide(high));
+}
+
+// two numbers of T as two of bfloat16, and what those leave: of float16 nothing is lost
+__device__ inline void split(uint32_t pair, uint32_t& high, uint32_t& low, __half) {
+  const float2 v = widen(*reinterpret_cast<const __half2*>(&pair));
+  alignas(4) __nv_bfloat16 h[2], l[2];
+  split(v.x, h[0], l[0]);
+  split(v.y, h[1], l[1]);
+  memcpy(&high, h, sizeof high);
+  memcpy(&low, l, sizeof low);
+}
+__device__ inline void split(uint32_t pair, uint32_t& high, uint32_t& low, __nv_bfloat16) { high = pair, low = 0; }
+
+// sums += f g, with f of T, and g as numbers of bfloat16 and what those leave
+template <typename T>
+__device__ void mma_split(float (&sums)[4], const uint32_t (&f)[4], const uint32_t (&f_rest)[4], uint32_t g0,
+                          uint32_t g1, uint32_t rest0, uint32_t rest1) {
+  mma_m16n8k16<__nv_bfloat16>(sums, f, g0, g1);
+  mma_m16n8k16<__nv_bfloat16>(sums, f, rest0, rest1);
+  if (std::is_same<T, __half>::value) mma_m16n8k16<__nv_bfloat16>(sums, f_rest, g0, g1);
 }
 
 // eight numbers of a row of m, of which `count` are there, as floats

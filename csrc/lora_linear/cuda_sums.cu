@@ -28,12 +28,12 @@ __device__ inline void put(void* out, int64_t kind, int64_t at, float v) {
 
 // dgain[n] = Σ over tokens of dy[n] · z[n] where gain[n] is zero, which y does not tell. A block looks at one n.
 struct LoRALinearZeroGain {
-  const void *dy, *x, *w, *b;  // [m, n] [m, k] [n, k] [n, r], bfloat16, or where it has a scale for each row w int8
-  const float* h;              // [m, r]
-  void* dgain;                 // [n]
-  int64_t kind;                // of dgain
-  Vector gain, w_scale;        // [n]
-  int64_t m, k, r, dy_row, x_row, w_row, b_row;
+  Matrix dy, x, w, b;    // [m, n] [m, k] [n, k] [n, r]; where it has a scale for each row w is int8
+  const float* h;        // [m, r]
+  void* dgain;           // [n]
+  int64_t kind;          // of dgain
+  Vector gain, w_scale;  // [n]
+  int64_t m, k, r;
 };
 
 __device__ inline float block_sum(float v) {
@@ -68,23 +68,20 @@ extern "C" __global__ void __launch_bounds__(256) lora_linear_sums(const __grid_
 
 extern "C" __global__ void __launch_bounds__(256)
     lora_linear_zero_gain(const __grid_constant__ lk::LoRALinearZeroGain p) {
-  using B = __nv_bfloat16;
   const int64_t n = blockIdx.x;
   if (p.gain[n] != 0) return;
-  const auto dy = [&](int64_t row) { return lk::wide(static_cast<const B*>(p.dy)[row * p.dy_row + n]); };
   const float scale = p.w_scale.data ? p.w_scale[n] : 1.f;
   float sum = 0;
   for (int64_t k = threadIdx.x; k < p.k; k += lk::THREADS) {
     float of_x = 0;
-    for (int64_t row = 0; row < p.m; row++) of_x += dy(row) * lk::wide(static_cast<const B*>(p.x)[row * p.x_row + k]);
-    const int64_t at = n * p.w_row + k;
-    sum += of_x *
-           (p.w_scale.data ? scale * static_cast<const int8_t*>(p.w)[at] : lk::wide(static_cast<const B*>(p.w)[at]));
+    for (int64_t row = 0; row < p.m; row++) of_x += p.dy(row, n) * p.x(row, k);
+    const int64_t at = n * p.w.row + k * p.w.column;
+    sum += of_x * (p.w_scale.data ? scale * static_cast<const int8_t*>(p.w.data)[at] : p.w(n, k));
   }
   for (int64_t r = threadIdx.x; r < p.r; r += lk::THREADS) {
     float of_h = 0;
-    for (int64_t row = 0; row < p.m; row++) of_h += dy(row) * p.h[row * p.r + r];
-    sum += of_h * lk::wide(static_cast<const B*>(p.b)[n * p.b_row + r]);
+    for (int64_t row = 0; row < p.m; row++) of_h += p.dy(row, n) * p.h[row * p.r + r];
+    sum += of_h * p.b(n, r);
   }
   sum = lk::block_sum(sum);
   if (threadIdx.x == 0) lk::put(p.dgain, p.kind, n, sum);

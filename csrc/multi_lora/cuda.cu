@@ -199,17 +199,6 @@ __device__ void load_h(__nv_bfloat16* tile, __nv_bfloat16* rest, const Batch& ba
   }
 }
 
-// two numbers of T as two of bfloat16, and what those leave
-__device__ inline void split(uint32_t pair, uint32_t& high, uint32_t& low, __half) {
-  const float2 v = widen(*reinterpret_cast<const __half2*>(&pair));
-  alignas(4) __nv_bfloat16 h[2], l[2];
-  split(v.x, h[0], l[0]);
-  split(v.y, h[1], l[1]);
-  memcpy(&high, h, sizeof high);
-  memcpy(&low, l, sizeof low);
-}
-__device__ inline void split(uint32_t pair, uint32_t& high, uint32_t& low, __nv_bfloat16) { high = pair, low = 0; }
-
 // sums += B h of 16 ranks for positions `from` to `until`; the others' sums stay, whatever B is
 template <typename T, int TOKENS>
 __device__ void multiply_b(float (&sums)[TOKENS / 8][4], T* b_tile, __nv_bfloat16* h_tile, __nv_bfloat16* h_rest,

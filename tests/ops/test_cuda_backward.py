@@ -8,6 +8,7 @@ import torch
 
 from lora_kernels import lora_linear, use_backend
 from lora_kernels.ops.lora_linear import cuda_backward as cuda
+from lora_kernels.ops.lora_linear import cuda_thin as thin
 from lora_kernels.testing import assert_problem, make_problem, run
 from lora_kernels.testing.nvcc import MISSING, find_nvcc
 from lora_kernels.testing.ptxsim import SimulationError, device
@@ -126,8 +127,8 @@ def test_what_is_read(simulated):
     least = dy + x + tiles[0] * dy + tiles[1] * w
     assert least <= sim.counters["load_bytes"] <= 1.25 * least
     with device(trace=True, shuffle=False) as sim:
-        cuda.sides(p.dy, p.b, torch.randn(256, 16), None, None, 1.0, False, 16)
-        cuda.outer(p.x, torch.randn(2, 256, 16), (0.0, None), True)
+        thin.sides(p.dy, p.b, torch.randn(256, 16), None, None, 1.0, False, 16)
+        thin.outer(p.x, torch.randn(2, 256, 16), (0.0, None), True)
     read, _ = sim.dram()
     assert read <= 1.05 * (dy + x + 2 * 1024 * 16 * 2 + 3 * 256 * 16 * 4)
 
@@ -139,17 +140,17 @@ def test_other_architectures(simulated, arch):
 
 
 @pytest.mark.parametrize(("source", "old", "new"), [
-    (cuda.SIDES, "    __syncthreads();  // all copies", "    __syncwarp();  //"),
-    (cuda.SIDES, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    (cuda.SIDES, "load(turn + STAGES - 1)", "load(turn + STAGES)"),
-    (cuda.SIDES, "min(p.r, rank + RANK), RANK / 16);\n        __syncthreads();", "min(p.r, rank + RANK), RANK / 16);"),
-    (cuda.SIDES, "if (m < end && r < p.r)", "if (r < p.r)"),
-    (cuda.SIDES, "of_uv += __shfl_xor_sync(0xffffffffu, of_uv, step);", ""),
-    (cuda.OUTER, "    __syncthreads();  // the tiles of the step before have been read\n", ""),
-    (cuda.OUTER, "cp_async_wait<1>();\n    __syncthreads();", "cp_async_wait<1>();"),
-    (cuda.OUTER, "cp_async_wait<1>()", "cp_async_wait<2>()"),
-    (cuda.OUTER, "uint64_t(row + r));", "uint64_t(r));"),
-    (cuda.OUTER, "if (r < p.r && n < p.n)", "if (n < p.n)"),
+    (thin.SIDES, "    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    (thin.SIDES, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
+    (thin.SIDES, "load(turn + STAGES - 1)", "load(turn + STAGES)"),
+    (thin.SIDES, "min(p.r, rank + RANK), RANK / 16);\n        __syncthreads();", "min(p.r, rank + RANK), RANK / 16);"),
+    (thin.SIDES, "if (m < end && r < p.r)", "if (r < p.r)"),
+    (thin.SIDES, "of_uv += __shfl_xor_sync(0xffffffffu, of_uv, step);", ""),
+    (thin.OUTER, "    __syncthreads();  // the tiles of the step before have been read\n", ""),
+    (thin.OUTER, "cp_async_wait<1>();\n    __syncthreads();", "cp_async_wait<1>();"),
+    (thin.OUTER, "cp_async_wait<1>()", "cp_async_wait<2>()"),
+    (thin.OUTER, "uint64_t(row + r));", "uint64_t(r));"),
+    (thin.OUTER, "if (r < p.r && n < p.n)", "if (n < p.n)"),
     (cuda.DX, "    __syncthreads();  // all copies", "    __syncwarp();  //"),
     (cuda.DX, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
     (cuda.DX, "    cp_async_wait<0>();\n    __syncthreads();", "    __syncthreads();"),
@@ -157,15 +158,15 @@ def test_other_architectures(simulated, arch):
     (cuda.DX, "uint64_t(m + i * 16 + odd * 8)", "uint64_t(m + i * 16)"),
     (cuda.DX, "odd ? words.x : words.z", "odd ? words.z : words.x"),
     (cuda.DX, "load_rows(f, p_rest, i);", ""),
-    (cuda.SUMS, "if (p.gain[n] != 0) return;", "return;"),
-    (cuda.SUMS, "part < job.parts", "part < 1"),
-    (cuda.SUMS, "  __syncthreads();\n  float total", "  float total"),
+    (thin.SUMS, "if (p.gain[n] != 0) return;", "return;"),
+    (thin.SUMS, "part < job.parts", "part < 1"),
+    (thin.SUMS, "  __syncthreads();\n  float total", "  float total"),
     (cuda.DX, "", ""),
 ])  # fmt: skip
 def test_planted_bugs(planted, monkeypatch, simulated, source, old, new):
-    keep = {cuda.SIDES: "sides_times_16", cuda.OUTER: "outer_drop_16", cuda.DX: "dx_gain_drop"}
+    keep = {thin.SIDES: "sides_times_bf16_16", thin.OUTER: "outer_drop_bf16_16", cuda.DX: "dx_gain_drop"}
     planted(source, old, new, keep=f"lora_linear_{keep.get(source, 'none')}")
-    monkeypatch.setattr(cuda, "rows_of", lambda *_: 128)  # so that a block walks down several steps, and there are two parts
+    monkeypatch.setattr(thin, "rows_of", lambda *_: 128)  # so that a block walks down several steps, and there are two parts
     p = make_problem(200, 136, 200, 13, BF16, gain=True, bias=None, dropout=0.3, dropout_semantics="lora_only")
     with torch.no_grad():
         p.gain[[3, 150]] = 0

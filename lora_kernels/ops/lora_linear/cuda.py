@@ -1,19 +1,23 @@
-"""CUDA C++ for 16-bit x, A and B: up to 64 tokens in one launch, csrc/lora_linear/cuda_small.cu, with W in 16 bits or int8;
-else, and with dropout, h = s·drop(x) Aᵀ by csrc/lora_linear/cuda_thin.cu and the rest by csrc/lora_linear/cuda_tiles.cu."""
+"""CUDA C++. Up to 64 tokens with 16-bit A and B, without dropout: one launch, csrc/lora_linear/cuda_small.cu, with W in 16 bits
+or int8. Else the library's GEMM with thin kernels around it, cuda_layers.py; in the deterministic mode, where a row's bits must
+not depend on the other rows, h = s·drop(x) Aᵀ and csrc/lora_linear/cuda_tiles.cu."""
 
 import torch
 
 from lora_kernels.ops import cost
+from lora_kernels.ops.alone import alone, refuse_beside_triton
 from lora_kernels.ops.chips import chip
 from lora_kernels.ops.dispatch import Problem, plan
-from lora_kernels.ops.dropout import threshold
 from lora_kernels.ops.launch import KINDS, architecture, ceil, launch_cuda, multiprocessors, refuse_cuda, tickets, vector
-from lora_kernels.ops.lora_linear import cuda_backward
+from lora_kernels.ops.lora_linear import cuda_backward, cuda_layers
+from lora_kernels.ops.lora_linear.cuda_layers import Layer, layers_of
+from lora_kernels.ops.lora_linear.cuda_thin import EXPAND, part_of_a, shrink
+from lora_kernels.ops.lora_linear.loop import forward_each, refuse_each
 from lora_kernels.ops.parts import shared_part
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_rows
-from lora_kernels.ops.registry import forced_backend, implements, missing_backends, note
+from lora_kernels.ops.registry import implements, note
 
-SMALL, THIN, TILES = (f"lora_linear/cuda_{name}.cu" for name in ("small", "thin", "tiles"))
+SMALL, TILES = (f"lora_linear/cuda_{name}.cu" for name in ("small", "tiles"))
 TOKENS = 64  # the most of `small`
 # as in the sources, whose tiles have rows of 128 bytes
 WIDTH, ROWS = 128, 64
@@ -22,28 +26,55 @@ TILE = 128  # tokens and outputs of a tile of `tiles`
 
 
 def refusal(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z, w_scale=None):
-    if x.dtype not in KINDS or a.dtype is not x.dtype:
-        return f"x is {x.dtype} and a {a.dtype}; the kernel reads bfloat16 or float16, the same for both"
-    if drop_base:
-        return "the base is dropped, too; the kernels drop the input of a only"
-    multiple = 8 if w_scale is None else 16
-    if x.shape[1] % multiple:
-        return f"x has {x.shape[1]} columns; the kernel needs a multiple of {multiple}"
-    if w_scale is not None and (len(x) > TOKENS or (dropout > 0 and seed is not None)):
-        return f"w is int8; the kernel for that takes up to {TOKENS} rows of x, found {len(x)}, and has no dropout"
-    if b.numel() and b.stride(1) != 1:
-        return f"b has strides {list(b.stride())}; the kernel needs rows without gaps"
+    if w_scale is not None:
+        return refuse_int8(x, w, a, b, dropout, seed) or _refuse_operands(x, w, a, b, bias, gain, w_scale=w_scale)
+    return _refuse_operands(x, w, a, b, bias, gain) or _slower(x, w, a, b, gain, dropout, seed, drop_base)
+
+
+def _refuse_operands(x, w, a, b, bias, gain, **more):
+    if x.dtype not in KINDS:
+        return f"x is {x.dtype}; the kernels read bfloat16 or float16"
     return (
-        refuse_rows(x=x, w=w, a=a)
-        or refuse_dtypes(bias=bias, gain=gain, w_scale=w_scale)
-        or refuse_negated(x=x, w=w, a=a, b=b, bias=bias, gain=gain, w_scale=w_scale)
-        or refuse_cuda(x, SMALL)
-        or (_slower(x, w, a, gain, dropout, seed) if w_scale is None else None)
+        refuse_dtypes(a=a, b=b, bias=bias, gain=gain, **{name: t for name, t in more.items() if name != "dy"})
+        or refuse_negated(x=x, w=w, a=a, b=b, bias=bias, gain=gain, **more)
+        or refuse_cuda(x, EXPAND)
     )
 
 
-def _slower(x, w, a, gain, dropout, seed):
-    """Why Triton's kernels are the better choice, if they are there and this backend is not forced."""
+def refuse_int8(x, w, a, b, dropout, seed):
+    if len(x) > TOKENS or (dropout > 0 and seed is not None):
+        return f"w is int8; the kernel for that takes up to {TOKENS} rows of x, found {len(x)}, and has no dropout"
+    if a.dtype is not x.dtype:
+        return f"x is {x.dtype} and a {a.dtype}; w is int8, and the kernel for that wants the same for both"
+    if x.shape[1] % 16:
+        return f"x has {x.shape[1]} columns; w is int8, and the kernel for that needs a multiple of 16"
+    return _refuse_layout(x, w, a, b)
+
+
+def _refuse_layout(x, w, a, b):
+    if b.numel() and b.stride(1) != 1:
+        return f"b has strides {list(b.stride())}; the kernel needs rows without gaps"
+    return refuse_rows(x=x, w=w, a=a)
+
+
+def refuse_fused(x, w, a, b, drop_base):
+    """Why `small` and `tiles` cannot do it."""
+    if a.dtype is not x.dtype:
+        return f"x is {x.dtype} and a {a.dtype}"
+    if drop_base:
+        return "the base is dropped, too"
+    if x.shape[1] % 8:
+        return f"x has {x.shape[1]} columns, no multiple of 8"
+    return _refuse_layout(x, w, a, b)
+
+
+def _slower(x, w, a, b, gain, dropout, seed, drop_base):
+    """Why Triton's kernels are the better choice, if they run here and this backend is not forced."""
+    if alone(x):
+        return None
+    reason = refuse_fused(x, w, a, b, drop_base)
+    if reason:
+        return f"Triton's kernels are there: {reason}"
     p = planned(x, w, a, gain, dropout, seed)
     return None if p.winner == cost.CUDA else f"Triton's {p.winner} is the choice: {p.why}"
 
@@ -53,19 +84,24 @@ def planned(x, w, a, gain, dropout, seed):
         "forward", *x.shape, (len(w),), (len(a),), x.dtype, gain=gain is not None, dropout=dropout > 0 and seed is not None
     )
     deterministic, count = torch.are_deterministic_algorithms_enabled(), multiprocessors(x)
-    return plan(problem, architecture(x), deterministic, count, ("cuda",) if _alone() else ("triton", "cuda"))
+    return plan(problem, architecture(x), deterministic, count, ("cuda",) if alone(x) else ("triton", "cuda"))
 
 
 @implements("lora_linear_forward", "cuda", refusal)
 def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z, w_scale=None):
-    m, (n, r) = len(x), b.shape
+    drops = dropout > 0 and seed is not None
+    few = len(x) <= TOKENS and not drops
     if w_scale is None:
+        if not (few or torch.are_deterministic_algorithms_enabled()) or refuse_fused(x, w, a, b, drop_base):
+            layer = Layer(w, a, b, scale, bias, gain, dropout, seed, drop_base, keep_z)
+            (y,), (h,), (z,) = cuda_layers.forward(x, [layer], keep)
+            return y, h, z
         note(lambda: planned(x, w, a, gain, dropout, seed))
+    m, (n, r) = len(x), b.shape
     y, h = x.new_empty(m, n), x.new_empty(m, r, dtype=torch.float32)
     z = torch.empty_like(y) if keep_z else None
-    drops = dropout > 0 and seed is not None
-    if m > TOKENS or drops:
-        parts = shrink(x, a, scale, dropout if drops else 0.0, seed)
+    if not few:
+        parts, _ = shrink(x, a, scale, (dropout, seed) if drops else (0.0, None))
         tiles(x, w, b, bias, gain, parts, y, z, None if len(parts) == 1 or not keep else h)
         return y, parts[0] if len(parts) == 1 else h, z
     if m > 0:
@@ -73,31 +109,58 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
     return y, h, z
 
 
+def group_refusal(x, *lists):
+    return refuse_each(lambda x, w, a, b, scale, bias, gain: _refuse_operands(x, w, a, b, bias, gain), x, *lists[:6]) or (
+        refuse_beside_triton(x, "one launch serves all layers")
+    )
+
+
+@implements("lora_linear_group_forward", "cuda", group_refusal)
+def group_forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
+    lists = (w, a, b, scale, bias, gain, dropout, seed)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if deterministic or (len(x) <= TOKENS and not any(dropout)):
+        return forward_each(forward, x, *lists, drop_base, keep, keep_z)
+    return cuda_layers.forward(x, layers_of(*lists, drop_base, keep_z), keep)
+
+
 def backward_refusal(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale=None):
-    if any(t.dtype is not torch.bfloat16 for t in (dy, x, a, b, *([w] if w_scale is None else []))):
-        return "the kernels read bfloat16, of dy, x, w, a and b, and int8 of w"
-    if drop_base:
-        return "the base is dropped, too; the kernels drop the input of a only"
-    if not w.numel() or w.shape[0] % 8 or w.shape[1] % 8:
-        return f"w is {list(w.shape)}; the kernels need multiples of 8, and some"
-    if b.stride(1) != 1:
-        return f"b has strides {list(b.stride())}; the kernels need rows without gaps"
-    if w_scale is not None and (len(x) > TOKENS or w.shape[1] % 16 or (dropout > 0 and seed is not None)):
-        return f"w is int8; the kernel for that takes up to {TOKENS} rows of x, found {len(x)}, multiples of 16, no dropout"
-    times = {"y": y} if z is None else {"z": z}
+    if dy.dtype is not x.dtype:
+        return f"dy is {dy.dtype} and x {x.dtype}; the kernels read the same for both"
+    if w_scale is None:
+        reason = refuse_beside_triton(x, "they take three launches")
+        return _refuse_operands(x, w, a, b, bias, gain, dy=dy) or reason
+    if x.dtype is not torch.bfloat16:
+        return f"x is {x.dtype}; w is int8, and the kernel for that reads bfloat16"
+    if not w.numel() or w.shape[0] % 8:
+        return f"w is int8 {list(w.shape)}; the kernel for that needs multiples of 8, and some"
     return (
-        refuse_rows(x=x, w=w, a=a, **({} if _is_expanded(dy) else {"dy": dy}), **(times if needs[4] else {}))
-        or refuse_dtypes(bias=bias, gain=gain, w_scale=w_scale)
-        or refuse_negated(dy=dy, x=x, w=w, a=a, b=b, bias=bias, gain=gain, w_scale=w_scale)
-        or refuse_cuda(x, cuda_backward.DX)
-        or (None if w_scale is not None or _alone() else "Triton's kernels are there, which take three launches")
+        refuse_int8(x, w, a, b, dropout, seed)
+        or (None if _is_expanded(dy) else refuse_rows(dy=dy))
+        or _refuse_operands(x, w, a, b, bias, gain, w_scale=w_scale, dy=dy)
     )
 
 
 @implements("lora_linear_backward", "cuda", backward_refusal)
 def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale=None):
-    dy = dy.contiguous() if _is_expanded(dy) else dy
-    return cuda_backward.backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, h, y, z, needs, w_scale)
+    layer = Layer(w, a, b, scale, bias, gain, dropout, seed, drop_base)
+    dx, (grads,) = cuda_backward.backward(x, [_plain(dy)], [layer], [h], [y], [z], needs[0], [needs[1:]], w_scale)
+    return dx, *grads
+
+
+def group_backward_refusal(x, dy, *lists):
+    for i, each in enumerate(dy):
+        if each.dtype is not x.dtype or each.is_neg():
+            return f"dy of member {i} is {each.dtype}{', negated' * each.is_neg()}; the kernels read {x.dtype} as x is"
+    return group_refusal(x, *lists)
+
+
+@implements("lora_linear_group_backward", "cuda", group_backward_refusal)
+def group_backward(x, dy, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
+    each = [needs[1 + 4 * i : 5 + 4 * i] for i in range(len(w))]
+    layers = layers_of(w, a, b, scale, bias, gain, dropout, seed, drop_base)
+    dx, grads = cuda_backward.backward(x, list(map(_plain, dy)), layers, h, y, z, needs[0], each)
+    return (dx, *map(list, zip(*grads, strict=True)))
 
 
 def _is_expanded(dy):
@@ -105,16 +168,15 @@ def _is_expanded(dy):
     return dy.stride(1) == 0
 
 
-def _alone():
-    """Whether Triton's kernels are no choice: this backend is forced, or they are not there."""
-    return forced_backend() == "cuda" or "triton" in missing_backends()
+def _plain(dy):
+    return dy.contiguous() if _is_expanded(dy) else dy
 
 
 def small(x, w, a, b, scale, bias, gain, y, z, h, w_scale=None):
     """Fills y, z and h in one launch."""
     (m, k), (n, r) = x.shape, b.shape
     tokens, of_w = 16 if m <= 16 else TOKENS, "" if w_scale is None else "i8_"
-    a_part = _part_of_a(r)
+    a_part = part_of_a(r)
     a_tiles, w_tiles, a_parts = ceil(r, ROWS), ceil(n, ROWS), max(1, ceil(k, a_part))
     w_part = shared_part(x, k, WIDTH // w.element_size(), w_tiles, a_tiles * a_parts, 8 * tokens)
     blocks = a_tiles * a_parts + w_tiles * max(1, ceil(k, w_part))
@@ -130,21 +192,6 @@ def small(x, w, a, b, scale, bias, gain, y, z, h, w_scale=None):
     launch_cuda(SMALL, kernel, (blocks,), 128, args, makes, shared, changes=[ticket])
 
 
-def shrink(x, a, scale, dropout, seed):
-    """The parts of scale · drop(x) aᵀ, [parts, m, r] in float32."""
-    (m, k), r = x.shape, len(a)
-    ranks, part = 16 if r <= 16 else 64, _part_of_a(r)
-    h = x.new_empty(max(1, ceil(k, part)), m, r, dtype=torch.float32)
-    by_value = dropout > 0 and seed.is_cpu
-    args = (
-        x, a, h, seed if dropout > 0 and not by_value else None, int(seed) if by_value else 0, threshold(dropout), m, k, r,
-        x.stride(0), a.stride(0), part, float(scale) / (1.0 - dropout),
-    )  # fmt: skip
-    kernel, shared = f"lora_linear_shrink_{'drop_' if dropout > 0 else ''}{KINDS[x.dtype]}_{ranks}", 4 * (ROWS + ranks) * WIDTH
-    launch_cuda(THIN, kernel, (ceil(m, ROWS), ceil(r, ranks), len(h)), 128, args, [h], shared)
-    return h
-
-
 def tiles(x, w, b, bias, gain, h, y, z, whole):
     """Fills y, z and, with the sum of h's parts, `whole`."""
     (m, k), (n, r) = x.shape, b.shape
@@ -158,7 +205,3 @@ def tiles(x, w, b, bias, gain, h, y, z, whole):
     grid = (ceil(m, TILE) * ceil(n, TILE),)
     launch_cuda(TILES, f"lora_linear_tiles_{KINDS[x.dtype]}", grid, 256, args, makes, shared, early=True)
 
-
-def _part_of_a(r):
-    """How many columns of A are summed at a time; as Triton's `shrink` does, for the same bits."""
-    return 1024 if r <= 32 else 2048
