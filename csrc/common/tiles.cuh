@@ -55,8 +55,8 @@ __device__ T* piece(T* tile, int row, int at) {
 }
 
 // put(row, column, sum) of each of a lane's sums of 16 rows and 8 COUNT columns
-template <int COUNT, typename Put>
-__device__ void each_sum(const float (&sums)[COUNT][4], Put&& put) {
+template <typename Sum, int COUNT, typename Put>
+__device__ void each_sum(Sum (&sums)[COUNT][4], Put&& put) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < COUNT; j++) {

@@ -1,12 +1,17 @@
-"""The backward of lora_linear in CUDA C++, in the simulator: gradients, bits, what it reads, and that its waits are needed."""
+"""The backward of lora_linear in CUDA C++ in the deterministic mode, where dx is made by a kernel of ours, in the simulator:
+gradients, bits, what it reads, and that its waits are needed. test_cuda_library.py has what the library's GEMM does."""
 
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 
 from lora_kernels import lora_linear, use_backend
+from lora_kernels.ops import alone as choice
+from lora_kernels.ops.lora_linear import cuda as backend
 from lora_kernels.ops.lora_linear import cuda_backward as cuda
 from lora_kernels.ops.lora_linear import cuda_thin as thin
 from lora_kernels.testing import assert_problem, make_problem, run
@@ -29,7 +34,7 @@ SHAPES = [(64, 64, 64, 16), (130, 136, 200, 33), (5, 72, 600, 3), (300, 328, 72,
 
 @pytest.fixture
 def simulated():
-    with use_backend("cuda", simulate=True), deterministic(False):
+    with use_backend("cuda", simulate=True), deterministic(True):
         yield
 
 
@@ -183,24 +188,15 @@ def test_planted_bugs(planted, monkeypatch, simulated, source, old, new):
                 assert (one.float() - other.float()).norm() <= 5e-3 * other.float().norm()
 
 
-@pytest.mark.parametrize(("problem", "message"), [
-    (make_problem(4, 16, 16, 2, torch.float16), "the kernels read bfloat16, of dy, x, w, a and b, and int8"),
-    (make_problem(4, 16, 12, 2, BF16), r"w is \[12, 16\]; the kernels need multiples of 8, and some"),
-])  # fmt: skip
-def test_refusals(simulated, problem, message):
-    leaves = problem.require_grad()
-    y = lora_linear(*problem.arguments())
-    with pytest.raises(NotImplementedError, match=f"lora_linear_backward cannot run on cuda: {message}"):
-        torch.autograd.grad(y, list(leaves.values()), problem.dy)
-
-
-def test_triton_comes_first_where_it_is_there():
+def test_triton_comes_first_where_it_runs(monkeypatch):
     p = make_problem(4, 16, 16, 2, BF16)
     args = (p.dy, p.x, p.w, p.a, p.b, 1.0, None, None, 0.0, None, False, torch.randn(4, 2), None, None, [1, 1, 1, 0, 0])
-    from lora_kernels.ops.lora_linear import cuda as backend
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "refuse_cuda", lambda *_: None)
-        assert backend.backward_refusal(*args) == "Triton's kernels are there, which take three launches"
-        patch.setattr(backend, "missing_backends", lambda: {"triton": "not installed"})
-        assert backend.backward_refusal(*args) is None
+    monkeypatch.setattr(backend, "refuse_cuda", lambda *_: None)
+    monkeypatch.setattr(choice, "refuse_triton", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "triton", triton := ModuleType("triton"))
+    assert backend.backward_refusal(*args) == "Triton's kernels are there: they take three launches"
+    monkeypatch.setattr(choice, "refuse_triton", lambda *_: "it makes wrong code")
+    assert backend.backward_refusal(*args) is None
+    monkeypatch.setattr(choice, "refuse_triton", lambda *_: None)
+    monkeypatch.setattr(choice, "missing_backends", lambda: {"triton": "not installed"})
+    assert backend.backward_refusal(*args) is None and triton is sys.modules["triton"]

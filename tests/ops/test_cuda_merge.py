@@ -1,9 +1,15 @@
 """The CUDA C++ kernel of merge in the simulator: numbers, what it reads, and that its barriers and waits are needed."""
 
+import sys
+from contextlib import nullcontext
+from types import ModuleType
+
 import pytest
 import torch
 
 from lora_kernels import explain, merged_weight, use_backend
+from lora_kernels.ops import alone
+from lora_kernels.ops.merge import cuda as backend
 from lora_kernels.testing import assert_within_rounding
 from lora_kernels.testing.nvcc import MISSING, find_nvcc
 from lora_kernels.testing.ptxsim import SimulationError, device
@@ -94,18 +100,65 @@ def test_planted_bugs(planted, simulated, old, new):
         run()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda w, a, b: (w.float(), a, b), "w is torch.float32 and a torch.bfloat16; the kernel reads bfloat16 or float16"),
-    (lambda w, a, b: (w[:, 1:9], a[:, 1:9], b), "the rows of w do not begin at multiples of 16 bytes"),
-    (lambda w, a, b: (w.T, a[:, :8], b.repeat(2, 1)), "w has strides"),
-    (lambda w, a, b: (w[:, :12], a[:, :12], b), "w has 12 columns; the kernel needs a multiple of 8"),
-    (lambda w, a, b: (w, a.repeat(20, 1), b.repeat(1, 20)), "a has 160 rows; the kernel has room for 128"),
-    (lambda w, a, b: (w, a, b.T.contiguous().T), "b has strides"),
+OTHERS = {
+    "float32 factors": lambda w, a, b: (w, a.float() + 1e-3, b.float() - 1e-3),
+    "offset": lambda w, a, b: (w[:, 1:], a[:, 1:], b),
+    "odd": lambda w, a, b: (w[:, :75], a[:, :75], b),
+    "strides": lambda w, a, b: (w.T.contiguous().T, a, b.T.contiguous().T),
+    "ranks": lambda w, a, b: (w, a.repeat(20, 1), b.repeat(1, 20)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("change", OTHERS)
+def test_other_types_layouts_and_ranks(simulated, change, dtype):
+    """By a kernel that takes all, in place, too; the same bits in whatever order."""
+    w, a, b, gain, _ = draw(70, 144, 13, dtype)
+    w, a, b = OTHERS[change](w, a, b)
+    wanted = gain.double()[:, None] * (w.double() + 0.5 * b.double() @ a.double())
+    merged = []
+    for seed in range(2):
+        with device(seed=seed, resident=1 + 2 * seed) as sim:
+            merged.append(merged_weight(w, a, b, 0.5, gain))
+    assert sim.launches == 3 and merged[0].equal(merged[1])
+    assert_within_rounding(merged[0], wanted, dtype, 1.02)
+    merged_weight(w, a, b, 0.5, gain, out=w)
+    assert w.equal(merged[0])
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    ("      __syncthreads();  // this stage has been read\n", ""),
+    ("cp_async_wait<1>()", "cp_async_wait<2>()"),
+    ("if (m < rows && n < end)", "if (n < end)"),
+    ("if (m < rows && n < end)", "if (m < rows)"),
+    ("      sum = 0;\n", ""),
+    ("p.a + i / 2 * p.rank * p.a_row", "p.a"),
+    ("(c / 4) * rows + row + r", "row + r"),
+    ("mma_m16n8k16<B>(sums[c + l], f_rest,", "if (false) mma_m16n8k16<B>(sums[c + l], f_rest,"),
+    ("mma_m16n8k16<B>(sums[c + l], f, g_rest", "if (false) mma_m16n8k16<B>(sums[c + l], f, g_rest"),
+    ("turn % blocks", "0 * turn"),
+    ("", ""),
 ])  # fmt: skip
-def test_refusals(simulated, change, message):
-    w, a, b, *_ = draw(8, 16, 8, torch.bfloat16)
-    with pytest.raises(NotImplementedError, match=f"merged_weight cannot run on cuda: {message}"):
-        merged_weight(*change(w, a, b))
+def test_planted_bugs_of_the_other_kernel(planted, simulated, old, new):
+    planted("merge/cuda_any.cu", old, new, keep="merge_any_f16")
+    w, a, b = (torch.randn(s) for s in ((100, 331), (45, 331), (100, 45)))
+    w = 1e-2 * w.half()  # so that what is left of the factors shows
+    wanted = w.double() + 0.5 * b.double() @ a.double()
+    with pytest.raises((SimulationError, AssertionError)) if old else nullcontext():
+        for seed in range(3):
+            with device(seed=seed):
+                assert_within_rounding(merged_weight(w, a, b, 0.5), wanted, torch.float16, 1.01)
+
+
+def test_beside_triton_it_takes_what_its_own_kernel_is_for(monkeypatch):
+    monkeypatch.setattr(alone, "refuse_triton", lambda t: None)
+    monkeypatch.setattr(alone, "missing_backends", dict)
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    monkeypatch.setattr(backend, "refuse_cuda", lambda *_: None)
+    w, a, b, gain, _ = draw(8, 16, 8, torch.bfloat16)
+    assert backend.refusal(w, a, b, 0.5, gain) is None
+    assert backend.refusal(w, a.float(), b.float(), 0.5, gain).startswith("Triton's kernels are there: w is torch.bfloat16")
 
 
 def test_it_says_what_ran(simulated):

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from lora_kernels import explain, use_backend, weight_norm
+from lora_kernels.ops.weight_norm import row_norm_squared
+from lora_kernels.testing import assert_within_rounding
 from lora_kernels.testing.nvcc import MISSING, find_nvcc
 from lora_kernels.testing.ptxsim import SimulationError, device
 from tests.ops.far import far
@@ -85,17 +87,39 @@ def test_planted_bugs(planted, simulated, old, new):
                     weight_norm(w, a, b, 0.5)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda w, a, b: (w.float(), a, b), "w is torch.float32 and a torch.bfloat16; the kernel reads bfloat16 or float16"),
-    (lambda w, a, b: (w[:, 1:9], a[:, 1:9], b), "the rows of w do not begin at multiples of 16 bytes"),
-    (lambda w, a, b: (w.T, a[:, :8], b.repeat(2, 1)), "w has strides"),
-    (lambda w, a, b: (w[:, :12], a[:, :12], b), "w has 12 columns; the kernel needs a multiple of 8"),
-    (lambda w, a, b: (w, a.repeat(20, 1), b.repeat(1, 20)), "a has 160 rows; the kernel has room for 128"),
-])  # fmt: skip
-def test_refusals(simulated, change, message):
-    w, a, b, _ = draw(8, 16, 8, torch.bfloat16)
-    with pytest.raises(NotImplementedError, match=f"weight_norm_forward cannot run on cuda: {message}"):
-        weight_norm(*change(w, a, b))
+OTHERS = {
+    "float32 factors": lambda w, a, b: (w, a.float() + 1e-3, b.float() - 1e-3),
+    "offset": lambda w, a, b: (w[:, 1:], a[:, 1:], b),
+    "odd": lambda w, a, b: (w[:, :75], a[:, :75], b),
+    "strides": lambda w, a, b: (w.T.contiguous().T, a, b.T.contiguous().T),
+    "ranks": lambda w, a, b: (w, a.repeat(20, 1), b.repeat(1, 20)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("change", OTHERS)
+def test_other_types_layouts_and_ranks(simulated, change, dtype):
+    """By a kernel that takes all; and the gradients, with W read once for both."""
+    w, a, b, _ = draw(70, 144, 13, dtype)
+    w, a, b = OTHERS[change](w, a, b)
+    wide_a, wide_b = (t.double().requires_grad_() for t in (a, b))
+    wanted, dn = (w.double() + 0.5 * wide_b @ wide_a).square().sum(1).sqrt(), torch.randn(70)
+    wanted.backward(dn.double())
+    norms = []
+    for seed in range(2):
+        with device(seed=seed):
+            norms.append(weight_norm(w, a.requires_grad_(), b.requires_grad_(), 0.5))
+    assert norms[0].equal(norms[1]) and ((norms[0] - wanted).abs() <= 2e-5 * wanted).all()
+    for t, wide in zip((a, b), torch.autograd.grad(norms[0], (a, b), dn), strict=True):
+        exact = (wide_a if t is a else wide_b).grad
+        assert_within_rounding(wide, exact, t.dtype, 1.5) if t.dtype is dtype else torch.testing.assert_close(
+            wide.double(), exact, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_the_square_of_w_alone(simulated):
+    w = torch.randn(70, 75).bfloat16()
+    torch.testing.assert_close(row_norm_squared(w).double(), w.double().square().sum(1), rtol=1e-6, atol=0)
 
 
 def test_it_says_what_ran(simulated):

@@ -1,23 +1,34 @@
-"""CUDA C++: csrc/merge/cuda.cu, for 16-bit W, A and B."""
+"""CUDA C++ for 16-bit W: csrc/merge/cuda.cu where A and B have the type of W, few ranks, and rows in pieces of 16 bytes; else,
+where Triton does not run, csrc/merge/cuda_any.cu."""
 
 import torch
 
+from lora_kernels.ops.alone import refuse_beside_triton
 from lora_kernels.ops.chips import chip
 from lora_kernels.ops.launch import KINDS, architecture, ceil, launch_cuda, multiprocessors, power, refuse_cuda, vector
+from lora_kernels.ops.lora_linear.cuda_thin import pack
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_factors, refuse_negated, refuse_rows
 from lora_kernels.ops.registry import implements
 
-SOURCE = "merge/cuda.cu"
+SOURCE, ANY = "merge/cuda.cu", "merge/cuda_any.cu"
 MOST, ROWS, COLUMNS, STAGES, THREADS = 128, 64, 64, 3, 128  # ranks; of a tile, as in the source
+COLUMNS_ANY, SHARED_ANY = 128, 2 * (4 * 32 + ROWS) * 64 * 2  # of csrc/common/update_any.cuh: two stages, of A and B
+
+
+def refuse_pieces(w, a, b, out):
+    """Why csrc/merge/cuda.cu cannot do it."""
+    return refuse_factors(w, a, b, MOST) or (None if out is None else refuse_rows(out=out))
 
 
 def refusal(w, a, b, scale, gain, out=None):
+    if w.dtype not in KINDS:
+        return f"w is {w.dtype}; the kernels read bfloat16 or float16"
+    reason = refuse_pieces(w, a, b, out)
     return (
-        refuse_factors(w, a, b, MOST)
-        or (None if out is None else refuse_rows(out=out))
-        or refuse_dtypes(gain=gain)
+        refuse_dtypes(a=a, b=b, gain=gain)
         or refuse_negated(w=w, a=a, b=b, gain=gain, out=out)
-        or refuse_cuda(w, SOURCE)
+        or refuse_cuda(w, ANY)
+        or (reason and refuse_beside_triton(w, reason))
     )
 
 
@@ -26,16 +37,25 @@ def refusal(w, a, b, scale, gain, out=None):
 def merged_weight(w, a, b, scale, gain, out=None):
     in_place = out is not None and out.data_ptr() == w.data_ptr()
     out = torch.empty_like(w) if out is None else out
-    (n, k), ranks = w.shape, power(a.shape[0], most=MOST)
+    pieces, (n, k) = refuse_pieces(w, a, b, out) is None, w.shape
+    columns = COLUMNS if pieces else COLUMNS_ANY
     # so many columns a block that each multiprocessor has two, but enough to fill the pipeline
     slots = 2 * chip(architecture(w), multiprocessors(w)).multiprocessors
-    part = COLUMNS * max(8, ceil(ceil(k, COLUMNS), max(1, slots // max(1, ceil(n, ROWS)))))
+    part = columns * max(512 // columns, ceil(ceil(k, columns), max(1, slots // max(1, ceil(n, ROWS)))))
+    grid, (makes, changes) = (ceil(k, part), ceil(n, ROWS)), ([], [out]) if in_place else ([out], [])
+    if pieces:
+        ranks = power(a.shape[0], most=MOST)
+        args = (
+            w, a, b, out, *vector(gain), n, k, a.shape[0], w.stride(0), a.stride(0), b.stride(0), out.stride(0), part,
+            float(scale),
+        )  # fmt: skip
+        shared = STAGES * (ROWS + ranks) * COLUMNS * 2
+        launch_cuda(SOURCE, f"merge_{KINDS[w.dtype]}_{ranks}", grid, THREADS, args, makes, shared, changes=changes)
+        return out
+    of_a, of_b = pack(a), pack(b)
     args = (
-        w, a, b, out, *vector(gain), n, k, a.shape[0], w.stride(0), a.stride(0), b.stride(0), out.stride(0), part,
-        float(scale),
+        w, of_a, of_b, of_a.shape[2], of_b.shape[2], len(a), float(scale), out, *vector(gain), n, k, *w.stride(),
+        *out.stride(), part,
     )  # fmt: skip
-    makes, changes = ([], [out]) if in_place else ([out], [])
-    shared = STAGES * (ROWS + ranks) * COLUMNS * 2
-    grid = (ceil(k, part), ceil(n, ROWS))
-    launch_cuda(SOURCE, f"merge_{KINDS[w.dtype]}_{ranks}", grid, THREADS, args, makes, shared, changes=changes)
+    launch_cuda(ANY, f"merge_any_{KINDS[w.dtype]}", grid, THREADS, args, makes, SHARED_ANY, changes=changes)
     return out

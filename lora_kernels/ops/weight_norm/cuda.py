@@ -1,25 +1,84 @@
-"""CUDA C++: csrc/weight_norm/cuda.cu, for 16-bit W, A and B."""
+"""CUDA C++ for 16-bit W: csrc/weight_norm/cuda.cu where A and B have the type of W, few ranks, and rows in pieces of 16 bytes;
+else, where Triton does not run, csrc/weight_norm/cuda_any.cu. The gradients are products of W with thin matrices, as dy's."""
 
 import torch
 
+from lora_kernels.ops.alone import refuse_beside_triton
+from lora_kernels.ops.gradients import dtype_of
 from lora_kernels.ops.launch import KINDS, ceil, launch_cuda, power, refuse_cuda
-from lora_kernels.ops.refusals import refuse_factors, refuse_negated
+from lora_kernels.ops.lora_linear.cuda_thin import pack, sides, total
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_factors, refuse_negated
 from lora_kernels.ops.registry import implements
 
-SOURCE = "weight_norm/cuda.cu"
-MOST, ROWS, STAGES, THREADS = 128, 64, 3, 128  # ranks; of a block, as in the source
+SOURCE, ANY = "weight_norm/cuda.cu", "weight_norm/cuda_any.cu"
+MOST, ROWS, STAGES, THREADS = 128, 64, 3, 128  # ranks; of a block, as in the sources
+SHARED_ANY = 2 * (4 * 32 + ROWS) * 64 * 2  # of csrc/common/update_any.cuh: two stages, of A and B
+
+
+def refuse_operands(w, a=None, b=None):
+    if w.dtype not in KINDS:
+        return f"w is {w.dtype}; the kernels read bfloat16 or float16"
+    return refuse_dtypes(a=a, b=b) or refuse_negated(w=w, a=a, b=b) or refuse_cuda(w, ANY)
 
 
 def refusal(w, a, b, scale, w_squared):
-    return refuse_factors(w, a, b, MOST) or refuse_negated(w=w, a=a, b=b) or refuse_cuda(w, SOURCE)
+    reason = refuse_factors(w, a, b, MOST)
+    return refuse_operands(w, a, b) or (reason and refuse_beside_triton(w, reason))
+
+
+def backward_refusal(dn, n, w, a, b, scale, needs):
+    return refuse_operands(w, a, b) or refuse_beside_triton(w, "they read W once for both gradients, too")
+
+
+def squared_refusal(w):
+    return refuse_operands(w) or refuse_beside_triton(w, "they read W in pieces of 16 bytes")
+
+
+def factors(a, b, scale):
+    """The fields of a `Factors` of csrc/common/update_any.cuh."""
+    of_a, of_b = pack(a), pack(b)
+    return of_a, of_b, of_a.shape[2], of_b.shape[2], len(a), float(scale)
 
 
 @implements("weight_norm_forward", "cuda", refusal)
 def forward(w, a, b, scale, w_squared):
     norm = w.new_empty(w.shape[0], dtype=torch.float32)
+    if refuse_factors(w, a, b, MOST):
+        return _any(w, factors(a, b, scale), norm, False)
     ranks = power(a.shape[0], most=MOST)
     args = (w, a, b, norm, *w.shape, a.shape[0], w.stride(0), a.stride(0), b.stride(0), float(scale))
     shared = STAGES * (ROWS + ranks) * 64 * 2
     grid = (ceil(w.shape[0], ROWS),)
     launch_cuda(SOURCE, f"weight_norm_{KINDS[w.dtype]}_{ranks}", grid, THREADS, args, [norm], shared)
     return norm
+
+
+def _any(w, given, norm, squared):
+    args = (w, *given, norm, *w.shape, *w.stride(), int(squared))
+    launch_cuda(ANY, f"weight_norm_any_{KINDS[w.dtype]}", (ceil(len(w), ROWS),), THREADS, args, [norm], SHARED_ANY)
+    return norm
+
+
+@implements("row_norm_squared", "cuda", squared_refusal)
+def row_norm_squared(w):
+    n, k = w.shape
+    zero = w.new_zeros(1, 1)
+    given = factors(zero.expand(1, k), zero.expand(n, 1), 0.0)
+    return _any(w, given, w.new_empty(n, dtype=torch.float32), True)
+
+
+@implements("weight_norm_backward", "cuda", backward_refusal)
+def backward(dn, n, w, a, b, scale, needs):
+    """With c = dn / n: dB = s·c ⊙ (W Aᵀ + s·B A Aᵀ), dA = s·((c ⊙ B)ᵀ W + s·(c ⊙ B)ᵀ B A); BA is not formed. What has neither
+    side of W is taken in float64: torch may take float32 products as TF32."""
+    c = torch.where(n > 0, dn / n, 0.0)[:, None]
+    weighted = (c * b.float()).contiguous()
+    p, part, *_ = sides(w, a.T if needs[1] else None, weighted if needs[0] else None, None, None, 1.0, False, len(a))
+    wide_a, wide_b, da, db = a.double(), b.double(), None, None
+    if needs[1]:
+        of_b = wide_b @ (wide_a @ wide_a.T)
+        db = (scale * c * (total(p) + scale * of_b)).to(dtype_of(b, needs[1]))
+    if needs[0]:
+        of_a = (weighted.double().T @ wide_b) @ wide_a
+        da = (scale * (total(part).T + scale * of_a)).to(dtype_of(a, needs[0])).contiguous()
+    return da, db
