@@ -26,17 +26,18 @@ Kernels lora_linear_thin_kernels();
 Kernels lora_linear_tiles_kernels();
 Kernels merge_kernels();
 Kernels merge_any_kernels();
+Kernels multi_lora_any_kernels();
 Kernels multi_lora_small_kernels();
 Kernels weight_norm_kernels();
 Kernels weight_norm_any_kernels();
 
 std::vector<Kernel> all() {
   std::vector<Kernel> found;
-  for (Kernels each :
-       {lora_linear_dx_kernels(), lora_linear_dx_small_kernels(), lora_linear_expand_kernels(),
-        lora_linear_outer_kernels(), lora_linear_sides_kernels(), lora_linear_small_kernels(),
-        lora_linear_sums_kernels(), lora_linear_thin_kernels(), lora_linear_tiles_kernels(), merge_kernels(),
-        merge_any_kernels(), multi_lora_small_kernels(), weight_norm_kernels(), weight_norm_any_kernels()}) {
+  for (Kernels each : {lora_linear_dx_kernels(), lora_linear_dx_small_kernels(), lora_linear_expand_kernels(),
+                       lora_linear_outer_kernels(), lora_linear_sides_kernels(), lora_linear_small_kernels(),
+                       lora_linear_sums_kernels(), lora_linear_thin_kernels(), lora_linear_tiles_kernels(),
+                       merge_kernels(), merge_any_kernels(), multi_lora_any_kernels(), multi_lora_small_kernels(),
+                       weight_norm_kernels(), weight_norm_any_kernels()}) {
     found.insert(found.end(), each.first, each.first + each.count);
   }
   return found;

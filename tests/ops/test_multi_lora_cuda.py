@@ -216,17 +216,29 @@ def test_planted_bugs(planted, simulated, monkeypatch, old, new):
 
 
 @pytest.mark.parametrize(("change", "reason"), [
-    (lambda x, w, s, plan: (x.float(), w.float(), s, plan), "the kernel reads bfloat16 or float16, the same for both"),
+    (lambda x, w, s, plan: (x, w, [replace(s[0], a=s[0].a.float(), b=s[0].b.float())], plan), "one launch reads the same"),
     (lambda x, w, s, plan: (x.repeat(17, 1), w, s, BatchPlan.build(plan.ids.repeat(17, 1), 2)), "x has 68 rows and w 1 slices"),
     (lambda x, w, s, plan: (x, w, s, BatchPlan.build(plan.ids, 2, torch.ones(4, 1))), "tokens have 1 adapters, or weights"),
     (lambda x, w, s, plan: (x, w, s, BatchPlan.build(torch.zeros(4, 0, dtype=torch.int64), 2)), "tokens have 0 adapters"),
     (lambda x, w, s, plan: (x[:, :20], w[:, :20], [replace(s[0], a=s[0].a[:, :20])], plan), "needs multiples of 8"),
     (lambda x, w, s, plan: (x, w.T.contiguous().T, s, plan), "w has strides"),
 ])  # fmt: skip
-def test_what_it_does_not_take(change, reason):
+def test_what_one_launch_does_not_take(monkeypatch, change, reason):
+    """Where Triton runs, that is left to it."""
     x, w, slots, slot, _, _ = draw(4, 24, [16], [8, 16], 1, BF16)
-    with use_backend("cuda", simulate=True), pytest.raises(NotImplementedError, match=reason):
-        multi_lora(*change(x, w, slots, planned(slots, slot)))
+    x, w, slots, plan = change(x, w, slots, planned(slots, slot))
+    flat = [t for s in slots for t in s.tensors]
+    assert reason in cuda.refuse_small(x, w, flat, plan.ids, plan.weights, None)
+    monkeypatch.setattr(cuda, "refuse_beside_triton", lambda t, why: f"Triton's kernels are there: {why}")
+    monkeypatch.setattr(cuda, "refuse_cuda", lambda *_: None)
+    assert cuda.refusal(x, w, flat, *plan.tensors, None).startswith("Triton's kernels are there: ")
+    assert cuda.add_refusal(x, x, flat, *plan.tensors, None).startswith("Triton's kernels are there: ")
+
+
+def test_float32_is_refused():
+    x, w, slots, slot, _, _ = draw(4, 24, [16], [8, 16], 1, torch.float32)
+    with use_backend("cuda", simulate=True), pytest.raises(NotImplementedError, match="x is torch.float32; the kernels read"):
+        multi_lora(x, w, slots, planned(slots, slot))
 
 
 def test_explain():

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from lora_kernels.ops import alone, registry
+from lora_kernels.ops import BatchPlan, Slots, alone, registry
 from lora_kernels.testing.ptxsim import device
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -113,3 +113,20 @@ def test_norms_and_merges(accepts):
         accepts("merge_into", w, a, b, 0.5, None, w)
         for m in (1, 300):
             accepts("dora_linear", empty(m, K, dtype=dtype), w, a, b, 0.5, None, empty(N, dtype=F32))
+
+
+def test_many_adapters(accepts):
+    for (dtype, adapters), tokens, each, outs, k in product(kinds(), (1, 16, 64, 300), (1, 2), ([N], [N, 40, 40, 8]), (K, 71)):
+        sites = [
+            Slots(
+                empty(16, k, dtype=adapters), empty(16, n, dtype=adapters), empty(3, 64, dtype=torch.int32),
+                *(empty(3, dtype=kind) for kind in (torch.int32, F32, torch.int32)), empty(3, n, dtype=F32),
+                empty(3, n, dtype=F32), empty(3, dtype=torch.int32),
+            )
+            for n in outs
+        ]  # fmt: skip
+        ids, weights = torch.zeros(tokens, each, dtype=torch.int64), None if each == 1 else torch.ones(tokens, each)
+        rest = [t for s in sites for t in s.tensors], *BatchPlan.build(ids, 3, weights).tensors, None
+        x, y, w = (empty(*shape, dtype=dtype) for shape in ((tokens, k), (tokens, sum(outs)), (sum(outs), k)))
+        accepts("multi_lora_forward", x, w, *rest)
+        accepts("multi_lora_add", y, x, *rest)

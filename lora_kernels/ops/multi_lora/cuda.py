@@ -1,45 +1,67 @@
-"""CUDA C++ for up to 64 tokens in 16 bits, each with one adapter or none: one launch, csrc/multi_lora/cuda.cu."""
+"""CUDA C++ in 16 bits. Up to 64 tokens, each with one adapter or none: one launch, csrc/multi_lora/cuda.cu. Else, where Triton
+does not run, the library's GEMM, and for each slice two launches of csrc/multi_lora/cuda_any.cu, which take every rank and
+layout; then y is rounded twice, as it is where a base product is there already."""
 
 import torch
 
+from lora_kernels.ops.alone import refuse_beside_triton
 from lora_kernels.ops.chips import chip
 from lora_kernels.ops.launch import KINDS, architecture, ceil, launch_cuda, multiprocessors, refuse_cuda, tickets, vector
+from lora_kernels.ops.lora_linear.cuda_thin import matrix
 from lora_kernels.ops.multi_lora.plan import PAGE, unflatten
 from lora_kernels.ops.parts import shared_part
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_rows
 from lora_kernels.ops.registry import implements
 
-SMALL = "multi_lora/cuda.cu"
+SMALL, ANY = (f"multi_lora/{name}.cu" for name in ("cuda", "cuda_any"))
 # as in the source, whose tiles have rows of 128 bytes
 TOKENS, ROWS, SLICES, WIDTH = 64, 64, 3, 128
 STAGES = {16: 6, 64: 4}
 PART = 1024  # columns of A at most that a block sums
+FEW = 64  # entries, up to which the depth of h is shared
+RANKS, TOKENS_ANY, COLUMNS_ANY = 16, 32, 128  # of a step and of a block of csrc/multi_lora/cuda_any.cu
 NO_SLICE = (*[None] * 9, *[0] * 5)
 
 
 def refusal(x, w, slots, ids, weights, order, starts, error, bias):
+    reason = refuse_small(x, w, slots, ids, weights, bias)
+    return refuse_operands(x, slots, bias, w=w) or (reason and refuse_beside_triton(x, reason))
+
+
+def add_refusal(y, x, slots, ids, weights, order, starts, error, bias):
+    return refuse_operands(x, slots, bias, y=y) or refuse_beside_triton(x, "they add to a product that is there, too")
+
+
+def refuse_operands(x, slots, bias, **more):
+    if x.dtype not in KINDS:
+        return f"x is {x.dtype}; the kernels read bfloat16 or float16"
+    factors = {f"{name} of slots[{i}]": getattr(s, name) for i, s in enumerate(unflatten(slots)) for name in "ab"}
+    return refuse_dtypes(bias=bias, **factors) or refuse_negated(x=x, bias=bias, **more, **factors) or refuse_cuda(x, ANY)
+
+
+def refuse_small(x, w, slots, ids, weights, bias):
+    """Why one launch cannot do it."""
     sites, (m, k) = unflatten(slots), x.shape
-    if x.dtype not in KINDS or any(s.a.dtype is not x.dtype for s in sites):
-        return f"x is {x.dtype} and a {sites[0].a.dtype}; the kernel reads bfloat16 or float16, the same for both"
+    if any(s.a.dtype is not x.dtype for s in sites):
+        return f"x is {x.dtype} and a {sites[0].a.dtype}; one launch reads the same for both"
     if m > TOKENS or len(sites) > SLICES:
-        return f"x has {m} rows and w {len(sites)} slices; the kernel takes up to {TOKENS} and {SLICES}"
+        return f"x has {m} rows and w {len(sites)} slices; one launch takes up to {TOKENS} and {SLICES}"
     if ids.shape[1] != 1 or weights is not None:
-        return f"tokens have {ids.shape[1]} adapters, or weights; the kernel takes one of weight 1 for each, or none"
+        return f"tokens have {ids.shape[1]} adapters, or weights; one launch takes one of weight 1 for each, or none"
     if k == 0 or k % 8 or any(s.b.shape[1] % 8 for s in sites):
-        return f"w is {list(w.shape)}, in slices of {[s.b.shape[1] for s in sites]}; the kernel needs multiples of 8"
+        return f"w is {list(w.shape)}, in slices of {[s.b.shape[1] for s in sites]}; one launch needs multiples of 8"
     factors = {f"{name} of slots[{i}]": getattr(s, name) for i, s in enumerate(sites) for name in "ab"}
-    return (
-        refuse_rows(x=x, w=w, **factors)
-        or refuse_dtypes(bias=bias)
-        or refuse_negated(x=x, w=w, bias=bias, **factors)
-        or refuse_cuda(x, SMALL)
-    )
+    return refuse_rows(x=x, w=w, **factors)
 
 
 @implements("multi_lora_forward", "cuda", refusal)
 def forward(x, w, slots, ids, weights, order, starts, error, bias):
     sites, (m, k), y = unflatten(slots), x.shape, x.new_empty(len(x), len(w))
     if not y.numel():
+        return y
+    if refuse_small(x, w, slots, ids, weights, bias):
+        torch.mm(x, w.T, out=y)
+        adapt(y, x, sites, ids, weights, order, starts, error, bias, False)
         return y
     tokens, pages = 16 if m <= 16 else TOKENS, max(s.table.shape[1] for s in sites)
     tiles_of_a, w_tiles = ceil(pages * PAGE, ROWS), sum(ceil(s.b.shape[1], ROWS) for s in sites)
@@ -67,3 +89,34 @@ def forward(x, w, slots, ids, weights, order, starts, error, bias):
     grid, kernel = (len(sites) * a_blocks + w_blocks,), f"multi_lora_small_{KINDS[x.dtype]}_{tokens}"
     launch_cuda(SMALL, kernel, grid, 128, args, [y, h, scratch], shared, changes=[ticket, error])
     return y
+
+
+@implements("multi_lora_add", "cuda", add_refusal)
+def add(y, x, slots, ids, weights, order, starts, error, bias):
+    if y.numel():
+        adapt(y, x, unflatten(slots), ids, weights, order, starts, error, bias, True)
+
+
+def adapt(y, x, sites, ids, weights, order, starts, error, bias, holds):
+    """What the adapters and the bias make of y = x wᵀ, in place; `holds`: the bias is in it."""
+    (m, k), each, first, kind = x.shape, ids.shape[1], 0, KINDS[x.dtype]
+    parts = max(1, ceil(k, PART)) if m * each <= FEW else 1  # of many there are blocks enough
+    part = PART if parts > 1 else ROWS * max(1, ceil(k, ROWS))
+    for s in sites:
+        (count, pages), n = s.table.shape, s.b.shape[1]
+        ranks = RANKS * max(1, ceil(pages * PAGE, RANKS))
+        h = x.new_empty(parts, m * each, ranks, dtype=torch.float32)
+        args = (
+            x, *matrix(s.a), s.table, s.rank, s.scale, ids, order, starts, h, m * each, each, k, count, pages, ranks,
+            *x.stride(), part,
+        )  # fmt: skip
+        grid = (m * each, min(ranks // RANKS, 4), parts)
+        launch_cuda(ANY, f"multi_lora_shrink_{kind}", grid, 128, args, [h], 0)
+        of_y, of_bias = y[:, first : first + n], None if bias is None else bias[first : first + n]
+        args = (
+            h, of_y, *matrix(s.b), s.table, s.rank, s.flags, s.generation, s.gain, s.bias, ids, order if each == 1 else None,
+            weights, error, *vector(of_bias), m, n, each, count, pages, ranks, parts, *of_y.stride(), int(holds),
+        )  # fmt: skip
+        grid = (ceil(m, TOKENS_ANY), ceil(n, COLUMNS_ANY))
+        launch_cuda(ANY, f"multi_lora_expand_{kind}", grid, 128, args, [], 0, changes=[of_y, error])
+        first += n
