@@ -1,8 +1,6 @@
 """The CUDA C++ kernel of merge in the simulator: numbers, what it reads, and that its barriers and waits are needed."""
 
-import sys
 from contextlib import nullcontext
-from types import ModuleType
 
 import pytest
 import torch
@@ -152,9 +150,7 @@ def test_planted_bugs_of_the_other_kernel(planted, simulated, old, new):
 
 
 def test_beside_triton_it_takes_what_its_own_kernel_is_for(monkeypatch):
-    monkeypatch.setattr(alone, "refuse_triton", lambda t: None)
     monkeypatch.setattr(alone, "missing_backends", dict)
-    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
     monkeypatch.setattr(backend, "refuse_cuda", lambda *_: None)
     w, a, b, gain, _ = draw(8, 16, 8, torch.bfloat16)
     assert backend.refusal(w, a, b, 0.5, gain) is None

@@ -229,7 +229,7 @@ def test_what_one_launch_does_not_take(monkeypatch, change, reason):
     x, w, slots, plan = change(x, w, slots, planned(slots, slot))
     flat = [t for s in slots for t in s.tensors]
     assert reason in cuda.refuse_small(x, w, flat, plan.ids, plan.weights, None)
-    monkeypatch.setattr(cuda, "refuse_beside_triton", lambda t, why: f"Triton's kernels are there: {why}")
+    monkeypatch.setattr(cuda, "refuse_beside_triton", lambda why: f"Triton's kernels are there: {why}")
     monkeypatch.setattr(cuda, "refuse_cuda", lambda *_: None)
     assert cuda.refusal(x, w, flat, *plan.tensors, None).startswith("Triton's kernels are there: ")
     assert cuda.add_refusal(x, x, flat, *plan.tensors, None).startswith("Triton's kernels are there: ")

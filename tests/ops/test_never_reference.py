@@ -1,9 +1,7 @@
 """On a GPU from sm_80 with a 16-bit base, no op of a layer is left to the reference, whatever adapters, flags and sizes, with
-Triton, without it, and where it may not run. Nothing is computed: the backends are asked."""
+Triton and without it. Nothing is computed: the backends are asked."""
 
-import sys
 from itertools import product
-from types import ModuleType
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from lora_kernels.testing.ptxsim import device
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-TRITON = ("there", "absent", "refused")
+TRITON = ("there", "absent")
 K, N, R = 72, 136, 5
 # gain, dropout, whether the base is dropped, too
 FLAGS = [
@@ -28,8 +26,6 @@ def accepts(request, monkeypatch):
     """Asks which backends but the reference take an op's arguments on this GPU."""
     arch, triton = request.param
     token = registry._simulated.set(True)
-    monkeypatch.setitem(sys.modules, "triton", sys.modules.get("triton", ModuleType("triton")))
-    monkeypatch.setattr(alone, "refuse_triton", lambda t: "it makes wrong code" if triton == "refused" else None)
     monkeypatch.setattr(alone, "missing_backends", lambda: {"triton": "not installed"} if triton == "absent" else {})
 
     def ask(op, *args):

@@ -17,7 +17,7 @@ def refusal(x, w, a, b, scale, bias, magnitude):
         refuse_dtypes(**tensors)
         or refuse_negated(x=x, w=w, **tensors)
         or refuse_cuda(x, EXPAND)
-        or refuse_beside_triton(x, "of few rows they read W once for all")
+        or refuse_beside_triton("of few rows they read W once for all")
     )
 
 

@@ -1,6 +1,6 @@
 """CUDA C++. Up to 64 tokens with 16-bit A and B, without dropout: one launch, csrc/lora_linear/cuda_small.cu, with W in 16 bits
 or int8. Else the library's GEMM with thin kernels around it, cuda_layers.py; in the deterministic mode, where a row's bits must
-not depend on the other rows, h = s·drop(x) Aᵀ and csrc/lora_linear/cuda_tiles.cu."""
+not depend on the other rows, or where that was measured to be faster, h = s·drop(x) Aᵀ and csrc/lora_linear/cuda_tiles.cu."""
 
 import torch
 
@@ -8,7 +8,7 @@ from lora_kernels.ops import cost
 from lora_kernels.ops.alone import alone, refuse_beside_triton
 from lora_kernels.ops.chips import chip
 from lora_kernels.ops.dispatch import Problem, plan
-from lora_kernels.ops.launch import KINDS, architecture, ceil, launch_cuda, multiprocessors, refuse_cuda, tickets, vector
+from lora_kernels.ops.launch import KINDS, architecture, ceil, gpu, launch_cuda, multiprocessors, refuse_cuda, tickets, vector
 from lora_kernels.ops.lora_linear import cuda_backward, cuda_layers
 from lora_kernels.ops.lora_linear.cuda_layers import Layer, layers_of
 from lora_kernels.ops.lora_linear.cuda_thin import EXPAND, part_of_a, shrink
@@ -70,7 +70,7 @@ def refuse_fused(x, w, a, b, drop_base):
 
 def _slower(x, w, a, b, gain, dropout, seed, drop_base):
     """Why Triton's kernels are the better choice, if they run here and this backend is not forced."""
-    if alone(x):
+    if alone():
         return None
     reason = refuse_fused(x, w, a, b, drop_base)
     if reason:
@@ -84,7 +84,7 @@ def planned(x, w, a, gain, dropout, seed):
         "forward", *x.shape, (len(w),), (len(a),), x.dtype, gain=gain is not None, dropout=dropout > 0 and seed is not None
     )
     deterministic, count = torch.are_deterministic_algorithms_enabled(), multiprocessors(x)
-    return plan(problem, architecture(x), deterministic, count, ("cuda",) if alone(x) else ("triton", "cuda"))
+    return plan(problem, architecture(x), deterministic, count, ("cuda",) if alone() else ("triton", "cuda"), gpu(x))
 
 
 @implements("lora_linear_forward", "cuda", refusal)
@@ -92,11 +92,13 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
     drops = dropout > 0 and seed is not None
     few = len(x) <= TOKENS and not drops
     if w_scale is None:
-        if not (few or torch.are_deterministic_algorithms_enabled()) or refuse_fused(x, w, a, b, drop_base):
+        fused = refuse_fused(x, w, a, b, drop_base) is None
+        if fused:
+            note(lambda: planned(x, w, a, gain, dropout, seed))
+        if not fused or not (few or planned(x, w, a, gain, dropout, seed).winner == cost.CUDA):
             layer = Layer(w, a, b, scale, bias, gain, dropout, seed, drop_base, keep_z)
             (y,), (h,), (z,) = cuda_layers.forward(x, [layer], keep)
             return y, h, z
-        note(lambda: planned(x, w, a, gain, dropout, seed))
     m, (n, r) = len(x), b.shape
     y, h = x.new_empty(m, n), x.new_empty(m, r, dtype=torch.float32)
     z = torch.empty_like(y) if keep_z else None
@@ -111,7 +113,7 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
 
 def group_refusal(x, *lists):
     return refuse_each(lambda x, w, a, b, scale, bias, gain: _refuse_operands(x, w, a, b, bias, gain), x, *lists[:6]) or (
-        refuse_beside_triton(x, "one launch serves all layers")
+        refuse_beside_triton("one launch serves all layers")
     )
 
 
@@ -128,7 +130,7 @@ def backward_refusal(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base
     if dy.dtype is not x.dtype:
         return f"dy is {dy.dtype} and x {x.dtype}; the kernels read the same for both"
     if w_scale is None:
-        reason = refuse_beside_triton(x, "they take three launches")
+        reason = refuse_beside_triton("they take three launches")
         return _refuse_operands(x, w, a, b, bias, gain, dy=dy) or reason
     if x.dtype is not torch.bfloat16:
         return f"x is {x.dtype}; w is int8, and the kernel for that reads bfloat16"

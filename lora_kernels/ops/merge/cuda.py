@@ -28,7 +28,7 @@ def refusal(w, a, b, scale, gain, out=None):
         refuse_dtypes(a=a, b=b, gain=gain)
         or refuse_negated(w=w, a=a, b=b, gain=gain, out=out)
         or refuse_cuda(w, ANY)
-        or (reason and refuse_beside_triton(w, reason))
+        or (reason and refuse_beside_triton(reason))
     )
 
 

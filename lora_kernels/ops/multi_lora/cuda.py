@@ -25,11 +25,11 @@ NO_SLICE = (*[None] * 9, *[0] * 5)
 
 def refusal(x, w, slots, ids, weights, order, starts, error, bias):
     reason = refuse_small(x, w, slots, ids, weights, bias)
-    return refuse_operands(x, slots, bias, w=w) or (reason and refuse_beside_triton(x, reason))
+    return refuse_operands(x, slots, bias, w=w) or (reason and refuse_beside_triton(reason))
 
 
 def add_refusal(y, x, slots, ids, weights, order, starts, error, bias):
-    return refuse_operands(x, slots, bias, y=y) or refuse_beside_triton(x, "they add to a product that is there, too")
+    return refuse_operands(x, slots, bias, y=y) or refuse_beside_triton("they add to a product that is there, too")
 
 
 def refuse_operands(x, slots, bias, **more):
@@ -60,7 +60,7 @@ def forward(x, w, slots, ids, weights, order, starts, error, bias):
     if not y.numel():
         return y
     if refuse_small(x, w, slots, ids, weights, bias):
-        torch.mm(x, w.T, out=y)
+        torch.mm(x, w.detach().T, out=y)
         adapt(y, x, sites, ids, weights, order, starts, error, bias, False)
         return y
     tokens, pages = 16 if m <= 16 else TOKENS, max(s.table.shape[1] for s in sites)

@@ -23,15 +23,15 @@ def refuse_operands(w, a=None, b=None):
 
 def refusal(w, a, b, scale, w_squared):
     reason = refuse_factors(w, a, b, MOST)
-    return refuse_operands(w, a, b) or (reason and refuse_beside_triton(w, reason))
+    return refuse_operands(w, a, b) or (reason and refuse_beside_triton(reason))
 
 
 def backward_refusal(dn, n, w, a, b, scale, needs):
-    return refuse_operands(w, a, b) or refuse_beside_triton(w, "they read W once for both gradients, too")
+    return refuse_operands(w, a, b) or refuse_beside_triton("they read W once for both gradients, too")
 
 
 def squared_refusal(w):
-    return refuse_operands(w) or refuse_beside_triton(w, "they read W in pieces of 16 bytes")
+    return refuse_operands(w) or refuse_beside_triton("they read W in pieces of 16 bytes")
 
 
 def factors(a, b, scale):
