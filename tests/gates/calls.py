@@ -1,6 +1,7 @@
 """The configurations of the ops' Triton kernels: what their launchers choose for some sizes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -19,11 +20,11 @@ from lora_kernels import (
     use_backend,
     weight_norm,
 )
-from lora_kernels.ops import BatchPlan, Slots
+from lora_kernels.ops import BatchPlan, Slots, triton_compiler
 from lora_kernels.ops.dispatch import forced
 from lora_kernels.ops.launch import Launch, recorded
-from lora_kernels.testing.gates import Budget, Configuration, Triton
-from lora_kernels.testing.gates.configuration import CHIPS, NVIDIA, Map
+from lora_kernels.testing.gates import Budget, Configuration, Triton, versions
+from lora_kernels.testing.gates.configuration import BY, CHIPS, NVIDIA, Map
 from lora_kernels.testing.ptxsim import device
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -123,6 +124,23 @@ def multi(
     return call
 
 
+@contextmanager
+def chooses_as(version: str) -> Iterator[None]:
+    """Inside it launchers choose tiles, stages and warps as they do under this Triton."""
+    numbers = tuple(map(int, version.split(".")))
+    with patch.object(triton_compiler, "version", lambda: numbers):
+        yield
+
+
+def _chooses_otherwise(version: str) -> bool:
+    usual = triton_compiler.fences()  # all that they ask of the version
+    with chooses_as(version):
+        return triton_compiler.fences() != usual
+
+
+OTHERWISE = [version for version in versions.others() if _chooses_otherwise(version)]
+
+
 def launches(call: Callable[[], None], arch: str, last: bool) -> dict[str, Launch]:
     """The first launch of each kernel on a chip, or the last."""
     hip = None if arch in NVIDIA else "7.0"
@@ -139,6 +157,10 @@ def on_chips(
     shipped = [arch for arch in CHIPS if arch not in more.get("without", ())]
     made = {arch: _triton(kernel, launches(call, arch, last)[kernel]) for arch in shipped}
     special = {arch: one for arch, one in made.items() if one != made["sm_80"]}
+    for version in OTHERWISE:
+        with chooses_as(version):
+            for arch in set(versions.CHIPS) & set(shipped):
+                special[f"{arch}{BY}{version}"] = _triton(kernel, launches(call, arch, last)[kernel])
     return Configuration(name, made["sm_80"], budgets, special=special, **more)
 
 
