@@ -164,7 +164,7 @@ def test_a_kill_leaves_what_was_found(tmp_path):
     words = [sys.executable, "-m", "bench.gpu", *TINY, "--only", "ceilings", "witness", "--out", str(file)]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
-        for _ in range(1200):
+        for _ in range(3600):
             time.sleep(0.05)
             if file.is_file() and Record(file).read()["stages"].get("ceilings", {}).get("passed"):
                 break
