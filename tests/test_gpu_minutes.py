@@ -19,7 +19,7 @@ from bench.gpu.__main__ import PARTS, main
 from bench.gpu.record import Record
 from bench.gpu.running import ROOT, Work, apart
 from bench.gpu.setting import Broken, Found, Refused, Setting, backends
-from lora_kernels.ops import missing_backends, registry
+from lora_kernels.ops import cost, missing_backends, registry
 from lora_kernels.testing import make_problem, rms, run
 
 TINY = ["--minutes", "5", "--dry-run", "--tiny"]
@@ -304,7 +304,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "pretended")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # for the CPU it would call a C++ compiler
-    for module in (ceilings, tune):
+    for module in (ceilings, sys.modules[tune.events.__module__]):
         monkeypatch.setattr(module, "FLUSH", 1)
     return Pretended(timed=True)
 
@@ -330,16 +330,16 @@ def test_what_a_dry_run_leaves_out_of_the_speed(record, pretended, monkeypatch):
 
 def test_the_table_is_written_after_each_shape(record, pretended, monkeypatch):
     shapes = [tuned.Problem(what, 16, 256, (128,), (16,), torch.bfloat16) for what in ("forward", "backward")]
-    names = {"forward": "two launches", "backward": "fused"}
+    names, library = {"forward": cost.FORWARD[0], "backward": cost.BACKWARD[0]}, cost.BACKWARD[-1]
     monkeypatch.setattr(tuned, "shapes", lambda setting: iter(shapes))
-    monkeypatch.setattr(tuned, "calls", lambda setting, p: {names[p.direction]: int, "vendor": int, "base": int})
+    monkeypatch.setattr(tuned, "calls", lambda setting, p: {names[p.direction]: int, library: int, tune.BASE: int})
     monkeypatch.setattr(tuned, "backends", lambda: ("triton",))
     monkeypatch.setattr(tuned.launch, "architecture", lambda t: 90)
     planned = tuned.dispatch.plan
 
     def only(*args, **more):  # the others would have to be timed, too
         made = planned(*args, **more)
-        return replace(made, candidates=tuple(c for c in made.candidates if c.name in (*names.values(), "vendor")))
+        return replace(made, candidates=tuple(c for c in made.candidates if c.name in (*names.values(), library)))
 
     monkeypatch.setattr(tuned.dispatch, "plan", only)
     seen = []

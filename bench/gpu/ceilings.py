@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from bench.gpu.setting import Found, Setting
-from bench.tune import FLUSH
 
 GEMMS = [(8192, 4096, 4096), (8192, 8192, 8192)]  # M, N, K
 ROUNDS, LAUNCHES = 15, 200
+FLUSH = 2**30  # bytes: more than any L2
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
