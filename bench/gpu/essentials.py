@@ -85,7 +85,8 @@ def natural(make: Callable[[], Problem]) -> None:
 
 
 def natural_group(setting: Setting, adapters: torch.dtype) -> None:
-    problems = members(setting, adapters)
+    # adapters as training leaves them: beside the library's GEMM those that dominate are rounded once more for each layer
+    problems = [replace(p, b=0.15 * p.b) for p in members(setting, adapters)]
     none_slow(lambda: run_group(problems))
     assert_group(problems)
 

@@ -88,9 +88,9 @@ def test_an_adapter_that_dominates():
 
 @pytest.mark.parametrize("flags", [{}, {"dropout": 0.3}])
 def test_group(flags):
-    """Three layers that share x, with a gain or not; dx is rounded after each GEMM, as autograd's own sum is."""
+    """Three layers that share x, with a gain or not; dx is rounded after each GEMM, but the widest comes last."""
     members = [{"n_out": 96, "gain": True}, {"n_out": 40, "rank": 20}, {"n_out": 72, "gain": True, "bias": True}]
-    problems = make_group(members, 40, 72, BF16, **flags)
+    problems = [dataclasses.replace(p, b=0.15 * p.b) for p in make_group(members, 40, 72, BF16, **flags)]
     results = run_group(problems)
     truth = [exact(p).values for p in problems]
     for found, wanted, p in zip(results, truth, problems, strict=True):
@@ -101,7 +101,8 @@ def test_group(flags):
         assert found.keys() == wanted.keys() and p.x is problems[0].x
     wanted = sum(values["x"] for values in truth)
     theirs = sum(peft(p)["x"] for p in problems)
-    assert rms(results[0]["x"].double() - wanted) <= 1.02 * rms(theirs.double() - wanted)
+    off = rms(results[0]["x"].double() - wanted)
+    assert off <= 1.5 * rms(wanted.to(BF16).double() - wanted) and off <= 1.02 * rms(theirs.double() - wanted)
 
 
 @pytest.mark.parametrize("arch", [90, pytest.param(89, marks=pytest.mark.slow), pytest.param(120, marks=pytest.mark.slow)])

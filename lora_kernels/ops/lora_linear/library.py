@@ -68,5 +68,6 @@ def input_gradient(
         z = torch.mm(own, layer.w) if layer.drop_base and own is not None else None
         terms.append(Term(p, layer.a.T, z, drop=layer.drop))
     expand(dx, terms)
-    for layer, dy, own in zip(layers, dys, scaled, strict=True):
+    # the widest last: what is there before a GEMM was rounded at its own size, which so stays small
+    for layer, dy, own in sorted(zip(layers, dys, scaled, strict=True), key=lambda one: len(one[0].w)):
         dx.addmm_(dy if layer.drop_base or own is None else own, layer.w)
