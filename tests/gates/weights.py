@@ -61,14 +61,14 @@ GATES = [
     }),
     on_chips("norm, fp32, r=16", "norm_kernel", norm(16, F32), {
         "sm_80 sm_86 sm_89 sm_120": Budget(15.3, "HMMA", units=24, wide=9, blocks=3),
-        "sm_90": Budget(47, "HGMMA", units=6, wide=9, blocks=5),
-        "sm_100": Budget(85, "UTCHMMA", units=6, wide=9, blocks=4),
+        "sm_90": Budget(13.9, "HMMA", units=24, wide=6, blocks=4),
+        "sm_100": Budget(12.2, "HMMA", units=24, wide=6, blocks=4),
         "gfx942": Budget(21, "v_mfma", units=12, wide=7, blocks=4),
     }),
     on_chips("norm, fp32, r=256", "norm_kernel", norm(256, F32), {
         "sm_80 sm_86 sm_89 sm_120": Budget(18, "HMMA", units=24, wide=16, blocks=3),
-        "sm_90": Budget(55, "HGMMA", units=6, wide=16, blocks=4),
-        "sm_100": Budget(79, "UTCHMMA", units=6, wide=16, blocks=3),
+        "sm_90": Budget(16.2, "HMMA", units=24, wide=10, blocks=4),
+        "sm_100": Budget(14.2, "HMMA", units=24, wide=10, blocks=3),
         "gfx942": Budget(28, "v_mfma", units=12, wide=6, blocks=3),
     }),
     on_chips("merge, bf16, r=8", "merge_kernel", merge(8), {
@@ -103,26 +103,26 @@ GATES = [
     }),
     on_chips("merge, bf16, r=16, float32 adapter", "merge_kernel", merge(16, BF16, F32), {
         "sm_80 sm_86 sm_89 sm_120": Budget(17.2, "HMMA", units=24, wide=8, blocks=4),
-        "sm_90": Budget(52, "HGMMA", units=6, wide=8, blocks=6),
-        "sm_100": Budget(75, "UTCHMMA", units=6, wide=8, blocks=6),
+        "sm_90": Budget(52, "HGMMA", units=6, wide=5, blocks=5),
+        "sm_100": Budget(75, "UTCHMMA", units=6, wide=5, blocks=6),
         "gfx942": Budget(28, "v_mfma", units=12, wide=3, blocks=4),
     }),
     on_chips("merge, fp32, r=16", "merge_kernel", merge(16, F32), {
         "sm_80 sm_86 sm_89 sm_120": Budget(17.6, "HMMA", units=24, wide=10, blocks=4),
-        "sm_90": Budget(52, "HGMMA", units=6, wide=10, blocks=5),
-        "sm_100": Budget(75, "UTCHMMA", units=6, wide=10, blocks=5),
+        "sm_90": Budget(52, "HGMMA", units=6, wide=7, blocks=5),
+        "sm_100": Budget(75, "UTCHMMA", units=6, wide=7, blocks=5),
         "gfx942": Budget(28, "v_mfma", units=12, wide=4, blocks=4),
     }),
     on_chips("merge, bf16, r=256, float32 adapter", "merge_kernel", merge(256, BF16, F32), {
         "sm_80 sm_86 sm_89 sm_120": Budget(17.2, "HMMA", units=24, wide=8, blocks=4),
-        "sm_90": Budget(52, "HGMMA", units=6, wide=8, blocks=6),
-        "sm_100": Budget(75, "UTCHMMA", units=6, wide=8, blocks=6),
+        "sm_90": Budget(52, "HGMMA", units=6, wide=5, blocks=5),
+        "sm_100": Budget(75, "UTCHMMA", units=6, wide=5, blocks=6),
         "gfx942": Budget(28, "v_mfma", units=12, wide=3, blocks=4),
     }),
     on_chips("merge, fp32, r=256", "merge_kernel", merge(256, F32), {
         "sm_80 sm_86 sm_89 sm_120": Budget(17.6, "HMMA", units=24, wide=10, blocks=4),
-        "sm_90": Budget(52, "HGMMA", units=6, wide=10, blocks=5),
-        "sm_100": Budget(75, "UTCHMMA", units=6, wide=10, blocks=5),
+        "sm_90": Budget(52, "HGMMA", units=6, wide=7, blocks=5),
+        "sm_100": Budget(75, "UTCHMMA", units=6, wide=7, blocks=5),
         "gfx942": Budget(28, "v_mfma", units=12, wide=4, blocks=4),
     }),
 ]  # fmt: skip
