@@ -26,9 +26,9 @@ __device__ void merge_any(const MergeAny& p) {
 
 }  // namespace lk
 
-#define LK_MERGE(name, T)                                                                                  \
+#define LK_MERGE(name, T)                                                                                     \
   extern "C" __global__ void __launch_bounds__(lk::THREADS, 2) name(const __grid_constant__ lk::MergeAny p) { \
-    lk::merge_any<T>(p);                                                                                   \
+    lk::merge_any<T>(p);                                                                                      \
   }
 LK_MERGE(merge_any_bf16, __nv_bfloat16)
 LK_MERGE(merge_any_f16, __half)

@@ -31,9 +31,9 @@ __device__ void weight_norm_any(const WeightNormAny& p) {
 
 }  // namespace lk
 
-#define LK_NORM(name, T)                                                                                        \
+#define LK_NORM(name, T)                                                                                           \
   extern "C" __global__ void __launch_bounds__(lk::THREADS, 2) name(const __grid_constant__ lk::WeightNormAny p) { \
-    lk::weight_norm_any<T>(p);                                                                                  \
+    lk::weight_norm_any<T>(p);                                                                                     \
   }
 LK_NORM(weight_norm_any_bf16, __nv_bfloat16)
 LK_NORM(weight_norm_any_f16, __half)

@@ -92,25 +92,44 @@ def cuda_small(kind: str, tokens: int, stage: int) -> Cuda:
 
 
 def cuda_shrink(kind: str, ranks: int) -> Cuda:
-    return cuda_op("lora_linear/cuda_thin.cu", f"lora_linear_shrink_{kind}_{ranks}", 4 * (64 + ranks) * 128)
+    shared = 3 * (64 + 2 * ranks) if "split" in kind or "any" in kind else 4 * (64 + ranks)
+    name = f"lora_linear_shrink_{kind}" + ("" if "any" in kind else f"_{ranks}")
+    return cuda_op("lora_linear/cuda_thin.cu", name, shared * 128)
 
 
 BACKWARD = [
-    *(Configuration(f"lora_linear_sides.cu, {times}r<={ranks}", cuda_op(
-        "lora_linear/cuda_sides.cu", f"lora_linear_sides_{times}{ranks}", 6 * 8192 + 2 * chunks * ranks * 128), {CUDA: budget})
-      for times, ranks, chunks, budget in (
-          ("", 16, 8, Budget(11.8, "HMMA", units=256, wide=39, copies=1)),
-          ("", 32, 4, Budget(7.9, "HMMA", units=256, wide=23, copies=1)),
-          ("times_", 16, 8, Budget(16.2, "HMMA", units=256, wide=75, copies=1)),
-          ("times_", 32, 4, Budget(10.4, "HMMA", units=256, wide=43, copies=1)),
+    *(Configuration(f"lora_linear_sides.cu, {kind}, {times}r<={ranks}", cuda_op(
+        "lora_linear/cuda_sides.cu", f"lora_linear_sides_{times}{kind}_{ranks}", 6 * 8192 + 2 * chunks * ranks * 128),
+        {CUDA: budget})
+      for kind, times, ranks, chunks, budget in (
+          ("bf16", "", 16, 8, Budget(19.0, "HMMA", units=320, wide=38, copies=1)),
+          ("bf16", "", 32, 4, Budget(11.2, "HMMA", units=320, wide=22, copies=1)),
+          ("bf16", "times_", 16, 8, Budget(23.1, "HMMA", units=320, wide=74, copies=1)),
+          ("bf16", "times_", 32, 4, Budget(13.1, "HMMA", units=320, wide=42, copies=1)),
+          ("f16", "", 16, 8, Budget(22.1, "HMMA", units=448, wide=38, copies=1)),
+          ("f16", "", 32, 4, Budget(12.6, "HMMA", units=448, wide=22, copies=1)),
+          ("f16", "times_", 16, 8, Budget(24.6, "HMMA", units=448, wide=74, copies=1)),
+          ("f16", "times_", 32, 4, Budget(13.8, "HMMA", units=448, wide=42, copies=1)),
       )),
-    *(Configuration(f"lora_linear_outer.cu, {name}", cuda_op(
+    *(Configuration(f"lora_linear_sides.cu, {kind}, any layout", cuda_op(
+        "lora_linear/cuda_sides.cu", f"lora_linear_sides_any_{kind}", 6 * 8192 + 2 * 8 * 16 * 128), {CUDA: budget})
+      for kind, budget in (
+          ("bf16", Budget(28.6, "HMMA", units=320, wide=2, copies=17)),
+          ("f16", Budget(28.0, "HMMA", units=448, wide=2, copies=17)),
+      )),
+    *(Configuration(f"lora_linear_outer.cu, {kind}, {name}", cuda_op(
         "lora_linear/cuda_outer.cu", f"lora_linear_outer_{kernel}", 10 * 8192), {CUDA: budget})
-      for name, kernel, budget in (
-          ("r<=16", "16", Budget(11.2, "HMMA", units=64, wide=28, copies=3)),
-          ("r<=64", "64", Budget(4.5, "HMMA", units=256, wide=28, copies=3)),
-          ("drop_r<=16", "drop_16", Budget(42, "HMMA", units=16, wide=40)),
-          ("drop_r<=64", "drop_64", Budget(12.2, "HMMA", units=64, wide=40)),
+      for kind, name, kernel, budget in (
+          ("bf16", "r<=16", "bf16_16", Budget(11.0, "HMMA", units=64, wide=28, copies=3)),
+          ("bf16", "r<=64", "bf16_64", Budget(4.2, "HMMA", units=256, wide=28, copies=3)),
+          ("bf16", "drop_r<=16", "drop_bf16_16", Budget(42.9, "HMMA", units=16, wide=40)),
+          ("bf16", "drop_r<=64", "drop_bf16_64", Budget(11.9, "HMMA", units=64, wide=40)),
+          ("f16", "r<=16", "f16_16", Budget(19.8, "HMMA", units=96, wide=40, copies=2)),
+          ("f16", "r<=32", "f16_32", Budget(14.7, "HMMA", units=192, wide=40, copies=2)),
+          ("f16", "drop_r<=16", "drop_f16_16", Budget(40.7, "HMMA", units=24, wide=40)),
+          ("f16", "drop_r<=32", "drop_f16_32", Budget(25.1, "HMMA", units=48, wide=40)),
+          ("bf16", "any layout", "any_bf16", Budget(42.9, "HMMA", units=16, wide=8)),
+          ("f16", "any layout", "any_f16", Budget(40.6, "HMMA", units=24, wide=8)),
       )),
     *(Configuration(f"lora_linear_dx.cu{name.replace('_', ', ')}", cuda_op(
         "lora_linear/cuda_dx.cu", f"lora_linear_dx{name}", 12 * 8192, 256), {CUDA: Budget(per, "HMMA", units=64, wide=28)})
@@ -122,10 +141,20 @@ BACKWARD = [
       )),
     *(Configuration(f"lora_linear_sums.cu, {name}", cuda_op("lora_linear/cuda_sums.cu", f"lora_linear_{name}", 0, 256),
                     {CUDA: Budget(per, units=units, blocks=blocks)})
-      for name, per, units, blocks in (("sums", 6.3, 4, 6), ("zero_gain", 5.8, 16, 5))),
+      for name, per, units, blocks in (("sums", 6.3, 4, 6), ("zero_gain", 6.6, 16, 5))),
 ]  # fmt: skip
 CUDA_OPS = [
     *BACKWARD,
+    *(Configuration(f"lora_linear_expand.cu, {kind}", cuda_op(
+        "lora_linear/cuda_expand.cu", f"lora_linear_expand_{kind}", 192 * 128 + 64 * 136 * 4, 256),
+        {CUDA: Budget(3.9, "HMMA", units=24, wide=16, blocks=1)})
+      for kind in ("bf16", "f16")),
+    *(Configuration(f"{op}.cu, {kind}, any rank, type and layout", cuda_op(
+        f"{op}/cuda_any.cu", f"{op}_any_{kind}", 2 * 192 * 128), {CUDA: budget})
+      for op, budget in (
+          ("weight_norm", Budget(6.2, "HMMA", units=96, wide=22, copies=1)),
+          ("merge", Budget(6.0, "HMMA", units=96, wide=22, copies=1)),
+      ) for kind in ("bf16", "f16")),
     *(Configuration(f"weight_norm.cu, {kind}, r={ranks}", cuda_ranks("weight_norm", kind, ranks), {CUDA: budget})
       for kind in ("bf16", "f16") for ranks, budget in (
           (16, Budget(43, "HMMA", units=8, wide=15, blocks=3)), (32, Budget(21, "HMMA", units=16, wide=12, blocks=2)),
@@ -149,14 +178,37 @@ CUDA_OPS = [
       for kind in ("bf16", "f16") for tokens, kib, budget in (
           (16, 60, Budget(24.4, "HMMA", units=8, wide=57)), (64, 64, Budget(10.5, "HMMA", units=32, wide=51)),
       )),
+    *(Configuration(f"multi_lora.cu, {kind}, {name} of any number of tokens", cuda_op(
+        "multi_lora/cuda_any.cu", f"multi_lora_{name}_{kind}", 0), {CUDA: budget})
+      for kind in ("bf16", "f16") for name, budget in (
+          ("shrink", Budget(56, "HMMA", units=16, wide=8)), ("expand", Budget(18, units=16)),
+      )),
     *(Configuration(f"lora_linear_shrink.cu, {kind}, r<={ranks}", cuda_shrink(kind, ranks), {CUDA: budget})
       for kind in ("bf16", "f16") for ranks, budget in (
-          (16, Budget(16.6, "HMMA", units=8, wide=20, blocks=2)), (64, Budget(7.2, "HMMA", units=32, wide=32)),
+          (16, Budget(17.7, "HMMA", units=8, wide=20, blocks=2)), (64, Budget(7.2, "HMMA", units=32, wide=32)),
       )),
     *(Configuration(f"lora_linear_shrink.cu, {kind}, r<={ranks}", cuda_shrink(kind, ranks), {CUDA: budget})
       for kind in ("drop_bf16", "drop_f16") for ranks, budget in (
-          (16, Budget(94, "HMMA", units=8, wide=20, blocks=2)), (64, Budget(29.5, "HMMA", units=32, wide=32)),
+          (16, Budget(97, "HMMA", units=8, wide=20, blocks=2)), (64, Budget(31, "HMMA", units=32, wide=32)),
       )),
+    *(Configuration(f"lora_linear_shrink.cu, {kind}, r<={ranks}", cuda_shrink(kind, ranks), {CUDA: budget})
+      for kind, ranks, budget in (
+          ("split_bf16", 16, Budget(11.7, "HMMA", units=16, wide=18)),
+          ("split_bf16", 64, Budget(5.6, "HMMA", units=64, wide=24)),
+          ("split_f16", 16, Budget(18.5, "HMMA", units=24, wide=18)),
+          ("split_f16", 64, Budget(6.4, "HMMA", units=96, wide=24)),
+          ("drop_split_bf16", 16, Budget(52.4, "HMMA", units=16, wide=18)),
+          ("drop_split_bf16", 64, Budget(18.9, "HMMA", units=64, wide=24)),
+          ("drop_split_f16", 16, Budget(44.3, "HMMA", units=24, wide=18)),
+          ("drop_split_f16", 64, Budget(14.2, "HMMA", units=96, wide=24)),
+      )),
+    *(Configuration(f"lora_linear_shrink.cu, {kind}, any layout", cuda_shrink(f"any_{kind}", 16), {CUDA: budget})
+      for kind, budget in (
+          ("bf16", Budget(62.3, "HMMA", units=16, wide=6, copies=1)),
+          ("f16", Budget(51.8, "HMMA", units=24, wide=6, copies=1)),
+      )),
+    Configuration("lora_linear_shrink.cu, pack", cuda_op("lora_linear/cuda_thin.cu", "lora_linear_pack", 0, 256),
+                  {CUDA: Budget(36.4, units=3)}),
     *(Configuration(
         f"lora_linear_tiles.cu, {kind}", cuda_op("lora_linear/cuda_tiles.cu", f"lora_linear_tiles_{kind}", 3 * 256 * 128, 256),
         {CUDA: Budget(6.4, "HMMA", units=64, wide=25)},
