@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_kernels"
 MAY_IMPORT = {
-    "ops": {"ops", "_cpu", "_cuda"},
+    "ops": {"ops", "_cpu", "_cuda", "_version"},
     "nn": {"ops", "nn"},
     "adapters": {"ops", "nn", "adapters"},
     "serving": {"ops", "nn", "adapters", "serving"},

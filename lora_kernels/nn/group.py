@@ -15,7 +15,7 @@ _FORWARDS = (LoRALinear.forward, DoRALinear.forward)
 
 
 class GroupedLinear(nn.Module):
-    """(layer_0(x), layer_1(x), …), by `lora_kernels.ops.lora_linear_group`: one op, whose gradient of x is rounded once.
+    """(layer_0(x), layer_1(x), …), by `lora_kernels.ops.lora_linear_group`: one op, which reads x once for all.
 
         group = GroupedLinear({"q_proj": q, "k_proj": k, "v_proj": v})
         q, k, v = group(x)

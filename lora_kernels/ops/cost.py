@@ -102,6 +102,7 @@ def _forward(p: Problem) -> dict[str, list[Step]]:
     tiles = _ceil(m, bm) * columns
     base, up = 2.0 * m * k * sum(p.n), 2.0 * m * sum(n * r for n, r in zip(p.n, p.r, strict=True))
     shared = 1 if m > 64 or p.drop_base else splits(tiles, k)
+    last = up * shared  # by the last program of a tile alone
     streamed = k * (min(bm, m) + bn) * size // shared
     drawn = m * k if p.dropout else 0
     ranks, blocks = sum(p.r), _ceil(sum(p.r), BLOCK)
@@ -110,12 +111,12 @@ def _forward(p: Problem) -> dict[str, list[Step]]:
         k * (min(BLOCK, m) + min(BLOCK, ranks)) * size, masks=drawn * blocks,
     )  # fmt: skip
     fused = Step(
-        "fused", {"x": x, "w": w, "h": h, "b": b}, {"y": y}, base * (1 + p.drop_base) + up, tiles * shared, streamed,
+        "fused", {"x": x, "w": w, "h": h, "b": b}, {"y": y}, base * (1 + p.drop_base) + last, tiles * shared, streamed,
         masks=m * k * columns if p.drop_base else 0,
     )  # fmt: skip
     per_tile = sum(_ceil(n, bn) * max(16, r) for n, r in zip(p.n, p.r, strict=True))
     single = Step(
-        "one_pass", {"x": x, "w": w, "a": a, "b": b}, {"y": y}, base + 2.0 * m * k * per_tile + up, tiles * shared,
+        "one_pass", {"x": x, "w": w, "a": a, "b": b}, {"y": y}, base + 2.0 * m * k * per_tile + last, tiles * shared,
         streamed + k * max(p.r, default=0) * size // shared, again=_ceil(m, bm) * per_tile * k * size, masks=drawn * columns,
     )  # fmt: skip
     cuda = [shrink, replace(fused, kind="mma")]

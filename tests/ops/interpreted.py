@@ -17,7 +17,7 @@ def interpreted(arch=80, seed=None, last=None, poison=True):
     order. `last`: only so many programs at the end of each launch. Yields the names of the kernels that ran."""
     names = []
 
-    def run(kernel, grid, args, writes, *, poisoned=(), warps, stages):
+    def run(kernel, grid, args, writes, *, poisoned=(), warps, stages, early):
         names.append(kernel.fn.__name__)
         for t in poisoned if poison else ():
             t.fill_(math.nan) if t.is_floating_point() else t.fill_(-77)

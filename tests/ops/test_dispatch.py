@@ -129,7 +129,7 @@ def test_more_never_costs_less(p, what, arch):
     on, shares = chip(arch), tables.table(arch).shares(p.half, p.m)
     for (name, less), (_, greater) in zip(cost.steps(p).items(), cost.steps(more).items(), strict=True):
         assert sum(s.bytes for s in greater) >= sum(s.bytes for s in less)
-        if what != "m":  # with it tiles and efficiency change
+        if what != "m" and p.m > 64:  # else tiles, efficiency, or how many programs share a depth may change
             assert cost.seconds(name, greater, more, on, shares) >= cost.seconds(name, less, p, on, shares) * (1 - 1e-9) > 0
 
 

@@ -2,7 +2,8 @@
 
     y_i = gain_i ⊙ (x W_iᵀ + scale_i · drop_i(x) A_iᵀ B_iᵀ) + bias_i
 
-so that a kernel reads x once, and its gradient, the sum over the members, is summed in float32 and written once.
+so that a kernel reads x once, and its gradient, the sum over the members, is summed in float32 and written once; but by the
+library's GEMM, which adds one member after another to what was rounded ("addmm" in `explain`).
 """
 
 import math
@@ -43,7 +44,8 @@ def lora_linear_group(
 
     Shapes: x [..., in]; of member i w [out_i, in], a [r_i, in], b [out_i, r_i], bias and gain [out_i]; y_i [..., out_i] in
     the dtype of x. Widths, ranks, dtypes of the adapters and what is None may differ from member to member. Sums are taken
-    in float32 (float64 for float64) and rounded once, the gradient of x, which sums over the members, too. Under autocast x
+    in float32 (float64 for float64) and rounded as `lora_linear`'s are, the gradient of x, which sums over the members, too, or
+    by the library's GEMM as often as there are members. Under autocast x
     and each w are cast to its dtype.
 
     Gradients flow to x and to each a, b, bias, gain and tensor scale; every w is frozen. A second differentiation raises.

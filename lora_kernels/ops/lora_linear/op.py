@@ -47,7 +47,8 @@ def lora_linear(
 
     Shapes: x [..., in], w [out, in], a [r, in], b [out, r], bias [out], gain [out]; returns [..., out] in the dtype
     of x. x and w share one dtype (float32, bfloat16, float16 or float64); a and b share one, which may be another.
-    Sums are taken in float32 (float64 for float64) and rounded once. Under autocast x and w are cast to its dtype.
+    Sums are taken in float32 (float64 for float64) and rounded once; but of many tokens on a GPU, where a library GEMM adds
+    to the adapter's term ("addmm" in `explain`), that is rounded before. Under autocast x and w are cast to its dtype.
     Gradients flow to x, a, b, bias, gain and to a tensor `scale`; w is frozen. A second differentiation raises. Those of a
     16-bit a, b, bias or gain come, and add up in its `grad`, in float32 and unrounded where its `grad_dtype` is float32
     (torch's setting, for leaves; a compiled graph rounds them first, and b's with a tensor `scale` is rounded, too).
