@@ -70,6 +70,23 @@ def test_half_a_base_and_float32_adapters():
     assert_problem(make_problem(20, 48, 40, 4, BF16, F32, gain=True))
 
 
+@pytest.mark.parametrize(
+    ("form", "gain", "tokens"), [("two launches", False, 128), ("two launches", True, 128), ("one pass", True, 48)]
+)
+def test_h_p_and_gain_keep_their_digits(form, gain, tokens):
+    """None of them is rounded to 16 bits before a product: y has one rounding, and so has dx without a gain; what is kept in
+    float32 has the digits of its two halves."""
+    p = make_problem(tokens, 200, 136, 16, BF16, F32, gain=gain)
+    p.b = 3 * p.b  # so that the adapter's digits count
+    with forced(form):
+        found = run(p)
+    truth = exact(p).values
+    for name in ("y",) if gain else ("y", "x"):
+        assert_within_rounding(found[name], truth[name], BF16, 1.02, name=name)
+    for name in "ab":
+        assert rms(found[name] - truth[name]) <= 1e-4 * rms(truth[name]), name
+
+
 @pytest.mark.parametrize(("n_out", "n_in", "rank", "dtype"), [(65, 129, 17, BF16), (31, 40, 3, F32), (9, 40, 100, F16)])
 def test_norm(n_out, n_in, rank, dtype):
     check_norm(n_out, n_in, rank, dtype)
