@@ -233,7 +233,9 @@ def shrink(u, vs, scales, drops=None, *, dropped=None, exact=False, early=False,
         "EARLY": early and architecture(u) >= 90,
     }  # fmt: skip
     makes = [*outs, *(t for t in dropped if t is not None)]
-    launch(shrink_kernel, (ceil(m, tile["BM"]), ceil(max(ranks), tile["BR"]), parts), args, makes, warps=warps, stages=stages)
+    registers = 255 if len(makes) > len(outs) else None  # without a limit ptxas spills for more blocks
+    grid = ceil(m, tile["BM"]), ceil(max(ranks), tile["BR"]), parts
+    launch(shrink_kernel, grid, args, makes, warps=warps, stages=stages, registers=registers)
     return outs
 
 

@@ -58,7 +58,7 @@ GATES = [
         "sm_90": Budget(23, "HGMMA", units=4, wide=27, blocks=2),
         "sm_100": Budget(35, "UTCHMMA", units=4, wide=81),
         "gfx942": Budget(6.2, "v_mfma", units=16, wide=42),
-    }),
+    }, spilled={"sm_90, triton 3.9.0": 6}),
     on_chips("forward, fp16, r=16", "forward_kernel", linear(8192, 16, F16), {
         "sm_80 sm_86 sm_89": Budget(3.5, "HMMA", units=64, wide=33),
         "sm_120": Budget(2.3, "HMMA", units=64, wide=15),
@@ -286,13 +286,14 @@ GATES = [
     }),
     on_chips("shrink, bf16, r=16, dropped base", "shrink_kernel", DROPPED, {
         "sm_80 sm_86 sm_89 sm_120": Budget(89, "HMMA", units=8, wide=15, blocks=3),
-        "sm_90": Budget(172, "HGMMA", units=4, wide=15, blocks=4),
-        "sm_100": Budget(322, "UTCHMMA", units=4, wide=20, blocks=3),
+        "sm_90": Budget(82.5, "HMMA", units=16, wide=30, blocks=4),
+        "sm_100": Budget(322, "UTCHMMA", units=4, wide=20, blocks=2),
         "gfx942": Budget(116, "v_mfma", units=4, wide=6, blocks=4),
     }),
     on_chips("both sides, bf16, r=16, dropped base", "both_sides_kernel", DROPPED, {
         "sm_80 sm_86 sm_89 sm_120": Budget(10.7, "HMMA", units=80, wide=10),
-        "sm_90 sm_100": Budget(11.6, "HMMA", units=64, wide=14),
+        "sm_90": Budget(11.6, "HMMA", units=64, wide=14),
+        "sm_100": Budget(11.6, "HMMA", units=64, wide=10),
         "gfx942": Budget(45, "v_mfma", units=32, wide=1),
     }),
     on_chips("expand, bf16, r=16", "expand_kernel", linear(64, 16, form="addmm"), {
@@ -309,12 +310,12 @@ GATES = [
     }, last=True),
     on_chips("expand, fp16, r=64, float32 adapters", "expand_kernel", linear(64, 64, F16, form="addmm", adapters=F32), {
         "sm_80 sm_86 sm_89 sm_120": Budget(15, "HMMA", units=24, wide=6),
-        "sm_90": Budget(75, "HGMMA", units=5, wide=6),
-        "sm_100": Budget(106, "UTCHMMA", units=3, wide=6, blocks=2),
+        "sm_90": Budget(70, "HGMMA", units=5, wide=3),
+        "sm_100": Budget(100, "UTCHMMA", units=3, wide=3, blocks=2),
         "gfx942": Budget(36.5, "v_mfma", units=6, wide=2, blocks=3),
     }),
     on_chips("rest of gradients, bf16, r=16, gain", "rest_of_gradients_kernel", linear(8192, 16, gain=True, dx=False), {
         "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120": Budget(12.3, units=8, wide=52, blocks=9),
         "gfx942": Budget(12.8, units=4, wide=16, blocks=8),
-    }),
+    }, spilled={"sm_90, triton 3.6.0": 2}),
 ]  # fmt: skip

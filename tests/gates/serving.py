@@ -51,7 +51,7 @@ GATES = [
         "sm_100": Budget(44.3, "UTCHMMA", units=4, wide=77, blocks=2),
         "sm_120": Budget(2.7, "HMMA", units=64, wide=25),
         "gfx942": Budget(6.1, "v_mfma", units=16, wide=20),
-    }),
+    }, spilled={"sm_100, triton 3.6.0": 7}),
     on_chips("multi, two adapters a token, 64 tokens", "multi_lora_kernel", multi(64, each=2), {
         "sm_80 sm_86 sm_89": Budget(12.4, "HMMA", units=8, wide=17, blocks=3),
         "sm_90 sm_100": Budget(10.7, "HMMA", units=8, wide=12, blocks=4),

@@ -176,3 +176,4 @@ def test_the_gate():
     assert unsound(row) == ["hazards: 2 instructions, the first: MOV writes R88, of A, before the wait"]
     assert unsound({"fingerprint": ""}) == [] and unsound({"stack": 8}) == ["spills: 8 bytes of stack, 0 spilled"]
     assert unsound({"error": "X: y"}) == ["does not compile: X: y"]
+    assert unsound({"stack": 8, "spills": 2}, 2) == [] != unsound({"stack": 8, "spills": 3}, 2)

@@ -18,7 +18,7 @@ GATES = [
         "sm_80 sm_86 sm_89 sm_120": Budget(4.6, "HMMA", units=64, wide=19, blocks=2),
         "sm_90 sm_100": Budget(19.2, "HMMA", units=12, wide=19, blocks=3),
         "gfx942": Budget(11.5, "v_mfma", units=20, wide=14, blocks=2),
-    }),
+    }, spilled={"sm_90, triton 3.6.0": 34, "sm_100, triton 3.6.0": 42}),
     on_chips("dora, bf16, r=16, 64 tokens", "dora_kernel", dora(64, 16), {
         "sm_80 sm_86 sm_89 sm_120": Budget(8, "HMMA", units=28, wide=17, blocks=2),
         "sm_90": Budget(23, "HGMMA", units=9, wide=21, blocks=4),

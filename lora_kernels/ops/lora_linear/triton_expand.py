@@ -74,4 +74,4 @@ def expand(
     changes = [t for t in written if t.data_ptr() in read]
     grid = (ceil(m, bm) * ceil(n, bn),)
     # without a limit ptxas spills a few registers to fit more blocks
-    launch(expand_kernel, grid, args, makes, changes=changes, warps=warps, stages=2, registers=128 if tall else 168)
+    launch(expand_kernel, grid, args, makes, changes=changes, warps=warps, stages=2, registers=168)

@@ -182,6 +182,8 @@ class Configuration:
     """Chips this is not shipped for, and why."""
     special: Mapping[str, Triton] = field(default_factory=dict)
     """What is launched in the place of `kernel` on some chips, or under another Triton: "sm_90, triton 3.6.0"."""
+    spilled: Mapping[str, int] = field(default_factory=dict)
+    """Under such another Triton, so many loads and stores of spilled registers at most: they cost time alone."""
 
     def __post_init__(self) -> None:
         named = sorted(" ".join([*self.budgets, *self.without]).split())

@@ -74,12 +74,13 @@ def per(row: Row) -> float:
     return float(row["instructions"] / max(1, row["units"]))
 
 
-def unsound(row: Row) -> list[str]:
-    """The gates that no version of a compiler may break, in words; what a row does not have is zero."""
+def unsound(row: Row, spilled: int = 0) -> list[str]:
+    """The gates that no version of a compiler may break, in words; what a row does not have is zero. `spilled`: so many loads
+    and stores of spilled registers are accepted."""
     if "error" in row:
         return [f"does not compile: {row['error']}"]
     found = []
-    if row.get("spills") or row.get("stack"):
+    if row.get("spills", 0) > spilled or (row.get("stack") and not spilled):
         found.append(f"spills: {row.get('stack', 0)} bytes of stack, {row.get('spills', 0)} spilled")
     if row.get("hazards"):
         found.append(f"hazards: {row['hazards']} instructions, the first: {row['hazard']}")
