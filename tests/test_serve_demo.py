@@ -28,7 +28,7 @@ def test_no_more_adapters_than_there_are():
 
 def test_commands_are_named():
     ran = subprocess.run([sys.executable, "-m", "lora_kernels", "nonsense"], capture_output=True, text=True)
-    assert ran.returncode == 2 and "doctor | serve-demo" in ran.stderr
+    assert ran.returncode == 2 and "doctor | tune [--help] | serve-demo" in ran.stderr
 
 
 def test_bad_option_is_refused():

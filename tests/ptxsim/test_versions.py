@@ -11,7 +11,6 @@ pytest.importorskip("triton", reason="triton is not installed here (requirements
 
 import triton
 
-from lora_kernels.ops.launch import SOUND
 from lora_kernels.testing.gates.versions import installed
 from lora_kernels.testing.triton_versions import TRIED
 
@@ -25,11 +24,7 @@ RUN = "import sys, pytest, triton; assert triton.__version__ == sys.argv[1], tri
 def test_version(version):
     files = [str(Path(__file__).with_name(name)) for name in ("test_interpreter.py", "test_triton.py")]
     ops = ROOT / "tests" / "ops"
-    files += [str(ops / "test_simulated.py")]
-    if tuple(map(int, version.split(".")[:2])) >= SOUND:
-        files += [str(ops / "test_maps.py")]
-    else:  # sm_90 is refused
-        files += ["--deselect", f"{ops / 'test_simulated.py'}::test_other_architectures[90]"]
+    files += [str(ops / name) for name in ("test_simulated.py", "test_simulated_sm90.py", "test_maps.py")]
     environment = os.environ | {"PYTHONPATH": str(installed(version))}
     command = [sys.executable, "-c", RUN, version, "-p", "no:cacheprovider", "--tb=short", *files]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
