@@ -108,7 +108,7 @@ def contenders(rows, size, ranks, dtype, kind):
 
     def vllm():
         y = F.linear(x, w)
-        u = torch.zeros(rows, most, dtype=torch.float32)
+        u = x.new_zeros(rows, most, dtype=torch.float32)
         first = 0
         for i, count in enumerate(counts):
             at = order[first : first + count]

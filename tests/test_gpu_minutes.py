@@ -1,6 +1,7 @@
 """`make gpu ARGS="--minutes N"` without a GPU: order, shares and deadline, what a kill leaves; and what the folder for a
 machine without a network wants."""
 
+import argparse
 import json
 import os
 import signal
@@ -353,3 +354,10 @@ def test_the_table_is_written_after_each_shape(record, pretended, monkeypatch):
     tuned.stage(pretended, Found(record, "tuned"))
     assert seen == [1, 2] and record.read()["stages"]["tuned"]["status"] == "passed", record.read()["stages"]
     assert [row["op"] for row in record.read()["rows"]] == ["tune", "tune"]
+
+
+def test_a_folder_of_somebody_else_is_left(tmp_path):
+    (tmp_path / "letters.txt").write_text("mine")
+    with pytest.raises(offline.Missing, match="holds what this command did not make; name another folder"):
+        offline.prepare(argparse.Namespace(folder=tmp_path), "", {})
+    assert (tmp_path / "letters.txt").read_text() == "mine"

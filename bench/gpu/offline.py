@@ -121,6 +121,8 @@ def asked(python: str, wanted: str) -> tuple[str, str]:
 
 def prepare(options: argparse.Namespace, python: str, found: dict[str, str]) -> None:
     folder, work = options.folder.resolve(), ROOT / "build" / "offline"
+    if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").is_file():
+        raise Missing(f"{folder} holds what this command did not make; name another folder")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     extensions(python, options.arch, folder / "lib", work)

@@ -14,6 +14,7 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_O
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}
 {
   ptxas=$("${PYTHON:-python3}" -m bench.gpu.offline --unpack "$here" "$scratch") || exit
-  test -z "$ptxas" || export TRITON_PTXAS_PATH="$ptxas"
+  # for the witness alone: all else is assembled as it is for users
+  test -z "$ptxas" || export BENCH_PTXAS="$ptxas"
   "${PYTHON:-python3}" -m bench.gpu --out "$out/gpu.json" --minutes 8 "$@"
 } 2>&1 | tee "$out/log.txt"

@@ -37,7 +37,7 @@ def report(dry: bool = False) -> list[str]:
         words.append(f"assembler: {name} ({environment.get('TRITON_PTXAS_PATH') or 'of Triton'})")
     if len(assemblers()) == 1:
         least = ".".join(map(str, SOUND))
-        words.append(f"no ptxas from {least} on: the witness runs by one assembler; TRITON_PTXAS_PATH names another")
+        words.append(f"no ptxas from {least} on: the witness runs by one assembler; BENCH_PTXAS names another")
     print("\n".join(f"    {each}" for each in words), flush=True)
     return words
 
@@ -81,16 +81,19 @@ def build(seconds: float) -> list[str]:
 
 def assemblers() -> dict[str, dict[str, str | None]]:
     """By name: the environment with which Triton takes its own ptxas for sm_90, and one from SOUND on if there is one: that of
-    TRITON_PTXAS_PATH, or what Triton has for later GPUs."""
+    BENCH_PTXAS or TRITON_PTXAS_PATH, or what Triton has for later GPUs."""
     found: dict[str, dict[str, str | None]] = {"bundled": {"TRITON_PTXAS_PATH": None}}
     spec = find_spec("triton")
-    places = [os.environ.get("TRITON_PTXAS_PATH", "")]
+    places = [os.environ.get("BENCH_PTXAS", ""), os.environ.get("TRITON_PTXAS_PATH", "")]
     if spec and spec.submodule_search_locations:
         places.append(str(Path(spec.submodule_search_locations[0]) / "backends" / "nvidia" / "bin" / "ptxas-blackwell"))
     for place in places:
         number = release(place) if place else ()
         if number >= SOUND:
             found[".".join(map(str, number))] = {"TRITON_PTXAS_PATH": place}
+            if spec and tuple(map(int, version("triton").split(".")[:2])) < (3, 7):
+                # from then on Triton itself gives those of CUDA 13 this option, around a fault of theirs
+                found[".".join(map(str, number))]["PTXAS_OPTIONS"] = "--regAllocOptLevel=2"
             break
     return found
 

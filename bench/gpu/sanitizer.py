@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -42,12 +43,16 @@ def look(path: str, tool: str, setting: Setting, found: Found, seconds: float) -
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     words = [path, "--tool", tool, "--error-exitcode", str(WRONG), *script]
     try:
-        done = subprocess.run(
-            words, capture_output=True, text=True, check=False, timeout=seconds, env=environment, cwd=ROOT, errors="replace"
-        )
+        done = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT, errors="replace",
+            start_new_session=True,
+        )  # fmt: skip
+        said_, _ = done.communicate(timeout=seconds)
     except subprocess.TimeoutExpired as error:
+        os.killpg(done.pid, signal.SIGKILL)  # the Python under it, too, which would hold the GPU
+        done.wait()
         raise Refused(f"no end within {seconds:.0f} s") from error
-    lines = (done.stdout + done.stderr).splitlines()
+    lines = said_.splitlines()
     said = [line for line in lines if line.startswith("=========")] or lines
     if done.returncode:
         raise RuntimeError(f"exit status {done.returncode}: " + "\n".join(said[:12] + ["…"] + said[-3:] + lines[-3:]))

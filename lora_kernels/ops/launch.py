@@ -137,9 +137,9 @@ def launch(
     device = (makes or changes)[0].device
     with torch.cuda.device(device):
         if (id(kernel), device.index) not in _assembled:
-            _assembled.add((id(kernel), device.index))
             choose = import_module("lora_kernels.ops.triton_compiler").choose_assembler
             choose(kernel, device.index, architecture((makes or changes)[0]))
+            _assembled.add((id(kernel), device.index))
         kernel[grid](**args, num_warps=warps, num_stages=stages, **options)
 
 

@@ -192,7 +192,13 @@ def precision(t):
     """How products with t are taken: the tensor cores' own for 16 bits; else float32 unless torch is told TF32 will do."""
     if t.dtype in HALVES:
         return "half"
-    return "tf32" if t.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if t.is_cuda and _takes_tf32() else "ieee"
+
+
+def _takes_tf32():
+    """Whether torch is told so, by either of its interfaces: to read the older raises where the newer was used."""
+    chosen = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    return chosen == "tf32" if chosen != "none" else torch.backends.cuda.matmul.allow_tf32
 
 
 def strides(name, tensors):

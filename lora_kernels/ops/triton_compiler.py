@@ -12,6 +12,7 @@ There `wgmma` and `tcgen05` multiply tiles of 64 rows and more while a pipelined
 None of them is in a loop without stages, and none in `mma.sync`, which Triton takes for fewer rows or for two warps.
 """
 
+import ctypes
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -82,11 +83,15 @@ def assembler(arch: int) -> str:
     from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas
 
-    usual, later = get_ptxas(arch), knobs.nvidia.ptxas_blackwell
+    usual = get_ptxas(arch)
     carried = Path(usual.path).parent == Path(knobs.__file__).parent / "backends" / "nvidia" / "bin"
-    if arch // 10 == WGMMA and carried and _number(usual) < SOUND <= _number(later):
-        return str(later.path)
-    return str(usual.path)
+    if arch // 10 != WGMMA or not carried or _number(usual) >= SOUND:
+        return str(usual.path)
+    try:
+        later = knobs.nvidia.ptxas_blackwell
+    except RuntimeError:  # not every distribution of Triton has it
+        return str(usual.path)
+    return str(later.path if _number(later) >= SOUND else usual.path)
 
 
 @contextmanager
@@ -95,11 +100,11 @@ def assembling(arch: int) -> Iterator[None]:
     from triton import knobs
     from triton.backends.nvidia import compiler
 
-    path = assembler(arch)
-    if path == compiler.get_ptxas(arch).path:
-        yield
-        return
     with _turn:
+        path = assembler(arch)
+        if path == compiler.get_ptxas(arch).path:
+            yield
+            return
         try:
             with knobs.nvidia.scope():
                 knobs.nvidia.ptxas = path
@@ -117,10 +122,14 @@ def _forget(compiler: Any) -> None:
 
 def choose_assembler(kernel: Any, device: int, arch: int) -> None:
     """Has a `@triton.jit` kernel of ours assembled by `assembler(arch)` when a launch compiles it, and leaves those of others
-    alone. Once for each GPU, since Triton sets up a kernel anew for each."""
-    if arch // 10 != WGMMA or torch._C._cuda_getDriverVersion() < DRIVER:
+    alone. Once for each GPU, since Triton sets up a kernel anew for each. In Triton's interpreter a kernel is not compiled."""
+    if not hasattr(kernel, "device_caches"):
         return
+    usual = getattr(kernel, "compile", None)
     kernel.device_caches[device]  # sets kernel.compile
+    if arch // 10 != WGMMA or driver() < DRIVER:
+        kernel.compile = usual or kernel.compile  # of a GPU before this one, which may be prepared
+        return
     usual = kernel.compile
 
     def compile_(*args: Any, **options: Any) -> Any:
@@ -128,6 +137,17 @@ def choose_assembler(kernel: Any, device: int, arch: int) -> None:
             return usual(*args, **options)
 
     kernel.compile = compile_
+
+
+@lru_cache
+def driver() -> int:
+    """The CUDA version of the driver, as 13000; 0 where there is none."""
+    number = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError):
+        return 0
+    return number.value
 
 
 def _number(tool: Any) -> tuple[int, ...]:

@@ -6,8 +6,10 @@ later process finds it: `explain` then says "measured here". `python -m bench.tu
 
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -31,8 +33,9 @@ def tune(
     problems: Iterable[Problem], device: torch.device | str = "cuda", seconds: float = 60.0,
     clock: Callable[[Calls], Times] | None = None,
 ) -> list[tables.Choice]:  # fmt: skip
-    """Times the candidates of each problem, in their order, until `seconds` have passed, and keeps which was the fastest in the
-    user's cache directory beside what is there already. Gives what it measured.
+    """Times the candidates of each problem that has several, in their order, until `seconds` have passed, and keeps which was
+    the fastest in the user's cache directory beside what is there already. Gives what it measured. Beside the operands of one
+    call it takes a gigabyte of the GPU's memory.
 
     Raises:
         RuntimeError: there is no GPU.
@@ -41,15 +44,21 @@ def tune(
     if not here.is_cuda and clock is None:
         raise RuntimeError(f"tune: it measures on a GPU, and the device is {here.device}")
     start, found = time.monotonic(), []
-    for p in dict.fromkeys(problems):
-        if time.monotonic() - start > seconds:
-            break
-        taken = (clock or events)(calls(p, here.device))
-        if taken:
-            found.append(choice(p, taken))
-    if found:
-        tables.keep(launch.gpu(here), launch.architecture(here), found)
-        dispatch.forget()
+    try:
+        for p in dict.fromkeys(problems):
+            if time.monotonic() - start > seconds:
+                break
+            try:
+                made = calls(p, here.device)
+                if len(made) > 1:
+                    with torch.cuda.device(here.device) if here.is_cuda else nullcontext():
+                        found.append(choice(p, (clock or events)(made)))
+            except torch.OutOfMemoryError:
+                print(f"tune: there is too little memory for {p}", file=sys.stderr)
+    finally:  # what was measured before an interruption, too
+        if found:
+            tables.keep(launch.gpu(here), launch.architecture(here), found)
+            dispatch.forget()
     return found
 
 
@@ -73,9 +82,9 @@ def usual(dtype: torch.dtype, r: int, layers: Sequence[tuple[int, ...]] = LAYERS
 def calls(p: Problem, device: torch.device | str) -> Calls:
     """A call for each candidate of a problem that runs here, each checked once to be what its name says."""
     name, args = operands(p, device)
-    op, reasons = getattr(torch.ops.lora_kernels, name).default, refusals(name, args)
+    op = getattr(torch.ops.lora_kernels, name).default
     arch, count = launch.architecture(args[0]), launch.multiprocessors(args[0])
-    backends = tuple(backend for backend in ("triton", "cuda") if reasons[backend] is None)
+    backends = tuple(backend for backend in ("triton", "cuda") if _takes(backend, name, args))
     made: Calls = {}
     if backends:
         for candidate in dispatch.plan(p, arch, multiprocessors=count, backends=backends).candidates:
@@ -83,6 +92,12 @@ def calls(p: Problem, device: torch.device | str) -> Calls:
                 run = partial(_run, op, args, candidate.name, backends)
                 made[candidate.name] = checked(candidate.name, run)
     return made
+
+
+def _takes(backend: str, name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a backend can run this; unforced, one refuses what another does better."""
+    with use_backend(backend, simulate=args[0].is_cpu):
+        return refusals(name, args)[backend] is None
 
 
 def _run(op: Any, args: tuple[Any, ...], name: str, backends: tuple[str, ...]) -> object:

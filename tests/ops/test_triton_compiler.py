@@ -109,7 +109,7 @@ def test_the_assembler(monkeypatch):
 def test_only_what_is_ours_is_assembled_by_it(monkeypatch):
     """A kernel that is prepared is compiled by the later ptxas and kept under another key; all others, before, meanwhile and
     after, by Triton's."""
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(triton_compiler, "driver", lambda: 13000)
     before = compiled(64)
     usual = release(nvidia.get_ptxas(90).path)
     calls = []
@@ -131,10 +131,33 @@ def test_only_what_is_ours_is_assembled_by_it(monkeypatch):
     assert compiled(32)[1] == before[1]
 
 
+def test_a_machine_without_a_driver_has_version_0(monkeypatch):
+    def load(name):
+        raise OSError(f"{name}: no such file")
+
+    triton_compiler.driver.cache_clear()
+    monkeypatch.setattr(triton_compiler.ctypes, "CDLL", load)
+    assert triton_compiler.driver() == 0
+    triton_compiler.driver.cache_clear()
+
+
+def test_triton_without_the_later_ptxas_keeps_its_own(monkeypatch):
+    class Knobs:
+        ptxas = knobs.nvidia.ptxas
+
+        @property
+        def ptxas_blackwell(self):
+            raise RuntimeError("Cannot find ptxas-blackwell")
+
+    monkeypatch.setattr(knobs, "nvidia", Knobs())
+    monkeypatch.setattr(nvidia, "get_ptxas", lambda arch: Knobs.ptxas)
+    assert assembler(90) == Knobs.ptxas.path
+
+
 @pytest.mark.parametrize(("driver", "arch"), [(12080, 90), (13000, 80), (13000, 100)])
 def test_where_triton_s_own_is_left(monkeypatch, driver, arch):
     """An older driver does not load what a ptxas of CUDA 13 makes."""
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(triton_compiler, "driver", lambda: driver)
     ours = types.SimpleNamespace(device_caches={0: None}, compile=triton.compile)
     choose_assembler(ours, 0, arch)
     assert ours.compile is triton.compile

@@ -53,6 +53,36 @@ def test_each_candidate_runs_by_its_name_and_gives_the_same(problem, direction):
             assert one.shape == two.shape and (one - two).norm() <= 0.02 * one.norm()
 
 
+def test_each_candidate_that_the_plan_knows_is_timed():
+    """Also those of a backend that leaves the call to another one unless it is forced."""
+    for p in (PLAIN._replace(m=20, k=64, n=(64,)), PLAIN._replace(k=64, n=(64,))):
+        with use_backend("triton", simulate=True):
+            made = tuning.calls(p, "cpu")
+        able = [c.name for c in dispatch.plan(p, 80, backends=("triton", "cuda")).candidates if c.refused is None]
+        assert "cuda" in able and list(made) == able
+
+
+def test_what_was_measured_before_an_interruption_is_kept():
+    def clock(calls, asked=[]):  # noqa: B006
+        asked.append(calls)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+        return dict.fromkeys(calls, 1e-6)
+
+    with interpreted(80), pytest.raises(KeyboardInterrupt):
+        tuning.tune([PLAIN, DROPPED], "cpu", clock=clock)
+    assert [choice.flags for choice in tables.local("Planted GPU 80GB")] == [()]
+
+
+def test_a_home_that_is_not_there_changes_nothing(monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(tables.Path, "home", nobody)
+    assert dispatch.plan(PLAIN, 80, gpu="Another GPU").winner == "addmm"
+
+
 def _flat(result):
     return [t for each in result for t in (_flat(each) if isinstance(each, list | tuple) else [each])]
 

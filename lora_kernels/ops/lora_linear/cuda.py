@@ -1,6 +1,7 @@
 """CUDA C++. Up to 64 tokens with 16-bit A and B, without dropout: one launch, csrc/lora_linear/cuda_small.cu, with W in 16 bits
 or int8. Else the library's GEMM with thin kernels around it, cuda_layers.py; in the deterministic mode, where a row's bits must
-not depend on the other rows, or where that was measured to be faster, h = s·drop(x) Aᵀ and csrc/lora_linear/cuda_tiles.cu."""
+not depend on the other rows, or where that was measured to be faster, h = s·drop(x) Aᵀ and csrc/lora_linear/cuda_tiles.cu, if
+they take it (`refuse_fused`)."""
 
 import torch
 
@@ -95,7 +96,7 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
         fused = refuse_fused(x, w, a, b, drop_base) is None
         if fused:
             note(lambda: planned(x, w, a, gain, dropout, seed))
-        if not fused or not (few or planned(x, w, a, gain, dropout, seed).winner == cost.CUDA):
+        if not fused or planned(x, w, a, gain, dropout, seed).winner != cost.CUDA:
             layer = Layer(w, a, b, scale, bias, gain, dropout, seed, drop_base, keep_z)
             (y,), (h,), (z,) = cuda_layers.forward(x, [layer], keep)
             return y, h, z

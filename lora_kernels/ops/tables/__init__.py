@@ -93,8 +93,11 @@ def place(gpu: str) -> Path:
 @lru_cache
 def local(gpu: str) -> tuple[Choice, ...]:
     """What `lora_kernels.ops.tuning` measured on this machine's GPU of that name; a file that cannot be read is none."""
-    path = place(gpu)
-    if not path.is_file():
+    try:
+        path = place(gpu)
+        if not path.is_file():
+            return ()
+    except (OSError, RuntimeError):  # nobody's home, or not to be read
         return ()
     try:
         return _read(path).choices
