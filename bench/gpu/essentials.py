@@ -85,8 +85,7 @@ def natural(make: Callable[[], Problem]) -> None:
 
 
 def natural_group(setting: Setting, adapters: torch.dtype) -> None:
-    # adapters as training leaves them: beside the library's GEMM those that dominate are rounded once more for each layer
-    problems = [replace(p, b=0.15 * p.b) for p in members(setting, adapters)]
+    problems = members(setting, adapters)
     none_slow(lambda: run_group(problems))
     assert_group(problems)
 
@@ -96,7 +95,8 @@ def members(setting: Setting, adapters: torch.dtype, dropout: float = 0.05) -> l
     tokens, n_in, n_out, rank = setting.sizes or (0, 0, 0, 0)
     of = [{"n_out": n_out, "rank": rank}, {"n_out": n_out // 4, "rank": 64, "gain": True, "bias": True}, {"n_out": n_out // 4}]
     shared = {"adapter_dtype": adapters, "dropout": dropout, "device": setting.device}
-    return make_group(of, tokens, n_in, BF16, **shared)
+    # adapters as training leaves them: beside the library's GEMM those that dominate are rounded once more for each layer
+    return [replace(p, b=0.15 * p.b) for p in make_group(of, tokens, n_in, BF16, **shared)]
 
 
 def peft_layer(setting: Setting, dora: bool) -> None:
