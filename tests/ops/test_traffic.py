@@ -137,10 +137,11 @@ def test_what_is_kept_for_backward(dropout, gain):
     assert sum(t.untyped_storage().nbytes() for t in kept) <= 4 * m * r + 8  # and the seed
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-def test_bits_in_the_deterministic_mode(arch):
-    """Rows alone as among others, also where dispatch would choose other forms, and shares of the depth, for few rows."""
-    x, w, a, b = (t.detach() for t in tensors(70, 600, 80, 8))
+@pytest.mark.parametrize(("arch", "dtype"), [(80, BF16), (90, BF16), (80, torch.float32)], ids=str)
+def test_bits_in_the_deterministic_mode(arch, dtype):
+    """Rows alone as among others, also where dispatch would choose other forms, and shares of the depth, for few rows. Rounding
+    to 16 bits hides most of another order of the sums; float32 shows it."""
+    x, w, a, b = (t.detach() for t in tensors(70, 600, 80, 8, dtype))
     torch.use_deterministic_algorithms(True)
     try:
         with device(arch):
