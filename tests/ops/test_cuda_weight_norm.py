@@ -9,6 +9,7 @@ from lora_kernels.testing import assert_within_rounding
 from lora_kernels.testing.nvcc import MISSING, find_nvcc
 from lora_kernels.testing.ptxsim import SimulationError, device
 from tests.ops.far import far
+from tests.ops.test_cuda_merge import OTHERS
 
 if find_nvcc() is None:
     pytest.skip(f"{MISSING} (requirements-dev.txt has it for Linux on x86-64)", allow_module_level=True)
@@ -85,15 +86,6 @@ def test_planted_bugs(planted, simulated, old, new):
             for seed in range(4):
                 with device(seed=seed):
                     weight_norm(w, a, b, 0.5)
-
-
-OTHERS = {
-    "float32 factors": lambda w, a, b: (w, a.float() + 1e-3, b.float() - 1e-3),
-    "offset": lambda w, a, b: (w[:, 1:], a[:, 1:], b),
-    "odd": lambda w, a, b: (w[:, :75], a[:, :75], b),
-    "strides": lambda w, a, b: (w.T.contiguous().T, a, b.T.contiguous().T),
-    "ranks": lambda w, a, b: (w, a.repeat(20, 1), b.repeat(1, 20)),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

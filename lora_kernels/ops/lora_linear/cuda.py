@@ -11,8 +11,8 @@ from lora_kernels.ops.chips import chip
 from lora_kernels.ops.dispatch import Problem, plan
 from lora_kernels.ops.launch import KINDS, architecture, ceil, gpu, launch_cuda, multiprocessors, refuse_cuda, tickets, vector
 from lora_kernels.ops.lora_linear import cuda_backward, cuda_layers
-from lora_kernels.ops.lora_linear.cuda_layers import Layer, layers_of
 from lora_kernels.ops.lora_linear.cuda_thin import EXPAND, part_of_a, shrink
+from lora_kernels.ops.lora_linear.layer import Layer, layers_of
 from lora_kernels.ops.lora_linear.loop import forward_each, refuse_each
 from lora_kernels.ops.parts import shared_part
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_rows
@@ -207,4 +207,3 @@ def tiles(x, w, b, bias, gain, h, y, z, whole):
     makes, shared = [t for t in (y, z, whole) if t is not None], 3 * 2 * TILE * WIDTH
     grid = (ceil(m, TILE) * ceil(n, TILE),)
     launch_cuda(TILES, f"lora_linear_tiles_{KINDS[x.dtype]}", grid, 256, args, makes, shared, early=True)
-

@@ -6,10 +6,7 @@ tokens y and dx are the library's GEMM with triton_expand.py beside it (library.
 In bfloat16 dy ⊙ gain is rounded before its product with W, which makes the error of dx 1.4 times that of rounding it alone.
 """
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
 from lora_kernels.ops import cost
 from lora_kernels.ops.chips import chip
@@ -17,7 +14,8 @@ from lora_kernels.ops.dispatch import Problem, plan
 from lora_kernels.ops.gradients import empty_like
 from lora_kernels.ops.launch import architecture, ceil, gpu, launch, multiprocessors, power, refuse_device, tickets
 from lora_kernels.ops.lora_linear import library
-from lora_kernels.ops.lora_linear.loop import drops_base, keeps_z, refuse_each
+from lora_kernels.ops.lora_linear.layer import Layer, layers_of
+from lora_kernels.ops.lora_linear.loop import refuse_each
 from lora_kernels.ops.lora_linear.triton_backward import input_gradient_kernel, rest_of_gradients_kernel
 from lora_kernels.ops.lora_linear.triton_expand import expand
 from lora_kernels.ops.lora_linear.triton_forward import forward_kernel
@@ -30,29 +28,6 @@ from lora_kernels.ops.triton_dropout import drawn, inverse
 from lora_kernels.ops.triton_sums import Sums, totals
 
 COLUMNS = 64  # whose gain one program looks at
-
-
-@dataclass
-class Layer:
-    """One of the layers that share x, and what is to be had of it."""
-
-    w: Tensor
-    a: Tensor
-    b: Tensor
-    scale: float
-    bias: Tensor | None
-    gain: Tensor | None
-    dropout: float
-    seed: Tensor | None
-    drop_base: bool
-    keep_z: bool = False
-
-    def __post_init__(self):
-        self.n, self.r = self.b.shape
-        self.bias, self.gain = _flat(self.bias), _flat(self.gain)
-        self.drop = (self.dropout, self.seed if self.dropout > 0 else None)
-        self.drop_base = drops_base(self.drop_base, self.gain, self.dropout)
-        self.keep_z = self.keep_z and keeps_z(self.bias, self.gain, self.drop_base)
 
 
 def refusal(x, w, a, b, scale, bias, gain, *_):
@@ -81,7 +56,7 @@ def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_
 
 @implements("lora_linear_group_forward", "triton", group_refusal)
 def group_forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
-    return tuple(map(list, _forward(x, _layers(w, a, b, scale, bias, gain, dropout, seed, drop_base, keep_z), keep)))
+    return tuple(map(list, _forward(x, layers_of(w, a, b, scale, bias, gain, dropout, seed, drop_base, keep_z), keep)))
 
 
 @implements("lora_linear_backward", "triton", backward_refusal)
@@ -94,7 +69,7 @@ def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, 
 @implements("lora_linear_group_backward", "triton", group_backward_refusal)
 def group_backward(x, dy, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
     each = [needs[1 + 4 * i : 5 + 4 * i] for i in range(len(w))]
-    layers = _layers(w, a, b, scale, bias, gain, dropout, seed, drop_base)
+    layers = layers_of(w, a, b, scale, bias, gain, dropout, seed, drop_base)
     dx, grads = _backward(x, dy, layers, h, y, z, needs[0], each)
     return (dx, *map(list, zip(*grads, strict=True)))
 
@@ -293,14 +268,5 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
     launch(input_gradient_kernel, grid, args, made, warps=warps, stages=stages, registers=registers)
 
 
-def _layers(w, a, b, scale, bias, gain, dropout, seed, drop_base, keep_z=False):
-    each = zip(w, a, b, scale, bias, gain, dropout, seed, strict=True)
-    return [Layer(*member, drop_base, keep_z) for member in each]
-
-
 def _of(layers, name):
     return tuple(getattr(layer, name) for layer in layers)
-
-
-def _flat(vector):
-    return None if vector is None else vector.contiguous()
