@@ -94,6 +94,13 @@ def assembler(arch: int) -> str:
     return str(later.path if _number(later) >= SOUND else usual.path)
 
 
+def release(arch: int) -> str:
+    """The version of the ptxas that Triton takes for an architecture at this moment, as 12.9."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return str(get_ptxas(arch).version)
+
+
 @contextmanager
 def assembling(arch: int) -> Iterator[None]:
     """Inside it Triton compiles with `assembler(arch)`, and looks for what it compiled with that one before."""

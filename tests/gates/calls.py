@@ -127,7 +127,7 @@ def multi(
 @contextmanager
 def chooses_as(version: str) -> Iterator[None]:
     """Inside it launchers choose tiles, stages and warps as they do under this Triton."""
-    numbers = tuple(map(int, version.split(".")))
+    numbers = tuple(map(int, version.partition(versions.PTXAS)[0].split(".")))
     with patch.object(triton_compiler, "version", lambda: numbers):
         yield
 

@@ -58,7 +58,7 @@ GATES = [
         "sm_90": Budget(23, "HGMMA", units=4, wide=27, blocks=2),
         "sm_100": Budget(35, "UTCHMMA", units=4, wide=81),
         "gfx942": Budget(6.2, "v_mfma", units=16, wide=42),
-    }, spilled={"sm_90, triton 3.9.0": 6}),
+    }, spilled={"sm_90, triton 3.9.0": 6, "sm_90, triton 3.8.0, ptxas 13.3": 6}),
     on_chips("forward, fp16, r=16", "forward_kernel", linear(8192, 16, F16), {
         "sm_80 sm_86 sm_89": Budget(3.5, "HMMA", units=64, wide=33),
         "sm_120": Budget(2.3, "HMMA", units=64, wide=15),
@@ -178,7 +178,7 @@ GATES = [
         "sm_90": Budget(44.3, "HMMA", units=32, wide=24, blocks=4),
         "sm_100": Budget(180, "UTCHMMA", units=4, wide=18, blocks=8),
         "gfx942": Budget(57, "v_mfma", units=8, wide=6, blocks=3),
-    }),
+    }, spilled={"sm_90, triton 3.8.0, ptxas 13.3": 10}),
     on_chips("shrink, bf16, r=16, group", "shrink_kernel", group(8192, 16), {
         "sm_80 sm_86 sm_89 sm_120": Budget(6.9, "HMMA", units=24, wide=21, blocks=3),
         "sm_90": Budget(15.4, "HGMMA", units=12, wide=21, blocks=5),

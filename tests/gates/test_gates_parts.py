@@ -243,7 +243,7 @@ def test_other_tritons_in_the_table(tmp_path):
 def test_a_row_of_another_triton_goes_stale():
     if CORPUS[0].kernel.missing("sm_90"):
         pytest.skip(CORPUS[0].kernel.missing("sm_90"))
-    one, arch = versions.chosen(GATES)[0]
+    one, arch = versions.chosen(GATES, "3.6.0")[0]
     first = one.fingerprint(arch, "3.6.0")
     assert first == one.fingerprint(arch, "3.6.0") and len({first, one.fingerprint(arch, "3.7.1"), one.fingerprint(arch)}) == 3
     changed = dataclasses.replace(one.on(arch), stages=one.on(arch).stages + 1)
@@ -268,6 +268,16 @@ def test_another_triton_compiles_in_a_process_of_its_own(monkeypatch, tmp_path):
     assert rows["wrong", "sm_90"]["error"].startswith("CompilationError")
     with pytest.raises(RuntimeError, match=r"^triton 3.0.0: [\s\S]*AssertionError: <module 'triton'"):
         versions._process("3.0.0", asked[:1], str(tmp_path))
+
+
+def test_the_installed_triton_by_the_ptxas_of_launches(tmp_path):
+    """Of sm_90 alone, in a row of its own; that Triton's own ptxas made the other."""
+    kernel = corpus("cast_dot", CAST | {"STAGES": 1})
+    for version in [version for version in versions.others() if versions.PTXAS in version]:
+        assert {arch for _, arch in versions.chosen(GATES, version)} == {"sm_90"}
+        later = version.partition(versions.PTXAS)[2]
+        assert versions._process(version, [("k", "sm_90", kernel)], str(tmp_path))["k", "sm_90"] == {"ptxas": later}
+        assert later != kernel.assembler("sm_90")
 
 
 def test_the_table_for_people():

@@ -108,9 +108,9 @@ class Triton:
 
     def assembler(self, arch: str) -> str:
         """The version of ptxas that this Triton takes for a chip of NVIDIA's, as 12.9."""
-        from triton.backends.nvidia.compiler import get_ptxas
+        from lora_kernels.ops.triton_compiler import release
 
-        return str(get_ptxas(int(arch[3:])).version)
+        return release(int(arch[3:]))
 
     def missing(self, arch: str) -> str | None:
         """What is not here, in words."""

@@ -1,7 +1,8 @@
 """The package's kernels as the other supported Tritons compile them, each version in a process of its own.
 
 On sm_90 and sm_100 alone: what those versions differ in is when products that run asynchronously are waited for. Of the rest it
-is held that ptxas takes it without spilling; instructions are counted for the installed Triton only.
+is held that ptxas takes it without spilling; instructions are counted for the installed Triton only. The installed one stands
+here, too, as "3.8.0, ptxas 13.3", where a launch on sm_90 takes a later ptxas than Triton does (`triton_compiler.assembler`).
 """
 
 import json
@@ -13,12 +14,14 @@ import tempfile
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 from lora_kernels.testing.gates.configuration import Configuration, Cuda, Triton
 from lora_kernels.testing.gates.measure import Row, compiled, soundness
 
 CHIPS = ("sm_90", "sm_100")
+PTXAS = ", ptxas "  # between a Triton and the ptxas that its launches on sm_90 take, where that is not its own
 Place = tuple[str, str]
 Other = tuple[str, str, str]
 Asked = list[tuple[str, str, Triton | Cuda]]
@@ -26,26 +29,36 @@ ROOT = Path(__file__).parents[3]
 # a version that is not where it was looked for must not pass for another
 RUN = (
     "import sys, triton; from lora_kernels.testing.gates import versions; assert triton.__version__ == sys.argv[1], triton;"
-    "versions.main(sys.argv[2])"
+    "versions.main(*sys.argv[2:])"
 )
 
 
-def chosen(configurations: Iterable[Configuration]) -> list[tuple[Configuration, str]]:
-    """What the other versions are asked for: the package's own Triton kernels, not the tests'."""
+def chosen(configurations: Iterable[Configuration], version: str) -> list[tuple[Configuration, str]]:
+    """What another version is asked for: the package's own Triton kernels, not the tests'."""
     own = [c for c in configurations if isinstance(c.kernel, Triton) and c.kernel.function.startswith("lora_kernels.")]
-    return [(c, arch) for c in own for arch in c.chips if arch in CHIPS]
+    return [(c, arch) for c in own for arch in c.chips if arch in chips(version)]
+
+
+def chips(version: str) -> tuple[str, ...]:
+    """Those whose code a version decides about."""
+    return CHIPS[:1] if PTXAS in version else CHIPS
 
 
 def others() -> list[str]:
-    """The supported versions but the one installed; none where Triton is not installed."""
+    """The supported versions but the one installed, and that by the ptxas of launches; none where Triton is not installed."""
     try:
         import triton
     except ImportError:
         return []
 
+    from lora_kernels.ops.triton_compiler import assembling, release
     from lora_kernels.testing.triton_versions import TRIED
 
-    return [version for version in TRIED if version != triton.__version__]
+    own = release(90)
+    with assembling(90):
+        launched = release(90)
+    installed = [] if launched == own else [f"{triton.__version__}{PTXAS}{launched}"]
+    return [version for version in TRIED if version != triton.__version__] + installed
 
 
 def recompute(configurations: Sequence[Configuration], jobs: int, cache: str) -> dict[Other, Row]:
@@ -56,7 +69,7 @@ def recompute(configurations: Sequence[Configuration], jobs: int, cache: str) ->
     """
     rows = {}
     for version in others():
-        pairs = chosen(configurations)
+        pairs = chosen(configurations, version)
         asked: Asked = [(c.name, arch, c.on(arch, version)) for c, arch in pairs]
         with ThreadPoolExecutor(jobs) as pool:  # of processes, which it waits for
             parts = pool.map(lambda i, by=version, all_=asked: _process(by, all_[i::jobs], cache), range(jobs))
@@ -84,11 +97,12 @@ def installed(version: str) -> Path:
 def _process(version: str, asked: Asked, cache: str) -> dict[Place, Row]:
     if not asked:
         return {}
-    places = os.pathsep.join([str(installed(version)), str(ROOT)])
+    number, later, _ = version.partition(PTXAS)
+    places = os.pathsep.join([*([] if later else [str(installed(version))]), str(ROOT)])
     environment = os.environ | {"PYTHONPATH": places, "TRITON_CACHE_DIR": f"{cache}/{version}"}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "asked").write_bytes(pickle.dumps(asked))
-        command = [sys.executable, "-c", RUN, version, folder]
+        command = [sys.executable, "-c", RUN, number, folder, *(["later"] if later else [])]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"triton {version}: {done.stderr.strip()[-2000:]}")
@@ -96,14 +110,18 @@ def _process(version: str, asked: Asked, cache: str) -> dict[Place, Row]:
     return {(name, arch): row for name, arch, row in rows}
 
 
-def main(folder: str) -> None:
-    """Compiles what the file `asked` lists and writes the file `rows`; Triton itself prints."""
+def main(folder: str, ptxas: str = "") -> None:
+    """Compiles what the file `asked` lists and writes the file `rows`; Triton itself prints. `ptxas` says "later" for that of
+    launches."""
+    from lora_kernels.ops.triton_compiler import assembling
+
     asked: Asked = pickle.loads(Path(folder, "asked").read_bytes())
     rows = []
     for name, arch, kernel in asked:
         try:
-            code, *_ = compiled(kernel, arch)
-            row = {key: value for key, value in soundness(kernel, arch, code).items() if value}
+            with assembling(int(arch[3:])) if ptxas else nullcontext():
+                code, *_ = compiled(kernel, arch)
+                row = {key: value for key, value in soundness(kernel, arch, code).items() if value}
         except Exception as error:  # each compiler has its own; the row has the message, and is broken
             row = {"error": f"{type(error).__name__}: {error}".strip()[:500]}
         rows.append((name, arch, row))
