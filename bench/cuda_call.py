@@ -15,6 +15,7 @@ import torch
 from bench.paired import stamp
 from lora_kernels import _cuda
 from lora_kernels.ops.lora_linear import cuda
+from lora_kernels.ops.lora_linear.call import Forward
 
 LIMIT = 3.0  # µs of the bound call
 CALLS, ROUNDS = 2000, 15
@@ -29,14 +30,14 @@ def main() -> int:
     """The exit status: 1 if the bound call is above its limit."""
     print(stamp())
     x, w, a, b = (torch.randn(shape).bfloat16() for shape in ((4, 4096), (4096, 4096), (16, 4096), (4096, 16)))
-    plain = (x, w, a, b, 1.0, None, None, 0.0, None, False, False, False)
+    call = Forward(x, w, a, b, 1.0, None, None, 0.0, None, False, False, False)
     seen = []
     with mock.patch.object(cuda, "launch_cuda", lambda *args, **_: seen.append(args)):
-        cuda.forward(*plain)
+        cuda.forward(call)
     fields = tuple(t.data_ptr() if isinstance(t, torch.Tensor) else t for t in seen[0][4])
     bound = microseconds(lambda: _cuda.pack(fields))
     with mock.patch.object(cuda, "launch_cuda", lambda *_, **__: None), mock.patch.object(cuda, "refuse_cuda", lambda *_: None):
-        refusal, op = microseconds(lambda: cuda.refusal(*plain)), microseconds(lambda: cuda.forward(*plain))
+        refusal, op = microseconds(lambda: cuda.refusal(call)), microseconds(lambda: cuda.forward(call))
     print(f"bound call, {len(fields)} fields: {bound:.2f} µs, at most {LIMIT:.0f}")
     print(f"lora_linear of 4 rows: refusal and choice {refusal:.1f} µs, the op without its launch {op:.1f} µs")
     return int(bound > LIMIT)

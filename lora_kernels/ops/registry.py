@@ -1,7 +1,8 @@
 """The one place that joins ops to backends; which backend runs is decided here alone.
 
-An op is declared once: its schema and its fake (shapes only). A backend adds an implementation and a refusal, which
-says in words why it cannot take some arguments. A call runs the first backend, in PREFERENCE order, that accepts them.
+An op is declared once: the structure of its arguments, a NamedTuple, and its fake (shapes only). A backend adds an
+implementation and a refusal, which says in words why it cannot take some arguments; both get that structure and read it by
+name. A call runs the first backend, in PREFERENCE order, that accepts it.
 """
 
 import os
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from textwrap import indent
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 
 _library = torch.library.Library("lora_kernels", "DEF")
 _implementations: dict[str, dict[str, "Implementation"]] = {}
+_structures: dict[str, Callable[..., Any]] = {}  # of an op's arguments
 _missing: dict[str, str] = {}
 _there: set[str] = set()  # backends that some op has
 _warned: set[tuple[str, str]] = set()
@@ -39,8 +41,8 @@ class FallbackWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Implementation:
-    run: Callable[..., Any]
-    refusal: Callable[..., str | None]
+    run: Callable[[Any], Any]
+    refusal: Callable[[Any], str | None]
     """Why these arguments cannot run here, in words for the user; None if they can."""
 
 
@@ -82,10 +84,10 @@ class Op:
         self.name = name
         self._overload = overload
 
-    def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or _modes() or _functorch() is not None or not _plain(args[:4]):
-            return self._overload(*args)
-        return choose(self.name, args).run(*args)
+    def __call__(self, call: Any) -> Any:
+        if torch.compiler.is_compiling() or _modes() or _functorch() is not None or not _plain(call[:4]):
+            return self._overload(*call)
+        return choose(self.name, call).run(call)
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), float, int, bool, list}
@@ -100,24 +102,46 @@ def _plain(values: Iterable[Any]) -> bool:
 _modes, _functorch = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 
 
-def declare(schema: str, fake: Callable[..., Any]) -> Op:
-    """Declares an op. `schema` is a torch schema, e.g. "f(Tensor x) -> Tensor"; one that gives "()" changes an argument.
+def declare(
+    name: str, structure: Callable[..., Any], results: str, fake: Callable[[Any], Any], changes: Iterable[str] = ()
+) -> Op:
+    """Declares an op, whose argument is a `structure`: a NamedTuple, of whose fields torch's schema is made. `results` as in a
+    schema, e.g. "(Tensor y, Tensor h)"; "()" where the op changes the arguments that `changes` names.
 
     A backend may return None for a result, or in a list of results, that the arguments say nobody wants; traced calls get an
     empty tensor there.
     Library.define and impl rather than torch.library.custom_op, which costs several times as much per call.
     """
-    name = schema.split("(", 1)[0]
-    gives = not schema.endswith("-> ()")
+    gives = results != "()"
 
-    def call(*args: Any) -> Any:
-        result = choose(name, args).run(*args)
-        return _filled(result, args[0]) if gives else None
+    def run(*args: Any) -> Any:
+        call = structure(*args)
+        result = choose(name, call).run(call)
+        return _filled(result, call[0]) if gives else None
 
-    _library.define(schema)
-    _library.impl(name, call, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lora_kernels::{name}", fake, lib=_library)
+    _structures[name] = structure
+    _library.define(f"{name}({_schema(structure, tuple(changes))}) -> {results}")
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lora_kernels::{name}", lambda *args: fake(structure(*args)), lib=_library)
     return Op(name, getattr(torch.ops.lora_kernels, name).default)
+
+
+_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", list[Tensor]: "Tensor[]",
+    list[Tensor | None]: "Tensor?[]", list[float]: "float[]", list[int]: "int[]",
+}  # fmt: skip
+
+
+def _schema(structure: Any, changes: tuple[str, ...]) -> str:
+    """The arguments of torch's schema; of those that are changed each has an alias of its own."""
+    arguments = []
+    for field_, kind in get_type_hints(structure).items():
+        text = _TYPES[kind]
+        if field_ in changes:
+            text = text.replace("Tensor", f"Tensor({'abcdef'[changes.index(field_)]}!)")
+        default = structure._field_defaults
+        arguments.append(f"{text} {field_}" + (f"={default[field_]}" if field_ in default else ""))
+    return ", ".join(arguments)
 
 
 def _filled(result: Any, like: Tensor) -> Any:
@@ -127,11 +151,11 @@ def _filled(result: Any, like: Tensor) -> Any:
 
 
 def implements(
-    name: str, backend: str, refusal: Callable[..., str | None] = lambda *_: None
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    name: str, backend: str, refusal: Callable[[Any], str | None] = lambda _: None
+) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
     """Adds a backend to an op; decorates the function that runs it."""
 
-    def register(run: Callable[..., Any]) -> Callable[..., Any]:
+    def register(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
         _implementations.setdefault(name, {})[backend] = Implementation(run, refusal)
         return run
 
@@ -241,30 +265,31 @@ def refusals(name: str, args: tuple[Any, ...]) -> dict[str, str | None]:
     """For each backend of an op, why it refuses these arguments; None if it accepts them."""
     found: dict[str, str | None] = dict.fromkeys(BACKENDS, NONE)
     found.update(missing_backends())
-    found.update({b: i.refusal(*args) for b, i in _implementations[name].items()})
+    call = _structures[name](*args)
+    found.update({b: i.refusal(call) for b, i in _implementations[name].items()})
     return found
 
 
-def choose(name: str, args: tuple[Any, ...]) -> Implementation:
-    """The implementation that runs these arguments.
+def choose(name: str, call: Any) -> Implementation:
+    """The implementation that runs a call, a structure as `declare` has it.
 
     Raises:
         NotImplementedError: the forced backend refuses, or no backend accepts; the message gives each reason.
     """
     implementations = _implementations[name]
     forced = forced_backend()
-    x = args[0]
+    x = call[0]
     order = (forced,) if forced else PREFERENCE.get("cpu" if x.is_cpu else x.device.type, ("reference",))
     for backend in order:
         implementation = implementations.get(backend)
-        if implementation is not None and implementation.refusal(*args) is None:
+        if implementation is not None and implementation.refusal(call) is None:
             # float64 is the reference's own: no kernel computes it
-            if backend == "reference" and not forced and len(order) > 1 and args[0].dtype is not torch.float64:
-                _warn_of_fallback(name, order, args)
+            if backend == "reference" and not forced and len(order) > 1 and x.dtype is not torch.float64:
+                _warn_of_fallback(name, order, call)
             if _recorder.get() is not None:
-                _record(name, f"{backend} (simulated)" if simulates() else backend, args, bool(forced))
+                _record(name, f"{backend} (simulated)" if simulates() else backend, call, bool(forced))
             return implementation
-    reasons = refusals(name, args)
+    reasons = refusals(name, call)
     if forced:
         raise NotImplementedError(f"{name} cannot run on {forced}: {reasons[forced]}")
     raise NotImplementedError(f"{name}: no backend accepts these arguments: {reasons}")

@@ -12,6 +12,7 @@ from lora_kernels.ops import alone as choice
 from lora_kernels.ops.lora_linear import cuda as backend
 from lora_kernels.ops.lora_linear import cuda_backward as cuda
 from lora_kernels.ops.lora_linear import cuda_thin as thin
+from lora_kernels.ops.lora_linear.call import Backward
 from lora_kernels.testing import assert_problem, make_problem, run
 from lora_kernels.testing.nvcc import MISSING, find_nvcc
 from lora_kernels.testing.ptxsim import SimulationError, device
@@ -188,9 +189,10 @@ def test_planted_bugs(planted, monkeypatch, simulated, source, old, new):
 
 def test_triton_comes_first_where_it_is_there(monkeypatch):
     p = make_problem(4, 16, 16, 2, BF16)
-    args = (p.dy, p.x, p.w, p.a, p.b, 1.0, None, None, 0.0, None, False, torch.randn(4, 2), None, None, [1, 1, 1, 0, 0])
+    h, needs = torch.randn(4, 2), [1, 1, 1, 0, 0]
+    call = Backward(p.dy, p.x, p.w, p.a, p.b, 1.0, None, None, 0.0, None, False, h, None, None, needs)
     monkeypatch.setattr(backend, "refuse_cuda", lambda *_: None)
     monkeypatch.setattr(choice, "missing_backends", dict)
-    assert backend.backward_refusal(*args) == "Triton's kernels are there: they take three launches"
+    assert backend.backward_refusal(call) == "Triton's kernels are there: they take three launches"
     monkeypatch.setattr(choice, "missing_backends", lambda: {"triton": "not installed"})
-    assert backend.backward_refusal(*args) is None
+    assert backend.backward_refusal(call) is None

@@ -9,6 +9,7 @@ from lora_kernels import explain, lora_linear, use_backend
 from lora_kernels.ops import launch
 from lora_kernels.ops.lora_linear import cuda
 from lora_kernels.ops.lora_linear import cuda_thin as thin
+from lora_kernels.ops.lora_linear.call import Forward
 from lora_kernels.testing import assert_within_rounding
 from lora_kernels.testing.nvcc import MISSING, find_nvcc
 from lora_kernels.testing.ptxsim import SimulationError, device
@@ -135,7 +136,7 @@ def test_what_backward_needs(fixed, shape):
     """h in float32, of many tokens the sum of its parts, and, where y does not tell it, z."""
     x, w, a, b = draw(*shape, torch.bfloat16)
     bias, gain = torch.randn(len(w)), torch.randn(len(w))
-    y, h, z = cuda.forward(x, w, a, b, 0.5, bias, gain, 0.0, None, False, True, True)
+    y, h, z = cuda.forward(Forward(x, w, a, b, 0.5, bias, gain, 0.0, None, False, True, True))
     torch.testing.assert_close(h.double(), 0.5 * x.double() @ a.double().T, rtol=1e-6, atol=1e-6)
     assert_within_rounding(z, exact(x, w, a, b, 0.5), torch.bfloat16, EXACT, name="z")
     assert_within_rounding(y, exact(x, w, a, b, 0.5, bias, gain), torch.bfloat16, EXACT, name="y")

@@ -8,6 +8,7 @@ import torch
 from lora_kernels import explain, merged_weight, use_backend
 from lora_kernels.ops import alone
 from lora_kernels.ops.merge import cuda as backend
+from lora_kernels.ops.merge.op import Merged
 from lora_kernels.testing import assert_within_rounding
 from lora_kernels.testing.nvcc import MISSING, find_nvcc
 from lora_kernels.testing.ptxsim import SimulationError, device
@@ -153,8 +154,9 @@ def test_beside_triton_it_takes_what_its_own_kernel_is_for(monkeypatch):
     monkeypatch.setattr(alone, "missing_backends", dict)
     monkeypatch.setattr(backend, "refuse_cuda", lambda *_: None)
     w, a, b, gain, _ = draw(8, 16, 8, torch.bfloat16)
-    assert backend.refusal(w, a, b, 0.5, gain) is None
-    assert backend.refusal(w, a.float(), b.float(), 0.5, gain).startswith("Triton's kernels are there: w is torch.bfloat16")
+    assert backend.refusal(Merged(w, a, b, 0.5, gain)) is None
+    other = backend.refusal(Merged(w, a.float(), b.float(), 0.5, gain))
+    assert other.startswith("Triton's kernels are there: w is torch.bfloat16")
 
 
 def test_it_says_what_ran(simulated):

@@ -10,6 +10,7 @@ import torch
 from lora_kernels import explain, use_backend
 from lora_kernels.ops import launch, missing_backends
 from lora_kernels.ops.multi_lora import BatchPlan, cuda, multi_lora
+from lora_kernels.ops.multi_lora.op import MultiLoRA, MultiLoRAAdd
 from lora_kernels.testing.nvcc import MISSING, find_nvcc
 from lora_kernels.testing.ptxsim import SimulationError, device
 from tests.ops.interpreted import deterministic
@@ -228,11 +229,12 @@ def test_what_one_launch_does_not_take(monkeypatch, change, reason):
     x, w, slots, slot, _, _ = draw(4, 24, [16], [8, 16], 1, BF16)
     x, w, slots, plan = change(x, w, slots, planned(slots, slot))
     flat = [t for s in slots for t in s.tensors]
-    assert reason in cuda.refuse_small(x, w, flat, plan.ids, plan.weights, None)
+    call = MultiLoRA(x, w, flat, *plan.tensors, None)
+    assert reason in cuda.refuse_small(call)
     monkeypatch.setattr(cuda, "refuse_beside_triton", lambda why: f"Triton's kernels are there: {why}")
     monkeypatch.setattr(cuda, "refuse_cuda", lambda *_: None)
-    assert cuda.refusal(x, w, flat, *plan.tensors, None).startswith("Triton's kernels are there: ")
-    assert cuda.add_refusal(x, x, flat, *plan.tensors, None).startswith("Triton's kernels are there: ")
+    assert cuda.refusal(call).startswith("Triton's kernels are there: ")
+    assert cuda.add_refusal(MultiLoRAAdd(x, x, flat, *plan.tensors, None)).startswith("Triton's kernels are there: ")
 
 
 def test_float32_is_refused():

@@ -29,7 +29,7 @@ def accepts(request, monkeypatch):
     monkeypatch.setattr(alone, "missing_backends", lambda: {"triton": "not installed"} if triton == "absent" else {})
 
     def ask(op, *args):
-        reasons = {name: i.refusal(*args) for name, i in registry._implementations[op].items() if name in registry.ON_GPU}
+        reasons = {name: reason for name, reason in registry.refusals(op, args).items() if name in registry.ON_GPU}
         if triton != "there" or "triton" in registry.missing_backends():
             reasons.pop("triton", None)
         assert any(reason is None for reason in reasons.values()), f"{op}: {reasons}"

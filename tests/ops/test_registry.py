@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,15 +17,19 @@ from lora_kernels.ops.registry import BACKENDS, choose, declare, implements, loa
 from lora_kernels.testing import make_problem
 
 
+class Call(NamedTuple):
+    x: torch.Tensor
+
+
 @pytest.fixture
 def op(monkeypatch):
     """An op with a reference that doubles and a cpu backend that refuses vectors of more than three."""
     name = "op_of_the_registry_test"
     if name not in registry._implementations:
-        call = declare(f"{name}(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape))
-        implements(name, "reference")(lambda x: 2 * x)
-        implements(name, "cpu", lambda x: f"x has {len(x)} elements, the limit is 3" if len(x) > 3 else None)(
-            lambda x: x + x
+        call = declare(name, Call, "Tensor", lambda call: call.x.new_empty(call.x.shape))
+        implements(name, "reference")(lambda call: 2 * call.x)
+        implements(name, "cpu", lambda call: f"x has {len(call.x)} elements, the limit is 3" if len(call.x) > 3 else None)(
+            lambda call: call.x + call.x
         )
         registry._implementations[name]["call"] = call
     implementations = dict(registry._implementations[name])
@@ -36,16 +41,16 @@ def op(monkeypatch):
 
 
 def test_the_first_that_accepts_runs(op):
-    assert choose(op.name, (torch.ones(3),)) is registry._implementations[op.name]["cpu"]
+    assert choose(op.name, Call(torch.ones(3))) is registry._implementations[op.name]["cpu"]
     with pytest.warns(FallbackWarning):
-        assert choose(op.name, (torch.ones(4),)) is registry._implementations[op.name]["reference"]
+        assert choose(op.name, Call(torch.ones(4))) is registry._implementations[op.name]["reference"]
 
 
 def test_a_fallback_warns_once_for_each_reason(op):
     def warned(n):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            assert op(torch.ones(n)).equal(torch.full((n,), 2.0))
+            assert op(Call(torch.ones(n))).equal(torch.full((n,), 2.0))
         return [str(w.message) for w in seen]
 
     assert warned(4) == [f"{op.name} runs on the slow reference. cpu: x has 4 elements, the limit is 3"]
@@ -75,19 +80,19 @@ def test_float64_is_the_reference_without_a_warning():
 
 def test_a_forced_backend_refuses_in_words(op):
     with use_backend("cpu"):
-        assert op(torch.ones(2)).equal(torch.full((2,), 2.0))
+        assert op(Call(torch.ones(2))).equal(torch.full((2,), 2.0))
         with pytest.raises(
             NotImplementedError, match=f"^{op.name} cannot run on cpu: x has 4 elements, the limit is 3$"
         ):
-            op(torch.ones(4))
+            op(Call(torch.ones(4)))
     with use_backend("cuda"), pytest.raises(NotImplementedError, match=f"^{op.name} cannot run on cuda: "):
-        op(torch.ones(2))
+        op(Call(torch.ones(2)))
 
 
 def test_no_backend_at_all(op, monkeypatch):
     monkeypatch.delitem(registry._implementations[op.name], "reference")
     with pytest.raises(NotImplementedError, match="no backend accepts these arguments: .*'cpu': 'x has 4 elements"):
-        op(torch.ones(4))
+        op(Call(torch.ones(4)))
 
 
 def test_use_backend_nests_and_restores():
@@ -187,14 +192,14 @@ def test_explain_takes_the_tensor_first():
 
 
 def test_a_backend_notes_its_plan_below_its_own_decision(op, monkeypatch):
-    def run(x):
-        note("first\n  of two lines" if len(x) == 1 else "second")
-        return 2 * x
+    def run(call):
+        note("first\n  of two lines" if len(call.x) == 1 else "second")
+        return 2 * call.x
 
     implements(op.name, "cpu")(run)
     note("nobody listens")
-    run(torch.ones(1))
-    told = explain(lambda: (op(torch.ones(1)), op(torch.ones(2))))
+    run(Call(torch.ones(1)))
+    told = explain(lambda: (op(Call(torch.ones(1))), op(Call(torch.ones(2)))))
     assert [d.plan for d in told.decisions] == ["first\n  of two lines", "second"]
     lines = str(told).splitlines()
     head = lines.index(f"{op.name}: cpu", 1)

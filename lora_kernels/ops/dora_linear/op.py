@@ -5,6 +5,8 @@
 Source: DoRA, arXiv:2402.09353, eq. 5.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -27,16 +29,25 @@ def dora_linear(
     """
     _check(x, w, a, b, scale, bias, magnitude, 0.0, "peft", None, op="dora_linear")
     with torch.no_grad(), without_autocast(x):
-        y, norm = _dora_linear(x.reshape(-1, x.shape[-1]), w, a, b, float(scale), bias, magnitude)
+        y, norm = _dora_linear(DoRALinear(x.reshape(-1, x.shape[-1]), w, a, b, float(scale), bias, magnitude))
     return y.view(*x.shape[:-1], w.shape[0]), norm
 
 
-def _fake(x, w, a, b, scale, bias, magnitude):
+class DoRALinear(NamedTuple):
+    """The arguments of the op, x [tokens, in]."""
+
+    x: Tensor
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    scale: float
+    bias: Tensor | None
+    magnitude: Tensor
+
+
+def _fake(call):
+    x, w = call.x, call.w
     return x.new_empty(len(x), len(w)), w.new_empty(len(w), dtype=torch.promote_types(w.dtype, torch.float32))
 
 
-_dora_linear = declare(
-    "dora_linear(Tensor x, Tensor w, Tensor a, Tensor b, float scale, Tensor? bias, Tensor magnitude)"
-    " -> (Tensor y, Tensor norm)",
-    _fake,
-)
+_dora_linear = declare("dora_linear", DoRALinear, "(Tensor y, Tensor norm)", _fake)

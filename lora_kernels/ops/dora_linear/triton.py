@@ -4,13 +4,12 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_kernels.ops.dora_linear.two_ops import norm_then_linear
 from lora_kernels.ops.launch import ceil, launch, power, refuse_device
-from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.thin import HALVES, load_tile, precision, product
 from lora_kernels.ops.triton_compiler import sound
-from lora_kernels.ops.weight_norm import dora_gain, weight_norm
 
 ROWS, RANKS = 64, 64  # up to which one launch does all
 
@@ -48,23 +47,23 @@ def dora_kernel(
     tl.store(y + rows[:, None] * n + columns[None, :], sums.to(y.dtype.element_ty), mask=inside)
 
 
-def refusal(x, w, a, b, scale, bias, magnitude):
-    tensors = {"x": x, "w": w, "a": a, "b": b, "bias": bias, "magnitude": magnitude}
-    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(x)
+def refusal(call):
+    tensors = {"x": call.x, "w": call.w, "a": call.a, "b": call.b, "bias": call.bias, "magnitude": call.magnitude}
+    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(call.x)
 
 
 @implements("dora_linear", "triton", refusal)
-def forward(x, w, a, b, scale, bias, magnitude):
+def forward(call):
+    x, w, a, b, bias = call.x, call.w, call.a, call.b, call.bias
     (m, k), (n, r) = x.shape, b.shape
     if m > ROWS or r > RANKS or m == 0:
-        norm = weight_norm(w, a, b, scale)
-        return lora_linear(x, w, a, b, scale, bias, dora_gain(magnitude, norm)), norm
+        return norm_then_linear(call)
     y, norm = x.new_empty(m, n), w.new_empty(n, dtype=torch.float32)
     depth = 16 if x.dtype is torch.float32 else 32 if a.dtype is torch.float32 else 64
     tile = {"BM": power(m, most=ROWS), "BN": 32, "BK": depth, "BR": power(r, most=RANKS)}
     args = {
         "x": x, "w": w, "a": a, "b": b, "bias": None if bias is None else bias.contiguous(),
-        "magnitude": magnitude.contiguous(), "y": y, "norm": norm, "scale": scale, "m": m, "n": n, "k": k, "r": r,
+        "magnitude": call.magnitude.contiguous(), "y": y, "norm": norm, "scale": call.scale, "m": m, "n": n, "k": k, "r": r,
         "x0": x.stride(0), "x1": x.stride(1), "w0": w.stride(0), "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1),
         "b0": b.stride(0), "b1": b.stride(1), "PRECISION": precision(x), "OF_B_A": "half" if a.dtype in HALVES else "bf16x6",
         **tile,

@@ -14,6 +14,7 @@ import torch
 from lora_kernels import _cpu
 from lora_kernels.ops.buffers import mask, row_major, transposed
 from lora_kernels.ops.gradients import dtype_of, empty_like
+from lora_kernels.ops.lora_linear.call import Forward, Needs
 from lora_kernels.ops.lora_linear.loop import backward_each, forward_each, refuse_each
 from lora_kernels.ops.products import BLOCK, base_product, products, small
 from lora_kernels.ops.refusals import READ, refuse_dtypes, refuse_negated
@@ -23,7 +24,8 @@ from lora_kernels.ops.tiles import on_tiles, product_back
 FEW = 64  # tokens, up to which a pass in float32 vectors is faster than tiles and a transposing copy
 
 
-def refusal(x, w, a, b, scale, bias, gain, *_):
+def refusal(call):
+    x, w, a, b, bias, gain = call.x, call.w, call.a, call.b, call.bias, call.gain
     readable = (
         x.dtype in READ
         and w.dtype in READ
@@ -39,59 +41,63 @@ def refusal(x, w, a, b, scale, bias, gain, *_):
     return refuse_negated(**tensors) if readable else refuse_dtypes(**tensors)
 
 
-def backward_refusal(dy, *args):
-    return refusal(*args) or refuse_negated(dy=dy)
+def backward_refusal(call):
+    return refusal(call) or refuse_negated(dy=call.dy)
 
 
 @implements("lora_linear_forward", "cpu", refusal)
-def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z, w_scale=None):
+def forward(call):
+    x, w = call.x, call.w
     tokens = x.shape[0]
-    if tokens and not drop_base and w.numel():
+    if tokens and not call.drop_base and w.numel():
         if tokens <= small(x.dtype):
-            done = _forward_small(x, w, a, b, scale, bias, gain, mask(dropout, seed), keep, keep_z)
+            done = _forward_small(call)
             if done is not None:
                 return done
         elif on_tiles(x, w):
-            return _forward_tiles(x, w, a, b, scale, bias, gain, mask(dropout, seed), keep, keep_z)
-    return _forward_large(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z)
+            return _forward_tiles(call)
+    return _forward_large(call)
 
 
-def _forward_small(x, w, a, b, scale, bias, gain, drop, keep, keep_z):
+def _forward_small(call):
     """None if W is not by rows."""
+    x, w, a = call.x, call.w, call.a
     tokens = x.shape[0]
     y = x.new_empty(tokens, w.shape[0])
-    h = x.new_empty(tokens, a.shape[0], dtype=torch.float32) if keep else None
-    z = torch.empty_like(y) if keep_z else None
-    rest = (b, y, z, bias, gain, h, scale, drop, torch.get_num_threads())
+    h = x.new_empty(tokens, a.shape[0], dtype=torch.float32) if call.keep_h else None
+    z = torch.empty_like(y) if call.keep_z else None
+    drop = mask(call.dropout, call.seed)
+    rest = (call.b, y, z, call.bias, call.gain, h, call.scale, drop, torch.get_num_threads())
     # the kernel looks at the strides: here that would take as long as a small layer
     if not _cpu.forward_small(x, w, a, *rest) and not _cpu.forward_small(x.contiguous(), w, a.contiguous(), *rest):
         return None
     return y, h, z
 
 
-def _forward_tiles(x, w, a, b, scale, bias, gain, drop, keep, keep_z):
-    tokens, threads = x.shape[0], torch.get_num_threads()
-    x = row_major(x)
-    h = x.new_empty(tokens, a.shape[0], dtype=torch.float32)
+def _forward_tiles(call):
+    w, a, scale, threads = call.w, call.a, call.scale, torch.get_num_threads()
+    x, drop = row_major(call.x), mask(call.dropout, call.seed)
+    h = x.new_empty(x.shape[0], a.shape[0], dtype=torch.float32)
     if drop is not None:
         _cpu.shrink(x, a, None, h, scale, drop, threads)
-    y = x.new_empty(tokens, w.shape[0])
-    z = torch.empty_like(y) if keep_z else None
-    _cpu.tiles(x, w, a if drop is None else None, b, y, z, bias, gain, h, scale, None, False, threads)
-    return y, h if keep else None, z
+    y = x.new_empty(x.shape[0], w.shape[0])
+    z = torch.empty_like(y) if call.keep_z else None
+    in_place = a if drop is None else None
+    _cpu.tiles(x, w, in_place, call.b, y, z, call.bias, call.gain, h, scale, None, False, threads)
+    return y, h if call.keep_h else None, z
 
 
-def _forward_large(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
+def _forward_large(call):
+    w, a, b, bias, gain, drop_base, keep_z = call.w, call.a, call.b, call.bias, call.gain, call.drop_base, call.keep_z
+    x, drop = row_major(call.x), mask(call.dropout, call.seed)
     tokens, n_out = x.shape[0], w.shape[0]
     h = x.new_empty(tokens, a.shape[0], dtype=torch.float32)
-    drop = mask(dropout, seed)
-    x = row_major(x)
     if w.numel() == 0 or tokens == 0:
         y = x.new_zeros(tokens, n_out)
         if bias is not None:
             y += bias.to(x.dtype)
-        return y, h.zero_() if keep else None, torch.zeros_like(y) if keep_z else None
-    _cpu.shrink(x, a, None, h, scale, drop, torch.get_num_threads())
+        return y, h.zero_() if call.keep_h else None, torch.zeros_like(y) if keep_z else None
+    _cpu.shrink(x, a, None, h, call.scale, drop, torch.get_num_threads())
     if x.dtype is torch.float32 and not drop_base:
         # in place: a second buffer of y's size costs more in page faults than the passes themselves
         wide, rows = base_product(x, w), transposed(b)
@@ -100,7 +106,7 @@ def _forward_large(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep
             _expand(wide, wide, rows, h)
             y, z, rows = torch.empty_like(wide), wide, None
         _expand(wide, y, rows, h, gain=gain, bias=bias)
-        return y, h if keep else None, z
+        return y, h if call.keep_h else None, z
     y, z = x.new_empty(tokens, n_out), x.new_empty(tokens, n_out if keep_z else 0)
     kept = x
     rest = None
@@ -123,75 +129,74 @@ def _forward_large(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep
         if rest is not None:
             wide += rest @ w[rows].to(rest.dtype).T
         target.copy_(wide)
-    return y, h if keep else None, z if keep_z else None
+    return y, h if call.keep_h else None, z if keep_z else None
 
 
 @implements("lora_linear_backward", "cpu", backward_refusal)
-def backward(dy, x, *args):
-    return _gradients(x.dtype, dy, x, *args)
+def backward(call):
+    return _gradients(call.x.dtype, call)
 
 
-def _gradients(dx_dtype, dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale=None):
+def _gradients(dx_dtype, call):
     """dx in dx_dtype, float32 or that of x."""
+    w, a, b, bias, gain, scale, h = call.w, call.a, call.b, call.bias, call.gain, call.scale, call.h
+    dy, x, drop, needs = row_major(call.dy), row_major(call.x), mask(call.dropout, call.seed), Needs(*call.needs)
     tokens, rank = x.shape[0], a.shape[0]
     threads = torch.get_num_threads()
-    drop = mask(dropout, seed)
-    dy, x = row_major(dy), row_major(x)
     dx = da = db = dbias = dgain = None
-    needs_dx, needs_da, needs_db, needs_dbias, needs_dgain = needs
     if w.numel() == 0 or tokens == 0:
         of = zip((x, a, b, bias, gain), needs, strict=True)
         zeros = [t.new_zeros(t.shape, dtype=dtype_of(t, need)) if need else None for t, need in of]
-        if needs_dx:
+        if needs.x:
             zeros[0] = zeros[0].to(dx_dtype)
-        if needs_dbias:
+        if needs.bias:
             zeros[3] += dy.sum(0, dtype=torch.float32)
         return tuple(zeros)
-    p = x.new_empty(tokens, rank, dtype=torch.float32) if needs_dx or needs_da else None
-    if needs_dx and on_tiles(dy, w) and not drop_base:
+    p = x.new_empty(tokens, rank, dtype=torch.float32) if needs.x or needs.a else None
+    if needs.x and on_tiles(dy, w) and not call.drop_base:
         dx = x.new_empty(x.shape, dtype=dx_dtype)
         _cpu.tiles(dy, w, transposed(b), transposed(a), dx, None, None, gain, p, scale, drop, True, threads)
     elif p is not None:
         _cpu.shrink(dy, transposed(b), gain, p, scale, None, threads)
-        if needs_dx:
-            dx = _input_gradient(dx_dtype, dy, w, a, gain, p, drop, drop_base)
-    if needs_da:
-        da = empty_like(a, needs_da)
+        if needs.x:
+            dx = _input_gradient(dx_dtype, dy, w, a, gain, p, drop, call.drop_base)
+    if needs.a:
+        da = empty_like(a, needs.a)
         if drop is None and on_tiles(x, x) and da.dtype is not torch.float16:
             product_back(p.T, x, out=da)
         else:
             _cpu.outer(x, da, None, p, drop, threads)
-    if needs_db:
-        db = empty_like(b, needs_db)
+    if needs.b:
+        db = empty_like(b, needs.b)
         if gain is None and tokens > FEW and on_tiles(dy, dy):
             db.copy_(product_back(h.T, dy).T)
         else:
             _cpu.outer(dy, transposed(db), gain, h, None, threads)
-    if needs_dbias:
-        dbias = _column_sums(dy, None).to(dtype_of(bias, needs_dbias))
-    if needs_dgain:
-        dgain = _gain_gradient(dy, x, w, a, b, scale, gain, dropout, seed, y, z).to(dtype_of(gain, needs_dgain))
+    if needs.bias:
+        dbias = _column_sums(dy, None).to(dtype_of(bias, needs.bias))
+    if needs.gain:
+        dgain = _gain_gradient(call, dy).to(dtype_of(gain, needs.gain))
     return dx, da, db, dbias, dgain
 
 
-def group_refusal(*args):
-    return refuse_each(refusal, *args)
+def group_refusal(call):
+    return refuse_each(refusal, call)
 
 
-def group_backward_refusal(x, dy, *args):
-    negated = {f"dy of member {i}": each for i, each in enumerate(dy)}
-    return group_refusal(x, *args) or refuse_negated(**negated)
+def group_backward_refusal(call):
+    negated = {f"dy of member {i}": each for i, each in enumerate(call.dy)}
+    return group_refusal(call) or refuse_negated(**negated)
 
 
 @implements("lora_linear_group_forward", "cpu", group_refusal)
-def group_forward(*args):
-    return forward_each(forward, *args)
+def group_forward(call):
+    return forward_each(forward, call)
 
 
 @implements("lora_linear_group_backward", "cpu", group_backward_refusal)
-def group_backward(*args):
+def group_backward(call):
     # float32: summed over the members in 16 bits, dx would be rounded as often as there are members
-    return backward_each(partial(_gradients, torch.float32), *args)
+    return backward_each(partial(_gradients, torch.float32), call)
 
 
 def _input_gradient(dtype, dy, w, a, gain, p, drop, drop_base):
@@ -206,14 +211,15 @@ def _input_gradient(dtype, dy, w, a, gain, p, drop, drop_base):
     return dx
 
 
-def _gain_gradient(dy, x, w, a, b, scale, gain, dropout, seed, y, z):
-    if z is not None:
-        return _column_sums(dy, z)
-    zero = gain == 0
-    if bool(zero.any()):
-        z = forward(x, w, a, b, scale, None, None, dropout, seed, False, False, False)[0]
-        return _column_sums(dy, z)
-    return _column_sums(dy, y) / gain
+def _gain_gradient(call, dy):
+    if call.z is not None:
+        return _column_sums(dy, call.z)
+    if bool((call.gain == 0).any()):
+        without = Forward(
+            call.x, call.w, call.a, call.b, call.scale, None, None, call.dropout, call.seed, False, False, False, call.w_scale
+        )
+        return _column_sums(dy, forward(without)[0])
+    return _column_sums(dy, call.y) / call.gain
 
 
 def _column_sums(u, v):

@@ -30,22 +30,21 @@ DX, DX_SMALL = (f"lora_linear/cuda_{name}.cu" for name in ("dx", "dx_small"))
 TILE = 128  # rows and columns of a tile of dx
 
 
-def backward(x, dys, layers, hs, ys, zs, needs_dx, needs, w_scale=None):
-    """dx, and da, db, dbias, dgain of each layer, as far as they are wanted."""
+def backward(x, dys, layers, hs, ys, zs, needs, w_scale=None):
+    """dx, and da, db, dbias, dgain of each layer, as far as they are wanted: `needs` has a `Needs` of each."""
+    needs_dx = needs[0].x
     own = needs_dx and w_scale is None and (len(layers) > 1 or not takes_dx(dys[0], layers[0]))
     ps, scaled, grads = [], [], []
-    for dy, layer, h, y, z, (needs_da, needs_db, needs_dbias, needs_dgain) in zip(dys, layers, hs, ys, zs, needs, strict=True):
-        times = (y if z is None else z) if needs_dgain else None
+    for dy, layer, h, y, z, need in zip(dys, layers, hs, ys, zs, needs, strict=True):
+        times = (y if z is None else z) if need.gain else None
         less = (1 if layer.drop_base else 0) if own and layer.gain is not None else None
         p, of_h, of_u, of_uv, times_gain = sides(
-            dy, layer.b if needs_dx or needs_da else None, h if needs_db else None, times, layer.gain, layer.scale,
-            needs_dbias, layer.b.shape[1], less,
+            dy, layer.b if need.x or need.a else None, h if need.b else None, times, layer.gain, layer.scale, need.bias,
+            layer.r, less,
         )  # fmt: skip
         da, db, dbias, dgain = (
             empty_like(t, wanted) if wanted else None
-            for t, wanted in zip(
-                (layer.a, layer.b, layer.bias, layer.gain), (needs_da, needs_db, needs_dbias, needs_dgain), strict=True
-            )
+            for t, wanted in zip((layer.a, layer.b, layer.bias, layer.gain), need[1:], strict=True)
         )
         jobs = []
         if da is not None:

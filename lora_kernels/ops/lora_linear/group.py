@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_kernels.ops.dropout import draw_seed
 from lora_kernels.ops.gradients import OWN, asked, dtype_of, kind
-from lora_kernels.ops.lora_linear.loop import drops_base, keeps_z
+from lora_kernels.ops.lora_linear.call import GroupBackward, GroupForward, drops_base, keeps_z
 from lora_kernels.ops.lora_linear.op import _any_autocast, _check, once, scaled, without_autocast
 from lora_kernels.ops.registry import declare
 
@@ -83,8 +83,7 @@ def lora_linear_group(
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in flat)):
         ys = _LoRALinearGroup.apply(tokens, tuple(scales), tuple(dropouts), drop_base, *flat)
     else:
-        w, a, b, bias, gain, seed = _columns(flat, 6)
-        ys = _forward(tokens, w, a, b, scales, bias, gain, dropouts, seed, drop_base, False, False)[0]
+        ys = _forward(_forward_call(tokens, scales, dropouts, drop_base, flat, False, False))[0]
     return tuple(ys) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
@@ -109,18 +108,28 @@ def _columns(flat, width):
     return [list(flat[i::width]) for i in range(width)]
 
 
+def _forward_call(x, scales, dropouts, drop_base, flat, keep_h, keep_z):
+    """`flat`: w, a, b, bias, gain, seed of each member."""
+    w, a, b, bias, gain, seed = _columns(flat, len(_TENSORS))
+    return GroupForward(x, w, a, b, list(scales), bias, gain, list(dropouts), seed, drop_base, keep_h, keep_z)
+
+
+_TENSORS = ("w", "a", "b", "bias", "gain", "seed")  # of a member, as autograd gets them
+_LEARNT = slice(1, 5)  # of those: what may get a gradient
+
+
 class _LoRALinearGroup(torch.autograd.Function):
     """Tensors go through `apply` one by one, member by member: autograd does not look into lists."""
 
     @staticmethod
     def forward(ctx, x, scales, dropouts, drop_base, *flat):
-        w, a, b, bias, gain, seed = _columns(flat, 6)
-        wants = ctx.needs_input_grad[8::6]  # of the gains
-        rows = list(zip(wants, bias, gain, dropouts, strict=True))
+        call = _forward_call(x, scales, dropouts, drop_base, flat, True, False)
+        wants = _columns(ctx.needs_input_grad[4:], len(_TENSORS))[_TENSORS.index("gain")]
+        rows = list(zip(wants, call.bias, call.gain, dropouts, strict=True))
         kept = [want and keeps_z(c, g, drops_base(drop_base, g, p)) for want, c, g, p in rows]
-        y, h, z = _forward(x, w, a, b, list(scales), bias, gain, list(dropouts), seed, drop_base, True, any(kept))
+        y, h, z = _forward(call._replace(keep_z=any(kept)))
         # of each member only what its own gain's gradient reads
-        kept_y = [y[i] if wants[i] and gain[i] is not None and not kept[i] else None for i in range(len(y))]
+        kept_y = [y[i] if wants[i] and call.gain[i] is not None and not kept[i] else None for i in range(len(y))]
         kept_z = [z[i] if kept[i] else None for i in range(len(y))]
         ctx.save_for_backward(x, *flat, *h, *kept_y, *kept_z)
         ctx.scales, ctx.dropouts, ctx.drop_base = scales, dropouts, drop_base
@@ -132,73 +141,65 @@ class _LoRALinearGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *dys):
         x, *saved = ctx.saved_tensors
-        n = len(dys)
+        n, width = len(dys), len(_TENSORS)
         used = [i for i in range(n) if dys[i] is not None]
-        grads = [None] * (4 + 6 * n)
         if not used:
-            return tuple(grads)
-        flat = []
-        wants = asked(ctx.kinds, (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]))
-        needs = wants[:1]
+            return (None,) * len(ctx.needs_input_grad)
+        tensors, hs, kept_y, kept_z = (_members(saved[: width * n], width), *_members(saved[width * n :], n))
+        of_x, *wants = asked(ctx.kinds, (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]))
+        wants = _members(wants, width)
+        flat, needs = [], [of_x]
         for i in used:
-            flat += [dys[i], *saved[6 * i : 6 * i + 6], saved[6 * n + i], saved[7 * n + i], saved[8 * n + i]]
-            needs += wants[2 + 6 * i : 6 + 6 * i]
+            flat += [dys[i], *tensors[i], hs[i], kept_y[i], kept_z[i]]
+            needs += wants[i][_LEARNT]
         of_used = [tuple(each[i] for i in used) for each in (ctx.scales, ctx.dropouts)]
-        args = (*of_used, ctx.drop_base, tuple(needs), x, *flat)
-        found = once("lora_linear_group", _grads, *args)
-        grads[0] = found[0]
-        for j, i in enumerate(used):
-            grads[5 + 6 * i : 9 + 6 * i] = found[1 + 4 * j : 5 + 4 * j]
-        return tuple(grads)
+        dx, *found = once("lora_linear_group", _grads, *of_used, ctx.drop_base, tuple(needs), x, *flat)
+        grads = [[None] * width for _ in range(n)]
+        for i, of_member in zip(used, _members(found, len(wants[0][_LEARNT])), strict=True):
+            grads[i][_LEARNT] = of_member
+        return (dx, None, None, None, *(grad for of_member in grads for grad in of_member))
+
+
+def _members(flat, width):
+    """What stands member by member, `width` to each, as a list for each."""
+    return [list(flat[i : i + width]) for i in range(0, len(flat), width)]
 
 
 def _grads(scales, dropouts, drop_base, needs, x, *flat):
     """dx, then da, db, dbias and dgain of each member."""
     dy, w, a, b, bias, gain, seed, h, y, z = _columns(flat, 10)
-    args = (x, dy, w, a, b, list(scales), bias, gain, list(dropouts), seed, drop_base, h, y, z, list(needs))
+    call = GroupBackward(x, dy, w, a, b, list(scales), bias, gain, list(dropouts), seed, drop_base, h, y, z, list(needs))
     if _any_autocast():
         with without_autocast(x):
-            dx, *others = _backward(*args)
+            dx, *others = _backward(call)
     else:
-        dx, *others = _backward(*args)
+        dx, *others = _backward(call)
     grads = [dx] + [grad for of_member in zip(*others, strict=True) for grad in of_member]
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
-def _fake_forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
+def _fake_forward(call):
+    x = call.x
     tokens, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
-    kept = [
-        keep_z and keeps_z(c, g, drops_base(drop_base, g, p)) for c, g, p in zip(bias, gain, dropout, strict=True)
-    ]
+    members = list(call.members())
     return (
-        [x.new_empty(tokens, each.shape[0]) for each in w],
-        [x.new_empty(tokens, each.shape[0], dtype=wide) if keep else x.new_empty(0) for each in a],
-        [x.new_empty(tokens, each.shape[0]) if k else x.new_empty(0) for each, k in zip(w, kept, strict=True)],
+        [x.new_empty(tokens, each.w.shape[0]) for each in members],
+        [x.new_empty(tokens, each.a.shape[0], dtype=wide) if each.keep_h else x.new_empty(0) for each in members],
+        [x.new_empty(tokens, each.w.shape[0]) if each.keep_z else x.new_empty(0) for each in members],
     )
 
 
-def _fake_backward(x, dy, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
-    of_members = [
-        [
-            t.new_empty(t.shape, dtype=dtype_of(t, need)) if need else x.new_empty(0)
-            for t, need in zip(like, needs[i::4], strict=True)
-        ]
-        for i, like in enumerate((a, b, bias, gain), start=1)
-    ]
-    return (x.new_empty(x.shape) if needs[0] else x.new_empty(0), *of_members)
+def _fake_backward(call):
+    x, of_members = call.x, [[], [], [], []]
+    for each in call.members():
+        like = zip(of_members, (each.a, each.b, each.bias, each.gain), each.needs[1:], strict=True)
+        for found, t, need in like:
+            found.append(t.new_empty(t.shape, dtype=dtype_of(t, need)) if need else x.new_empty(0))
+    return (x.new_empty(x.shape) if call.needs[0] else x.new_empty(0), *of_members)
 
 
-# drop_base: the members with a gain and a dropout also drop the input of their base (`loop.drops_base`). keep: h of all
-# members; keep_z: z of those whose gain's gradient cannot do with y (`loop.keeps_z`), the others' is None. backward gets y
-# or z of a member whose gain wants its gradient. needs: of dx, then of da, db, dbias, dgain of each member.
-_forward = declare(
-    "lora_linear_group_forward(Tensor x, Tensor[] w, Tensor[] a, Tensor[] b, float[] scale, Tensor?[] bias, Tensor?[] gain,"
-    " float[] dropout, Tensor?[] seed, bool drop_base, bool keep, bool keep_z) -> (Tensor[] y, Tensor[] h, Tensor[] z)",
-    _fake_forward,
-)
+_forward = declare("lora_linear_group_forward", GroupForward, "(Tensor[] y, Tensor[] h, Tensor[] z)", _fake_forward)
 _backward = declare(
-    "lora_linear_group_backward(Tensor x, Tensor[] dy, Tensor[] w, Tensor[] a, Tensor[] b, float[] scale, Tensor?[] bias,"
-    " Tensor?[] gain, float[] dropout, Tensor?[] seed, bool drop_base, Tensor[] h, Tensor?[] y, Tensor?[] z, int[] needs)"
-    " -> (Tensor dx, Tensor[] da, Tensor[] db, Tensor[] dbias, Tensor[] dgain)",
-    _fake_backward,
-)
+    "lora_linear_group_backward", GroupBackward,
+    "(Tensor dx, Tensor[] da, Tensor[] db, Tensor[] dbias, Tensor[] dgain)", _fake_backward,
+)  # fmt: skip

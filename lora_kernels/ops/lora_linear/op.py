@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_kernels.ops.dropout import draw_seed
 from lora_kernels.ops.gradients import OWN, asked, dtype_of, kind
+from lora_kernels.ops.lora_linear.call import Backward, Forward, Needs, keeps_z
 from lora_kernels.ops.registry import declare
 
 try:
@@ -82,18 +83,22 @@ def lora_linear(
     if dropout > 0 and seed is None:
         seed = draw_seed()
     tokens = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    args = (tokens, w, a, b, scale, bias, gain, dropout, seed if dropout > 0 else None, drop_base)
+    seed = seed if dropout > 0 else None
+    gain_wants_grad = gain is not None and gain.requires_grad
     wants_grad = (
-        x.requires_grad
+        gain_wants_grad
+        or x.requires_grad
         or a.requires_grad
         or b.requires_grad
         or (bias is not None and bias.requires_grad)
-        or (gain is not None and gain.requires_grad)
     )
     if wants_grad and torch.is_grad_enabled():
-        y = _LoRALinear.apply(*args, w_scale)
+        keep_z = gain_wants_grad and keeps_z(bias, gain, drop_base)
+        y = _LoRALinear.apply(
+            *Forward(tokens, w, a, b, scale, bias, gain, dropout, seed, drop_base, True, keep_z, w_scale)
+        )
     else:
-        y = _forward(*args, False, False, w_scale)[0]
+        y = _forward(Forward(tokens, w, a, b, scale, bias, gain, dropout, seed, drop_base, False, False, w_scale))[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
 
 
@@ -227,62 +232,64 @@ def _context_of_caller() -> Context | None:
     return kept and kept.copy()  # threads of several GPUs cannot enter one
 
 
+_LEARNT = [Forward._fields.index(name) for name in Needs._fields]  # the places of what gets a gradient
+_GAIN = Forward._fields.index("gain")
+
+
 class _LoRALinear(torch.autograd.Function):
+    """Of a `Forward`, field by field, since autograd looks into no structure."""
+
     @staticmethod
-    def forward(ctx, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, w_scale):
-        gain_wants = gain is not None and ctx.needs_input_grad[6]
-        # z cannot be had back from y once a bias is added (cancellation) or the base was dropped
-        keep_z = gain_wants and (bias is not None or drop_base)
-        y, h, z = _forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, True, keep_z, w_scale)
-        kept_y = y if gain_wants and not keep_z else None
-        ctx.save_for_backward(x, w, a, b, bias, gain, seed, w_scale, h, kept_y, z if keep_z else None)
-        ctx.scale, ctx.dropout, ctx.drop_base = scale, dropout, drop_base
-        ctx.kinds = [OWN, *(kind(t) for t in (a, b, bias, gain))]
+    def forward(ctx, *args):
+        call = Forward(*args)
+        y, h, z = _forward(call)
+        kept_y = y if ctx.needs_input_grad[_GAIN] and not call.keep_z else None
+        ctx.save_for_backward(
+            call.x, call.w, call.a, call.b, call.bias, call.gain, call.seed, call.w_scale, h, kept_y, z if call.keep_z else None
+        )
+        ctx.scale, ctx.dropout, ctx.drop_base = call.scale, call.dropout, call.drop_base
+        ctx.kinds = [OWN, *(kind(t) for t in (call.a, call.b, call.bias, call.gain))]
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        needs = asked(ctx.kinds, (ctx.needs_input_grad[i] for i in (0, 2, 3, 5, 6)))
-        args = (dy, *ctx.saved_tensors, ctx.scale, ctx.dropout, ctx.drop_base, needs)
-        dx, da, db, dbias, dgain = once("lora_linear", _grads, *args)
-        return dx, None, da, db, None, dbias, dgain, None, None, None, None
+        needs = asked(ctx.kinds, (ctx.needs_input_grad[i] for i in _LEARNT))
+        x, w, a, b, bias, gain, seed, w_scale, h, y, z = ctx.saved_tensors
+        call = Backward(
+            dy, x, w, a, b, ctx.scale, bias, gain, ctx.dropout, seed, ctx.drop_base, h, y, z, needs, w_scale
+        )
+        grads = [None] * len(ctx.needs_input_grad)
+        for i, grad in zip(_LEARNT, once("lora_linear", _grads, *call), strict=True):
+            grads[i] = grad
+        return tuple(grads)
 
 
-def _grads(dy, x, w, a, b, bias, gain, seed, w_scale, h, y, z, scale, dropout, drop_base, needs):
-    args = (dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale)
+def _grads(*args):
+    call = Backward(*args)
     if _any_autocast():
-        with without_autocast(dy):
-            grads = _backward(*args)
+        with without_autocast(call.dy):
+            grads = _backward(call)
     else:
-        grads = _backward(*args)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+        grads = _backward(call)
+    return tuple(g if need else None for g, need in zip(grads, call.needs, strict=True))
 
 
-def _fake_forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z, w_scale=None):
-    tokens, n_out = x.shape[0], w.shape[0]
-    wide = torch.promote_types(x.dtype, torch.float32)
+def _fake_forward(call):
+    x, (n_out, rank) = call.x, call.b.shape
+    tokens, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(tokens, n_out),
-        x.new_empty(tokens, a.shape[0], dtype=wide) if keep else x.new_empty(0),
-        x.new_empty(tokens, n_out) if keep_z else x.new_empty(0),
+        x.new_empty(tokens, rank, dtype=wide) if call.keep_h else x.new_empty(0),
+        x.new_empty(tokens, n_out) if call.keep_z else x.new_empty(0),
     )
 
 
-def _fake_backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale=None):
-    like = (x, a, b, bias, gain)
-    shapes = zip(like, needs, strict=True)
-    return tuple(t.new_empty(t.shape, dtype=dtype_of(t, need)) if need else x.new_empty(0) for t, need in shapes)
+def _fake_backward(call):
+    like = zip((call.x, call.a, call.b, call.bias, call.gain), call.needs, strict=True)
+    return tuple(t.new_empty(t.shape, dtype=dtype_of(t, need)) if need else call.x.new_empty(0) for t, need in like)
 
 
-_forward = declare(
-    "lora_linear_forward(Tensor x, Tensor w, Tensor a, Tensor b, float scale, Tensor? bias, Tensor? gain,"
-    " float dropout, Tensor? seed, bool drop_base, bool keep, bool keep_z, Tensor? w_scale=None)"
-    " -> (Tensor y, Tensor h, Tensor z)",
-    _fake_forward,
-)
+_forward = declare("lora_linear_forward", Forward, "(Tensor y, Tensor h, Tensor z)", _fake_forward)
 _backward = declare(
-    "lora_linear_backward(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, float scale, Tensor? bias, Tensor? gain,"
-    " float dropout, Tensor? seed, bool drop_base, Tensor h, Tensor? y, Tensor? z, int[] needs,"
-    " Tensor? w_scale=None) -> (Tensor dx, Tensor da, Tensor db, Tensor dbias, Tensor dgain)",
-    _fake_backward,
+    "lora_linear_backward", Backward, "(Tensor dx, Tensor da, Tensor db, Tensor dbias, Tensor dgain)", _fake_backward
 )

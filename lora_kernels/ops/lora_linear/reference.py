@@ -4,57 +4,58 @@ import torch
 
 from lora_kernels.ops.dropout import mask
 from lora_kernels.ops.gradients import dtype_of
+from lora_kernels.ops.lora_linear.call import Needs
 from lora_kernels.ops.lora_linear.loop import backward_each, forward_each
 from lora_kernels.ops.registry import implements
 
 
 @implements("lora_linear_forward", "reference")
-def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z, w_scale=None):
-    x_wide, w_wide, a_wide, b_wide = _widen(x, w, a, b)
-    w_wide = w_wide if w_scale is None else w_wide * w_scale.to(w_wide.dtype)[:, None]
-    x_dropped = x_wide * _keep(x, dropout, seed)
-    h = scale * (x_dropped @ a_wide.T)                                     # [tokens, r]
-    z = (x_dropped if drop_base else x_wide) @ w_wide.T + h @ b_wide.T     # [tokens, out]
+def forward(call):
+    dtype, gain, bias = call.x.dtype, call.gain, call.bias
+    x, w, a, b = _widen(call.x, _weight(call), call.a, call.b)
+    x_dropped = x * _keep(call)
+    h = call.scale * (x_dropped @ a.T)                                # [tokens, r]
+    z = (x_dropped if call.drop_base else x) @ w.T + h @ b.T          # [tokens, out]
     y = z if gain is None else z * gain.to(z.dtype)
-    if drop_base:
-        y = y + (x_wide - x_dropped) @ w_wide.T
+    if call.drop_base:
+        y = y + (x - x_dropped) @ w.T
     if bias is not None:
         y = y + bias.to(z.dtype)
-    return y.to(x.dtype), h if keep else None, z.to(x.dtype) if keep_z else None
+    return y.to(dtype), h if call.keep_h else None, z.to(dtype) if call.keep_z else None
 
 
 @implements("lora_linear_backward", "reference")
-def backward(dy, x, *args):
-    dx, *others = gradients(dy, x, *args)
-    return None if dx is None else dx.to(x.dtype), *others
+def backward(call):
+    dx, *others = gradients(call)
+    return None if dx is None else dx.to(call.x.dtype), *others
 
 
-def gradients(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale=None):
+def gradients(call):
     """dx in the dtype of the sums, the others as they are wanted."""
-    dy_wide, x_wide, w_wide, a_wide, b_wide = _widen(dy, x, w, a, b)
-    w_wide = w_wide if w_scale is None else w_wide * w_scale.to(w_wide.dtype)[:, None]
-    keep = _keep(x, dropout, seed)
-    dz = dy_wide if gain is None else dy_wide * gain.to(dy_wide.dtype)      # [tokens, out]
-    p = scale * (dz @ b_wide)                                              # [tokens, r]
-    if drop_base:
-        dx = dy_wide @ w_wide + keep * ((dz - dy_wide) @ w_wide + p @ a_wide)
+    h, gain, needs = call.h, call.gain, Needs(*call.needs)
+    dy, x, w, a, b = _widen(call.dy, call.x, _weight(call), call.a, call.b)
+    keep = _keep(call)
+    dz = dy if gain is None else dy * gain.to(dy.dtype)               # [tokens, out]
+    p = call.scale * (dz @ b)                                         # [tokens, r]
+    if call.drop_base:
+        dx = dy @ w + keep * ((dz - dy) @ w + p @ a)
     else:
-        dx = dz @ w_wide + keep * (p @ a_wide)
-    z_wide = (x_wide * keep if drop_base else x_wide) @ w_wide.T + h @ b_wide.T
-    da, db = p.T @ (x_wide * keep), dz.T @ h
-    dbias, dgain = dy_wide.sum(0), (dy_wide * z_wide).sum(0)
-    grads = zip((da, db, dbias, dgain), (a, b, bias, gain), needs[1:], strict=True)
-    return dx if needs[0] else None, *(g.to(dtype_of(t, need)) if need else None for g, t, need in grads)
+        dx = dz @ w + keep * (p @ a)
+    z = (x * keep if call.drop_base else x) @ w.T + h @ b.T
+    da, db = p.T @ (x * keep), dz.T @ h
+    dbias, dgain = dy.sum(0), (dy * z).sum(0)
+    grads = zip((da, db, dbias, dgain), (call.a, call.b, call.bias, gain), needs[1:], strict=True)
+    return dx if needs.x else None, *(g.to(dtype_of(t, need)) if need else None for g, t, need in grads)
 
 
 @implements("lora_linear_group_forward", "reference")
-def group_forward(*args):
-    return forward_each(forward, *args)
+def group_forward(call):
+    return forward_each(forward, call)
 
 
 @implements("lora_linear_group_backward", "reference")
-def group_backward(*args):
-    return backward_each(gradients, *args)
+def group_backward(call):
+    return backward_each(gradients, call)
 
 
 def _widen(x, *others):
@@ -62,6 +63,11 @@ def _widen(x, *others):
     return tuple(t.to(wide) for t in (x, *others))
 
 
-def _keep(x, dropout, seed):
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return mask(seed, dropout, *x.shape, wide, x.device) if dropout > 0 else x.new_ones((), dtype=wide)
+def _weight(call):
+    wide = torch.promote_types(call.x.dtype, torch.float32)
+    return call.w if call.w_scale is None else call.w.to(wide) * call.w_scale.to(wide)[:, None]
+
+
+def _keep(call):
+    x, wide = call.x, torch.promote_types(call.x.dtype, torch.float32)
+    return mask(call.seed, call.dropout, *x.shape, wide, x.device) if call.dropout > 0 else x.new_ones((), dtype=wide)

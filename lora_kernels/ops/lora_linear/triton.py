@@ -14,6 +14,7 @@ from lora_kernels.ops.dispatch import Problem, plan
 from lora_kernels.ops.gradients import empty_like
 from lora_kernels.ops.launch import architecture, ceil, gpu, launch, multiprocessors, power, refuse_device, tickets
 from lora_kernels.ops.lora_linear import library
+from lora_kernels.ops.lora_linear.call import Needs
 from lora_kernels.ops.lora_linear.layer import Layer, layers_of
 from lora_kernels.ops.lora_linear.loop import refuse_each
 from lora_kernels.ops.lora_linear.triton_backward import input_gradient_kernel, rest_of_gradients_kernel
@@ -30,47 +31,45 @@ from lora_kernels.ops.triton_sums import Sums, totals
 COLUMNS = 64  # whose gain one program looks at
 
 
-def refusal(x, w, a, b, scale, bias, gain, *_):
-    tensors = {"x": x, "w": w, "a": a, "b": b, "bias": bias, "gain": gain}
-    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(x)
+def refusal(call):
+    tensors = {"x": call.x, "w": call.w, "a": call.a, "b": call.b, "bias": call.bias, "gain": call.gain}
+    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(call.x)
 
 
-def backward_refusal(dy, *args):
-    return refusal(*args) or refuse_dtypes(dy=dy) or refuse_negated(dy=dy)
+def backward_refusal(call):
+    return refusal(call) or refuse_dtypes(dy=call.dy) or refuse_negated(dy=call.dy)
 
 
-def group_refusal(*args):
-    return refuse_each(refusal, *args)
+def group_refusal(call):
+    return refuse_each(refusal, call)
 
 
-def group_backward_refusal(x, dy, *args):
-    dys = {f"dy of member {i}": each for i, each in enumerate(dy)}
-    return group_refusal(x, *args) or refuse_dtypes(**dys) or refuse_negated(**dys)
+def group_backward_refusal(call):
+    dys = {f"dy of member {i}": each for i, each in enumerate(call.dy)}
+    return group_refusal(call) or refuse_dtypes(**dys) or refuse_negated(**dys)
 
 
 @implements("lora_linear_forward", "triton", refusal)
-def forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z, w_scale=None):
-    (y,), (h,), (z,) = _forward(x, [Layer(w, a, b, scale, bias, gain, dropout, seed, drop_base, keep_z)], keep)
+def forward(call):
+    (y,), (h,), (z,) = _forward(call.x, [Layer(call)], call.keep_h)
     return y, h, z
 
 
 @implements("lora_linear_group_forward", "triton", group_refusal)
-def group_forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, keep, keep_z):
-    return tuple(map(list, _forward(x, layers_of(w, a, b, scale, bias, gain, dropout, seed, drop_base, keep_z), keep)))
+def group_forward(call):
+    return tuple(map(list, _forward(call.x, layers_of(call), call.keep_h)))
 
 
 @implements("lora_linear_backward", "triton", backward_refusal)
-def backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale=None):
-    layer = Layer(w, a, b, scale, bias, gain, dropout, seed, drop_base)
-    dx, ((da, db, dbias, dgain),) = _backward(x, [dy], [layer], [h], [y], [z], needs[0], [needs[1:]])
-    return dx, da, db, dbias, dgain
+def backward(call):
+    dx, (grads,) = _backward(call.x, [call.dy], [Layer(call)], [call.h], [call.y], [call.z], [Needs(*call.needs)])
+    return dx, *grads
 
 
 @implements("lora_linear_group_backward", "triton", group_backward_refusal)
-def group_backward(x, dy, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs):
-    each = [needs[1 + 4 * i : 5 + 4 * i] for i in range(len(w))]
-    layers = layers_of(w, a, b, scale, bias, gain, dropout, seed, drop_base)
-    dx, grads = _backward(x, dy, layers, h, y, z, needs[0], each)
+def group_backward(call):
+    needs = [Needs(*member.needs) for member in call.members()]
+    dx, grads = _backward(call.x, call.dy, layers_of(call), call.h, call.y, call.z, needs)
     return (dx, *map(list, zip(*grads, strict=True)))
 
 
@@ -177,20 +176,21 @@ def _order(x, rows, columns, depth, across):
     return dict(zip(("GROUP", "SLAB"), found, strict=True))
 
 
-def _backward(x, dys, layers, hs, ys, zs, needs_dx, needs):
+def _backward(x, dys, layers, hs, ys, zs, needs):
     """dx, and da, db, dbias and dgain of each layer; three launches, or those around the library's GEMM."""
-    sides, sums, grads, dgains = [], Sums(), [], []
+    sides, sums, grads, dgains, needs_dx = [], Sums(), [], [], needs[0].x
     by_library = needs_dx and planned("backward", x, layers)[0] == cost.LIBRARY
-    for dy, layer, h, y, z, (da, db, dbias, dgain) in zip(dys, layers, hs, ys, zs, needs, strict=True):
+    for dy, layer, h, y, z, need in zip(dys, layers, hs, ys, zs, needs, strict=True):
         sides.append(Side(
-            dy, layer.r, v=layer.b if needs_dx or da else None, gain=layer.gain, h=h if db else None,
-            times=(y if z is None else z) if dgain else None, scale=float(layer.scale), sums=dbias, less=layer.drop_base,
+            dy, layer.r, v=layer.b if need.x or need.a else None, gain=layer.gain, h=h if need.b else None,
+            times=(y if z is None else z) if need.gain else None, scale=float(layer.scale), sums=need.bias,
+            less=layer.drop_base,
             scaled=x.new_empty(dy.shape) if by_library and layer.gain is not None else None,
         ))  # fmt: skip
     if any(side.v is not None or side.h is not None or side.sums or side.times is not None for side in sides):
         both_sides(sides)
     ps, drops = [side.p for side in sides], [layer.drop for layer in layers]
-    of_x = [i for i, need in enumerate(needs) if need[0]]
+    of_x = [i for i, need in enumerate(needs) if need.a]
     parts = {}
     if of_x:
         made, wholes = outer(x, [ps[i] for i in of_x], [drops[i] for i in of_x], keep=needs_dx)
@@ -199,7 +199,7 @@ def _backward(x, dys, layers, hs, ys, zs, needs_dx, needs):
             for i, whole in zip(of_x, wholes, strict=True):
                 ps[i] = whole[None]
     for i, (layer, side, need) in enumerate(zip(layers, sides, needs, strict=True)):
-        of = zip((layer.a, layer.b, layer.bias, layer.gain), need, strict=True)
+        of = zip((layer.a, layer.b, layer.bias, layer.gain), need[1:], strict=True)
         da, db, dbias, dgain = (empty_like(t, wanted) if wanted else None for t, wanted in of)
         if da is not None:
             sums.add(parts[i], da, inverse(*layer.drop))

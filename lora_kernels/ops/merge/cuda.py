@@ -20,7 +20,8 @@ def refuse_pieces(w, a, b, out):
     return refuse_factors(w, a, b, MOST) or (None if out is None else refuse_rows(out=out))
 
 
-def refusal(w, a, b, scale, gain, out=None):
+def refusal(call):
+    w, a, b, gain, out = call.w, call.a, call.b, call.gain, getattr(call, "out", None)
     if w.dtype not in KINDS:
         return f"w is {w.dtype}; the kernels read bfloat16 or float16"
     reason = refuse_pieces(w, a, b, out)
@@ -32,11 +33,21 @@ def refusal(w, a, b, scale, gain, out=None):
     )
 
 
-@implements("merge_into", "cuda", refusal)
 @implements("merged_weight", "cuda", refusal)
-def merged_weight(w, a, b, scale, gain, out=None):
-    in_place = out is not None and out.data_ptr() == w.data_ptr()
-    out = torch.empty_like(w) if out is None else out
+def merged_weight(call):
+    out = torch.empty_like(call.w)
+    merge(call, out)
+    return out
+
+
+@implements("merge_into", "cuda", refusal)
+def merge_into(call):
+    merge(call, call.out)
+
+
+def merge(call, out):
+    """Fills out."""
+    w, a, b, gain, scale, in_place = call.w, call.a, call.b, call.gain, call.scale, out.data_ptr() == call.w.data_ptr() != 0
     pieces, (n, k) = refuse_pieces(w, a, b, out) is None, w.shape
     columns = COLUMNS if pieces else COLUMNS_ANY
     # so many columns a block that each multiprocessor has two, but enough to fill the pipeline
@@ -51,11 +62,10 @@ def merged_weight(w, a, b, scale, gain, out=None):
         )  # fmt: skip
         shared = STAGES * (ROWS + ranks) * COLUMNS * 2
         launch_cuda(SOURCE, f"merge_{KINDS[w.dtype]}_{ranks}", grid, THREADS, args, makes, shared, changes=changes)
-        return out
+        return
     of_a, of_b = pack(a), pack(b)
     args = (
         w, of_a, of_b, of_a.shape[2], of_b.shape[2], len(a), float(scale), out, *vector(gain), n, k, *w.stride(),
         *out.stride(), part,
     )  # fmt: skip
     launch_cuda(ANY, f"merge_any_{KINDS[w.dtype]}", grid, THREADS, args, makes, SHARED_ANY, changes=changes)
-    return out

@@ -7,6 +7,7 @@ Sources: LoRA, arXiv:2106.09685, §4.1; DoRA, arXiv:2402.09353, eq. 5.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +36,8 @@ def merged_weight(
     _check(w, a, b, scale, gain, out)
     with torch.no_grad(), without_autocast(w):
         if out is None:
-            return _merged(w, a, b, scale, gain)
-        _merge_into(w, a, b, scale, gain, out)
+            return _merged(Merged(w, a, b, scale, gain))
+        _merge_into(MergeInto(w, a, b, scale, gain, out))
     # a backend writes unseen by autograd: a graph that saved out as it was must raise
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)
@@ -84,11 +85,26 @@ def _span(t):
     return first * t.element_size(), (first + last + 1) * t.element_size()
 
 
-_merged = declare(
-    "merged_weight(Tensor w, Tensor a, Tensor b, float scale, Tensor? gain) -> Tensor",
-    lambda w, a, b, scale, gain: torch.empty_like(w),
-)
-_merge_into = declare(
-    "merge_into(Tensor w, Tensor a, Tensor b, float scale, Tensor? gain, Tensor(a!) out) -> ()",
-    lambda w, a, b, scale, gain, out: None,
-)
+class Merged(NamedTuple):
+    """The arguments of the op that makes its result."""
+
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    scale: float
+    gain: Tensor | None
+
+
+class MergeInto(NamedTuple):
+    """The arguments of the op that fills `out`."""
+
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    scale: float
+    gain: Tensor | None
+    out: Tensor
+
+
+_merged = declare("merged_weight", Merged, "Tensor", lambda call: torch.empty_like(call.w))
+_merge_into = declare("merge_into", MergeInto, "()", lambda call: None, changes=("out",))

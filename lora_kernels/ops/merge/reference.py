@@ -5,11 +5,23 @@ import torch
 from lora_kernels.ops.registry import implements
 
 
-@implements("merge_into", "reference")
 @implements("merged_weight", "reference")
-def merged_weight(w, a, b, scale, gain, out=None):
-    wide = torch.promote_types(w.dtype, torch.float32)
-    merged = w.to(wide) + scale * (b.to(wide) @ a.to(wide))                # [out, in]
-    if gain is not None:
-        merged = gain.to(wide)[:, None] * merged
-    return (torch.empty_like(w) if out is None else out).copy_(merged)
+def merged_weight(call):
+    out = torch.empty_like(call.w)
+    merge(call, out)
+    return out
+
+
+@implements("merge_into", "reference")
+def merge_into(call):
+    merge(call, call.out)
+
+
+def merge(call, out):
+    """Fills out."""
+    wide = torch.promote_types(call.w.dtype, torch.float32)
+    w, a, b = call.w.to(wide), call.a.to(wide), call.b.to(wide)
+    merged = w + call.scale * (b @ a)                                      # [out, in]
+    if call.gain is not None:
+        merged = call.gain.to(wide)[:, None] * merged
+    out.copy_(merged)

@@ -38,22 +38,32 @@ def merge_kernel(
     tl.store(out + rows[:, None] * o0 + depth[None, :] * o1, merged.to(out.dtype.element_ty), mask=inside)
 
 
-def refusal(w, a, b, scale, gain, out=None):
-    found = {"w": w, "a": a, "b": b, "gain": gain, "out": out}
-    return refuse_dtypes(**found) or refuse_negated(**found) or refuse_device(w)
+def refusal(call):
+    found = {"w": call.w, "a": call.a, "b": call.b, "gain": call.gain, "out": getattr(call, "out", None)}
+    return refuse_dtypes(**found) or refuse_negated(**found) or refuse_device(call.w)
+
+
+@implements("merged_weight", "triton", refusal)
+def merged_weight(call):
+    out = torch.empty_like(call.w)
+    merge(call, out)
+    return out
 
 
 @implements("merge_into", "triton", refusal)
-@implements("merged_weight", "triton", refusal)
-def merged_weight(w, a, b, scale, gain, out=None):
-    in_place = out is not None and out.data_ptr() == w.data_ptr()
-    out = torch.empty_like(w) if out is None else out
+def merge_into(call):
+    merge(call, call.out)
+
+
+def merge(call, out):
+    """Fills out."""
+    w, a, b, gain, in_place = call.w, call.a, call.b, call.gain, out.data_ptr() == call.w.data_ptr() != 0
     (n, k), r = w.shape, a.shape[0]
     half = a.dtype in HALVES
     # the parts of float32 factors take registers: a wider tile spills on sm_86 and sm_89
     tile = {"BN": 64, "BK": 64 if half and w.dtype in HALVES else 32, "BR": power(r, most=64 if half else 16)}
     args = {
-        "w": w, "a": a, "b": b, "gain": gain, "out": out, "scale": float(scale), "n": n, "k": k, "r": r, "w0": w.stride(0),
+        "w": w, "a": a, "b": b, "gain": gain, "out": out, "scale": float(call.scale), "n": n, "k": k, "r": r, "w0": w.stride(0),
         "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1), "b0": b.stride(0), "b1": b.stride(1),
         "g0": 0 if gain is None else gain.stride(0), "o0": out.stride(0), "o1": out.stride(1),
         # 16-bit factors are exact on tensor cores; float32 ones as six products of 16 bits, which is as good
@@ -63,4 +73,3 @@ def merged_weight(w, a, b, scale, gain, out=None):
     # other blocks, not stages, hide the wait for W: most calls take one step over the ranks
     _, stages = sound(b, [a], args["PRECISION"], tile["BN"], 4, 2)
     launch(merge_kernel, grid, args, [] if in_place else [out], changes=[out] if in_place else [], stages=stages)
-    return out

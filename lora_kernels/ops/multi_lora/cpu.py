@@ -10,7 +10,12 @@ from lora_kernels.ops.refusals import READ, refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 
 
-def refusal(x, w, slots, ids, weights, order, starts, error, bias):
+def refusal(call):
+    return _refuse(call, call.w)
+
+
+def _refuse(call, w):
+    x, bias, slots = call.x, call.bias, call.slots
     adapters = [t for i in range(0, len(slots), TENSORS) for t in slots[i : i + 2]]
     for t in (x, w, bias, *adapters):
         if t is not None and (t.dtype not in READ or t.is_neg()):
@@ -22,30 +27,29 @@ def refusal(x, w, slots, ids, weights, order, starts, error, bias):
 
 
 @implements("multi_lora_forward", "cpu", refusal)
-def forward(x, w, slots, ids, weights, order, starts, error, bias):
-    x = row_major(x)
-    y = x.new_empty(x.shape[0], w.shape[0])
-    z = base_product(x, w, y if x.dtype is torch.float32 else None)
-    adapt(z, y, x, slots, (ids, weights, order, starts, error), bias, False)
+def forward(call):
+    x = row_major(call.x)
+    y = x.new_empty(x.shape[0], call.w.shape[0])
+    adapt(call, base_product(x, call.w, y if x.dtype is torch.float32 else None), y, x, False)
     return y
 
 
-def add_refusal(y, x, slots, *rest):
-    return refusal(x, None, slots, *rest) or refuse_dtypes(y=y) or refuse_negated(y=y)
+def add_refusal(call):
+    return _refuse(call, None) or refuse_dtypes(y=call.y) or refuse_negated(y=call.y)
 
 
 @implements("multi_lora_add", "cpu", add_refusal)
-def add(y, x, slots, ids, weights, order, starts, error, bias):
-    to = row_major(y)
-    adapt(to, to, row_major(x), slots, (ids, weights, order, starts, error), bias, True)
-    if to is not y:
-        y.copy_(to)
+def add(call):
+    y = row_major(call.y)
+    adapt(call, y, y, row_major(call.x), True)
+    if y is not call.y:
+        call.y.copy_(y)
 
 
-def adapt(z, y, x, slots, plan, bias, holds_bias):
+def adapt(call, z, y, x, holds_bias):
     """Fills y with what the adapters make of z = x wᵀ, float32 or y itself, which may hold the bias already."""
-    first, threads = 0, torch.get_num_threads()
-    for i in range(0, len(slots), TENSORS):
-        a, b, *held = slots[i : i + TENSORS]
-        _cpu.multi_lora(x, a, b, z, y, bias, holds_bias, first, (*held, *plan), threads)
+    first, threads, plan = 0, torch.get_num_threads(), (call.ids, call.weights, call.order, call.starts, call.error)
+    for i in range(0, len(call.slots), TENSORS):
+        a, b, *held = call.slots[i : i + TENSORS]
+        _cpu.multi_lora(x, a, b, z, y, call.bias, holds_bias, first, (*held, *plan), threads)
         first += b.shape[1]

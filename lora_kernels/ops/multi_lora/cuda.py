@@ -23,30 +23,31 @@ RANKS, TOKENS_ANY, COLUMNS_ANY = 16, 32, 128  # of a step and of a block of csrc
 NO_SLICE = (*[None] * 9, *[0] * 5)
 
 
-def refusal(x, w, slots, ids, weights, order, starts, error, bias):
-    reason = refuse_small(x, w, slots, ids, weights, bias)
-    return refuse_operands(x, slots, bias, w=w) or (reason and refuse_beside_triton(reason))
+def refusal(call):
+    reason = refuse_small(call)
+    return refuse_operands(call, w=call.w) or (reason and refuse_beside_triton(reason))
 
 
-def add_refusal(y, x, slots, ids, weights, order, starts, error, bias):
-    return refuse_operands(x, slots, bias, y=y) or refuse_beside_triton("they add to a product that is there, too")
+def add_refusal(call):
+    return refuse_operands(call, y=call.y) or refuse_beside_triton("they add to a product that is there, too")
 
 
-def refuse_operands(x, slots, bias, **more):
+def refuse_operands(call, **more):
+    x, bias, slots = call.x, call.bias, call.slots
     if x.dtype not in KINDS:
         return f"x is {x.dtype}; the kernels read bfloat16 or float16"
     factors = {f"{name} of slots[{i}]": getattr(s, name) for i, s in enumerate(unflatten(slots)) for name in "ab"}
     return refuse_dtypes(bias=bias, **factors) or refuse_negated(x=x, bias=bias, **more, **factors) or refuse_cuda(x, ANY)
 
 
-def refuse_small(x, w, slots, ids, weights, bias):
+def refuse_small(call):
     """Why one launch cannot do it."""
-    sites, (m, k) = unflatten(slots), x.shape
+    x, w, ids, sites, (m, k) = call.x, call.w, call.ids, unflatten(call.slots), call.x.shape
     if any(s.a.dtype is not x.dtype for s in sites):
         return f"x is {x.dtype} and a {sites[0].a.dtype}; one launch reads the same for both"
     if m > TOKENS or len(sites) > SLICES:
         return f"x has {m} rows and w {len(sites)} slices; one launch takes up to {TOKENS} and {SLICES}"
-    if ids.shape[1] != 1 or weights is not None:
+    if ids.shape[1] != 1 or call.weights is not None:
         return f"tokens have {ids.shape[1]} adapters, or weights; one launch takes one of weight 1 for each, or none"
     if k == 0 or k % 8 or any(s.b.shape[1] % 8 for s in sites):
         return f"w is {list(w.shape)}, in slices of {[s.b.shape[1] for s in sites]}; one launch needs multiples of 8"
@@ -55,13 +56,14 @@ def refuse_small(x, w, slots, ids, weights, bias):
 
 
 @implements("multi_lora_forward", "cuda", refusal)
-def forward(x, w, slots, ids, weights, order, starts, error, bias):
-    sites, (m, k), y = unflatten(slots), x.shape, x.new_empty(len(x), len(w))
+def forward(call):
+    x, w, error, sites, (m, k) = call.x, call.w, call.error, unflatten(call.slots), call.x.shape
+    y = x.new_empty(m, len(w))
     if not y.numel():
         return y
-    if refuse_small(x, w, slots, ids, weights, bias):
+    if refuse_small(call):
         torch.mm(x, w.detach().T, out=y)
-        adapt(y, x, sites, ids, weights, order, starts, error, bias, False)
+        adapt(call, y, False)
         return y
     tokens, pages = 16 if m <= 16 else TOKENS, max(s.table.shape[1] for s in sites)
     tiles_of_a, w_tiles = ceil(pages * PAGE, ROWS), sum(ceil(s.b.shape[1], ROWS) for s in sites)
@@ -82,8 +84,8 @@ def forward(x, w, slots, ids, weights, order, starts, error, bias):
         fields += [n, first, pages, s.a.stride(0), s.b.stride(0)]
         first += n
     args = (
-        x, w, y, ids, order, error, h, scratch, ticket, *vector(bias), m, k, len(sites[0].rank), len(sites), ranks, x.stride(0),
-        w.stride(0), y.stride(0), a_blocks, a_part, w_part, *fields, *NO_SLICE * (SLICES - len(sites)),
+        x, w, y, call.ids, call.order, error, h, scratch, ticket, *vector(call.bias), m, k, len(sites[0].rank), len(sites),
+        ranks, x.stride(0), w.stride(0), y.stride(0), a_blocks, a_part, w_part, *fields, *NO_SLICE * (SLICES - len(sites)),
     )  # fmt: skip
     shared = STAGES[tokens] * (ROWS + tokens) * WIDTH
     grid, kernel = (len(sites) * a_blocks + w_blocks,), f"multi_lora_small_{KINDS[x.dtype]}_{tokens}"
@@ -92,22 +94,23 @@ def forward(x, w, slots, ids, weights, order, starts, error, bias):
 
 
 @implements("multi_lora_add", "cuda", add_refusal)
-def add(y, x, slots, ids, weights, order, starts, error, bias):
-    if y.numel():
-        adapt(y, x, unflatten(slots), ids, weights, order, starts, error, bias, True)
+def add(call):
+    if call.y.numel():
+        adapt(call, call.y, True)
 
 
-def adapt(y, x, sites, ids, weights, order, starts, error, bias, holds):
+def adapt(call, y, holds):
     """What the adapters and the bias make of y = x wᵀ, in place; `holds`: the bias is in it."""
+    x, ids, order, bias = call.x, call.ids, call.order, call.bias
     (m, k), each, first, kind = x.shape, ids.shape[1], 0, KINDS[x.dtype]
     parts = max(1, ceil(k, PART)) if m * each <= FEW else 1  # of many there are blocks enough
     part = PART if parts > 1 else ROWS * max(1, ceil(k, ROWS))
-    for s in sites:
+    for s in unflatten(call.slots):
         (count, pages), n = s.table.shape, s.b.shape[1]
         ranks = RANKS * max(1, ceil(pages * PAGE, RANKS))
         h = x.new_empty(parts, m * each, ranks, dtype=torch.float32)
         args = (
-            x, *matrix(s.a), s.table, s.rank, s.scale, ids, order, starts, h, m * each, each, k, count, pages, ranks,
+            x, *matrix(s.a), s.table, s.rank, s.scale, ids, order, call.starts, h, m * each, each, k, count, pages, ranks,
             *x.stride(), part,
         )  # fmt: skip
         grid = (m * each, min(ranks // RANKS, 4), parts)
@@ -115,8 +118,8 @@ def adapt(y, x, sites, ids, weights, order, starts, error, bias, holds):
         of_y, of_bias = y[:, first : first + n], None if bias is None else bias[first : first + n]
         args = (
             h, of_y, *matrix(s.b), s.table, s.rank, s.flags, s.generation, s.gain, s.bias, ids, order if each == 1 else None,
-            weights, error, *vector(of_bias), m, n, each, count, pages, ranks, parts, *of_y.stride(), int(holds),
+            call.weights, call.error, *vector(of_bias), m, n, each, count, pages, ranks, parts, *of_y.stride(), int(holds),
         )  # fmt: skip
         grid = (ceil(m, TOKENS_ANY), ceil(n, COLUMNS_ANY))
-        launch_cuda(ANY, f"multi_lora_expand_{kind}", grid, 128, args, [], 0, changes=[of_y, error])
+        launch_cuda(ANY, f"multi_lora_expand_{kind}", grid, 128, args, [], 0, changes=[of_y, call.error])
         first += n

@@ -10,6 +10,7 @@ ragged ranks: S-LoRA, arXiv:2311.03285, §5.2.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def multi_lora(
     if torch.is_grad_enabled() and _wants_grad(x, bias, *(t for s in slots for t in (s.a, s.b, s.gain, s.bias))):
         y = trained(_rows(x), w, slots, plan, bias)
     else:
-        y = _forward(_rows(x), w, *_flat(slots, plan), bias)
+        y = _forward(MultiLoRA(_rows(x), w, *_flat(slots, plan), bias))
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
 
 
@@ -76,7 +77,7 @@ def multi_lora_add_(
     rows = y if y.dim() == 2 else y.view(math.prod(y.shape[:-1]), y.shape[-1])
     if any(stride == 0 and size > 1 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
         raise ValueError(f"multi_lora_add_: y must have its own memory for each element, found strides {list(y.stride())}")
-    _add(rows, _rows(x), *_flat(slots, plan), bias)
+    _add(MultiLoRAAdd(rows, _rows(x), *_flat(slots, plan), bias))
     if not torch.compiler.is_compiling() and not y.is_inference():
         torch.autograd.graph.increment_version(y)
     return y
@@ -126,12 +127,37 @@ def _check(op, x, slots, plan, bias, n_out):
     return slots
 
 
-_PLAN = "Tensor ids, Tensor? weights, Tensor order, Tensor starts, Tensor(e!) error, Tensor? bias"
-_forward = declare(
-    f"multi_lora_forward(Tensor x, Tensor w, Tensor[] slots, {_PLAN}) -> Tensor",
-    lambda x, w, slots, ids, weights, order, starts, error, bias: x.new_empty(x.shape[0], w.shape[0]),
-)
-_add = declare(
-    f"multi_lora_add(Tensor(y!) y, Tensor x, Tensor[] slots, {_PLAN}) -> ()",
-    lambda y, x, slots, ids, weights, order, starts, error, bias: None,
-)
+class MultiLoRA(NamedTuple):
+    """The arguments of the op: x [tokens, in], the tensors of all `Slots` one after another, those of the `BatchPlan`."""
+
+    x: Tensor
+    w: Tensor
+    slots: list[Tensor]
+    ids: Tensor
+    weights: Tensor | None
+    order: Tensor
+    starts: Tensor
+    error: Tensor
+    bias: Tensor | None
+
+
+class MultiLoRAAdd(NamedTuple):
+    """The arguments of the op in place, y [tokens, out]."""
+
+    y: Tensor
+    x: Tensor
+    slots: list[Tensor]
+    ids: Tensor
+    weights: Tensor | None
+    order: Tensor
+    starts: Tensor
+    error: Tensor
+    bias: Tensor | None
+
+
+def _fake(call):
+    return call.x.new_empty(call.x.shape[0], call.w.shape[0])
+
+
+_forward = declare("multi_lora_forward", MultiLoRA, "Tensor", _fake, changes=("error",))
+_add = declare("multi_lora_add", MultiLoRAAdd, "()", lambda call: None, changes=("y", "error"))

@@ -7,24 +7,23 @@ from lora_kernels.ops.registry import implements
 
 
 @implements("multi_lora_forward", "reference")
-def forward(x, w, slots, ids, weights, order, starts, error, bias):
-    wide = torch.promote_types(x.dtype, torch.float32)
-    z = x.to(wide) @ w.to(wide).T                                          # [tokens, out]
-    return _adapted(z, x.to(wide), slots, ids, weights, error, bias).to(x.dtype)
+def forward(call):
+    x, wide = call.x, torch.promote_types(call.x.dtype, torch.float32)
+    return _adapted(call, x.to(wide) @ call.w.to(wide).T).to(x.dtype)
 
 
 @implements("multi_lora_add", "reference")
-def add(y, x, slots, ids, weights, order, starts, error, bias):
-    wide = torch.promote_types(x.dtype, torch.float32)
-    z = y.to(wide) if bias is None else y.to(wide) - bias.to(wide)
-    y.copy_(_adapted(z, x.to(wide), slots, ids, weights, error, bias))
+def add(call):
+    y, bias, wide = call.y, call.bias, torch.promote_types(call.x.dtype, torch.float32)
+    y.copy_(_adapted(call, y.to(wide) if bias is None else y.to(wide) - bias.to(wide)))
 
 
-def _adapted(z, x, slots, ids, weights, error, bias):
-    y, first = z.clone(), 0
-    for s in unflatten(slots):
+def _adapted(call, z):
+    """Of the base z = x wᵀ, [tokens, out]."""
+    x, bias, y, first = call.x.to(z.dtype), call.bias, z.clone(), 0
+    for s in unflatten(call.slots):
         last = first + s.b.shape[1]
-        for members, slot, v in members_of(s, ids, weights, error):
+        for members, slot, v in members_of(s, call.ids, call.weights, call.error):
             of = taken(s, slot, z.dtype)
             share = x[members] @ of.a.T @ of.b                              # [members, out]
             if of.gain is not None:

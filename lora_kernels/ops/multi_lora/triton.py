@@ -21,39 +21,46 @@ PROGRAMS = 2048  # at most to make h of a slice, where one launch makes it and y
 REGISTERS = 255  # of a thread: with fewer, for more blocks at once, ptxas spills (tests/gates)
 
 
-def refusal(x, w, slots, ids, weights, order, starts, error, bias):
-    tensors, sites = {"x": x, "w": w, "bias": bias}, unflatten(slots)
+def refusal(call):
+    return _refuse(call, w=call.w)
+
+
+def _refuse(call, **more):
+    tensors, sites = {"x": call.x, "bias": call.bias, **more}, unflatten(call.slots)
     for i, s in enumerate(sites):
         tensors |= {f"a of slots[{i}]": s.a, f"b of slots[{i}]": s.b}
         if s.a.stride(1) != 1 or s.b.stride(1) != 1:
             return f"a and b of slots[{i}] must have rows without gaps"
         if s.a.dtype is not sites[0].a.dtype:
             return f"a of slots[{i}] is {s.a.dtype} and of slots[0] {sites[0].a.dtype}; one launch reads both"
-    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(x)
+    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(call.x)
 
 
-def add_refusal(y, x, slots, *rest):
-    return refusal(x, None, slots, *rest) or refuse_dtypes(y=y) or refuse_negated(y=y)
+def add_refusal(call):
+    return _refuse(call, y=call.y)
 
 
 @implements("multi_lora_forward", "triton", refusal)
-def forward(x, w, slots, ids, weights, order, starts, error, bias):
-    y = x.new_empty(len(x), len(w))
-    run(x, w, slots, ids, weights, order, starts, error, bias, y)
+def forward(call):
+    y = call.x.new_empty(len(call.x), len(call.w))
+    run(call, call.w, y)
     return y
 
 
 @implements("multi_lora_add", "triton", add_refusal)
-def add(y, x, slots, ids, weights, order, starts, error, bias):
-    run(x, None, slots, ids, weights, order, starts, error, bias, y)
+def add(call):
+    run(call, None, call.y)
 
 
-def run(x, w, slots, ids, weights, order, starts, error, bias, y):
+def run(call, w, y):
     """Fills y; without w it holds x wᵀ and the bias already. One launch, or one for h and one for y. (On AMD one for each slice
     of y: with the arguments of several the compiler spills scalar registers.)"""
     if not y.numel():
         return
-    sites = unflatten(slots)
+    x, ids, weights, order, starts, error, bias = (
+        call.x, call.ids, call.weights, call.order, call.starts, call.error, call.bias,
+    )  # fmt: skip
+    sites = unflatten(call.slots)
     deterministic = torch.are_deterministic_algorithms_enabled()
     pages = max(s.table.shape[1] for s in sites)
     sites = [s if s.table.shape[1] == pages else replace(s, table=_wider(s.table, pages)) for s in sites]

@@ -13,12 +13,13 @@ FEW = 64  # rows of A for which W is streamed once, without a copy
 BLOCK = 512  # rows of W copied or widened at a time
 
 
-def refusal(w, a=None, b=None, scale=None, w_squared=None):
-    return refuse_dtypes(w=w, a=a, b=b) or refuse_negated(w=w, a=a, b=b)
+def refusal(call):
+    tensors = {"w": call.w, "a": call.a, "b": call.b}
+    return refuse_dtypes(**tensors) or refuse_negated(**tensors)
 
 
-def backward_refusal(dn, n, w, a, b, scale, needs):
-    return refusal(w, a, b)
+def squared_refusal(call):
+    return refuse_dtypes(w=call.w) or refuse_negated(w=call.w)
 
 
 def _blocks(w):
@@ -31,7 +32,8 @@ def _blocks(w):
 
 
 @implements("weight_norm_forward", "cpu", refusal)
-def forward(w, a, b, scale, w_squared):
+def forward(call):
+    w, a, b, w_squared = call.w, call.a, call.b, call.w_squared
     norm = w.new_empty(w.shape[0], dtype=torch.float32)
     if w.numel() == 0:
         return norm.zero_()
@@ -41,7 +43,7 @@ def forward(w, a, b, scale, w_squared):
         part = slice(first, first + len(rows))
         _cpu.weight_norm(
             rows, a, b[part], None if squared is None else squared[part], None if products is None else products[:, part],
-            norm[part], scale, MAX_CONDITION[w.dtype], torch.get_num_threads(),
+            norm[part], call.scale, MAX_CONDITION[w.dtype], torch.get_num_threads(),
         )  # fmt: skip
     return norm
 
@@ -62,10 +64,11 @@ def _products(w, a):
     return sums if len(sums) == len(a) else sums.view(3, *a.shape[:1], -1).sum(0)
 
 
-@implements("weight_norm_backward", "cpu", backward_refusal)
-def backward(dn, n, w, a, b, scale, needs):
+@implements("weight_norm_backward", "cpu", refusal)
+def backward(call):
     """With c = dn / n: dB = s·c ⊙ (W + s·BA) Aᵀ, dA = s·(c ⊙ B)ᵀ (W + s·BA), in blocks of rows; BA is not formed."""
-    c = torch.where(n > 0, dn / n, 0.0)[:, None]
+    w, a, b, scale = call.w, call.a, call.b, call.scale
+    c = torch.where(call.n > 0, call.dn / call.n, 0.0)[:, None]
     wide_a, wide_b = a.float(), b.float()
     gram, weighted = wide_a @ wide_a.T, c * wide_b
     da = wide_a.new_zeros(a.shape)
@@ -77,12 +80,13 @@ def backward(dn, n, w, a, b, scale, needs):
         torch.mm(rows, wide_a.T, out=db[part])
     da.addmm_(weighted.T @ wide_b, wide_a, alpha=scale)
     db.addmm_(wide_b, gram, alpha=scale).mul_(c)
-    grads = zip((da.mul_(scale), db.mul_(scale)), (a, b), needs, strict=True)
+    grads = zip((da.mul_(scale), db.mul_(scale)), (a, b), call.needs, strict=True)
     return tuple(g.to(dtype_of(t, need)) if need else None for g, t, need in grads)
 
 
-@implements("row_norm_squared", "cpu", refusal)
-def row_norm_squared(w):
+@implements("row_norm_squared", "cpu", squared_refusal)
+def row_norm_squared(call):
+    w = call.w
     squared = w.new_empty(w.shape[0], dtype=torch.float32)
     if w.numel() == 0:
         return squared.zero_()

@@ -21,17 +21,17 @@ def refuse_operands(w, a=None, b=None):
     return refuse_dtypes(a=a, b=b) or refuse_negated(w=w, a=a, b=b) or refuse_cuda(w, ANY)
 
 
-def refusal(w, a, b, scale, w_squared):
-    reason = refuse_factors(w, a, b, MOST)
-    return refuse_operands(w, a, b) or (reason and refuse_beside_triton(reason))
+def refusal(call):
+    reason = refuse_factors(call.w, call.a, call.b, MOST)
+    return refuse_operands(call.w, call.a, call.b) or (reason and refuse_beside_triton(reason))
 
 
-def backward_refusal(dn, n, w, a, b, scale, needs):
-    return refuse_operands(w, a, b) or refuse_beside_triton("they read W once for both gradients, too")
+def backward_refusal(call):
+    return refuse_operands(call.w, call.a, call.b) or refuse_beside_triton("they read W once for both gradients, too")
 
 
-def squared_refusal(w):
-    return refuse_operands(w) or refuse_beside_triton("they read W in pieces of 16 bytes")
+def squared_refusal(call):
+    return refuse_operands(call.w) or refuse_beside_triton("they read W in pieces of 16 bytes")
 
 
 def factors(a, b, scale):
@@ -41,7 +41,8 @@ def factors(a, b, scale):
 
 
 @implements("weight_norm_forward", "cuda", refusal)
-def forward(w, a, b, scale, w_squared):
+def forward(call):
+    w, a, b, scale = call.w, call.a, call.b, call.scale
     norm = w.new_empty(w.shape[0], dtype=torch.float32)
     if refuse_factors(w, a, b, MOST):
         return _any(w, factors(a, b, scale), norm, False)
@@ -60,18 +61,19 @@ def _any(w, given, norm, squared):
 
 
 @implements("row_norm_squared", "cuda", squared_refusal)
-def row_norm_squared(w):
-    n, k = w.shape
+def row_norm_squared(call):
+    w, (n, k) = call.w, call.w.shape
     zero = w.new_zeros(1, 1)
     given = factors(zero.expand(1, k), zero.expand(n, 1), 0.0)
     return _any(w, given, w.new_empty(n, dtype=torch.float32), True)
 
 
 @implements("weight_norm_backward", "cuda", backward_refusal)
-def backward(dn, n, w, a, b, scale, needs):
+def backward(call):
     """With c = dn / n: dB = s·c ⊙ (W Aᵀ + s·B A Aᵀ), dA = s·((c ⊙ B)ᵀ W + s·(c ⊙ B)ᵀ B A); BA is not formed. What has neither
     side of W is taken in float64: torch may take float32 products as TF32."""
-    c = torch.where(n > 0, dn / n, 0.0)[:, None]
+    w, a, b, scale, needs = call.w, call.a, call.b, call.scale, call.needs
+    c = torch.where(call.n > 0, call.dn / call.n, 0.0)[:, None]
     weighted = (c * b.float()).contiguous()
     p, part, *_ = sides(w, a.T if needs[1] else None, weighted if needs[0] else None, None, None, 1.0, False, len(a))
     wide_a, wide_b, da, db = a.double(), b.double(), None, None

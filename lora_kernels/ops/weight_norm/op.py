@@ -6,6 +6,8 @@
 Sources: DoRA, arXiv:2402.09353, eq. 5 and §4.3; the factored form, arXiv:2603.22276, §2.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def weight_norm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, w_
     with without_autocast(w):
         if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
             return _WeightNorm.apply(w, a, b, scale, w_squared)
-        return _forward(w, a, b, scale, w_squared)
+        return _forward(Norm(w, a, b, scale, w_squared))
 
 
 def row_norm_squared(w: Tensor) -> Tensor:
@@ -49,7 +51,7 @@ def row_norm_squared(w: Tensor) -> Tensor:
         raise ValueError(f"row_norm_squared: w must be [out, in], found {list(w.shape)}")
     if w.dtype not in FLOATS:
         raise TypeError(f"row_norm_squared: w must be floating, found {w.dtype}")
-    return _row_norm_squared(w.detach())
+    return _row_norm_squared(RowNorm(w.detach()))
 
 
 def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ def _check(w, a, b, scale, w_squared):
 class _WeightNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w, a, b, scale, w_squared):
-        n = _forward(w, a, b, scale, w_squared)
+        n = _forward(Norm(w, a, b, scale, w_squared))
         ctx.save_for_backward(w, a, b, n)
         ctx.scale, ctx.kinds = scale, (kind(a), kind(b))
         return n
@@ -83,24 +85,47 @@ class _WeightNorm(torch.autograd.Function):
 
 def _grads(dn, w, a, b, n, scale, needs):
     with without_autocast(w):
-        da, db = _backward(dn, n, w, a, b, scale, needs)
+        da, db = _backward(NormBackward(dn, n, w, a, b, scale, needs))
     return da if needs[0] else None, db if needs[1] else None
 
 
-def _row_vector(w):
-    return w.new_empty(w.shape[0], dtype=torch.promote_types(w.dtype, torch.float32))
+class Norm(NamedTuple):
+    """The arguments of the forward op."""
+
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    scale: float
+    w_squared: Tensor | None
 
 
-_forward = declare(
-    "weight_norm_forward(Tensor w, Tensor a, Tensor b, float scale, Tensor? w_squared) -> Tensor",
-    lambda w, a, b, scale, w_squared: _row_vector(w),
-)
-_backward = declare(
-    "weight_norm_backward(Tensor dn, Tensor n, Tensor w, Tensor a, Tensor b, float scale, int[] needs)"
-    " -> (Tensor da, Tensor db)",
-    lambda dn, n, w, a, b, scale, needs: tuple(
-        t.new_empty(t.shape, dtype=dtype_of(t, need)) if need else w.new_empty(0)
-        for t, need in zip((a, b), needs, strict=True)
-    ),
-)
-_row_norm_squared = declare("row_norm_squared(Tensor w) -> Tensor", _row_vector)
+class NormBackward(NamedTuple):
+    """The arguments of the backward op: dn and n [out], and which of da and db are wanted, as in `ops.gradients`."""
+
+    dn: Tensor
+    n: Tensor
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    scale: float
+    needs: list[int]
+
+
+class RowNorm(NamedTuple):
+    """The argument of ‖W‖²."""
+
+    w: Tensor
+
+
+def _fake(call):
+    return call.w.new_empty(call.w.shape[0], dtype=torch.promote_types(call.w.dtype, torch.float32))
+
+
+def _fake_backward(call):
+    like = zip((call.a, call.b), call.needs, strict=True)
+    return tuple(t.new_empty(t.shape, dtype=dtype_of(t, need)) if need else call.w.new_empty(0) for t, need in like)
+
+
+_forward = declare("weight_norm_forward", Norm, "Tensor", _fake)
+_backward = declare("weight_norm_backward", NormBackward, "(Tensor da, Tensor db)", _fake_backward)
+_row_norm_squared = declare("row_norm_squared", RowNorm, "Tensor", _fake)

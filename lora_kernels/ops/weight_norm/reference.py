@@ -7,24 +7,26 @@ from lora_kernels.ops.registry import implements
 
 
 @implements("weight_norm_forward", "reference")
-def forward(w, a, b, scale, w_squared):
-    return _adapted(w, a, b, scale).square().sum(1).sqrt()                 # [out]
+def forward(call):
+    return _adapted(call).square().sum(1).sqrt()                           # [out]
 
 
 @implements("weight_norm_backward", "reference")
-def backward(dn, n, w, a, b, scale, needs):
+def backward(call):
+    dn, n, a, b, scale = call.dn, call.n, call.a, call.b, call.scale
     c = torch.where(n > 0, dn / n, 0.0)                                    # [out]; a zero row has no direction
-    dv = c[:, None] * _adapted(w, a, b, scale)                             # [out, in]
+    dv = c[:, None] * _adapted(call)                                       # [out, in]
     da, db = scale * (b.to(dv.dtype).T @ dv), scale * (dv @ a.to(dv.dtype).T)
-    grads = zip((da, db), (a, b), needs, strict=True)
+    grads = zip((da, db), (a, b), call.needs, strict=True)
     return tuple(g.to(dtype_of(t, need)) if need else None for g, t, need in grads)
 
 
 @implements("row_norm_squared", "reference")
-def row_norm_squared(w):
-    return w.to(torch.promote_types(w.dtype, torch.float32)).square().sum(1)
+def row_norm_squared(call):
+    return call.w.to(torch.promote_types(call.w.dtype, torch.float32)).square().sum(1)
 
 
-def _adapted(w, a, b, scale):
-    wide = torch.promote_types(w.dtype, torch.float32)
-    return w.to(wide) + scale * (b.to(wide) @ a.to(wide))                  # [out, in]
+def _adapted(call):
+    wide = torch.promote_types(call.w.dtype, torch.float32)
+    w, a, b = call.w.to(wide), call.a.to(wide), call.b.to(wide)
+    return w + call.scale * (b @ a)                                        # [out, in]

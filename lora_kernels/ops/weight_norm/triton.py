@@ -53,12 +53,13 @@ def row_norm_squared_kernel(w, squared, n, k, w0, w1, BN: tl.constexpr, BK: tl.c
     tl.store(squared + rows, tl.sum(squares, 1), mask=rows < n)
 
 
-def refusal(w, a=None, b=None, scale=None, w_squared=None):
-    return refuse_dtypes(w=w, a=a, b=b) or refuse_negated(w=w, a=a, b=b) or refuse_device(w)
+def refusal(call):
+    tensors = {"w": call.w, "a": call.a, "b": call.b}
+    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(call.w)
 
 
-def backward_refusal(dn, n, w, a, b, scale, needs):
-    return refusal(w, a, b)
+def squared_refusal(call):
+    return refuse_dtypes(w=call.w) or refuse_negated(w=call.w) or refuse_device(call.w)
 
 
 def tile(w):
@@ -66,12 +67,13 @@ def tile(w):
 
 
 @implements("weight_norm_forward", "triton", refusal)
-def forward(w, a, b, scale, w_squared):
+def forward(call):
+    w, a, b = call.w, call.a, call.b
     (n, k), r = w.shape, a.shape[0]
     norm = w.new_empty(n, dtype=torch.float32)
     most = 64 if a.dtype in HALVES else 16  # ranks of b that fit the registers
     args = {
-        "w": w, "a": a, "b": b, "norm": norm, "scale": float(scale), "n": n, "k": k, "r": r, "w0": w.stride(0),
+        "w": w, "a": a, "b": b, "norm": norm, "scale": float(call.scale), "n": n, "k": k, "r": r, "w0": w.stride(0),
         "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1), "b0": b.stride(0), "b1": b.stride(1),
         "MORE": r > most, "PRECISION": _precision(a), "BR": power(r, most=most), **tile(w),
     }  # fmt: skip
@@ -82,10 +84,11 @@ def forward(w, a, b, scale, w_squared):
     return norm
 
 
-@implements("weight_norm_backward", "triton", backward_refusal)
-def backward(dn, n, w, a, b, scale, needs):
+@implements("weight_norm_backward", "triton", refusal)
+def backward(call):
     """With c = dn / n: dB = s·c ⊙ (W Aᵀ + s·B A Aᵀ), dA = s·((c ⊙ B)ᵀ W + s·(c ⊙ B)ᵀ B A); BA is not formed."""
-    c = torch.where(n > 0, dn / n, 0.0)[:, None]
+    w, a, b, scale, needs = call.w, call.a, call.b, call.scale, call.needs
+    c = torch.where(call.n > 0, call.dn / call.n, 0.0)[:, None]
     weighted = (c * b.float()).contiguous()
     of_w = Side(w, len(a), v=a.T if needs[1] else None, h=weighted if needs[0] else None)
     both_sides([of_w], exact=True)  # W is read once for both gradients
@@ -101,9 +104,9 @@ def backward(dn, n, w, a, b, scale, needs):
     return da, db
 
 
-@implements("row_norm_squared", "triton", refusal)
-def row_norm_squared(w):
-    n, k = w.shape
+@implements("row_norm_squared", "triton", squared_refusal)
+def row_norm_squared(call):
+    w, (n, k) = call.w, call.w.shape
     squared = w.new_empty(n, dtype=torch.float32)
     args = {"w": w, "squared": squared, "n": n, "k": k, "w0": w.stride(0), "w1": w.stride(1), **tile(w)}
     launch(row_norm_squared_kernel, (ceil(n, args["BN"]),), args, [squared])
