@@ -186,7 +186,7 @@ def test_the_cpu_widens_a_block_and_no_more(monkeypatch):
     monkeypatch.setattr(cpu, "BLOCK", 1000)
     w, a, b, gain = draw(130, 90, 4, torch.bfloat16)
     with Largest() as seen:
-        cpu.merged_weight(w, a, b, 0.5, gain, w)
+        cpu.merge_into(MergeInto(w, a, b, 0.5, gain, w))
     assert 0 < seen.found <= 1000
     v, a, b, gain = draw(3, 2050, 4, torch.bfloat16)  # a row is longer than a block
     check(merged_weight(v, a, b, 0.5, gain), v, a, b, 0.5, gain)
