@@ -47,8 +47,8 @@ float* floats(const Matrix& m, const char* kernel) {
 }
 
 // Whether these are x [..., in], w [out, in], a [r, in], b [out, r] and vectors [out] on the CPU, x as w and a as b in
-// dtype, all of them ones that the kernels read: what a call nearly always brings.
-bool usual(py::handle x, py::handle w, py::handle a, py::handle b, py::handle bias, py::handle gain) {
+// dtype, all of them ones that the kernels read. Then _check of ops/lora_linear/op.py, which is slower, raises nothing.
+bool valid_lora_linear(py::handle x, py::handle w, py::handle a, py::handle b, py::handle bias, py::handle gain) {
   lk::Tensor t[6];
   const py::handle given[6] = {x, w, a, b, bias, gain};
   for (int i = 0; i < 6; i++) {
@@ -161,7 +161,8 @@ PYBIND11_MODULE(_cpu, m) {
       "read_tensors", [](py::object capsule, py::object describe) { lk::reader.set(capsule, describe); },
       "How tensors are read: torch's DLPack exchange functions, or where there are none a Python function.");
   m.def("reads_fast", [] { return lk::reader.fast(); }, "Whether tensors are read by torch's own C function.");
-  m.def("usual", &usual, "Whether these arguments need no further look; False says nothing.");
+  m.def("valid_lora_linear", &valid_lora_linear,
+        "Whether x, w, a, b, bias and gain are valid for lora_linear; where it is False they may be so, too.");
 
   m.def(
       "forward_small",

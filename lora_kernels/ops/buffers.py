@@ -19,7 +19,7 @@ def describe(t: Tensor) -> tuple[int, ...]:
 
 
 _cpu.read_tensors(getattr(Tensor, "__dlpack_c_exchange_api__", None), describe)
-usual = _cpu.usual if _cpu.reads_fast() else None
+valid_lora_linear = _cpu.valid_lora_linear if _cpu.reads_fast() else None
 fingerprint = _cpu.fingerprint
 
 

@@ -1,9 +1,12 @@
 """How the C++ kernels read tensors: by torch's DLPack function, or without it by a Python one, and never what they cannot."""
 
 from importlib import import_module
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 _cpu = pytest.importorskip("lora_kernels._cpu", reason="the CPU kernels are not built here")
 
@@ -14,7 +17,7 @@ from lora_kernels.ops import NormCache, buffers  # noqa: E402
 @pytest.fixture
 def without_exchange(monkeypatch):
     """As with a torch that has no DLPack exchange functions."""
-    monkeypatch.setattr(import_module("lora_kernels.ops.lora_linear.op"), "usual", None)
+    monkeypatch.setattr(import_module("lora_kernels.ops.lora_linear.op"), "valid_lora_linear", None)
     _cpu.read_tensors(None, buffers.describe)
     yield
     _cpu.read_tensors(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), buffers.describe)
@@ -80,15 +83,47 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("args", UNUSUAL.values(), ids=UNUSUAL)
-def test_what_is_not_usual_gets_the_long_look(args):
-    assert not _cpu.usual(*args)
+def test_the_fast_check_says_yes_to_nothing_else(args):
+    assert not _cpu.valid_lora_linear(*args)
 
 
 @pytest.mark.parametrize("lead", [(), (0,), (3,), (2, 3), (2, 0, 3)], ids=str)
-def test_what_is_usual(lead):
+def test_the_fast_check_says_yes(lead):
     x = torch.randn(*lead, 6, requires_grad=True)
-    assert _cpu.usual(x, W, A, B, None, None)
-    assert _cpu.usual(x.bfloat16(), W.bfloat16(), A.half(), B.half(), V, V.bfloat16())
+    assert _cpu.valid_lora_linear(x, W, A, B, None, None)
+    assert _cpu.valid_lora_linear(x.bfloat16(), W.bfloat16(), A.half(), B.half(), V, V.bfloat16())
+
+
+SIZES = st.integers(0, 3)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8])
+TENSORS = st.builds(
+    lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device),
+    st.lists(SIZES, max_size=3), DTYPES, st.sampled_from(["cpu", "cpu", "cpu", "meta"]),
+)  # fmt: skip
+
+
+@st.composite
+def calls(draw):
+    """x, w, a, b, bias, gain that fit each other, but for some of them."""
+    n_in, n_out, rank, dtype, adapters = draw(SIZES), draw(SIZES), draw(SIZES), draw(DTYPES), draw(DTYPES)
+    lead = draw(st.lists(SIZES, max_size=2))
+    shapes = [((*lead, n_in), dtype), ((n_out, n_in), dtype), ((rank, n_in), adapters), ((n_out, rank), adapters)]
+    args = [torch.empty(shape, dtype=of) for shape, of in shapes]
+    args += [draw(st.none() | st.just(torch.empty(n_out, dtype=draw(DTYPES)))) for _ in range(2)]
+    for i in draw(st.sets(st.integers(0, 5), max_size=2)):
+        args[i] = draw(TENSORS)
+    return args
+
+
+@given(calls())
+@settings(max_examples=600, deadline=None)
+def test_the_fast_check_implies_the_other(args):
+    """Each way of `_check` accepts what the C++ one accepts: there is one truth of what is valid."""
+    op = import_module("lora_kernels.ops.lora_linear.op")
+    x, w, a, b, bias, gain = args
+    if _cpu.valid_lora_linear(*args):
+        with mock.patch.object(op, "valid_lora_linear", None):
+            op._check(x, w, a, b, 1.0, bias, gain, 0.0, "peft", None)
 
 
 def test_kernels_refuse_what_they_cannot_read():

@@ -22,9 +22,9 @@ from lora_kernels.ops.lora_linear.call import Backward, Forward, Needs, keeps_z
 from lora_kernels.ops.registry import declare
 
 try:
-    from lora_kernels.ops.buffers import usual
+    from lora_kernels.ops.buffers import valid_lora_linear
 except ImportError:
-    usual = None
+    valid_lora_linear = None
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DROPOUT_SEMANTICS = ("peft", "lora_only")
@@ -129,8 +129,9 @@ def check_kinds(op: str, scale: Any, **tensors: Any) -> None:
 
 
 def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale=None, op="lora_linear"):
+    # fast yes; anything else goes through the checks below
     if (
-        usual is not None
+        valid_lora_linear is not None
         and not torch.compiler.is_compiling()
         and dropout == 0.0
         and seed is None
@@ -139,7 +140,7 @@ def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_sc
         and type(scale) is float
         and -math.inf < scale < math.inf
         and not w.requires_grad
-        and usual(x, w, a, b, bias, gain)
+        and valid_lora_linear(x, w, a, b, bias, gain)
     ):
         return
     check_kinds(op, scale, x=x, w=w, a=a, b=b, bias=bias, gain=gain, seed=seed, w_scale=w_scale)
