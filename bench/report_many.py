@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from bench.report_parts import DTYPES, grid, pyplot, sign
+from bench.palette import BARE, OTHERS, OURS, PEFT, digest_of, head, pyplot, save, three, tidy
+from bench.report_parts import DTYPES, grid, measured
 
 RIVALS = {
     "peft": "PEFT", "loop": "loop over segments", "gather": "gathered bmm", "vllm": "vLLM's way", "sglang": "SGLang's way",
@@ -19,7 +20,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
     heading = ["rows, K×N, ranks, workload", "ours", "adapters alone", *RIVALS.values()]
-    lines = [[title(row), *(f"{over_linear(row, name):.2f}" for name in ("ours", "ours, add", *RIVALS))] for row in rows]
+    lines = [[title(row), *(three(over_linear(row, name)) for name in ("ours", "ours, add", *RIVALS))] for row in rows]
     lost = [
         f"{title(row)}, {what} {row['ratios'][f'ours / {rival}']:.3f}"
         for row in rows for rival, what in RIVALS.items() if row["ratios"][f"ours / {rival}"] > 1
@@ -38,19 +39,36 @@ def over_linear(row: dict[str, Any], name: str) -> float:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Bars: each contender's time over nn.Linear's, a group for each batch."""
-    plt, rows, names = pyplot(), result["rows"], {"ours": "ours", **RIVALS}
-    figure, panel = plt.subplots(figsize=(10, 1.5 + 0.62 * len(rows)), layout="constrained")
-    colours = ("#00798c", "#d1495b", "#edae49", "#66a182", "#8d96a3", "#30638e")
-    for i, ((name, label), colour) in enumerate(zip(names.items(), colours, strict=True)):
-        places = [line + (i - (len(names) - 1) / 2) * 0.13 for line in range(len(rows))]
-        panel.barh(places, [over_linear(row, name) for row in rows], 0.13, label=label, color=colour)
-    panel.axvline(1, color="0.3", linewidth=1)
-    panel.set(xscale="log", yticks=range(len(rows)), yticklabels=[title(row) for row in rows], xlabel="time / nn.Linear's")
+    """Dots: each contender's time over nn.Linear's, a line for each batch, the largest gain over PEFT above."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    plt = pyplot()
+    rows = sorted(result["rows"], key=lambda row: row["ratios"]["ours / peft"])
+    figure, panel = plt.subplots(figsize=(10, 2.0 + 0.36 * len(rows)), layout="constrained")
+    places = range(len(rows))
+    for (name, label), colour in zip([item for item in RIVALS.items() if item[0] != "peft"], OTHERS, strict=True):
+        panel.scatter([over_linear(row, name) for row in rows], places, s=26, label=label, color=colour)
+    theirs, ours = ([over_linear(row, name) for row in rows] for name in ("peft", "ours"))
+    panel.hlines(places, ours, theirs, color="0.85", linewidth=3, zorder=0)
+    panel.scatter(theirs, places, s=80, label="PEFT", color=PEFT)
+    panel.scatter(ours, places, s=80, label="ours", color=OURS)
+    panel.axvline(1, color=BARE, linewidth=1, label="nn.Linear alone")
+    panel.set(xscale="log", yticks=places, yticklabels=[spelt(row) for row in rows])
+    panel.set_xlabel("time over that of nn.Linear without adapters")
+    ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10, 20) if panel.get_xlim()[0] < t < panel.get_xlim()[1]]
+    panel.xaxis.set_major_locator(FixedLocator(ticks))
+    panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter("{x:g}")
     panel.invert_yaxis()
-    panel.margins(y=0.01)
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
-    sign(figure, result["stamp"], f"{rows[0]['threads']} threads")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    tidy(panel)
+    said = f"Mixed adapters in one batch: {three(min(ours))} to {three(max(ours))} times nn.Linear alone"
+    said += f", PEFT {three(min(theirs))} to {three(max(theirs))}"
+    head(figure, said, measured(result["stamp"], f"{rows[0]['threads']} threads"), columns=4)
+    save(figure, path, digest_of(result))
+
+
+def spelt(row: dict[str, Any]) -> str:
+    """A batch in words, for the picture."""
+    ranks = "–".join(str(r) for r in dict.fromkeys((min(row["ranks"]), max(row["ranks"]))))
+    tokens = "1 token" if row["M"] == 1 else f"{row['M']} tokens"
+    return f"{row['kind']}, {tokens}, {row['K']}×{row['N']}, r={ranks}, {DTYPES[row['dtype']]}"

@@ -1,7 +1,8 @@
-"""What the parts of `bench.report` share: names, tables, pictures."""
+"""What the parts of `bench.report` share: names, tables, what stands below a picture."""
 
 from typing import Any
 
+THREADS, RANK = 2, 16  # what tables and pictures show
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -11,24 +12,16 @@ def grid(heading: list[str], lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [heading, rule, *lines]) if lines else ""
 
 
-def pyplot() -> Any:
-    """matplotlib's, for pictures in files.
-
-    Raises:
-        SystemExit: it is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit(f"the picture needs matplotlib (requirements-dev.txt; `make install` sets it up): {error}") from None
-
-    matplotlib.use("Agg")  # a picture in a file needs no display
-    from matplotlib import pyplot
-
-    return pyplot
+def measured(stamp: dict[str, Any], more: str) -> str:
+    """Where and with what a picture's data was measured."""
+    return f"{stamp['processor']}, {stamp['level']}; torch {stamp['torch']}, peft {stamp['peft']}; {more}"
 
 
-def sign(figure: Any, stamp: dict[str, Any], more: str) -> None:
-    """Writes where it was measured below a picture."""
-    note = f"{stamp['processor']}, {stamp['level']}; torch {stamp['torch']}, peft {stamp['peft']}; {more}"
-    figure.supxlabel(note, fontsize=9, color="0.4")
+def pick(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def distinct(rows: list[dict[str, Any]], *keys: str) -> list[tuple[Any, ...]]:
+    """The values of these keys, each combination once, in the order of the rows; rows without them are left out."""
+    return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows if set(keys) <= set(row)))

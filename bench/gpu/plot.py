@@ -3,20 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+from bench.palette import BARE, OTHERS, OURS, PEFT, digest_of, head, pyplot, save, three, tidy
+
 RANK = 16
 STYLES = {
-    "ours": ("o-", "#00798c"), "peft": ("s--", "#d1495b"), "compile": ("^:", "#edae49"), "addmm": ("v-.", "#66a182"),
+    "compile": ("^:", OTHERS[0], "torch.compile"), "addmm": ("v-.", OTHERS[1], "addmm"),
+    "peft": ("s--", PEFT, "PEFT"), "ours": ("o-", OURS, "ours"),
 }  # fmt: skip
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """A panel for each kind and direction (rows) and shape (columns), without dropout but for a timed run. A dry run has no
-    times: its panels hold no curve."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # a picture in a file needs no display
-    from matplotlib import pyplot as plt
-
+    times, which its panels say."""
     rows = [row for row in result["rows"] if row["op"] == "lora_linear" and (result.get("minutes") or not row["dropout"])]
     rows = [row for row in rows if row["r"] == RANK] or rows
     first = {tuple(row[key] for key in ("kind", "what", "K", "N", "M")): row for row in reversed(rows)}
@@ -26,7 +24,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     if not rows:
         raise ValueError("there is no row of lora_linear to draw")
     size = (max(8.0, 1 + 3.4 * len(across)), 1.5 + 2.6 * len(down))
-    figure, panels = plt.subplots(len(down), len(across), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    figure, panels = pyplot().subplots(len(down), len(across), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for line, (kind, what) in zip(panels, down, strict=True):
         for panel, (k, n) in zip(line, across, strict=True):
             here = [row for row in rows if (row["kind"], row["what"], row["K"], row["N"]) == (kind, what, k, n)]
@@ -35,33 +33,45 @@ def draw(result: dict[str, Any], path: Path) -> None:
         line[0].set_ylabel("time / nn.Linear's")
     for panel in panels[-1]:
         panel.set_xlabel("M (tokens)")
-    handles = {label: handle for panel in panels.flat for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5, frameon=False)
     stamp = result["stamp"]
     dry = "DRY RUN, no times; " if result["dry_run"] else ""
     versions = ", ".join(f"{name} {stamp[name]}" for name in ("torch", "peft", "triton"))
     note = f"{dry}{stamp['gpu']}; {versions}; bfloat16, r={rows[0]['r']}"
     if dropped := sorted({row["M"] for row in rows if row["dropout"]}):
         note += f", dropout at M={', '.join(map(str, dropped))}"
-    figure.supxlabel(note, fontsize=9, color="0.4")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    head(figure, headline(rows), note)
+    save(figure, path, digest_of(result))
+
+
+def headline(rows: list[dict[str, Any]]) -> str:
+    """The costliest case in one sentence: DoRA before LoRA, a step before a forward, many tokens before few."""
+    timed = [row for row in rows if "ours / linear" in row["ratios"]]
+    if not timed:
+        return "Dry run: every stage was tried, nothing was timed"
+    row = max(timed, key=lambda row: (row["kind"] == "dora", "backward" in row["what"], row["M"], row["K"] * row["N"]))
+    said = f"{row['kind']} {row['what']}, {row['M']} tokens, {row['K']}×{row['N']}: {three(row['ratios']['ours / linear'])}"
+    said += " times the frozen layer"
+    return said + (f", PEFT {three(row['ratios']['peft / linear'])}" if "peft / linear" in row["ratios"] else "")
 
 
 def curves(panel: Any, rows: list[dict[str, Any]]) -> None:
     """One panel's lines, and one at 1."""
     from matplotlib.ticker import LogLocator
 
-    panel.axhline(1, color="0.5", linewidth=1, label="nn.Linear alone")
+    panel.axhline(1, color=BARE, linewidth=1, label="nn.Linear alone")
     panel.set(xscale="log", yscale="log")
-    for name, (style, colour) in STYLES.items():
+    if not any(row["ratios"] for row in rows):
+        panel.set(xticks=[], yticks=[])
+        panel.text(0.5, 0.7, "not timed", color="0.5", ha="center", transform=panel.transAxes)
+        return
+    for name, (style, colour, label) in STYLES.items():
         points = [(row["M"], row["ratios"][f"{name} / linear"]) for row in rows if f"{name} / linear" in row["ratios"]]
         if points:
-            panel.plot(*zip(*points, strict=True), style, color=colour, markersize=5, label=name)
+            panel.plot(*zip(*points, strict=True), style, color=colour, markersize=5, label=label)
     tokens = sorted({row["M"] for row in rows})
     panel.set_xticks(tokens, list(map(str, tokens)), minor=False)
     panel.set_xticks([], minor=True)
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
     panel.yaxis.set_major_formatter("{x:g}")
     panel.set_yticks([], minor=True)
-    panel.grid(color="0.9")
+    tidy(panel)

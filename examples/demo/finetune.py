@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=140)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the weights are local, so no library may look for them elsewhere
 
+    sys.path.append(str(Path(__file__).parents[2]))  # for bench.palette
+
     import smollm2
 
     try:

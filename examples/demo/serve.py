@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     console = Console() if sys.stdout.isatty() else Console(width=140)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # for smollm2 and bench.palette
     import smollm2
 
     try:
@@ -227,35 +227,41 @@ def run(options, console):
 
 
 def show(rows, console) -> None:
+    from bench.palette import three
+
     table = Table("workload", "adapters", "", "first token ms", "a token ms", "tokens/s", "of base only")
     for row in rows:
         base = next(r for r in rows if r["workload"] == row["workload"] and r["contender"] == "base only")
         table.add_row(
             row["workload"], str(row["adapters"]), row["contender"], f"{1e3 * row['first_token_seconds']:.0f}",
             f"{1e3 * row['token_seconds']:.1f}", f"{row['tokens_per_second']:.0f}",
-            f"{row['tokens_per_second'] / base['tokens_per_second']:.2f}",
+            three(row["tokens_per_second"] / base["tokens_per_second"]),
         )  # fmt: skip
     console.print(table)
 
 
 def draw(result, path: Path) -> None:
     """Tokens a second of each contender, a group of bars for each workload."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from bench.palette import OTHERS, OURS, PEFT, head, pyplot, save, tidy
 
     rows = result["rows"]
     kinds, names = list(dict.fromkeys(r["workload"] for r in rows)), list(dict.fromkeys(r["contender"] for r in rows))
-    figure, panel = plt.subplots(figsize=(1.5 + 2 * len(kinds), 4), layout="constrained")
-    for i, (name, colour) in enumerate(zip(names, ("0.7", "#00798c", "#d1495b", "#edae49"), strict=True)):
-        values = [next(r["tokens_per_second"] for r in rows if (r["workload"], r["contender"]) == (k, name)) for k in kinds]
-        panel.bar([k + 0.2 * (i - 1.5) for k in range(len(kinds))], values, 0.2, label=name, color=colour)
-    panel.set_xticks(range(len(kinds)), kinds)
+    colours = {"base only": "0.8", "ours": OURS, "PEFT": PEFT, "merged": OTHERS[0]}
+    figure, panel = pyplot().subplots(figsize=(max(8.0, 1.5 + 2 * len(kinds)), 4.4), layout="constrained")
+    speed = {(r["workload"], r["contender"]): r["tokens_per_second"] for r in rows}
+    for i, name in enumerate(names):
+        places = [k + 0.2 * (i - 1.5) for k in range(len(kinds))]
+        bars = panel.bar(places, [speed[k, name] for k in kinds], 0.19, label=name, color=colours[name])
+        panel.bar_label(bars, fmt="%.0f", fontsize=8)
+    counts = {r["workload"]: r["adapters"] for r in rows}
+    panel.set_xticks(range(len(kinds)), [f"{kind}\n{counts[kind]} adapter{'s' * (counts[kind] > 1)}" for kind in kinds])
     panel.set_ylabel("tokens a second")
-    panel.legend(frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    tidy(panel, grid="y")
+    said = f"{counts[kinds[0]]} adapters in one batch keep {speed[kinds[0], 'ours'] / speed[kinds[0], 'base only']:.0%}"
+    said += f" of the base's speed, with PEFT {speed[kinds[0], 'PEFT'] / speed[kinds[0], 'base only']:.0%}"
+    note = f"{result['requests']} requests, {result['dtype']}, {result['threads']} threads, torch {result['torch']}"
+    head(figure, said, note)
+    save(figure, path)
 
 
 if __name__ == "__main__":

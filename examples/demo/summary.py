@@ -4,16 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from plans import largest_difference
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-matplotlib.use("Agg")  # a picture in a file needs no display
-from matplotlib import pyplot as plt
+from bench.palette import OURS, PEFT, head, pyplot, save, three, tidy
 
-STOCK_COLOUR, FUSED_COLOUR = "#9a9a9a", "#d1495b"
 MIB = 2**20
 
 
@@ -25,21 +22,29 @@ def write(result: dict[str, Any], folder: Path) -> None:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """One loss curve per comparison above, the median step times and the peak memory below."""
+    """How far the two losses of each comparison lie apart above, the median step times and the peak memory below."""
     comparisons = result["comparisons"]
     columns = len(comparisons)
-    figure = plt.figure(figsize=(max(8.0, 3.6 * columns), 7.0), layout="constrained")
+    figure = pyplot().figure(figsize=(max(9.0, 3.6 * columns), 7.6), layout="constrained")
     grid = figure.add_gridspec(2, 2 * columns)
     for index, comparison in enumerate(comparisons):
-        _curves(figure.add_subplot(grid[0, 2 * index : 2 * index + 2]), comparison)
+        _apart(figure.add_subplot(grid[0, 2 * index : 2 * index + 2]), comparison)
     times = [(c["stock"]["median_step_seconds"] * 1e3, c["fused"]["median_step_seconds"] * 1e3) for c in comparisons]
     memory = [(c["stock"]["peak_bytes"] / MIB, c["fused"]["peak_bytes"] / MIB) for c in comparisons]
     names = [c["name"].replace("-", "\n") for c in comparisons]
     _bars(figure.add_subplot(grid[1, :columns]), names, times, "median step, ms")
     _bars(figure.add_subplot(grid[1, columns:]), names, memory, "peak of tensors in a step, MiB")
-    figure.suptitle("SmolLM2-135M-Instruct on HumanEval, r=8: stock PEFT and fused, " + subtitle(result))
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    head(figure, headline(result), f"SmolLM2-135M-Instruct on HumanEval, r=8: {subtitle(result)}", columns=5)
+    save(figure, path)
+
+
+def headline(result: dict[str, Any]) -> str:
+    """The result in one sentence, of the comparison with the largest gain."""
+    best = min(result["comparisons"], key=lambda c: c["time_ratio"])
+    ratio, less = best["time_ratio"], 1 - best["fused"]["peak_bytes"] / best["stock"]["peak_bytes"]
+    speed = f"{three(1 / ratio)} times as fast" if ratio < 1 else f"{three(ratio)} times as long"
+    losses = "losses equal but for rounding" if result["passed"] else "a check FAILED"
+    return f"{best['name']}: a step {speed} as stock PEFT's, {100 * less:.0f} % less memory, {losses}"
 
 
 def subtitle(result: dict[str, Any]) -> str:
@@ -54,26 +59,36 @@ def backends(result: dict[str, Any]) -> list[str]:
     return sorted({name for c in result["comparisons"] for name in c["backends"].get("lora_linear_forward", [])})
 
 
-def _curves(axes: Any, comparison: dict[str, Any]) -> None:
-    steps = range(1, len(comparison["stock"]["losses"]) + 1)
-    axes.plot(steps, comparison["stock"]["losses"], color=STOCK_COLOUR, linewidth=5, label="stock PEFT")
-    axes.plot(steps, comparison["fused"]["losses"], color=FUSED_COLOUR, linewidth=1.5, label="fused")
-    axes.set_title(f"{comparison['name']}\nlargest difference {comparison['largest_loss_difference']:.1e}", fontsize=10)
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss")
-    axes.legend(frameon=False)
+def _apart(axes: Any, comparison: dict[str, Any]) -> None:
+    """|fused − stock| of the training loss at each step, under what rounding allows; equal bits stand at the bottom."""
+    from matplotlib.ticker import MaxNLocator
+
+    allowed = comparison["rounding_bound"]
+    stock, fused = comparison["stock"]["losses"], comparison["fused"]["losses"]
+    floor = allowed * 1e-4
+    apart = {step: abs(one - other) for step, (one, other) in enumerate(zip(stock, fused, strict=True), 1)}
+    equal = [step for step, far in apart.items() if not far]
+    axes.axhline(allowed, color="0.35", linewidth=1, linestyle="--", label="allowed: rounding")
+    line = [max(far, floor) if far else float("nan") for far in apart.values()]
+    axes.plot(apart.keys(), line, "o-", color=OURS, markersize=4, label="loss, fused − stock")
+    axes.plot(equal, [floor] * len(equal), "o", color=OURS, markerfacecolor="white", markersize=5, label="every bit equal")
+    axes.set(yscale="log", ylim=(floor / 2, allowed * 8), xlim=(0.5, len(apart) + 0.5))
+    axes.set(xlabel="step", ylabel="difference of the loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(f"{comparison['name']}: at most {comparison['largest_loss_difference']:.1e}", fontsize=10)
+    tidy(axes)
 
 
 def _bars(axes: Any, names: list[str], pairs: list[tuple[float, float]], title: str) -> None:
     positions = range(len(names))
-    for offset, index, colour, label in ((-0.2, 0, STOCK_COLOUR, "stock PEFT"), (0.2, 1, FUSED_COLOUR, "fused")):
+    for offset, index, colour, label in ((-0.2, 0, PEFT, "stock PEFT"), (0.2, 1, OURS, "fused")):
         heights = [pair[index] for pair in pairs]
         bars = axes.bar([p + offset for p in positions], heights, width=0.38, color=colour, label=label)
         axes.bar_label(bars, fmt="%.0f", fontsize=8)
     axes.set_xticks(list(positions), names)
     axes.set_title(title, fontsize=10)
     axes.margins(y=0.15)
-    axes.legend(frameon=False)
+    tidy(axes, grid="y")
 
 
 def show(result: dict[str, Any], folder: Path, console: Console) -> None:
@@ -111,7 +126,7 @@ def table(result: dict[str, Any]) -> Table:
             f"{c['largest_loss_difference']:.1e}",
             f"{c['rounding_bound']:.1e}",
             f"{stock['median_step_seconds'] * 1e3:.0f} / {fused['median_step_seconds'] * 1e3:.0f}",
-            f"{c['time_ratio']:.2f}",
+            three(c["time_ratio"]),
             f"{stock['peak_bytes'] / MIB:.0f} / {fused['peak_bytes'] / MIB:.0f}",
             f"{sum(checks)} of {len(checks)}",
         )
