@@ -1,4 +1,4 @@
-# make install | test | test-slow | test-vllm | demo | serve-demo | lint | gates | bench. Each makes .venv on its first call and reuses it.
+# make install | test | test-slow | test-vllm | demo | serve-demo | lint | docs | gates | bench. Each makes .venv on its first call and reuses it.
 # make gpu runs in your own environment: see there.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +6,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA := $(shell find csrc tests -name '*.cu' -o -name '*.cuh')
 SOURCES := $(CSRC) $(filter csrc/%,$(CUDA)) CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml
 
-.PHONY: install test test-slow test-vllm demo serve-demo lint gates bench bench-pytest gpu
+.PHONY: install test test-slow test-vllm demo serve-demo lint docs gates bench bench-pytest gpu
 
 install: .venv/built
 
@@ -54,6 +54,14 @@ lint: .venv/requirements
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(CUDA)
+
+.venv/docs: requirements-docs.txt .venv/requirements
+	$(BIN)/python -m pip install --quiet -r requirements-docs.txt
+	touch $@
+
+# the site from docs/ and the docstrings, into build/site; a warning fails. The variable silences the theme's advertisement
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # compiles every shipped kernel for every GPU, without one, by every supported Triton, and writes tests/gates/table.json
 gates: install

@@ -259,7 +259,7 @@ def draw(result, path: Path) -> None:
     tidy(panel, grid="y")
     said = f"{counts[kinds[0]]} adapters in one batch keep {speed[kinds[0], 'ours'] / speed[kinds[0], 'base only']:.0%}"
     said += f" of the base's speed, with PEFT {speed[kinds[0], 'PEFT'] / speed[kinds[0], 'base only']:.0%}"
-    note = f"{result['requests']} requests, {result['dtype']}, {result['threads']} threads, torch {result['torch']}"
+    note = f"{result['requests']} requests, {result['dtype']}, threads: {result['threads']}, torch {result['torch']}"
     head(figure, said, note)
     save(figure, path)
 
