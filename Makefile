@@ -61,7 +61,7 @@ lint: .venv/requirements
 
 # the site from docs/ and the docstrings, into build/site; a warning fails. The variable silences the theme's advertisement
 docs: .venv/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # compiles every shipped kernel for every GPU, without one, by every supported Triton, and writes tests/gates/table.json
 gates: install
