@@ -160,6 +160,7 @@ def main() -> None:
     import torch
 
     from bench.paired import paired, row, stamp
+    from bench.palette import three
     from lora_kernels import _cpu
 
     if options.isa:
@@ -173,7 +174,7 @@ def main() -> None:
             shape = {"M": rows, "K": size, "N": size}
             made = row("multi_lora", kind, getattr(torch, dtype), shape, seconds, what="forward", ranks=ranks, bytes_used=used)
             found.append(made)
-            ratios = "  ".join(f"{name} {seconds[name] / seconds['linear']:.2f}" for name in calls if name != "linear")
+            ratios = "  ".join(f"{name} {three(seconds[name] / seconds['linear'])}" for name in calls if name != "linear")
             rate = used / seconds["ours, add"] / 1e9
             print(f"{kind:9} {dtype:8} {rows}×{size}² r={ranks}: over linear: {ratios}; {rate:.1f} GB/s", flush=True)
             if options.out:

@@ -22,6 +22,7 @@ NAMES = DTYPES | {
     "lora": "LoRA", "dora": "DoRA",
     "ours": "ours", "peft": "PEFT", "linear": "nn.Linear alone",
 }  # fmt: skip
+SLOW = "Below 0.1: torch's own product is slow in this dtype and direction, so `nn.Linear` and PEFT are slow alike.\n"
 RIVALS = {"peft": "PEFT", "torch": "the best plain PyTorch", "compile": "torch.compile of that"}
 INTRO = f"""\
 `python -m bench.report` writes this part from the JSON files. A cell is ours / PEFT's.
@@ -111,7 +112,8 @@ def layers(rows: list[dict[str, Any]]) -> str:
         for (kind,) in distinct(rows, "kind")
         for k, n in distinct(pick(rows, dtype=dtype, kind=kind), "K", "N")
     ]
-    return grid(["ours / PEFT's"] + [f"{what}, M={tokens}" for what, tokens in columns], lines)
+    table = grid(["ours / PEFT's"] + [f"{what}, M={tokens}" for what, tokens in columns], lines)
+    return table + ("\n" + SLOW if any(row["ratios"]["ours / linear"] < 0.1 for row in rows) else "")
 
 
 def cell(found: list[dict[str, Any]]) -> str:
