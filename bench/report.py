@@ -156,11 +156,12 @@ def losses(rows: list[dict[str, Any]]) -> str:
             continue
         text += f"Where we lose to {name} ({THREADS} threads, every rank): {len(lost) or 'none'} of {len(met)} rows"
         text += ", our time over its:\n\n" if lost else ".\n"
+        lines = []
         for op, dtype, kind, what in distinct(lost, "op", "dtype", "kind", "what"):
             found = pick(lost, op=op, dtype=dtype, kind=kind, what=what)
-            places = [f"{place(row)} {row['ratios'][key]:.3f}" for row in found]
-            text += f"* {NAMES[dtype]} {NAMES[kind]} {what}: {'; '.join(places)}\n"
-        text += "\n" if lost else ""
+            places = [f"{place(row)}: {row['ratios'][key]:.3f}" for row in found]
+            lines.append([f"{NAMES[dtype]} {NAMES[kind]} {what}", "; ".join(places)])
+        text += grid(["", "shape: our time over its"], lines, "---") + "\n" if lost else ""
     return text
 
 

@@ -6,10 +6,10 @@ THREADS, RANK = 2, 16  # what tables and pictures show
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def grid(heading: list[str], lines: list[list[str]]) -> str:
-    """A markdown table, nothing without lines."""
-    rule = ["---"] + ["---:"] * (len(heading) - 1)
-    return "".join(f"| {' | '.join(line)} |\n" for line in [heading, rule, *lines]) if lines else ""
+def grid(heading: list[str], lines: list[list[str]], rule: str = "---:") -> str:
+    """A markdown table, nothing without lines; `rule` is that of each column but the first, "---:" right, "---" left."""
+    rules = ["---"] + [rule] * (len(heading) - 1)
+    return "".join(f"| {' | '.join(line)} |\n" for line in [heading, rules, *lines]) if lines else ""
 
 
 def measured(stamp: dict[str, Any], more: str) -> str:

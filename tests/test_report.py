@@ -97,9 +97,10 @@ def test_cells_are_ours_and_pefts_and_a_row_that_is_missing_is_a_dash():
 def test_a_row_that_loses_is_listed_whatever_its_rank():
     assert "none of 1 rows.\n" in text(row(1.25, 1.25))
     got = text(row(0.5, 1.25), row(1.5, 1.25, m=64, r=8), row(9, 1, threads=1))
-    assert "1 of 2 rows, our time over its:\n\n* bf16 LoRA forward: 1024×2048 M=64 r=8 1.200\n" in got
+    table = "|  | shape: our time over its |\n| --- | --- |\n| bf16 LoRA forward | 1024×2048 M=64 r=8: 1.200 |\n"
+    assert f"1 of 2 rows, our time over its:\n\n{table}" in got
     norm = {"op": "weight_norm", "kind": "dora", "dtype": "float32", "what": "norm", "K": 8, "N": 9, "r": 16, "threads": 2}
-    assert "* fp32 DoRA norm: 8×9 r=16 1.500\n" in text({**norm, "ratios": {"ours / peft": 1.5}})
+    assert "| fp32 DoRA norm | 8×9 r=16: 1.500 |\n" in text({**norm, "ratios": {"ours / peft": 1.5}})
 
 
 def many(kind, **seconds):
