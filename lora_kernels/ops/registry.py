@@ -27,6 +27,7 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 _library = torch.library.Library("lora_kernels", "DEF")
 _implementations: dict[str, dict[str, "Implementation"]] = {}
 _structures: dict[str, Callable[..., Any]] = {}  # of an op's arguments
+_refuse_device: Callable[[Tensor], str | None] = lambda t: None  # noqa: E731
 _missing: dict[str, str] = {}
 _there: set[str] = set()  # backends that some op has
 _warned: set[tuple[str, str]] = set()
@@ -162,6 +163,13 @@ def implements(
     return register
 
 
+def refuses_device(refusal: Callable[[Tensor], str | None]) -> Callable[[Tensor], str | None]:
+    """Decorates the function that says why no kernel for GPUs runs where a tensor is."""
+    global _refuse_device
+    _refuse_device = refusal
+    return refusal
+
+
 def load_backends(package: str) -> None:
     """Imports each backend file of an op; one that is not there or cannot be imported is kept as a reason."""
     for backend in BACKENDS:
@@ -266,7 +274,10 @@ def refusals(name: str, args: tuple[Any, ...]) -> dict[str, str | None]:
     found: dict[str, str | None] = dict.fromkeys(BACKENDS, NONE)
     found.update(missing_backends())
     call = _structures[name](*args)
-    found.update({b: i.refusal(call) for b, i in _implementations[name].items()})
+    for backend, implementation in _implementations[name].items():
+        # where the tensors are comes first: another dtype would not help on a machine without a GPU
+        elsewhere = _refuse_device(call[0]) if backend in ON_GPU else None
+        found[backend] = elsewhere or implementation.refusal(call)
     return found
 
 
