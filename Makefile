@@ -45,7 +45,7 @@ test-vllm: install .venv-vllm/requirements
 		--confcutdir=tests/engines tests/engines $(ARGS)
 
 demo: .venv/demo
-	$(BIN)/python examples/finetune.py $(ARGS)
+	$(BIN)/python examples/demo/finetune.py $(ARGS)
 
 serve-demo: .venv/demo
 	$(BIN)/python -m lora_kernels serve-demo $(ARGS)

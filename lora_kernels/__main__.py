@@ -66,8 +66,8 @@ def tune(arguments: list[str]) -> int:
 
 
 def serve_demo(arguments: list[str]) -> int:
-    """Runs examples/serve.py, which a checkout of the repository has; its exit status."""
-    script = Path(lora_kernels.__file__).parents[1] / "examples" / "serve.py"
+    """Runs examples/demo/serve.py, which a checkout of the repository has; its exit status."""
+    script = Path(lora_kernels.__file__).parents[1] / "examples" / "demo" / "serve.py"
     if not script.is_file():
         print(f"serve-demo: {script} is not here; a checkout of the repository has it", file=sys.stderr)
         return 2

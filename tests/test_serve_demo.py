@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-DEMO = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "serve.py"))
+DEMO = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "demo" / "serve.py"))
 
 
 @pytest.mark.parametrize(("kind", "counts"), [("distinct", [1] * 32), ("uniform", [6, 6, 5, 5, 5, 5]), ("identical", [32])])

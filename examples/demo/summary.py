@@ -123,7 +123,7 @@ def notes(result: dict[str, Any]) -> list[str]:
     lines = [
         "Steps of the two models alternate in one process; times are medians. Peak: of the tensors made during a step,",
         "weights not counted. Largest difference: of the two training-loss curves, with lora_dropout=0 (with dropout,",
-        "the two would draw different masks). Allowed: rounding, 2·loss·√(2·L)·(u + √K·2⁻²⁴), see examples/plans.py.",
+        "the two would draw different masks). Allowed: rounding, 2·loss·√(2·L)·(u + √K·2⁻²⁴), see examples/demo/plans.py.",
     ]
     by_name = {c["name"]: c for c in result["comparisons"]}
     for method in ("lora", "dora"):

@@ -1,7 +1,7 @@
 """Fine-tunes SmolLM2-135M-Instruct with LoRA and DoRA, with stock PEFT and with `lora_kernels.fuse`, and compares them.
 
-    python examples/finetune.py            a few minutes on two cores
-    python examples/finetune.py --quick    under 90 seconds
+    python examples/demo/finetune.py            a few minutes on two cores
+    python examples/demo/finetune.py --quick    under 90 seconds
 
 Both models start from the same seed and step in turn on the same batches. The run fails (exit status 1) if the two
 loss curves differ by more than rounding, if the held-out loss does not fall, or if the saved adapter does not come
