@@ -22,6 +22,7 @@ from torch import Tensor
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ON_GPU = ("triton", "cuda")
 NONE = "it has no such kernel"
+LEFT_OUT = "=0 when the package was built"  # the end of the note that setup.py leaves where a part was not wanted
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _library = torch.library.Library("lora_kernels", "DEF")
@@ -191,7 +192,9 @@ def _not_built(error: ImportError) -> str:
 def not_built(note: str, error: ImportError) -> str:
     """Why an extension is not there: what its build left in a file of the package, or else the error of its import."""
     file = Path(__file__).parent.parent / note
-    return f"not built: {file.read_text(encoding='utf-8').strip() if file.is_file() else error}"
+    if file.is_file():
+        return f"not built: {file.read_text(encoding='utf-8').strip()}"
+    return f"not built: {error}; `pip install .` in the repository builds it"
 
 
 @contextmanager
@@ -324,11 +327,22 @@ def _record(name: str, chosen: str, args: tuple[Any, ...], forced: bool) -> None
     recorder.decisions.append(Decision(name, chosen, others))
 
 
+def warn_of_missing() -> None:
+    """Says once, when the package is imported, that the CPU's kernels are not there; nothing if that was asked for."""
+    reason = _missing.get("cpu")
+    if reason and not reason.endswith(LEFT_OUT):
+        _warned.add(("", f"cpu: {reason}"))
+        message = f"lora_kernels runs on the slow reference on CPUs. cpu: {reason}"
+        warnings.warn(message, FallbackWarning, stacklevel=3)
+
+
 def _warn_of_fallback(name: str, order: tuple[str, ...], args: tuple[Any, ...]) -> None:
     reasons = refusals(name, args)
     reason = "; ".join(f"{b}: {reasons[b]}" for b in order if b != "reference")
-    if (name, reason) not in _warned:
-        _warned.add((name, reason))
+    absent = all(b in _missing for b in order if b != "reference")  # whatever the op and its arguments
+    key = "" if absent else name, reason
+    if key not in _warned:
+        _warned.add(key)
         warnings.warn(f"{name} runs on the slow reference. {reason}", FallbackWarning, stacklevel=5)
 
 
