@@ -133,7 +133,7 @@ def launch(
         simulate = import_module("lora_kernels.testing.triton_ptx").simulate_triton
         simulate(kernel, grid, args, [*makes, *changes], poisoned=makes, warps=warps, stages=stages, early=early)
         return
-    options = {"launch_pdl": True} if early else {}
+    options: dict[str, Any] = {"launch_pdl": True} if early else {}
     if registers and torch.version.hip is None:
         options["maxnreg"] = registers
     device = (makes or changes)[0].device
@@ -157,7 +157,7 @@ def refuse_cuda(t: Tensor, source: str) -> str | None:
 @lru_cache
 def refuse_binary(arch: int) -> str | None:
     """Why the module _cuda has no code for a GPU."""
-    if _cuda is None:
+    if _no_cuda:
         return _no_cuda
     binaries, texts = ([int(each.rstrip("af")) for each in kind.split()] for kind in (_cuda.ARCHITECTURES, _cuda.PTX))
     if any(each // 10 == arch // 10 and each <= arch for each in binaries) or any(each <= arch for each in texts):

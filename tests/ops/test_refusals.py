@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from lora_kernels import Member, dora_linear, explain, lora_linear, lora_linear_group, merged_weight, multi_lora, multi_lora_add_
+from lora_kernels import (
+    Member,
+    dora_linear,
+    explain,
+    lora_linear,
+    lora_linear_group,
+    merged_weight,
+    multi_lora,
+    multi_lora_add_,
+)
 from lora_kernels.ops import BatchPlan, missing_backends, registry, row_norm_squared, weight_norm
 from tests.ops.multi import ids_of, make_slots
 
@@ -41,7 +50,8 @@ def test_the_missing_gpu_comes_first(dtype):
 
 
 def test_a_forced_backend_says_so_too():
-    with registry.use_backend("cuda"), pytest.raises(NotImplementedError, match="cannot run on cuda: its kernels run on a GPU; "):
+    there = pytest.raises(NotImplementedError, match="cannot run on cuda: its kernels run on a GPU; ")
+    with registry.use_backend("cuda"), there:
         lora_linear(*(torch.ones(s) for s in ((3, 20), (12, 20), (4, 20), (12, 4))), 0.5)
 
 
