@@ -84,7 +84,8 @@ def built(tmp_path):
         folder.mkdir()
         for name, place in tools.items():
             (folder / name).symlink_to(place)
-        kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "CC", "PYTHONPATH") and not k.startswith("LORA_KERNELS")}
+        ours = ("CXX", "CC", "PYTHONPATH", "LORA_KERNELS")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
         command = [sys.executable, ROOT / "setup.py", "build_ext", "-b", tmp_path / "lib", "-t", tmp_path / "temp"]
         environment = kept | {"PATH": str(folder), "LORA_KERNELS_CUDA": "0"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
