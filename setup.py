@@ -38,26 +38,34 @@ PARTS = {
 
 
 class CMakeBuild(build_ext):
+    def run(self) -> None:
+        inplace = self.inplace  # which the base sets back while it builds; it copies modules into the sources, and no notes
+        self._reasons: dict[str, str] = {}
+        super().run()
+        for part in PARTS if inplace else ():
+            self._note(part, ROOT / "lora_kernels", self._reasons.get(part))
+
     def build_extension(self, ext: Extension) -> None:
         if ext.name != MODULES[0]:
             return  # one build makes all
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         target.mkdir(parents=True, exist_ok=True)
-        for part, (variable, targets, note) in PARTS.items():
-            reason = target / note
-            reason.unlink(missing_ok=True)
+        for part, (variable, targets, _) in PARTS.items():
             wanted = os.environ.get(variable, "auto")
-            if wanted == "0":
-                self._leave_out(part, reason, f"{variable}=0 when the package was built")
-                continue
             try:
-                self._build(target, targets, part)
+                if wanted == "0":
+                    self._reasons[part] = f"{variable}=0 when the package was built"
+                else:
+                    self._build(target, targets, part)
             except (OSError, subprocess.CalledProcessError) as error:
                 if wanted == "1":
                     raise
                 missing = self._folder(part) / "no_cuda.txt"
                 said = str(error.output) if isinstance(error, subprocess.CalledProcessError) else str(error)
-                self._leave_out(part, reason, missing.read_text() if missing.is_file() else why(said))
+                self._reasons[part] = missing.read_text() if missing.is_file() else why(said)
+            self._note(part, target, self._reasons.get(part))
+            if part in self._reasons:
+                print(f"lora_kernels: the {part} extension is left out: {self._reasons[part]}", file=sys.stderr)
 
     def _folder(self, part: str) -> Path:
         return Path(self.build_temp).resolve() / f"cmake-{part.lower()}"
@@ -72,11 +80,14 @@ class CMakeBuild(build_ext):
         run(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options])
         run(["cmake", "--build", str(build), "--parallel", jobs, "--target", *targets])
 
-    def _leave_out(self, part: str, note: Path, reason: str) -> None:
-        for module in PARTS[part][1]:  # an older one would be found
-            Path(self.get_ext_fullpath(f"lora_kernels.{module}")).unlink(missing_ok=True)
-        note.write_text(reason + "\n", encoding="utf-8")
-        print(f"lora_kernels: the {part} extension is left out: {reason}", file=sys.stderr)
+    def _note(self, part: str, package: Path, reason: str | None) -> None:
+        """Leaves in a folder of the package why a part is not there, or no note."""
+        _, modules, note = PARTS[part]
+        (package / note).unlink(missing_ok=True)
+        if reason is not None:
+            for module in modules:  # an older one would be found
+                (package / Path(self.get_ext_filename(module)).name).unlink(missing_ok=True)
+            (package / note).write_text(reason + "\n", encoding="utf-8")
 
 
 def run(command: list[str]) -> None:

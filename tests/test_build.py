@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,23 @@ def test_a_build_that_cannot_be_says_what_is_missing(built, tools, reason):
         reason = reason.replace("apt install g++", "xcode-select --install")
     note, told = built(tools)
     assert note == f"{reason}, then pip install --force-reinstall --no-deps .\n" and note.strip() in told
+
+
+def test_a_build_into_the_sources_leaves_its_reason_there(tmp_path):
+    """As `pip install -e .` does; modules of an older build go."""
+    (tmp_path / "lora_kernels").mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "lora_kernels/_version.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    old = [tmp_path / "lora_kernels" / f"{name}{suffix}" for name in ("_cpu", "_ptxsim", "_cuda")]
+    for path in old:
+        path.touch()
+    environment = {"PATH": "", "LORA_KERNELS_CUDA": "0"}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    subprocess.run(command, env=environment, capture_output=True, check=True, cwd=tmp_path)
+    notes = {path.name: path.read_text() for path in (tmp_path / "lora_kernels").glob("_*.txt")}
+    assert notes["_build_error.txt"].startswith("no cmake: ") and not any(path.exists() for path in old)
+    assert notes["_cuda_build_error.txt"] == "LORA_KERNELS_CUDA=0 when the package was built\n"
 
 
 @pytest.mark.parametrize(("said", "linux", "mac"), [
