@@ -62,9 +62,9 @@ class AdapterPool:
         pool.load("customer-7", "path/to/adapter")                # PEFT's files: LoRA, rsLoRA, DoRA, patterns, lora_bias
         with pool.batch(["customer-7", None]): ...                # adapters that run are never evicted
 
-    Rank rows lie in pages of 8, so ranks from 1 to `max_rank` share the memory without padding to the largest.
-    `capacity_bytes` covers pages, gains, biases and tables, on the device of the weights, in their dtype; each module gets as
-    many pages.
+    Rank rows lie in pages of 8, so ranks from 1 to `max_rank` share the memory without padding to the largest; gains of DoRA
+    and biases lie in pages, too, which adapters share. `capacity_bytes` covers pages and tables, on the device of the weights,
+    in their dtype; each module gets as many pages. `sizing` says how many bytes some ranks need, `size` what this pool holds.
     `host_bytes` of the host's memory keep adapters that were evicted (pinned, with a GPU), and `batch` brings them back.
     `modules` are the names of the layers that adapters may change: nn.Linear, the head among them, and nn.Embedding (LoRA
     alone). If not given all nn.Linear, since the pages of an embedding have as many columns as it has entries.
