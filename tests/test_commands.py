@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_contenders_share_weights_and_compute_the_same(method):
     base = bench._layer(shape, None, torch.device("cpu"))
     job = bench._job("", base, True, method, 7, 4)
     names = {name: {p.data_ptr() for p in module.parameters()} for name, module in job.modules.items()}
-    assert names["base"] < names["PEFT"] == names["ours"] and job.layers == 1
+    assert names["base"] < names["PEFT"] == names["ours"] and job.layers == "one layer"
     grads = {}
     for name, module in job.modules.items():
         x = job.x.clone().requires_grad_()
@@ -124,6 +125,13 @@ def test_contenders_share_weights_and_compute_the_same(method):
         grads[name] = y.detach(), *torch.autograd.grad(y.square().sum(), [x, *trained])
     torch.testing.assert_close(grads["ours"], grads["PEFT"])
     assert not torch.allclose(grads["base"][0], grads["PEFT"][0]), "B is zero"
+
+
+def test_layers_that_are_left_to_peft_are_told(monkeypatch):
+    report = SimpleNamespace(fused=["a", "b"], left={"c": "because"})
+    monkeypatch.setattr(bench, "fuse", lambda model: report)
+    base = bench._layer(bench.SHAPE.fullmatch("8x8"), None, torch.device("cpu"))
+    assert bench._job("", base, True, "LoRA", 2, 2).layers == "2 layers and 1 left to PEFT"
 
 
 def test_bench_leaves_no_gradients():
@@ -140,6 +148,8 @@ def test_words(ours, words):
 def test_bench_says_what_it_cannot(monkeypatch, capsys, tmp_path):
     assert main(["bench", str(tmp_path / "nothing")]) == 2
     assert "is neither a shape such as 4096x4096 nor a model that loads: " in capsys.readouterr().err
+    assert main(["bench", "8x8", "--plot", str(tmp_path / "nothing" / "x.png")]) == 2
+    assert "is no folder for the picture" in capsys.readouterr().err
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     assert main(["bench", "8x8", "--plot", "x.png"]) == 2
     assert capsys.readouterr().err == "bench: peft and matplotlib not installed: pip install peft matplotlib\n"

@@ -35,7 +35,8 @@ class Job:
     modules: dict[str, nn.Module]
     x: Tensor
     call: Callable[[nn.Module, Tensor], Tensor]
-    layers: int
+    layers: str
+    """How many, and how many of them are PEFT's."""
 
 
 def bench(
@@ -48,6 +49,9 @@ def bench(
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
         print(f"bench: {' and '.join(missing)} not installed: pip install {' '.join(missing)}", file=sys.stderr)
+        return 2
+    if plot and not plot.parent.is_dir():
+        print(f"bench: {plot.parent} is no folder for the picture", file=sys.stderr)
         return 2
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = None if dtype is None else getattr(torch, dtype)
@@ -67,8 +71,7 @@ def bench(
             with console.status(f"{method}, {step}"):
                 times[method, step] = measure(job, step == "step", seconds)
     where = torch.cuda.get_device_name(place) if place.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    of = f"{job.layers} layers" if job.layers > 1 else "one layer"
-    title = f"{what}, {of}, {tokens} tokens, rank {rank}, {str(job.x.dtype)[6:]}, {where}, backend {by}"
+    title = f"{what}, {job.layers}, {tokens} tokens, rank {rank}, {str(job.x.dtype)[6:]}, {where}, backend {by}"
     console.print(title, soft_wrap=True)
     console.print(table(times))
     if busy := _busy():
@@ -134,9 +137,11 @@ def _layer(shape: re.Match[str], dtype: torch.dtype | None, device: torch.device
 
 
 def _model(name: str, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+    # 4.56 gave it another name
+    key = "dtype" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56) else "torch_dtype"
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(name, **{key: dtype or "auto"})
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -153,7 +158,9 @@ def _job(name: str, base: Any, is_layer: bool, method: str, tokens: int, rank: i
             for b in module.lora_B.values():
                 nn.init.normal_(b.get_parameter("weight"), std=0.02)
     ours = _sharing(stock)
-    layers = len(fuse(ours, strict=True).fused)
+    report = fuse(ours)
+    count, left = len(report.fused), len(report.left)
+    layers = "one layer" if count == 1 and not left else f"{count} layers" + (f" and {left} left to PEFT" if left else "")
     modules = dict(zip(CONTENDERS, (base, stock, ours), strict=True))
     if is_layer:
         weight = base[0].weight
