@@ -53,7 +53,7 @@ def multi_lora(
     if torch.is_grad_enabled() and _wants_grad(x, bias, *(t for s in sites for t in (s.a, s.b, s.gain, s.bias))):
         y = trained(_rows(x), w, sites, plan, bias)
     else:
-        y = _forward(MultiLoRA(_rows(x), w, *_flat(sites, plan), bias))
+        y = _forward(MultiLoRA(*(_rows(x), w, *_flat(sites, plan), bias)))
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
 
 
@@ -77,7 +77,7 @@ def multi_lora_add_(
     rows = y if y.dim() == 2 else y.view(math.prod(y.shape[:-1]), y.shape[-1])
     if any(stride == 0 and size > 1 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
         raise ValueError(f"multi_lora_add_: y must have its own memory for each element, found strides {list(y.stride())}")
-    _add(MultiLoRAAdd(rows, _rows(x), *_flat(sites, plan), bias))
+    _add(MultiLoRAAdd(*(rows, _rows(x), *_flat(sites, plan), bias)))
     if not torch.compiler.is_compiling() and not y.is_inference():
         torch.autograd.graph.increment_version(y)
     return y
