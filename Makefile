@@ -40,9 +40,10 @@ test: install
 	$(ASLEEP) $(BIN)/python -m pytest -n 2 $(ARGS)
 
 # what shows most in three minutes: reference and CPU kernels, layers, adapters, serving, commands. Left out: kernels for GPUs,
-# interpreted or simulated, the simulator, the gates, and what trains or runs other programs for long
-FAST = -k "not triton and not cuda and not simulat and not interpret" $(addprefix --ignore=tests/,$(LONG))
-LONG = engines gates ptxsim test_gpu_command.py test_gpu_minutes.py
+# interpreted or simulated, the simulator, the gates, planted bugs, torch.compile's inductor, and what counts bytes or warms up
+FAST = -k "not triton and not cuda and not simulat and not interpret and not planted and not inductor" $(addprefix --ignore=tests/,$(LONG))
+LONG = engines gates ptxsim integrations/test_warm_up.py test_gpu_command.py test_gpu_minutes.py test_traffic_command.py \
+       $(addprefix ops/,test_addmm.py test_int8.py test_maps.py test_traffic.py)
 test-fast: install
 	$(ASLEEP) $(BIN)/python -m pytest -n 2 $(FAST) $(ARGS)
 

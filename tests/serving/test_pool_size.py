@@ -10,6 +10,7 @@ from lora_kernels.ops import BatchPlan, missing_backends
 from lora_kernels.ops.multi_lora.plan import rows_of
 from lora_kernels.ops.registry import ON_GPU
 from lora_kernels.serving import Adapter, AdapterPool, Factors, PoolFullError, serve
+from lora_kernels.serving.site import Pages, Prepared
 
 N_IN, N_OUT = 40, 24
 MIB = 1 << 20
@@ -174,3 +175,24 @@ def test_every_backend_reads_them_from_the_pages(backend):
         added = multi_lora_add_(torch.nn.functional.linear(x, w, bias), x, s, plan(), bias)
     for y in (found, added):
         torch.testing.assert_close(y, wanted, rtol=2e-2, atol=3e-2)
+
+
+def test_slots_with_vectors_of_their_own():
+    """As the plugin of vLLM has them, which writes a gain after the factors."""
+    g, generation = torch.Generator().manual_seed(0), torch.zeros(3, dtype=torch.int32)
+    pages = Pages(N_OUT, N_IN, torch.float32, generation, 6, 16, own_vectors=True)
+    s = pages.slots
+    assert s.gain.shape == s.bias.shape == (3, N_OUT)
+    a, b, w = (torch.randn(shape, generator=g) for shape in ((9, N_IN), (9, N_OUT), (N_OUT, N_IN)))
+    for slot in (2, 0):
+        pages.put(slot, Prepared(a, b, 1.0))
+        s.gain[slot], s.bias[slot] = slot + 2.0, slot + 3.0
+        s.flags[slot] |= 3
+    assert pages.short_of(16, 2) == 0 and len(pages.free) == 2 and not pages.shared
+    x = torch.randn(2, N_IN, generator=g)
+    y = multi_lora(x, w, s, BatchPlan.build(torch.tensor([2, 0]), 3))
+    whole = x @ (w + b.T @ a).T
+    torch.testing.assert_close(y, torch.stack([4 * whole[0] + 5, 2 * whole[1] + 3]), rtol=1e-4, atol=1e-4)
+    for slot in (2, 0):
+        pages.clear(slot)
+    assert not any(t.any() for t in s.tensors) and len(pages.free) == 6
