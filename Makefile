@@ -101,6 +101,11 @@ wheel: .venv/requirements
 		PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libgomp*' -w dist $$wheel && rm $$wheel || echo "  $$wheel stays as it is"; done; fi
 	@ls dist/*.whl
 
-# dist/hub: a repository for Hugging Face's kernels library (lora_kernels/integrations/hub.py)
-hub: install
+.venv/hub: requirements-hub.txt .venv/built
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-hub.txt
+	touch $@
+
+# dist/hub: a repository for Hugging Face's kernels library (lora_kernels/integrations/hub.py), and the test that loads one
+hub: .venv/hub
 	$(BIN)/python -m lora_kernels.integrations.hub dist/hub
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/integrations/test_hub.py

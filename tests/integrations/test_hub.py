@@ -17,7 +17,7 @@ from lora_kernels.integrations import hub
 from lora_kernels.integrations.peft import fallbacks
 from tests.integrations.fuse_helpers import llama
 
-MISSING = "pip install --no-deps kernels: its other packages verify signatures, and it loads local repositories without them"
+MISSING = "`make hub` installs kernels"
 
 
 @pytest.fixture(scope="module")
