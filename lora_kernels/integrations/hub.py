@@ -19,6 +19,7 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lora_kernels.integrations.peft import Linear, computed
 
 BACKENDS = ("cpu", "cuda")
 PACKAGE = Path(__file__).parents[1]
-LEFT_OUT = {"commands", "testing", "vllm", "__main__.py", "__pycache__"}  # what no layer needs
+LEFT_OUT = {"commands", "testing", "vllm", "__main__.py", "__pycache__", "_cuda.pyi", "_ptxsim.pyi"}  # what no layer needs
 START = '''"""LoRA and DoRA layers of PEFT on fused kernels: `layers.LoraLinear`, for peft.tuners.lora.layer.Linear."""
 
 import sys
@@ -92,7 +93,7 @@ def write(folder: Path) -> list[Path]:
     shutil.rmtree(folder / "build", ignore_errors=True)
     variants = [folder / "build" / f"torch-{backend}" for backend in BACKENDS]
     for backend, variant in zip(BACKENDS, variants, strict=True):
-        shutil.copytree(PACKAGE, variant / "lora_kernels", ignore=_left_out)
+        shutil.copytree(PACKAGE, variant / "lora_kernels", ignore=_left_out(backend))
         (variant / "__init__.py").write_text(START.format(version=__version__), encoding="utf-8")
         metadata = {
             "id": f"_lora_kernels_{backend}_{_digest(variant)}", "name": "lora-kernels", "version": 1, "license": "Apache-2.0",
@@ -104,8 +105,13 @@ def write(folder: Path) -> list[Path]:
     return variants
 
 
-def _left_out(folder: str, names: list[str]) -> set[str]:
-    return {name for name in names if name in LEFT_OUT or name.startswith("_ptxsim") or name.endswith("_build_error.txt")}
+def _left_out(backend: str) -> Callable[[str, list[str]], set[str]]:
+    modules = ("_ptxsim.",) if backend == "cuda" else ("_ptxsim.", "_cuda.")
+
+    def chosen(folder: str, names: list[str]) -> set[str]:
+        return {name for name in names if name in LEFT_OUT or name.startswith(modules) or name.endswith("_build_error.txt")}
+
+    return chosen
 
 
 def _digest(variant: Path) -> str:

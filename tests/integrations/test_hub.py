@@ -53,7 +53,9 @@ def test_layout(repository):
         ids.add(metadata["id"])
         names = {path.name for path in (variant / "lora_kernels").iterdir()}
         assert {"ops", "nn", "integrations", "__init__.py"} <= names and not names & hub.LEFT_OUT
-        assert not any(name.startswith("_ptxsim") for name in names) and list((variant / "lora_kernels").rglob("*.json"))
+        assert not any(name.startswith("_ptxsim") for name in names)
+        here = {path.name for path in hub.PACKAGE.glob("_c*.so") if backend == "cuda" or path.name.startswith("_cpu")}
+        assert {name for name in names if name.endswith(".so")} == here and list((variant / "lora_kernels").rglob("*.json"))
     assert len(ids) == 2 and "library_name: kernels" in (repository / "README.md").read_text()
 
 
