@@ -98,18 +98,27 @@ class AdapterPool:
 
     @staticmethod
     def sizing(
-        model: nn.Module, ranks: Iterable[int], *, dora: bool = False, lora_bias: bool = False, slots: int | None = None,
-        max_rank: int = 512, modules: Iterable[str] | None = None,
+        model: nn.Module, ranks: Iterable[int] | None = None, *, capacity_bytes: int | None = None, dora: bool = False,
+        lora_bias: bool = False, slots: int | None = None, max_rank: int = 512, modules: Iterable[str] | None = None,
     ) -> PoolSize:  # fmt: skip
-        """What a pool needs to hold adapters of these ranks at once: `AdapterPool(model, capacity_bytes=size.capacity_bytes,
-        slots=size.slots)`. Only shapes and dtypes are read, so the model may be on the meta device. `slots`: as many as there
-        are ranks, if not given. What a capacity holds is `pool.size.holds(rank)`.
+        """What a pool needs to hold adapters of these ranks at once, in as many slots if `slots` are not given:
+
+            size = AdapterPool.sizing(model, [16] * 32, dora=True)
+            pool = AdapterPool(model, capacity_bytes=size.capacity_bytes, slots=size.slots)
+
+        Or, without ranks, what `capacity_bytes` with `slots` (64) give: `sizing(model, capacity_bytes=1 << 30).holds(16)`.
+        Nothing is allocated: of the model shapes and dtypes are read, and it may be on the meta device.
 
         Raises:
-            ValueError: there is no rank, one is below 1 or above max_rank, or slots are fewer than ranks.
+            ValueError: neither or both are given, a rank is below 1 or above max_rank, slots are fewer than ranks, or the
+                capacity holds no page.
         """
-        layers = layers_of(unwrap(model), modules)
-        return size_for(layers.values(), ranks, slots, max_rank, dora, lora_bias)
+        layers = layers_of(unwrap(model), modules).values()
+        if (ranks is None) == (capacity_bytes is None):
+            raise ValueError("AdapterPool: sizing wants either ranks or capacity_bytes")
+        if capacity_bytes is not None:
+            return size_of(layers, capacity_bytes, 64 if slots is None else slots, max_rank)
+        return size_for(layers, ranks or (), slots, max_rank, dora, lora_bias)
 
     @property
     def device(self) -> torch.device:

@@ -118,12 +118,10 @@ def test_whoever_must_leave_for_a_gain_leaves():
 
 def test_an_8b_model():
     """The pool of the documentation: 1 GiB, 64 slots, a bf16 base with 225 linear layers."""
-    from lora_kernels.serving.size import layers_of, size_of
-
     model = llama_8b()
-    layers = list(layers_of(model, None).values())
-    size = size_of(layers, 1 << 30, 64, 512)
-    assert len(layers) == 225 and size.bytes_of_tables == 64 * 225 * (64 * 4 + 12) < 4 * MIB
+    size = AdapterPool.sizing(model, capacity_bytes=1 << 30)
+    assert size == AdapterPool.sizing(model, capacity_bytes=1 << 30, slots=64, max_rank=512)
+    assert size.bytes_of_tables == 64 * 225 * (64 * 4 + 12) < 4 * MIB
     assert (size.holds(16), size.holds(16, dora=True), size.holds(8), size.holds(64)) == (12, 10, 24, 3)
     assert str(size) == (
         "64 slots, 24 pages of 42.0 MiB and tables of 3.7 MiB: room for 12 LoRA or 10 DoRA adapters of rank 16 in all modules"
@@ -150,6 +148,11 @@ def test_repr():
 def test_sizes_that_cannot_be(ranks, slots, message):
     with pytest.raises(ValueError, match=message):
         AdapterPool.sizing(net(), ranks, slots=slots)
+    for both in ({}, {"ranks": [8], "capacity_bytes": 1 << 20}):
+        with pytest.raises(ValueError, match="sizing wants either ranks or capacity_bytes"):
+            AdapterPool.sizing(net(), **both)
+    with pytest.raises(ValueError, match="capacity_bytes must be at least "):
+        AdapterPool.sizing(net(), capacity_bytes=100)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
