@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import explain, merged_weight, use_backend
 from lora_kernels.ops.merge import cpu
+from lora_kernels.ops.merge.op import MergeInto
 from lora_kernels.testing import LAYOUTS, as_layout, assert_componentwise, assert_within_rounding, rms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
