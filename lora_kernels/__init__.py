@@ -17,6 +17,9 @@ from lora_kernels.ops import (
     use_backend,
     weight_norm,
 )
+from lora_kernels.ops.registry import warn_of_missing
+
+warn_of_missing()
 
 __all__ = [
     "AdapterError",

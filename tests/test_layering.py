@@ -1,4 +1,4 @@
-"""Imports go one way: csrc ← ops ← nn ← adapters ← serving ← integrations; backends never import each other."""
+"""Imports go one way: csrc ← ops ← nn ← adapters ← serving ← integrations ← commands; backends never import each other."""
 
 import ast
 import re
@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "adapters": {"ops", "nn", "adapters"},
     "serving": {"ops", "nn", "adapters", "serving"},
     "integrations": {"ops", "nn", "adapters", "serving", "integrations", "_version"},
+    "commands": {"ops", "nn", "adapters", "serving", "integrations", "commands", "_cpu", "_version"},
     "testing": {"ops", "testing", "_ptxsim"},
 }
 BACKENDS = {"reference", "cpu", "triton", "cuda"}

@@ -8,6 +8,7 @@ from torch import nn
 from bench.gpu.cases import sizes
 from bench.gpu.setting import Setting
 from lora_kernels import multi_lora, multi_lora_add_, use_backend
+from lora_kernels.ops.multi_lora.plan import taken
 from lora_kernels.serving import Adapter, AdapterPool, Factors
 from lora_kernels.testing import assert_within_rounding
 
@@ -39,7 +40,7 @@ def many(setting: Setting, rows: int, dtype: torch.dtype, several: bool, by_cuda
             y, again = multi_lora(x, w, slots, plan, bias), multi_lora(x, w, slots, plan, bias)
         added = None if by_cuda else multi_lora_add_(torch.nn.functional.linear(x, w, bias), x, slots, plan, bias)
     assert torch.equal(y, again), "other bits the second time"
-    gains = {name: slots.gain[pool.id_of(name) & 0xFFFFFFFF] for name in factors}
+    gains = {name: taken(slots, pool.id_of(name) & 0xFFFFFFFF, torch.float32).gain for name in factors}
     wanted = _exact(x, w, bias, names, weights, factors, gains)
     assert_within_rounding(y.cpu(), wanted, dtype if dtype.itemsize == 2 else torch.bfloat16, 1.05, name="y")
     assert added is None or (added.cpu().double() - wanted).norm() <= 2e-2 * wanted.norm(), "on a product that was there"

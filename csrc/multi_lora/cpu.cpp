@@ -321,8 +321,9 @@ void multi_lora(const MultiLora& p) {
     }
     with_type(p.b, [&](auto* b) {
       for (const Segment& s : work.segments) {
-        const Ends e{sums, p.flags[s.slot] & 1 ? p.gain + s.slot * p.n_out : nullptr,
-                     p.flags[s.slot] & 2 ? p.more + s.slot * p.n_out : nullptr, bias, p.k > 1};
+        const int32_t flags = p.flags[s.slot];
+        const int64_t at = int64_t(flags >> 2) * p.n_out;
+        const Ends e{sums, flags & 1 ? p.gain + at : nullptr, flags & 2 ? p.more + at : nullptr, bias, p.k > 1};
         expand_columns(p, s, b, h, e, own.get(), columns);
       }
     });

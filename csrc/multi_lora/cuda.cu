@@ -16,8 +16,8 @@ struct MultiLoRASlice {
   const void *a, *b;                      // [rows, k] [rows, n], rank rows in pages of 8
   const int *table, *rank, *generation;   // [count, pages] [count] [count]
   const float* scale;                     // [count]
-  const int* flags;                       // [count]: 1 there is a gain, 2 more
-  const float *gain, *more;               // [count, n]
+  const int* flags;                       // [count]: 1 there is a gain, 2 more, 4 times their row
+  const float *gain, *more;               // [rows, n]
   int64_t n, first, pages, a_row, b_row;  // W's rows `first` to `first + n`
 };
 
@@ -297,7 +297,7 @@ __device__ void end_of_w(char* memory, const Batch& batch, const MultiLoRASmall&
     const int column = threadIdx.x / 32 * 16 + r;
     if (token < p.m && row + column < s.n) {
       const int slot = batch.slot[token], flags = slot < 0 ? 0 : s.flags[slot];
-      const int64_t at = slot * s.n + row + column;
+      const int64_t at = int64_t(flags >> 2) * s.n + row + column;
       if (flags & 1) sum *= s.gain[at];
       if (flags & 2) sum += s.more[at];
       if (p.bias.data) sum += p.bias[s.first + row + column];

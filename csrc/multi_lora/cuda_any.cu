@@ -21,8 +21,8 @@ struct MultiLoRAExpand {
   const float* h;                                // [parts, entries, ranks]
   void* y;                                       // [m, n]
   Matrix b;                                      // [rows, n], rank rows in pages of 8
-  const int *table, *rank, *flags, *generation;  // [count, pages] [count] three times; flags: 1 there is a gain, 2 more
-  const float *gain, *more;                      // [count, n] twice
+  const int *table, *rank, *flags, *generation;  // [count, pages] [count] three times
+  const float *gain, *more;                      // [rows, n] twice, in row flags >> 2; there if flags have bit 0, bit 1
   const int64_t *ids, *order;                    // [m, each] [m], or null: as they come
   const float* weights;                          // [m, each], or null
   int* error;                                    // [1]
@@ -208,7 +208,7 @@ __device__ void multi_expand(const MultiLoRAExpand& p) {
 #pragma unroll
       for (int j = 0; j < 8; j++) {
         if (of(j) >= p.n) continue;
-        const int64_t at = slot * p.n + of(j);
+        const int64_t at = int64_t(flags >> 2) * p.n + of(j);
         const float gain = flags & 1 ? p.gain[at] : 1.f, more = flags & 2 ? p.more[at] : 0.f;
 #pragma unroll
         for (int t = 0; t < MINE; t++) {

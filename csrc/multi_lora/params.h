@@ -12,7 +12,7 @@ struct MultiLora {
   View bias;                                         // [out], or no data
   bool holds_bias;                                   // whether `from` has the bias in it
   const int32_t *table, *rank, *flags, *generation;  // [slots, pages] [slots] three times
-  const float *scale, *gain, *more;  // [slots] [slots, out] twice: g and c, where flags have bit 0, bit 1
+  const float *scale, *gain, *more;  // [slots] [rows, out] twice: g and c if flags have bit 0, bit 1, in row flags >> 2
   const int64_t* ids;                // [tokens, k]: generation << 32 | slot, or -1
   const float* weights;              // [tokens, k], or null
   const int64_t *order, *starts;     // [tokens · k] entries by slot, [slots + 1]

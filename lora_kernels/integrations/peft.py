@@ -45,15 +45,21 @@ class FusedLinear(Linear):
     """peft.tuners.lora.layer.Linear; a call that the kernels cover runs there, any other in PEFT's own forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        state: Any = "the call has arguments besides the input" if args or kwargs else read(self)
-        reason = state if type(state) is str else _input_refusal(self, x, state)
-        if reason is not None:
-            if not _compiling():
-                _fallbacks.setdefault(self, Counter())[reason] += 1
-            return super().forward(x, *args, **kwargs)
-        w, bias, a, b, scale, dropout, magnitude = state
-        gain = None if magnitude is None else _gain(self, w, a, b, scale, magnitude)
-        return lora_linear(x, w, a, b, scale, bias, gain, dropout)
+        y = computed(self, x, args, kwargs)
+        return super().forward(x, *args, **kwargs) if y is None else y
+
+
+def computed(layer: Linear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What the kernels give for a call of PEFT's layer, or None where PEFT's own forward must run; the reason is counted."""
+    state: Any = "the call has arguments besides the input" if args or kwargs else read(layer)
+    reason = state if type(state) is str else _input_refusal(layer, x, state)
+    if reason is not None:
+        if not _compiling():
+            _fallbacks.setdefault(layer, Counter())[reason] += 1
+        return None
+    w, bias, a, b, scale, dropout, magnitude = state
+    gain = None if magnitude is None else _gain(layer, w, a, b, scale, magnitude)
+    return lora_linear(x, w, a, b, scale, bias, gain, dropout)
 
 
 def read(layer: Any) -> Any:

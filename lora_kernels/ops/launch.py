@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.registry import not_built, simulates
+from lora_kernels.ops.registry import not_built, refuses_device, simulates
 
 try:
     from lora_kernels import _cuda
@@ -99,12 +99,14 @@ _tickets: dict[tuple[torch.device, int], Tensor] = {}
 _assembled: set[tuple[int, int]] = set()  # kernels and GPUs whose ptxas is chosen
 
 
+@refuses_device
 def refuse_device(t: Tensor) -> str | None:
     """Why kernels for GPUs cannot run on a tensor, or None."""
     if simulates():
         return None if t.is_cpu else f"it is simulated on the CPU, and the tensors are on {t.device}"
     if not t.is_cuda:
-        return f"its kernels run on a GPU and the tensors are on {t.device}; use_backend(..., simulate=True) simulates one"
+        here = "the tensors are" if torch.cuda.is_available() else "torch finds no GPU here and the tensors are"
+        return f"its kernels run on a GPU; {here} on {t.device}; use_backend(..., simulate=True) simulates one"
     capability = torch.cuda.get_device_capability(t.device)
     if torch.version.hip is None and capability < LEAST:
         return f"its kernels need compute capability 8.0, {torch.cuda.get_device_name(t.device)} has {capability}"
@@ -131,7 +133,7 @@ def launch(
         simulate = import_module("lora_kernels.testing.triton_ptx").simulate_triton
         simulate(kernel, grid, args, [*makes, *changes], poisoned=makes, warps=warps, stages=stages, early=early)
         return
-    options = {"launch_pdl": True} if early else {}
+    options: dict[str, Any] = {"launch_pdl": True} if early else {}
     if registers and torch.version.hip is None:
         options["maxnreg"] = registers
     device = (makes or changes)[0].device
@@ -155,7 +157,7 @@ def refuse_cuda(t: Tensor, source: str) -> str | None:
 @lru_cache
 def refuse_binary(arch: int) -> str | None:
     """Why the module _cuda has no code for a GPU."""
-    if _cuda is None:
+    if _no_cuda:
         return _no_cuda
     binaries, texts = ([int(each.rstrip("af")) for each in kind.split()] for kind in (_cuda.ARCHITECTURES, _cuda.PTX))
     if any(each // 10 == arch // 10 and each <= arch for each in binaries) or any(each <= arch for each in texts):

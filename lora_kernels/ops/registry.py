@@ -22,11 +22,13 @@ from torch import Tensor
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ON_GPU = ("triton", "cuda")
 NONE = "it has no such kernel"
+LEFT_OUT = "=0 when the package was built"  # the end of the note that setup.py leaves where a part was not wanted
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _library = torch.library.Library("lora_kernels", "DEF")
 _implementations: dict[str, dict[str, "Implementation"]] = {}
 _structures: dict[str, Callable[..., Any]] = {}  # of an op's arguments
+_refuse_device: Callable[[Tensor], str | None] = lambda t: None  # noqa: E731
 _missing: dict[str, str] = {}
 _there: set[str] = set()  # backends that some op has
 _warned: set[tuple[str, str]] = set()
@@ -162,6 +164,13 @@ def implements(
     return register
 
 
+def refuses_device(refusal: Callable[[Tensor], str | None]) -> Callable[[Tensor], str | None]:
+    """Decorates the function that says why no kernel for GPUs runs where a tensor is."""
+    global _refuse_device
+    _refuse_device = refusal
+    return refusal
+
+
 def load_backends(package: str) -> None:
     """Imports each backend file of an op; one that is not there or cannot be imported is kept as a reason."""
     for backend in BACKENDS:
@@ -183,7 +192,9 @@ def _not_built(error: ImportError) -> str:
 def not_built(note: str, error: ImportError) -> str:
     """Why an extension is not there: what its build left in a file of the package, or else the error of its import."""
     file = Path(__file__).parent.parent / note
-    return f"not built: {file.read_text(encoding='utf-8').strip() if file.is_file() else error}"
+    if file.is_file():
+        return f"not built: {file.read_text(encoding='utf-8').strip()}"
+    return f"not built: {error}; `pip install .` in the repository builds it"
 
 
 @contextmanager
@@ -266,7 +277,10 @@ def refusals(name: str, args: tuple[Any, ...]) -> dict[str, str | None]:
     found: dict[str, str | None] = dict.fromkeys(BACKENDS, NONE)
     found.update(missing_backends())
     call = _structures[name](*args)
-    found.update({b: i.refusal(call) for b, i in _implementations[name].items()})
+    for backend, implementation in _implementations[name].items():
+        # where the tensors are comes first: another dtype would not help on a machine without a GPU
+        elsewhere = _refuse_device(call[0]) if backend in ON_GPU else None
+        found[backend] = elsewhere or implementation.refusal(call)
     return found
 
 
@@ -313,11 +327,22 @@ def _record(name: str, chosen: str, args: tuple[Any, ...], forced: bool) -> None
     recorder.decisions.append(Decision(name, chosen, others))
 
 
+def warn_of_missing() -> None:
+    """Says once, when the package is imported, that the CPU's kernels are not there; nothing if that was asked for."""
+    reason = _missing.get("cpu")
+    if reason and not reason.endswith(LEFT_OUT):
+        _warned.add(("", f"cpu: {reason}"))
+        message = f"lora_kernels runs on the slow reference on CPUs. cpu: {reason}"
+        warnings.warn(message, FallbackWarning, stacklevel=3)
+
+
 def _warn_of_fallback(name: str, order: tuple[str, ...], args: tuple[Any, ...]) -> None:
     reasons = refusals(name, args)
     reason = "; ".join(f"{b}: {reasons[b]}" for b in order if b != "reference")
-    if (name, reason) not in _warned:
-        _warned.add((name, reason))
+    absent = all(b in _missing for b in order if b != "reference")  # whatever the op and its arguments
+    key = "" if absent else name, reason
+    if key not in _warned:
+        _warned.add(key)
         warnings.warn(f"{name} runs on the slow reference. {reason}", FallbackWarning, stacklevel=5)
 
 

@@ -57,7 +57,7 @@ def tune(
                 print(f"tune: there is too little memory for {p}", file=sys.stderr)
     finally:  # what was measured before an interruption, too
         if found:
-            tables.keep(launch.gpu(here), launch.architecture(here), found)
+            tables.keep(str(launch.gpu(here)), launch.architecture(here), found)
             dispatch.forget()
     return found
 
@@ -134,13 +134,13 @@ def operands(p: Problem, device: torch.device | str) -> tuple[str, tuple[Any, ..
     seeds = [torch.tensor(i) if p.dropout else None for i in range(len(w))]
     gains = [torch.ones(n, device=device) if p.gain else None for n in p.n]
     rates, scales, none = [0.05 if p.dropout else 0.0] * len(w), [1.0] * len(w), [None] * len(w)
-    given = [w, a, b, scales, none, gains, rates, seeds]
-    h = [normal(p.m, r, dtype=torch.float32) for r in p.r]
-    y = [normal(p.m, n) if p.gain else None for n in p.n]
+    given: list[Any] = [w, a, b, scales, none, gains, rates, seeds]
+    h: Any = [normal(p.m, r, dtype=torch.float32) for r in p.r]
+    y: Any = [normal(p.m, n) if p.gain else None for n in p.n]
     z = y if p.drop_base else none
     y = none if p.drop_base else y
     wanted = [True, True, False, p.gain]  # of a member: da, db, dbias, dgain
-    dy = [normal(p.m, n) for n in p.n]
+    dy: Any = [normal(p.m, n) for n in p.n]
     op = f"lora_linear{'' if single else '_group'}_{p.direction}"
     if single:
         given, dy, h, y, z = [each[0] for each in given], dy[0], h[0], y[0], z[0]

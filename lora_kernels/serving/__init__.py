@@ -5,6 +5,7 @@ from lora_kernels.serving.adapter import Adapter, Factors, adapter_of, read_adap
 from lora_kernels.serving.batch import Batch
 from lora_kernels.serving.layer import MultiLoRAEmbedding, MultiLoRALinear, serve, unserve
 from lora_kernels.serving.pool import AdapterPool, PoolFullError, PoolStats
+from lora_kernels.serving.size import PoolSize
 
 __all__ = [
     "Adapter",
@@ -15,6 +16,7 @@ __all__ = [
     "MultiLoRAEmbedding",
     "MultiLoRALinear",
     "PoolFullError",
+    "PoolSize",
     "PoolStats",
     "Slots",
     "adapter_of",

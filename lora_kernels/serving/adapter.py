@@ -19,6 +19,11 @@ from lora_kernels.nn.base import initial_scaling
 _ALSO = ("lora_bias",)  # keys of the configuration that LoraConfig leaves to us
 
 
+def vectors_of(gain: bool, bias: bool) -> int:
+    """How many float32 rows an adapter takes beside its ranks: the bias lies below the gain, whether there is one or not."""
+    return 2 if bias else int(gain)
+
+
 @dataclass(frozen=True)
 class Factors:
     """What an adapter does to one module: y = m / ‖W + s·BA‖ ⊙ (W x + s B A x) + s c. The x of an embedding is one-hot."""
@@ -37,6 +42,11 @@ class Factors:
     @property
     def r(self) -> int:
         return self.a.shape[0]
+
+    @property
+    def vectors(self) -> int:
+        """How many float32 rows [out] a pool keeps beside the ranks: the gain of DoRA, and the bias with room for a gain."""
+        return vectors_of(self.magnitude is not None, self.bias is not None)
 
 
 @dataclass(frozen=True)

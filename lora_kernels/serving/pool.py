@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError
 from lora_kernels.adapters.inject import some, unwrap
-from lora_kernels.ops.lora_linear.op import FLOATS
 from lora_kernels.ops.multi_lora.plan import BASE, PAGE, id_of
 from lora_kernels.serving.adapter import Adapter, adapter_of, read_adapter
 from lora_kernels.serving.batch import Batch, Wanted, requests_of
-from lora_kernels.serving.site import Prepared, bytes_of_page, bytes_of_slots, pages_of, site_of
+from lora_kernels.serving.site import Prepared, pages_of, site_of
+from lora_kernels.serving.size import MIB, PoolSize, layers_of, size_for, size_of
 
 
 class PoolFullError(AdapterError):
@@ -62,9 +62,9 @@ class AdapterPool:
         pool.load("customer-7", "path/to/adapter")                # PEFT's files: LoRA, rsLoRA, DoRA, patterns, lora_bias
         with pool.batch(["customer-7", None]): ...                # adapters that run are never evicted
 
-    Rank rows lie in pages of 8, so ranks from 1 to `max_rank` share the memory without padding to the largest.
-    `capacity_bytes` covers pages, gains, biases and tables, on the device of the weights, in their dtype; each module gets as
-    many pages.
+    Rank rows lie in pages of 8, so ranks from 1 to `max_rank` share the memory without padding to the largest; gains of DoRA
+    and biases lie in pages, too, which adapters share. `capacity_bytes` covers pages and tables, on the device of the weights,
+    in their dtype; each module gets as many pages. `sizing` says how many bytes some ranks need, `size` what this pool holds.
     `host_bytes` of the host's memory keep adapters that were evicted (pinned, with a GPU), and `batch` brings them back.
     `modules` are the names of the layers that adapters may change: nn.Linear, the head among them, and nn.Embedding (LoRA
     alone). If not given all nn.Linear, since the pages of an embedding have as many columns as it has entries.
@@ -82,21 +82,12 @@ class AdapterPool:
         modules: Iterable[str] | None = None,
     ) -> None:  # fmt: skip
         self.model = unwrap(model)
-        if slots < 1 or max_rank < 1:
-            raise ValueError(f"AdapterPool: slots and max_rank must be at least 1, found {slots} and {max_rank}")
-        layers = _layers(self.model, modules)
-        tables = sum(bytes_of_slots(layer, slots, max_rank) for layer in layers.values())
-        page = sum(bytes_of_page(layer, max_rank) for layer in layers.values())
-        pages = (capacity_bytes - tables) // page
-        if pages < 1:
-            raise ValueError(
-                f"AdapterPool: capacity_bytes must be at least {tables + page} for {slots} slots and one page of each module,"
-                f" found {capacity_bytes}"
-            )
+        layers = layers_of(self.model, modules)
+        self.size = size_of(layers.values(), capacity_bytes, slots, max_rank)
         device = next(iter(layers.values())).weight.device
         self.max_rank, self.capacity_bytes, self.host_bytes = max_rank, capacity_bytes, host_bytes
         self._generation = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.sites = {name: site_of(layer, self._generation, pages, max_rank) for name, layer in layers.items()}
+        self.sites = {name: site_of(layer, self._generation, self.size.pages, max_rank) for name, layer in layers.items()}
         self._generations = [0] * slots
         self._free = list(range(slots))
         self._names: dict[str, Resident] = {}
@@ -104,6 +95,30 @@ class AdapterPool:
         self._host: OrderedDict[str, Adapter] = OrderedDict()
         self._stats = PoolStats(slots=slots)
         self._lock = threading.RLock()
+
+    @staticmethod
+    def sizing(
+        model: nn.Module, ranks: Iterable[int] | None = None, *, capacity_bytes: int | None = None, dora: bool = False,
+        lora_bias: bool = False, slots: int | None = None, max_rank: int = 512, modules: Iterable[str] | None = None,
+    ) -> PoolSize:  # fmt: skip
+        """What a pool needs to hold adapters of these ranks at once, in as many slots if `slots` are not given:
+
+            size = AdapterPool.sizing(model, [16] * 32, dora=True)
+            pool = AdapterPool(model, capacity_bytes=size.capacity_bytes, slots=size.slots)
+
+        Or, without ranks, what `capacity_bytes` with `slots` (64) give: `sizing(model, capacity_bytes=1 << 30).holds(16)`.
+        Nothing is allocated: of the model shapes and dtypes are read, and it may be on the meta device.
+
+        Raises:
+            ValueError: neither or both are given, a rank is below 1 or above max_rank, slots are fewer than ranks, or the
+                capacity holds no page.
+        """
+        layers = layers_of(unwrap(model), modules).values()
+        if (ranks is None) == (capacity_bytes is None):
+            raise ValueError("AdapterPool: sizing wants either ranks or capacity_bytes")
+        if capacity_bytes is not None:
+            return size_of(layers, capacity_bytes, 64 if slots is None else slots, max_rank)
+        return size_for(layers, ranks or (), slots, max_rank, dora, lora_bias)
 
     @property
     def device(self) -> torch.device:
@@ -148,15 +163,15 @@ class AdapterPool:
             with self._lock:
                 resident = self._resident(name)
                 prepared = self._prepared(adapter)
+                for site_name, f in adapter.factors.items():
+                    short = self.sites[site_name].short_of(f.r, f.vectors, [resident.slot])
+                    if short > 0:
+                        raise PoolFullError(f"AdapterPool: {site_name} has {short} pages too few for {name!r}")
                 for site_name, site in self.sites.items():
-                    held = len(site.held.get(resident.slot, ()))
-                    need, room = self._pages(adapter, site_name), len(site.free) + held
-                    if need > room:
-                        raise PoolFullError(f"AdapterPool: {site_name} needs {need} pages for {name!r}, has {room}")
-                for site_name, site in self.sites.items():
-                    if len(site.held.get(resident.slot, ())) != self._pages(adapter, site_name):
+                    wanted = adapter.factors.get(site_name)
+                    if wanted is None or site.holding(resident.slot) != (pages_of(wanted.r), wanted.vectors):
                         site.clear(resident.slot)
-                    if site_name in adapter.factors:
+                    if wanted is not None:
                         site.put(resident.slot, prepared[site_name])
                 resident.adapter = adapter
                 self._keep_on_host(name, adapter)
@@ -235,6 +250,22 @@ class AdapterPool:
         """How many adapters are in slots under a name."""
         return len(self._names)
 
+    def __repr__(self) -> str:
+        with self._lock:
+            now, pinned = self.stats(), sum(r.pinned for r in self._residents.values())
+            return (
+                f"AdapterPool({now.residents} adapters in {now.slots} slots, {pinned} pinned, {now.in_use} in use;"
+                f" {self.bytes_in_use / MIB:.1f} of {self.capacity_bytes / MIB:.1f} MiB; {now.on_host} on the host,"
+                f" {now.bytes_on_host / MIB:.1f} of {self.host_bytes / MIB:.1f} MiB)"
+            )
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Of the tables and the pages that adapters have."""
+        with self._lock:
+            pages = sum(site.bytes_of_page * (self.size.pages - len(site.free)) for site in self.sites.values())
+            return self.size.bytes_of_tables + pages
+
     def names(self) -> list[str]:
         """Those in slots, the one used last at the end."""
         with self._lock:
@@ -259,7 +290,8 @@ class AdapterPool:
         if foreign:
             raise AdapterError(f"AdapterPool: the adapter changes modules that the pool does not have: {some(foreign)}")
         for name, f in adapter.factors.items():
-            (n_out, n_in), pages = self.sites[name].shape, len(self.sites[name].slots.a) // PAGE
+            n_out, n_in = self.sites[name].shape
+            pages = self.size.pages - (f.vectors > 0)
             if f.a.shape != (f.r, n_in) or f.b.shape != (n_out, f.r):
                 wanted, found = f"[r, {n_in}] and [{n_out}, r]", f"{list(f.a.shape)} and {list(f.b.shape)}"
                 raise AdapterError(f"AdapterPool: {name}: a and b must be {wanted}, found {found}")
@@ -278,10 +310,6 @@ class AdapterPool:
             if each.gain is not None and not bool(each.gain.isfinite().all()):
                 raise AdapterError(f"AdapterPool: {name}: the gain of DoRA is not finite")
         return prepared
-
-    def _pages(self, adapter: Adapter, site: str) -> int:
-        f = adapter.factors.get(site)
-        return 0 if f is None else pages_of(f.r)
 
     def _place(self, name: str, adapter: Adapter, pinned: bool) -> Resident:
         """Everything that can fail comes before the first change."""
@@ -303,22 +331,25 @@ class AdapterPool:
 
     def _victims(self, name: str, adapter: Adapter) -> list[Resident]:
         """Whom to evict so that there is a slot and pages enough, the longest unused first."""
-        missing = {site: self._pages(adapter, site) - len(self.sites[site].free) for site in adapter.factors}
-        slots, victims = 1 - len(self._free), []
+        victims: list[Resident] = []
+        short = self._short_of(adapter, victims)
         idle = [r for r in self._residents.values() if not r.users and not r.pinned]
         for resident in idle:
-            if slots <= 0 and all(count <= 0 for count in missing.values()):
+            if not short and len(self._free) + len(victims):
                 break
             victims.append(resident)
-            slots -= 1
-            for site in missing:
-                missing[site] -= len(self.sites[site].held.get(resident.slot, ()))
-        short = [site for site, count in missing.items() if count > 0]
+            short = self._short_of(adapter, victims)
+        slots = 1 - len(self._free) - len(victims)
         if slots > 0 or short:
             what = "a slot" if slots > 0 else f"pages of {some(short)}"
             in_use = len(self._residents) - len(idle)
             raise PoolFullError(f"AdapterPool: no room for {name!r}: {what} wanted, and {in_use} adapters are in use or pinned")
         return victims
+
+    def _short_of(self, adapter: Adapter, victims: list[Resident]) -> list[str]:
+        """The modules that have too few pages for an adapter, once these have left."""
+        without = {resident.slot for resident in victims}
+        return [name for name, f in adapter.factors.items() if self.sites[name].short_of(f.r, f.vectors, without) > 0]
 
     def _release(self, resident: Resident) -> None:
         """Frees a slot; ids of it are stale from now on."""
@@ -362,29 +393,3 @@ class AdapterPool:
         self._host[name] = adapter.pinned() if self.device.type == "cuda" else adapter
         while sum(a.nbytes for a in self._host.values()) > self.host_bytes:
             self._host.popitem(last=False)
-
-
-def _plain(module: Any) -> bool:
-    """Whether it is an nn.Linear or nn.Embedding that computes as one."""
-    if "forward" in vars(module):
-        return False
-    return type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None)
-
-
-def _layers(model: nn.Module, modules: Iterable[str] | None) -> dict[str, nn.Linear | nn.Embedding]:
-    found = dict(model.named_modules())
-    names = [n for n, m in found.items() if type(m) is nn.Linear and _plain(m)] if modules is None else list(modules)
-    layers: dict[str, nn.Linear | nn.Embedding] = {}
-    for name in names:
-        module = found.get(name)
-        if not isinstance(module, nn.Linear | nn.Embedding) or not _plain(module):
-            kinds = "nn.Linear or nn.Embedding without max_norm"
-            raise TypeError(f"AdapterPool: {name!r} must be a plain {kinds} of the model, found {type(module).__name__}")
-        if module.weight.dtype not in FLOATS:
-            raise TypeError(f"AdapterPool: {name}: the weight must be floating, found {module.weight.dtype}")
-        layers[name] = module
-    if not layers:
-        raise ValueError(f"AdapterPool: {type(model).__name__} has no linear layer")
-    if len({layer.weight.device for layer in layers.values()}) > 1:
-        raise ValueError("AdapterPool: all weights must be on one device")
-    return layers

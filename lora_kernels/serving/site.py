@@ -1,5 +1,6 @@
 """One module's part of a pool: pages for rank rows, and what a slot says of its adapter here."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError
 from lora_kernels.ops import dora_gain, row_norm_squared, weight_norm
-from lora_kernels.ops.multi_lora.plan import BIAS, GAIN, PAGE, Slots, slots_of
-from lora_kernels.serving.adapter import Factors
+from lora_kernels.ops.multi_lora.plan import BIAS, GAIN, PAGE, ROW, Slots, slots_of
+from lora_kernels.serving.adapter import Factors, vectors_of
 
 
 def bytes_of_page(module: nn.Module, max_rank: int) -> int:
@@ -19,8 +20,8 @@ def bytes_of_page(module: nn.Module, max_rank: int) -> int:
 
 
 def bytes_of_slots(module: nn.Module, slots: int, max_rank: int) -> int:
-    """Of gain and bias, and of the tables."""
-    return slots * (2 * 4 * _shape(module)[0] + 4 * pages_of(max_rank) + 12)
+    """Of the tables: the pages of each slot, its rank, scale and flags."""
+    return slots * (4 * pages_of(max_rank) + 12)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
@@ -31,6 +32,11 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 def pages_of(r: int) -> int:
     return -(-r // PAGE)
+
+
+def vectors_of_page(dtype: torch.dtype) -> int:
+    """How many of them a page has room for, in its part of b."""
+    return PAGE * dtype.itemsize // 4
 
 
 @dataclass(frozen=True)
@@ -51,30 +57,86 @@ class Prepared:
 
 
 class Pages:
-    """Slots for the adapters of one matrix [out, in], and who has which page. Its owner calls it from one thread at a time."""
+    """Slots for the adapters of one matrix [out, in], and who has which page. Its owner calls it from one thread at a time.
 
-    def __init__(self, n_out: int, n_in: int, dtype: torch.dtype, generation: Tensor, pages: int, max_rank: int) -> None:
+    Gains and biases are float32 rows in pages that several adapters share: memory of b read as float32. With `own_vectors`
+    each slot has memory of its own for both, whether its adapter wants it or not.
+    """
+
+    def __init__(
+        self, n_out: int, n_in: int, dtype: torch.dtype, generation: Tensor, pages: int, max_rank: int,
+        own_vectors: bool = False,
+    ) -> None:  # fmt: skip
         count, new = len(generation), partial(torch.zeros, device=generation.device)
         # zeros: nothing but a pool's own numbers is ever in reach of a kernel
+        b = new(pages * PAGE, n_out, dtype=dtype)
+        vectors = b.view(-1).view(torch.float32).view(-1, n_out)
+        self._own_vectors, self._per_page = own_vectors, vectors_of_page(dtype)
         self.slots = Slots(
             a=new(pages * PAGE, n_in, dtype=dtype),
-            b=new(pages * PAGE, n_out, dtype=dtype),
+            b=b,
             table=new(count, pages_of(max_rank), dtype=torch.int32),
             rank=new(count, dtype=torch.int32),
             scale=new(count),
             flags=new(count, dtype=torch.int32),
-            gain=new(count, n_out),
-            bias=new(count, n_out),
+            gain=new(count, n_out) if own_vectors else vectors,
+            bias=new(count, n_out) if own_vectors else vectors[1:],
             generation=generation,
         )
         self.free = list(range(pages))
         self.held: dict[int, list[int]] = {}
+        self._vectors: dict[int, tuple[int, int]] = {}
+        """Of each slot that has some: the first of its float32 rows, and how many."""
+
+    @property
+    def bytes_of_page(self) -> int:
+        return PAGE * (self.slots.a.shape[1] + self.slots.b.shape[1]) * self.slots.a.element_size()
+
+    @property
+    def shared(self) -> set[int]:
+        """The pages that hold gains and biases."""
+        return {first // self._per_page for first, _ in self._vectors.values()}
+
+    def short_of(self, ranks: int, vectors: int, without: Collection[int] = ()) -> int:
+        """How many pages are missing for an adapter of so many ranks and vectors, once the slots `without` were cleared; not
+        above 0 if it fits."""
+        free = len(self.free) + sum(len(self.held.get(slot, ())) for slot in without)
+        left = {slot: rows for slot, rows in self._vectors.items() if slot not in without}
+        free += len(self.shared) - len({first // self._per_page for first, _ in left.values()})
+        beside = self._own_vectors or not vectors or self._gap(vectors, left) is not None
+        return pages_of(ranks) + (not beside) - free
+
+    def _gap(self, count: int, vectors: dict[int, tuple[int, int]]) -> int | None:
+        """The first of `count` free rows in one of the pages that hold vectors."""
+        taken = {row for first, rows in vectors.values() for row in range(first, first + rows)}
+        for page in sorted({first // self._per_page for first, _ in vectors.values()}):
+            rows = range(page * self._per_page, (page + 1) * self._per_page)
+            for first in rows[: len(rows) - count + 1]:
+                if taken.isdisjoint(range(first, first + count)):
+                    return first
+        return None
+
+    def _row(self, slot: int, count: int) -> int:
+        """Where the vectors of a slot that has none yet go."""
+        row = self._gap(count, self._vectors)
+        if row is None:
+            row = self.free.pop() * self._per_page
+        self._vectors[slot] = row, count
+        return row
+
+    def holding(self, slot: int) -> tuple[int, int]:
+        """The pages of a slot's ranks, and its vectors."""
+        return len(self.held.get(slot, ())), self._vectors.get(slot, (0, 0))[1]
 
     def put(self, slot: int, prepared: Prepared) -> None:
-        """Writes an adapter into a slot that holds none here, or one of as many pages."""
+        """Writes an adapter into a slot that holds none here, or one of as many pages and vectors."""
         r, held = len(prepared.a), self.held.get(slot)
         if held is None:
             held = self.held[slot] = [self.free.pop() for _ in range(pages_of(r))]
+        gains, biases = prepared.gain is not None, prepared.bias is not None
+        row, count = slot if self._own_vectors else 0, vectors_of(gains, biases)
+        if count and not self._own_vectors:
+            row = self._vectors[slot][0] if slot in self._vectors else self._row(slot, count)
         s, place = self.slots, self.slots.a.device
         pages = torch.tensor(held, dtype=torch.int32).to(place, non_blocking=True)
         at = (pages.long()[:, None] * PAGE + torch.arange(PAGE, device=place)).flatten()
@@ -82,17 +144,24 @@ class Pages:
         s.a[at[r:]] = 0
         s.b[at[r:]] = 0
         s.table[slot, : len(held)] = pages
-        s.gain[slot] = 0 if prepared.gain is None else prepared.gain
-        s.bias[slot] = 0 if prepared.bias is None else prepared.bias
+        if prepared.gain is not None:
+            s.gain[row] = prepared.gain
+        if prepared.bias is not None:
+            s.bias[row] = prepared.bias
         s.scale[slot], s.rank[slot] = prepared.scale, r
-        s.flags[slot] = GAIN * (prepared.gain is not None) + BIAS * (prepared.bias is not None)
+        s.flags[slot] = GAIN * gains + BIAS * biases + (row << ROW)
 
     def clear(self, slot: int) -> None:
         """Takes the adapter out of a slot and leaves nothing of it behind."""
-        held, s = self.held.pop(slot, None), self.slots
-        for t in (s.table, s.rank, s.scale, s.flags, s.gain, s.bias):
+        held, s, shared = self.held.pop(slot, []), self.slots, self.shared
+        for t in (s.table, s.rank, s.scale, s.flags, *((s.gain, s.bias) if self._own_vectors else ())):
             t[slot] = 0
-        for page in held or ():
+        first, count = self._vectors.pop(slot, (0, 0))
+        if count:
+            s.gain[first] = 0
+        if count > 1:
+            s.bias[first] = 0
+        for page in [*held, *(shared - self.shared)]:
             s.a[page * PAGE : (page + 1) * PAGE] = 0
             s.b[page * PAGE : (page + 1) * PAGE] = 0
             self.free.append(page)
@@ -144,6 +213,10 @@ class EmbeddingSite(Pages):
         units = torch.eye(f.r, self.slots.a.shape[1], dtype=w.dtype, device=w.device)
         a, b = (t.to(w.device, w.dtype, non_blocking=True) for t in (f.a, f.b))
         return Prepared(units, b.T, f.scale, columns=a)
+
+    @property
+    def bytes_of_page(self) -> int:
+        return super().bytes_of_page + PAGE * len(self.columns) * self.columns.element_size()
 
     def put(self, slot: int, prepared: Prepared) -> None:
         super().put(slot, prepared)

@@ -22,8 +22,11 @@ def make_slots(n_in, outs, ranks, dtype, *, dora=(), biased=(), seed=0):
                 a[page * PAGE : page * PAGE + rows] = torch.randn(rows, n_in) * n_in**-0.5
                 b[page * PAGE : page * PAGE + rows] = torch.randn(rows, n_out) * r**-0.5
         flags = torch.tensor([(i in dora) + 2 * (i in biased) for i in range(len(ranks))], dtype=torch.int32)
-        gain, bias = torch.randn(len(ranks), n_out), torch.randn(len(ranks), n_out)
-        gain[flags & 1 == 0], bias[flags & 2 == 0] = torch.nan, torch.nan
+        row = torch.randperm(len(ranks) + 2, dtype=torch.int32)[: len(ranks)]  # in another order than the slots
+        gain, bias = (torch.randn(len(ranks) + each, n_out) for each in (2, 3))
+        gain[sorted({*range(len(gain))} - {*row[flags & 1 == 1].tolist()})] = torch.nan
+        bias[sorted({*range(len(bias))} - {*row[flags & 2 == 2].tolist()})] = torch.nan
+        flags += row << 2
         rank = torch.tensor(ranks, dtype=torch.int32)
         generation = torch.arange(5, 5 + len(ranks), dtype=torch.int32)
         found.append(Slots(a.to(dtype), b.to(dtype), table, rank, torch.rand(len(ranks)) + 0.5, flags, gain, bias, generation))
@@ -60,10 +63,10 @@ def exact(x, w, slots, slot, weights=None, bias=None, size=False):
                 at = s.table[each, j // PAGE].long() * PAGE + j % PAGE
                 delta = float(s.scale[each]) * (wide(s.b[at]).T @ (wide(s.a[at]) @ row))
                 if s.flags[each] & 1:
-                    gain = wide(s.gain[each])
+                    gain = wide(s.gain[s.flags[each] >> 2])
                     delta = (gain + 1 if size else gain - 1) * z + gain * delta
                 if s.flags[each] & 2:
-                    delta = delta + wide(s.bias[each])
+                    delta = delta + wide(s.bias[s.flags[each] >> 2])
                 y += delta if weights is None else wide(weights)[t, i] * delta
             parts.append(y)
         rows.append(torch.cat(parts)[None])

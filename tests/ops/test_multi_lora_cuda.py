@@ -190,6 +190,7 @@ def test_what_is_read(simulated):
     ("of_step[r / PAGE]) * PAGE", "of_step[0]) * PAGE"),
     ("batch.rank[token] > first", "batch.rank[token] > 0"),
     ("if (flags & 2) sum += s.more[at];", ""),
+    ("int64_t(flags >> 2) * s.n", "int64_t(slot) * s.n"),
     ("y + batch.entry[token] * p.y_row", "y + token * p.y_row"),
     ("mma_m16n8k16<B>(sum, f, g_rest[2 * i], g_rest[2 * i + 1]);", ""),
     ("", ""),

@@ -134,6 +134,7 @@ def test_what_is_read(simulated):
     ("expand", "p.generation[at] == int(id >> 32)", "true"),
     ("expand", "if (id != -1 && !known) atomicExch(p.error, 1);", ""),
     ("expand", "(gain - 1) * z[t][j] + ", "(gain - 1) * total[t][j] + "),
+    ("expand", "int64_t(flags >> 2) * p.n", "int64_t(slot) * p.n"),
     ("expand", "part < p.parts", "part < 1"),
     ("expand", "wanted.weight[mine] * share", "share"),
     ("expand", "if (token < 0 || of(j) >= p.n) continue;", "if (token < 0) continue;"),

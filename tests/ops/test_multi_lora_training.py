@@ -45,18 +45,19 @@ def test_bits_of_training_alone(dtype):
         dx, da, db, dgain, dbias = torch.autograd.grad(y, [x, *leaves], dy)
         for each in range(4):
             tokens, rows = (slot[:, 0] == each).nonzero()[:, 0], rows_of(s, each)
-            own = [t.detach().clone().requires_grad_() for t in (x[tokens], s.a[rows], s.b[rows].T.contiguous(), s.gain[each])]
+            at = int(s.flags[each]) >> 2
+            own = [t.detach().clone().requires_grad_() for t in (x[tokens], s.a[rows], s.b[rows].T.contiguous(), s.gain[at])]
             gain = own[3] if s.flags[each] & 1 else None
             alone = lora_linear(own[0], w, own[1], own[2], float(s.scale[each]), bias, gain)
             if s.flags[each] & 2:
-                alone = alone + s.bias[each].detach().to(dtype)
+                alone = alone + s.bias[at].detach().to(dtype)
             assert y[tokens].equal(alone)
             grads = torch.autograd.grad(alone, own if gain is not None else own[:3], dy[tokens])
             assert dx[tokens].equal(grads[0]) and da[rows].equal(grads[1]) and db[rows].equal(grads[2].T)
             if gain is not None:
-                assert dgain[each].equal(grads[3])
+                assert dgain[at].equal(grads[3])
             if s.flags[each] & 2:
-                torch.testing.assert_close(dbias[each], dy[tokens].float().sum(0), rtol=2e-2, atol=2e-2)
+                torch.testing.assert_close(dbias[at], dy[tokens].float().sum(0), rtol=2e-2, atol=2e-2)
     free = torch.ones(len(s.a), dtype=torch.bool)
     free[torch.cat([rows_of(s, each) for each in range(4)])] = False
     assert not da[free].any() and not db[free].any()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_kernels import explain, lora_linear, use_backend
-from lora_kernels.__main__ import tune as command
+from lora_kernels.commands.tune import tune as command
 from lora_kernels.ops import dispatch, launch, missing_backends, tables, tuning
 from lora_kernels.ops.cost import Problem
 from lora_kernels.testing import make_problem
@@ -158,7 +158,7 @@ def test_the_file_is_by_the_gpu_and_the_versions(monkeypatch):
 def test_without_a_gpu_nothing_is_timed(capsys):
     with use_backend("triton", simulate=True), pytest.raises(RuntimeError, match="tune: it measures on a GPU, .* is cpu"):
         tuning.tune([PLAIN], "cpu")
-    assert command([]) == 2 and "torch finds none here; nothing was written" in capsys.readouterr().err
+    assert command() == 2 and "torch finds none here; nothing was written" in capsys.readouterr().err
 
 
 def test_usual_problems_begin_with_those_of_many_rows():

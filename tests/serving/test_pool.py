@@ -52,7 +52,7 @@ def pool_of(model, slots=4, pages=4, **options):
     """A pool with room for that many pages in each module."""
     page = sum(8 * 4 * (a + b) for a, b in SIZES.values())
     probe = options.pop("max_rank", 64)
-    tables = sum(slots * (8 * b + 4 * -(-probe // 8) + 12) for _, b in SIZES.values())
+    tables = len(SIZES) * slots * (4 * -(-probe // 8) + 12)
     return AdapterPool(model, capacity_bytes=tables + pages * page, slots=slots, max_rank=probe, **options)
 
 
@@ -157,7 +157,7 @@ def test_update_in_place():
     assert places == [t.data_ptr() for site in pool.sites.values() for t in site.slots.tensors]
     pool.load("b", made(6, r=16))
     before = state(pool)
-    with pytest.raises(PoolFullError, match="AdapterPool: 0 needs 3 pages for 'a', has 2"):
+    with pytest.raises(PoolFullError, match="AdapterPool: 0 has 1 pages too few for 'a'"):
         pool.update("a", made(7, r=24))
     assert same_state(before, state(pool))
     with pytest.raises(LookupError, match="no adapter is called 'c'; there are a, b"):
@@ -380,11 +380,14 @@ class Machine(RuleBasedStateMachine):
         residents = self.pool.stats().residents
         assert residents + len(self.pool._free) == 3
         for site in self.pool.sites.values():
-            pages = sorted(site.free + [page for held in site.held.values() for page in held])
+            pages = sorted([*site.free, *site.shared, *(page for held in site.held.values() for page in held)])
             assert pages == list(range(5))
             used = {8 * held[j // 8] + j % 8 for slot, held in site.held.items() for j in range(int(site.slots.rank[slot]))}
-            rest = [row for row in range(40) if row not in used]
-            assert not site.slots.a[rest].any() and not site.slots.b[rest].any()
+            flags = site.slots.flags[list(site.held)]
+            gains = set((flags[flags & 1 == 1] >> 2).tolist())
+            assert len(gains) == int((flags & 1).sum()) and not gains & used
+            for t, own in ((site.slots.a, used), (site.slots.b, used | gains)):
+                assert not t[[row for row in range(40) if row not in own]].any()
 
 
 TestMachine = Machine.TestCase

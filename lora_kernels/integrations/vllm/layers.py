@@ -66,7 +66,7 @@ class OnMultiLora:
             return
         most, dtype = self.lora_config.max_lora_rank, self.lora_config.lora_dtype
         self._pages = [
-            Pages(size, self.input_size, dtype, self._step.generation, self._max_loras * pages_of(most), most)
+            Pages(size, self.input_size, dtype, self._step.generation, self._max_loras * pages_of(most), most, True)
             for size in self.output_slices
         ]
         self._slots = [pages.slots for pages in self._pages]

@@ -145,7 +145,8 @@ class _LoRALinearGroup(torch.autograd.Function):
         used = [i for i in range(n) if dys[i] is not None]
         if not used:
             return (None,) * len(ctx.needs_input_grad)
-        tensors, hs, kept_y, kept_z = (_members(saved[: width * n], width), *_members(saved[width * n :], n))
+        tensors = _members(saved[: width * n], width)
+        hs, kept_y, kept_z = _members(saved[width * n :], n)
         of_x, *wants = asked(ctx.kinds, (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]))
         wants = _members(wants, width)
         flat, needs = [], [of_x]

@@ -46,14 +46,14 @@ def multi_lora(
         cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
         with without_autocast(x):
             return multi_lora(x.to(cast), w.to(cast), slots, plan, bias)
-    slots = _check("multi_lora", x, slots, plan, bias, w.shape[0] if isinstance(w, Tensor) and w.dim() == 2 else -1)
+    sites = _check("multi_lora", x, slots, plan, bias, w.shape[0] if isinstance(w, Tensor) and w.dim() == 2 else -1)
     if w.shape[1] != x.shape[-1] or w.dtype is not x.dtype or w.device != x.device:
         wanted = f"[out, {x.shape[-1]}] {x.dtype} on {x.device} as x is"
         raise ValueError(f"multi_lora: w must be {wanted}, found {list(w.shape)} {w.dtype} on {w.device}")
-    if torch.is_grad_enabled() and _wants_grad(x, bias, *(t for s in slots for t in (s.a, s.b, s.gain, s.bias))):
-        y = trained(_rows(x), w, slots, plan, bias)
+    if torch.is_grad_enabled() and _wants_grad(x, bias, *(t for s in sites for t in (s.a, s.b, s.gain, s.bias))):
+        y = trained(_rows(x), w, sites, plan, bias)
     else:
-        y = _forward(MultiLoRA(_rows(x), w, *_flat(slots, plan), bias))
+        y = _forward(MultiLoRA(*(_rows(x), w, *_flat(sites, plan), bias)))
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
 
 
@@ -68,16 +68,16 @@ def multi_lora_add_(
     Raises:
         as `multi_lora`; and ValueError if y has not its own memory for each element, or a gradient is wanted: there is none.
     """
-    slots = _check("multi_lora_add_", x, slots, plan, bias, y.shape[-1] if isinstance(y, Tensor) and y.dim() else -1)
+    sites = _check("multi_lora_add_", x, slots, plan, bias, y.shape[-1] if isinstance(y, Tensor) and y.dim() else -1)
     if y.shape[:-1] != x.shape[:-1] or y.dtype is not x.dtype or y.device != x.device:
         wanted = f"{[*x.shape[:-1], y.shape[-1]]} {x.dtype} on {x.device} as x is"
         raise ValueError(f"multi_lora_add_: y must be {wanted}, found {list(y.shape)} {y.dtype} on {y.device}")
-    if torch.is_grad_enabled() and _wants_grad(y, x, *(t for s in slots for t in (s.a, s.b, s.gain, s.bias))):
+    if torch.is_grad_enabled() and _wants_grad(y, x, *(t for s in sites for t in (s.a, s.b, s.gain, s.bias))):
         raise ValueError("multi_lora_add_: it is not differentiated; use multi_lora, or torch.no_grad()")
     rows = y if y.dim() == 2 else y.view(math.prod(y.shape[:-1]), y.shape[-1])
     if any(stride == 0 and size > 1 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
         raise ValueError(f"multi_lora_add_: y must have its own memory for each element, found strides {list(y.stride())}")
-    _add(MultiLoRAAdd(rows, _rows(x), *_flat(slots, plan), bias))
+    _add(MultiLoRAAdd(*(rows, _rows(x), *_flat(sites, plan), bias)))
     if not torch.compiler.is_compiling() and not y.is_inference():
         torch.autograd.graph.increment_version(y)
     return y

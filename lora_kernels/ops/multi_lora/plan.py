@@ -14,7 +14,7 @@ PAGE = 8
 """Rank rows of a page."""
 BASE = -1
 """The id of no adapter."""
-GAIN, BIAS = 1, 2  # bits of Slots.flags
+GAIN, BIAS, ROW = 1, 2, 2  # bits of Slots.flags, and the first of those that are a row
 _SLOT = (1 << 32) - 1
 
 
@@ -39,11 +39,11 @@ class Slots:
     scale: Tensor
     """[slots] float32: s."""
     flags: Tensor
-    """[slots] int32: 1, it has a gain; 2, it has a bias."""
+    """[slots] int32: 1, it has a gain; 2, it has a bias; 4 times the row of gain and of bias that is its own."""
     gain: Tensor
-    """[slots, out] float32: DoRA's m / ‖W + s·BA‖; read only where flags say so."""
+    """[rows, out] float32: DoRA's m / ‖W + s·BA‖; read only where flags say so."""
     bias: Tensor
-    """[slots, out] float32: s times the bias of B; read only where flags say so."""
+    """[rows, out] float32: s times the bias of B; read only where flags say so."""
     generation: Tensor
     """[slots] int32: how often the slot has changed hands. An id with another number is stale."""
 
@@ -56,8 +56,8 @@ class Slots:
         pages = self.table.shape[-1]
         wanted = {
             "b": ((self.a.shape[0], n_out), self.a.dtype), "table": ((count, pages), i32), "rank": ((count,), i32),
-            "scale": ((count,), f32), "flags": ((count,), i32), "gain": ((count, n_out), f32), "bias": ((count, n_out), f32),
-            "generation": ((count,), i32),
+            "scale": ((count,), f32), "flags": ((count,), i32), "gain": ((*self.gain.shape[:1], n_out), f32),
+            "bias": ((*self.bias.shape[:1], n_out), f32), "generation": ((count,), i32),
         }  # fmt: skip
         for name, (shape, dtype) in wanted.items():
             t = getattr(self, name)
@@ -183,8 +183,8 @@ class Taken:
 def taken(s: Slots, slot: int, dtype: torch.dtype) -> Taken:
     """The adapter in a slot, copied in another dtype."""
     rows, flags = rows_of(s, slot), int(s.flags[slot])
-    gain = s.gain[slot].to(dtype) if flags & GAIN else None
-    bias = s.bias[slot].to(dtype) if flags & BIAS else None
+    gain = s.gain[flags >> ROW].to(dtype) if flags & GAIN else None
+    bias = s.bias[flags >> ROW].to(dtype) if flags & BIAS else None
     return Taken(s.scale[slot].to(dtype) * s.a[rows].to(dtype), s.b[rows].to(dtype), gain, bias)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_kernels.ops.lora_linear.op import lora_linear
-from lora_kernels.ops.multi_lora.plan import BIAS, GAIN, BatchPlan, Slots, members_of, rows_of
+from lora_kernels.ops.multi_lora.plan import BIAS, GAIN, ROW, BatchPlan, Slots, members_of, rows_of
 
 
 def trained(x: Tensor, w: Tensor, slots: Sequence[Slots], plan: BatchPlan, bias: Tensor | None) -> Tensor:
@@ -46,9 +46,9 @@ def _base(x, w, bias):
 
 def _adapted(x, w, s, slot, bias):
     rows, flags = rows_of(s, slot), int(s.flags[slot])
-    gain = s.gain[slot] if flags & GAIN else None
+    gain = s.gain[flags >> ROW] if flags & GAIN else None
     if not len(rows):
         y = _base(x, w, bias) if gain is None else _base(x, w, None) * gain.to(x.dtype) + (0 if bias is None else bias)
     else:
         y = lora_linear(x, w, s.a[rows], s.b[rows].T, float(s.scale[slot]), bias, gain)
-    return y + s.bias[slot].to(y.dtype) if flags & BIAS else y
+    return y + s.bias[flags >> ROW].to(y.dtype) if flags & BIAS else y

@@ -177,7 +177,7 @@ def one_adapter(
             hs = load_h(h, rows, own, ranks, rank, parts, entries, RANKS)  # [BM, BR]
             bs = tl.trans(load_rows(b, paged(table, s, ranks, rank, pages), ranks < rank, columns, b0, n))  # [BR, BN]
             sums = product(hs, bs, sums, PRECISION)
-        at = tl.cast(s, tl.int64) * n + columns
+        at = tl.cast(kind >> 2, tl.int64) * n + columns
         if kind & 1:
             gains = tl.load(gain + at, mask=columns < n, other=0.0)[None, :]
             if held is not None:
@@ -213,7 +213,7 @@ def several_adapters(
                 hs = load_h(h, rows * EACH + i, own, ranks, rank, parts, entries, RANKS)
                 bs = tl.trans(load_rows(b, paged(table, s, ranks, rank, pages), ranks < rank, columns, b0, n))
                 term = product(hs, bs, term, PRECISION)
-            at = tl.cast(s, tl.int64) * n + columns
+            at = tl.cast(kind >> 2, tl.int64) * n + columns
             if kind & 1:
                 gains = tl.load(gain + at, mask=columns < n, other=0.0)[None, :]
                 term = gains * term + (gains - 1.0) * (sums if held is None else sums - held)

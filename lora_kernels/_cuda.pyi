@@ -1,0 +1,10 @@
+from typing import Any
+
+ARCHITECTURES: str
+PTX: str
+kernels: dict[str, int]
+
+def launch(
+    kernel: int, x: int, y: int, z: int, threads: int, shared: int, early: bool, device: int, stream: int, args: tuple[Any, ...]
+) -> None: ...
+def pack(args: tuple[Any, ...]) -> int: ...

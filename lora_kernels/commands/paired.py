@@ -1,0 +1,37 @@
+"""Times several callables in turn, so that what disturbs one disturbs all."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+LEAST = 10  # rounds
+
+
+def paired(
+    calls: dict[str, Callable[[], Any]], rounds: int = 31, seconds: float = 1.0, wait: Callable[[], Any] = lambda: None
+) -> dict[str, float]:
+    """The median seconds of each call over interleaved rounds, at least LEAST of them; `wait` for a device that runs behind.
+
+    Each round has its own random order (the same in every run): what a call leaves behind, in the caches and in the
+    allocator's free memory, must not always meet the same neighbour.
+    """
+    shuffled = random.Random(0)
+    order = list(calls)
+    for call in calls.values():
+        call()
+        call()
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    done = 0
+    while done < LEAST or (done < rounds and time.perf_counter() < end):
+        shuffled.shuffle(order)
+        for name in order:
+            wait()
+            start = time.perf_counter()
+            calls[name]()
+            wait()
+            taken[name].append(time.perf_counter() - start)
+        done += 1
+    return {name: statistics.median(times) for name, times in taken.items()}

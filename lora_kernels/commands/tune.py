@@ -1,0 +1,21 @@
+"""`tune`: times the kernels on the user's GPU."""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from lora_kernels.ops import tables, tuning
+
+
+def tune(seconds: float = 60.0, dtype: str = "bfloat16", rank: int = 16, layers: Sequence[str] = ()) -> int:
+    """Times the ways to compute `layers` ("4096x11008"; common ones if none) and keeps the fastest; 2 without a GPU."""
+    sizes = [tuple(map(int, layer.split("x"))) for layer in layers] or tuning.LAYERS
+    if not torch.cuda.is_available():
+        print("tune: it measures on a GPU, and torch finds none here; nothing was written", file=sys.stderr)
+        return 2
+    problems = tuning.usual(getattr(torch, dtype), rank, sizes)
+    found = tuning.tune(problems, "cuda", seconds)
+    print(*tuning.words(found), sep="\n")
+    print(f"{len(found)} of {len(problems)} measured, in {tables.place(torch.cuda.get_device_name())}")
+    return 0
