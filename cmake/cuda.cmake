@@ -81,11 +81,19 @@ file(GLOB sources CONFIGURE_DEPENDS RELATIVE ${CMAKE_CURRENT_SOURCE_DIR} csrc/*/
 file(GLOB headers CONFIGURE_DEPENDS csrc/common/*.h csrc/common/*.cuh)
 set(objects "")
 foreach(source ${sources})
+  # what one GPU alone has; for others it is compiled empty, and lora_kernels/ops/launch.py refuses it
+  set(mine ${codes})
+  if(source MATCHES "_sm(([0-9]+)a)\\.cu$")
+    set(own ${CMAKE_MATCH_1})
+    if(${own} IN_LIST built OR ${CMAKE_MATCH_2} IN_LIST built)
+      set(mine -gencode arch=compute_${own},code=sm_${own})
+    endif()
+  endif()
   string(REPLACE / _ name ${source})
   set(object ${CMAKE_CURRENT_BINARY_DIR}/${name}.o)
   add_custom_command(
     OUTPUT ${object}
-    COMMAND ${nvcc} -c -O3 -std=c++17 -cudart static -Xcompiler -fPIC,-fvisibility=hidden ${codes} -o ${object}
+    COMMAND ${nvcc} -c -O3 -std=c++17 -cudart static -Xcompiler -fPIC,-fvisibility=hidden ${mine} -o ${object}
             ${CMAKE_CURRENT_SOURCE_DIR}/${source}
     DEPENDS ${source} ${headers}
     VERBATIM)

@@ -55,6 +55,14 @@ def test_the_gpus_that_are_asked_for(configured):
     codes = [f"arch=compute_{seen},code=sm_{name}" for name, seen in fronts.items()]
     assert asked == [*codes, "arch=compute_90,code=compute_90"]
     assert "-cudart static" in command
+    assert _codes_of_specialised(rules) == ["arch=compute_90a,code=sm_90a"]
+    status, _, rules = configured("-DLK_CUDA=ON", "-DLK_CUDA_ARCHITECTURES=86", "-DLK_CUDA_PTX=", f"-DLK_NVCC={find_nvcc()}")
+    assert status == 0 and _codes_of_specialised(rules) == ["arch=compute_80,code=sm_86"]  # and is empty there
+
+
+def _codes_of_specialised(rules):
+    command = next(line for line in rules.splitlines() if "cuda_specialised_sm90a.cu" in line and "-gencode" in line)
+    return [word for word in command.split() if word.startswith("arch=")]
 
 
 @pytest.mark.parametrize(("given", "options"), [

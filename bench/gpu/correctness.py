@@ -9,10 +9,10 @@ import torch
 
 from bench.gpu.cases import FLAGS, sizes
 from bench.gpu.many import many
-from bench.gpu.setting import Found, Setting, fused, pefts
+from bench.gpu.setting import Found, Refused, Setting, fused, pefts
 from lora_kernels import dora_linear, explain, lora_linear, merged_weight, nn, use_backend, weight_norm
 from lora_kernels.ops import dispatch, launch, row_norm_squared
-from lora_kernels.ops.cost import BACKWARD, FORWARD
+from lora_kernels.ops.cost import BACKWARD, FORWARD, SPECIALISED
 from lora_kernels.testing import (
     LAYOUTS,
     RANKS,
@@ -147,6 +147,11 @@ def cuda_kernels(setting: Setting, found: Found) -> Iterator[Check]:
                 p = make_problem(rows, n_in, n_out, rank, dtype, device=setting.device, **each)
                 what = f"CUDA C++ lora_linear: {rows} rows, {str(dtype)[6:]}, {', '.join(each) or 'lora'}"
                 yield what, partial(cuda_linear, setting, p)
+        for rows in () if setting.dry and setting.arch != 90 else (70,) if setting.dry else (65, 300, 2048):
+            for adapters in (dtype,) if setting.dry else (dtype, F32):
+                p = make_problem(rows, n_in, n_out + -n_out % 8, rank, dtype, adapters, device=setting.device)
+                what = f"CUDA C++ specialised: {rows} rows, {str(dtype)[6:]}, {str(adapters)[6:]} adapters"
+                yield what, partial(cuda_specialised, setting, p)
         for rows in () if setting.tiny else (tokens,) if setting.dry else (1, 16, 33, 64):
             shape = (n_in + -n_in % 16, n_out, rank)
             yield f"CUDA C++ int8: {rows} rows, {str(dtype)[6:]}", partial(cuda_int8, setting, rows, shape, dtype)
@@ -173,6 +178,15 @@ def cuda_linear(setting: Setting, p: Problem) -> None:
         y, again = lora_linear(*p.arguments()), lora_linear(*p.arguments())
     assert torch.equal(y, again), "other bits the second time"
     assert_within_rounding(y.cpu(), exact(p).values["y"], p.x.dtype, name="y")
+
+
+def cuda_specialised(setting: Setting, p: Problem) -> None:
+    """Forward and backward, on an H100 or its like."""
+    try:
+        with setting.backend("cuda"), dispatch.forced(SPECIALISED):
+            assert_problem(p)
+    except NotImplementedError as refusal:
+        raise Refused(str(refusal)) from refusal
 
 
 def cuda_weights(setting: Setting, shape: tuple[int, int, int], dtype: torch.dtype) -> None:

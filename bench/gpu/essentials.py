@@ -180,16 +180,18 @@ def forward_alone(p: Problem) -> None:
 
 
 def candidates(setting: Setting) -> Iterator[Check]:
-    """Each that dispatch can choose among Triton's kernels, by force."""
+    """Each that dispatch can choose, by force; those of `by` are CUDA C++'s other ones."""
     tokens, n_in, n_out, rank = setting.sizes or (0, 0, 0, 0)
     names = [name for name in dict.fromkeys(cost.NAMES["forward"] + cost.NAMES["backward"]) if name != cost.CUDA]
     for name in names:
+        backend = cost.OFFERED.get(name, ("triton",))[0]
+        tried = [("lora", tokens)] if backend == "cuda" else [("lora", 16), ("dora, dropout", tokens)]
         for flags in FLAGS:
             for rows in (tokens, 16):
-                if setting.dry and (flags, rows) not in (("lora", 16), ("dora, dropout", tokens)):
+                if setting.dry and (flags, rows) not in tried:
                     continue
                 make = partial(make_problem, rows, n_in, n_out, rank, BF16, device=setting.device, **FLAGS[flags])
-                call = partial(stained, setting, "triton", partial(forced, name, make))
+                call = partial(stained, setting, backend, partial(forced, name, make))
                 yield f"candidate {name}: {flags}, {rows} rows", call
 
 

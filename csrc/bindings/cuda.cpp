@@ -1,5 +1,6 @@
 // lora_kernels._cuda: launches the kernels of csrc/<op>/cuda.cu. CUDA's runtime is linked in; it looks for the driver at
 // the first call, so that the module can be imported where there is none. Shapes and dtypes are the callers' to check.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
@@ -21,6 +22,7 @@ Kernels lora_linear_expand_kernels();
 Kernels lora_linear_outer_kernels();
 Kernels lora_linear_sides_kernels();
 Kernels lora_linear_small_kernels();
+Kernels lora_linear_specialised_kernels();
 Kernels lora_linear_sums_kernels();
 Kernels lora_linear_thin_kernels();
 Kernels lora_linear_tiles_kernels();
@@ -35,26 +37,62 @@ std::vector<Kernel> all() {
   std::vector<Kernel> found;
   for (Kernels each : {lora_linear_dx_kernels(), lora_linear_dx_small_kernels(), lora_linear_expand_kernels(),
                        lora_linear_outer_kernels(), lora_linear_sides_kernels(), lora_linear_small_kernels(),
-                       lora_linear_sums_kernels(), lora_linear_thin_kernels(), lora_linear_tiles_kernels(),
-                       merge_kernels(), merge_any_kernels(), multi_lora_any_kernels(), multi_lora_small_kernels(),
-                       weight_norm_kernels(), weight_norm_any_kernels()}) {
+                       lora_linear_specialised_kernels(), lora_linear_sums_kernels(), lora_linear_thin_kernels(),
+                       lora_linear_tiles_kernels(), merge_kernels(), merge_any_kernels(), multi_lora_any_kernels(),
+                       multi_lora_small_kernels(), weight_norm_kernels(), weight_norm_any_kernels()}) {
     found.insert(found.end(), each.first, each.first + each.count);
   }
   return found;
 }
 const std::vector<Kernel> kernels = all();
 
-constexpr int MOST = 512;       // bytes of a kernel's struct
+constexpr int MOST = 1024;      // bytes of a kernel's struct
 constexpr int FREE = 48 << 10;  // bytes of shared memory that need no leave
 
-// The struct that a kernel takes: None is null, int a pointer or a number of 64 bits, float one of 32 bits.
+// A map of a matrix of 16 bits by rows, from which boxes are copied into rows of 128 bytes, their pieces exchanged
+py::bytes tensor_map(uintptr_t data, bool bf16, uint64_t rows, uint64_t columns, uint64_t row, uint32_t box_rows,
+                     uint32_t box_columns) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static void* found = nullptr;  // of the driver, which is not linked
+  if (!found) {
+    cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, 0, &result);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, 0, &result);
+#endif
+    if (error || !found) {
+      found = nullptr;
+      throw std::runtime_error(std::string("cuTensorMapEncodeTiled: ") + cudaGetErrorName(error));
+    }
+  }
+  const cuuint64_t sizes[2] = {columns, rows}, strides[1] = {row * 2};
+  const cuuint32_t box[2] = {box_columns, box_rows}, steps[2] = {1, 1};
+  CUtensorMap map;
+  const CUresult result = reinterpret_cast<Encode>(found)(
+      &map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, reinterpret_cast<void*>(data),
+      sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("cuTensorMapEncodeTiled of [" + std::to_string(rows) + ", " + std::to_string(columns) +
+                             "], " + std::to_string(row) + " apart, by [" + std::to_string(box_rows) + ", " +
+                             std::to_string(box_columns) + "]: error " + std::to_string(int(result)));
+  }
+  return py::bytes(reinterpret_cast<const char*>(&map), sizeof map);
+}
+
+// The struct that a kernel takes: None is null, int a pointer or a number of 64 bits, float one of 32 bits, bytes a map.
 struct Packed {
-  alignas(16) unsigned char bytes[MOST] = {};
+  alignas(64) unsigned char bytes[MOST] = {};
   int count = 0;
 
   explicit Packed(const py::tuple& fields) {
+    int most = 8;
     for (py::handle field : fields) {
-      if (PyFloat_Check(field.ptr())) {
+      if (PyBytes_Check(field.ptr())) {
+        most = ALIGNMENT;
+        put(PyBytes_AS_STRING(field.ptr()), int(PyBytes_GET_SIZE(field.ptr())), most);
+      } else if (PyFloat_Check(field.ptr())) {
         put(float(PyFloat_AS_DOUBLE(field.ptr())));
       } else if (field.is_none()) {
         put(int64_t(0));
@@ -63,16 +101,23 @@ struct Packed {
         if (PyErr_Occurred()) throw py::error_already_set();
       }
     }
-    count = (count + 7) / 8 * 8;
+    count = (count + most - 1) / most * most;
   }
 
  private:
+  static constexpr int ALIGNMENT = 64;  // of a map
+
   template <typename T>
   void put(T value) {
-    count = (count + int(sizeof value) - 1) / int(sizeof value) * int(sizeof value);
-    if (count + int(sizeof value) > MOST) throw std::invalid_argument("at most 512 bytes of arguments");
-    std::memcpy(bytes + count, &value, sizeof value);
-    count += int(sizeof value);
+    put(&value, int(sizeof value), int(sizeof value));
+  }
+  void put(const void* value, int size, int alignment) {
+    count = (count + alignment - 1) / alignment * alignment;
+    if (count + size > MOST) {
+      throw std::invalid_argument("at most " + std::to_string(MOST) + " bytes of arguments");
+    }
+    std::memcpy(bytes + count, value, size_t(size));
+    count += size;
   }
 };
 
@@ -128,9 +173,15 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("PTX") = LK_PTX;
   m.def("launch", &lk::launch, py::arg("kernel"), py::arg("x"), py::arg("y"), py::arg("z"), py::arg("threads"),
         py::arg("shared"), py::arg("early"), py::arg("device"), py::arg("stream"), py::arg("args"),
-        "Launches kernels[name] with a struct of args: int for pointers and 64-bit numbers, float for 32-bit ones. "
+        "Launches kernels[name] with a struct of args: int for pointers and 64-bit numbers, float for 32-bit ones, "
+        "bytes for maps. "
         "early: it "
         "may start before the launch before it has ended, and waits for that itself.");
+  m.def("tensor_map", &lk::tensor_map, py::arg("data"), py::arg("bf16"), py::arg("rows"), py::arg("columns"),
+        py::arg("row"), py::arg("box_rows"), py::arg("box_columns"),
+        "A CUtensorMap of a matrix of 16 bits whose rows begin `row` numbers apart, for launch(). Raises RuntimeError: "
+        "the "
+        "driver is not there or refuses it.");
   // the work of launch() before the driver is asked, to time it where there is none
   m.def("pack", [](const py::tuple& args) { return lk::Packed(args).count; });
 }

@@ -6,6 +6,7 @@ Forward, y = gain ⊙ (x Wᵀ + h Bᵀ) + bias with h = s·drop(x) Aᵀ:
     addmm           F1; h Bᵀ is written, and the library's GEMM adds x Wᵀ. With a gain: x Wᵀ, and a pass over y. With a dropped
                     base: F1 writes drop(x), too; drop(x) Wᵀ; a pass that reads it and writes y; the GEMM adds x Wᵀ
     cuda            CUDA C++: up to 64 tokens without dropout one launch that reads x, W, A and B; else two
+    specialised     F1; h is written as pairs of bfloat16; F2 by warp groups with tasks of their own, sm_90a
 Backward, with P = s·(dy ⊙ gain) B:
     fused           B1 reads dy, h and B (and y, for the gain's gradient) and writes P and dB; B2 reads dy, W, P and A and
                     writes dx; B3 reads x and P and writes dA
@@ -24,11 +25,13 @@ import torch
 
 from lora_kernels.ops.chips import Chip
 
-LIBRARY, CUDA = "addmm", "cuda"
+LIBRARY, CUDA, SPECIALISED = "addmm", "cuda", "specialised"
 FORWARD, BACKWARD = ("two launches", "one pass", LIBRARY), ("fused", LIBRARY)
-OFFERED = {CUDA: ("cuda",), LIBRARY: ("triton", "cuda")}  # by which backends; the others by Triton's
+# by which backends; the others by Triton's
+OFFERED = {CUDA: ("cuda",), SPECIALISED: ("cuda",), LIBRARY: ("triton", "cuda")}
+UNTRIED = (SPECIALISED,)  # taken where they were measured, never by a prediction
 FEW = 64  # rows, up to which bytes decide, and the fused kernels move the fewest
-NAMES = {"forward": (*FORWARD, CUDA), "backward": BACKWARD}
+NAMES = {"forward": (*FORWARD, CUDA, SPECIALISED), "backward": (*BACKWARD, SPECIALISED)}
 MASK = 20  # integer operations for a word of Philox 4x32-10: ten rounds of two wide products and six others make four words
 BLOCK = 64  # rows, columns and ranks of the tiles of F1, B1 and B3; each block of ranks draws the dropout anew
 ROWS = 512  # that a tile of B1 and B3 sums
@@ -66,7 +69,7 @@ class Step:
     """One launch. Bytes count each tensor once, however often tiles read it again."""
 
     kind: str
-    """Whose efficiency it has: "fused", "one_pass", "library", "thin" or "mma"."""
+    """Whose efficiency it has: "fused", "one_pass", "library", "thin", "mma" or "specialised"."""
     reads: Mapping[str, int]
     writes: Mapping[str, int]
     flops: float
@@ -124,7 +127,20 @@ def _forward(p: Problem) -> dict[str, list[Step]]:
         rows = columns * shared + blocks  # of blocks, which have 64 rows of W or of A
         flops = base + up + 2.0 * m * k * ranks
         cuda = [Step("mma", {"x": x, "w": w, "a": a, "b": b}, {"y": y, "h": h}, flops, rows, streamed)]
-    return {"two launches": [shrink, fused], "one pass": [single], LIBRARY: _forward_by_library(p, shrink, up), CUDA: cuda}
+    made = {"two launches": [shrink, fused], "one pass": [single], LIBRARY: _forward_by_library(p, shrink, up), CUDA: cuda}
+    return made | {SPECIALISED: [shrink, *_specialised(p, {"x": x, "w": w, "b": b}, {"y": y}, k, p.n, base + 2 * up)]}
+
+
+def _specialised(
+    p: Problem, reads: dict[str, int], writes: dict[str, int], depth: int, columns: tuple[int, ...], flops: float
+) -> list[Step]:
+    """h, or P, as pairs of bfloat16, in pieces of 32 ranks; and the GEMM by tiles of 128 by 256."""
+    pairs, h = {"pairs": sum(128 * p.m * _ceil(r, 32) for r in p.r)}, {"h": 4 * p.m * sum(p.r)}
+    tiles = _ceil(p.m, 128) * sum(_ceil(n, 256) for n in columns)
+    return [
+        Step("thin", h, pairs, 0.0, _ceil(p.m, BLOCK)),
+        Step("specialised", {**reads, **pairs}, writes, flops, tiles, depth * (128 + 256) * p.dtype.itemsize),
+    ]
 
 
 def gemm(p: Problem) -> Step:
@@ -194,12 +210,22 @@ def _backward(p: Problem) -> dict[str, list[Step]]:
         depth * (min(bm, m) + bk) * size, masks=drawn,
     )  # fmt: skip
     b3 = Step("thin", {"x": x, "p": h}, {"da": a}, down, parts * _ceil(k, BLOCK), part, masks=drawn * blocks)
-    return {"fused": [b1, b2, b3], LIBRARY: _backward_by_library(p, b1, b3)}
+    scaled = {"scaled": dy} if p.gain else {}
+    both = replace(b1, writes={**b1.writes, **scaled})
+    product = _specialised(p, {**(scaled or {"dy": dy}), "w": w, "a": a}, {"dx": x}, depth, (k,), base + 2 * down)
+    product[1] = replace(product[1], masks=drawn)
+    made = {"fused": [b1, b2, b3], LIBRARY: _backward_by_library(p, both, b3)}
+    return made | {SPECIALISED: [both, b3, *product, _sums(p)]}
 
 
-def _backward_by_library(p: Problem, b1: Step, b3: Step) -> list[Step]:
+def _sums(p: Problem) -> Step:
+    """Of dA's parts."""
+    return Step("thin", {"parts": 4 * p.k * sum(p.r)}, {"da": _sizes(p)[2]}, 0.0, 1)
+
+
+def _backward_by_library(p: Problem, both: Step, b3: Step) -> list[Step]:
     x, w, a, _, h, dy = _sizes(p)
-    base, ranks = gemm(p), sum(p.r)
+    base = gemm(p)
     scaled = {"scaled": dy} if p.gain else {}
     expand = Step("thin", {"p": h, "a": a}, {"dx": x}, b3.flops, base.tiles, masks=p.m * p.k * len(p.n) if p.dropout else 0)
     of = {"dy": dy} if p.drop_base else scaled or {"dy": dy}
@@ -209,8 +235,7 @@ def _backward_by_library(p: Problem, b1: Step, b3: Step) -> list[Step]:
         between[:1] = [
             replace(base, reads={**scaled, "w": w}, writes=of_scaled), replace(expand, reads={**expand.reads, **of_scaled}),
         ]  # fmt: skip
-    sums = Step("thin", {"parts": 4 * p.k * ranks}, {"da": a}, 0.0, 1)
-    return [replace(b1, writes={**b1.writes, **scaled}), b3, *between, sums]
+    return [both, b3, *between, _sums(p)]
 
 
 def seconds(name: str, launches: list[Step], p: Problem, chip: Chip, shares: Mapping[str, float]) -> float:
@@ -268,6 +293,19 @@ def refusal(name: str, p: Problem, arch: int, deterministic: bool = False) -> st
             return f"k is {p.k}: it takes multiples of 8"
         if len(p.n) > 1:
             return f"{len(p.n)} layers share x, and it takes one"
+    elif name == SPECIALISED:
+        if arch != 90:
+            return f"sm_{arch}: its code is for sm_90a"
+        if p.m <= FEW:
+            return f"m is {p.m}: it takes more than {FEW}"
+        if not p.half:
+            return f"{str(p.dtype)[6:]}: it takes 16 bits"
+        if p.drop_base:
+            return "the base is dropped, too, and it drops the input of A only"
+        if len(p.n) > 1:
+            return f"{len(p.n)} layers share x, and it takes one"
+        if p.k % 8 or p.n[0] % 8:
+            return f"k is {p.k} and n {p.n[0]}: it takes multiples of 8"
     return None
 
 

@@ -63,10 +63,11 @@ class Plan:
 
 def plan(
     problem: Problem, arch: int, deterministic: bool = False, multiprocessors: int | None = None,
-    backends: tuple[str, ...] = ("triton",), gpu: str | None = None,
+    backends: tuple[str, ...] = ("triton",), gpu: str | None = None, refused: tuple[tuple[str, str], ...] = (),
 ) -> Plan:  # fmt: skip
     """Decides between the candidates of these backends, "triton" and "cuda". `arch` is 90 for sm_90; one that is not known is
-    taken for the nearest that is. `gpu` is the name of the one that is here, for what was measured on it.
+    taken for the nearest that is. `gpu` is the name of the one that is here, for what was measured on it. `refused`: candidates
+    that cannot take the tensors themselves, and why.
 
     With `deterministic` the choice is that for m = FIXED on the architecture's own chip, so that a row's bits depend neither on
     how many rows come with it nor on the size of the chip; callers pass `torch.are_deterministic_algorithms_enabled()`.
@@ -75,28 +76,28 @@ def plan(
         NotImplementedError: the candidate that `forced` names refuses.
     """
     here = (None, None) if deterministic else (multiprocessors, gpu)
-    return _plan(problem, arch, deterministic, *here, backends, *_settings.get())
+    return _plan(problem, arch, deterministic, *here, backends, refused, *_settings.get())
 
 
 @lru_cache(maxsize=4096)
 def _plan(
     problem: Problem, arch: int, deterministic: bool, multiprocessors: int | None, gpu: str | None,
-    backends: tuple[str, ...], force: str | None, folder: str,
+    backends: tuple[str, ...], refused: tuple[tuple[str, str], ...], force: str | None, folder: str,
 ) -> Plan:  # fmt: skip
     on, table = chip(arch, multiprocessors), tables.table(arch, folder)
     asked = problem._replace(m=FIXED) if deterministic else problem
-    shares = table.shares(asked.half, asked.m)
+    shares, also = table.shares(asked.half, asked.m), dict(refused)
     candidates = tuple(
         Candidate(
             name, sum(step.bytes for step in steps), len(steps), cost.seconds(name, steps, asked, on, shares),
-            cost.refusal(name, asked, arch, deterministic),
+            cost.refusal(name, asked, arch, deterministic) or also.get(name),
         )
         for name, steps in cost.steps(asked).items()
         if any(backend in backends for backend in cost.OFFERED.get(name, ("triton",)))
     )  # fmt: skip
     if force in cost.NAMES[problem.direction]:
         # for the rows that there are, in the deterministic mode, too
-        reason = cost.refusal(force, problem, arch, deterministic)
+        reason = cost.refusal(force, problem, arch, deterministic) or also.get(force)
         if force not in [candidate.name for candidate in candidates]:
             reason = reason or f"its backend refuses, or {' and '.join(backends)} alone was asked"
         if reason:
@@ -118,11 +119,13 @@ def _choose(
     for where, choices, flags in (("measured here", local, p.flags), ("measured", table.choices, plain)):
         for near in tables.nearest_choice(choices, p.direction, str(p.dtype)[6:], p[1:5], flags):
             taken = {name: seconds for name, seconds in near.seconds.items() if name in able}
-            if near.winner in able or (taken and near.winner == cost.CUDA):  # its own backend refused, or was not asked
+            # its own backend refused, or was not asked
+            if near.winner in able or (taken and cost.OFFERED.get(near.winner) == ("cuda",)):
                 times = ", ".join(f"{name} {seconds * 1e6:.1f} µs" for name, seconds in near.seconds.items())
                 at = f"m {near.m}, k {near.k}, n {' + '.join(map(str, near.n))}, r {' + '.join(map(str, near.r))}"
                 winner = near.winner if near.winner in able else min(taken, key=taken.__getitem__)
                 return winner, f"{where} at {at}: {times}"
+    able = {name: c for name, c in able.items() if name not in cost.UNTRIED}
     if p.m > cost.FEW and cost.LIBRARY in able and not table.knows(str(p.dtype)[6:]):
         return cost.LIBRARY, "many rows, and nothing was measured on such a GPU: the library's GEMM"
     # where it is even, the launch decides, which costs the host less than one of Triton's
@@ -152,6 +155,11 @@ def forced(name: str) -> Iterator[None]:
         raise ValueError(f"a candidate must be one of {', '.join(known)}, found {name!r}")
     with _set(name, _settings.get()[1]):
         yield
+
+
+def forcing() -> str | None:
+    """What `forced` names here, if it does."""
+    return _settings.get()[0]
 
 
 @contextmanager

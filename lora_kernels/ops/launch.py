@@ -1,5 +1,6 @@
 """Where a kernel for GPUs runs: on the one that holds its tensors or, if that is asked for, in the simulator."""
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,18 @@ CSRC = Path(__file__).parents[2] / "csrc"
 LEAST = (8, 0)  # of the GPUs: tensor cores that know bfloat16, cp.async
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}  # in the names of CUDA C++ kernels
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # there, as kind
+
+
+SWIZZLE = 128  # of a `Map`, in bytes
+
+
+@dataclass(frozen=True)
+class Map:
+    """A field of a struct of CUDA C++ for a `TensorMap` of csrc/common/hopper.cuh: a matrix of 16 bits with rows at multiples
+    of 16 bytes, copied in boxes [rows, columns] of at most 256 by 64."""
+
+    tensor: Tensor
+    box: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -151,14 +164,17 @@ def refuse_cuda(t: Tensor, source: str) -> str | None:
         if not (CSRC / source).is_file():
             return f"csrc/{source} is not here; a checkout of the repository has it"
         return refuse_device(t)
-    return refuse_device(t) or refuse_binary(architecture(t))
+    return refuse_device(t) or refuse_binary(architecture(t), source)
 
 
 @lru_cache
-def refuse_binary(arch: int) -> str | None:
-    """Why the module _cuda has no code for a GPU."""
+def refuse_binary(arch: int, source: str = "") -> str | None:
+    """Why the module _cuda has no code for a GPU, of one source if that is named."""
     if _no_cuda:
         return _no_cuda
+    if own := re.search(r"_sm(\d+)a\.cu$", source):  # as in cmake/cuda.cmake
+        has = int(own[1]) == arch and {own[1], f"{own[1]}a"} & {*_cuda.ARCHITECTURES.split()}
+        return None if has else f"{source} is for sm_{own[1]}a alone, and {cuda_build()}"
     binaries, texts = ([int(each.rstrip("af")) for each in kind.split()] for kind in (_cuda.ARCHITECTURES, _cuda.PTX))
     if any(each // 10 == arch // 10 and each <= arch for each in binaries) or any(each <= arch for each in texts):
         return None
@@ -175,8 +191,8 @@ def launch_cuda(
     *, changes: Sequence[Tensor] = (), early: bool = False,
 ) -> None:  # fmt: skip
     """Runs a kernel with C linkage of csrc/`source`, which fills the tensors `makes`, may write those in `changes`, and changes
-    no other. `args` are the fields of its struct (a tensor or None for a pointer, int for 64 bits, float for 32); `shared` is
-    in bytes. Nothing runs if the grid is empty. `early` as in `launch`.
+    no other. `args` are the fields of its struct (a tensor or None for a pointer, int for 64 bits, float for 32, a `Map`);
+    `shared` is in bytes. Nothing runs if the grid is empty. `early` as in `launch`.
 
     Raises:
         RuntimeError: CUDA refused the launch; the message has the kernel, the launch and the arguments.
@@ -190,13 +206,19 @@ def launch_cuda(
     x, y, z = (*grid, 1, 1)[:3]
     device = (makes or changes)[0].device.index
     stream = torch.cuda.current_stream(device).cuda_stream
-    packed = tuple([a.data_ptr() if isinstance(a, Tensor) else a for a in args])
     try:
+        packed = tuple([a.data_ptr() if isinstance(a, Tensor) else _encoded(a) if isinstance(a, Map) else a for a in args])
         early = early and _gpu(device)[0] >= 90
         _cuda.launch(_cuda.kernels[kernel], x, y, z, threads, shared, early, device, stream, packed)
     except RuntimeError as error:
-        shapes = ", ".join(f"{list(a.shape)} {str(a.dtype)[6:]}" if isinstance(a, Tensor) else str(a) for a in args)
+        plain = (a.tensor if isinstance(a, Map) else a for a in args)
+        shapes = ", ".join(f"{list(a.shape)} {str(a.dtype)[6:]}" if isinstance(a, Tensor) else str(a) for a in plain)
         raise RuntimeError(f"{error}; arguments: {shapes}") from None
+
+
+def _encoded(m: Map) -> bytes:
+    t = m.tensor
+    return bytes(_cuda.tensor_map(t.data_ptr(), t.dtype is torch.bfloat16, *t.shape, t.stride(0), *m.box))
 
 
 def vector(v: Tensor | None) -> tuple[Tensor | None, int]:

@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_kernels.ops.launch import SWIZZLE, Map
 from lora_kernels.testing.ptxsim import Kernel, Run
 from lora_kernels.testing.ptxsim.device import current
+from lora_kernels.testing.ptxsim.tensor_map import TensorMap
 
 MISSING = "nvcc is in none of the wheel nvidia-cuda-nvcc, CUDA_HOME and PATH"
 OPTIONS = ("-O3", "-std=c++17")
@@ -39,6 +41,12 @@ def front(arch: str) -> str:
     return number if number[-1].isalpha() else "90" if int(number) >= 90 else "80"
 
 
+def own(source: Path) -> str | None:
+    """The one architecture that a file is for, as in cmake/cuda.cmake: sm_90a of cuda_x_sm90a.cu."""
+    found = re.search(r"_sm(\d+a)$", source.stem)
+    return f"sm_{found[1]}" if found else None
+
+
 @functools.cache
 def compile_ptx(source: Path, arch: str = "sm_80", *options: str) -> str:
     """The PTX that nvcc -O3 makes of a file.
@@ -58,6 +66,7 @@ def compile_cubin(source: Path, arch: str = "sm_80", *options: str) -> bytes:
         FileNotFoundError: there is no nvcc.
         RuntimeError: it refused the file; the message is its own.
     """
+    arch = own(source) or arch
     return _compile(source, "-cubin", "-gencode", f"arch=compute_{front(arch)},code={arch}", *options)
 
 
@@ -72,8 +81,14 @@ def simulate_cuda(
         FileNotFoundError: there is no nvcc.
     """
     sim = current.get()
-    runs = _kernel(compile_ptx(source, f"sm_{front(f'sm_{sim.arch}' if sim else 'sm_80')}"), kernel)
+    arch = own(source) or f"sm_{front(f'sm_{sim.arch}' if sim else 'sm_80')}"
+    runs = _kernel(compile_ptx(source, arch), kernel)
+    args = [tuple(map(_as_simulated, each)) if isinstance(each, tuple) else each for each in args]
     return runs.launch(grid, (threads,), args, writes, writes if poisoned is None else poisoned, shared, early=early)
+
+
+def _as_simulated(field: Any) -> Any:
+    return TensorMap(field.tensor, field.box, SWIZZLE) if isinstance(field, Map) else field
 
 
 @functools.cache

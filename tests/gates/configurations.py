@@ -17,6 +17,7 @@ KERNELS = Path(__file__).parents[1] / "ptxsim" / "kernels"
 HALF, SINGLE = torch.bfloat16, torch.float32
 MMA, CUDA = "sm_80 sm_86 sm_89 sm_120", " ".join(NVIDIA)
 ALL = f"{CUDA} gfx942"
+ELSE = " ".join(chip for chip in NVIDIA if chip != "sm_90")
 LORA = dict.fromkeys("xwaby", HALF) | {"m": 4096, "n": 4096, "k": 4096, "r": 16, "scale": 0.5, "R": 16}
 
 
@@ -143,8 +144,20 @@ BACKWARD = [
                     {CUDA: Budget(per, units=units, blocks=blocks)})
       for name, per, units, blocks in (("sums", 6.3, 4, 6), ("zero_gain", 6.6, 16, 5))),
 ]  # fmt: skip
+SPECIALISED = [
+    Configuration(f"lora_linear_specialised.cu, {kind}", cuda_op(
+        "lora_linear/cuda_specialised_sm90a.cu", f"lora_linear_specialised_{kind}", 4 * 384 * 128 + 4 * 64 * 128 + 64, 384),
+        {"sm_90": Budget(per, "HGMMA", units=4, wide=wide)}, without={ELSE: "its code is for sm_90a"})
+    for kind, per, wide in (("bf16", 13.1, 2), ("f16", 13.1, 2), ("dx_bf16", 12.6, 5), ("dx_f16", 12.6, 5),
+                            ("dx_drop_bf16", 13.1, 5), ("dx_drop_f16", 13.1, 5))
+] + [
+    Configuration("lora_linear_specialised.cu, pairs", cuda_op(
+        "lora_linear/cuda_specialised_sm90a.cu", "lora_linear_pairs", 0, 256),
+        {"sm_90": Budget(6.5, units=12, blocks=8)}, without={ELSE: "its code is for sm_90a"}),
+]  # fmt: skip
 CUDA_OPS = [
     *BACKWARD,
+    *SPECIALISED,
     *(Configuration(f"lora_linear_expand.cu, {kind}", cuda_op(
         "lora_linear/cuda_expand.cu", f"lora_linear_expand_{kind}", 192 * 128 + 64 * 136 * 4, 256),
         {CUDA: Budget(3.9, "HMMA", units=24, wide=16, blocks=1)})

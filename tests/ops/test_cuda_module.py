@@ -28,7 +28,7 @@ def test_every_kernel_of_the_sources_is_there():
 
 @pytest.mark.parametrize(("args", "message"), [
     (NORM[:-2] + NORM[-1:], "weight_norm_bf16_16 on cuda:0, grid 3x1x1, .*: its struct has 88 bytes, found 80"),
-    (NORM + (1,) * 60, "at most 512 bytes"),
+    (NORM + (1,) * 120, "at most 1024 bytes"),
 ])  # fmt: skip
 def test_a_struct_that_does_not_fit(args, message):
     with pytest.raises(ValueError, match=message):
@@ -42,6 +42,7 @@ def test_a_kernel_that_is_not_there():
 
 def test_numbers_of_a_struct():
     assert _cuda.pack((1, None, 0.5)) == 24 and _cuda.pack((0.5, 0.5, 1)) == 16 and _cuda.pack(()) == 0
+    assert _cuda.pack((1, bytes(128), 0.5)) == 256 and _cuda.pack((bytes(128), 1)) == 192  # of a map, at multiples of 64
     with pytest.raises(TypeError):
         _cuda.pack(("x",))
     with pytest.raises(OverflowError):
@@ -58,6 +59,23 @@ def test_an_error_names_the_kernel_the_launch_and_the_shapes(monkeypatch):
     launched = r"weight_norm_bf16_16 on cuda:0, grid 5x1x1, 128 threads, 64 bytes of shared memory: cudaError\w+: "
     assert re.match(launched, str(e.value))
     assert "arguments: [64, 32] bfloat16, 2, 3, 4, 64" in str(e.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: bench/gpu launches there")
+def test_a_map_without_a_driver():
+    with pytest.raises(RuntimeError, match="cuTensorMapEncodeTiled: cudaError"):
+        _cuda.tensor_map(0, True, 64, 64, 64, 64, 64)
+
+
+@pytest.mark.parametrize(("binaries", "texts", "arch", "runs"), [
+    ("80 86 90 100", "80", 90, True), ("90a", "", 90, True), ("80", "90", 90, False), ("80 90", "", 100, False),
+])  # fmt: skip
+def test_a_source_that_is_for_one_gpu(monkeypatch, binaries, texts, arch, runs):
+    monkeypatch.setattr(launch, "_cuda", SimpleNamespace(ARCHITECTURES=binaries, PTX=texts))
+    launch.refuse_binary.cache_clear()
+    reason = launch.refuse_binary(arch, "lora_linear/cuda_specialised_sm90a.cu")
+    launch.refuse_binary.cache_clear()
+    assert (reason is None) == runs and (runs or "is for sm_90a alone, and built for sm_" in reason)
 
 
 @pytest.mark.parametrize(("binaries", "texts", "runs"), [

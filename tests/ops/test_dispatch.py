@@ -105,12 +105,13 @@ def test_dropout_is_drawn_where_a_candidate_needs_it():
         return {name: [step.masks for step in steps] for name, steps in cost.steps(p).items()}
 
     x = 64 * 4096
-    drawn = {"two launches": [x, 0], "one pass": [x * 64], "addmm": [x, 0, 0], "cuda": [x, 0]}
+    drawn = {"two launches": [x, 0], "one pass": [x * 64], "addmm": [x, 0, 0], "cuda": [x, 0], "specialised": [x, 0, 0]}
     assert masks(forward(64, dropout=True)) == drawn
     assert masks(forward(64, dropout=True, drop_base=True))["two launches"] == [x, x * 64]
     assert masks(forward(64, r=65, dropout=True))["two launches"] == [2 * x, 0]  # a block of 64 ranks at a time
     assert masks(forward(64, dropout=True, drop_base=True))["addmm"] == [x, 0, 0, 0]
-    assert masks(backward(64, dropout=True)) == {"fused": [0, x, x], "addmm": [0, x, x, 0, 0]}
+    again = {"fused": [0, x, x], "addmm": [0, x, x, 0, 0], "specialised": [0, x, 0, x, 0]}
+    assert masks(backward(64, dropout=True)) == again
 
 
 def test_the_first_launch_hides_where_launches_may_overlap():
@@ -265,7 +266,7 @@ def test_forced_nests_and_restores():
             assert plan(forward(16), 90).winner == plan(backward(16), 90).winner == "addmm"
         assert plan(forward(16), 90).winner == "two launches"
     assert plan(forward(16), 90).winner == "one pass"
-    named = "must be one of two launches, one pass, addmm, cuda, fused, found 'both'"
+    named = "must be one of two launches, one pass, addmm, cuda, specialised, fused, found 'both'"
     with pytest.raises(ValueError, match=named), forced("both"):
         pass
     with forced("cuda"):
@@ -299,6 +300,50 @@ def test_what_was_measured_with_a_backend_that_is_not_asked(tmp_path):
         assert plan(forward(256, r=64), 90, backends=("triton", "cuda")).winner == "cuda"
         p = plan(forward(256, r=64), 90)
         assert p.winner == "two launches" and "cuda 1.0 µs" in p.why
+
+
+SPECIALISED = {"backends": ("triton", "cuda")}
+
+
+def test_specialised_is_taken_where_it_was_measured_and_nowhere_else(tmp_path):
+    """However good a prediction is, and also where tables know others."""
+    for p in (forward(), backward(), forward(gain=True, dropout=True), backward(dtype=torch.float16)):
+        assert found(p, **SPECIALISED)["specialised"].refused is None
+        assert plan(p, 90, **SPECIALISED).winner == "addmm"
+        assert plan(p, 90, True, **SPECIALISED).winner not in ("addmm", "specialised")
+    pairs, h = 8192 * 64 * 2 / MIB, 8192 * 16 * 4 / MIB
+    b = a = 16 * 4096 * 2 / MIB
+    assert found(forward(), **SPECIALISED)["specialised"].bytes / MIB == 64 + a + 2 * h + 2 * pairs + 64 + 32 + b + 64
+    quick = tables.table(90)._replace(
+        gpu="a GPU", measured=True, stamp={}, choices=(choice(forward(), "addmm", addmm=1e-4),),
+        efficiency={kind: {size: dict(shares, specialised=1.0) for size, shares in sizes.items()}
+                    for kind, sizes in tables.table(90).efficiency.items()},
+    )  # fmt: skip
+    tables.write(quick, tmp_path)
+    with tables_from(tmp_path):
+        far = plan(forward(20000, 1024), 90, **SPECIALISED)
+        assert far.why == "least predicted time" and far.winner != "specialised"
+    row = choice(forward(), "specialised", specialised=1e-4, addmm=2e-4, **{"two launches": 3e-4})
+    with measured(tmp_path, row):
+        assert plan(forward(), 90, **SPECIALISED).winner == plan(forward(), 90, backends=("cuda",)).winner == "specialised"
+        assert plan(forward(), 90).winner == "addmm"  # Triton's backend alone was asked
+        refused = (("specialised", "the rows of x do not begin at multiples of 16 bytes"),)
+        made = plan(forward(), 90, refused=refused, **SPECIALISED)
+        assert made.winner == "addmm" and "refuses: the rows of x do not begin" in str(made)
+        with forced("specialised"), pytest.raises(NotImplementedError, match="cannot run as specialised: the rows of x do not"):
+            plan(forward(), 90, refused=refused, **SPECIALISED)
+
+
+@pytest.mark.parametrize(("problem", "arch", "reason"), [
+    (forward(), 80, "sm_80: its code is for sm_90a"), (forward(), 100, "sm_100: its code"), (backward(), 120, "sm_120: its"),
+    (forward(64), 90, "m is 64: it takes more than 64"), (forward(65), 90, None), (forward(r=512), 90, None),
+    (forward(dtype=F32), 90, "float32: it takes 16 bits"), (forward(k=4092), 90, "k is 4092 and n"),
+    (forward(gain=True, dropout=True, drop_base=True), 90, "the base is dropped, too"),
+    (backward(n=4092), 90, "k is 4096 and n 4092"), (Problem("forward", 99, 64, (64, 64), (8, 8), BF16), 90, "2 layers share"),
+])  # fmt: skip
+def test_what_specialised_refuses(problem, arch, reason):
+    refused = found(problem, arch, **SPECIALISED)["specialised"].refused
+    assert refused is None if reason is None else refused.startswith(reason)
 
 
 def test_a_plan_in_print():

@@ -66,6 +66,19 @@ def swizzled(rows, span):
     return out.reshape(-1)
 
 
+def test_maps_in_a_struct():
+    """They lie at multiples of 64 bytes, which the struct's size is one of, too; y comes between them."""
+    x, y = numbers(16, 16), torch.zeros(64)
+    start = [line.replace("map;", "both;").replace("[y]", "[both + 8]") for line in START]
+    lines = ["add.u64 %rd0, %rd0, 64;", *INIT, expect(256), load("8, 0"), *WAIT, *OUT]
+    kernel = Kernel(kernel_text([*start, *lines], HEAD, [("both[256]", "align 64 .b8")], "sm_90"))
+    args = (0.5, y, TensorMap(x, (8, 8)), 3)
+    kernel.launch((1,), (64,), [args], [y])
+    assert torch.equal(y.view(8, 8), x[:8, 8:])
+    with pytest.raises(ValueError, match="has 256 bytes, found 192"):
+        kernel.launch((1,), (64,), [args[2:]], [y])
+
+
 @pytest.mark.parametrize("late", [True, False])
 @pytest.mark.parametrize(("shape", "box", "at", "span"), [
     ((16, 16), (8, 8), (0, 0), 0), ((16, 16), (8, 8), (12, 12), 32), ((16, 16), (8, 16), (-3, -5), 64),

@@ -1,17 +1,17 @@
 """CUDA C++. Up to 64 tokens with 16-bit A and B, without dropout: one launch, csrc/lora_linear/cuda_small.cu, with W in 16 bits
 or int8. Else the library's GEMM with thin kernels around it, cuda_layers.py; in the deterministic mode, where a row's bits must
 not depend on the other rows, or where that was measured to be faster, h = s·drop(x) Aᵀ and csrc/lora_linear/cuda_tiles.cu, if
-they take it (`refuse_fused`)."""
+they take it (`refuse_fused`). On sm_90, where that was measured to be the fastest, cuda_specialised.py."""
 
 import torch
 
 from lora_kernels.ops import cost
 from lora_kernels.ops.alone import alone, refuse_beside_triton
 from lora_kernels.ops.chips import chip
-from lora_kernels.ops.dispatch import Problem, plan
+from lora_kernels.ops.dispatch import Problem, forcing, plan
 from lora_kernels.ops.launch import KINDS, architecture, ceil, gpu, launch_cuda, multiprocessors, refuse_cuda, tickets, vector
-from lora_kernels.ops.lora_linear import cuda_backward, cuda_layers
-from lora_kernels.ops.lora_linear.call import Needs
+from lora_kernels.ops.lora_linear import cuda_backward, cuda_layers, cuda_specialised
+from lora_kernels.ops.lora_linear.call import Backward, Needs
 from lora_kernels.ops.lora_linear.cuda_thin import EXPAND, part_of_a, shrink
 from lora_kernels.ops.lora_linear.layer import Layer, layers_of
 from lora_kernels.ops.lora_linear.loop import forward_each, refuse_each
@@ -77,35 +77,58 @@ def _slower(call):
     if alone():
         return None
     reason = refuse_fused(call)
-    if reason:
-        return f"Triton's kernels are there: {reason}"
-    p = planned(call)
-    return None if p.winner == cost.CUDA else f"Triton's {p.winner} is the choice: {p.why}"
+    p = planned(call) if not reason or _asks_for_specialised(call) else None
+    if p is not None and (p.winner == cost.SPECIALISED or (p.winner == cost.CUDA and not reason)):
+        return None
+    return f"Triton's kernels are there: {reason}" if reason else f"Triton's {p.winner} is the choice: {p.why}"
+
+
+def _refuse_specialised(call):
+    """Why cuda_specialised.py cannot compute y or, of a backward, dx."""
+    back = isinstance(call, Backward)
+    left = {"x": call.x} if not back else {} if _is_expanded(call.dy) else {"dy": call.dy}
+    return cuda_specialised.refusal(call.x, call.w, call.drop_base, left)
+
+
+def _asks_for_specialised(call):
+    """Whether the plan is to say if that runs: also where it is forced and refuses."""
+    return forcing() == cost.SPECIALISED or not _refuse_specialised(call)
 
 
 def planned(call):
-    x, (n, r) = call.x, call.b.shape
-    problem = Problem("forward", *x.shape, (n,), (r,), x.dtype, gain=call.gain is not None, dropout=_drops(call))
+    """Of a forward, or of a backward that wants dx."""
+    x, (n, r), back = call.x, call.b.shape, isinstance(call, Backward)
+    direction = "backward" if back else "forward"
+    problem = Problem(direction, *x.shape, (n,), (r,), x.dtype, call.gain is not None, call.drop_base, _drops(call))
     deterministic, count = torch.are_deterministic_algorithms_enabled(), multiprocessors(x)
-    return plan(problem, architecture(x), deterministic, count, ("cuda",) if alone() else ("triton", "cuda"), gpu(x))
+    # what this backend has for a deterministic backward is no candidate
+    backends = ("cuda",) if alone() and not (deterministic and back) else ("triton", "cuda")
+    few = len(x) <= TOKENS and not deterministic
+    reason = None if few else _refuse_specialised(call)
+    refused = ((cost.SPECIALISED, reason),) if reason else ()
+    return plan(problem, architecture(x), deterministic, count, backends, gpu(x), refused)
 
 
 @implements("lora_linear_forward", "cuda", refusal)
 def forward(call):
-    x = call.x
+    x, winner = call.x, cost.CUDA
     if call.w_scale is None:
         fused = refuse_fused(call) is None
-        if fused:
-            note(lambda: planned(call))
-        if not fused or planned(call).winner != cost.CUDA:
+        p = planned(call) if fused or _asks_for_specialised(call) else None
+        winner = p.winner if p else cost.LIBRARY
+        if fused or winner == cost.SPECIALISED:
+            note(p)
+        if winner != cost.SPECIALISED and not (fused and winner == cost.CUDA):
             (y,), (h,), (z,) = cuda_layers.forward(x, [Layer(call)], call.keep_h)
             return y, h, z
     m, (n, r) = len(x), call.b.shape
     y, h = x.new_empty(m, n), x.new_empty(m, r, dtype=torch.float32)
     z = torch.empty_like(y) if call.keep_z else None
-    if m > TOKENS or _drops(call):
-        parts, _ = shrink(x, call.a, call.scale, (call.dropout, call.seed) if _drops(call) else (0.0, None))
-        tiles(call, parts, y, z, None if len(parts) == 1 or not call.keep_h else h)
+    if winner == cost.SPECIALISED or m > TOKENS or _drops(call):
+        fixed = winner == cost.CUDA or torch.are_deterministic_algorithms_enabled()
+        parts, _ = shrink(x, call.a, call.scale, (call.dropout, call.seed) if _drops(call) else (0.0, None), fixed=fixed)
+        make = cuda_specialised.forward if winner == cost.SPECIALISED else tiles
+        make(call, parts, y, z, None if len(parts) == 1 or not call.keep_h else h)
         return y, parts[0] if len(parts) == 1 else h, z
     if m > 0:
         small(call, y, z, h)
@@ -129,8 +152,8 @@ def backward_refusal(call):
     if dy.dtype is not x.dtype:
         return f"dy is {dy.dtype} and x {x.dtype}; the kernels read the same for both"
     if call.w_scale is None:
-        reason = refuse_beside_triton("they take three launches")
-        return _refuse_operands(call, dy=dy) or reason
+        reason = _refuse_operands(call, dy=dy)
+        return reason or (None if _plan_of_dx(call) else refuse_beside_triton("they take three launches"))
     if x.dtype is not torch.bfloat16:
         return f"x is {x.dtype}; w is int8, and the kernel for that reads bfloat16"
     if not w.numel() or w.shape[0] % 8:
@@ -138,10 +161,21 @@ def backward_refusal(call):
     return refuse_int8(call) or (None if _is_expanded(dy) else refuse_rows(dy=dy)) or _refuse_operands(call, dy=dy)
 
 
+def _plan_of_dx(call):
+    """Where dx is wanted, and to be made by cuda_specialised.py; else None."""
+    if not Needs(*call.needs).x or call.w_scale is not None or not _asks_for_specialised(call):
+        return None
+    p = planned(call)
+    return p if p.winner == cost.SPECIALISED else None
+
+
 @implements("lora_linear_backward", "cuda", backward_refusal)
 def backward(call):
+    p = _plan_of_dx(call)
+    if p is not None:
+        note(p)
     of_layer = [_plain(call.dy)], [Layer(call)], [call.h], [call.y], [call.z], [Needs(*call.needs)]
-    dx, (grads,) = cuda_backward.backward(call.x, *of_layer, call.w_scale)
+    dx, (grads,) = cuda_backward.backward(call.x, *of_layer, call.w_scale, specialised=p is not None)
     return dx, *grads
 
 

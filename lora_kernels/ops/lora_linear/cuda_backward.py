@@ -1,8 +1,8 @@
 """CUDA C++: the backward of layers that share x.
 
 B1 reads dy once, for P = s·(dy ⊙ gain) B, dB, the sums of dy and, where dx wants it, dy ⊙ gain; B3 reads x once for dA; then dx
-by the library's GEMM, in the deterministic mode by csrc/lora_linear/cuda_dx.cu, or with W in int8 by cuda_dx_small.cu; and what
-is left to add up.
+by the library's GEMM, in the deterministic mode by csrc/lora_linear/cuda_dx.cu, with W in int8 by cuda_dx_small.cu, or where
+that is the choice by cuda_specialised.py; and what is left to add up.
 """
 
 import torch
@@ -11,7 +11,7 @@ from lora_kernels.ops import cost
 from lora_kernels.ops.chips import chip
 from lora_kernels.ops.gradients import empty_like
 from lora_kernels.ops.launch import architecture, ceil, launch_cuda, tickets, vector
-from lora_kernels.ops.lora_linear import library
+from lora_kernels.ops.lora_linear import cuda_specialised, library
 from lora_kernels.ops.lora_linear.cuda_thin import (
     STEP,
     TILE_BYTES,
@@ -30,10 +30,10 @@ DX, DX_SMALL = (f"lora_linear/cuda_{name}.cu" for name in ("dx", "dx_small"))
 TILE = 128  # rows and columns of a tile of dx
 
 
-def backward(x, dys, layers, hs, ys, zs, needs, w_scale=None):
+def backward(x, dys, layers, hs, ys, zs, needs, w_scale=None, specialised=False):
     """dx, and da, db, dbias, dgain of each layer, as far as they are wanted: `needs` has a `Needs` of each."""
     needs_dx = needs[0].x
-    own = needs_dx and w_scale is None and (len(layers) > 1 or not takes_dx(dys[0], layers[0]))
+    own = needs_dx and w_scale is None and (specialised or len(layers) > 1 or not takes_dx(dys[0], layers[0]))
     ps, scaled, grads = [], [], []
     for dy, layer, h, y, z, need in zip(dys, layers, hs, ys, zs, needs, strict=True):
         times = (y if z is None else z) if need.gain else None
@@ -67,7 +67,11 @@ def backward(x, dys, layers, hs, ys, zs, needs, w_scale=None):
         return None, grads
     if own:
         dx = x.new_empty(x.shape)
-        library.input_gradient(expand, dys, scaled, layers, ps, dx)
+        if specialised:
+            (layer,), left = layers, dys[0] if scaled[0] is None else scaled[0]
+            cuda_specialised.input_gradient(left, layer.w, layer.a, ps[0], layer.drop, dx)
+        else:
+            library.input_gradient(expand, dys, scaled, layers, ps, dx)
         return dx, grads
     (dy,), (layer,), (p,) = dys, layers, ps
     if w_scale is None:

@@ -5,6 +5,8 @@ what was published: the library's GEMM at 0.67 of the peak on the H100 and 0.82 
 (370 of 722 TFLOP/s in triton-lang/triton#2339, a GEMM by wgmma without specialised warps) and, by the same lack, on sm_100; at
 0.68 on sm_86, 89 and 120 (75 of 110 TFLOP/s in triton-lang/triton#319, an RTX 3090), and at 0.9 on sm_80. CUDA C++ by mma.sync
 at 0.9 of ours where Triton uses it, too; on sm_90 at 0.45 of the library, on sm_100 at a fifth. They decide for few rows alone.
+"specialised" at 0.8 of the library on sm_90 (635 of 798 TFLOP/s at 8192³ for a producer and consumers without a persistent
+grid, 658 with one, in pranjalssh/fast.cu, an H100); elsewhere, where there is none, it stands as "mma" does.
 """
 
 import json
@@ -25,7 +27,7 @@ from lora_kernels.ops.chips import nearest
 
 FOLDER = str(Path(__file__).parent)
 SIZES = {"small": 64, "medium": 1024, "large": math.inf}  # the most rows of each class
-SHARES = ("fused", "library", "one_pass", "thin", "stream", "mma")
+SHARES = ("fused", "library", "one_pass", "thin", "stream", "mma", "specialised")
 
 
 class Choice(NamedTuple):
@@ -52,9 +54,9 @@ class Table(NamedTuple):
     measured: bool
     stamp: dict[str, Any] | None
     efficiency: dict[str, dict[str, dict[str, float]]]
-    """By kind of dtype ("half" is 16 bits, "single" the others) and class of m in SIZES. "fused", "library", "one_pass", "mma":
-    the share of the peak operations a second that such a GEMM reaches; "thin", "stream": the share of the memory's bandwidth
-    that a kernel with a thin matrix and a GEMM reach."""
+    """By kind of dtype ("half" is 16 bits, "single" the others) and class of m in SIZES. "fused", "library", "one_pass", "mma",
+    "specialised": the share of the peak operations a second that such a GEMM reaches; "thin", "stream": the share of the
+    memory's bandwidth that a kernel with a thin matrix and a GEMM reach."""
     choices: tuple[Choice, ...] = ()
 
     def knows(self, dtype: str) -> bool:

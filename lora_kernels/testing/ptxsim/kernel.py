@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_kernels import _ptxsim
 from lora_kernels.testing.ptxsim.decode import Decoded
 from lora_kernels.testing.ptxsim.device import current
+from lora_kernels.testing.ptxsim.tensor_map import ALIGNMENT as MAP_ALIGNMENT
 from lora_kernels.testing.ptxsim.tensor_map import TensorMap
 
 OPTIONS = {
@@ -75,10 +76,10 @@ class Kernel:
         """Runs the kernel.
 
         `args` stand for its parameters in order: a CPU tensor for a pointer, numbers, a `TensorMap`; for a struct its bytes,
-        or a tuple of its fields: tensors, None for null, int for numbers of 64 bits, float for those of 32. It may touch only
-        these tensors and change only those in `writes`; of those in `poisoned`, which are filled with NaN, it may read only
-        what it wrote itself. The text's own variables begin with their initial values each time. `shared` is the dynamic
-        shared memory in bytes.
+        or a tuple of its fields: tensors, None for null, int for numbers of 64 bits, float for those of 32, a `TensorMap`. It
+        may touch only these tensors and change only those in `writes`; of those in `poisoned`, which are filled with NaN, it
+        may read only what it wrote itself. The text's own variables begin with their initial values each time. `shared` is the
+        dynamic shared memory in bytes.
 
         Options, which `device()` sets for many launches:
             check (True): look for races and for memory that nobody wrote
@@ -178,15 +179,20 @@ def _bytes_from(t: Tensor) -> int:
 
 
 def struct_of(fields: tuple[Any, ...]) -> bytes:
-    """A struct as C++ lays it out: pointers and integers of 64 bits, floats of 32, each at a multiple of its size."""
-    made = bytearray()
+    """A struct as C++ lays it out: pointers and integers of 64 bits, floats of 32, each at a multiple of its size; maps of
+    tensors at multiples of 64."""
+    made, most = bytearray(), 8
     for value in fields:
+        if isinstance(value, TensorMap):
+            most = MAP_ALIGNMENT
+            made += bytes(-len(made) % most) + value.encoded()
+            continue
         if isinstance(value, float):
             made += struct.pack("<f", value)
             continue
         number = value.data_ptr() if isinstance(value, Tensor) else int(value or 0)
         made += bytes(-len(made) % 8) + (number & (2**64 - 1)).to_bytes(8, "little")
-    return bytes(made) + bytes(-len(made) % 8)
+    return bytes(made) + bytes(-len(made) % most)
 
 
 def _packed(kernel: str, parameter: Any, argument: Any) -> bytes:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 SIZE, MAGIC = 128, 0x70616D726F736E74  # the form is the simulator's own (csrc/ptxsim/bulk.cpp)
+ALIGNMENT = 64  # of a CUtensorMap
 TYPES = {
     torch.uint8: 0, torch.int8: 0, torch.int32: 3, torch.int64: 5, torch.float16: 6, torch.float32: 7, torch.float64: 9,
     torch.bfloat16: 10,

@@ -1,0 +1,99 @@
+"""CUDA C++ for sm_90a: y and dx of many rows by specialised warp groups, csrc/lora_linear/cuda_specialised_sm90a.cu.
+
+The adapter's product is taken on the base's float32 sums, with h or P as a number of bfloat16 and what that leaves; B or A of
+another type than bfloat16 likewise. Which block makes a tile decides nothing about its bits.
+"""
+
+import torch
+
+from lora_kernels.ops import cost
+from lora_kernels.ops.chips import chip
+from lora_kernels.ops.launch import KINDS, NUMBERS, Map, architecture, ceil, launch_cuda, multiprocessors, refuse_cuda, vector
+from lora_kernels.ops.lora_linear.cuda_thin import drawn, in_pieces, inverse
+from lora_kernels.ops.refusals import refuse_rows
+
+SOURCE = "lora_linear/cuda_specialised_sm90a.cu"
+# as in the source: a tile, the depth of a step, its ranks, what is stored at a time, bytes of shared memory
+ROWS, ACROSS, DEPTH, CHUNK, BOX, SHARED = 128, 256, 64, 32, 64, 4 * 384 * 128 + 4 * 64 * 128 + 64
+
+
+def refusal(x, w, drop_base, left):
+    """Why it cannot compute y or dx. `left`: by its name the factor of w, if it is read as it lies."""
+    arch = architecture(x)
+    if arch != 90:
+        return f"its code is for sm_90a, found sm_{arch}"
+    if len(x) <= cost.FEW and not torch.are_deterministic_algorithms_enabled():
+        return f"x has {len(x)} rows; its tiles have {ROWS}, and up to {cost.FEW} others read less"
+    if x.dtype not in KINDS:
+        return f"x is {x.dtype}; the kernel reads bfloat16 or float16"
+    if drop_base:
+        return "the base is dropped, too"
+    if not w.numel() or w.shape[0] % 8 or w.shape[1] % 8:
+        return f"w is {list(w.shape)}; the kernel needs multiples of 8, and some"
+    for name, t in {**left, "w": w}.items():
+        if t.stride(0) < t.shape[1]:
+            return f"{name} has strides {list(t.stride())}; a map of it needs rows that do not overlap"
+    return refuse_rows(**left, w=w) or refuse_cuda(x, SOURCE)
+
+
+def forward(call, h, y, z, whole):
+    """Fills y = gain ⊙ (x wᵀ + h bᵀ) + bias, z without gain and bias, and the sum of h's parts; the last two may be None."""
+    x, w, b = call.x, call.w, call.b
+    (m, k), n = x.shape, len(w)
+    hs = pairs(h, whole)
+    split = _splits(b)
+    bs = pairs(b[None]) if split else b
+    _launch(f"lora_linear_specialised_{KINDS[x.dtype]}", x, w, hs, bs, (m, n, k, b.shape[1]), split, y, z, call.bias, call.gain)
+
+
+def input_gradient(dy, w, a, p, drop, dx):
+    """Fills dx = dy w + drop(p a)."""
+    (m, n), (r, k) = dy.shape, a.shape
+    ps = pairs(p)
+    split = _splits(a)
+    as_ = pairs(a.T[None], across=True) if split else a
+    kernel = f"lora_linear_specialised_dx_{'' if drop[1] is None else 'drop_'}{KINDS[dy.dtype]}"
+    _launch(kernel, dy, w, ps, as_, (m, k, n, r), split, dx, drop=drop, across=True)
+
+
+def _splits(t):
+    """Whether a thin matrix is no bfloat16, or no map of it can be made."""
+    return t.dtype is not torch.bfloat16 or not in_pieces(t) or t.stride(0) < t.shape[1] or t.stride(0) % 8 != 0
+
+
+def pairs(parts, whole=None, across=False):
+    """The sum of parts [parts, rows, ranks] as numbers of bfloat16: of 32 ranks each the numbers, then what those leave, then
+    those of the next. [rows, 64 chunks], or its transpose if `across`. `whole` gets the sum."""
+    (count, rows, ranks), chunks = parts.shape, ceil(parts.shape[2], CHUNK)
+    shape = rows, chunks * 2 * CHUNK
+    out = parts.new_empty(shape[::-1] if across else shape, dtype=torch.bfloat16)
+    row, rank = (1, rows) if across else (shape[1], 1)
+    part, *steps = parts.stride()
+    args = (
+        parts, NUMBERS[parts.dtype], *steps, count, part, out, whole, rows, ranks, row, 2 * CHUNK * rank, CHUNK * rank, rank,
+    )  # fmt: skip
+    makes = [out] if whole is None else [out, whole]
+    launch_cuda(SOURCE, "lora_linear_pairs", (ceil(rows * chunks * CHUNK, 256),), 256, args, makes, 0)
+    return out
+
+
+def _launch(kernel, x, w, h, b, sizes, split, y, z=None, bias=None, gain=None, drop=(0.0, None), across=False):
+    m, n, depth, r = sizes
+    box = (DEPTH, BOX) if across else (ACROSS, DEPTH)  # of W and B
+    given = (h, b) if r else (x, w)  # nothing is copied then
+    size = x.element_size()
+    tiles = ceil(n, ACROSS)
+    group, slab = cost.order(ROWS * depth * size, ACROSS * depth * size, ROWS * ACROSS * size, tiles, chip(architecture(x)).l2)
+    args = (
+        Map(x, (ROWS, DEPTH)), Map(w, box), Map(given[0], (ROWS, DEPTH)), Map(given[1], box), Map(y, (BOX, BOX)),
+        Map(y if z is None else z, (BOX, BOX)), *vector(bias), *vector(gain), *drawn(drop), m, n, depth, r, int(split),
+        int(z is not None), group, slab, inverse(drop),
+    )  # fmt: skip
+    makes = [y] if z is None else [y, z]
+    blocks = min(ceil(m, ROWS) * tiles, resident(x))
+    launch_cuda(SOURCE, kernel, (blocks,), 384, args, makes, SHARED)
+
+
+def resident(x):
+    """The blocks that run side by side, one on a multiprocessor."""
+    return chip(architecture(x), multiprocessors(x)).multiprocessors
