@@ -218,7 +218,8 @@ def launch_cuda(
 
 def _encoded(m: Map) -> bytes:
     t = m.tensor
-    return bytes(_cuda.tensor_map(t.data_ptr(), t.dtype is torch.bfloat16, *t.shape, t.stride(0), *m.box))
+    rows, columns = t.shape
+    return _cuda.tensor_map(t.data_ptr(), t.dtype is torch.bfloat16, rows, columns, t.stride(0), *m.box)
 
 
 def vector(v: Tensor | None) -> tuple[Tensor | None, int]:
