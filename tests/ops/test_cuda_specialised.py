@@ -203,6 +203,15 @@ def test_layouts_of_thin_matrices():
         assert_within_rounding(dx, dy.double() @ w.double() + kept * (h[0].double() @ a.double().T), BF16, EXACT, name="dx")
 
 
+def test_rows_of_which_no_map_can_be_made():
+    """They overlap, or there is one and the next would begin anywhere; the address of each is a multiple of 16 bytes."""
+    x, w, *_ = layer()
+    with deterministic(True):
+        for t in (x[:1].expand(70, 72), torch.empty(70, 73, dtype=BF16)[:1, :72]):
+            assert "its map needs rows of 16 bytes that do not overlap" in specialised.refusal(t, w, False, {"x": t})
+        assert specialised.refusal(x[:1], w, False, {"x": x[:1]}) is None
+
+
 def test_a_gradient_that_is_one_number():
     """As that of y.sum() is, which autograd expands: it is copied once."""
     x, w, a, b = layer()

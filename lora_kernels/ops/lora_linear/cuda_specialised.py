@@ -30,10 +30,11 @@ def refusal(x, w, drop_base, left):
         return "the base is dropped, too"
     if not w.numel() or w.shape[0] % 8 or w.shape[1] % 8:
         return f"w is {list(w.shape)}; the kernel needs multiples of 8, and some"
+    reason = refuse_rows(**left, w=w)
     for name, t in {**left, "w": w}.items():
-        if t.stride(0) < t.shape[1]:
-            return f"{name} has strides {list(t.stride())}; a map of it needs rows that do not overlap"
-    return refuse_rows(**left, w=w) or refuse_cuda(x, SOURCE)
+        if not _has_map(t):
+            reason = reason or f"{name} has strides {list(t.stride())}; its map needs rows of 16 bytes that do not overlap"
+    return reason or refuse_cuda(x, SOURCE)
 
 
 def forward(call, h, y, z, whole):
@@ -58,7 +59,12 @@ def input_gradient(dy, w, a, p, drop, dx):
 
 def _splits(t):
     """Whether a thin matrix is no bfloat16, or no map of it can be made."""
-    return t.dtype is not torch.bfloat16 or not in_pieces(t) or t.stride(0) < t.shape[1] or t.stride(0) % 8 != 0
+    return t.dtype is not torch.bfloat16 or not in_pieces(t) or not _has_map(t)
+
+
+def _has_map(t):
+    """Whether rows that begin at multiples of 16 bytes are as far apart as a map wants them, a single one too."""
+    return t.stride(0) >= t.shape[1] and t.stride(0) % 8 == 0
 
 
 def pairs(parts, whole=None, across=False):
