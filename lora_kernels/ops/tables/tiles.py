@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,6 +174,11 @@ def local(gpu: str) -> tuple[Measured, ...]:
     except (TypeError, KeyError) as error:
         warnings.warn(f"lora_kernels: {tables.place(gpu)}: its tiles are none ({error}) and are left aside", stacklevel=2)
         return ()
+
+
+def as_row(measured: Measured) -> dict[str, Any]:
+    """As it stands in the user's file."""
+    return measured._asdict() | {"tile": asdict(measured.tile)}
 
 
 def counted(name: str, value: Any) -> Any:
