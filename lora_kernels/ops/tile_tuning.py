@@ -7,7 +7,7 @@ mode alone, where a row's bits must not depend on m.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -117,7 +117,7 @@ def refuse_on(device: torch.device) -> Refuse:
     return refuse
 
 
-def words(found: list[Measured]) -> list[str]:
+def words(found: Sequence[Measured]) -> list[str]:
     """A line for each tile: the kernel, what it is for, the tile, and its time beside that of the table's."""
     lines = []
     for one in found:
