@@ -1,4 +1,4 @@
-# make install | test | test-fast | test-slow | test-vllm | demo | serve-demo | lint | docs | gates | bench | wheel | hub.
+# make install | test | test-fast | test-slow | test-vllm | demo | serve-demo | lint | docs | gates | tile | bench | wheel | hub.
 # Each makes .venv on its first call and reuses it. make gpu runs in your own environment: see there.
 SHELL := bash
 PYTHON ?= python3
@@ -7,7 +7,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA := $(shell find csrc tests -name '*.cu' -o -name '*.cuh')
 SOURCES := $(CSRC) $(filter csrc/%,$(CUDA)) CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml
 
-.PHONY: install test test-fast test-slow test-vllm demo serve-demo lint docs gates bench bench-pytest gpu wheel hub
+.PHONY: install test test-fast test-slow test-vllm demo serve-demo lint docs gates tile bench bench-pytest gpu wheel hub
 
 # $(call told,COMMAND,LINES): runs COMMAND and shows those of its lines that match, cut; all of its end if it fails
 # (by bash itself: some awk and grep hold lines back)
@@ -87,6 +87,10 @@ docs: .venv/docs
 # compiles every shipped kernel for every GPU, without one, by every supported Triton, and writes tests/gates/table.json
 gates: install
 	$(BIN)/python -m lora_kernels.testing.gates $(ARGS)
+
+# rows, gates, simulator and cost of one kernel's tiles: make tile ARGS="norm --arch 90"
+tile: install
+	$(BIN)/python -m lora_kernels.testing.tile $(ARGS)
 
 bench: install
 	$(BIN)/python -m bench $(ARGS)

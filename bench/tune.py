@@ -6,7 +6,8 @@
 
 Each shape's candidates and the library's GEMM alone run in interleaved rounds, in a random order each, with L2 flushed before
 every call, and the median counts. The fastest becomes the choice near that shape, and the efficiencies are those with which the
-cost model says what was measured; a class of shapes that was not measured keeps its old ones. Without a GPU: exit status 2.
+cost model says what was measured; a class of shapes that was not measured keeps its old ones. Then tiles of a few of these
+shapes are timed, and rows for tiles.json beside it proposed (tune_tiles.py). Without a GPU: exit status 2.
 """
 
 import argparse
@@ -16,14 +17,17 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from bench import tune_tiles
 from lora_kernels.ops import cost, dispatch, launch, tables
 from lora_kernels.ops.chips import Chip, chip
 from lora_kernels.ops.cost import Problem
 from lora_kernels.ops.tuning import Calls, Times, calls, choice, events
+from lora_kernels.testing.gates.launched import refusal
 
 LAYERS = {
     "Llama-3-8B": [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)],
@@ -163,6 +167,16 @@ def main(argv: list[str] | None = None) -> int:
     print(f"bench.tune: CUDA C++ is {'measured, too' if without is None else f'left out: {without}'}")
     backends = ("triton",) if without else ("triton", "cuda")
     print(tune(on, arch, shapes, on_device("cuda"), events, options.out, stamp["gpu"], stamp, backends))
+    why = f"measured on {stamp['gpu']}, {stamp['date']}"
+    try:
+        rows = tune_tiles.propose(
+            problems(quick=True), arch, partial(calls, device="cuda"), events, partial(refusal, arch=arch), options.out, why,
+            backends=backends,
+        )  # fmt: skip
+    except FileNotFoundError as error:
+        print(f"bench.tune: no tile was timed, since the gates cannot be asked: {error}", file=sys.stderr)
+        return 0
+    tune_tiles.report(rows, options.out)
     return 0
 
 

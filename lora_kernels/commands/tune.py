@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from lora_kernels.ops import tables, tuning
+from lora_kernels.ops import tables, tile_tuning, tuning
+from lora_kernels.ops.tables import tiles
 
 
 def tune(seconds: float = 60.0, dtype: str = "bfloat16", rank: int = 16, layers: Sequence[str] = ()) -> int:
@@ -17,5 +18,7 @@ def tune(seconds: float = 60.0, dtype: str = "bfloat16", rank: int = 16, layers:
     problems = tuning.usual(getattr(torch, dtype), rank, sizes)
     found = tuning.tune(problems, "cuda", seconds)
     print(*tuning.words(found), sep="\n")
-    print(f"{len(found)} of {len(problems)} measured, in {tables.place(torch.cuda.get_device_name())}")
+    gpu = torch.cuda.get_device_name()
+    print(*tile_tuning.words(tiles.local(gpu)), sep="\n")
+    print(f"{len(found)} of {len(problems)} measured, in {tables.place(gpu)}")
     return 0

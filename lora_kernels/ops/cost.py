@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 
 from lora_kernels.ops.chips import Chip
+from lora_kernels.ops.parts import part_of_rows
+from lora_kernels.ops.tables.tiles import Tile, compiled, tile
 
 LIBRARY, CUDA, SPECIALISED = "addmm", "cuda", "specialised"
 FORWARD, BACKWARD = ("two launches", "one pass", LIBRARY), ("fused", LIBRARY)
@@ -33,8 +35,6 @@ UNTRIED = (SPECIALISED,)  # taken where they were measured, never by a predictio
 FEW = 64  # rows, up to which bytes decide, and the fused kernels move the fewest
 NAMES = {"forward": (*FORWARD, CUDA, SPECIALISED), "backward": (*BACKWARD, SPECIALISED)}
 MASK = 20  # integer operations for a word of Philox 4x32-10: ten rounds of two wide products and six others make four words
-BLOCK = 64  # rows, columns and ranks of the tiles of F1, B1 and B3; each block of ranks draws the dropout anew
-ROWS = 512  # that a tile of B1 and B3 sums
 
 
 class Problem(NamedTuple):
@@ -86,21 +86,25 @@ class Step:
         return sum(self.reads.values()) + sum(self.writes.values())
 
 
-def steps(p: Problem) -> dict[str, list[Step]]:
-    """The launches of each candidate.
+def steps(p: Problem, arch: int = 80) -> dict[str, list[Step]]:
+    """The launches of each candidate, with the tiles of an architecture.
 
     Raises:
         ValueError: the direction is neither "forward" nor "backward".
     """
     if p.direction not in NAMES:
         raise ValueError(f"dispatch: direction must be forward or backward, found {p.direction!r}")
-    return _forward(p) if p.direction == "forward" else _backward(p)
+    return _forward(p, arch) if p.direction == "forward" else _backward(p, arch)
 
 
-def _forward(p: Problem) -> dict[str, list[Step]]:
+def _forward(p: Problem, arch: int) -> dict[str, list[Step]]:
     m, k, size = p.m, p.k, p.dtype.itemsize
     x, w, a, b, h, y = _sizes(p)
-    bm, bn = _tile(p)
+    t = tile(
+        "forward", arch, dtype=p.dtype, m=m, k=k, n=sum(p.n), layers=len(p.n), two_sums=p.drop_base, one_pass=False,
+        mapped=False,
+    )  # fmt: skip
+    bm, bn = t.rows, t.columns
     columns = sum(_ceil(n, bn) for n in p.n)
     tiles = _ceil(m, bm) * columns
     base, up = 2.0 * m * k * sum(p.n), 2.0 * m * sum(n * r for n, r in zip(p.n, p.r, strict=True))
@@ -108,10 +112,13 @@ def _forward(p: Problem) -> dict[str, list[Step]]:
     last = up * shared  # by the last program of a tile alone
     streamed = k * (min(bm, m) + bn) * size // shared
     drawn = m * k if p.dropout else 0
-    ranks, blocks = sum(p.r), _ceil(sum(p.r), BLOCK)
+    thin = tile(
+        "shrink", arch, dtype=p.dtype, m=m, k=k, r=max(p.r, default=0), layers=len(p.n), drawing=p.dropout, keeps=False
+    )  # fmt: skip
+    ranks, blocks = sum(p.r), _ceil(sum(p.r), thin.ranks)  # each block of ranks draws the dropout anew
     shrink = Step(
-        "thin", {"x": x, "a": a}, {"h": h}, 2.0 * m * k * ranks, _ceil(m, BLOCK) * blocks,
-        k * (min(BLOCK, m) + min(BLOCK, ranks)) * size, masks=drawn * blocks,
+        "thin", {"x": x, "a": a}, {"h": h}, 2.0 * m * k * ranks, _ceil(m, thin.rows) * blocks,
+        k * (min(thin.rows, m) + min(thin.ranks, ranks)) * size, masks=drawn * blocks,
     )  # fmt: skip
     fused = Step(
         "fused", {"x": x, "w": w, "h": h, "b": b}, {"y": y}, base * (1 + p.drop_base) + last, tiles * shared, streamed,
@@ -134,19 +141,21 @@ def _forward(p: Problem) -> dict[str, list[Step]]:
 def _specialised(
     p: Problem, reads: dict[str, int], writes: dict[str, int], depth: int, columns: tuple[int, ...], flops: float
 ) -> list[Step]:
-    """h, or P, as pairs of bfloat16, in pieces of 32 ranks; and the GEMM by tiles of 128 by 256."""
-    pairs, h = {"pairs": sum(128 * p.m * _ceil(r, 32) for r in p.r)}, {"h": 4 * p.m * sum(p.r)}
-    tiles = _ceil(p.m, 128) * sum(_ceil(n, 256) for n in columns)
+    """h, or P, as pairs of bfloat16, in pieces of so many ranks; and the GEMM."""
+    t = compiled("lora_linear_specialised.cu")
+    numbers = p.m * sum(t.ranks * _ceil(r, t.ranks) for r in p.r)
+    pairs, h = {"pairs": 4 * numbers}, {"h": 4 * p.m * sum(p.r)}
+    tiles = _ceil(p.m, t.rows) * sum(_ceil(n, t.columns) for n in columns)
     return [
-        Step("thin", h, pairs, 0.0, _ceil(p.m, BLOCK)),
-        Step("specialised", {**reads, **pairs}, writes, flops, tiles, depth * (128 + 256) * p.dtype.itemsize),
+        Step("thin", h, pairs, 0.0, _ceil(numbers, compiled("lora_linear_pairs.cu").columns)),
+        Step("specialised", {**reads, **pairs}, writes, flops, tiles, depth * (t.rows + t.columns) * p.dtype.itemsize),
     ]
 
 
 def gemm(p: Problem) -> Step:
     """The library's GEMM alone: x Wᵀ, or back dy W."""
     x, w, _, _, _, y = _sizes(p)
-    (bm, bn), flops = _tile(p), 2.0 * p.m * p.k * sum(p.n)
+    (bm, bn), flops = (64, 64) if p.m <= 64 or not p.half else (128, 128), 2.0 * p.m * p.k * sum(p.n)
     if p.direction == "forward":
         return Step("library", {"x": x, "w": w}, {"y": y}, flops, _ceil(p.m, bm) * sum(_ceil(n, bn) for n in p.n))
     return Step("library", {"dy": y, "w": w}, {"dx": x}, flops, _ceil(p.m, bm) * _ceil(p.k, bn))
@@ -193,23 +202,27 @@ def order(panel: int, column: int, tile: int, across: int, l2: int) -> tuple[int
     return min(max(most, few), 64), 0
 
 
-def _backward(p: Problem) -> dict[str, list[Step]]:
+def _backward(p: Problem, arch: int) -> dict[str, list[Step]]:
     m, k, size = p.m, p.k, p.dtype.itemsize
     x, w, a, b, h, dy = _sizes(p)
-    bm, bk = _tile(p)
+    depth, ranks, most = sum(p.n), sum(p.r), max(p.r, default=0)
+    asked = {"dtype": p.dtype, "m": m, "layers": len(p.n)}
+    t = tile("input_gradient", arch, **asked, k=k, n=depth, gains=p.gain, two_sums=p.drop_base)
+    of_dy = tile("both_sides", arch, **asked, n=depth, r=most, heavy=p.gain)
+    of_x = tile("outer", arch, **asked, n=k, r=most, drawing=p.dropout)
+    bm, bk = t.rows, t.columns
     tiles = _ceil(m, bm) * _ceil(k, bk)
-    depth, ranks = sum(p.n), sum(p.r)
     base, up = 2.0 * m * k * depth, 2.0 * m * sum(n * r for n, r in zip(p.n, p.r, strict=True))
     down, drawn = 2.0 * m * k * ranks, m * k if p.dropout else 0
-    blocks = _ceil(ranks, BLOCK)
-    parts, part = _ceil(m, ROWS) * blocks, min(ROWS, m) * BLOCK * size
     y = {"y": dy} if p.gain else {}
-    b1 = Step("thin", {"dy": dy, "h": h, "b": b, **y}, {"p": h, "db": b}, 2 * up, parts * _ceil(depth, BLOCK), part)
+    tiles_of_dy, streamed, _ = _parts(m, depth, ranks, of_dy)
+    b1 = Step("thin", {"dy": dy, "h": h, "b": b, **y}, {"p": h, "db": b}, 2 * up, tiles_of_dy, streamed * size)
     b2 = Step(
         "fused", {"dy": dy, "w": w, "p": h, "a": a}, {"dx": x}, base * (1 + p.drop_base) + down, tiles,
         depth * (min(bm, m) + bk) * size, masks=drawn,
     )  # fmt: skip
-    b3 = Step("thin", {"x": x, "p": h}, {"da": a}, down, parts * _ceil(k, BLOCK), part, masks=drawn * blocks)
+    tiles_of_x, streamed, blocks = _parts(m, k, ranks, of_x)
+    b3 = Step("thin", {"x": x, "p": h}, {"da": a}, down, tiles_of_x, streamed * size, masks=drawn * blocks)
     scaled = {"scaled": dy} if p.gain else {}
     both = replace(b1, writes={**b1.writes, **scaled})
     product = _specialised(p, {**(scaled or {"dy": dy}), "w": w, "a": a}, {"dx": x}, depth, (k,), base + 2 * down)
@@ -316,8 +329,11 @@ def _sizes(p: Problem) -> tuple[int, int, int, int, int, int]:
     return p.m * p.k * size, n * p.k * size, r * p.k * size, b * size, p.m * r * 4, p.m * n * size
 
 
-def _tile(p: Problem) -> tuple[int, int]:
-    return (64, 64) if p.m <= 64 or not p.half else (128, 128)
+def _parts(m: int, across: int, ranks: int, t: Tile) -> tuple[int, int, int]:
+    """Of a sum over m rows of a matrix [m, across]: the programs, the numbers that one reads, and the blocks of ranks."""
+    columns, blocks = _ceil(across, t.columns), _ceil(ranks, t.ranks)
+    rows = part_of_rows(m, columns, t.part)
+    return _ceil(m, rows) * columns * blocks, min(rows, m) * min(t.columns, across), blocks
 
 
 def _ceil(a: int, b: int) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 from lora_kernels.ops import cost, tables
 from lora_kernels.ops.chips import Chip, chip
 from lora_kernels.ops.cost import Problem
+from lora_kernels.ops.tables import tiles
 
 FIXED = 4096  # the m for which the deterministic mode chooses, whatever m is
 
@@ -92,7 +93,7 @@ def _plan(
             name, sum(step.bytes for step in steps), len(steps), cost.seconds(name, steps, asked, on, shares),
             cost.refusal(name, asked, arch, deterministic) or also.get(name),
         )
-        for name, steps in cost.steps(asked).items()
+        for name, steps in cost.steps(asked, arch).items()
         if any(backend in backends for backend in cost.OFFERED.get(name, ("triton",)))
     )  # fmt: skip
     if force in cost.NAMES[problem.direction]:
@@ -181,5 +182,6 @@ def _set(name: str | None, folder: str) -> Iterator[None]:
 def forget() -> None:
     """Drops what was decided and read: tables on the disk have changed."""
     _plan.cache_clear()
-    tables.local.cache_clear()
+    tables.kept.cache_clear()
     tables.table.cache_clear()
+    tiles.forget()

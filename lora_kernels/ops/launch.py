@@ -51,6 +51,17 @@ class Launch:
     warps: int
     stages: int
     registers: int | None = None
+    early: bool = False
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+    def options(self) -> dict[str, Any]:
+        """What Triton is asked for beside the arguments."""
+        found: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages}
+        found |= {"launch_pdl": True} if self.early else {}
+        return found | ({"maxnreg": self.registers} if self.registers and torch.version.hip is None else {})
 
 
 _recorder: ContextVar[list[Launch] | None] = ContextVar("launches", default=None)
@@ -138,24 +149,37 @@ def launch(
     """
     if 0 in grid:
         return
+    one = Launch(kernel, grid, args, warps, stages, registers, early)
     if (recorder := _recorder.get()) is not None:
-        recorder.append(Launch(kernel, grid, args, warps, stages, registers))
+        recorder.append(one)
         return
     if simulates():
         # the tests' kit lies above the ops and is there only for whom asks for it
         simulate = import_module("lora_kernels.testing.triton_ptx").simulate_triton
         simulate(kernel, grid, args, [*makes, *changes], poisoned=makes, warps=warps, stages=stages, early=early)
         return
-    options: dict[str, Any] = {"launch_pdl": True} if early else {}
-    if registers and torch.version.hip is None:
-        options["maxnreg"] = registers
     device = (makes or changes)[0].device
     with torch.cuda.device(device):
-        if (id(kernel), device.index) not in _assembled:
-            choose = import_module("lora_kernels.ops.triton_compiler").choose_assembler
-            choose(kernel, device.index, architecture((makes or changes)[0]))
-            _assembled.add((id(kernel), device.index))
-        kernel[grid](**args, num_warps=warps, num_stages=stages, **options)
+        _choose_assembler(kernel, device.index)
+        kernel[grid](**args, **one.options())
+
+
+def compiled_on(one: Launch, device: torch.device) -> Any:
+    """What Triton makes of a launch, loaded on a GPU and not run.
+
+    Raises whatever Triton does where it does not compile, or wants more than the GPU has.
+    """
+    with torch.cuda.device(device):
+        _choose_assembler(one.kernel, torch.cuda.current_device())
+        made = one.kernel.warmup(**one.args, grid=one.grid, **one.options())
+        made._init_handles()
+    return made
+
+
+def _choose_assembler(kernel: Any, index: int) -> None:
+    if (id(kernel), index) not in _assembled:
+        import_module("lora_kernels.ops.triton_compiler").choose_assembler(kernel, index, _gpu(index)[0])
+        _assembled.add((id(kernel), index))
 
 
 def refuse_cuda(t: Tensor, source: str) -> str | None:

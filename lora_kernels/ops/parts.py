@@ -1,4 +1,4 @@
-"""How blocks of CUDA C++ share the depth of a tile (csrc/common/parts.cuh)."""
+"""How the programs of a launch share what is summed: rows, or for CUDA C++ the depth of a tile (csrc/common/parts.cuh)."""
 
 from functools import lru_cache
 
@@ -28,3 +28,12 @@ def _shared(depth: int, step: int, tiles: int, others: int, cost: int, slots: in
 
     parts = min(range(1, max(1, min(8, depth // (4 * step))) + 1), key=waste)
     return step * ceil(ceil(depth, step), parts)
+
+
+def part_of_rows(m: int, blocks: int, most: int) -> int:
+    """How many of m rows one program sums, a power of two from 64 to `most`: as many as leave a program for most
+    multiprocessors, since each part is written. `blocks` programs share the rows."""
+    rows = most
+    while rows > 64 and blocks * ceil(m, rows) < 96:
+        rows //= 2
+    return rows

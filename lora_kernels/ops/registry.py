@@ -57,6 +57,8 @@ class Decision:
     others: dict[str, str]
     plan: Any = None
     """Which of its kernels the backend took and why, if it has several: a `dispatch.Plan`."""
+    tiles: tuple[str, ...] = ()
+    """Those of its kernels that were measured on this GPU."""
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.chosen}"] + [f"    {name}: {reason}" for name, reason in self.others.items()]
@@ -75,6 +77,7 @@ class Explanation:
             parts.append(str(decision))
             if decision.plan is not None:
                 parts.append(indent(str(decision.plan), "    "))
+            parts += [f"    {tile}" for tile in decision.tiles]
         return "\n".join(parts) or "no lora_kernels op ran"
 
 
@@ -265,6 +268,14 @@ def note(plan: Any) -> None:
     if recorder is not None and recorder.decisions:
         made = plan() if callable(plan) else plan
         recorder.decisions[-1] = replace(recorder.decisions[-1], plan=made)
+
+
+def note_tile(text: str) -> None:
+    """The same of a tile that was measured on this GPU."""
+    recorder = _recorder.get()
+    if recorder is not None and recorder.decisions:
+        last = recorder.decisions[-1]
+        recorder.decisions[-1] = replace(last, tiles=(*last.tiles, *[text] * (text not in last.tiles)))
 
 
 def missing_backends() -> dict[str, str]:

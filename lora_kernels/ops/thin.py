@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.launch import architecture, ceil, launch, power
+from lora_kernels.ops.parts import part_of_rows
+from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import sound
 from lora_kernels.ops.triton_dropout import drawn, inverse, kept
 
@@ -219,29 +221,28 @@ def shrink(u, vs, scales, drops=None, *, dropped=None, exact=False, early=False,
     """
     (m, k), ranks = u.shape, [len(v) for v in vs]
     drops = drops or [(0.0, None)] * len(vs)
-    most = 64 // power(len(vs), least=1)
-    bm, bk = 64 if fixed else power(m, most=64), 32 if u.dtype is torch.float32 else 64
-    tile = {"BM": bm, "BK": bk, "BR": power(max(ranks), most=max(16, most))}
-    split = 1024 if max(ranks) <= 32 else 2048
-    while not fixed and split < k and ceil(m, tile["BM"]) * ceil(k, 2 * split) >= 96:
+    drawing, keeps = any(seed is not None for _, seed in drops), any(t is not None for t in dropped or ())
+    t = tile("shrink", u, dtype=u.dtype, m=m, k=k, r=max(ranks), layers=len(vs), drawing=drawing, keeps=keeps)
+    bm = t.rows if fixed else power(m, most=t.rows)
+    br, split = power(max(ranks), most=max(16, t.ranks // power(len(vs), least=1))), t.part
+    while not fixed and split < k and ceil(m, bm) * ceil(k, 2 * split) >= 96:
         split *= 2  # there are programs enough, and each part is written and read
     parts = max(1, ceil(k, split))
-    # with 3, ptxas spills a few registers there to fit more blocks
-    drawing = any(seed is not None for _, seed in drops)
-    stages = 2 if tile["BR"] == 32 and not (architecture(u) >= 120 and drawing) else 3
-    warps, stages = sound(u, vs, how(u, exact), bm, 4, stages, changed=drawing, narrow=True)
+    warps, stages = sound(u, vs, how(u, exact), bm, t.warps, t.stages, changed=drawing, narrow=True)
     outs = tuple(u.new_empty(parts, m, r, dtype=torch.float32) for r in ranks)
     dropped = tuple(dropped or [None] * len(vs))
     args = {
         "u": u, "vs": tuple(vs), "outs": outs, "dropped": dropped, **drawn(drops), "m": m, "k": k, "rs": tuple(ranks),
-        "u0": u.stride(0), "u1": u.stride(1), **strides("v", vs), "SPLIT": split, "PRECISION": how(u, exact), **tile,
+        "u0": u.stride(0), "u1": u.stride(1), **strides("v", vs), "SPLIT": split, "PRECISION": how(u, exact),
+        "BM": bm, "BK": t.depth, "BR": br,
         "scales": tuple(float(s) * inverse(*drop) for s, drop in zip(scales, drops, strict=True)),
         "EARLY": early and architecture(u) >= 90,
     }  # fmt: skip
     makes = [*outs, *(t for t in dropped if t is not None)]
-    registers = 255 if len(makes) > len(outs) else None  # without a limit ptxas spills for more blocks
-    grid = ceil(m, tile["BM"]), ceil(max(ranks), tile["BR"]), parts
-    launch(shrink_kernel, grid, args, makes, warps=warps, stages=stages, registers=registers)
+    launch(
+        shrink_kernel, (ceil(m, bm), ceil(max(ranks), br), parts), args, makes, warps=warps, stages=stages,
+        registers=t.registers,
+    )  # fmt: skip
     return outs
 
 
@@ -260,15 +261,13 @@ def both_sides(sides, *, exact=False):
     the sums of u's columns, of_uv those of u ⊙ times."""
     first = sides[0].u
     m, ns = len(first), [side.u.shape[1] for side in sides]
-    wide = first.dtype is torch.float32
-    # with more than one product a tile, or sums beside them, 512 columns leave too few registers
+    # more than one product a tile, or sums beside them
     heavy = any(s.gain is not None or s.times is not None or (s.v is not None and s.v.dtype is torch.float32) for s in sides)
-    most = (256 if heavy else 512) // (4 if torch.version.hip else 2 if heavy and first.dtype is torch.float16 else 1)
-    most = 64 if wide else most
-    bn, br = power(max(ns), most=most), power(max(s.r for s in sides), most=32)
-    bm = power(m, most=16 if wide else 32)
+    r = max(s.r for s in sides)
+    t = tile("both_sides", first, dtype=first.dtype, m=m, n=sum(ns), r=r, layers=len(sides), heavy=heavy)
+    bn, br, bm = power(max(ns), most=t.columns), power(r, most=t.ranks), power(m, most=t.rows)
     blocks = [ceil(n, bn) for n in ns]
-    rows = _rows(m, sum(blocks))
+    rows = part_of_rows(m, sum(blocks), t.part)
     parts = ceil(m, rows)
     for side, n, count in zip(sides, ns, blocks, strict=True):
         new = lambda *shape: side.u.new_empty(shape, dtype=torch.float32)  # noqa: B023, E731
@@ -284,21 +283,21 @@ def both_sides(sides, *, exact=False):
     for name, one in (("u", "us"), ("v", "vs"), ("t", "times")):
         args |= strides(name, fields[one])
     made = [t for s, n in zip(sides, ns, strict=True) if n for t in (s.p, s.part, s.of_u, s.of_uv, s.scaled) if t is not None]
-    grid = (ceil(max(s.r for s in sides), br), sum(blocks), parts)
-    warps, stages = sound(first, [s.h for s in sides], how(first, exact), bn, 4 if wide else 8, 2)
-    launch(both_sides_kernel, grid, args, made, warps=warps, stages=stages)
+    warps, stages = sound(first, [s.h for s in sides], how(first, exact), bn, t.warps, t.stages)
+    grid = (ceil(r, br), sum(blocks), parts)
+    launch(both_sides_kernel, grid, args, made, warps=warps, stages=stages, registers=t.registers)
 
 
 def outer(u, ps, drops=None, *, keep=False, exact=False):
     """For each p [count, m, r], whose parts are added up, the parts of pᵀ drop(u), [parts, r, n] without drop's factor, with
     u [m, n]; and with `keep` the sums of p [m, r]."""
     (m, n), ranks = u.shape, [p.shape[2] for p in ps]
-    wide = u.dtype is torch.float32
-    br = power(max(ranks), most=max(16, 32 // power(len(ps), least=1)))
-    drawing = 128 if torch.version.hip or architecture(u) // 10 == 10 else 256  # the mask takes registers
-    most = 64 if wide else (512 if all(seed is None for _, seed in drops or []) else drawing) // power(len(ps), least=1)
-    bn, bm = power(n, most=most), power(m, most=16 if wide else 32)
-    rows = _rows(m, ceil(n, bn))
+    drawing, share = any(seed is not None for _, seed in drops or []), power(len(ps), least=1)
+    t = tile("outer", u, dtype=u.dtype, m=m, n=n, r=max(ranks), layers=len(ps), drawing=drawing)
+    # sums of all layers are held at once; of float32 tiles there are registers enough
+    br, most = power(max(ranks), most=max(16, t.ranks // share)), t.columns // (1 if u.dtype is torch.float32 else share)
+    bn, bm = power(n, most=most), power(m, most=t.rows)
+    rows = part_of_rows(m, ceil(n, bn), t.part)
     parts = tuple(u.new_empty(ceil(m, rows), r, n, dtype=torch.float32) for r in ranks)
     wholes = tuple(p.new_empty(p.shape[1:]) if keep else None for p in ps)
     args = {
@@ -307,15 +306,7 @@ def outer(u, ps, drops=None, *, keep=False, exact=False):
         "ROWS": rows, "PRECISION": how(u, exact), "BM": bm, "BN": bn, "BR": br,
     }  # fmt: skip
     made = [t for t in (*parts, *wholes) if t is not None]
-    drawing = any(seed is not None for _, seed in drops or [])
-    warps, stages = sound(u, ps, how(u, exact), bn, 4 if wide else 8, 2, changed=drawing)
-    launch(outer_kernel, (ceil(max(ranks), br), ceil(n, bn), ceil(m, rows)), args, made, warps=warps, stages=stages)
+    warps, stages = sound(u, ps, how(u, exact), bn, t.warps, t.stages, changed=drawing)
+    grid = (ceil(max(ranks), br), ceil(n, bn), ceil(m, rows))
+    launch(outer_kernel, grid, args, made, warps=warps, stages=stages, registers=t.registers)
     return parts, wholes
-
-
-def _rows(m, blocks):
-    """How many rows one program sums: as many as leave a program for most multiprocessors, since each part is written."""
-    rows = 2048
-    while rows > 64 and blocks * ceil(m, rows) < 96:
-        rows //= 2
-    return rows

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.launch import ceil, launch
+from lora_kernels.ops.tables.tiles import tile
 
 
 @triton.jit
@@ -39,10 +40,9 @@ def add_up_kernel(parts, gains, divisors, outs, factors, counts, ns, rs, BLOCK: 
 class Sums:
     """What is to be added up: the arguments of `add_up`, for its own launch or for another kernel's last programs."""
 
-    BLOCK = 1024
-
-    def __init__(self):
-        self.jobs = []
+    def __init__(self, on):
+        """`on`: a tensor of the GPU where it is done."""
+        self.jobs, self.tile = [], tile("add_up", on)
 
     def add(self, part, out, factor=1.0, gain=None, divisor=None):
         """out [n, r] (r = 1 for a vector) = factor · gain ⊙ Σ part [parts, n, r] / divisor; out is contiguous, and left alone
@@ -51,7 +51,7 @@ class Sums:
         self.jobs.append((part, gain, divisor, out, float(factor), len(part), n, r))
 
     def blocks(self):
-        return sum(ceil(n * r, self.BLOCK) for *_, n, r in self.jobs)
+        return sum(ceil(n * r, self.tile.columns) for *_, n, r in self.jobs)
 
     def args(self):
         names = ("parts", "gains", "divisors", "outs", "factors", "counts", "ns", "rs")
@@ -61,12 +61,13 @@ class Sums:
         return [out for _, _, _, out, *_ in self.jobs]
 
     def launch(self):
-        launch(add_up_kernel, (self.blocks(),), {**self.args(), "BLOCK": self.BLOCK}, self.made())
+        args, t = {**self.args(), "BLOCK": self.tile.columns}, self.tile
+        launch(add_up_kernel, (self.blocks(),), args, self.made(), warps=t.warps, stages=t.stages)
 
 
 def totals(parts):
     """Σ part [parts, ...] of each in the order of its parts, as one part [1, ...]."""
-    outs, sums = [part.new_empty(1, *part.shape[1:]) for part in parts], Sums()
+    outs, sums = [part.new_empty(1, *part.shape[1:]) for part in parts], Sums(parts[0])
     for part, out in zip(parts, outs, strict=True):
         sums.add(part, out)
     sums.launch()

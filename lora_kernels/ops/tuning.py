@@ -1,4 +1,4 @@
-"""Times the candidates of lora_kernels.ops.dispatch on the GPU that is here.
+"""Times the candidates of lora_kernels.ops.dispatch, and then a few tiles of the fastest one, on the GPU that is here.
 
 `tune` keeps what it finds in the user's cache directory, by the GPU's name and the versions of what runs on it, where every
 later process finds it: `explain` then says "measured here". `python -m bench.tune` writes the package's own tables with it.
@@ -8,17 +8,18 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_kernels.ops import cost, dispatch, launch, tables
+from lora_kernels.ops import cost, dispatch, launch, tables, tile_tuning
 from lora_kernels.ops.cost import Problem
 from lora_kernels.ops.registry import explain, refusals, use_backend
+from lora_kernels.ops.tables.tiles import Measured, as_row
 
 ROUNDS = 11
 FLUSH = 2**30  # bytes: more than any L2, and long enough to write for the host to be ahead with the launches
@@ -31,11 +32,14 @@ Times = dict[str, float]
 
 def tune(
     problems: Iterable[Problem], device: torch.device | str = "cuda", seconds: float = 60.0,
-    clock: Callable[[Calls], Times] | None = None,
+    clock: Callable[[Calls], Times] | None = None, refuse: tile_tuning.Refuse | None = None,
 ) -> list[tables.Choice]:  # fmt: skip
-    """Times the candidates of each problem that has several, in their order, until `seconds` have passed, and keeps which was
-    the fastest in the user's cache directory beside what is there already. Gives what it measured. Beside the operands of one
-    call it takes a gigabyte of the GPU's memory.
+    """Times the candidates of each problem that has several, in their order, then tiles of the fastest, until `seconds` have
+    passed, and keeps which were the fastest in the user's cache directory beside what is there already. Gives the candidates.
+    Beside the operands of one call it takes a gigabyte of the GPU's memory. No tiles in the deterministic mode, which would not
+    take them.
+
+    `refuse` says why a launch is not to be timed; by default what does not compile, fit or spills on the GPU.
 
     Raises:
         RuntimeError: there is no GPU.
@@ -43,23 +47,39 @@ def tune(
     here = torch.empty(0, device=device)
     if not here.is_cuda and clock is None:
         raise RuntimeError(f"tune: it measures on a GPU, and the device is {here.device}")
-    start, found = time.monotonic(), []
+    until, found = time.monotonic() + seconds, []
+    tiles: list[Measured] = []
+    read = clock or events
     try:
         for p in dict.fromkeys(problems):
-            if time.monotonic() - start > seconds:
+            if time.monotonic() > until:
                 break
-            try:
+            with _enough(p, here):
                 made = calls(p, here.device)
                 if len(made) > 1:
-                    with torch.cuda.device(here.device) if here.is_cuda else nullcontext():
-                        found.append(choice(p, (clock or events)(made)))
-            except torch.OutOfMemoryError:
-                print(f"tune: there is too little memory for {p}", file=sys.stderr)
+                    found.append(choice(p, read(made)))
+        refuse = refuse or (tile_tuning.refuse_on(here.device) if here.is_cuda else lambda one: None)
+        for one in [] if torch.are_deterministic_algorithms_enabled() else found:
+            if time.monotonic() > until:
+                break
+            with _enough(problem(one), here):
+                call = calls(problem(one), here.device)[one.winner]
+                tiles += tile_tuning.tune_tiles(one.winner, call, read, refuse, until)
     finally:  # what was measured before an interruption, too
         if found:
-            tables.keep(str(launch.gpu(here)), launch.architecture(here), found)
+            tables.keep(str(launch.gpu(here)), launch.architecture(here), found, [as_row(each) for each in tiles])
             dispatch.forget()
     return found
+
+
+@contextmanager
+def _enough(p: Problem, here: Tensor) -> Iterator[None]:
+    """Inside it a problem is left, with a line, where there is too little memory for it."""
+    try:
+        with torch.cuda.device(here.device) if here.is_cuda else nullcontext():
+            yield
+    except torch.OutOfMemoryError:
+        print(f"tune: there is too little memory for {p}", file=sys.stderr)
 
 
 def choice(p: Problem, taken: Times) -> tables.Choice:
@@ -67,6 +87,11 @@ def choice(p: Problem, taken: Times) -> tables.Choice:
     seconds = {name: float(f"{value:.4g}") for name, value in taken.items()}
     winner = min(seconds, key=seconds.__getitem__)
     return tables.Choice(p.direction, str(p.dtype)[6:], p.m, p.k, p.n, p.r, winner, seconds, p.flags)
+
+
+def problem(c: tables.Choice) -> Problem:
+    """That of a choice."""
+    return Problem(c.direction, c.m, c.k, c.n, c.r, getattr(torch, c.dtype), **dict.fromkeys(c.flags, True))
 
 
 def usual(dtype: torch.dtype, r: int, layers: Sequence[tuple[int, ...]] = LAYERS) -> list[Problem]:
@@ -174,6 +199,5 @@ def words(found: Sequence[tables.Choice]) -> list[str]:
     lines = []
     for c in found:
         times = ", ".join(f"{name} {1e6 * seconds:.1f}" for name, seconds in sorted(c.seconds.items(), key=lambda one: one[1]))
-        of = Problem(c.direction, c.m, c.k, c.n, c.r, getattr(torch, c.dtype), **dict.fromkeys(c.flags, True))
-        lines.append(f"{of}: {c.winner} (µs: {times})")
+        lines.append(f"{problem(c)}: {c.winner} (µs: {times})")
     return lines

@@ -6,8 +6,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels import (
     Member,
@@ -23,8 +21,9 @@ from lora_kernels import (
 from lora_kernels.ops import BatchPlan, Slots, triton_compiler
 from lora_kernels.ops.dispatch import forced
 from lora_kernels.ops.launch import Launch, recorded
-from lora_kernels.testing.gates import Budget, Configuration, Triton, versions
-from lora_kernels.testing.gates.configuration import BY, CHIPS, NVIDIA, Map
+from lora_kernels.testing.gates import Budget, Configuration, versions
+from lora_kernels.testing.gates.configuration import BY, CHIPS, NVIDIA
+from lora_kernels.testing.gates.launched import launched
 from lora_kernels.testing.ptxsim import device
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -155,24 +154,13 @@ def on_chips(
 ) -> Configuration:
     """What the launcher chooses on each chip."""
     shipped = [arch for arch in CHIPS if arch not in more.get("without", ())]
-    made = {arch: _triton(kernel, launches(call, arch, last)[kernel]) for arch in shipped}
+    made = {arch: launched(launches(call, arch, last)[kernel]) for arch in shipped}
     special = {arch: one for arch, one in made.items() if one != made["sm_80"]}
     for version in OTHERWISE:
         with chooses_as(version):
             for arch in set(versions.CHIPS) & set(shipped):
-                special[f"{arch}{BY}{version}"] = _triton(kernel, launches(call, arch, last)[kernel])
+                special[f"{arch}{BY}{version}"] = launched(launches(call, arch, last)[kernel])
     return Configuration(name, made["sm_80"], budgets, special=special, **more)
-
-
-def _triton(name: str, launch: Launch) -> Triton:
-    args = {k: tuple(map(_dtype, v)) if isinstance(v, tuple) else _dtype(v) for k, v in launch.args.items()}
-    return Triton(f"{launch.kernel.fn.__module__}:{name}", args, launch.warps, launch.stages, launch.registers)
-
-
-def _dtype(value: object) -> object:
-    if isinstance(value, TensorDescriptor):
-        return Map(value.base.dtype, tuple(value.block_shape))
-    return value.dtype if isinstance(value, Tensor) else value
 
 
 DROPPED = linear(64, 16, gain=True, dropout=0.1, form="addmm")

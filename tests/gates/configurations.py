@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from lora_kernels.ops import missing_backends
+from lora_kernels.ops import cuda_shared, missing_backends
 from lora_kernels.ops.launch import CSRC
+from lora_kernels.ops.tables.tiles import Tile, compiled
 from lora_kernels.testing.gates import Budget, Configuration, Cuda, Triton
 from lora_kernels.testing.gates.configuration import NVIDIA
 
@@ -80,46 +81,68 @@ CORPUS = [
 ]  # fmt: skip
 
 
-def cuda_op(source: str, kernel: str, shared: int, threads: int = 128) -> Cuda:
-    return Cuda(CSRC / source, kernel, threads, shared=shared)
+def cuda_op(source: str, kernel: str, tile: Tile, shared: int = 0) -> Cuda:
+    return Cuda(CSRC / source, kernel, tile.threads, shared=shared)
 
 
 def cuda_ranks(op: str, kind: str, ranks: int) -> Cuda:
-    return cuda_op(f"{op}/cuda.cu", f"{op}_{kind}_{ranks}", 3 * (64 + ranks) * 128)
+    tile = compiled(f"{op}.cu")
+    return cuda_op(f"{op}/cuda.cu", f"{op}_{kind}_{ranks}", tile, cuda_shared.shared_of_update(tile, ranks))
 
 
-def cuda_small(kind: str, tokens: int, stage: int) -> Cuda:
-    return cuda_op("lora_linear/cuda_small.cu", f"lora_linear_small_{kind}_{tokens}", stage * 1024)
+def cuda_any(op: str, kind: str) -> Cuda:
+    tile = compiled(f"{op}_any.cu")
+    return cuda_op(f"{op}/cuda_any.cu", f"{op}_any_{kind}", tile, cuda_shared.shared_of_update_any(tile))
+
+
+def cuda_gemm(row: str, source: str, kernel: str, **answers: int) -> Cuda:
+    tile = compiled(row, **answers)
+    return cuda_op(source, kernel, tile, cuda_shared.shared_of_gemm(tile))
+
+
+def cuda_small(kind: str, tokens: int) -> Cuda:
+    tile = compiled("lora_linear_small.cu", m=tokens, int8="i8" in kind)
+    name = f"lora_linear_small_{kind}_{tokens}"
+    return cuda_op("lora_linear/cuda_small.cu", name, tile, cuda_shared.shared_of_small(tile))
 
 
 def cuda_shrink(kind: str, ranks: int) -> Cuda:
-    shared = 3 * (64 + 2 * ranks) if "split" in kind or "any" in kind else 4 * (64 + ranks)
-    name = f"lora_linear_shrink_{kind}" + ("" if "any" in kind else f"_{ranks}")
-    return cuda_op("lora_linear/cuda_thin.cu", name, shared * 128)
+    split, pieces = "split" in kind or "any" in kind, "any" not in kind
+    tile = compiled("lora_linear_shrink.cu", r=ranks, split=split, pieces=pieces)
+    name = f"lora_linear_shrink_{kind}" + (f"_{ranks}" if pieces else "")
+    return cuda_op("lora_linear/cuda_thin.cu", name, tile, cuda_shared.shared_of_shrink(tile, split))
+
+
+def cuda_sides(kind: str, times: str, ranks: int) -> Cuda:
+    pieces = times != "any_"
+    tile = compiled("lora_linear_sides.cu", r=ranks, times=bool(times), pieces=pieces)
+    name = f"lora_linear_sides_{times}{kind}" + (f"_{ranks}" if pieces else "")
+    return cuda_op("lora_linear/cuda_sides.cu", name, tile, cuda_shared.shared_of_sides(tile))
+
+
+def cuda_outer(name: str) -> Cuda:
+    tile = compiled("lora_linear_outer.cu", dtype=HALF, r=16, pieces=True)  # whatever it is, but for its ranks
+    return cuda_op("lora_linear/cuda_outer.cu", f"lora_linear_outer_{name}", tile, cuda_shared.shared_of_outer(tile))
 
 
 BACKWARD = [
-    *(Configuration(f"lora_linear_sides.cu, {kind}, {times}r<={ranks}", cuda_op(
-        "lora_linear/cuda_sides.cu", f"lora_linear_sides_{times}{kind}_{ranks}", 6 * 8192 + 2 * chunks * ranks * 128),
-        {CUDA: budget})
-      for kind, times, ranks, chunks, budget in (
-          ("bf16", "", 16, 8, Budget(19.0, "HMMA", units=320, wide=38, copies=1)),
-          ("bf16", "", 32, 4, Budget(11.2, "HMMA", units=320, wide=22, copies=1)),
-          ("bf16", "times_", 16, 8, Budget(23.1, "HMMA", units=320, wide=74, copies=1)),
-          ("bf16", "times_", 32, 4, Budget(13.1, "HMMA", units=320, wide=42, copies=1)),
-          ("f16", "", 16, 8, Budget(22.1, "HMMA", units=448, wide=38, copies=1)),
-          ("f16", "", 32, 4, Budget(12.6, "HMMA", units=448, wide=22, copies=1)),
-          ("f16", "times_", 16, 8, Budget(24.6, "HMMA", units=448, wide=74, copies=1)),
-          ("f16", "times_", 32, 4, Budget(13.8, "HMMA", units=448, wide=42, copies=1)),
+    *(Configuration(f"lora_linear_sides.cu, {kind}, {times}r<={ranks}", cuda_sides(kind, times, ranks), {CUDA: budget})
+      for kind, times, ranks, budget in (
+          ("bf16", "", 16, Budget(19.0, "HMMA", units=320, wide=38, copies=1)),
+          ("bf16", "", 32, Budget(11.2, "HMMA", units=320, wide=22, copies=1)),
+          ("bf16", "times_", 16, Budget(23.1, "HMMA", units=320, wide=74, copies=1)),
+          ("bf16", "times_", 32, Budget(13.1, "HMMA", units=320, wide=42, copies=1)),
+          ("f16", "", 16, Budget(22.1, "HMMA", units=448, wide=38, copies=1)),
+          ("f16", "", 32, Budget(12.6, "HMMA", units=448, wide=22, copies=1)),
+          ("f16", "times_", 16, Budget(24.6, "HMMA", units=448, wide=74, copies=1)),
+          ("f16", "times_", 32, Budget(13.8, "HMMA", units=448, wide=42, copies=1)),
       )),
-    *(Configuration(f"lora_linear_sides.cu, {kind}, any layout", cuda_op(
-        "lora_linear/cuda_sides.cu", f"lora_linear_sides_any_{kind}", 6 * 8192 + 2 * 8 * 16 * 128), {CUDA: budget})
+    *(Configuration(f"lora_linear_sides.cu, {kind}, any layout", cuda_sides(kind, "any_", 16), {CUDA: budget})
       for kind, budget in (
           ("bf16", Budget(28.6, "HMMA", units=320, wide=2, copies=17)),
           ("f16", Budget(28.0, "HMMA", units=448, wide=2, copies=17)),
       )),
-    *(Configuration(f"lora_linear_outer.cu, {kind}, {name}", cuda_op(
-        "lora_linear/cuda_outer.cu", f"lora_linear_outer_{kernel}", 10 * 8192), {CUDA: budget})
+    *(Configuration(f"lora_linear_outer.cu, {kind}, {name}", cuda_outer(kernel), {CUDA: budget})
       for kind, name, kernel, budget in (
           ("bf16", "r<=16", "bf16_16", Budget(11.0, "HMMA", units=64, wide=28, copies=3)),
           ("bf16", "r<=64", "bf16_64", Budget(4.2, "HMMA", units=256, wide=28, copies=3)),
@@ -132,16 +155,19 @@ BACKWARD = [
           ("bf16", "any layout", "any_bf16", Budget(42.9, "HMMA", units=16, wide=8)),
           ("f16", "any layout", "any_f16", Budget(40.6, "HMMA", units=24, wide=8)),
       )),
-    *(Configuration(f"lora_linear_dx.cu{name.replace('_', ', ')}", cuda_op(
-        "lora_linear/cuda_dx.cu", f"lora_linear_dx{name}", 12 * 8192, 256), {CUDA: Budget(per, "HMMA", units=64, wide=28)})
+    *(Configuration(f"lora_linear_dx.cu{name.replace('_', ', ')}", cuda_gemm(
+        "lora_linear_dx.cu", "lora_linear/cuda_dx.cu", f"lora_linear_dx{name}"), {CUDA: Budget(per, "HMMA", units=64, wide=28)})
       for name, per in (("", 6.3), ("_gain", 17.9), ("_drop", 6.3), ("_gain_drop", 17.9))),
     *(Configuration(f"lora_linear_dx_small.cu, m<={tokens}", cuda_op(
-        "lora_linear/cuda_dx_small.cu", f"lora_linear_dx_small_{tokens}", kib * 1024), {CUDA: budget})
-      for tokens, kib, budget in (
-          (16, 54, Budget(43, "HMMA", units=32, wide=60)), (64, 64, Budget(20, "HMMA", units=64, wide=47)),
+        "lora_linear/cuda_dx_small.cu", f"lora_linear_dx_small_{tokens}", compiled("lora_linear_dx_small.cu", m=tokens),
+        cuda_shared.shared_of_dx_small(compiled("lora_linear_dx_small.cu", m=tokens))), {CUDA: budget})
+      for tokens, budget in (
+          (16, Budget(43, "HMMA", units=32, wide=60)), (64, Budget(20, "HMMA", units=64, wide=47)),
       )),
-    *(Configuration(f"lora_linear_sums.cu, {name}", cuda_op("lora_linear/cuda_sums.cu", f"lora_linear_{name}", 0, 256),
-                    {CUDA: Budget(per, units=units, blocks=blocks)})
+    *(Configuration(
+        f"lora_linear_sums.cu, {name}",
+        cuda_op("lora_linear/cuda_sums.cu", f"lora_linear_{name}", compiled("lora_linear_sums.cu")),
+        {CUDA: Budget(per, units=units, blocks=blocks)})
       for name, per, units, blocks in (("sums", 6.3, 4, 6), ("zero_gain", 6.6, 16, 5))),
 ]  # fmt: skip
 SPECIALISED = [
@@ -159,11 +185,11 @@ CUDA_OPS = [
     *BACKWARD,
     *SPECIALISED,
     *(Configuration(f"lora_linear_expand.cu, {kind}", cuda_op(
-        "lora_linear/cuda_expand.cu", f"lora_linear_expand_{kind}", 192 * 128 + 64 * 136 * 4, 256),
+        "lora_linear/cuda_expand.cu", f"lora_linear_expand_{kind}", compiled("lora_linear_expand.cu"),
+        cuda_shared.shared_of_expand(compiled("lora_linear_expand.cu"))),
         {CUDA: Budget(3.9, "HMMA", units=24, wide=16, blocks=1)})
       for kind in ("bf16", "f16")),
-    *(Configuration(f"{op}.cu, {kind}, any rank, type and layout", cuda_op(
-        f"{op}/cuda_any.cu", f"{op}_any_{kind}", 2 * 192 * 128), {CUDA: budget})
+    *(Configuration(f"{op}.cu, {kind}, any rank, type and layout", cuda_any(op, kind), {CUDA: budget})
       for op, budget in (
           ("weight_norm", Budget(6.2, "HMMA", units=96, wide=22, copies=1)),
           ("merge", Budget(6.0, "HMMA", units=96, wide=22, copies=1)),
@@ -178,21 +204,21 @@ CUDA_OPS = [
           (16, Budget(60, "HMMA", units=8, wide=15, blocks=3)), (32, Budget(28.1, "HMMA", units=16, wide=12, blocks=2)),
           (64, Budget(14.2, "HMMA", units=32, wide=16, blocks=2)), (128, Budget(11.2, "HMMA", units=64, wide=24)),
       )),
-    *(Configuration(f"lora_linear_small.cu, {kind}, m<={tokens}", cuda_small(kind, tokens, kib), {CUDA: budget})
-      for kind in ("bf16", "f16") for tokens, kib, budget in (
-          (16, 60, Budget(24.4, "HMMA", units=8, wide=57)), (64, 64, Budget(10.5, "HMMA", units=32, wide=51)),
+    *(Configuration(f"lora_linear_small.cu, {kind}, m<={tokens}", cuda_small(kind, tokens), {CUDA: budget})
+      for kind in ("bf16", "f16") for tokens, budget in (
+          (16, Budget(24.4, "HMMA", units=8, wide=57)), (64, Budget(10.5, "HMMA", units=32, wide=51)),
       )),
-    *(Configuration(f"lora_linear_small.cu, {kind}, m<={tokens}", cuda_small(kind, tokens, kib), {CUDA: budget})
-      for kind in ("i8_bf16", "i8_f16") for tokens, kib, budget in (
-          (16, 60, Budget(29.8, "HMMA", units=16, wide=82)), (64, 72, Budget(16.8, "HMMA", units=64, wide=67)),
+    *(Configuration(f"lora_linear_small.cu, {kind}, m<={tokens}", cuda_small(kind, tokens), {CUDA: budget})
+      for kind in ("i8_bf16", "i8_f16") for tokens, budget in (
+          (16, Budget(29.8, "HMMA", units=16, wide=82)), (64, Budget(16.8, "HMMA", units=64, wide=67)),
       )),
-    *(Configuration(f"multi_lora.cu, {kind}, m<={tokens}", cuda_op(
-        "multi_lora/cuda.cu", f"multi_lora_small_{kind}_{tokens}", kib * 1024), {CUDA: budget})
-      for kind in ("bf16", "f16") for tokens, kib, budget in (
-          (16, 60, Budget(24.4, "HMMA", units=8, wide=57)), (64, 64, Budget(10.5, "HMMA", units=32, wide=51)),
+    *(Configuration(f"multi_lora.cu, {kind}, m<={tokens}", cuda_gemm(
+        "multi_lora_small.cu", "multi_lora/cuda.cu", f"multi_lora_small_{kind}_{tokens}", m=tokens), {CUDA: budget})
+      for kind in ("bf16", "f16") for tokens, budget in (
+          (16, Budget(24.4, "HMMA", units=8, wide=57)), (64, Budget(10.5, "HMMA", units=32, wide=51)),
       )),
     *(Configuration(f"multi_lora.cu, {kind}, {name} of any number of tokens", cuda_op(
-        "multi_lora/cuda_any.cu", f"multi_lora_{name}_{kind}", 0), {CUDA: budget})
+        "multi_lora/cuda_any.cu", f"multi_lora_{name}_{kind}", compiled(f"multi_lora_{name}.cu")), {CUDA: budget})
       for kind in ("bf16", "f16") for name, budget in (
           ("shrink", Budget(56, "HMMA", units=16, wide=8)), ("expand", Budget(18, units=16)),
       )),
@@ -220,10 +246,14 @@ CUDA_OPS = [
           ("bf16", Budget(62.3, "HMMA", units=16, wide=6, copies=1)),
           ("f16", Budget(51.8, "HMMA", units=24, wide=6, copies=1)),
       )),
-    Configuration("lora_linear_shrink.cu, pack", cuda_op("lora_linear/cuda_thin.cu", "lora_linear_pack", 0, 256),
-                  {CUDA: Budget(36.4, units=3)}),
+    Configuration(
+        "lora_linear_shrink.cu, pack",
+        cuda_op("lora_linear/cuda_thin.cu", "lora_linear_pack", compiled("lora_linear_pack.cu")),
+        {CUDA: Budget(36.4, units=3)},
+    ),
     *(Configuration(
-        f"lora_linear_tiles.cu, {kind}", cuda_op("lora_linear/cuda_tiles.cu", f"lora_linear_tiles_{kind}", 3 * 256 * 128, 256),
+        f"lora_linear_tiles.cu, {kind}",
+        cuda_gemm("lora_linear_tiles.cu", "lora_linear/cuda_tiles.cu", f"lora_linear_tiles_{kind}"),
         {CUDA: Budget(6.4, "HMMA", units=64, wide=25)},
       ) for kind in ("bf16", "f16")),
 ]  # fmt: skip

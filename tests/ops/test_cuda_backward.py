@@ -170,7 +170,7 @@ def test_other_architectures(simulated, arch):
 def test_planted_bugs(planted, monkeypatch, simulated, source, old, new):
     keep = {thin.SIDES: "sides_times_bf16_16", thin.OUTER: "outer_drop_bf16_16", cuda.DX: "dx_gain_drop"}
     planted(source, old, new, keep=f"lora_linear_{keep.get(source, 'none')}")
-    monkeypatch.setattr(thin, "rows_of", lambda *_: 128)  # so that a block walks down several steps, and there are two parts
+    monkeypatch.setattr(thin, "part_of_rows", lambda *_: 128)  # several steps of a block, and two parts
     p = make_problem(200, 136, 200, 13, BF16, gain=True, bias=None, dropout=0.3, dropout_semantics="lora_only")
     with torch.no_grad():
         p.gain[[3, 150]] = 0

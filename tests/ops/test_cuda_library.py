@@ -227,7 +227,7 @@ def test_what_expand_moves(simulated):
 ])  # fmt: skip
 def test_planted_bugs_of_expand(planted, monkeypatch, simulated, source, old, new):
     planted(source, old, new, keep="lora_linear_expand_bf16")
-    monkeypatch.setattr(thin, "rows_of", lambda *_, **__: 128)  # so that a block walks down two steps
+    monkeypatch.setattr(thin, "part_of_rows", lambda *_, **__: 128)  # so that a block walks down two steps
     term, bias, wanted, s = expanded()
     with pytest.raises((SimulationError, AssertionError)) if old else nullcontext():
         for seed in range(2):

@@ -8,6 +8,7 @@ import torch
 
 from lora_kernels import use_backend
 from lora_kernels.ops.multi_lora import BatchPlan, cuda, multi_lora, multi_lora_add_
+from lora_kernels.ops.tables.tiles import compiled
 from lora_kernels.testing.grid import as_layout
 from lora_kernels.testing.nvcc import MISSING, find_nvcc
 from lora_kernels.testing.ptxsim import SimulationError, device
@@ -142,7 +143,7 @@ def test_what_is_read(simulated):
 ])  # fmt: skip
 def test_planted_bugs(planted, simulated, monkeypatch, kernel, old, new):
     planted(cuda.ANY, old, new, keep="multi_lora_(?:shrink|expand)_bf16")
-    monkeypatch.setattr(cuda, "PART", 128)
+    monkeypatch.setattr(cuda, "compiled", lambda kernel: replace(compiled(kernel), part=128))
     x, w, slots, slot, weights, bias = draw(20, 200, [136], [8, 3, 80, 40], 3, BF16)
     slot[:] = torch.where(slot == 1, 2, slot)  # more tokens of one adapter than a block has
     ids = ids_of(slot, slots)

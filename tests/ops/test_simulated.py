@@ -23,6 +23,7 @@ from lora_kernels.ops.dispatch import forced
 from lora_kernels.ops.dropout import _philox, threshold
 from lora_kernels.ops.launch import launch
 from lora_kernels.ops.lora_linear import triton as backend
+from lora_kernels.ops.tables.tiles import Tile
 
 FLAGS = {
     "lora": {}, "dora_bias": {"gain": True, "bias": True}, "dropout": {"dropout": 0.3},
@@ -49,7 +50,8 @@ def test_values_and_gradients(dtype, flags):
 def test_every_order_of_the_tiles(monkeypatch, group, slab):
     """5 by 7 tiles forward, 5 by 6 backward: rows and columns are left over."""
     monkeypatch.setattr(backend, "_order", lambda *_: {"GROUP": group, "SLAB": slab})
-    monkeypatch.setattr(backend, "tiles", lambda x, m, two_sums: (32, 32, 32, 4, 2))
+    small = Tile(rows=32, columns=32, depth=32, ranks=16, warps=4, stages=2)
+    monkeypatch.setattr(backend, "tile", lambda kernel, x, **_: small)
     with forced("two launches"):
         assert_problem(make_problem(150, 170, 200, 5, BF16, dropout=0.3))
 

@@ -41,7 +41,7 @@ CACHE = 2 * MIB  # holds W and a GROUP of row blocks but not x, as 50 MiB do at 
 @pytest.fixture
 def scaled(monkeypatch):
     """As many rows a part as on the whole grid, where fewer programs would leave multiprocessors without work."""
-    monkeypatch.setattr(thin, "_rows", lambda m, blocks: 512)
+    monkeypatch.setattr(thin, "part_of_rows", lambda *_: 512)
     monkeypatch.setattr(backend, "_order", lambda *sizes: {"GROUP": 8, "SLAB": 0})
 
 

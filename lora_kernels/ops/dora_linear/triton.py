@@ -8,10 +8,9 @@ from lora_kernels.ops.dora_linear.two_ops import norm_then_linear
 from lora_kernels.ops.launch import ceil, launch, power, refuse_device
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
+from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.thin import HALVES, load_tile, precision, product
 from lora_kernels.ops.triton_compiler import sound
-
-ROWS, RANKS = 64, 64  # up to which one launch does all
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -56,19 +55,19 @@ def refusal(call):
 def forward(call):
     x, w, a, b, bias = call.x, call.w, call.a, call.b, call.bias
     (m, k), (n, r) = x.shape, b.shape
-    if m > ROWS or r > RANKS or m == 0:
+    t = tile("dora", x, dtype=x.dtype, factors=a.dtype)
+    if m > t.rows or r > t.ranks or m == 0:
         return norm_then_linear(call)
     y, norm = x.new_empty(m, n), w.new_empty(n, dtype=torch.float32)
-    depth = 16 if x.dtype is torch.float32 else 32 if a.dtype is torch.float32 else 64
-    tile = {"BM": power(m, most=ROWS), "BN": 32, "BK": depth, "BR": power(r, most=RANKS)}
+    bm = power(m, most=t.rows)
     args = {
         "x": x, "w": w, "a": a, "b": b, "bias": None if bias is None else bias.contiguous(),
         "magnitude": call.magnitude.contiguous(), "y": y, "norm": norm, "scale": call.scale, "m": m, "n": n, "k": k, "r": r,
         "x0": x.stride(0), "x1": x.stride(1), "w0": w.stride(0), "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1),
         "b0": b.stride(0), "b1": b.stride(1), "PRECISION": precision(x), "OF_B_A": "half" if a.dtype in HALVES else "bf16x6",
-        **tile,
+        "BM": bm, "BN": t.columns, "BK": t.depth, "BR": power(r, most=t.ranks),
     }  # fmt: skip
-    rows = max(tile["BM"], tile["BK"])  # of x, and of Aᵀ in B A
-    warps, stages = sound(x, [a], precision(x), rows, 4, 3, narrow=True)
-    launch(dora_kernel, (ceil(n, tile["BN"]),), args, [y, norm], warps=warps, stages=stages)
+    # rows of x, and of Aᵀ in B A
+    warps, stages = sound(x, [a], precision(x), max(bm, t.depth), t.warps, t.stages, narrow=True)
+    launch(dora_kernel, (ceil(n, t.columns),), args, [y, norm], warps=warps, stages=stages, registers=t.registers)
     return y, norm

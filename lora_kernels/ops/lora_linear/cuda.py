@@ -8,6 +8,7 @@ import torch
 from lora_kernels.ops import cost
 from lora_kernels.ops.alone import alone, refuse_beside_triton
 from lora_kernels.ops.chips import chip
+from lora_kernels.ops.cuda_shared import shared_of_gemm, shared_of_small
 from lora_kernels.ops.dispatch import Problem, forcing, plan
 from lora_kernels.ops.launch import KINDS, architecture, ceil, gpu, launch_cuda, multiprocessors, refuse_cuda, tickets, vector
 from lora_kernels.ops.lora_linear import cuda_backward, cuda_layers, cuda_specialised
@@ -18,13 +19,10 @@ from lora_kernels.ops.lora_linear.loop import forward_each, refuse_each
 from lora_kernels.ops.parts import shared_part
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_rows
 from lora_kernels.ops.registry import implements, note
+from lora_kernels.ops.tables.tiles import compiled
 
 SMALL, TILES = (f"lora_linear/cuda_{name}.cu" for name in ("small", "tiles"))
 TOKENS = 64  # the most of `small`
-# as in the sources, whose tiles have rows of 128 bytes
-WIDTH, ROWS = 128, 64
-STAGES = {("", 16): 6, ("", 64): 4, ("i8_", 16): 5, ("i8_", 64): 3}  # of `small`, by W's type and tokens
-TILE = 128  # tokens and outputs of a tile of `tiles`
 
 
 def refusal(call):
@@ -206,33 +204,32 @@ def small(call, y, z, h):
     """Fills y, z and h in one launch."""
     x, w, a, b, w_scale = call.x, call.w, call.a, call.b, call.w_scale
     (m, k), (n, r) = x.shape, b.shape
-    tokens, of_w = 16 if m <= 16 else TOKENS, "" if w_scale is None else "i8_"
-    a_part = part_of_a(r)
-    a_tiles, w_tiles, a_parts = ceil(r, ROWS), ceil(n, ROWS), max(1, ceil(k, a_part))
-    w_part = shared_part(x, k, WIDTH // w.element_size(), w_tiles, a_tiles * a_parts, 8 * tokens)
+    t, of_w = compiled("lora_linear_small.cu", m=m, int8=w_scale is not None), "" if w_scale is None else "i8_"
+    a_part, tokens = part_of_a(x, r), t.columns
+    a_tiles, w_tiles, a_parts = ceil(r, t.rows), ceil(n, t.rows), max(1, ceil(k, a_part))
+    w_part = shared_part(x, k, t.depth, w_tiles, a_tiles * a_parts, 8 * tokens)
     blocks = a_tiles * a_parts + w_tiles * max(1, ceil(k, w_part))
-    scratch = x.new_empty(blocks * ROWS * tokens, dtype=torch.float32)
+    scratch = x.new_empty(blocks * t.rows * tokens, dtype=torch.float32)
     ticket = tickets(x.device, a_tiles + w_tiles + 1)
     args = (
         x, w, a, b, y, z, h, scratch, ticket, *vector(w_scale), *vector(call.bias), *vector(call.gain), m, n, k, r,
         x.stride(0), w.stride(0), a.stride(0), b.stride(0), a_part, w_part, float(call.scale),
     )  # fmt: skip
-    makes = [t for t in (y, z, h, scratch) if t is not None]
-    wide = x.element_size() // w.element_size()  # tiles of x beside one of W
-    kernel, shared = f"lora_linear_small_{of_w}{KINDS[x.dtype]}_{tokens}", STAGES[of_w, tokens] * (ROWS + wide * tokens) * WIDTH
-    launch_cuda(SMALL, kernel, (blocks,), 128, args, makes, shared, changes=[ticket])
+    makes = [out for out in (y, z, h, scratch) if out is not None]
+    kernel, shared = f"lora_linear_small_{of_w}{KINDS[x.dtype]}_{tokens}", shared_of_small(t)
+    launch_cuda(SMALL, kernel, (blocks,), t.threads, args, makes, shared, changes=[ticket])
 
 
 def tiles(call, h, y, z, whole):
     """Fills y, z and, with the sum of h's parts, `whole`."""
     x, w, b = call.x, call.w, call.b
     (m, k), (n, r) = x.shape, b.shape
-    panel = TILE * max(k, 1) * x.element_size()
-    group, slab = cost.order(panel, panel, TILE * TILE * x.element_size(), ceil(n, TILE), chip(architecture(x)).l2)
+    t, size = compiled("lora_linear_tiles.cu"), x.element_size()
+    panels = (each * max(k, 1) * size for each in (t.rows, t.columns))
+    group, slab = cost.order(*panels, t.rows * t.columns * size, ceil(n, t.columns), chip(architecture(x)).l2)
     args = (
         x, w, b, h, y, z, whole, *vector(call.bias), *vector(call.gain), m, n, k, r, len(h), x.stride(0), w.stride(0),
         b.stride(0), group, slab,
     )  # fmt: skip
-    makes, shared = [t for t in (y, z, whole) if t is not None], 3 * 2 * TILE * WIDTH
-    grid = (ceil(m, TILE) * ceil(n, TILE),)
-    launch_cuda(TILES, f"lora_linear_tiles_{KINDS[x.dtype]}", grid, 256, args, makes, shared, early=True)
+    makes, grid = [out for out in (y, z, whole) if out is not None], (ceil(m, t.rows) * ceil(n, t.columns),)
+    launch_cuda(TILES, f"lora_linear_tiles_{KINDS[x.dtype]}", grid, t.threads, args, makes, shared_of_gemm(t), early=True)

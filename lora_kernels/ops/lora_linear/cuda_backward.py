@@ -9,12 +9,11 @@ import torch
 
 from lora_kernels.ops import cost
 from lora_kernels.ops.chips import chip
+from lora_kernels.ops.cuda_shared import shared_of_dx_small, shared_of_gemm
 from lora_kernels.ops.gradients import empty_like
 from lora_kernels.ops.launch import architecture, ceil, launch_cuda, tickets, vector
 from lora_kernels.ops.lora_linear import cuda_specialised, library
 from lora_kernels.ops.lora_linear.cuda_thin import (
-    STEP,
-    TILE_BYTES,
     drawn,
     expand,
     in_pieces,
@@ -25,9 +24,9 @@ from lora_kernels.ops.lora_linear.cuda_thin import (
     zero_gain,
 )
 from lora_kernels.ops.parts import shared_part
+from lora_kernels.ops.tables.tiles import compiled
 
 DX, DX_SMALL = (f"lora_linear/cuda_{name}.cu" for name in ("dx", "dx_small"))
-TILE = 128  # rows and columns of a tile of dx
 
 
 def backward(x, dys, layers, hs, ys, zs, needs, w_scale=None, specialised=False):
@@ -93,31 +92,31 @@ def takes_dx(dy, layer):
 def input_gradient(dy, w, a, p, gain, drop):
     """(dy ⊙ gain) w + drop(p a)."""
     (m, n), k, r = dy.shape, w.shape[1], len(a)
-    dx = dy.new_empty(m, k)
-    panel = TILE * max(n, 1) * 2
-    order = cost.order(panel, panel, TILE * TILE * 2, ceil(k, TILE), chip(architecture(dy)).l2)
+    dx, t = dy.new_empty(m, k), compiled("lora_linear_dx.cu")
+    panels = (each * max(n, 1) * 2 for each in (t.rows, t.columns))
+    order = cost.order(*panels, t.rows * t.columns * 2, ceil(k, t.columns), chip(architecture(dy)).l2)
     args = (
         dy, w, a, p, dx, *vector(gain), *drawn(drop), m, n, k, r, len(p), dy.stride(0), w.stride(0), a.stride(0), *order,
         inverse(drop),
     )  # fmt: skip
     kernel = f"lora_linear_dx{'' if gain is None else '_gain'}{'' if drop[1] is None else '_drop'}"
-    launch_cuda(DX, kernel, (ceil(m, TILE) * ceil(k, TILE),), 256, args, [dx], 3 * 4 * TILE_BYTES)
+    launch_cuda(DX, kernel, (ceil(m, t.rows) * ceil(k, t.columns),), t.threads, args, [dx], shared_of_gemm(t))
     return dx
 
 
 def input_gradient_small(dy, w, a, p, gain, w_scale):
     """(dy ⊙ gain ⊙ w_scale) w + p a for up to 64 rows and w of int8."""
     (m, n), k, r = dy.shape, w.shape[1], len(a)
-    tokens, stages = (16, 5) if m <= 16 else (64, 3)
-    tiles = ceil(k, TILE)
-    part = shared_part(dy, n, STEP, tiles, 0, 16 * tokens)
+    t = compiled("lora_linear_dx_small.cu", m=m)
+    tiles = ceil(k, t.columns)
+    part = shared_part(dy, n, t.depth, tiles, 0, 16 * t.rows)
     blocks = tiles, ceil(n, part)
-    dx, scratch = dy.new_empty(m, k), dy.new_empty(tiles * blocks[1] * TILE * tokens, dtype=torch.float32)
+    dx, scratch = dy.new_empty(m, k), dy.new_empty(tiles * blocks[1] * t.columns * t.rows, dtype=torch.float32)
     ticket = tickets(dy.device, tiles)
     args = (
         dy, w, a, p, dx, scratch, ticket, *vector(gain), *vector(w_scale), m, n, k, r, len(p), dy.stride(0), w.stride(0),
         a.stride(0), part,
     )  # fmt: skip
-    shared = (stages * (STEP + tokens) + 2 * tokens) * 128
-    launch_cuda(DX_SMALL, f"lora_linear_dx_small_{tokens}", blocks, 128, args, [dx, scratch], shared, changes=[ticket])
+    kernel, shared = f"lora_linear_dx_small_{t.rows}", shared_of_dx_small(t)
+    launch_cuda(DX_SMALL, kernel, blocks, t.threads, args, [dx, scratch], shared, changes=[ticket])
     return dx

@@ -8,13 +8,14 @@ import torch
 
 from lora_kernels.ops import cost
 from lora_kernels.ops.chips import chip
+from lora_kernels.ops.cuda_shared import shared_of_specialised
 from lora_kernels.ops.launch import KINDS, NUMBERS, Map, architecture, ceil, launch_cuda, multiprocessors, refuse_cuda, vector
 from lora_kernels.ops.lora_linear.cuda_thin import drawn, in_pieces, inverse
 from lora_kernels.ops.refusals import refuse_rows
+from lora_kernels.ops.tables.tiles import compiled
 
-SOURCE = "lora_linear/cuda_specialised_sm90a.cu"
-# as in the source: a tile, the depth of a step, its ranks, what is stored at a time, bytes of shared memory
-ROWS, ACROSS, DEPTH, CHUNK, BOX, SHARED = 128, 256, 64, 32, 64, 4 * 384 * 128 + 4 * 64 * 128 + 64
+SOURCE, GEMM = "lora_linear/cuda_specialised_sm90a.cu", "lora_linear_specialised.cu"
+BOX = 64  # rows and columns of what is stored at a time, as in the source
 
 
 def refusal(x, w, drop_base, left):
@@ -23,7 +24,7 @@ def refusal(x, w, drop_base, left):
     if arch != 90:
         return f"its code is for sm_90a, found sm_{arch}"
     if len(x) <= cost.FEW and not torch.are_deterministic_algorithms_enabled():
-        return f"x has {len(x)} rows; its tiles have {ROWS}, and up to {cost.FEW} others read less"
+        return f"x has {len(x)} rows; its tiles have {compiled(GEMM).rows}, and up to {cost.FEW} others read less"
     if x.dtype not in KINDS:
         return f"x is {x.dtype}; the kernel reads bfloat16 or float16"
     if drop_base:
@@ -70,34 +71,35 @@ def _has_map(t):
 def pairs(parts, whole=None, across=False):
     """The sum of parts [parts, rows, ranks] as numbers of bfloat16: of 32 ranks each the numbers, then what those leave, then
     those of the next. [rows, 64 chunks], or its transpose if `across`. `whole` gets the sum."""
-    (count, rows, ranks), chunks = parts.shape, ceil(parts.shape[2], CHUNK)
-    shape = rows, chunks * 2 * CHUNK
+    t, chunk = compiled("lora_linear_pairs.cu"), compiled(GEMM).ranks
+    (count, rows, ranks), chunks = parts.shape, ceil(parts.shape[2], chunk)
+    shape = rows, chunks * 2 * chunk
     out = parts.new_empty(shape[::-1] if across else shape, dtype=torch.bfloat16)
     row, rank = (1, rows) if across else (shape[1], 1)
     part, *steps = parts.stride()
     args = (
-        parts, NUMBERS[parts.dtype], *steps, count, part, out, whole, rows, ranks, row, 2 * CHUNK * rank, CHUNK * rank, rank,
+        parts, NUMBERS[parts.dtype], *steps, count, part, out, whole, rows, ranks, row, 2 * chunk * rank, chunk * rank, rank,
     )  # fmt: skip
     makes = [out] if whole is None else [out, whole]
-    launch_cuda(SOURCE, "lora_linear_pairs", (ceil(rows * chunks * CHUNK, 256),), 256, args, makes, 0)
+    launch_cuda(SOURCE, "lora_linear_pairs", (ceil(rows * chunks * chunk, t.columns),), t.threads, args, makes, 0)
     return out
 
 
 def _launch(kernel, x, w, h, b, sizes, split, y, z=None, bias=None, gain=None, drop=(0.0, None), across=False):
-    m, n, depth, r = sizes
-    box = (DEPTH, BOX) if across else (ACROSS, DEPTH)  # of W and B
+    (m, n, depth, r), t = sizes, compiled(GEMM)
+    box = (t.depth, BOX) if across else (t.columns, t.depth)  # of W and B
     given = (h, b) if r else (x, w)  # nothing is copied then
     size = x.element_size()
-    tiles = ceil(n, ACROSS)
-    group, slab = cost.order(ROWS * depth * size, ACROSS * depth * size, ROWS * ACROSS * size, tiles, chip(architecture(x)).l2)
+    tiles, l2 = ceil(n, t.columns), chip(architecture(x)).l2
+    group, slab = cost.order(t.rows * depth * size, t.columns * depth * size, t.rows * t.columns * size, tiles, l2)
     args = (
-        Map(x, (ROWS, DEPTH)), Map(w, box), Map(given[0], (ROWS, DEPTH)), Map(given[1], box), Map(y, (BOX, BOX)),
+        Map(x, (t.rows, t.depth)), Map(w, box), Map(given[0], (t.rows, t.depth)), Map(given[1], box), Map(y, (BOX, BOX)),
         Map(y if z is None else z, (BOX, BOX)), *vector(bias), *vector(gain), *drawn(drop), m, n, depth, r, int(split),
         int(z is not None), group, slab, inverse(drop),
     )  # fmt: skip
     makes = [y] if z is None else [y, z]
-    blocks = min(ceil(m, ROWS) * tiles, resident(x))
-    launch_cuda(SOURCE, kernel, (blocks,), 384, args, makes, SHARED)
+    blocks = min(ceil(m, t.rows) * tiles, resident(x))
+    launch_cuda(SOURCE, kernel, (blocks,), t.threads, args, makes, shared_of_specialised(t))
 
 
 def resident(x):

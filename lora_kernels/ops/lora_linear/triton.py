@@ -23,12 +23,11 @@ from lora_kernels.ops.lora_linear.triton_forward import forward_kernel
 from lora_kernels.ops.maps import box, boxes, take
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements, note
+from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.thin import Side, both_sides, outer, precision, shrink, strides
 from lora_kernels.ops.triton_compiler import rank_stages, sound
 from lora_kernels.ops.triton_dropout import drawn, inverse
 from lora_kernels.ops.triton_sums import Sums, totals
-
-COLUMNS = 64  # whose gain one program looks at
 
 
 def refusal(call):
@@ -73,24 +72,20 @@ def group_backward(call):
     return (dx, *map(list, zip(*grads, strict=True)))
 
 
-def tiles(x, m, two_sums):
-    """Of a GEMM over m rows: the tile, warps and stages. The depth of a step does not depend on m, so that a row's bits do
-    not where one matrix instruction serves all m; sm_90 has another one for less than 64 rows, which is why the deterministic
-    mode asks for no fewer."""
-    if x.dtype is torch.float32:
-        return power(m, most=64), 64, 16, 4 if m <= 32 else 8, 3
-    stages = 2 if torch.version.hip or architecture(x) // 10 == 10 else 3
-    return (power(m, most=64), 64, 64, 4, stages) if two_sums or m <= 64 else (128, 128, 64, 8, stages)
+def tall(m):
+    """The rows by which a GEMM's tile is chosen. A row's bits do not depend on m where one matrix instruction serves all m;
+    sm_90 has another one for less than 64 rows, which is why the deterministic mode asks for no fewer."""
+    return max(m, 64) if torch.are_deterministic_algorithms_enabled() else m
 
 
-def sound_tiles(x, factors, m, tile, two_sums, **how):
-    """Such tiles with as many rows, warps and stages as are sound for products of x's dtype with these factors (`how` as in
-    `sound`): of few rows half at once, with mma.sync; but not where a row must have the bits that it has among many."""
-    rows, across, depth, warps, stages = tile
-    found = sound(x, factors, precision(x), rows, warps, stages, **how)
-    if found != (warps, stages) and m <= 64 and not two_sums and not torch.are_deterministic_algorithms_enabled():
-        return (32, across, depth, warps, stages)
-    return (rows, across, depth, *found)
+def sound_tile(x, factors, m, t, two_sums, **how):
+    """Rows, warps, stages and registers of a tile as far as they are sound for products of x's dtype with these factors (`how`
+    as in `sound`): of few rows half at once, with mma.sync; but not where a row must have the bits that it has among many."""
+    rows = power(tall(m), most=t.rows)
+    found = sound(x, factors, precision(x), rows, t.warps, t.stages, **how)
+    if found != (t.warps, t.stages) and m <= 64 and not two_sums and not torch.are_deterministic_algorithms_enabled():
+        return 32, t.warps, t.stages, None
+    return rows, *found, t.registers
 
 
 def planned(direction, x, layers):
@@ -120,15 +115,18 @@ def _forward(x, layers, keep):
     wholes = tuple(x.new_empty(m, layer.r, dtype=torch.float32) if keep and not in_one_part else None for layer in layers)
     two_sums = any(layer.drop_base for layer in layers)
     drops = [layer.drop if one_pass or layer.drop_base else (0.0, None) for layer in layers]
-    ws = _of(layers, "w")
-    # of a group on sm_100 ptxas would spill
-    by_maps = form == "two launches" and not two_sums and take([x], ws) and (len(ws) == 1 or architecture(x) // 10 != 10)
-    tile = tiles(x, max(m, 64) if deterministic else m, two_sums)
+    ws, ns = _of(layers, "w"), _of(layers, "n")
+    mapped = form == "two launches" and not two_sums and take([x], ws)
+    t = tile(
+        "forward", x, dtype=x.dtype, m=tall(m), k=k, n=sum(ns), layers=len(ws), two_sums=two_sums, one_pass=one_pass,
+        mapped=mapped,
+    )  # fmt: skip
+    by_maps, bn, bk = mapped and t.maps, t.columns, t.depth
     drawing = any(seed is not None for _, seed in drops)
     factors = _of(layers, "a") if one_pass else ws
-    bm, bn, bk, warps, stages = sound_tiles(x, factors, m, tile, two_sums, changed=drawing, mapped=by_maps)
+    bm, warps, stages, registers = sound_tile(x, factors, m, t, two_sums, changed=drawing, mapped=by_maps)
     count = ceil(m, bm) * sum(ceil(layer.n, bn) for layer in layers)
-    br = power(max(_of(layers, "r")), most=64 if one_pass else 16)
+    br = power(max(_of(layers, "r")), most=t.ranks)
     splits = 1 if deterministic or two_sums or m > 64 else cost.splits(count, k)
     scratch = x.new_empty(count * splits * bm * (bn + br), dtype=torch.float32) if splits > 1 else None
     ticket = tickets(x.device, count) if splits > 1 else None
@@ -139,7 +137,7 @@ def _forward(x, layers, keep):
         "bs": _of(layers, "b"), "biases": _of(layers, "bias"), "gains": _of(layers, "gain"), "ys": ys, "zs": zs,
         "wholes": wholes, "scratch": scratch, "ticket": ticket, **drawn(drops),
         "inverses": tuple(inverse(*drop) for drop in drops), "scales": tuple(float(layer.scale) for layer in layers),
-        "m": m, "ns": _of(layers, "n"), "k": k, "rs": _of(layers, "r"), "parts": 1 if one_pass else len(hs[0]),
+        "m": m, "ns": ns, "k": k, "rs": _of(layers, "r"), "parts": 1 if one_pass else len(hs[0]),
         "x0": x.stride(0), "x1": x.stride(1), **strides("w", ws), **strides("a", _of(layers, "a")),
         **strides("b", _of(layers, "b")), "SPLITS": splits, "WAITS": waits,
         "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk, "BR": br,
@@ -148,9 +146,6 @@ def _forward(x, layers, keep):
     }  # fmt: skip
     fills = [t for t in (*ys, *zs, *wholes, scratch) if t is not None]
     changes = [] if ticket is None else [ticket]
-    # ptxas would spill for one more block, or with a few more have room for one less
-    capped = by_maps and len(ws) > 1 and x.dtype is torch.bfloat16
-    registers = {10: 255 if two_sums else None, 9: 128 if capped else None}.get(architecture(x) // 10)
     launch(
         forward_kernel, (count, splits), args, fills, changes=changes, warps=warps, stages=stages, registers=registers,
         early=waits,
@@ -178,7 +173,7 @@ def _order(x, rows, columns, depth, across):
 
 def _backward(x, dys, layers, hs, ys, zs, needs):
     """dx, and da, db, dbias and dgain of each layer; three launches, or those around the library's GEMM."""
-    sides, sums, grads, dgains, needs_dx = [], Sums(), [], [], needs[0].x
+    sides, sums, grads, dgains, needs_dx = [], Sums(x), [], [], needs[0].x
     by_library = needs_dx and planned("backward", x, layers)[0] == cost.LIBRARY
     for dy, layer, h, y, z, need in zip(dys, layers, hs, ys, zs, needs, strict=True):
         sides.append(Side(
@@ -224,46 +219,39 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
     m, k = x.shape
     jobs = sums.args()
     jobs["sizes"], jobs["ranks"] = jobs.pop("ns"), jobs.pop("rs")
-    looks = any(d is not None for d in dgains)
-    blocks = sums.blocks() + sum(ceil(layer.n, COLUMNS) for layer, d in zip(layers, dgains, strict=True) if d is not None)
+    looks, of_gain = any(d is not None for d in dgains), tile("zero_gain", x)
+    blocks = sums.blocks()
+    blocks += sum(ceil(layer.n, of_gain.columns) for layer, d in zip(layers, dgains, strict=True) if d is not None)
     none = (None,) * len(layers)
     args = {
         **jobs, "dys": tuple(dys), "x": x if looks else None, "ws": _of(layers, "w"), "hs": tuple(hs) if looks else none,
         "bs": _of(layers, "b") if looks else none, "dy_gains": _of(layers, "gain"), "dgains": tuple(dgains), "m": m,
         "ns": _of(layers, "n"), "k": k, "rs": _of(layers, "r"), **strides("d", dys), "x0": x.stride(0), "x1": x.stride(1),
-        **strides("w", _of(layers, "w")), **strides("b", _of(layers, "b")), "BLOCK": sums.BLOCK, "COLUMNS": COLUMNS,
+        **strides("w", _of(layers, "w")), **strides("b", _of(layers, "b")), "BLOCK": sums.tile.columns,
+        "COLUMNS": of_gain.columns,
     }  # fmt: skip
     if dx is None:
         if blocks:
-            launch(rest_of_gradients_kernel, (blocks,), args, sums.made())
+            launch(rest_of_gradients_kernel, (blocks,), args, sums.made(), warps=of_gain.warps, stages=of_gain.stages)
         return
-    deterministic = torch.are_deterministic_algorithms_enabled()
     drops = [layer.drop for layer in layers]
-    dtype, gains, two_sums = x.dtype, any(layer.gain is not None for layer in layers), any(layer.drop_base for layer in layers)
-    tall = max(m, 64) if deterministic else m
-    bm, bk, bn, warps, stages = tiles(x, tall, two_sums)
-    if dtype is torch.float32 and architecture(x) == 80:
-        stages = 2
-    if bm == 128 and not 90 <= architecture(x) < 120:  # mma.sync: 64 deep, ptxas spills
-        bn, stages = 32, 4
-    if dtype is torch.float16 and gains:  # three products a step: their operands need the registers
-        bm = power(tall, most=32 if two_sums or architecture(x) >= 120 else 64)
-        bk, bn, warps, stages = 64, 32, 8 if bm == 64 else 4, 2
-    # little is to be had in boxes of 32 columns (sm_120) and where dy ⊙ gain goes through registers
-    by_maps = not gains and bn == 64 and take(dys, args["ws"])
-    factors = ps if dtype is torch.float16 and gains else args["ws"]  # dy ⊙ gain is float32 there, as ps are
-    bm, bk, bn, warps, stages = sound_tiles(x, factors, m, (bm, bk, bn, warps, stages), two_sums, changed=gains, mapped=by_maps)
+    gains, two_sums = any(layer.gain is not None for layer in layers), any(layer.drop_base for layer in layers)
+    t = tile(
+        "input_gradient", x, dtype=x.dtype, m=tall(m), k=k, n=sum(args["ns"]), layers=len(layers), gains=gains,
+        two_sums=two_sums,
+    )  # fmt: skip
+    by_maps, bk, bn = t.maps and take(dys, args["ws"]), t.columns, t.depth
+    factors = ps if x.dtype is torch.float16 and gains else args["ws"]  # dy ⊙ gain is float32 there, as ps are
+    bm, warps, stages, registers = sound_tile(x, factors, m, t, two_sums, changed=gains, mapped=by_maps)
     args |= {
         **boxes("map_d", args["dys"] if by_maps else (), bm, bn), **boxes("map_w", args["ws"] if by_maps else (), bn, bk),
         "ps": tuple(ps), "as_": _of(layers, "a"), "dx": dx, **drawn(drops), "inverses": tuple(inverse(*drop) for drop in drops),
         "counts_p": tuple(map(len, ps)), **strides("a", _of(layers, "a")),
         "DROP_BASES": tuple(int(layer.drop_base) for layer in layers), "PRECISION": precision(x),
-        "BM": bm, "BN": bn, "BK": bk, "BR": 16, "RANK_STAGES": rank_stages(x, precision(x), bm, warps),
+        "BM": bm, "BN": bn, "BK": bk, "BR": t.ranks, "RANK_STAGES": rank_stages(x, precision(x), bm, warps),
         **_order(x, bm, bk, sum(_of(layers, "n")), ceil(k, bk)),
     }  # fmt: skip
     grid = (ceil(m, bm) * ceil(k, bk) + blocks,)
-    # without a limit ptxas would spill to have more blocks
-    registers = 128 if dtype is torch.float16 and gains and bm == 64 and architecture(x) // 10 == 10 else None
     made = [dx, *sums.made()]
     launch(input_gradient_kernel, grid, args, made, warps=warps, stages=stages, registers=registers)
 

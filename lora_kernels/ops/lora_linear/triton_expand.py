@@ -10,11 +10,10 @@ from torch import Tensor
 from lora_kernels.ops.launch import ceil, launch, power
 from lora_kernels.ops.lora_linear.library import Term
 from lora_kernels.ops.lora_linear.triton_forward import adapter
+from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.thin import precision, strides
 from lora_kernels.ops.triton_compiler import rank_stages
 from lora_kernels.ops.triton_dropout import drawn, inverse, kept
-
-COLUMNS = 128  # of a tile
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -59,19 +58,19 @@ def expand(
     m, n = out.shape
     ranks = tuple(term.b.shape[1] for term in terms)
     drops = [term.drop for term in terms]
-    tall = max(ranks) > 32  # each row of tiles reads b again, which from then on counts beside out
-    bm, bn, warps = power(m, most=64 if tall else 32), power(n, most=COLUMNS), 8 if tall else 4
+    t = tile("expand", out, dtype=out.dtype, m=m, n=n, r=max(ranks), layers=len(terms))
+    bm, bn = power(m, most=t.rows), power(n, most=t.columns)
     args = {
         "out": out, "z_out": z_out, "hs": tuple(t.h for t in terms), "bs": tuple(t.b for t in terms),
         "zs": tuple(t.z for t in terms), "gains": tuple(t.gain for t in terms), "bias": bias, **drawn(drops),
         "inverses": tuple(inverse(*drop) for drop in drops), "parts": tuple(len(t.h) for t in terms), "m": m, "n": n,
         "rs": ranks, **strides("b", [t.b for t in terms]), "LESS": less,
-        "RANK_STAGES": rank_stages(out, precision(out), bm, warps), "PRECISION": precision(out), "BM": bm, "BN": bn, "BR": 16,
+        "RANK_STAGES": rank_stages(out, precision(out), bm, t.warps), "PRECISION": precision(out), "BM": bm, "BN": bn,
+        "BR": t.ranks,
     }  # fmt: skip
     read = {t.z.data_ptr() for t in terms if t.z is not None}
     written = [out] if z_out is None else [out, z_out]
     makes = [t for t in written if t.data_ptr() not in read]
     changes = [t for t in written if t.data_ptr() in read]
     grid = (ceil(m, bm) * ceil(n, bn),)
-    # without a limit ptxas spills a few registers to fit more blocks
-    launch(expand_kernel, grid, args, makes, changes=changes, warps=warps, stages=2, registers=168)
+    launch(expand_kernel, grid, args, makes, changes=changes, warps=t.warps, stages=t.stages, registers=t.registers)

@@ -5,14 +5,15 @@ import torch
 
 from lora_kernels.ops.alone import refuse_beside_triton
 from lora_kernels.ops.chips import chip
+from lora_kernels.ops.cuda_shared import shared_of_update, shared_of_update_any
 from lora_kernels.ops.launch import KINDS, architecture, ceil, launch_cuda, multiprocessors, power, refuse_cuda, vector
 from lora_kernels.ops.lora_linear.cuda_thin import pack
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_factors, refuse_negated, refuse_rows
 from lora_kernels.ops.registry import implements
+from lora_kernels.ops.tables.tiles import compiled
 
 SOURCE, ANY = "merge/cuda.cu", "merge/cuda_any.cu"
-MOST, ROWS, COLUMNS, STAGES, THREADS = 128, 64, 64, 3, 128  # ranks; of a tile, as in the source
-COLUMNS_ANY, SHARED_ANY = 128, 2 * (4 * 32 + ROWS) * 64 * 2  # of csrc/common/update_any.cuh: two stages, of A and B
+MOST = 128  # ranks, as in the source
 
 
 def refuse_pieces(w, a, b, out):
@@ -49,23 +50,24 @@ def merge(call, out):
     """Fills out."""
     w, a, b, gain, scale, in_place = call.w, call.a, call.b, call.gain, call.scale, out.data_ptr() == call.w.data_ptr() != 0
     pieces, (n, k) = refuse_pieces(w, a, b, out) is None, w.shape
-    columns = COLUMNS if pieces else COLUMNS_ANY
+    t = compiled("merge.cu" if pieces else "merge_any.cu")
     # so many columns a block that each multiprocessor has two, but enough to fill the pipeline
     slots = 2 * chip(architecture(w), multiprocessors(w)).multiprocessors
-    part = columns * max(512 // columns, ceil(ceil(k, columns), max(1, slots // max(1, ceil(n, ROWS)))))
-    grid, (makes, changes) = (ceil(k, part), ceil(n, ROWS)), ([], [out]) if in_place else ([out], [])
+    part = t.columns * max(512 // t.columns, ceil(ceil(k, t.columns), max(1, slots // max(1, ceil(n, t.rows)))))
+    grid, (makes, changes) = (ceil(k, part), ceil(n, t.rows)), ([], [out]) if in_place else ([out], [])
     if pieces:
-        ranks = power(a.shape[0], most=MOST)
+        ranks = power(a.shape[0], most=t.ranks)
         args = (
             w, a, b, out, *vector(gain), n, k, a.shape[0], w.stride(0), a.stride(0), b.stride(0), out.stride(0), part,
             float(scale),
         )  # fmt: skip
-        shared = STAGES * (ROWS + ranks) * COLUMNS * 2
-        launch_cuda(SOURCE, f"merge_{KINDS[w.dtype]}_{ranks}", grid, THREADS, args, makes, shared, changes=changes)
+        kernel, shared = f"merge_{KINDS[w.dtype]}_{ranks}", shared_of_update(t, ranks)
+        launch_cuda(SOURCE, kernel, grid, t.threads, args, makes, shared, changes=changes)
         return
     of_a, of_b = pack(a), pack(b)
     args = (
         w, of_a, of_b, of_a.shape[2], of_b.shape[2], len(a), float(scale), out, *vector(gain), n, k, *w.stride(),
         *out.stride(), part,
     )  # fmt: skip
-    launch_cuda(ANY, f"merge_any_{KINDS[w.dtype]}", grid, THREADS, args, makes, SHARED_ANY, changes=changes)
+    kernel, shared = f"merge_any_{KINDS[w.dtype]}", shared_of_update_any(t)
+    launch_cuda(ANY, kernel, grid, t.threads, args, makes, shared, changes=changes)

@@ -7,6 +7,7 @@ import triton.language as tl
 from lora_kernels.ops.launch import ceil, launch, power, refuse_device
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
+from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.thin import HALVES, product
 from lora_kernels.ops.triton_compiler import sound
 
@@ -60,16 +61,15 @@ def merge(call, out):
     w, a, b, gain, in_place = call.w, call.a, call.b, call.gain, out.data_ptr() == call.w.data_ptr() != 0
     (n, k), r = w.shape, a.shape[0]
     half = a.dtype in HALVES
-    # the parts of float32 factors take registers: a wider tile spills on sm_86 and sm_89
-    tile = {"BN": 64, "BK": 64 if half and w.dtype in HALVES else 32, "BR": power(r, most=64 if half else 16)}
+    t = tile("merge", w, dtype=w.dtype, factors=a.dtype, r=r)
     args = {
         "w": w, "a": a, "b": b, "gain": gain, "out": out, "scale": float(call.scale), "n": n, "k": k, "r": r, "w0": w.stride(0),
         "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1), "b0": b.stride(0), "b1": b.stride(1),
         "g0": 0 if gain is None else gain.stride(0), "o0": out.stride(0), "o1": out.stride(1),
         # 16-bit factors are exact on tensor cores; float32 ones as six products of 16 bits, which is as good
-        "PRECISION": "half" if half else "bf16x6", **tile,
+        "PRECISION": "half" if half else "bf16x6", "BN": t.rows, "BK": t.columns, "BR": power(r, most=t.ranks),
     }  # fmt: skip
-    grid = (ceil(n, tile["BN"]) * ceil(k, tile["BK"]),)
+    grid, (makes, changes) = (ceil(n, t.rows) * ceil(k, t.columns),), ([], [out]) if in_place else ([out], [])
     # other blocks, not stages, hide the wait for W: most calls take one step over the ranks
-    _, stages = sound(b, [a], args["PRECISION"], tile["BN"], 4, 2)
-    launch(merge_kernel, grid, args, [] if in_place else [out], changes=[out] if in_place else [], stages=stages)
+    warps, stages = sound(b, [a], args["PRECISION"], t.rows, t.warps, t.stages)
+    launch(merge_kernel, grid, args, makes, changes=changes, warps=warps, stages=stages, registers=t.registers)

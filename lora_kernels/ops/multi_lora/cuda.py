@@ -6,20 +6,18 @@ import torch
 
 from lora_kernels.ops.alone import refuse_beside_triton
 from lora_kernels.ops.chips import chip
+from lora_kernels.ops.cuda_shared import shared_of_gemm
 from lora_kernels.ops.launch import KINDS, architecture, ceil, launch_cuda, multiprocessors, refuse_cuda, tickets, vector
 from lora_kernels.ops.lora_linear.cuda_thin import matrix
 from lora_kernels.ops.multi_lora.plan import PAGE, unflatten
 from lora_kernels.ops.parts import shared_part
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_rows
 from lora_kernels.ops.registry import implements
+from lora_kernels.ops.tables.tiles import compiled
 
 SMALL, ANY = (f"multi_lora/{name}.cu" for name in ("cuda", "cuda_any"))
-# as in the source, whose tiles have rows of 128 bytes
-TOKENS, ROWS, SLICES, WIDTH = 64, 64, 3, 128
-STAGES = {16: 6, 64: 4}
-PART = 1024  # columns of A at most that a block sums
+TOKENS, SLICES = 64, 3  # of one launch, as in the source
 FEW = 64  # entries, up to which the depth of h is shared
-RANKS, TOKENS_ANY, COLUMNS_ANY = 16, 32, 128  # of a step and of a block of csrc/multi_lora/cuda_any.cu
 NO_SLICE = (*[None] * 9, *[0] * 5)
 
 
@@ -65,18 +63,19 @@ def forward(call):
         torch.mm(x, w.detach().T, out=y)
         adapt(call, y, False)
         return y
-    tokens, pages = 16 if m <= 16 else TOKENS, max(s.table.shape[1] for s in sites)
-    tiles_of_a, w_tiles = ceil(pages * PAGE, ROWS), sum(ceil(s.b.shape[1], ROWS) for s in sites)
+    t, pages = compiled("multi_lora_small.cu", m=m), max(s.table.shape[1] for s in sites)
+    tokens = t.columns
+    tiles_of_a, w_tiles = ceil(pages * PAGE, t.rows), sum(ceil(s.b.shape[1], t.rows) for s in sites)
     adapters, at_once = min(m, sites[0].rank.shape[0]), 2 * chip(architecture(x), multiprocessors(x)).multiprocessors
-    of_a = len(sites) * adapters * ceil(k, PART)  # if none has more than 64 ranks
-    w_part = shared_part(x, k, WIDTH // 2, w_tiles, min(of_a, at_once), 8 * tokens)
+    of_a = len(sites) * adapters * ceil(k, t.part)  # if none has more than 64 ranks
+    w_part = shared_part(x, k, t.depth, w_tiles, min(of_a, at_once), 8 * tokens)
     # the parts of A end before those of W, or one block would end all tiles. In the deterministic mode they are Triton's
-    a_part = PART if torch.are_deterministic_algorithms_enabled() else min(PART, max(256, w_part // 128 * 64))
+    a_part = t.part if torch.are_deterministic_algorithms_enabled() else min(t.part, max(256, w_part // 128 * 64))
     a_parts = ceil(k, a_part)
     a_blocks = min(m * tiles_of_a * a_parts, max(1, at_once // len(sites)))
-    w_blocks, ranks = w_tiles * ceil(k, w_part), ROWS * tiles_of_a
+    w_blocks, ranks = w_tiles * ceil(k, w_part), t.rows * tiles_of_a
     h = x.new_empty(a_parts, len(sites), m, ranks, dtype=torch.float32)
-    scratch, ticket = x.new_empty(w_blocks * ROWS * tokens, dtype=torch.float32), tickets(x.device, SLICES + w_tiles)
+    scratch, ticket = x.new_empty(w_blocks * t.rows * tokens, dtype=torch.float32), tickets(x.device, SLICES + w_tiles)
     fields, first = [], 0
     for s in sites:
         n, pages = s.b.shape[1], s.table.shape[1]
@@ -87,9 +86,8 @@ def forward(call):
         x, w, y, call.ids, call.order, error, h, scratch, ticket, *vector(call.bias), m, k, len(sites[0].rank), len(sites),
         ranks, x.stride(0), w.stride(0), y.stride(0), a_blocks, a_part, w_part, *fields, *NO_SLICE * (SLICES - len(sites)),
     )  # fmt: skip
-    shared = STAGES[tokens] * (ROWS + tokens) * WIDTH
     grid, kernel = (len(sites) * a_blocks + w_blocks,), f"multi_lora_small_{KINDS[x.dtype]}_{tokens}"
-    launch_cuda(SMALL, kernel, grid, 128, args, [y, h, scratch], shared, changes=[ticket, error])
+    launch_cuda(SMALL, kernel, grid, t.threads, args, [y, h, scratch], shared_of_gemm(t), changes=[ticket, error])
     return y
 
 
@@ -103,23 +101,24 @@ def adapt(call, y, holds):
     """What the adapters and the bias make of y = x wᵀ, in place; `holds`: the bias is in it."""
     x, ids, order, bias = call.x, call.ids, call.order, call.bias
     (m, k), each, first, kind = x.shape, ids.shape[1], 0, KINDS[x.dtype]
-    parts = max(1, ceil(k, PART)) if m * each <= FEW else 1  # of many there are blocks enough
-    part = PART if parts > 1 else ROWS * max(1, ceil(k, ROWS))
+    of_h, t = compiled("multi_lora_shrink.cu"), compiled("multi_lora_expand.cu")
+    parts = max(1, ceil(k, of_h.part)) if m * each <= FEW else 1  # of many there are blocks enough
+    part = of_h.part if parts > 1 else of_h.depth * max(1, ceil(k, of_h.depth))
     for s in unflatten(call.slots):
         (count, pages), n = s.table.shape, s.b.shape[1]
-        ranks = RANKS * max(1, ceil(pages * PAGE, RANKS))
+        ranks = of_h.ranks * max(1, ceil(pages * PAGE, of_h.ranks))
         h = x.new_empty(parts, m * each, ranks, dtype=torch.float32)
         args = (
             x, *matrix(s.a), s.table, s.rank, s.scale, ids, order, call.starts, h, m * each, each, k, count, pages, ranks,
             *x.stride(), part,
         )  # fmt: skip
-        grid = (m * each, min(ranks // RANKS, 4), parts)
-        launch_cuda(ANY, f"multi_lora_shrink_{kind}", grid, 128, args, [h], 0)
+        grid = (m * each, min(ranks // of_h.ranks, 4), parts)
+        launch_cuda(ANY, f"multi_lora_shrink_{kind}", grid, of_h.threads, args, [h], 0)
         of_y, of_bias = y[:, first : first + n], None if bias is None else bias[first : first + n]
         args = (
             h, of_y, *matrix(s.b), s.table, s.rank, s.flags, s.generation, s.gain, s.bias, ids, order if each == 1 else None,
             call.weights, call.error, *vector(of_bias), m, n, each, count, pages, ranks, parts, *of_y.stride(), int(holds),
         )  # fmt: skip
-        grid = (ceil(m, TOKENS_ANY), ceil(n, COLUMNS_ANY))
-        launch_cuda(ANY, f"multi_lora_expand_{kind}", grid, 128, args, [], 0, changes=[of_y, call.error])
+        grid = (ceil(m, t.rows), ceil(n, t.columns))
+        launch_cuda(ANY, f"multi_lora_expand_{kind}", grid, t.threads, args, [], 0, changes=[of_y, call.error])
         first += n

@@ -12,13 +12,12 @@ from lora_kernels.ops.multi_lora.plan import PAGE, unflatten
 from lora_kernels.ops.multi_lora.triton_kernels import multi_lora_kernel, multi_shrink_kernel, multi_small_kernel
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
+from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.thin import precision
 from lora_kernels.ops.triton_compiler import sound
 
-FEW = 64  # tokens that one launch takes, at most; entries, up to which a block of shrink has 16 of one adapter
-SPLIT = 1024  # columns of x that one of its programs sums, where there are few
+FEW = 64  # tokens that one launch takes, at most; entries, up to which a block of shrink has few, of one adapter
 PROGRAMS = 2048  # at most to make h of a slice, where one launch makes it and y: of a pool for large ranks most have no work
-REGISTERS = 255  # of a thread: with fewer, for more blocks at once, ptxas spills (tests/gates)
 
 
 def refusal(call):
@@ -82,7 +81,7 @@ def at_once(x, sites, each, weights, fixed):
     if torch.version.hip:
         return False
     most = FEW if is_alone(each, weights) else 16
-    return len(x) <= most and programs_of_a(x, sites[0], each, fixed)[0] <= PROGRAMS
+    return len(x) <= most and programs_of_a(x, sites[0], each, tile_of_h(x, few_entries(fixed)))[0] <= PROGRAMS
 
 
 def is_alone(each, weights):
@@ -90,45 +89,55 @@ def is_alone(each, weights):
     return each == 1 and weights is None
 
 
-def programs_of_a(x, site, each, fixed):
+def few_entries(fixed):
+    """By how many the tile of h is chosen where there are few; the bits of `fixed` are those of many."""
+    return FEW + 1 if fixed else 1
+
+
+def tile_of_h(x, entries):
+    return tile("multi_shrink", x, dtype=x.dtype, entries=entries)
+
+
+def programs_of_a(x, site, each, t):
     """How many programs make h of a slice in `small`; blocks of ranks and parts of the depth, of each block of entries."""
     entries = len(x) * each
-    units = ceil(entries, 64 if fixed else 16) + min(len(site.rank), entries)  # at most: the plan is not looked at here
-    blocks, parts = ceil(site.table.shape[1] * PAGE, 16), max(1, ceil(x.shape[1], SPLIT))
+    units = ceil(entries, t.rows) + min(len(site.rank), entries)  # at most: the plan is not looked at here
+    blocks, parts = ceil(site.table.shape[1] * PAGE, t.ranks), max(1, ceil(x.shape[1], t.part))
     return max(1, units * blocks * parts), max(1, blocks), parts
 
 
 def small(x, w, sites, ids, weights, order, starts, error, bias, y, deterministic):
     """Fills y in one launch."""
     (m, k), each, count = x.shape, ids.shape[1], len(sites[0].rank)
-    shape = tiles(x, FEW if deterministic else m, is_alone(each, weights), False, len(sites) > 1)
-    bm, bn, *_, warps, stages = shape
-    ahead, blocks, parts = programs_of_a(x, sites[0], each, deterministic)
+    rows, alone = FEW if deterministic else m, is_alone(each, weights)
+    t = tile("multi_small", x, dtype=x.dtype, m=rows, alone=alone, several=len(sites) > 1)
+    bm, bn, of_h = power(rows, most=t.rows), t.columns, tile_of_h(x, few_entries(deterministic))
+    ahead, blocks, parts = programs_of_a(x, sites[0], each, of_h)
     w_tiles = sum(ceil(n, bn) for n in widths(sites))
     splits = 1 if deterministic else cost.splits(w_tiles, k)
     h = x.new_empty(len(sites), parts, m * each, ranks_of_h(sites), dtype=torch.float32)
-    rows = max(bm, 64 if deterministic else 16)
-    warps, stages = sound(x, [sites[0].a], precision(x), rows, warps, stages, narrow=not deterministic)
+    rows = max(bm, of_h.rows)
+    warps, stages = sound(x, [sites[0].a], precision(x), rows, t.warps, t.stages, narrow=not deterministic)
     scratch = x.new_empty(w_tiles * splits * bm * bn, dtype=torch.float32)
     ticket = tickets(x.device, len(sites) + w_tiles)
-    args = common(x, w, h, sites, ids, weights, order, error, bias, y, shape[:4]) | {
+    args = common(x, w, h, sites, ids, weights, order, error, bias, y, (bm, bn, t.depth, t.ranks)) | {
         **of_slices(sites, "as_", "scales"), "starts": starts, "scratch": scratch, "ticket": ticket,
-        "a0s": tuple(s.a.stride(0) for s in sites), "ahead": ahead, "BLOCKS": blocks, "SPLITS": splits, "SPLIT": SPLIT,
-        "SLOTS": power(count, least=16, most=1 << 20), "BM_OF_A": 64 if deterministic else 16,
-        "BK_OF_A": 32 if x.dtype is torch.float32 else 64,
+        "a0s": tuple(s.a.stride(0) for s in sites), "ahead": ahead, "BLOCKS": blocks, "SPLITS": splits, "SPLIT": of_h.part,
+        "SLOTS": power(count, least=16, most=1 << 20), "BM_OF_A": of_h.rows, "BK_OF_A": of_h.depth,
         "TILES": power(max(ceil(n, bn) for n in widths(sites)), most=1 << 20),
     }  # fmt: skip
     launch(
         multi_small_kernel, (len(sites) * ahead + w_tiles * splits,), args, [y, scratch, h], changes=[error, ticket],
-        warps=warps, stages=stages, registers=REGISTERS,
+        warps=warps, stages=stages, registers=t.registers,
     )  # fmt: skip
 
 
 def adapt(x, w, of_h, sites, ids, weights, order, error, bias, y, deterministic):
     """Fills y; of_h gives h, which is there or on its way."""
     (m, k), made = x.shape, w is None
-    shape = tiles(x, max(m, 64) if deterministic else m, is_alone(ids.shape[1], weights), made, len(sites) > 1)
-    bm, bn, _, br, warps, stages = shape
+    rows, alone = max(m, 64) if deterministic else m, is_alone(ids.shape[1], weights)
+    t = tile("multi_lora", x, dtype=x.dtype, m=rows, alone=alone, made=made, several=len(sites) > 1)
+    bm, bn, br = power(rows, most=t.rows), t.columns, t.ranks
     across = sum(ceil(n, bn) for n in widths(sites))
     count = ceil(m, bm) * across
     splits = 1 if made or deterministic or m > 64 else cost.splits(count, k)
@@ -136,17 +145,17 @@ def adapt(x, w, of_h, sites, ids, weights, order, error, bias, y, deterministic)
     ticket = tickets(x.device, count) if splits > 1 else None
     h = of_h()  # after the tickets, which in a CUDA graph are a launch of their own: y starts while h is made
     waits = not made and h.numel() > 0 and architecture(x) >= 90  # what stands in y already is read before the wait
-    warps, stages = sound(x, [w], precision(x), bm, warps, stages, narrow=bm == FEW and m <= FEW and not deterministic)
+    warps, stages = sound(x, [w], precision(x), bm, t.warps, t.stages, narrow=bm == FEW and m <= FEW and not deterministic)
     size = x.element_size()
     tile_order = cost.order(bm * max(k, 1) * size, bn * max(k, 1) * size, bm * bn * size, across, chip(architecture(x)).l2)
-    args = common(x, w, h, sites, ids, weights, order, error, bias, y, shape[:4]) | {
+    args = common(x, w, h, sites, ids, weights, order, error, bias, y, (bm, bn, t.depth, br)) | {
         "scratch": scratch, "ticket": ticket, "MADE": made, "SPLITS": splits, "WAITS": waits,
         **dict(zip(("GROUP", "SLAB"), tile_order, strict=True)),
     }  # fmt: skip
     fills = [t for t in (None if made else y, scratch) if t is not None]
     changes = [error, *([y] if made else []), *([] if ticket is None else [ticket])]
     launch(
-        multi_lora_kernel, (count, splits), args, fills, changes=changes, warps=warps, stages=stages, registers=REGISTERS,
+        multi_lora_kernel, (count, splits), args, fills, changes=changes, warps=warps, stages=stages, registers=t.registers,
         early=waits,
     )  # fmt: skip
 
@@ -169,9 +178,10 @@ def common(x, w, h, sites, ids, weights, order, error, bias, y, shape):
 def shrink(x, sites, order, starts, each, fixed):
     """h [slices, parts, entries, ranks], float32. `fixed`: nothing depends on how many rows there are."""
     (m, k), count, ranks = x.shape, len(sites[0].rank), ranks_of_h(sites)
-    entries, wide = m * each, x.dtype is torch.float32
-    bm, br, bk = 64 if fixed or entries > FEW else 16, 16, 32 if wide else 64
-    split = SPLIT if fixed or entries <= FEW else max(bk, ceil(k, bk) * bk)
+    entries = m * each
+    t = tile_of_h(x, max(entries, few_entries(fixed)))
+    bm, bk, br = t.rows, t.depth, t.ranks
+    split = t.part if fixed or entries <= FEW else max(bk, ceil(k, bk) * bk)
     h = x.new_empty(len(sites), max(1, ceil(k, split)), entries, ranks, dtype=torch.float32)
     units = ceil(entries, bm) + min(count, entries)  # at most: the plan is not looked at here
     args = {
@@ -181,8 +191,9 @@ def shrink(x, sites, order, starts, each, fixed):
         "SLOTS": power(count, least=16, most=1 << 20), "RANKS": ranks, "PRECISION": precision(x), "BM": bm, "BK": bk, "BR": br,
         "EARLY": architecture(x) >= 90,
     }  # fmt: skip
-    warps, stages = sound(x, [sites[0].a], precision(x), bm, 4, 3, narrow=True)
-    launch(multi_shrink_kernel, (units, len(sites) * ceil(ranks, br), h.shape[1]), args, [h], warps=warps, stages=stages)
+    warps, stages = sound(x, [sites[0].a], precision(x), bm, t.warps, t.stages, narrow=True)
+    grid = (units, len(sites) * ceil(ranks, br), h.shape[1])
+    launch(multi_shrink_kernel, grid, args, [h], warps=warps, stages=stages, registers=t.registers)
     return h
 
 
@@ -201,23 +212,6 @@ def widths(sites):
 
 def ranks_of_h(sites):
     return power(sites[0].table.shape[1] * PAGE, least=16, most=1 << 20)
-
-
-def tiles(x, m, alone, made, several):
-    """The tile of y, the depth of a step, ranks of a step, warps and stages."""
-    arch, few, hip = architecture(x), power(m, most=64), torch.version.hip is not None
-    blackwell = arch // 10 == 10
-    if x.dtype is torch.float32:
-        return few, 64, 16, 16, 4 if m <= 32 else 8, 3
-    if made and alone:
-        return few, 64, 64, 32, 4 if m <= 16 else 8 if arch == 80 else 2, 3
-    if not alone:
-        return 16, 64, 64, 16, 4, 2 if blackwell else 3
-    if m <= 64 or x.dtype is torch.float16:  # h bᵀ is three products there
-        return few, 64, 64, 16, 8 if hip and m <= 16 else 4, 3
-    if several and blackwell:  # of 128 columns there are not registers enough
-        return 128, 64, 64, 16, 4, 2
-    return 128, 128, 64, 16, 8, 2 if hip or blackwell else 3
 
 
 def _wider(table, pages):

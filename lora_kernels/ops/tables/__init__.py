@@ -58,6 +58,8 @@ class Table(NamedTuple):
     "specialised": the share of the peak operations a second that such a GEMM reaches; "thin", "stream": the share of the
     memory's bandwidth that a kernel with a thin matrix and a GEMM reach."""
     choices: tuple[Choice, ...] = ()
+    tiles: tuple[dict[str, Any], ...] = ()
+    """The fastest tiles that were measured, in a user's file: each a `tiles.Measured`."""
 
     def knows(self, dtype: str) -> bool:
         """Whether calls of a dtype were measured on such a GPU."""
@@ -81,7 +83,8 @@ def table(arch: int, folder: str = FOLDER) -> Table:
 def _read(path: Path) -> Table:
     found = json.loads(path.read_text(encoding="utf-8"))
     rows = [{**row, **{name: tuple(row.get(name, ())) for name in ("n", "r", "flags")}} for row in found.pop("choices")]
-    return Table(**found, choices=tuple(Choice(**row) for row in rows))
+    known = {name: each for name, each in found.items() if name in Table._fields}
+    return Table(**known | {"tiles": tuple(found.get("tiles", ()))}, choices=tuple(Choice(**row) for row in rows))
 
 
 def place(gpu: str) -> Path:
@@ -93,28 +96,36 @@ def place(gpu: str) -> Path:
 
 
 @lru_cache
-def local(gpu: str) -> tuple[Choice, ...]:
+def kept(gpu: str) -> Table:
     """What `lora_kernels.ops.tuning` measured on this machine's GPU of that name; a file that cannot be read is none."""
+    none = Table(0, gpu, False, None, {})
     try:
         path = place(gpu)
         if not path.is_file():
-            return ()
+            return none
     except (OSError, RuntimeError):  # nobody's home, or not to be read
-        return ()
+        return none
     try:
-        return _read(path).choices
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return _read(path)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         warnings.warn(f"lora_kernels: {path} is no table ({type(error).__name__}: {error}) and is left aside", stacklevel=2)
-        return ()
+        return none
 
 
-def keep(gpu: str, arch: int, found: Sequence[Choice]) -> Path:
-    """Adds choices to the user's file for a GPU, in the place of older ones of the same problems."""
+def local(gpu: str) -> tuple[Choice, ...]:
+    """The choices among it."""
+    return kept(gpu).choices
+
+
+def keep(gpu: str, arch: int, found: Sequence[Choice], tiles: Sequence[dict[str, Any]] = ()) -> Path:
+    """Adds choices and tiles to the user's file for a GPU, in the place of older ones of the same problems."""
     path = place(gpu)
     choices = tuple({(choice[:6], choice.flags): choice for choice in (*local(gpu), *found)}.values())
+    answers = {(row["kernel"], json.dumps(row["answers"], sort_keys=True)): row for row in (*kept(gpu).tiles, *tiles)}
     stamp = {"torch": torch.__version__, "lora_kernels": __version__}
-    _write(table(arch)._replace(arch=arch, gpu=gpu, measured=True, stamp=stamp, choices=choices), path)
-    local.cache_clear()
+    made = table(arch)._replace(arch=arch, gpu=gpu, measured=True, stamp=stamp, choices=choices, tiles=tuple(answers.values()))
+    _write(made, path)
+    kept.cache_clear()
     return path
 
 
@@ -131,7 +142,9 @@ def _write(made: Table, path: Path) -> None:
     rows = [json.dumps(choice._asdict()) for choice in made.choices]
     parts = [f'"{name}": {json.dumps(getattr(made, name))}' for name in ("arch", "gpu", "measured", "stamp")]
     parts += ['"efficiency": {\n  ' + ",\n  ".join(f'"{kind}": {text}' for kind, text in kinds.items()) + "\n }"]
-    parts += ['"choices": [' + ",".join(f"\n  {row}" for row in rows) + ("\n ]" if rows else "]")]
+    for name, lines in (("choices", rows), ("tiles", list(map(json.dumps, made.tiles)))):
+        if lines or name == "choices":
+            parts += [f'"{name}": [' + ",".join(f"\n  {row}" for row in lines) + ("\n ]" if lines else "]")]
     path.parent.mkdir(parents=True, exist_ok=True)
     # another process may read it meanwhile
     beside = path.with_name(f"{path.name}.{os.getpid()}")

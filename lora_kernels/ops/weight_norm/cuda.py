@@ -4,15 +4,16 @@ else, where Triton does not run, csrc/weight_norm/cuda_any.cu. The gradients are
 import torch
 
 from lora_kernels.ops.alone import refuse_beside_triton
+from lora_kernels.ops.cuda_shared import shared_of_update, shared_of_update_any
 from lora_kernels.ops.gradients import dtype_of
 from lora_kernels.ops.launch import KINDS, ceil, launch_cuda, power, refuse_cuda
 from lora_kernels.ops.lora_linear.cuda_thin import pack, sides, total
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_factors, refuse_negated
 from lora_kernels.ops.registry import implements
+from lora_kernels.ops.tables.tiles import compiled
 
 SOURCE, ANY = "weight_norm/cuda.cu", "weight_norm/cuda_any.cu"
-MOST, ROWS, STAGES, THREADS = 128, 64, 3, 128  # ranks; of a block, as in the sources
-SHARED_ANY = 2 * (4 * 32 + ROWS) * 64 * 2  # of csrc/common/update_any.cuh: two stages, of A and B
+MOST = 128  # ranks, as in the source
 
 
 def refuse_operands(w, a=None, b=None):
@@ -46,17 +47,18 @@ def forward(call):
     norm = w.new_empty(w.shape[0], dtype=torch.float32)
     if refuse_factors(w, a, b, MOST):
         return _any(w, factors(a, b, scale), norm, False)
-    ranks = power(a.shape[0], most=MOST)
+    t = compiled("weight_norm.cu")
+    ranks = power(a.shape[0], most=t.ranks)
     args = (w, a, b, norm, *w.shape, a.shape[0], w.stride(0), a.stride(0), b.stride(0), float(scale))
-    shared = STAGES * (ROWS + ranks) * 64 * 2
-    grid = (ceil(w.shape[0], ROWS),)
-    launch_cuda(SOURCE, f"weight_norm_{KINDS[w.dtype]}_{ranks}", grid, THREADS, args, [norm], shared)
+    grid, shared = (ceil(w.shape[0], t.rows),), shared_of_update(t, ranks)
+    launch_cuda(SOURCE, f"weight_norm_{KINDS[w.dtype]}_{ranks}", grid, t.threads, args, [norm], shared)
     return norm
 
 
 def _any(w, given, norm, squared):
-    args = (w, *given, norm, *w.shape, *w.stride(), int(squared))
-    launch_cuda(ANY, f"weight_norm_any_{KINDS[w.dtype]}", (ceil(len(w), ROWS),), THREADS, args, [norm], SHARED_ANY)
+    args, t = (w, *given, norm, *w.shape, *w.stride(), int(squared)), compiled("weight_norm_any.cu")
+    kernel, grid = f"weight_norm_any_{KINDS[w.dtype]}", (ceil(len(w), t.rows),)
+    launch_cuda(ANY, kernel, grid, t.threads, args, [norm], shared_of_update_any(t))
     return norm
 
 

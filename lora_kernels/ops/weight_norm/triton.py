@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.gradients import dtype_of
-from lora_kernels.ops.launch import architecture, ceil, launch, power, refuse_device
+from lora_kernels.ops.launch import ceil, launch, power, refuse_device
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
+from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.thin import HALVES, Side, both_sides, load_tile, outer, product, shrink
 from lora_kernels.ops.triton_compiler import sound
 from lora_kernels.ops.triton_sums import total
@@ -62,25 +63,21 @@ def squared_refusal(call):
     return refuse_dtypes(w=call.w) or refuse_negated(w=call.w) or refuse_device(call.w)
 
 
-def tile(w):
-    return {"BN": 64, "BK": 32 if w.dtype is torch.float32 else 64}
-
-
 @implements("weight_norm_forward", "triton", refusal)
 def forward(call):
     w, a, b = call.w, call.a, call.b
     (n, k), r = w.shape, a.shape[0]
     norm = w.new_empty(n, dtype=torch.float32)
-    most = 64 if a.dtype in HALVES else 16  # ranks of b that fit the registers
+    t = tile("norm", w, dtype=w.dtype, factors=a.dtype, r=r)
     args = {
         "w": w, "a": a, "b": b, "norm": norm, "scale": float(call.scale), "n": n, "k": k, "r": r, "w0": w.stride(0),
         "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1), "b0": b.stride(0), "b1": b.stride(1),
-        "MORE": r > most, "PRECISION": _precision(a), "BR": power(r, most=most), **tile(w),
+        "MORE": r > t.ranks, "PRECISION": _precision(a), "BR": power(r, most=t.ranks), "BN": t.rows, "BK": t.depth,
     }  # fmt: skip
-    stages = 2 if architecture(w) >= 120 and r < 16 else 3  # with 3, ptxas spills a few registers there
-    if sound(b, [a], _precision(a), args["BN"], 4, stages) != (4, stages):
+    if sound(b, [a], _precision(a), t.rows, t.warps, t.stages) != (t.warps, t.stages):
         args["BN"] = 32  # rows, whose products are mma.sync; of two warps b and w would not fit the registers
-    launch(norm_kernel, (ceil(n, args["BN"]),), args, [norm], stages=stages)
+    grid = (ceil(n, args["BN"]),)
+    launch(norm_kernel, grid, args, [norm], warps=t.warps, stages=t.stages, registers=t.registers)
     return norm
 
 
@@ -108,8 +105,9 @@ def backward(call):
 def row_norm_squared(call):
     w, (n, k) = call.w, call.w.shape
     squared = w.new_empty(n, dtype=torch.float32)
-    args = {"w": w, "squared": squared, "n": n, "k": k, "w0": w.stride(0), "w1": w.stride(1), **tile(w)}
-    launch(row_norm_squared_kernel, (ceil(n, args["BN"]),), args, [squared])
+    t = tile("row_norm_squared", w, dtype=w.dtype)
+    args = {"w": w, "squared": squared, "n": n, "k": k, "w0": w.stride(0), "w1": w.stride(1), "BN": t.rows, "BK": t.depth}
+    launch(row_norm_squared_kernel, (ceil(n, t.rows),), args, [squared], warps=t.warps, stages=t.stages)
     return squared
 
 
