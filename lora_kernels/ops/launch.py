@@ -211,12 +211,13 @@ def cuda_build() -> str:
 
 
 def launch_cuda(
-    source: str, kernel: str, grid: tuple[int, ...], threads: int, args: tuple[Any, ...], makes: Sequence[Tensor], shared: int,
+    source: str, kernel: str, grid: tuple[int, ...], threads: int, args: dict[str, Any], makes: Sequence[Tensor], shared: int,
     *, changes: Sequence[Tensor] = (), early: bool = False,
 ) -> None:  # fmt: skip
     """Runs a kernel with C linkage of csrc/`source`, which fills the tensors `makes`, may write those in `changes`, and changes
-    no other. `args` are the fields of its struct (a tensor or None for a pointer, int for 64 bits, float for 32, a `Map`);
-    `shared` is in bytes. Nothing runs if the grid is empty. `early` as in `launch`.
+    no other. `args` are the fields of its struct by name and in its order (a tensor or None for a pointer, int for 64 bits,
+    float for 32, a `Map`), which the simulator compares with the source. `shared` is in bytes. Nothing runs if the grid is
+    empty. `early` as in `launch`.
 
     Raises:
         RuntimeError: CUDA refused the launch; the message has the kernel, the launch and the arguments.
@@ -225,19 +226,26 @@ def launch_cuda(
         return
     if simulates():
         simulate = import_module("lora_kernels.testing.nvcc").simulate_cuda
-        simulate(CSRC / source, kernel, grid, threads, [args], [*makes, *changes], shared, poisoned=makes, early=early)
+        import_module("lora_kernels.testing.cuda_structs").check_fields(CSRC / source, kernel, tuple(args))
+        fields, writes = tuple(args.values()), [*makes, *changes]
+        simulate(CSRC / source, kernel, grid, threads, [fields], writes, shared, poisoned=makes, early=early)
         return
     x, y, z = (*grid, 1, 1)[:3]
     device = (makes or changes)[0].device.index
     stream = torch.cuda.current_stream(device).cuda_stream
     try:
-        packed = tuple([a.data_ptr() if isinstance(a, Tensor) else _encoded(a) if isinstance(a, Map) else a for a in args])
+        packed = tuple([
+            a.data_ptr() if isinstance(a, Tensor) else _encoded(a) if isinstance(a, Map) else a for a in args.values()
+        ])  # fmt: skip
         early = early and _gpu(device)[0] >= 90
         _cuda.launch(_cuda.kernels[kernel], x, y, z, threads, shared, early, device, stream, packed)
     except RuntimeError as error:
-        plain = (a.tensor if isinstance(a, Map) else a for a in args)
-        shapes = ", ".join(f"{list(a.shape)} {str(a.dtype)[6:]}" if isinstance(a, Tensor) else str(a) for a in plain)
-        raise RuntimeError(f"{error}; arguments: {shapes}") from None
+        raise RuntimeError(f"{error}; arguments: {', '.join(map(_described, args, args.values()))}") from None
+
+
+def _described(name: str, value: Any) -> str:
+    value = value.tensor if isinstance(value, Map) else value
+    return f"{name} {list(value.shape)} {str(value.dtype)[6:]}" if isinstance(value, Tensor) else f"{name} {value}"
 
 
 def _encoded(m: Map) -> bytes:
@@ -246,9 +254,10 @@ def _encoded(m: Map) -> bytes:
     return _cuda.tensor_map(t.data_ptr(), t.dtype is torch.bfloat16, rows, columns, t.stride(0), *m.box)
 
 
-def vector(v: Tensor | None) -> tuple[Tensor | None, int]:
+def vector(name: str, v: Tensor | None) -> dict[str, Any]:
     """The fields of a `Vector` of csrc/common/tiles.cuh: its data, and its dtype by number."""
-    return (None, 0) if v is None else (v.contiguous(), NUMBERS[v.dtype])
+    data, kind = (None, 0) if v is None else (v.contiguous(), NUMBERS[v.dtype])
+    return {f"{name}.data": data, f"{name}.kind": kind}
 
 
 def ceil(a: int, b: int) -> int:

@@ -123,7 +123,7 @@ def test_a_seed_on_the_device(simulated):
     with pytest.MonkeyPatch.context() as patch:
         def on_device(source, kernel, grid, threads, args, *rest, **more):
             launched.append(kernel)
-            args = (*args[:4], torch.tensor(5), 0, *args[6:])
+            args = args | {"dropout.at": torch.tensor(5), "dropout.seed": 0}
             real(source, kernel, grid, threads, args, *rest, **more)
 
         patch.setattr(thin, "launch_cuda", on_device)

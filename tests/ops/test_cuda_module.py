@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from lora_kernels.ops import launch
+from lora_kernels.testing.cuda_structs import struct_fields
 from lora_kernels.testing.nvcc import MISSING, find_nvcc
 
 if find_nvcc() is None:
     pytest.skip(f"{MISSING} (requirements-dev.txt has it for Linux on x86-64)", allow_module_level=True)
 from lora_kernels import _cuda  # where there is nvcc, it must be built
 
+FIELDS = struct_fields(launch.CSRC / "weight_norm" / "cuda.cu", "weight_norm_bf16_16")
 NORM = (1, 2, 3, 4, 64, 64, 16, 64, 64, 16, 0.5)  # a struct of weight_norm's
 
 
@@ -53,12 +55,12 @@ def test_numbers_of_a_struct():
 def test_an_error_names_the_kernel_the_launch_and_the_shapes(monkeypatch):
     monkeypatch.setattr(launch, "_gpu", lambda _: (80, 108))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
-    args = (torch.zeros(64, 32, dtype=torch.bfloat16), *NORM[1:])
+    args = dict(zip(FIELDS, (torch.zeros(64, 32, dtype=torch.bfloat16), *NORM[1:]), strict=True))
     with pytest.raises(RuntimeError) as e:
         launch.launch_cuda("", "weight_norm_bf16_16", (5,), 128, args, [SimpleNamespace(device=torch.device("cuda", 0))], 64)
     launched = r"weight_norm_bf16_16 on cuda:0, grid 5x1x1, 128 threads, 64 bytes of shared memory: cudaError\w+: "
     assert re.match(launched, str(e.value))
-    assert "arguments: [64, 32] bfloat16, 2, 3, 4, 64" in str(e.value)
+    assert "arguments: w [64, 32] bfloat16, a 2, b 3, norm 4, rows 64" in str(e.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: bench/gpu launches there")

@@ -211,10 +211,12 @@ def small(call, y, z, h):
     blocks = a_tiles * a_parts + w_tiles * max(1, ceil(k, w_part))
     scratch = x.new_empty(blocks * t.rows * tokens, dtype=torch.float32)
     ticket = tickets(x.device, a_tiles + w_tiles + 1)
-    args = (
-        x, w, a, b, y, z, h, scratch, ticket, *vector(w_scale), *vector(call.bias), *vector(call.gain), m, n, k, r,
-        x.stride(0), w.stride(0), a.stride(0), b.stride(0), a_part, w_part, float(call.scale),
-    )  # fmt: skip
+    args = {
+        "x": x, "w": w, "a": a, "b": b, "y": y, "z": z, "h": h, "scratch": scratch, "tickets": ticket,
+        **vector("w_scale", w_scale), **vector("bias", call.bias), **vector("gain", call.gain), "m": m, "n": n, "k": k, "r": r,
+        "x_row": x.stride(0), "w_row": w.stride(0), "a_row": a.stride(0), "b_row": b.stride(0), "a_part": a_part,
+        "w_part": w_part, "scale": float(call.scale),
+    }  # fmt: skip
     makes = [out for out in (y, z, h, scratch) if out is not None]
     kernel, shared = f"lora_linear_small_{of_w}{KINDS[x.dtype]}_{tokens}", shared_of_small(t)
     launch_cuda(SMALL, kernel, (blocks,), t.threads, args, makes, shared, changes=[ticket])
@@ -227,9 +229,10 @@ def tiles(call, h, y, z, whole):
     t, size = compiled("lora_linear_tiles.cu"), x.element_size()
     panels = (each * max(k, 1) * size for each in (t.rows, t.columns))
     group, slab = cost.order(*panels, t.rows * t.columns * size, ceil(n, t.columns), chip(architecture(x)).l2)
-    args = (
-        x, w, b, h, y, z, whole, *vector(call.bias), *vector(call.gain), m, n, k, r, len(h), x.stride(0), w.stride(0),
-        b.stride(0), group, slab,
-    )  # fmt: skip
+    args = {
+        "x": x, "w": w, "b": b, "h": h, "y": y, "z": z, "whole": whole, **vector("bias", call.bias),
+        **vector("gain", call.gain), "m": m, "n": n, "k": k, "r": r, "parts": len(h), "x_row": x.stride(0),
+        "w_row": w.stride(0), "b_row": b.stride(0), "group": group, "slab": slab,
+    }  # fmt: skip
     makes, grid = [out for out in (y, z, whole) if out is not None], (ceil(m, t.rows) * ceil(n, t.columns),)
     launch_cuda(TILES, f"lora_linear_tiles_{KINDS[x.dtype]}", grid, t.threads, args, makes, shared_of_gemm(t), early=True)

@@ -94,11 +94,12 @@ def input_gradient(dy, w, a, p, gain, drop):
     (m, n), k, r = dy.shape, w.shape[1], len(a)
     dx, t = dy.new_empty(m, k), compiled("lora_linear_dx.cu")
     panels = (each * max(n, 1) * 2 for each in (t.rows, t.columns))
-    order = cost.order(*panels, t.rows * t.columns * 2, ceil(k, t.columns), chip(architecture(dy)).l2)
-    args = (
-        dy, w, a, p, dx, *vector(gain), *drawn(drop), m, n, k, r, len(p), dy.stride(0), w.stride(0), a.stride(0), *order,
-        inverse(drop),
-    )  # fmt: skip
+    group, slab = cost.order(*panels, t.rows * t.columns * 2, ceil(k, t.columns), chip(architecture(dy)).l2)
+    args = {
+        "dy": dy, "w": w, "a": a, "p": p, "dx": dx, **vector("gain", gain), **drawn(drop), "m": m, "n": n, "k": k, "r": r,
+        "parts": len(p), "dy_row": dy.stride(0), "w_row": w.stride(0), "a_row": a.stride(0), "group": group, "slab": slab,
+        "inverse": inverse(drop),
+    }  # fmt: skip
     kernel = f"lora_linear_dx{'' if gain is None else '_gain'}{'' if drop[1] is None else '_drop'}"
     launch_cuda(DX, kernel, (ceil(m, t.rows) * ceil(k, t.columns),), t.threads, args, [dx], shared_of_gemm(t))
     return dx
@@ -113,10 +114,11 @@ def input_gradient_small(dy, w, a, p, gain, w_scale):
     blocks = tiles, ceil(n, part)
     dx, scratch = dy.new_empty(m, k), dy.new_empty(tiles * blocks[1] * t.columns * t.rows, dtype=torch.float32)
     ticket = tickets(dy.device, tiles)
-    args = (
-        dy, w, a, p, dx, scratch, ticket, *vector(gain), *vector(w_scale), m, n, k, r, len(p), dy.stride(0), w.stride(0),
-        a.stride(0), part,
-    )  # fmt: skip
+    args = {
+        "dy": dy, "w": w, "a": a, "p": p, "dx": dx, "scratch": scratch, "tickets": ticket, **vector("gain", gain),
+        **vector("w_scale", w_scale), "m": m, "n": n, "k": k, "r": r, "parts": len(p), "dy_row": dy.stride(0),
+        "w_row": w.stride(0), "a_row": a.stride(0), "part": part,
+    }  # fmt: skip
     kernel, shared = f"lora_linear_dx_small_{t.rows}", shared_of_dx_small(t)
     launch_cuda(DX_SMALL, kernel, blocks, t.threads, args, [dx, scratch], shared, changes=[ticket])
     return dx

@@ -77,9 +77,11 @@ def pairs(parts, whole=None, across=False):
     out = parts.new_empty(shape[::-1] if across else shape, dtype=torch.bfloat16)
     row, rank = (1, rows) if across else (shape[1], 1)
     part, *steps = parts.stride()
-    args = (
-        parts, NUMBERS[parts.dtype], *steps, count, part, out, whole, rows, ranks, row, 2 * chunk * rank, chunk * rank, rank,
-    )  # fmt: skip
+    args = {
+        "from.data": parts, "from.kind": NUMBERS[parts.dtype], "from.row": steps[0], "from.column": steps[1], "parts": count,
+        "part": part, "out": out, "whole": whole, "rows": rows, "ranks": ranks, "row": row, "chunk": 2 * chunk * rank,
+        "rest": chunk * rank, "rank": rank,
+    }  # fmt: skip
     makes = [out] if whole is None else [out, whole]
     launch_cuda(SOURCE, "lora_linear_pairs", (ceil(rows * chunks * chunk, t.columns),), t.threads, args, makes, 0)
     return out
@@ -92,11 +94,12 @@ def _launch(kernel, x, w, h, b, sizes, split, y, z=None, bias=None, gain=None, d
     size = x.element_size()
     tiles, l2 = ceil(n, t.columns), chip(architecture(x)).l2
     group, slab = cost.order(t.rows * depth * size, t.columns * depth * size, t.rows * t.columns * size, tiles, l2)
-    args = (
-        Map(x, (t.rows, t.depth)), Map(w, box), Map(given[0], (t.rows, t.depth)), Map(given[1], box), Map(y, (BOX, BOX)),
-        Map(y if z is None else z, (BOX, BOX)), *vector(bias), *vector(gain), *drawn(drop), m, n, depth, r, int(split),
-        int(z is not None), group, slab, inverse(drop),
-    )  # fmt: skip
+    args = {
+        "x": Map(x, (t.rows, t.depth)), "w": Map(w, box), "h": Map(given[0], (t.rows, t.depth)), "b": Map(given[1], box),
+        "y": Map(y, (BOX, BOX)), "z": Map(y if z is None else z, (BOX, BOX)), **vector("bias", bias), **vector("gain", gain),
+        **drawn(drop), "m": m, "n": n, "depth": depth, "r": r, "split": int(split), "keep_z": int(z is not None),
+        "group": group, "slab": slab, "inverse": inverse(drop),
+    }  # fmt: skip
     makes = [y] if z is None else [y, z]
     blocks = min(ceil(m, t.rows) * tiles, resident(x))
     launch_cuda(SOURCE, kernel, (blocks,), t.threads, args, makes, shared_of_specialised(t))

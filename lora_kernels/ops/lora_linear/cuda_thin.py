@@ -25,9 +25,10 @@ def in_pieces(*tensors):
     return all(t.shape[1] % 8 == 0 and refuse_rows(t=t) is None for t in tensors)
 
 
-def matrix(t):
-    """The fields of a `Matrix` of csrc/common/tiles.cuh."""
-    return t, NUMBERS[t.dtype], *t.stride()
+def matrix(name, t, kind=None):
+    """The fields of a `Matrix` of csrc/common/tiles.cuh; `kind` where its dtype has no number."""
+    data, kind, row, column = (None, 1, 0, 0) if t is None else (t, NUMBERS[t.dtype] if kind is None else kind, *t.stride())
+    return {f"{name}.data": data, f"{name}.kind": kind, f"{name}.row": row, f"{name}.column": column}
 
 
 def inverse(drop):
@@ -37,9 +38,11 @@ def inverse(drop):
 def drawn(drop):
     """The fields of a `Dropout`: where the seed is, or its number, and the threshold."""
     rate, seed = drop
-    if seed is None:
-        return None, 0, 0
-    return (None, int(seed), threshold(rate)) if seed.is_cpu else (seed, 0, threshold(rate))
+    by_value = seed is not None and seed.is_cpu
+    return {
+        "dropout.at": None if by_value else seed, "dropout.seed": int(seed) if by_value else 0,
+        "dropout.threshold": 0 if seed is None else threshold(rate),
+    }  # fmt: skip
 
 
 def padded(t, m, n):
@@ -52,10 +55,19 @@ def pack(a):
     """a [r, k] in bfloat16, [2, r, k in whole pieces]: its numbers, and what those leave of them."""
     r, k = a.shape
     out = a.new_empty(2, r, 8 * ceil(k, 8), dtype=torch.bfloat16)
-    args = (*matrix(a), out, r, k, out.shape[2])
+    args = {**matrix("a", a), "out": out, "r": r, "k": k, "out_row": out.shape[2]}
     t = compiled("lora_linear_pack.cu")
     launch_cuda(THIN, "lora_linear_pack", (ceil(out[0].numel(), t.columns),), t.threads, args, [out], 0)
     return out
+
+
+def factors(a, b, scale):
+    """The fields of a `Factors` of csrc/common/update_any.cuh."""
+    of_a, of_b = pack(a), pack(b)
+    return {
+        "factors.a": of_a, "factors.b": of_b, "factors.a_row": of_a.shape[2], "factors.b_row": of_b.shape[2],
+        "factors.rank": len(a), "factors.scale": float(scale),
+    }  # fmt: skip
 
 
 def shrink(x, a, scale, drop=(0.0, None), *, fixed=True, keep=False):
@@ -71,10 +83,11 @@ def shrink(x, a, scale, drop=(0.0, None), *, fixed=True, keep=False):
         part *= 2  # there are blocks enough, and each part is written and read
     h = x.new_empty(max(1, ceil(k, part)), m, r, dtype=torch.float32)
     everything, kept = padded(x, m, k) if keep and drops else (None, x if keep else None)
-    args = (
-        x, factor, h, everything, *drawn(drop), m, k, r, *x.stride(), factor.stride(-2), 8 * ceil(k, 8), part,
-        float(scale) * inverse(drop),
-    )  # fmt: skip
+    args = {
+        "x": x, "a": factor, "h": h, "kept": everything, **drawn(drop), "m": m, "k": k, "r": r, "x_row": x.stride(0),
+        "x_column": x.stride(1), "a_row": factor.stride(-2), "kept_row": 8 * ceil(k, 8), "part": part,
+        "scale": float(scale) * inverse(drop),
+    }  # fmt: skip
     kind = "drop_" * drops + "split_" * split
     kernel = f"{kind}{KINDS[x.dtype]}_{t.ranks}" if whole else f"any_{KINDS[x.dtype]}"
     grid, makes = (ceil(m, t.rows), ceil(r, t.ranks), len(h)), [out for out in (h, everything) if out is not None]
@@ -97,10 +110,11 @@ def expand(out, terms, *, less=0, bias=None, z_out=None):
     (m, n), t = out.shape, compiled("lora_linear_expand.cu")
     rows = part_of_rows(m, ceil(n, t.columns), t.part)
     for i, (h, b, z, gain, drop) in enumerate(terms):
-        args = (
-            h, *matrix(b), z, out, z_out, *vector(gain), *vector(bias if i == 0 else None), *drawn(drop), m, n, len(b.T),
-            len(h), rows, int(i > 0), float(less), inverse(drop),
-        )  # fmt: skip
+        args = {
+            "h": h, **matrix("b", b), "z": z, "out": out, "z_out": z_out, **vector("gain", gain),
+            **vector("bias", bias if i == 0 else None), **drawn(drop), "m": m, "n": n, "r": len(b.T), "parts": len(h),
+            "rows": rows, "adds": int(i > 0), "less": float(less), "inverse": inverse(drop),
+        }  # fmt: skip
         read = [] if z is None else [z.data_ptr()]
         given = [each for each in (out, z_out) if each is not None]
         makes = [each for each in given if each.data_ptr() not in read and not (i > 0 and each is out)]
@@ -126,10 +140,12 @@ def sides(u, v, h, times, gain, scale, sums_u, r, less=None):
     makes = [out for out in (p, part, of_u, of_uv, everything) if out is not None]
     if makes:
         second = u if times is None else times  # which the kernel for any layout reads in any case
-        args = (
-            u, second, h, p, part, of_u, of_uv, everything, *(matrix(v) if v is not None else (None, 1, 0, 0)), *vector(gain),
-            m, n, r, *u.stride(), *second.stride(), 8 * ceil(n, 8), rows, float(scale), float(less or 0),
-        )  # fmt: skip
+        args = {
+            "u": u, "times": second, "h": h, "p": p, "part": part, "of_u": of_u, "of_uv": of_uv, "scaled": everything,
+            **matrix("v", v), **vector("gain", gain), "m": m, "n": n, "r": r, "u_row": u.stride(0), "u_column": u.stride(1),
+            "times_row": second.stride(0), "times_column": second.stride(1), "scaled_row": 8 * ceil(n, 8), "rows": rows,
+            "scale": float(scale), "less": float(less or 0),
+        }  # fmt: skip
         kind = f"{'' if times is None else 'times_'}{KINDS[u.dtype]}_{t.ranks}" if whole else f"any_{KINDS[u.dtype]}"
         grid = (blocks, ceil(r, t.ranks), ceil(m, rows))
         launch_cuda(SIDES, f"lora_linear_sides_{kind}", grid, t.threads, args, makes, shared_of_sides(t))
@@ -144,7 +160,10 @@ def outer(u, p, drop, keep):
     t = compiled("lora_linear_outer.cu", dtype=u.dtype, r=r, pieces=whole)
     rows = part_of_rows(m, ceil(n, t.columns), t.part)
     part, total = u.new_empty(ceil(m, rows), r, n, dtype=torch.float32), p.new_empty(p.shape[1:]) if keep else None
-    args = (u, p, part, total, *drawn(drop), m, n, r, len(p), *u.stride(), rows)
+    args = {
+        "u": u, "p": p, "part": part, "whole": total, **drawn(drop), "m": m, "n": n, "r": r, "parts": len(p),
+        "u_row": u.stride(0), "u_column": u.stride(1), "rows": rows,
+    }  # fmt: skip
     kind = f"{'' if drop[1] is None else 'drop_'}{KINDS[u.dtype]}_{t.ranks}" if whole else f"any_{KINDS[u.dtype]}"
     makes = [out for out in (part, total) if out is not None]
     grid = (ceil(n, t.columns), ceil(r, t.ranks), len(part))
@@ -157,12 +176,14 @@ def sums(jobs):
     t = compiled("lora_linear_sums.cu")
     for first in range(0, len(jobs), JOBS):
         some = jobs[first : first + JOBS]
-        fields, factors = [], []
-        for part, out, gain, divisor, n, r, factor in some:
-            fields += [part, out, NUMBERS[out.dtype], *vector(gain), *vector(divisor), len(part), n, r]
-            factors.append(float(factor))
-        empty = JOBS - len(some)
-        args = (*fields, *(None, None, 0, None, 0, None, 0, 0, 0, 0) * empty, *factors, *[0.0] * empty)
+        all_jobs = [*some, *[(None, None, None, None, 0, 0, 0.0)] * (JOBS - len(some))]
+        args = {}
+        for i, (part, out, gain, divisor, n, r, _) in enumerate(all_jobs):
+            job = f"jobs[{i}]"
+            args |= {f"{job}.part": part, f"{job}.out": out, f"{job}.kind": 0 if out is None else NUMBERS[out.dtype]}
+            args |= {**vector(f"{job}.gain", gain), **vector(f"{job}.divisor", divisor)}
+            args |= {f"{job}.parts": 0 if part is None else len(part), f"{job}.n": n, f"{job}.r": r}
+        args |= {f"factors[{i}]": float(job[-1]) for i, job in enumerate(all_jobs)}
         blocks = sum(ceil(n * r, t.columns) for *_, n, r, _ in some)
         launch_cuda(SUMS, "lora_linear_sums", (blocks,), t.threads, args, [job[1] for job in some], 0)
 
@@ -178,10 +199,10 @@ def total(part):
 
 def zero_gain(dy, x, w, b, h, gain, w_scale, dgain):
     """The gradients of gains of zero: Σ dy ⊙ z, which y, a product with them, does not tell."""
-    of_w = matrix(w) if w_scale is None else (w, 0, *w.stride())
-    args = (
-        *matrix(dy), *matrix(x), *of_w, *matrix(b), h, dgain, NUMBERS[dgain.dtype], *vector(gain), *vector(w_scale), len(x),
-        x.shape[1], b.shape[1],
-    )  # fmt: skip
+    args = {
+        **matrix("dy", dy), **matrix("x", x), **matrix("w", w, None if w_scale is None else 0), **matrix("b", b), "h": h,
+        "dgain": dgain, "kind": NUMBERS[dgain.dtype], **vector("gain", gain), **vector("w_scale", w_scale), "m": len(x),
+        "k": x.shape[1], "r": b.shape[1],
+    }  # fmt: skip
     threads = compiled("lora_linear_sums.cu").threads
     launch_cuda(SUMS, "lora_linear_zero_gain", (len(w),), threads, args, [], 0, changes=[dgain])

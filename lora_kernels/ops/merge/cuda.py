@@ -7,7 +7,7 @@ from lora_kernels.ops.alone import refuse_beside_triton
 from lora_kernels.ops.chips import chip
 from lora_kernels.ops.cuda_shared import shared_of_update, shared_of_update_any
 from lora_kernels.ops.launch import KINDS, architecture, ceil, launch_cuda, multiprocessors, power, refuse_cuda, vector
-from lora_kernels.ops.lora_linear.cuda_thin import pack
+from lora_kernels.ops.lora_linear.cuda_thin import factors
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_factors, refuse_negated, refuse_rows
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import compiled
@@ -57,17 +57,17 @@ def merge(call, out):
     grid, (makes, changes) = (ceil(k, part), ceil(n, t.rows)), ([], [out]) if in_place else ([out], [])
     if pieces:
         ranks = power(a.shape[0], most=t.ranks)
-        args = (
-            w, a, b, out, *vector(gain), n, k, a.shape[0], w.stride(0), a.stride(0), b.stride(0), out.stride(0), part,
-            float(scale),
-        )  # fmt: skip
+        args = {
+            "w": w, "a": a, "b": b, "out": out, **vector("gain", gain), "rows": n, "columns": k, "rank": a.shape[0],
+            "w_row": w.stride(0), "a_row": a.stride(0), "b_row": b.stride(0), "out_row": out.stride(0), "part": part,
+            "scale": float(scale),
+        }  # fmt: skip
         kernel, shared = f"merge_{KINDS[w.dtype]}_{ranks}", shared_of_update(t, ranks)
         launch_cuda(SOURCE, kernel, grid, t.threads, args, makes, shared, changes=changes)
         return
-    of_a, of_b = pack(a), pack(b)
-    args = (
-        w, of_a, of_b, of_a.shape[2], of_b.shape[2], len(a), float(scale), out, *vector(gain), n, k, *w.stride(),
-        *out.stride(), part,
-    )  # fmt: skip
+    args = {
+        "w": w, **factors(a, b, scale), "out": out, **vector("gain", gain), "rows": n, "columns": k, "w_row": w.stride(0),
+        "w_column": w.stride(1), "out_row": out.stride(0), "out_column": out.stride(1), "part": part,
+    }  # fmt: skip
     kernel, shared = f"merge_any_{KINDS[w.dtype]}", shared_of_update_any(t)
     launch_cuda(ANY, kernel, grid, t.threads, args, makes, shared, changes=changes)

@@ -18,7 +18,6 @@ from lora_kernels.ops.tables.tiles import compiled
 SMALL, ANY = (f"multi_lora/{name}.cu" for name in ("cuda", "cuda_any"))
 TOKENS, SLICES = 64, 3  # of one launch, as in the source
 FEW = 64  # entries, up to which the depth of h is shared
-NO_SLICE = (*[None] * 9, *[0] * 5)
 
 
 def refusal(call):
@@ -76,19 +75,31 @@ def forward(call):
     w_blocks, ranks = w_tiles * ceil(k, w_part), t.rows * tiles_of_a
     h = x.new_empty(a_parts, len(sites), m, ranks, dtype=torch.float32)
     scratch, ticket = x.new_empty(w_blocks * t.rows * tokens, dtype=torch.float32), tickets(x.device, SLICES + w_tiles)
-    fields, first = [], 0
-    for s in sites:
-        n, pages = s.b.shape[1], s.table.shape[1]
-        fields += [s.a, s.b, s.table, s.rank, s.generation, s.scale, s.flags, s.gain, s.bias]
-        fields += [n, first, pages, s.a.stride(0), s.b.stride(0)]
-        first += n
-    args = (
-        x, w, y, call.ids, call.order, error, h, scratch, ticket, *vector(call.bias), m, k, len(sites[0].rank), len(sites),
-        ranks, x.stride(0), w.stride(0), y.stride(0), a_blocks, a_part, w_part, *fields, *NO_SLICE * (SLICES - len(sites)),
-    )  # fmt: skip
+    args = {
+        "x": x, "w": w, "y": y, "ids": call.ids, "order": call.order, "error": error, "h": h, "scratch": scratch,
+        "tickets": ticket, **vector("bias", call.bias), "m": m, "k": k, "count": len(sites[0].rank), "slices": len(sites),
+        "ranks": ranks, "x_row": x.stride(0), "w_row": w.stride(0), "y_row": y.stride(0), "a_blocks": a_blocks,
+        "a_part": a_part, "w_part": w_part,
+    }  # fmt: skip
+    first = 0
+    for i in range(SLICES):
+        args |= {f"slice[{i}].{name}": value for name, value in _slice(sites[i] if i < len(sites) else None, first).items()}
+        first += sites[i].b.shape[1] if i < len(sites) else 0
     grid, kernel = (len(sites) * a_blocks + w_blocks,), f"multi_lora_small_{KINDS[x.dtype]}_{tokens}"
     launch_cuda(SMALL, kernel, grid, t.threads, args, [y, h, scratch], shared_of_gemm(t), changes=[ticket, error])
     return y
+
+
+def _slice(site, first):
+    """The fields of a `MultiLoRASlice`; without a site of none."""
+    s, n = site, 0 if site is None else site.b.shape[1]
+    names = {"a": "a", "b": "b", "table": "table", "rank": "rank", "generation": "generation", "scale": "scale"}
+    names |= {"flags": "flags", "gain": "gain", "more": "bias"}
+    pages, a_row, b_row = (0, 0, 0) if s is None else (s.table.shape[1], s.a.stride(0), s.b.stride(0))
+    return {
+        **{field: None if s is None else getattr(s, name) for field, name in names.items()}, "n": n,
+        "first": 0 if s is None else first, "pages": pages, "a_row": a_row, "b_row": b_row,
+    }  # fmt: skip
 
 
 @implements("multi_lora_add", "cuda", add_refusal)
@@ -108,17 +119,21 @@ def adapt(call, y, holds):
         (count, pages), n = s.table.shape, s.b.shape[1]
         ranks = of_h.ranks * max(1, ceil(pages * PAGE, of_h.ranks))
         h = x.new_empty(parts, m * each, ranks, dtype=torch.float32)
-        args = (
-            x, *matrix(s.a), s.table, s.rank, s.scale, ids, order, call.starts, h, m * each, each, k, count, pages, ranks,
-            *x.stride(), part,
-        )  # fmt: skip
+        args = {
+            "x": x, **matrix("a", s.a), "table": s.table, "rank": s.rank, "scale": s.scale, "ids": ids, "order": order,
+            "starts": call.starts, "h": h, "entries": m * each, "each": each, "k": k, "count": count, "pages": pages,
+            "ranks": ranks, "x_row": x.stride(0), "x_column": x.stride(1), "part": part,
+        }  # fmt: skip
         grid = (m * each, min(ranks // of_h.ranks, 4), parts)
         launch_cuda(ANY, f"multi_lora_shrink_{kind}", grid, of_h.threads, args, [h], 0)
         of_y, of_bias = y[:, first : first + n], None if bias is None else bias[first : first + n]
-        args = (
-            h, of_y, *matrix(s.b), s.table, s.rank, s.flags, s.generation, s.gain, s.bias, ids, order if each == 1 else None,
-            call.weights, call.error, *vector(of_bias), m, n, each, count, pages, ranks, parts, *of_y.stride(), int(holds),
-        )  # fmt: skip
+        args = {
+            "h": h, "y": of_y, **matrix("b", s.b), "table": s.table, "rank": s.rank, "flags": s.flags,
+            "generation": s.generation, "gain": s.gain, "more": s.bias, "ids": ids, "order": order if each == 1 else None,
+            "weights": call.weights, "error": call.error, **vector("bias", of_bias), "m": m, "n": n, "each": each,
+            "count": count, "pages": pages, "ranks": ranks, "parts": parts, "y_row": of_y.stride(0),
+            "y_column": of_y.stride(1), "holds": int(holds),
+        }  # fmt: skip
         grid = (ceil(m, t.rows), ceil(n, t.columns))
         launch_cuda(ANY, f"multi_lora_expand_{kind}", grid, t.threads, args, [], 0, changes=[of_y, call.error])
         first += n

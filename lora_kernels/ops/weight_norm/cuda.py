@@ -7,7 +7,7 @@ from lora_kernels.ops.alone import refuse_beside_triton
 from lora_kernels.ops.cuda_shared import shared_of_update, shared_of_update_any
 from lora_kernels.ops.gradients import dtype_of
 from lora_kernels.ops.launch import KINDS, ceil, launch_cuda, power, refuse_cuda
-from lora_kernels.ops.lora_linear.cuda_thin import pack, sides, total
+from lora_kernels.ops.lora_linear.cuda_thin import factors, sides, total
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_factors, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import compiled
@@ -35,12 +35,6 @@ def squared_refusal(call):
     return refuse_operands(call.w) or refuse_beside_triton("they read W in pieces of 16 bytes")
 
 
-def factors(a, b, scale):
-    """The fields of a `Factors` of csrc/common/update_any.cuh."""
-    of_a, of_b = pack(a), pack(b)
-    return of_a, of_b, of_a.shape[2], of_b.shape[2], len(a), float(scale)
-
-
 @implements("weight_norm_forward", "cuda", refusal)
 def forward(call):
     w, a, b, scale = call.w, call.a, call.b, call.scale
@@ -49,14 +43,21 @@ def forward(call):
         return _any(w, factors(a, b, scale), norm, False)
     t = compiled("weight_norm.cu")
     ranks = power(a.shape[0], most=t.ranks)
-    args = (w, a, b, norm, *w.shape, a.shape[0], w.stride(0), a.stride(0), b.stride(0), float(scale))
+    args = {
+        "w": w, "a": a, "b": b, "norm": norm, "rows": w.shape[0], "columns": w.shape[1], "rank": a.shape[0],
+        "w_row": w.stride(0), "a_row": a.stride(0), "b_row": b.stride(0), "scale": float(scale),
+    }  # fmt: skip
     grid, shared = (ceil(w.shape[0], t.rows),), shared_of_update(t, ranks)
     launch_cuda(SOURCE, f"weight_norm_{KINDS[w.dtype]}_{ranks}", grid, t.threads, args, [norm], shared)
     return norm
 
 
 def _any(w, given, norm, squared):
-    args, t = (w, *given, norm, *w.shape, *w.stride(), int(squared)), compiled("weight_norm_any.cu")
+    args = {
+        "w": w, **given, "norm": norm, "rows": w.shape[0], "columns": w.shape[1], "w_row": w.stride(0),
+        "w_column": w.stride(1), "squared": int(squared),
+    }  # fmt: skip
+    t = compiled("weight_norm_any.cu")
     kernel, grid = f"weight_norm_any_{KINDS[w.dtype]}", (ceil(len(w), t.rows),)
     launch_cuda(ANY, kernel, grid, t.threads, args, [norm], shared_of_update_any(t))
     return norm
