@@ -172,13 +172,14 @@ BACKWARD = [
 ]  # fmt: skip
 SPECIALISED = [
     Configuration(f"lora_linear_specialised.cu, {kind}", cuda_op(
-        "lora_linear/cuda_specialised_sm90a.cu", f"lora_linear_specialised_{kind}", 4 * 384 * 128 + 4 * 64 * 128 + 64, 384),
+        "lora_linear/cuda_specialised_sm90a.cu", f"lora_linear_specialised_{kind}", compiled("lora_linear_specialised.cu"),
+        cuda_shared.shared_of_specialised(compiled("lora_linear_specialised.cu"))),
         {"sm_90": Budget(per, "HGMMA", units=4, wide=wide)}, without={ELSE: "its code is for sm_90a"})
     for kind, per, wide in (("bf16", 13.1, 2), ("f16", 13.1, 2), ("dx_bf16", 12.6, 5), ("dx_f16", 12.6, 5),
                             ("dx_drop_bf16", 13.1, 5), ("dx_drop_f16", 13.1, 5))
 ] + [
     Configuration("lora_linear_specialised.cu, pairs", cuda_op(
-        "lora_linear/cuda_specialised_sm90a.cu", "lora_linear_pairs", 0, 256),
+        "lora_linear/cuda_specialised_sm90a.cu", "lora_linear_pairs", compiled("lora_linear_pairs.cu")),
         {"sm_90": Budget(6.5, units=12, blocks=8)}, without={ELSE: "its code is for sm_90a"}),
 ]  # fmt: skip
 CUDA_OPS = [
