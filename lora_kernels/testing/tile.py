@@ -27,12 +27,14 @@ from lora_kernels.testing.ptxsim import device
 GATES = Path("tests/gates")
 SIMULATED = (80, 86, 89, 90, 120)
 BF16 = torch.bfloat16
-# of each Triton kernel of lora_linear the candidate that runs it, and its place among the launches of that
+# of the kernels of lora_linear the candidate that runs it, and its place among the launches of that
 PLACES = {
     "shrink": ("forward", "two launches", 0), "forward": ("forward", "two launches", 1), "expand": ("forward", "addmm", 1),
+    "lora_linear_pairs.cu": ("forward", cost.SPECIALISED, 1), "lora_linear_specialised.cu": ("forward", cost.SPECIALISED, 2),
     "both_sides": ("backward", "fused", 0), "input_gradient": ("backward", "fused", 1), "outer": ("backward", "fused", 2),
 }  # fmt: skip
 SUFFIX = ".cu"
+FOR_90A = ("lora_linear_specialised.cu", "lora_linear_pairs.cu")
 
 
 def rows(kernel: str, arch: int) -> list[str]:
@@ -95,6 +97,8 @@ def simulation(kernel: str) -> Callable[[], None]:
         return _dora
     if kernel.startswith("multi"):
         return _multi
+    if kernel in FOR_90A:
+        return _specialised
     return _expand if kernel.startswith(("expand", "lora_linear_expand")) else _linear
 
 
@@ -109,6 +113,11 @@ def _expand() -> None:
     for r in (16, 64):
         with dispatch.forced("addmm"):
             assert_problem(make_problem(70, 136, 72, r, BF16, gain=True, dropout=0.2))
+
+
+def _specialised() -> None:
+    with dispatch.forced(cost.SPECIALISED):
+        assert_problem(make_problem(130, 136, 72, 40, BF16, gain=True))
 
 
 def _factors(n: int, k: int, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -158,6 +167,8 @@ def simulated(kernel: str, arch: int) -> tuple[str, bool]:
     """What the simulator says of it."""
     if arch not in SIMULATED:
         return f"not asked: the simulator runs sm_{', '.join(map(str, SIMULATED))}", True
+    if kernel in FOR_90A and arch != 90:
+        return "not asked: its code is for sm_90a", True
     start, backend = time.monotonic(), "cuda" if kernel.endswith(SUFFIX) else "triton"
     with ExitStack() as inside:
         inside.enter_context(use_backend(backend, simulate=True))
@@ -172,7 +183,7 @@ def simulated(kernel: str, arch: int) -> tuple[str, bool]:
 def predicted(kernel: str, arch: int) -> list[str]:
     """The cost model's prediction for two sizes of a layer of Llama-3-8B, and what bounds the kernel there."""
     if kernel not in PLACES:
-        return ["the cost model has lora_linear's Triton kernels alone"]
+        return ["the cost model has the kernels of lora_linear's candidates alone"]
     (direction, candidate, place), lines = PLACES[kernel], []
     for m in (16, 8192):
         p = Problem(direction, m, 4096, (4096,), (16,), BF16)

@@ -171,15 +171,15 @@ BACKWARD = [
       for name, per, units, blocks in (("sums", 6.3, 4, 6), ("zero_gain", 6.6, 16, 5))),
 ]  # fmt: skip
 SPECIALISED = [
-    Configuration(f"lora_linear_specialised.cu, {kind}", Cuda(
-        CSRC / "lora_linear/cuda_specialised_sm90a.cu", f"lora_linear_specialised_{kind}", 384,
-        shared=4 * 384 * 128 + 4 * 64 * 128 + 64),
+    Configuration(f"lora_linear_specialised.cu, {kind}", cuda_op(
+        "lora_linear/cuda_specialised_sm90a.cu", f"lora_linear_specialised_{kind}", compiled("lora_linear_specialised.cu"),
+        cuda_shared.shared_of_specialised(compiled("lora_linear_specialised.cu"))),
         {"sm_90": Budget(per, "HGMMA", units=4, wide=wide)}, without={ELSE: "its code is for sm_90a"})
     for kind, per, wide in (("bf16", 13.1, 2), ("f16", 13.1, 2), ("dx_bf16", 12.6, 5), ("dx_f16", 12.6, 5),
                             ("dx_drop_bf16", 13.1, 5), ("dx_drop_f16", 13.1, 5))
 ] + [
-    Configuration("lora_linear_specialised.cu, pairs", Cuda(
-        CSRC / "lora_linear/cuda_specialised_sm90a.cu", "lora_linear_pairs", 256),
+    Configuration("lora_linear_specialised.cu, pairs", cuda_op(
+        "lora_linear/cuda_specialised_sm90a.cu", "lora_linear_pairs", compiled("lora_linear_pairs.cu")),
         {"sm_90": Budget(6.5, units=12, blocks=8)}, without={ELSE: "its code is for sm_90a"}),
 ]  # fmt: skip
 CUDA_OPS = [

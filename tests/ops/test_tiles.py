@@ -128,6 +128,9 @@ SOURCES = {
         "TILE": "rows columns", "COLUMNS": "depth", "STAGES": "stages", "THREADS": "threads", "RANKS": "ranks"}),
     "lora_linear_dx.cu": ("lora_linear/cuda_dx.cu", {
         "TILE": "rows columns", "COLUMNS": "depth", "STAGES": "stages", "THREADS": "threads", "RANKS": "ranks"}),
+    "lora_linear_specialised.cu": ("lora_linear/cuda_specialised_sm90a.cu", {
+        "ROWS": "rows", "ACROSS": "columns", "DEPTH": "depth", "CHUNK": "ranks", "RING": "stages",
+        "SPECIALISED_THREADS": "threads"}),
     "lora_linear_dx_small.cu": ("lora_linear/cuda_dx_small.cu", {
         "STEP": "depth", "COLUMNS": "columns", "THREADS": "threads", "RANKS": "ranks"}),
     "lora_linear_shrink.cu": ("lora_linear/cuda_thin.cu", {"TOKENS": "rows", "COLUMNS": "depth", "THREADS": "threads"}),
