@@ -30,8 +30,8 @@ def count(
     resident: int = 132,
 ) -> dict[str, Any]:  # fmt: skip
     """Bytes read and written by a forward and a backward as two and three launches: behind one cache that lives through the
-    step, of each launch with an empty cache, and the least that is possible if no tensor stays in the cache between launches:
-    x is read by h, by the product and by dA, dx is written, each y is written, each dy read twice, each w twice.
+    step, and of each launch with an empty cache. Beside them the least that is possible if no tensor stays in the cache between
+    launches. Then x is read three times (h, the product, dA), each dy twice, each w twice; dx and each y are written.
 
         least = 2 · (4 · MK + 3 · M ΣN + 2 · K ΣN)
     """

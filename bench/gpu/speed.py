@@ -113,8 +113,8 @@ def contenders(
 
 
 def floor(m: int, k: int, n: int, r: int, backward: bool) -> int:
-    """Bytes: x, W, A, B read and y written; then dy, W, x, A, B read and dx, dA, dB written. h of the forward, which the
-    backward needs and could compute again, is not counted."""
+    """Bytes of a forward: x, W, A, B read and y written. Of a backward: dy, W, x, A, B read and dx, dA, dB written.
+    Without h, which the backward could compute again."""
     adapter = r * (k + n)
     elements = m * k + n * k + adapter + m * n
     if backward:

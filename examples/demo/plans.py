@@ -66,7 +66,7 @@ def rounding_bound(dtype: torch.dtype, loss: float) -> float:
 
         2 · loss · √(2·L) · (u + √K · 2⁻²⁴)
 
-    u is the unit roundoff of `dtype` (2⁻²⁴ for float32, 2⁻⁸ for bfloat16): each of the L = 30 layers adds two results
+    u is the unit roundoff of `dtype`: 2⁻²⁴ for float32, 2⁻⁸ for bfloat16. Each of the L = 30 layers adds two results
     to the hidden state, rounded to it. √K · 2⁻²⁴ is the error of a float32 sum over the longest input, K = 1536, whose
     terms come in another order. The 2·L results add up as a random walk, and both runs err: the factor 2.
     """

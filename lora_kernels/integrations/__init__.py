@@ -18,10 +18,10 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
     """Runs the LoRA layers of a PEFT model on our kernels, in place, and reports on every layer.
 
     Each peft.tuners.lora.layer.Linear, over nn.Linear or GPT-2's Conv1D, becomes a subclass that overrides `forward`
-    alone. Parameters, names, hooks and PEFT's methods stay. Each call looks at the state it finds: one active LoRA,
+    alone. Parameters, names, hooks and PEFT's methods stay. Each call looks at the state it finds. One active LoRA,
     rsLoRA or DoRA adapter runs on the kernels, also with dropout, bias, autocast, or adapters in another dtype than the
-    base; anything else (several active adapters, `adapter_names`, merged or disabled adapters, hooks on the inner
-    modules, other variants) runs in PEFT's own forward. The output has PEFT's dtype; dropout masks are drawn by us.
+    base. Anything else runs in PEFT's own forward: several active adapters, `adapter_names`, merged or disabled adapters,
+    hooks on the inner modules, other variants. The output has PEFT's dtype; dropout masks are drawn by us.
 
     Adapters added later to a fused layer are covered too. Modules that become LoRA layers later are PEFT's until `fuse`
     is called again; calling it twice does no harm. Layers of lora_kernels.nn are reported as fused. All or nothing: if

@@ -29,9 +29,9 @@ def warm_up(
     the base weight if not given. Call it as the model will be called: in train or eval mode, under `torch.autocast`, under
     `torch.no_grad()` or not. In train mode backward runs too, with a gradient of the input and without.
 
-    With `tune` the ways to compute each of these calls are timed on the GPU (`lora_kernels.ops.tuning`), for about `seconds` in
-    all, those of the most rows first, and the fastest is kept for it in the user's cache directory: `explain` then says
-    "measured here". Without, nothing is timed.
+    With `tune` the ways to compute each of these calls are timed on the GPU (`lora_kernels.ops.tuning`), those of the most rows
+    first, for about `seconds` in all. The fastest is kept in the user's cache directory, and `explain` says "measured here".
+    Without `tune` nothing is timed.
 
     Parameters, their gradients and torch's random numbers are left as they are; hooks of the layers run, those of their
     parameters on gradients of zero. It takes the memory of one layer's call; with `tune` of another, and a gigabyte.

@@ -187,8 +187,8 @@ def order(panel: int, column: int, tile: int, across: int, l2: int) -> tuple[int
     slabs of SLAB columns of them, 0 for all. In bytes: `panel` is what a row of tiles reads beside W, `column` what a column of
     them reads of W, `tile` what one writes; `across` is how many columns there are.
 
-    Either the part of W of a slab stays in L2 while all rows pass, and each panel is read once a slab; or GROUP panels stay
-    while W passes, which is read once for each such group. What is written, and what the programs that run read ahead, pass
+    Either the part of W of a slab stays in L2 while all rows pass: then each panel is read once a slab. Or GROUP panels stay
+    while W passes: then W is read once for each such group. What is written, and what the programs that run read ahead, pass
     through L2, too: so only a part of it counts, 0.8 and 0.5. The numbers are from an LRU model of 132 programs.
     """
     few, most = 4, int(0.5 * l2 / panel) // 4 * 4

@@ -70,8 +70,8 @@ def plan(
     taken for the nearest that is. `gpu` is the name of the one that is here, for what was measured on it. `refused`: candidates
     that cannot take the tensors themselves, and why.
 
-    With `deterministic` the choice is that for m = FIXED on the architecture's own chip, so that a row's bits depend neither on
-    how many rows come with it nor on the size of the chip; callers pass `torch.are_deterministic_algorithms_enabled()`.
+    With `deterministic` the choice is that for m = FIXED on the architecture's own chip. So a row's bits depend neither on how
+    many rows come with it nor on the size of the chip. Callers pass `torch.are_deterministic_algorithms_enabled()`.
 
     Raises:
         NotImplementedError: the candidate that `forced` names refuses.

@@ -215,8 +215,8 @@ def launch_cuda(
     *, changes: Sequence[Tensor] = (), early: bool = False,
 ) -> None:  # fmt: skip
     """Runs a kernel with C linkage of csrc/`source`, which fills the tensors `makes`, may write those in `changes`, and changes
-    no other. `args` are the fields of its struct by name and in its order (a tensor or None for a pointer, int for 64 bits,
-    float for 32, a `Map`), which the simulator compares with the source. `shared` is in bytes. Nothing runs if the grid is
+    no other. `args` are the fields of its struct by name and in its order: a tensor or None for a pointer, int for 64 bits,
+    float for 32, a `Map`. The simulator compares them with the source. `shared` is in bytes. Nothing runs if the grid is
     empty. `early` as in `launch`.
 
     Raises:

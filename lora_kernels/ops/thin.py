@@ -144,9 +144,9 @@ def both_sides_kernel(
     us, vs, gains, hs, times, ps, parts, of_us, of_uvs, scaleds, lesses, scales, m, ns, rs, u0s, u1s, v0s, v1s, t0s, t1s,
     ROWS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Of each u_g [m, n_g], read once: p [column block, m, r] = scale · u (gain ⊙ v) in parts, part [z, n, r] = uᵀ h over rows
-    ROWS·z and on, and over them the sums of u and of u ⊙ times, [z, n]; scaled [m, n] = u ⊙ (gain - less). What is None is
-    left out."""
+    """Of each u_g [m, n_g], read once: p [column block, m, r] = scale · u (gain ⊙ v) in parts; part [z, n, r] = uᵀ h over rows
+    ROWS·z and on. Over those rows also the sums of u and of u ⊙ times, [z, n]. scaled [m, n] = u ⊙ (gain - less). What is None
+    is left out."""
     column = tl.program_id(1)
     for g in tl.static_range(len(us)):
         blocks = tl.cdiv(ns[g], BN)
@@ -257,8 +257,8 @@ class Side:
 
 
 def both_sides(sides, *, exact=False):
-    """Reads each u once and fills the sides: p [parts, m, r] = scale · u (gain ⊙ v), part [parts, n, r] = uᵀ h, of_u [parts, n]
-    the sums of u's columns, of_uv those of u ⊙ times."""
+    """Reads each u once and fills the sides: p [parts, m, r] = scale · u (gain ⊙ v) and part [parts, n, r] = uᵀ h. of_u [parts,
+    n] are the sums of u's columns, of_uv those of u ⊙ times."""
     first = sides[0].u
     m, ns = len(first), [side.u.shape[1] for side in sides]
     # more than one product a tile, or sums beside them

@@ -78,8 +78,8 @@ def version() -> tuple[int, ...]:
 
 
 def assembler(arch: int) -> str:
-    """The ptxas for our kernels: the one that Triton takes, which the user may have named (TRITON_PTXAS_PATH); but on sm_90 the
-    later one that Triton carries for others, where its own is before SOUND and that is not."""
+    """The ptxas for our kernels: the one that Triton takes, which the user may have named (TRITON_PTXAS_PATH). On sm_90, where
+    Triton's own is before SOUND, it is the later one that Triton carries for other GPUs, if that is not."""
     from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas
 

@@ -66,8 +66,8 @@ def assert_componentwise(
 ) -> None:
     """|actual - exact| <= u·|exact| + (roundings - 1)·u·magnitude + terms·u_s·magnitude for each element.
 
-    `magnitude` is the formula with every input replaced by its absolute value, e.g. |x||Wᵀ| + s|x||Aᵀ||Bᵀ|; `terms` is
-    the total length of the nested sums; u is the unit roundoff of `dtype`, u_s that of `sums` (float32, or float64 for
+    `magnitude` is the formula with every input replaced by its absolute value, e.g. |x||Wᵀ| + s|x||Aᵀ||Bᵀ|. `terms` is
+    the total length of the nested sums. u is the unit roundoff of `dtype`, u_s that of `sums` (float32, or float64 for
     float64). With `roundings` = 1 nothing on the way may be kept in `dtype`.
     """
     actual, exact, magnitude = (t.detach().double() for t in (actual, exact, magnitude))

@@ -70,8 +70,8 @@ def compile_triton(
 ) -> Compiled:
     """Compiles a `@triton.jit` function for these arguments, as a launch with them would.
 
-    Tensors and numbers are arguments at run time, whose divisibility by 16 is known to the compiler as in a launch; the
-    number 1, None and what is annotated `tl.constexpr` are constants; of parameters in `do_not_specialize` only the type
+    Tensors and numbers are arguments at run time, whose divisibility by 16 is known to the compiler as in a launch. The
+    number 1, None and what is annotated `tl.constexpr` are constants. Of parameters in `do_not_specialize` only the type
     is known. A tuple is so many arguments. `arch` is 80 for sm_80 and so on, or "gfx942", where `registers` says nothing.
     """
     names = [parameter.name for parameter in function.params]

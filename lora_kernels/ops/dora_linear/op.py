@@ -21,8 +21,8 @@ def dora_linear(
 
     Shapes: x [..., in], w [out, in], a [r, in], b [out, r], magnitude and bias [out]; dtypes as in `lora_linear`. Sums are
     float32 and y is rounded once. Where n is zero the gain m / n is 1, as in `dora_gain`. No gradients: it runs as under
-    `torch.no_grad()`. On a GPU up to 64 rows with a rank up to 64 take one launch that reads W once; else it is `weight_norm`
-    and `lora_linear`, which is also what a norm that is known calls for.
+    `torch.no_grad()`. On a GPU up to 64 rows with a rank up to 64 take one launch that reads W once. Else it is `weight_norm`
+    and `lora_linear`. Where the norm is known, call those.
 
     Raises:
         TypeError, ValueError: as `lora_linear`; magnitude is checked as its gain.

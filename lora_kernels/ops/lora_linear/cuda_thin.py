@@ -124,8 +124,8 @@ def expand(out, terms, *, less=0, bias=None, z_out=None):
 
 
 def sides(u, v, h, times, gain, scale, sums_u, r, less=None):
-    """p [blocks, m, r] = scale · u (gain ⊙ v), part [parts, n, r] of uᵀ h, the sums of u's columns and of u ⊙ times
-    [parts, n], and with `less` u ⊙ (gain - less)."""
+    """One read of u [m, n] gives p [blocks, m, r] = scale · u (gain ⊙ v) and part [parts, n, r] of uᵀ h. Beside them the sums
+    of u's columns and of u ⊙ times, [parts, n]; and with `less` u ⊙ (gain - less)."""
     m, n = u.shape
     whole = in_pieces(u) and (times is None or in_pieces(times))
     t = compiled("lora_linear_sides.cu", r=r, times=times is not None or not whole, pieces=whole)

@@ -51,8 +51,8 @@ def lora_linear(
     Sums are taken in float32 (float64 for float64) and rounded once; but of many tokens on a GPU, where a library GEMM adds
     to the adapter's term ("addmm" in `explain`), that is rounded before. Under autocast x and w are cast to its dtype.
     Gradients flow to x, a, b, bias, gain and to a tensor `scale`; w is frozen. A second differentiation raises. Those of a
-    16-bit a, b, bias or gain come, and add up in its `grad`, in float32 and unrounded where its `grad_dtype` is float32
-    (torch's setting, for leaves; a compiled graph rounds them first, and b's with a tensor `scale` is rounded, too).
+    16-bit a, b, bias or gain come, and add up in its `grad`, in float32 and unrounded where its `grad_dtype` is float32.
+    That is torch's setting, for leaves. A compiled graph rounds them first; so is b's with a tensor `scale`.
 
     Dropout, with probability `dropout`, acts on the input of A. `dropout_semantics` matters only with `gain`:
     "peft" also drops the input of the rescaled base, as PEFT's DoRA does,

@@ -23,7 +23,7 @@ def expand_kernel(
     BR: tl.constexpr,
 ):  # fmt: skip
     """out [m, n] = Σ_g inverse · mask ⊙ (gain ⊙ (z + h bᵀ) - LESS · z) + bias, h [parts, m, r], b [n, r]; z_out = z + h bᵀ.
-    z, out and z_out may be one tensor: a program reads its own tile before it writes it."""
+    One tensor may be z, out and z_out: a program reads its own tile before it writes it."""
     across = tl.cdiv(n, BN)
     row, column = tl.program_id(0) // across, tl.program_id(0) % across
     rows, columns = row.to(tl.int64) * BM + tl.arange(0, BM), column.to(tl.int64) * BN + tl.arange(0, BN)

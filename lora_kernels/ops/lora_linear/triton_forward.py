@@ -13,8 +13,8 @@ from lora_kernels.ops.triton_dropout import kept
 
 @triton.jit
 def place(tile, down, across, GROUP: tl.constexpr, SLAB: tl.constexpr):
-    """The row and the column of a tile, in the order that ops/cost.py's `order` chose: GROUP rows take their turns side by side
-    and share W in the cache, in slabs of SLAB columns, 0 for all."""
+    """The row and the column of a tile, swizzled as ops/cost.py's `order` chose: GROUP rows of tiles run side by side and share
+    W in the cache. SLAB: so many columns of tiles at a time, 0 for all."""
     first = 0
     if SLAB > 0:
         first = tile // (SLAB * down) * SLAB

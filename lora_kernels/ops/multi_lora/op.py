@@ -28,7 +28,7 @@ def multi_lora(
 
     Shapes: x [..., in], w [out, in], bias [out]; returns [..., out] in the dtype of x. `plan` has as many tokens as x has
     rows. `slots` are the adapters of w, or of several slices of its rows (q, k and v of one matrix) in their order. x and w
-    share a dtype (float32, bfloat16, float16 or float64), a and b of the slots one, too. Sums are float32 (float64 for
+    share a dtype: float32, bfloat16, float16 or float64. So do a and b of the slots. Sums are float32 (float64 for
     float64), and y is rounded once. Under autocast x and w are cast to its dtype.
 
     An id that is out of range or stale counts as no adapter, and sets `plan.error`; weights of others are never read.

@@ -25,9 +25,9 @@ def weight_norm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, w_
 
     Shapes: w [out, in], a [r, in], b [out, r]; returns [out] in float32 (float64 if w is float64). `w_squared` is
     `row_norm_squared(w)` when the caller has it: w is frozen, so it need not be summed again.
-    Sums are float32, never TF32. Rows in which the terms of (2) cancel are summed directly as (1), so the error stays
-    below 1e-4 (16-bit w) and 1e-5 (float32 w) of ‖W‖ + scale·‖|B| |A|‖, and below it of the norm itself unless single
-    elements of W and scale·BA cancel. Numbers whose squares leave float32's range are not provided for.
+    Sums are float32, never TF32. Rows in which the terms of (2) cancel are summed directly as (1). So the error stays
+    below 1e-4 (16-bit w) and 1e-5 (float32 w) of ‖W‖ + scale·‖|B| |A|‖. It stays below that of the norm itself, too,
+    unless single elements of W and scale·BA cancel. Numbers whose squares leave float32's range are not provided for.
     Gradients flow to a, b and a tensor `scale` (the exact gradient; detach the result for the paper's §4.3). The
     gradient of a zero row is zero. A second differentiation raises. `grad_dtype` of a leaf counts as in `lora_linear`.
 

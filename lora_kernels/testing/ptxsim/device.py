@@ -32,7 +32,7 @@ class Device:
         """Bytes read from and written to memory behind a second-level cache of `cache` bytes, from the trace of all
         launches in their order; `device(trace=True)` keeps it. 50 MiB is an H100's, 40 an A100's.
 
-        The least recently used line of `line` bytes goes; a load reads the sectors of 32 bytes that are not there, a store
+        The least recently used line of `line` bytes goes. A load reads the sectors of 32 bytes that are not there. A store
         reads nothing and is written once, when its line goes or at the end.
 
         `apart`: each launch finds the cache empty. Blocks pass in the order in which they ran: `shuffle=False` keeps that of

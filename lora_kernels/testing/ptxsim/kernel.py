@@ -75,9 +75,9 @@ class Kernel:
     ) -> Run:
         """Runs the kernel.
 
-        `args` stand for its parameters in order: a CPU tensor for a pointer, numbers, a `TensorMap`; for a struct its bytes,
-        or a tuple of its fields: tensors, None for null, int for numbers of 64 bits, float for those of 32, a `TensorMap`. It
-        may touch only these tensors and change only those in `writes`; of those in `poisoned`, which are filled with NaN, it
+        `args` stand for its parameters in order: a CPU tensor for a pointer, numbers, a `TensorMap`. For a struct they are its
+        bytes or a tuple of its fields: tensors, None for null, int for numbers of 64 bits, float for those of 32, a
+        `TensorMap`. It may touch only these tensors and change only those in `writes`; of those in `poisoned`, which are filled with NaN, it
         may read only what it wrote itself. The text's own variables begin with their initial values each time. `shared` is the
         dynamic shared memory in bytes.
 
