@@ -67,8 +67,8 @@ def rounding_bound(dtype: torch.dtype, loss: float) -> float:
         2 · loss · √(2·L) · (u + √K · 2⁻²⁴)
 
     u is the unit roundoff of `dtype`: 2⁻²⁴ for float32, 2⁻⁸ for bfloat16. Each of the L = 30 layers adds two results
-    to the hidden state, rounded to it. √K · 2⁻²⁴ is the error of a float32 sum over the longest input, K = 1536, whose
-    terms come in another order. The 2·L results add up as a random walk, and both runs err: the factor 2.
+    to the hidden state, rounded to it. A float32 sum over the longest input, K = 1536, errs by √K · 2⁻²⁴ where its terms
+    come in another order. The 2·L results add up as a random walk, and both runs err: the factor 2.
     """
     unit = torch.finfo(dtype).eps / 2
     return 2 * loss * math.sqrt(2 * LAYERS) * (unit + math.sqrt(WIDEST_INPUT) * 2**-24)

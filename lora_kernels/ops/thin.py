@@ -257,8 +257,8 @@ class Side:
 
 
 def both_sides(sides, *, exact=False):
-    """Reads each u once and fills the sides: p [parts, m, r] = scale · u (gain ⊙ v) and part [parts, n, r] = uᵀ h. of_u [parts,
-    n] are the sums of u's columns, of_uv those of u ⊙ times."""
+    """Reads each u once and fills the sides: p [parts, m, r] = scale · u (gain ⊙ v) and part [parts, n, r] = uᵀ h. The sums
+    of u's columns are of_u [parts, n], those of u ⊙ times of_uv."""
     first = sides[0].u
     m, ns = len(first), [side.u.shape[1] for side in sides]
     # more than one product a tile, or sums beside them

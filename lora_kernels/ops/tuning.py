@@ -35,8 +35,8 @@ def tune(
     clock: Callable[[Calls], Times] | None = None, refuse: tile_tuning.Refuse | None = None,
 ) -> list[tables.Choice]:  # fmt: skip
     """Times the candidates of each problem that has several, in their order, then tiles of the fastest, until `seconds` have
-    passed. The fastest are kept in the user's cache directory beside what is there already. Gives the candidates. Beside the operands of one call it takes a gigabyte of the GPU's memory. No tiles in the deterministic mode, which would not
-    take them.
+    passed. The fastest are kept in the user's cache directory beside what is there already. Gives the candidates. Beside the
+    operands of one call it takes a gigabyte of the GPU's memory. No tiles in the deterministic mode, which would not take them.
 
     `refuse` says why a launch is not to be timed; by default what does not compile, fit or spills on the GPU.
 

@@ -77,9 +77,9 @@ class Kernel:
 
         `args` stand for its parameters in order: a CPU tensor for a pointer, numbers, a `TensorMap`. For a struct they are its
         bytes or a tuple of its fields: tensors, None for null, int for numbers of 64 bits, float for those of 32, a
-        `TensorMap`. It may touch only these tensors and change only those in `writes`; of those in `poisoned`, which are filled with NaN, it
-        may read only what it wrote itself. The text's own variables begin with their initial values each time. `shared` is the
-        dynamic shared memory in bytes.
+        `TensorMap`. It may touch only these tensors and change only those in `writes`. Of those in `poisoned`, which are filled
+        with NaN, it may read only what it wrote itself. The text's own variables begin with their initial values each time.
+        `shared` is the dynamic shared memory in bytes.
 
         Options, which `device()` sets for many launches:
             check (True): look for races and for memory that nobody wrote
