@@ -20,7 +20,7 @@ import torch
 from bench.paired import stamp
 from lora_kernels import Member, lora_linear_group, use_backend
 from lora_kernels.ops.dispatch import forced
-from lora_kernels.testing.ptxsim import device
+from lora_kernels.ptxsim import device
 
 MIB = 2**20
 

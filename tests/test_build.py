@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels.testing.nvcc import MISSING, find_nvcc, front
+from lora_kernels.ptxsim.nvcc import MISSING, find_nvcc, front
 
 ROOT = Path(__file__).parents[1]
 CMAKE = shutil.which("cmake", path=Path(sys.executable).parent) or shutil.which("cmake")

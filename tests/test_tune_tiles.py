@@ -12,9 +12,9 @@ from lora_kernels.ops.cost import Problem
 from lora_kernels.ops.launch import recorded
 from lora_kernels.ops.tables import tiles
 from lora_kernels.ops.tables.tiles import Asked, Row, Tile
+from lora_kernels.ptxsim import device
 from lora_kernels.testing.gates.launched import refusal
 from lora_kernels.testing.gates.sass import missing
-from lora_kernels.testing.ptxsim import device
 from tests.ops.interpreted import deterministic, interpreted
 
 if "triton" in missing_backends():

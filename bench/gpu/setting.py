@@ -67,7 +67,7 @@ class Setting:
 
 
 def _simulator(arch: int) -> Any:
-    from lora_kernels.testing.ptxsim import device
+    from lora_kernels.ptxsim import device
 
     return device(arch)
 

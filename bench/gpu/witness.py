@@ -96,6 +96,6 @@ def launch(setting: Setting, grid: tuple[int, int], args: dict[str, Any], warps:
     if not setting.dry:
         matmul[grid](**args, num_warps=warps, num_stages=3)
         return
-    from lora_kernels.testing.triton_ptx import simulate_triton
+    from lora_kernels.ptxsim.triton_ptx import simulate_triton
 
     simulate_triton(matmul, grid, args, [args["c"]], arch=setting.arch, warps=warps, stages=3)

@@ -1,4 +1,4 @@
-// lora_kernels._ptxsim: the PTX simulator. The text is decoded in Python (lora_kernels/testing/ptxsim/decode.py).
+// lora_kernels._ptxsim: the PTX simulator. The text is decoded in Python (lora_kernels/ptxsim/decode.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

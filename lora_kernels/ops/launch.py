@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ def architecture(t: Tensor) -> int:
     of them: 0."""
     if t.is_cuda:
         return _gpu(t.device.index)[0]
-    simulator = sys.modules.get("lora_kernels.testing.ptxsim.device")
+    simulator = sys.modules.get("lora_kernels.ptxsim.device")
     simulated = simulator.current.get() if simulator else None
     return simulated.arch if simulated else 80
 
@@ -154,9 +153,9 @@ def launch(
         recorder.append(one)
         return
     if simulates():
-        # the tests' kit lies above the ops and is there only for whom asks for it
-        simulate = import_module("lora_kernels.testing.triton_ptx").simulate_triton
-        simulate(kernel, grid, args, [*makes, *changes], poisoned=makes, warps=warps, stages=stages, early=early)
+        from lora_kernels.ptxsim.triton_ptx import simulate_triton  # there where the simulator was built
+
+        simulate_triton(kernel, grid, args, [*makes, *changes], poisoned=makes, warps=warps, stages=stages, early=early)
         return
     device = (makes or changes)[0].device
     with torch.cuda.device(device):
@@ -178,7 +177,9 @@ def compiled_on(one: Launch, device: torch.device) -> Any:
 
 def _choose_assembler(kernel: Any, index: int) -> None:
     if (id(kernel), index) not in _assembled:
-        import_module("lora_kernels.ops.triton_compiler").choose_assembler(kernel, index, _gpu(index)[0])
+        from lora_kernels.ops.triton_compiler import choose_assembler  # which imports this module
+
+        choose_assembler(kernel, index, _gpu(index)[0])
         _assembled.add((id(kernel), index))
 
 
@@ -225,10 +226,14 @@ def launch_cuda(
     if 0 in grid:
         return
     if simulates():
-        simulate = import_module("lora_kernels.testing.nvcc").simulate_cuda
-        import_module("lora_kernels.testing.cuda_structs").check_fields(CSRC / source, kernel, tuple(args))
-        fields, writes = tuple(args.values()), [*makes, *changes]
-        simulate(CSRC / source, kernel, grid, threads, [fields], writes, shared, poisoned=makes, early=early)
+        from lora_kernels.ptxsim.cuda_structs import check_fields
+        from lora_kernels.ptxsim.nvcc import simulate_cuda
+        from lora_kernels.ptxsim.tensor_map import TensorMap
+
+        check_fields(CSRC / source, kernel, tuple(args))
+        fields = tuple(TensorMap(a.tensor, a.box, SWIZZLE) if isinstance(a, Map) else a for a in args.values())
+        writes = [*makes, *changes]
+        simulate_cuda(CSRC / source, kernel, grid, threads, [fields], writes, shared, poisoned=makes, early=early)
         return
     x, y, z = (*grid, 1, 1)[:3]
     device = (makes or changes)[0].device.index

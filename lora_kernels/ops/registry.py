@@ -208,7 +208,7 @@ def use_backend(backend: str, simulate: bool = False) -> Iterator[None]:
     too. Not for what checkpointing computes anew there: LORA_KERNELS_BACKEND holds everywhere.
 
     With `simulate`, the kernels for GPUs ("triton", "cuda") run on CPU tensors: their real PTX, with every check of
-    `lora_kernels.testing.ptxsim` and some thousand times slower than a GPU. `ptxsim.device(...)` around it counts what they do
+    `lora_kernels.ptxsim` and some thousand times slower than a GPU. `ptxsim.device(...)` around it counts what they do
     and chooses the architecture.
 
     Raises:
@@ -219,7 +219,7 @@ def use_backend(backend: str, simulate: bool = False) -> Iterator[None]:
     if simulate:
         if backend not in ON_GPU:
             raise ValueError(f"simulate is for {' and '.join(ON_GPU)}, found {backend!r}")
-        import_module("lora_kernels.testing.ptxsim")
+        from lora_kernels import ptxsim  # noqa: F401  # what it needs is not everywhere
     tokens = _forced.set(backend), _simulated.set(simulate)
     try:
         yield

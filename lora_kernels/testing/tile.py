@@ -19,10 +19,10 @@ from lora_kernels.ops import cost, dispatch, dora_linear, merged_weight, tables,
 from lora_kernels.ops.chips import chip
 from lora_kernels.ops.cost import Problem
 from lora_kernels.ops.tables import tiles
+from lora_kernels.ptxsim import device
 from lora_kernels.testing.check import assert_problem
 from lora_kernels.testing.exact import make_problem
 from lora_kernels.testing.gates import Configuration, Cuda, Table, Triton, broken, current, differences
-from lora_kernels.testing.ptxsim import device
 
 GATES = Path("tests/gates")
 SIMULATED = (80, 86, 89, 90, 120)

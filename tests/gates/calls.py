@@ -21,10 +21,10 @@ from lora_kernels import (
 from lora_kernels.ops import BatchPlan, Slots, triton_compiler
 from lora_kernels.ops.dispatch import forced
 from lora_kernels.ops.launch import Launch, recorded
+from lora_kernels.ptxsim import device
 from lora_kernels.testing.gates import Budget, Configuration, versions
 from lora_kernels.testing.gates.configuration import BY, CHIPS, NVIDIA
 from lora_kernels.testing.gates.launched import launched
-from lora_kernels.testing.ptxsim import device
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 WIDE = 4096

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels.testing import nvcc
+from lora_kernels.ptxsim import nvcc
 from lora_kernels.testing.gates import Budget, Configuration, Cuda, Table, Triton, measure, occupancy, sass, table, versions
 from lora_kernels.testing.gates.amdgcn import read_amdgcn
 from lora_kernels.testing.gates.code import LOAD, WIDE, Code, Instruction, MainLoop, count, main_loop

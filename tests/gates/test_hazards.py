@@ -125,7 +125,7 @@ def test_what_is_not_known_is_refused():
 def made(kernel, arch, **args):
     """The PTX of a kernel of the simulator's corpus in bf16, 128 columns, and its name."""
     pytest.importorskip("triton", reason="triton is not installed here (requirements-dev.txt has it for Linux on x86-64)")
-    from lora_kernels.testing.triton_ptx import compile_triton
+    from lora_kernels.ptxsim.triton_ptx import compile_triton
     from tests.ptxsim import triton_kernels
 
     sizes = {"m": 256, "n": 256, "k": 1024, "BM": 64, "BN": 128, "BK": 64}

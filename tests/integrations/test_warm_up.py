@@ -11,7 +11,7 @@ from torch import nn
 from lora_kernels import explain, fuse, use_backend, warm_up
 from lora_kernels.nn import DoRALinear, GroupedLinear, LoRAEmbedding, LoRALinear
 from lora_kernels.ops import tuning
-from lora_kernels.testing.triton_ptx import _compiled
+from lora_kernels.ptxsim.triton_ptx import _compiled
 
 compiled = pytest.fixture(lambda: lambda: _compiled.cache_info().misses)
 

@@ -6,8 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from lora_kernels import use_backend
-from lora_kernels.testing import triton_ptx
-from lora_kernels.testing.ptxsim import device
+from lora_kernels.ptxsim import device, triton_ptx
 from lora_kernels.testing.triton_interpreter import interpret
 
 

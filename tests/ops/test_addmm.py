@@ -10,8 +10,8 @@ from lora_kernels import explain, lora_linear, use_backend
 from lora_kernels.ops import missing_backends
 from lora_kernels.ops.dispatch import forced
 from lora_kernels.ops.dropout import mask
+from lora_kernels.ptxsim import device
 from lora_kernels.testing import assert_problem, exact, make_group, make_problem, rms, run, run_group
-from lora_kernels.testing.ptxsim import device
 
 if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)

@@ -13,9 +13,9 @@ from lora_kernels.ops.lora_linear import cuda as backend
 from lora_kernels.ops.lora_linear import cuda_backward as cuda
 from lora_kernels.ops.lora_linear import cuda_thin as thin
 from lora_kernels.ops.lora_linear.call import Backward
+from lora_kernels.ptxsim import SimulationError, device
+from lora_kernels.ptxsim.nvcc import MISSING, find_nvcc
 from lora_kernels.testing import assert_problem, make_problem, run
-from lora_kernels.testing.nvcc import MISSING, find_nvcc
-from lora_kernels.testing.ptxsim import SimulationError, device
 from tests.ops.far import far
 from tests.ops.interpreted import deterministic
 

@@ -11,11 +11,11 @@ from lora_kernels import lora_linear, lora_linear_group, use_backend
 from lora_kernels.ops.dropout import mask
 from lora_kernels.ops.lora_linear import cuda_thin as thin
 from lora_kernels.ops.lora_linear.library import Term
+from lora_kernels.ptxsim import SimulationError, device
+from lora_kernels.ptxsim.nvcc import MISSING, find_nvcc
 from lora_kernels.testing import assert_problem, assert_within_rounding, make_group, make_problem, run
 from lora_kernels.testing.check import member
 from lora_kernels.testing.grid import as_layout
-from lora_kernels.testing.nvcc import MISSING, find_nvcc
-from lora_kernels.testing.ptxsim import SimulationError, device
 from lora_kernels.testing.tolerances import rms
 from tests.ops.interpreted import deterministic
 

@@ -10,9 +10,9 @@ from lora_kernels.ops import launch
 from lora_kernels.ops.lora_linear import cuda
 from lora_kernels.ops.lora_linear import cuda_thin as thin
 from lora_kernels.ops.lora_linear.call import Forward
+from lora_kernels.ptxsim import SimulationError, device
+from lora_kernels.ptxsim.nvcc import MISSING, find_nvcc
 from lora_kernels.testing import assert_within_rounding
-from lora_kernels.testing.nvcc import MISSING, find_nvcc
-from lora_kernels.testing.ptxsim import SimulationError, device
 from tests.ops.far import far
 from tests.ops.interpreted import deterministic
 

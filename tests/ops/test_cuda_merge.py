@@ -9,9 +9,9 @@ from lora_kernels import explain, merged_weight, use_backend
 from lora_kernels.ops import alone
 from lora_kernels.ops.merge import cuda as backend
 from lora_kernels.ops.merge.op import Merged
+from lora_kernels.ptxsim import SimulationError, device
+from lora_kernels.ptxsim.nvcc import MISSING, find_nvcc
 from lora_kernels.testing import assert_within_rounding
-from lora_kernels.testing.nvcc import MISSING, find_nvcc
-from lora_kernels.testing.ptxsim import SimulationError, device
 from tests.ops.far import far
 
 if find_nvcc() is None:

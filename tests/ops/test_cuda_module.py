@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lora_kernels.ops import launch
-from lora_kernels.testing.cuda_structs import struct_fields
-from lora_kernels.testing.nvcc import MISSING, find_nvcc
+from lora_kernels.ptxsim.cuda_structs import struct_fields
+from lora_kernels.ptxsim.nvcc import MISSING, find_nvcc
 
 if find_nvcc() is None:
     pytest.skip(f"{MISSING} (requirements-dev.txt has it for Linux on x86-64)", allow_module_level=True)

@@ -13,9 +13,9 @@ from lora_kernels.ops.dropout import mask
 from lora_kernels.ops.lora_linear import cuda
 from lora_kernels.ops.lora_linear import cuda_specialised as specialised
 from lora_kernels.ops.lora_linear.call import Backward, Forward
+from lora_kernels.ptxsim import device
+from lora_kernels.ptxsim.nvcc import MISSING, OPTIONS, find_nvcc
 from lora_kernels.testing import assert_problem, assert_within_rounding, make_problem
-from lora_kernels.testing.nvcc import MISSING, OPTIONS, find_nvcc
-from lora_kernels.testing.ptxsim import device
 from tests.ops.interpreted import deterministic
 
 if find_nvcc() is None:

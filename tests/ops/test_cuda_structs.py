@@ -8,9 +8,9 @@ import torch
 from lora_kernels import use_backend, weight_norm
 from lora_kernels.ops import launch
 from lora_kernels.ops.weight_norm import cuda
-from lora_kernels.testing.cuda_structs import check_fields, struct_fields
-from lora_kernels.testing.nvcc import MISSING, find_nvcc
-from lora_kernels.testing.ptxsim import device
+from lora_kernels.ptxsim import device
+from lora_kernels.ptxsim.cuda_structs import check_fields, struct_fields
+from lora_kernels.ptxsim.nvcc import MISSING, find_nvcc
 
 SOURCE = """
 #include "other.cuh"

@@ -5,9 +5,9 @@ import torch
 
 from lora_kernels import explain, use_backend, weight_norm
 from lora_kernels.ops.weight_norm import row_norm_squared
+from lora_kernels.ptxsim import SimulationError, device
+from lora_kernels.ptxsim.nvcc import MISSING, find_nvcc
 from lora_kernels.testing import assert_within_rounding
-from lora_kernels.testing.nvcc import MISSING, find_nvcc
-from lora_kernels.testing.ptxsim import SimulationError, device
 from tests.ops.far import far
 from tests.ops.test_cuda_merge import OTHERS
 

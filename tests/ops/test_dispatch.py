@@ -13,7 +13,7 @@ from lora_kernels.ops.chips import CHIPS, chip, nearest
 from lora_kernels.ops.cost import Problem
 from lora_kernels.ops.dispatch import forced, plan, tables_from
 from lora_kernels.ops.launch import architecture, multiprocessors
-from lora_kernels.testing.ptxsim import device
+from lora_kernels.ptxsim import device
 
 BF16, F32 = torch.bfloat16, torch.float32
 MIB = 2**20

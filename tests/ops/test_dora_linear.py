@@ -5,8 +5,8 @@ import torch
 
 from lora_kernels import dora_linear, use_backend
 from lora_kernels.ops import missing_backends
+from lora_kernels.ptxsim import device
 from lora_kernels.testing import make_problem
-from lora_kernels.testing.ptxsim import device
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [(1, 64, 48, 4), (5, 130, 65, 17), (64, 96, 80, 64), (70, 40, 33, 3), (3, 40, 33, 100), (0, 16, 16, 2)]

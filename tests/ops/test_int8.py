@@ -8,9 +8,9 @@ import torch
 from lora_kernels import lora_linear, use_backend
 from lora_kernels.ops.lora_linear import cuda_backward
 from lora_kernels.ops.registry import ON_GPU
+from lora_kernels.ptxsim import SimulationError, device
+from lora_kernels.ptxsim.nvcc import MISSING, find_nvcc
 from lora_kernels.testing import assert_within_rounding
-from lora_kernels.testing.nvcc import MISSING, find_nvcc
-from lora_kernels.testing.ptxsim import SimulationError, device
 from tests.ops.interpreted import deterministic
 
 DTYPES = [torch.bfloat16, torch.float16]

@@ -7,9 +7,9 @@ import torch
 
 from lora_kernels import lora_linear, lora_linear_group, use_backend
 from lora_kernels.ops import missing_backends
+from lora_kernels.ptxsim import device
 from lora_kernels.testing import as_layout, assert_group, assert_problem, make_group, make_problem, run
 from lora_kernels.testing.check import member
-from lora_kernels.testing.ptxsim import device
 
 if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)

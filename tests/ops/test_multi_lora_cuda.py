@@ -11,8 +11,8 @@ from lora_kernels import explain, use_backend
 from lora_kernels.ops import launch, missing_backends
 from lora_kernels.ops.multi_lora import BatchPlan, cuda, multi_lora
 from lora_kernels.ops.multi_lora.op import MultiLoRA, MultiLoRAAdd
-from lora_kernels.testing.nvcc import MISSING, find_nvcc
-from lora_kernels.testing.ptxsim import SimulationError, device
+from lora_kernels.ptxsim import SimulationError, device
+from lora_kernels.ptxsim.nvcc import MISSING, find_nvcc
 from tests.ops.interpreted import deterministic
 from tests.ops.multi import ids_of, make_slots, with_wrong_ids
 from tests.ops.test_multi_lora import assert_exact, draw, planned

@@ -9,9 +9,9 @@ import torch
 from lora_kernels import use_backend
 from lora_kernels.ops.multi_lora import BatchPlan, cuda, multi_lora, multi_lora_add_
 from lora_kernels.ops.tables.tiles import compiled
+from lora_kernels.ptxsim import SimulationError, device
+from lora_kernels.ptxsim.nvcc import MISSING, find_nvcc
 from lora_kernels.testing.grid import as_layout
-from lora_kernels.testing.nvcc import MISSING, find_nvcc
-from lora_kernels.testing.ptxsim import SimulationError, device
 from tests.ops.interpreted import deterministic
 from tests.ops.multi import ids_of, with_wrong_ids
 from tests.ops.test_multi_lora import assert_exact, draw, planned

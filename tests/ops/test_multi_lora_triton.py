@@ -11,7 +11,7 @@ import torch
 from lora_kernels import use_backend
 from lora_kernels.ops import missing_backends
 from lora_kernels.ops.multi_lora import BatchPlan, multi_lora, multi_lora_add_
-from lora_kernels.testing.ptxsim import device
+from lora_kernels.ptxsim import device
 from tests.ops.interpreted import deterministic, interpreted
 from tests.ops.multi import ids_of, make_slots, with_wrong_ids
 from tests.ops.test_multi_lora import CASES, assert_exact, draw, planned

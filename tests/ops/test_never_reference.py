@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_kernels.ops import BatchPlan, Slots, alone, registry
-from lora_kernels.testing.ptxsim import device
+from lora_kernels.ptxsim import device
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)

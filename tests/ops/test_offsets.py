@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops import thin
-from lora_kernels.testing.ptxsim import SimulationError
+from lora_kernels.ptxsim import SimulationError
 from lora_kernels.testing.triton_interpreter import InterpreterViolation
 from tests.ops.far import far
 from tests.ops.interpreted import interpreted

@@ -9,8 +9,8 @@ import torch
 from lora_kernels import explain, lora_linear, merged_weight, use_backend, weight_norm
 from lora_kernels.nn import DoRALinear
 from lora_kernels.ops import dora_gain, missing_backends, row_norm_squared
+from lora_kernels.ptxsim import SimulationError, device
 from lora_kernels.testing import as_layout, assert_problem, assert_within_rounding, exact, make_problem, rms, run
-from lora_kernels.testing.ptxsim import SimulationError, device
 
 if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)

@@ -8,8 +8,8 @@ import torch
 
 from lora_kernels import dora_linear, lora_linear, lora_linear_group, use_backend
 from lora_kernels.ops import missing_backends
+from lora_kernels.ptxsim import device
 from lora_kernels.testing import as_layout, assert_group, assert_problem, check, make_problem
-from lora_kernels.testing.ptxsim import device
 from tests.ops.interpreted import deterministic
 
 if "triton" in missing_backends():

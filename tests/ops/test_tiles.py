@@ -14,8 +14,8 @@ from lora_kernels.ops.cost import Problem
 from lora_kernels.ops.launch import CSRC, recorded
 from lora_kernels.ops.tables import tiles
 from lora_kernels.ops.tables.tiles import FILE, Asked, Kernel, Row, Tile, compiled, ranges, read, resolve, seen, tile, tried
+from lora_kernels.ptxsim import device
 from lora_kernels.testing.gates import Cuda
-from lora_kernels.testing.ptxsim import device
 from tests.ops.interpreted import deterministic
 
 BF16, F32 = torch.bfloat16, torch.float32

@@ -7,7 +7,7 @@ from lora_kernels import Member, lora_linear, lora_linear_group, use_backend, we
 from lora_kernels.ops import missing_backends
 from lora_kernels.ops.dispatch import forced
 from lora_kernels.ops.launch import recorded
-from lora_kernels.testing.ptxsim import device
+from lora_kernels.ptxsim import device
 
 if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)

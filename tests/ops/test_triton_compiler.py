@@ -9,8 +9,8 @@ import torch
 
 from lora_kernels import lora_linear, use_backend
 from lora_kernels.ops import missing_backends
+from lora_kernels.ptxsim import device
 from lora_kernels.testing import make_problem
-from lora_kernels.testing.ptxsim import device
 
 if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)

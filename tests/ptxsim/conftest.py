@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_kernels.testing import ptxsim
+from lora_kernels import ptxsim
 from tests.ptxsim.lanes import RAN
 
 

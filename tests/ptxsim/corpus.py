@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_kernels.testing.nvcc import compile_ptx
-from lora_kernels.testing.ptxsim import Kernel, device
+from lora_kernels.ptxsim import Kernel, device
+from lora_kernels.ptxsim.nvcc import compile_ptx
 from tests.ptxsim import problems
 from tests.ptxsim.problems import Problem
 
@@ -217,7 +217,7 @@ def by_simulator(case: Case, *edit: str, ptx: Callable[[str], str] | None = None
 
 
 def compiled(case: Case, problem: Problem, *edit: str) -> Any:
-    from lora_kernels.testing.triton_ptx import compile_triton
+    from lora_kernels.ptxsim.triton_ptx import compile_triton
 
     return compile_triton(triton_kernel(case.kernel, *edit), problem.args | case.constants, case.arch, case.warps)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from lora_kernels.testing.ptxsim import Kernel
+from lora_kernels.ptxsim import Kernel
 
 RAN: set[str] = set()  # the instructions that the tests of this folder have run so far
 REGISTER = {1: ".pred", 16: ".b16", 32: ".b32", 64: ".b64"}

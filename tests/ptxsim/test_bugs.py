@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels.testing.nvcc import find_nvcc
+from lora_kernels.ptxsim.nvcc import find_nvcc
 from tests.ptxsim import bugs, corpus
 from tests.ptxsim.bugs import BUGS
 from tests.ptxsim.corpus import CASES, MISSED

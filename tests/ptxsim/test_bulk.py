@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_kernels.testing.ptxsim import Kernel, SimulationError, TensorMap
+from lora_kernels.ptxsim import Kernel, SimulationError, TensorMap
 from tests.ptxsim.lanes import kernel_text
 
 HEAD = [

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from lora_kernels.testing.ptxsim import Kernel, SimulationError, Unsupported
+from lora_kernels.ptxsim import Kernel, SimulationError, Unsupported
 from tests.ptxsim.lanes import kernel_text
 
 HEAD = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_kernels.testing.nvcc import find_nvcc
+from lora_kernels.ptxsim.nvcc import find_nvcc
 from tests.ptxsim import problems
 from tests.ptxsim.corpus import HALF, MISSED, by_simulator, cuda_kernel, shaped, tiles
 

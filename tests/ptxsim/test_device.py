@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_kernels import _ptxsim
-from lora_kernels.testing import ptxsim
+from lora_kernels import _ptxsim, ptxsim
 from tests.ptxsim.lanes import kernel_text
 
 COPY = kernel_text(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_kernels.testing.ptxsim import Kernel, SimulationError
+from lora_kernels.ptxsim import Kernel, SimulationError
 
 pytest.importorskip("triton", reason="triton is not installed here (requirements-dev.txt has it for Linux on x86-64)")
 
@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lora_kernels.testing.triton_ptx import simulate_triton
+from lora_kernels.ptxsim.triton_ptx import simulate_triton
 from tests.ptxsim import triton_kernels as kernels
 from tests.ptxsim.test_triton import close, dot_arguments, own_cache  # noqa: F401
 

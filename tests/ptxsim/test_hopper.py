@@ -6,13 +6,13 @@ import re
 import pytest
 import torch
 
-from lora_kernels.testing.ptxsim import Kernel
+from lora_kernels.ptxsim import Kernel
 
 pytest.importorskip("triton", reason="triton is not installed here (requirements-dev.txt has it for Linux on x86-64)")
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_kernels.testing.triton_ptx import aligned, compile_triton, simulate_triton
+from lora_kernels.ptxsim.triton_ptx import aligned, compile_triton, simulate_triton
 from tests.ptxsim import hopper_kernels as kernels
 from tests.ptxsim import triton_kernels
 from tests.ptxsim.test_triton import close, empty, lora_arguments, own_cache  # noqa: F401 (a fixture)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from lora_kernels.testing.nvcc import compile_ptx, find_nvcc
-from lora_kernels.testing.ptxsim import Kernel, SimulationError
+from lora_kernels.ptxsim import Kernel, SimulationError
+from lora_kernels.ptxsim.nvcc import compile_ptx, find_nvcc
 from tests.ptxsim.corpus import KERNELS
 
 if find_nvcc() is None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_kernels.testing.ptxsim import Kernel
+from lora_kernels.ptxsim import Kernel
 from tests.ptxsim.lanes import kernel_text
 
 RNG = np.random.default_rng(0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_kernels.testing.ptxsim import TensorMap
+from lora_kernels.ptxsim import TensorMap
 from tests.ptxsim.test_bulk import COMMIT, DONE, FENCE, INIT, OUT, SEND, WAIT, expect, launch, load, numbers
 
 SYNC = "bar.warp.sync 0xffffffff;"

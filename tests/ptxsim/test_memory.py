@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_kernels.testing.ptxsim import Kernel
+from lora_kernels.ptxsim import Kernel
 from tests.ptxsim.lanes import kernel_text, run_lanes
 
 U32 = np.arange(32, dtype=np.uint32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_kernels.testing.ptxsim import Kernel, SimulationError, Unsupported
+from lora_kernels.ptxsim import Kernel, SimulationError, Unsupported
 from tests.ptxsim.lanes import kernel_text
 
 VARIABLES = """.const .align 4 .f32 factors[4] = {0f3F800000, 0f40000000, 0fC0400000};

@@ -9,8 +9,8 @@ import torch
 
 from lora_kernels import lora_linear, multi_lora, use_backend
 from lora_kernels.ops import BatchPlan, missing_backends
+from lora_kernels.ptxsim import SimulationError, device
 from lora_kernels.testing import make_problem
-from lora_kernels.testing.ptxsim import SimulationError, device
 
 if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_kernels.testing.ptxsim import Kernel, Unsupported
+from lora_kernels.ptxsim import Kernel, Unsupported
 from tests.ptxsim.lanes import kernel_text
 
 HEAD = [".reg .pred %p<4>; .reg .b32 %r<64>; .reg .b64 %rd<8>; .reg .f32 %f<8>;"]

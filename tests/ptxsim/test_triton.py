@@ -5,11 +5,11 @@ import re
 import pytest
 import torch
 
-from lora_kernels.testing.ptxsim import Kernel, SimulationError
+from lora_kernels.ptxsim import Kernel, SimulationError
 
 pytest.importorskip("triton", reason="triton is not installed here (requirements-dev.txt has it for Linux on x86-64)")
 
-from lora_kernels.testing.triton_ptx import compile_triton, simulate_triton
+from lora_kernels.ptxsim.triton_ptx import compile_triton, simulate_triton
 from tests.ptxsim import problems
 from tests.ptxsim import triton_kernels as kernels
 from tests.ptxsim.corpus import MISSED, by_mended_interpreter, by_simulator, shaped, tiles

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_kernels.testing.ptxsim import Kernel, Unsupported
+from lora_kernels.ptxsim import Kernel, Unsupported
 from tests.ptxsim.lanes import kernel_text, run_lanes
 from tests.ptxsim.test_checks import finds, launch
 

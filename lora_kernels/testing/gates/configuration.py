@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.testing import nvcc
+from lora_kernels.ptxsim import nvcc
 from lora_kernels.testing.gates import occupancy, sass
 from lora_kernels.testing.gates.occupancy import CHIPS
 

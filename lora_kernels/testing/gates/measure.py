@@ -2,13 +2,13 @@
 
 from typing import Any
 
+from lora_kernels.ptxsim.nvcc import compile_cubin
 from lora_kernels.testing.gates.amdgcn import read_amdgcn
 from lora_kernels.testing.gates.code import LOAD, WIDE, Code, count, main_loop
 from lora_kernels.testing.gates.configuration import NVIDIA, Budget, Configuration, Cuda, Triton
 from lora_kernels.testing.gates.hazards import hazards
 from lora_kernels.testing.gates.occupancy import CHIPS, occupancy, occupancy_amd
 from lora_kernels.testing.gates.sass import read_cubin
-from lora_kernels.testing.nvcc import compile_cubin
 
 Row = dict[str, Any]
 
@@ -54,7 +54,7 @@ def soundness(kernel: Triton | Cuda, arch: str, code: Code) -> Row:
 
 
 def _triton(kernel: Triton, arch: str) -> tuple[Code, int, int]:
-    from lora_kernels.testing.triton_ptx import compile_triton
+    from lora_kernels.ptxsim.triton_ptx import compile_triton
 
     function = kernel.load()
     number = int(arch[3:]) if arch.startswith("sm_") else arch

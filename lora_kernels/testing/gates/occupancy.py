@@ -83,7 +83,7 @@ def find_compiler() -> str | None:
 
 
 def find_header() -> Path | None:
-    from lora_kernels.testing.nvcc import find_nvcc
+    from lora_kernels.ptxsim.nvcc import find_nvcc
 
     nvcc = find_nvcc()
     near = nvcc.parent.parent / "include" / "cuda_occupancy.h" if nvcc else None

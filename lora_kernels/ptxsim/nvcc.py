@@ -13,10 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_kernels.ops.launch import SWIZZLE, Map
-from lora_kernels.testing.ptxsim import Kernel, Run
-from lora_kernels.testing.ptxsim.device import current
-from lora_kernels.testing.ptxsim.tensor_map import TensorMap
+from lora_kernels.ptxsim import Kernel, Run
+from lora_kernels.ptxsim.device import current
 
 MISSING = "nvcc is in none of the wheel nvidia-cuda-nvcc, CUDA_HOME and PATH"
 OPTIONS = ("-O3", "-std=c++17")
@@ -83,12 +81,7 @@ def simulate_cuda(
     sim = current.get()
     arch = own(source) or f"sm_{front(f'sm_{sim.arch}' if sim else 'sm_80')}"
     runs = _kernel(compile_ptx(source, arch), kernel)
-    args = [tuple(map(_as_simulated, each)) if isinstance(each, tuple) else each for each in args]
     return runs.launch(grid, (threads,), args, writes, writes if poisoned is None else poisoned, shared, early=early)
-
-
-def _as_simulated(field: Any) -> Any:
-    return TensorMap(field.tensor, field.box, SWIZZLE) if isinstance(field, Map) else field
 
 
 @functools.cache

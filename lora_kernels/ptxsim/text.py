@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from lora_kernels.testing.ptxsim.module import WIDTH, Function, Unsupported, Variable, functions, variables
+from lora_kernels.ptxsim.module import WIDTH, Function, Unsupported, Variable, functions, variables
 
 __all__ = ["WIDTH", "Kernel", "Parameter", "Statement", "Unsupported", "parse", "split"]
 

@@ -12,9 +12,9 @@ for, barriers that not all reach. Not modelled: time, the order of the sums insi
 Source: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution.
 """
 
-from lora_kernels.testing.ptxsim.device import Device, device
-from lora_kernels.testing.ptxsim.kernel import Kernel, Run, SimulationError
-from lora_kernels.testing.ptxsim.tensor_map import TensorMap
-from lora_kernels.testing.ptxsim.text import Unsupported
+from lora_kernels.ptxsim.device import Device, device
+from lora_kernels.ptxsim.kernel import Kernel, Run, SimulationError
+from lora_kernels.ptxsim.tensor_map import TensorMap
+from lora_kernels.ptxsim.text import Unsupported
 
 __all__ = ["Device", "Kernel", "Run", "SimulationError", "TensorMap", "Unsupported", "device"]

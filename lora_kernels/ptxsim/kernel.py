@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lora_kernels import _ptxsim
-from lora_kernels.testing.ptxsim.decode import Decoded
-from lora_kernels.testing.ptxsim.device import current
-from lora_kernels.testing.ptxsim.tensor_map import ALIGNMENT as MAP_ALIGNMENT
-from lora_kernels.testing.ptxsim.tensor_map import TensorMap
+from lora_kernels.ptxsim.decode import Decoded
+from lora_kernels.ptxsim.device import current
+from lora_kernels.ptxsim.tensor_map import ALIGNMENT as MAP_ALIGNMENT
+from lora_kernels.ptxsim.tensor_map import TensorMap
 
 OPTIONS = {
     "check": True, "late": True, "shuffle": True, "seed": 0, "resident": 8, "trace": False, "tolerant": False,

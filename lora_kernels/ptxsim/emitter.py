@@ -3,8 +3,8 @@
 from typing import Any
 
 from lora_kernels import _ptxsim
-from lora_kernels.testing.ptxsim.places import Places
-from lora_kernels.testing.ptxsim.text import Kernel, split
+from lora_kernels.ptxsim.places import Places
+from lora_kernels.ptxsim.text import Kernel, split
 
 TABLE: dict[str, str] = _ptxsim.table()
 

@@ -2,8 +2,8 @@
 
 import re
 
-from lora_kernels.testing.ptxsim.emitter import Emitter, pieces
-from lora_kernels.testing.ptxsim.text import WIDTH, split
+from lora_kernels.ptxsim.emitter import Emitter, pieces
+from lora_kernels.ptxsim.text import WIDTH, split
 
 FIELDS = [
     "global_address", "rank", "box_dim", "global_dim", "global_stride", "element_stride", "elemtype", "interleave_layout",

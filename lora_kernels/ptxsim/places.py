@@ -3,7 +3,7 @@
 import re
 import struct
 
-from lora_kernels.testing.ptxsim.text import Kernel, Unsupported
+from lora_kernels.ptxsim.text import Kernel, Unsupported
 
 SPECIAL = [f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"] + ["%laneid", "%warpid"]
 PARAMETER_WINDOW = 0x7D << 56  # generic addresses of the parameters, as in csrc/ptxsim/block.h

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.testing.ptxsim import Kernel, Run, TensorMap
-from lora_kernels.testing.ptxsim.device import current
+from lora_kernels.ptxsim import Kernel, Run, TensorMap
+from lora_kernels.ptxsim.device import current
 
 _TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",

@@ -9,11 +9,11 @@ import re
 from typing import Any
 
 from lora_kernels import _ptxsim
-from lora_kernels.testing.ptxsim.emitter import TABLE, pieces
-from lora_kernels.testing.ptxsim.hopper import Hopper
-from lora_kernels.testing.ptxsim.places import PARAMETER_WINDOW, SPECIAL
-from lora_kernels.testing.ptxsim.text import WIDTH, Kernel, Statement, Unsupported, parse, split
-from lora_kernels.testing.ptxsim.values import Values
+from lora_kernels.ptxsim.emitter import TABLE, pieces
+from lora_kernels.ptxsim.hopper import Hopper
+from lora_kernels.ptxsim.places import PARAMETER_WINDOW, SPECIAL
+from lora_kernels.ptxsim.text import WIDTH, Kernel, Statement, Unsupported, parse, split
+from lora_kernels.ptxsim.values import Values
 
 GENERIC, GLOBAL, SHARED, LOCAL, PARAM, CONST = range(6)
 SPACES = {

@@ -1,7 +1,7 @@
 """Arithmetic, comparisons and conversions as the table names them."""
 
-from lora_kernels.testing.ptxsim.emitter import TABLE, Emitter
-from lora_kernels.testing.ptxsim.text import WIDTH, Kernel
+from lora_kernels.ptxsim.emitter import TABLE, Emitter
+from lora_kernels.ptxsim.text import WIDTH, Kernel
 
 BITWISE = ("mov", "selp", "shl", "not", "and", "or", "xor", "cnot", "ld", "st")
 APPROXIMATE = ("ex2", "lg2", "rsqrt", "rcp", "sqrt", "sin", "cos", "tanh", "div")
