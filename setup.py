@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent
 MODULES = ["lora_kernels._cpu", "lora_kernels._ptxsim", "lora_kernels._cuda"]
 # what a build says that fails, and in words, what is missing and where it comes from: on Linux, on macOS
 AGAIN = "pip install --force-reinstall --no-deps ."
-CURES = [
+BUILD_ERROR_CURES = [
     (r"No such file or directory: 'cmake'", "no cmake", "pip install cmake ninja", "pip install cmake ninja"),
     (r"CMAKE_MAKE_PROGRAM is not set|build program corresponding", "no ninja", "pip install ninja", "pip install ninja"),
     (r"CMAKE_CXX_COMPILER could be found|CMAKE_CXX_COMPILER not set|not a full path to an existing compiler|"
@@ -31,7 +31,7 @@ CURES = [
     (r"Killed signal|out of memory|Cannot allocate memory", "too little memory", "export MAX_JOBS=1", "export MAX_JOBS=1"),
 ]  # fmt: skip
 # name: its environment variable, the CMake targets, the note that says why it is not there
-PARTS = {
+EXTENSIONS = {
     "CPU": ("LORA_KERNELS_CPU", ["_cpu", "_ptxsim"], "_build_error.txt"),
     "CUDA": ("LORA_KERNELS_CUDA", ["_cuda"], "_cuda_build_error.txt"),
 }
@@ -42,47 +42,47 @@ class CMakeBuild(build_ext):
         inplace = self.inplace  # which the base sets back while it builds; it copies modules into the sources, and no notes
         self._reasons: dict[str, str] = {}
         super().run()
-        for part in PARTS if inplace else ():
-            self._note(part, ROOT / "lora_kernels", self._reasons.get(part))
+        for part in EXTENSIONS if inplace else ():
+            self._write_note(part, ROOT / "lora_kernels", self._reasons.get(part))
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name != MODULES[0]:
             return  # one build makes all
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         target.mkdir(parents=True, exist_ok=True)
-        for part, (variable, targets, _) in PARTS.items():
+        for part, (variable, targets, _) in EXTENSIONS.items():
             wanted = os.environ.get(variable, "auto")
             try:
                 if wanted == "0":
                     self._reasons[part] = f"{variable}=0 when the package was built"
                 else:
-                    self._build(target, targets, part)
+                    self._run_cmake(target, targets, part)
             except (OSError, subprocess.CalledProcessError) as error:
                 if wanted == "1":
                     raise
-                missing = self._folder(part) / "no_cuda.txt"
+                missing = self._build_folder(part) / "no_cuda.txt"
                 said = str(error.output) if isinstance(error, subprocess.CalledProcessError) else str(error)
-                self._reasons[part] = missing.read_text() if missing.is_file() else why(said)
-            self._note(part, target, self._reasons.get(part))
+                self._reasons[part] = missing.read_text() if missing.is_file() else build_error_line(said)
+            self._write_note(part, target, self._reasons.get(part))
             if part in self._reasons:
                 print(f"lora_kernels: the {part} extension is left out: {self._reasons[part]}", file=sys.stderr)
 
-    def _folder(self, part: str) -> Path:
+    def _build_folder(self, part: str) -> Path:
         return Path(self.build_temp).resolve() / f"cmake-{part.lower()}"
 
-    def _build(self, target: Path, targets: list[str], part: str) -> None:
-        build, cuda = self._folder(part), part == "CUDA"
+    def _run_cmake(self, target: Path, targets: list[str], part: str) -> None:
+        build, cuda = self._build_folder(part), part == "CUDA"
         options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}"]
         options += [f"-DLK_CUDA={'ON' if cuda else 'OFF'}"]
         if cuda:
             options += [f"-DLK_NVCC={os.environ.get('LORA_KERNELS_NVCC', '')}", *architectures()]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        run(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options])
-        run(["cmake", "--build", str(build), "--parallel", jobs, "--target", *targets])
+        run_command(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options])
+        run_command(["cmake", "--build", str(build), "--parallel", jobs, "--target", *targets])
 
-    def _note(self, part: str, package: Path, reason: str | None) -> None:
+    def _write_note(self, part: str, package: Path, reason: str | None) -> None:
         """Leaves in a folder of the package why a part is not there, or no note."""
-        _, modules, note = PARTS[part]
+        _, modules, note = EXTENSIONS[part]
         (package / note).unlink(missing_ok=True)
         if reason is not None:
             for module in modules:  # an older one would be found
@@ -90,7 +90,7 @@ class CMakeBuild(build_ext):
             (package / note).write_text(reason + "\n", encoding="utf-8")
 
 
-def run(command: list[str]) -> None:
+def run_command(command: list[str]) -> None:
     """Runs a command; its output is shown as it comes and, if it fails, in the error."""
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
@@ -102,9 +102,9 @@ def run(command: list[str]) -> None:
         raise subprocess.CalledProcessError(process.returncode, command, "".join(lines))
 
 
-def why(said: str, system: str = sys.platform) -> str:
+def build_error_line(said: str, system: str = sys.platform) -> str:
     """One line of what a build said: what is missing and what gets it, or else its first error."""
-    for pattern, what, linux, mac in CURES:
+    for pattern, what, linux, mac in BUILD_ERROR_CURES:
         if re.search(pattern, said):
             return f"{what}: {mac if system == 'darwin' else linux}, then {AGAIN}"
     lines = [line.strip() for line in said.splitlines()]

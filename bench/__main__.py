@@ -26,18 +26,18 @@ def main() -> None:
     import torch
 
     from bench import lora_linear, memory, weight_norm
-    from bench.paired import stamp
+    from bench.paired import machine_stamp
     from lora_kernels import _cpu
 
     limits = {}
     if options.isa:
         _cpu.set_level(options.isa)
         limits = {"dtypes": [torch.bfloat16], "slow_backward": True}
-    found, circumstances = [], stamp()
+    found, circumstances = [], machine_stamp()
 
-    def keep(row):
+    def add_row(row):
         found.append(row)
-        show(row)
+        print_row(row)
         if options.out:
             text = json.dumps({"stamp": circumstances, "rows": found}, indent=1)
             options.out.write_text(text + "\n", encoding="utf-8")
@@ -45,13 +45,13 @@ def main() -> None:
     for threads in options.threads or [torch.get_num_threads()]:
         torch.set_num_threads(threads)
         for module in (weight_norm, lora_linear):
-            for row in module.rows(options.quick, **limits):
-                keep(row)
-    for row in memory.rows():
-        keep(row)
+            for row in module.measurements(options.quick, **limits):
+                add_row(row)
+    for row in memory.measurements():
+        add_row(row)
 
 
-def show(row):
+def print_row(row):
     """One line."""
     shape = " ".join(f"{key}={row[key]}" for key in ("M", "K", "N", "r") if key in row)
     name = " ".join((row["op"], row["kind"], row["dtype"], row["what"]))

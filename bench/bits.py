@@ -27,8 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--bits"):
-        choose = registry.choose
-        registry.choose = lambda *args: _watched(choose(*args))  # type: ignore[assignment]
+        choose = registry.choose_implementation
+        registry.choose_implementation = lambda *args: _watched(choose(*args))  # type: ignore[assignment]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -43,23 +43,23 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def _watched(found: registry.Implementation) -> registry.Implementation:
-    def run(*call: Any) -> Any:
+    def run_hashed(*call: Any) -> Any:
         result = found.run(*call)
         digest = _hashes.setdefault(_now[0] if _now else "", hashlib.sha256())
-        _add(digest, call if result is None else result)  # what an op in place has changed is among its arguments
+        _hash_value(digest, call if result is None else result)  # what an op in place has changed is among its arguments
         return result
 
-    return registry.Implementation(run, found.refusal)
+    return registry.Implementation(run_hashed, found.refusal)
 
 
-def _add(digest: Any, value: Any) -> None:
+def _hash_value(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         plain = value.detach().resolve_neg().cpu().contiguous()
         digest.update(f"{plain.dtype} {list(plain.shape)}".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
     elif isinstance(value, list | tuple):
         for each in value:
-            _add(digest, each)
+            _hash_value(digest, each)
 
 
 def compare(before: Path, after: Path) -> int:

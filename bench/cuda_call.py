@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from bench.paired import stamp
+from bench.paired import machine_stamp
 from lora_kernels import _cuda
 from lora_kernels.ops.lora_linear import cuda
 from lora_kernels.ops.lora_linear.call import Forward
@@ -28,7 +28,7 @@ def microseconds(call: Callable[[], object]) -> float:
 
 def main() -> int:
     """The exit status: 1 if the bound call is above its limit."""
-    print(stamp())
+    print(machine_stamp())
     x, w, a, b = (torch.randn(shape).bfloat16() for shape in ((4, 4096), (4096, 4096), (16, 4096), (4096, 16)))
     call = Forward(x, w, a, b, 1.0, None, None, 0.0, None, False, False, False)
     seen = []

@@ -42,7 +42,7 @@ def parameters(function: Function) -> int:
     return len([*a.posonlyargs, *a.args, *a.kwonlyargs]) + bool(a.vararg) + bool(a.kwarg)
 
 
-def prose(text: str) -> str:
+def markdown_prose(text: str) -> str:
     """Of a Markdown file: its paragraphs and list items, without code, tables, headings, pictures and the targets of links."""
     text = re.sub(r"^```.*?^```", "\n\n", text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"^ {4,}\S.*$|^[|#<!].*$|^---+$", "\n", text, flags=re.MULTILINE)
@@ -52,7 +52,7 @@ def prose(text: str) -> str:
 
 def docstring_prose(text: str) -> str:
     """Of a docstring: without formulas and code, which are indented."""
-    return prose(re.sub(r"^ *(Raises|Shapes):.*$", "\n", text, flags=re.MULTILINE))
+    return markdown_prose(re.sub(r"^ *(Raises|Shapes):.*$", "\n", text, flags=re.MULTILINE))
 
 
 def sentences(text: str) -> Iterator[str]:
@@ -71,7 +71,7 @@ def last_of(values: Sequence[float], share: int) -> float:
     return quantiles(values, n=100)[share - 1] if len(values) > 1 else values[0]
 
 
-def report(root: Path) -> list[str]:
+def summary_lines(root: Path) -> list[str]:
     """The figures, a line each."""
     files = sources(root)
     lines = [len(file.read_text(encoding="utf-8").splitlines()) for file in files]
@@ -82,7 +82,7 @@ def report(root: Path) -> list[str]:
     docstrings = [text for f in all_ if (text := ast.get_docstring(f))]
     docs = [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("**/*.md"))]
     readme = (root / "README.md").read_text(encoding="utf-8")
-    long_docs = [s for file in docs if file.exists() for s in too_long(prose(file.read_text(encoding="utf-8")))]
+    long_docs = [s for file in docs if file.exists() for s in too_long(markdown_prose(file.read_text(encoding="utf-8")))]
     long_docstrings = [s for text in docstrings for s in too_long(docstring_prose(text))]
     counts = [parameters(f) for f in all_]
     share = lambda some, of: f"{100 * len(some) / max(1, len(of)):.0f} %"  # noqa: E731
@@ -102,7 +102,7 @@ def report(root: Path) -> list[str]:
 def main(arguments: list[str]) -> int:
     """With --long also the sentences, with --short the names."""
     root = Path(next((a for a in arguments if not a.startswith("-")), "."))
-    print(*report(root), sep="\n")
+    print(*summary_lines(root), sep="\n")
     for file in sources(root):
         for function in functions(file):
             if "--short" in arguments and is_short(function.name):

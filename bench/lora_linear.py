@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.paired import paired, row
+from bench.paired import interleaved_medians, measurement_row
 from lora_kernels import use_backend
 from lora_kernels.integrations.peft import FusedLinear
 
@@ -26,7 +26,7 @@ FORWARD, BACKWARD = [1, 4, 16, 64, 512], [64, 512]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def layer(n_in, n_out, r, dtype, use_dora=False, base=None):
+def make_peft_layer(n_in, n_out, r, dtype, use_dora=False, base=None):
     """PEFT's LoRA layer over nn.Linear (`base` if given), in `dtype`, with random B."""
     holder = nn.Sequential(base or nn.Linear(n_in, n_out, bias=False)).to(dtype)
     config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=["0"], use_dora=use_dora)
@@ -35,7 +35,7 @@ def layer(n_in, n_out, r, dtype, use_dora=False, base=None):
     return made
 
 
-def plain(x, w, a, b, scale, magnitude=None):
+def lora_in_torch(x, w, a, b, scale, magnitude=None):
     """LoRA, or with a magnitude DoRA, in PyTorch without forming BA; W's own norm is summed each time."""
     h = F.linear(x, a) * scale
     y = F.linear(x, w)
@@ -60,8 +60,8 @@ def factored_norm(w, a, b, scale, squared):
 
 def contenders(n_in, n_out, tokens, r, dtype, backward, use_dora, more=False):
     """The calls to time, by name; `more` adds compile and reference."""
-    stock = layer(n_in, n_out, r, dtype, use_dora)
-    ours = layer(n_in, n_out, r, dtype, use_dora, stock.base_layer)
+    stock = make_peft_layer(n_in, n_out, r, dtype, use_dora)
+    ours = make_peft_layer(n_in, n_out, r, dtype, use_dora, stock.base_layer)
     ours.__class__ = FusedLinear
     x = torch.randn(tokens, n_in, dtype=dtype, requires_grad=backward)
     dy = torch.randn(tokens, n_out, dtype=dtype)
@@ -69,7 +69,7 @@ def contenders(n_in, n_out, tokens, r, dtype, backward, use_dora, more=False):
     magnitude = ours.lora_magnitude_vector["default"].weight if use_dora else None
     trained = [p for m in (stock, ours) for p in m.parameters()]
 
-    def run(call):
+    def run_step(call):
         if not backward:
             with torch.no_grad():
                 return call(x)
@@ -78,35 +78,40 @@ def contenders(n_in, n_out, tokens, r, dtype, backward, use_dora, more=False):
         for p in trained:
             p.grad = None
 
-    def of(call):
-        return lambda: run(call)
+    def timed_call(call):
+        return lambda: run_step(call)
 
     def torch_call(function):
-        return of(lambda x: function(x, stock.base_layer.weight, a, b, 2.0, magnitude))
+        return timed_call(lambda x: function(x, stock.base_layer.weight, a, b, 2.0, magnitude))
 
     def on_reference():
         with use_backend("reference"):
-            run(ours)
+            run_step(ours)
 
-    calls = {"linear": of(stock.base_layer), "ours": of(ours), "peft": of(stock), "torch": torch_call(plain)}
+    calls = {
+        "linear": timed_call(stock.base_layer),
+        "ours": timed_call(ours),
+        "peft": timed_call(stock),
+        "torch": torch_call(lora_in_torch),
+    }
     if more:
         torch._dynamo.reset()
-        calls |= {"compile": torch_call(torch.compile(plain, dynamic=False)), "reference": on_reference}
+        calls |= {"compile": torch_call(torch.compile(lora_in_torch, dynamic=False)), "reference": on_reference}
     return calls
 
 
 def measure(n_in, n_out, tokens, r, dtype, backward, use_dora, more=False):
     """One row."""
-    seconds = paired(contenders(n_in, n_out, tokens, r, dtype, backward, use_dora, more))
+    seconds = interleaved_medians(contenders(n_in, n_out, tokens, r, dtype, backward, use_dora, more))
     rho = r * (n_in + n_out) / (n_in * n_out)
     recomputed = use_dora and backward
-    return row(
+    return measurement_row(
         "lora_linear", "dora" if use_dora else "lora", dtype, {"M": tokens, "K": n_in, "N": n_out, "r": r}, seconds,
         what="forward + backward" if backward else "forward", rho=rho * 1.5 + r / (2 * tokens) if recomputed else rho,
     )  # fmt: skip
 
 
-def rows(quick=False, dtypes=DTYPES, slow_backward=False):
+def measurements(quick=False, dtypes=DTYPES, slow_backward=False):
     """Every measurement. `slow_backward` leaves out what takes minutes where torch has no fast bf16 product."""
     for dtype in dtypes:
         for n_in, n_out in SHAPES[:2] if quick or slow_backward else SHAPES:

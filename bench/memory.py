@@ -7,7 +7,7 @@ import sys
 TOKENS, N_IN, N_OUT, R = 512, 4096, 4096, 16
 
 
-def rows():
+def measurements():
     """DoRA in float32 under no_grad with its norm computed, ours and PEFT's, and nn.Linear alone (the GEMM's own scratch)."""
     found = {}
     for name in ("linear", "ours", "peft"):
@@ -26,10 +26,10 @@ def measure(name):
 
     import torch
 
-    from bench.lora_linear import layer
+    from bench.lora_linear import make_peft_layer
     from lora_kernels.integrations import peft as integration
 
-    module = layer(N_IN, N_OUT, R, torch.float32, use_dora=True)
+    module = make_peft_layer(N_IN, N_OUT, R, torch.float32, use_dora=True)
     if name == "ours":
         module.__class__ = integration.FusedLinear
     x = torch.randn(TOKENS, N_IN)
@@ -40,12 +40,12 @@ def measure(name):
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
             file.write("5")  # the peak starts anew
-        before = status("VmRSS")
+        before = process_status_bytes("VmRSS")
         y = (module.base_layer if name == "linear" else module)(x)
-        return status("VmHWM") - before - y.nbytes
+        return process_status_bytes("VmHWM") - before - y.nbytes
 
 
-def status(key):
+def process_status_bytes(key):
     """A line of /proc/self/status, in bytes."""
     with open("/proc/self/status", encoding="utf-8") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key + ":"))

@@ -95,18 +95,18 @@ def contenders(rows, size, ranks, dtype, kind):
     for i, u in enumerate(used):
         padded_a[i, : of[u]], padded_b[i, :, : of[u]] = a[u] * scale, b[u]
 
-    def loop():
+    def segment_loop():
         sorted_x = x[order]
         y = F.linear(sorted_x, w)
         for u, part, rows_of in zip(used, y.split(counts), sorted_x.split(counts), strict=True):
             part.addmm_(rows_of @ a[u].T, b[u].T, alpha=scale)
         return torch.empty_like(y).index_copy_(0, order, y)
 
-    def gather():
+    def gathered_bmm():
         h = torch.bmm(padded_a[number], x[:, :, None])
         return F.linear(x, w) + torch.bmm(padded_b[number], h)[..., 0]
 
-    def vllm():
+    def vllm_way():
         y = F.linear(x, w)
         u = x.new_zeros(rows, most, dtype=torch.float32)
         first = 0
@@ -124,7 +124,7 @@ def contenders(rows, size, ranks, dtype, kind):
         places[i, : len(piece)] = piece
     inside = places.flatten() < rows
 
-    def sglang():
+    def sglang_way():
         y = F.linear(x, w)
         wide = torch.cat([x, x.new_zeros(1, size)])[places]
         delta = torch.bmm(torch.bmm(wide, padded_a[of_chunk].transpose(1, 2)), padded_b[of_chunk].transpose(1, 2))
@@ -135,7 +135,7 @@ def contenders(rows, size, ranks, dtype, kind):
     calls = {
         "linear": lambda: F.linear(x, w), "ours": lambda: multi_lora(x, w, slots, plan),
         "ours, add": lambda: multi_lora_add_(y, x, slots, plan), "peft": lambda: layer(x, adapter_names=names),
-        "loop": loop, "gather": gather, "vllm": vllm, "sglang": sglang,
+        "loop": segment_loop, "gather": gathered_bmm, "vllm": vllm_way, "sglang": sglang_way,
     }  # fmt: skip
     wanted = calls["ours"]().float()
     for name, call in calls.items():
@@ -159,8 +159,8 @@ def main() -> None:
 
     import torch
 
-    from bench.paired import paired, row, stamp
-    from bench.palette import three
+    from bench.paired import interleaved_medians, machine_stamp, measurement_row
+    from bench.palette import three_digits
     from lora_kernels import _cpu
 
     if options.isa:
@@ -170,15 +170,19 @@ def main() -> None:
     with torch.no_grad():
         for rows, size, ranks, dtype, kind in ROWS[:2] if options.quick else ROWS:
             calls, used = contenders(rows, size, ranks, dtype, kind)
-            seconds = paired(calls, seconds=2.0)
+            seconds = interleaved_medians(calls, seconds=2.0)
             shape = {"M": rows, "K": size, "N": size}
-            made = row("multi_lora", kind, getattr(torch, dtype), shape, seconds, what="forward", ranks=ranks, bytes_used=used)
+            made = measurement_row(
+                "multi_lora", kind, getattr(torch, dtype), shape, seconds, what="forward", ranks=ranks, bytes_used=used
+            )
             found.append(made)
-            ratios = "  ".join(f"{name} {three(seconds[name] / seconds['linear'])}" for name in calls if name != "linear")
+            ratios = "  ".join(
+                f"{name} {three_digits(seconds[name] / seconds['linear'])}" for name in calls if name != "linear"
+            )
             rate = used / seconds["ours, add"] / 1e9
             print(f"{kind:9} {dtype:8} {rows}×{size}² r={ranks}: over linear: {ratios}; {rate:.1f} GB/s", flush=True)
             if options.out:
-                text = json.dumps({"stamp": stamp(), "rows": found}, indent=1)
+                text = json.dumps({"stamp": machine_stamp(), "rows": found}, indent=1)
                 options.out.write_text(text + "\n", encoding="utf-8")
 
 

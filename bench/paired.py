@@ -1,4 +1,4 @@
-"""A measurement as plain values, and its circumstances. `paired` is that of `python -m lora_kernels bench`."""
+"""A measurement as plain values, and its circumstances. `interleaved_medians` is that of `python -m lora_kernels bench`."""
 
 import os
 import platform
@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from lora_kernels.commands.paired import paired
+from lora_kernels.commands.paired import interleaved_medians
 
-__all__ = ["paired", "row", "stamp"]
+__all__ = ["interleaved_medians", "measurement_row", "machine_stamp"]
 
 
-def row(
+def measurement_row(
     op: str, kind: str, dtype: torch.dtype, shape: dict[str, int], seconds: dict[str, float], **more: Any
 ) -> dict[str, Any]:
     """One measurement as plain values: what, shape, threads, seconds of each contender, ratios of ours to them."""
@@ -26,14 +26,14 @@ def row(
     }  # fmt: skip
 
 
-def stamp() -> dict[str, Any]:
+def machine_stamp() -> dict[str, Any]:
     """The machine, the versions and the commit."""
     from lora_kernels import _cpu
 
-    def git(*words: str) -> str:
+    def git_output(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
 
-    changed = git("status", "--porcelain", ":!bench/results")
+    changed = git_output("status", "--porcelain", ":!bench/results")
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         lines = [line.split(":", 1) for line in file if ":" in line]
     found = {key.strip(): value.strip() for key, value in lines}
@@ -48,5 +48,5 @@ def stamp() -> dict[str, Any]:
         "torch": torch.__version__,
         "peft": __import__("peft").__version__,
         "python": platform.python_version(),
-        "commit": git("rev-parse", "--short", "HEAD") + (" and uncommitted changes" if changed else ""),
+        "commit": git_output("rev-parse", "--short", "HEAD") + (" and uncommitted changes" if changed else ""),
     }

@@ -8,7 +8,7 @@ OTHERS = ("#c9a66b", "#9fb8a0", "#b9a3c2", "#c58f86")
 DPI = 130
 
 
-def pyplot() -> Any:
+def load_pyplot() -> Any:
     """matplotlib's, for pictures in files.
 
     Raises:
@@ -25,7 +25,7 @@ def pyplot() -> Any:
     return pyplot
 
 
-def head(figure: Any, title: str, note: str, columns: int = 5) -> None:
+def draw_headline(figure: Any, title: str, note: str, columns: int = 5) -> None:
     """The result and one legend of all panels above the picture, where it was measured below it.
 
     Strips are kept free for them, and both texts are broken into lines that fit the width: no text is cut or lies on another.
@@ -47,17 +47,17 @@ def head(figure: Any, title: str, note: str, columns: int = 5) -> None:
     figure.text(0.5, 0.08 / height, "\n".join(notes), fontsize=9, color="0.4", ha="center", va="bottom")
 
 
-def tidy(panel: Any, *, grid: str = "both") -> None:
+def tidy_axes(panel: Any, *, grid: str = "both") -> None:
     """No frame but the two axes, a faint grid behind the data."""
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis=grid, color="0.92")
     panel.set_axisbelow(True)
 
 
-def save(figure: Any, path: Path, digest: str = "") -> None:
+def save_picture(figure: Any, path: Path, digest: str = "") -> None:
     """Writes the PNG, the same bytes each time; `digest` says which data it was drawn from (`digest_of`)."""
     figure.savefig(path, dpi=DPI, metadata={"Software": None, "Data": digest} if digest else {"Software": None})
-    pyplot().close(figure)
+    load_pyplot().close(figure)
 
 
 def digest_of(result: Any) -> str:
@@ -68,6 +68,6 @@ def digest_of(result: Any) -> str:
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def three(value: float) -> str:
+def three_digits(value: float) -> str:
     """Three significant digits: 117, 1.60, 0.00512."""
     return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"

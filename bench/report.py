@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import report_many, report_picture
-from bench.palette import three
-from bench.report_parts import DTYPES, RANK, THREADS, distinct, grid, pick
+from bench.palette import three_digits
+from bench.report_parts import DTYPES, RANK, THREADS, distinct, markdown_table, select_rows
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- bench:begin -->\n", "<!-- bench:end -->\n"
@@ -41,22 +41,22 @@ def main(argv: list[str] | None = None, page: Path = PAGE) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, fail if the page is not what the files yield")
     options = parser.parse_args(argv)
     old, root = page.read_text(encoding="utf-8"), page.parents[1]
-    files = options.files or [root / name for name in named(old)]
+    files = options.files or [root / name for name in result_paths(old)]
     if not files:
         parser.error(f"no FILE given, and {page} names none")
     results = {Path(os.path.relpath(file, root)).as_posix(): json.loads(file.read_text("utf-8")) for file in files}
     for name, result in results.items():
         if "stages" in result:
             parser.error(f"{name} is of a GPU, by python -m bench.gpu, which drew its picture; these tables are of CPUs")
-    new = between(old, tables(results))
+    new = between(old, benchmark_tables(results))
     if options.check:
         if new != old:
             print(f"{page} is not what {', '.join(results)} yield: run python -m bench.report", file=sys.stderr)
         return int(new != old)
     (page.parent / "images").mkdir(exist_ok=True)
     for file, result in zip(files, results.values(), strict=True):
-        kind = report_many if pick(result["rows"], op="multi_lora") else report_picture
-        kind.draw(result, page.parent / "images" / f"{file.stem}.png")
+        kind = report_many if select_rows(result["rows"], op="multi_lora") else report_picture
+        kind.draw_picture(result, page.parent / "images" / f"{file.stem}.png")
     page.write_text(new, encoding="utf-8")
     return 0
 
@@ -69,20 +69,29 @@ def between(page: str, text: str) -> str:
     return before + BEGIN + text + END + rest.split(END)[1]
 
 
-def named(page: str) -> list[str]:
+def result_paths(page: str) -> list[str]:
     """The JSON files that the page's tables came from."""
     return re.findall(r"^Data: `([^`\s]+\.json)`", page[page.find(BEGIN) : page.find(END)], re.MULTILINE)
 
 
-def tables(results: dict[str, dict[str, Any]]) -> str:
+def benchmark_tables(results: dict[str, dict[str, Any]]) -> str:
     """The page's text between the markers, from the content of each JSON file by its path."""
     parts = [INTRO]
     for path, result in results.items():
-        rows = pick(result["rows"], threads=THREADS)
-        adapters, many = [row for row in rows if row["op"] != "multi_lora"], pick(rows, op="multi_lora")
-        shown = pick(adapters, r=RANK)
+        rows = select_rows(result["rows"], threads=THREADS)
+        adapters, many = [row for row in rows if row["op"] != "multi_lora"], select_rows(rows, op="multi_lora")
+        shown = select_rows(adapters, r=RANK)
         parts.append(circumstances(path, result))
-        parts += filter(None, [layers(shown), norms(shown), memory(result["rows"]), losses(adapters), report_many.table(many)])
+        parts += filter(
+            None,
+            [
+                layer_table(shown),
+                norm_table(shown),
+                memory_lines(result["rows"]),
+                losing_rows(adapters),
+                report_many.multi_lora_table(many),
+            ],
+        )
     return "\n".join(parts)
 
 
@@ -101,51 +110,51 @@ def circumstances(path: str, result: dict[str, Any]) -> str:
     )
 
 
-def layers(rows: list[dict[str, Any]]) -> str:
+def layer_table(rows: list[dict[str, Any]]) -> str:
     """Ours and PEFT's over nn.Linear's: a line for each dtype, kind and shape, a column for each direction and M."""
-    rows = pick(rows, op="lora_linear")
+    rows = select_rows(rows, op="lora_linear")
     columns = sorted(distinct(rows, "what", "M"))
     lines = [
         [f"{NAMES[dtype]} {NAMES[kind]} {k}×{n}"]
-        + [cell(pick(rows, dtype=dtype, kind=kind, K=k, N=n, what=what, M=tokens)) for what, tokens in columns]
+        + [ratio_cell(select_rows(rows, dtype=dtype, kind=kind, K=k, N=n, what=what, M=tokens)) for what, tokens in columns]
         for (dtype,) in distinct(rows, "dtype")
         for (kind,) in distinct(rows, "kind")
-        for k, n in distinct(pick(rows, dtype=dtype, kind=kind), "K", "N")
+        for k, n in distinct(select_rows(rows, dtype=dtype, kind=kind), "K", "N")
     ]
-    table = grid(["ours / PEFT's"] + [f"{what}, M={tokens}" for what, tokens in columns], lines)
+    table = markdown_table(["ours / PEFT's"] + [f"{what}, M={tokens}" for what, tokens in columns], lines)
     return table + ("\n" + SLOW if any(row["ratios"]["ours / linear"] < 0.1 for row in rows) else "")
 
 
-def cell(found: list[dict[str, Any]]) -> str:
+def ratio_cell(found: list[dict[str, Any]]) -> str:
     """Both ratios of the one row in `found`."""
-    return " / ".join(three(found[0]["ratios"][name]) for name in ("ours / linear", "peft / linear")) if found else "–"
+    return " / ".join(three_digits(found[0]["ratios"][name]) for name in ("ours / linear", "peft / linear")) if found else "–"
 
 
-def norms(rows: list[dict[str, Any]]) -> str:
+def norm_table(rows: list[dict[str, Any]]) -> str:
     """Our norm's time over PEFT's."""
-    rows = pick(rows, op="weight_norm")
+    rows = select_rows(rows, op="weight_norm")
     shapes = distinct(rows, "K", "N")
-    lines = [[NAMES[dtype]] + [against_peft(pick(rows, dtype=dtype, K=k, N=n)) for k, n in shapes]
+    lines = [[NAMES[dtype]] + [against_peft(select_rows(rows, dtype=dtype, K=k, N=n)) for k, n in shapes]
              for (dtype,) in distinct(rows, "dtype")]  # fmt: skip
-    return grid(["DoRA's norm, our time over PEFT's"] + [f"{k}×{n}" for k, n in shapes], lines)
+    return markdown_table(["DoRA's norm, our time over PEFT's"] + [f"{k}×{n}" for k, n in shapes], lines)
 
 
 def against_peft(found: list[dict[str, Any]]) -> str:
     """Ours over PEFT's in the one row in `found`."""
-    return three(found[0]["ratios"]["ours / peft"]) if found else "–"
+    return three_digits(found[0]["ratios"]["ours / peft"]) if found else "–"
 
 
-def memory(rows: list[dict[str, Any]]) -> str:
+def memory_lines(rows: list[dict[str, Any]]) -> str:
     """A line for each memory row."""
     text = ""
     for row in (row for row in rows if "bytes" in row):
         sizes = ", ".join(f"{NAMES[name]} {size / 2**20:.1f} MiB" for name, size in row["bytes"].items())
         what = f"{row['what'].capitalize()}, {NAMES[row['dtype']]} {NAMES[row['kind']]}"
-        text += f"{what} {place(row)}, norm computed: {sizes}.\n"
+        text += f"{what} {shape_label(row)}, norm computed: {sizes}.\n"
     return text
 
 
-def losses(rows: list[dict[str, Any]]) -> str:
+def losing_rows(rows: list[dict[str, Any]]) -> str:
     """Every row in which ours took longer than a rival that computes the same."""
     text = ""
     for rival, name in RIVALS.items():
@@ -158,14 +167,14 @@ def losses(rows: list[dict[str, Any]]) -> str:
         text += ", our time over its:\n\n" if lost else ".\n"
         lines = []
         for op, dtype, kind, what in distinct(lost, "op", "dtype", "kind", "what"):
-            found = pick(lost, op=op, dtype=dtype, kind=kind, what=what)
-            places = [f"{place(row)}: {row['ratios'][key]:.3f}" for row in found]
+            found = select_rows(lost, op=op, dtype=dtype, kind=kind, what=what)
+            places = [f"{shape_label(row)}: {row['ratios'][key]:.3f}" for row in found]
             lines.append([f"{NAMES[dtype]} {NAMES[kind]} {what}", "; ".join(places)])
-        text += grid(["", "shape: our time over its"], lines, "---") + "\n" if lost else ""
+        text += markdown_table(["", "shape: our time over its"], lines, "---") + "\n" if lost else ""
     return text
 
 
-def place(row: dict[str, Any]) -> str:
+def shape_label(row: dict[str, Any]) -> str:
     """A row's shape; the norm has no M."""
     return " ".join([f"{row['K']}×{row['N']}"] + [f"{key}={row[key]}" for key in ("M", "r") if key in row])
 

@@ -6,7 +6,7 @@ THREADS, RANK = 2, 16  # what tables and pictures show
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def grid(heading: list[str], lines: list[list[str]], rule: str = "---:") -> str:
+def markdown_table(heading: list[str], lines: list[list[str]], rule: str = "---:") -> str:
     """A markdown table, nothing without lines; `rule` is that of each column but the first, "---:" right, "---" left."""
     rules = ["---"] + [rule] * (len(heading) - 1)
     return "".join(f"| {' | '.join(line)} |\n" for line in [heading, rules, *lines]) if lines else ""
@@ -17,7 +17,7 @@ def measured(stamp: dict[str, Any], more: str) -> str:
     return f"{stamp['processor']}, {stamp['level']}; torch {stamp['torch']}, peft {stamp['peft']}; {more}"
 
 
-def pick(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+def select_rows(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
     """The rows that have these values."""
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from bench.paired import stamp
+from bench.paired import machine_stamp
 from lora_kernels import Member, lora_linear_group, use_backend
-from lora_kernels.ops.dispatch import forced
+from lora_kernels.ops.dispatch import forced_candidate
 from lora_kernels.ptxsim import device
 
 MIB = 2**20
 
 
-def count(
+def count_bytes(
     m: int, k: int, n: list[int], r: int, dropout: float, arch: int = 80, cache: int = 50 * MIB, line: int = 128,
     resident: int = 132,
 ) -> dict[str, Any]:  # fmt: skip
@@ -35,13 +35,16 @@ def count(
 
         least = 2 · (4 · MK + 3 · M ΣN + 2 · K ΣN)
     """
-    x = normal(m, k).requires_grad_()
-    members = [Member(normal(wide, k), normal(r, k).requires_grad_(), normal(wide, r).requires_grad_(), 2.0) for wide in n]
+    x = random_matrix(m, k).requires_grad_()
+    members = [
+        Member(random_matrix(wide, k), random_matrix(r, k).requires_grad_(), random_matrix(wide, r).requires_grad_(), 2.0)
+        for wide in n
+    ]
     with use_backend("triton", simulate=True), device(arch, trace=True, check=False, resident=resident, shuffle=False) as sim:
-        with forced("two launches"):
+        with forced_candidate("two launches"):
             ys = lora_linear_group(x, members, dropout)
-        with forced("fused"):
-            torch.autograd.backward(ys, [normal(m, wide) for wide in n])
+        with forced_candidate("fused"):
+            torch.autograd.backward(ys, [random_matrix(m, wide) for wide in n])
     through, apart = sim.dram(cache, line), sim.dram(cache, line, apart=True)
     least = 2 * (4 * m * k + 3 * m * sum(n) + 2 * k * sum(n))
     return {
@@ -51,7 +54,7 @@ def count(
     }  # fmt: skip
 
 
-def normal(rows: int, columns: int) -> torch.Tensor:
+def random_matrix(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns, dtype=torch.bfloat16)
 
 
@@ -65,7 +68,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     out, options["cache"] = options.pop("out"), options["cache"] * MIB
     began = time.monotonic()
-    row = count(**options)
+    row = count_bytes(**options)
     total, apart = row["read"] + row["written"], row["apart_read"] + row["apart_written"]
     layer = ", ".join(f"{name} {row[name]}" for name in ("m", "k", "n", "r", "dropout"))
     print(f"sm_{row['arch']}: {layer}: {row['launches']} launches")
@@ -73,7 +76,7 @@ def main() -> None:
         print(f"{name:18} {size / MIB:9.1f} MiB  {size / row['least']:.3f} of the least")
     print(f"{time.monotonic() - began:.0f} s")
     if out:
-        out.write_text(json.dumps({"stamp": stamp(), "rows": [row]}, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps({"stamp": machine_stamp(), "rows": [row]}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ import torch
 
 from bench import tune_tiles
 from lora_kernels.ops import cost, dispatch, launch, tables
-from lora_kernels.ops.chips import Chip, chip
+from lora_kernels.ops.chips import Chip, nearest_chip
 from lora_kernels.ops.cost import Problem
-from lora_kernels.ops.tuning import Calls, Times, calls, choice, events
+from lora_kernels.ops.tuning import Calls, Times, candidate_calls, measured_choice, median_event_seconds
 from lora_kernels.testing.gates.launched import refusal
 
 LAYERS = {
@@ -49,7 +49,7 @@ def problems(quick: bool = False) -> Iterator[Problem]:
                         yield Problem(direction, m, k, (n,), (r,), dtype)
 
 
-def tune(
+def write_measured_table(
     on: Chip, arch: int, shapes: Iterable[Problem], op: Callable[[Problem], Calls], clock: Callable[[Calls], Times],
     folder: str | Path, gpu: str, stamp: dict[str, str], backends: tuple[str, ...] = ("triton",),
 ) -> Path:  # fmt: skip
@@ -61,38 +61,40 @@ def tune(
     rows = []
     for p in shapes:
         every = op(p)
-        planned = dispatch.plan(p, arch, multiprocessors=on.multiprocessors, backends=backends)
+        planned = dispatch.choose_plan(p, arch, multiprocessors=on.multiprocessors, backends=backends)
         able = [c.name for c in planned.candidates if c.refused is None]
         taken = clock({name: every[name] for name in (*able, BASE)})
         rows.append((p, taken))
         print(f"{p}: " + ", ".join(f"{name} {seconds * 1e6:.1f} µs" for name, seconds in taken.items()), flush=True)
-    choices = [choice(p, {name: taken[name] for name in taken if name != BASE}) for p, taken in rows]
-    made = fit(rows, on, tables.table(arch))._replace(arch=arch, gpu=gpu, measured=True, stamp=stamp, choices=tuple(choices))
-    path = tables.write(made, folder)
-    dispatch.forget()
+    choices = [measured_choice(p, {name: taken[name] for name in taken if name != BASE}) for p, taken in rows]
+    made = fit_efficiencies(rows, on, tables.table_for(arch))._replace(
+        arch=arch, gpu=gpu, measured=True, stamp=stamp, choices=tuple(choices)
+    )
+    path = tables.write_table(made, folder)
+    dispatch.clear_caches()
     return path
 
 
-def fit(rows: list[tuple[Problem, Times]], on: Chip, table: tables.Table) -> tables.Table:
+def fit_efficiencies(rows: list[tuple[Problem, Times]], on: Chip, table: tables.Table) -> tables.Table:
     """The table with those efficiencies for which the model says what was measured: the median of each class."""
     ideal, found = dict.fromkeys(tables.SHARES, 1.0), defaultdict(list)
     for p, taken in rows:
-        base = cost.gemm(p)
+        base = cost.gemm_step(p)
         lines = cost.rooflines(base, None, p, on, ideal)
         name = "library" if lines["compute"] > lines["memory"] else "stream"
-        found[_key(p), name].append(max(lines["compute"], lines["memory"]) / (taken[BASE] - on.launch))
+        found[_size_class(p), name].append(max(lines["compute"], lines["memory"]) / (taken[BASE] - on.launch))
         if cost.LIBRARY in taken:
-            launches = cost.steps(p)[cost.LIBRARY]
+            launches = cost.candidate_launches(p)[cost.LIBRARY]
             pairs = zip(launches, [None, *launches], strict=False)
             thin = [cost.rooflines(step, before, p, on, ideal) for step, before in pairs if step.kind == "thin"]
             if name == "library" and all(max(each.values()) == each["memory"] for each in thin):
                 rest = taken[cost.LIBRARY] - taken[BASE] - len(thin) * on.launch
-                found[_key(p), "thin"].append(sum(each["memory"] for each in thin) / rest if rest > 0 else 1.0)
-    table = _with(table, found)
+                found[_size_class(p), "thin"].append(sum(each["memory"] for each in thin) / rest if rest > 0 else 1.0)
+    table = _with_medians(table, found)
     found = defaultdict(list)
     for p, taken in rows:
-        shares = table.shares(p.half, p.m)
-        for name, launches in cost.steps(p).items():
+        shares = table.efficiencies(p.is_half, p.m)
+        for name, launches in cost.candidate_launches(p).items():
             at = next(i for i, step in enumerate(launches) if step.kind != "thin")
             # where the first launch may hide under the second, its time is no part of the sum
             if name not in taken or name == cost.LIBRARY or (name == "two launches" and p.m <= 64):
@@ -101,15 +103,15 @@ def fit(rows: list[tuple[Problem, Times]], on: Chip, table: tables.Table) -> tab
             rest = taken[name] - len(launches) * on.launch - sum(max(x.values()) for i, x in enumerate(lines) if i != at)
             compute = cost.rooflines(launches[at], None, p, on, ideal)["compute"]
             if rest > 0 and compute > max(lines[at]["memory"], lines[at]["tile"]) / 2:
-                found[_key(p), launches[at].kind].append(compute / rest)
-    return _with(table, found)
+                found[_size_class(p), launches[at].kind].append(compute / rest)
+    return _with_medians(table, found)
 
 
-def _key(p: Problem) -> tuple[str, str]:
-    return "half" if p.half else "single", next(name for name, most in tables.SIZES.items() if p.m <= most)
+def _size_class(p: Problem) -> tuple[str, str]:
+    return "half" if p.is_half else "single", next(name for name, most in tables.SIZES.items() if p.m <= most)
 
 
-def _with(table: tables.Table, found: dict[tuple[tuple[str, str], str], list[float]]) -> tables.Table:
+def _with_medians(table: tables.Table, found: dict[tuple[tuple[str, str], str], list[float]]) -> tables.Table:
     efficiency = {kind: {size: dict(shares) for size, shares in sizes.items()} for kind, sizes in table.efficiency.items()}
     for ((kind, size), name), values in found.items():
         efficiency[kind][size][name] = round(min(1.0, max(0.01, statistics.median(values))), 3)
@@ -119,29 +121,29 @@ def _with(table: tables.Table, found: dict[tuple[tuple[str, str], str], list[flo
 def on_device(device: str) -> Callable[[Problem], Calls]:
     """The calls of a problem on the backends for GPUs, and the library's GEMM alone."""
 
-    def made(p: Problem) -> Calls:
+    def device_calls(p: Problem) -> Calls:
         x, w, dy = (torch.randn(shape, dtype=p.dtype, device=device) for shape in ((p.m, p.k), (*p.n, p.k), (p.m, *p.n)))
-        return {BASE: lambda: x @ w.T if p.direction == "forward" else dy @ w, **calls(p, device)}
+        return {BASE: lambda: x @ w.T if p.direction == "forward" else dy @ w, **candidate_calls(p, device)}
 
-    return made
+    return device_calls
 
 
 def circumstances() -> dict[str, str]:
     """What the figures hold for."""
 
-    def said(*words: str) -> str:
+    def program_output(*words: str) -> str:
         try:
             return subprocess.run(words, capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
         except OSError:
             return ""
 
-    changed = said("git", "status", "--porcelain")
+    changed = program_output("git", "status", "--porcelain")
     return {
         "gpu": torch.cuda.get_device_name(),
-        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "driver": program_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
         "torch": torch.__version__,
         "triton": __import__("triton").__version__,
-        "commit": said("git", "rev-parse", "--short", "HEAD") + (" and uncommitted changes" if changed else ""),
+        "commit": program_output("git", "rev-parse", "--short", "HEAD") + (" and uncommitted changes" if changed else ""),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -162,16 +164,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench.tune: this GPU is sm_{arch}, not sm_{options.arch}; nothing was written", file=sys.stderr)
         return 2
     stamp = circumstances()
-    shapes, on = problems(options.quick), chip(arch, multiprocessors)
+    shapes, on = problems(options.quick), nearest_chip(arch, multiprocessors)
     without = launch.refuse_binary(arch)
     print(f"bench.tune: CUDA C++ is {'measured, too' if without is None else f'left out: {without}'}")
     backends = ("triton",) if without else ("triton", "cuda")
-    print(tune(on, arch, shapes, on_device("cuda"), events, options.out, stamp["gpu"], stamp, backends))
+    print(
+        write_measured_table(
+            on, arch, shapes, on_device("cuda"), median_event_seconds, options.out, stamp["gpu"], stamp, backends
+        )
+    )
     why = f"measured on {stamp['gpu']}, {stamp['date']}"
     try:
         rows = tune_tiles.propose(
-            problems(quick=True), arch, partial(calls, device="cuda"), events, partial(refusal, arch=arch), options.out, why,
-            backends=backends,
+            problems(quick=True), arch, partial(candidate_calls, device="cuda"), median_event_seconds,
+            partial(refusal, arch=arch), options.out, why, backends=backends,
         )  # fmt: skip
     except FileNotFoundError as error:
         print(f"bench.tune: no tile was timed, since the gates cannot be asked: {error}", file=sys.stderr)

@@ -28,7 +28,7 @@ def propose(
     until, found = time.monotonic() + seconds, []
     for p in shapes:
         with dispatch.tables_from(folder):
-            winner = dispatch.plan(p, arch, backends=backends).winner
+            winner = dispatch.choose_plan(p, arch, backends=backends).winner
         call = op(p).get(winner)
         if call is not None:
             found += tune_tiles(winner, call, clock, refuse, until)

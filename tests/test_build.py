@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels.ptxsim.nvcc import MISSING, find_nvcc, front
+from lora_kernels.ptxsim.nvcc import MISSING, find_nvcc, source_architecture
 
 ROOT = Path(__file__).parents[1]
 CMAKE = shutil.which("cmake", path=Path(sys.executable).parent) or shutil.which("cmake")
@@ -51,7 +51,7 @@ def test_the_gpus_that_are_asked_for(configured):
     command = next(line for line in rules.splitlines() if "cuda_small.cu" in line and "-gencode" in line)
     asked = [word for word in command.split() if word.startswith("arch=")]
     fronts = {"86": "80", "90": "90", "100a": "100a", "120": "90"}
-    assert {name: front(f"sm_{name}") for name in fronts} == fronts
+    assert {name: source_architecture(f"sm_{name}") for name in fronts} == fronts
     codes = [f"arch=compute_{seen},code=sm_{name}" for name, seen in fronts.items()]
     assert asked == [*codes, "arch=compute_90,code=compute_90"]
     assert "-cudart static" in command
@@ -148,13 +148,13 @@ def test_a_build_into_the_sources_leaves_its_reason_there(tmp_path):
     ("g++: fatal error: Killed signal terminated program cc1plus", "too little memory: export MAX_JOBS=1", None),
 ])  # fmt: skip
 def test_what_is_missing_in_words(said, linux, mac):
-    why = setup_py().why
+    why = setup_py().build_error_line
     for system, wanted in (("linux", linux), ("darwin", mac or linux)):
         assert why(said, system) == f"{wanted}, then pip install --force-reinstall --no-deps ."
 
 
 def test_any_other_failure_is_its_first_error():
-    why = setup_py().why
+    why = setup_py().build_error_line
     said = "[1/9] Building\nsrc/a.cpp:3:1: error: 'foo' was not declared\nninja: build stopped: subcommand failed."
     assert why(said) == "src/a.cpp:3:1: error: 'foo' was not declared; `pip install -v .` says more"
     assert why("CMake Error at CMakeLists.txt:7 (message):\n  it is Monday\n") == "it is Monday; `pip install -v .` says more"

@@ -89,7 +89,7 @@ def test_another_module_that_is_missing_is_no_excuse(monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(paired, "LEAST", 2)
+    monkeypatch.setattr(paired, "MIN_ROUNDS", 2)
 
 
 def test_bench_of_a_shape(quick, capsys, tmp_path):
@@ -110,11 +110,11 @@ def test_bench_of_a_model(quick, capsys, tmp_path):
     assert re.search(r"14 layers, 5 tokens, rank 16, bfloat16", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("method", bench.KINDS)
+@pytest.mark.parametrize("method", bench.METHODS)
 def test_contenders_share_weights_and_compute_the_same(method):
     shape = bench.SHAPE.fullmatch("24x40")
-    base = bench._layer(shape, None, torch.device("cpu"))
-    job = bench._job("", base, True, method, 7, 4)
+    base = bench._make_layer(shape, None, torch.device("cpu"))
+    job = bench._make_job("", base, True, method, 7, 4)
     names = {name: {p.data_ptr() for p in module.parameters()} for name, module in job.modules.items()}
     assert names["base"] < names["PEFT"] == names["ours"] and job.layers == "one layer"
     grads = {}
@@ -130,19 +130,19 @@ def test_contenders_share_weights_and_compute_the_same(method):
 def test_layers_that_are_left_to_peft_are_told(monkeypatch):
     report = SimpleNamespace(fused=["a", "b"], left={"c": "because"})
     monkeypatch.setattr(bench, "fuse", lambda model: report)
-    base = bench._layer(bench.SHAPE.fullmatch("8x8"), None, torch.device("cpu"))
-    assert bench._job("", base, True, "LoRA", 2, 2).layers == "2 layers and 1 left to PEFT"
+    base = bench._make_layer(bench.SHAPE.fullmatch("8x8"), None, torch.device("cpu"))
+    assert bench._make_job("", base, True, "LoRA", 2, 2).layers == "2 layers and 1 left to PEFT"
 
 
 def test_bench_leaves_no_gradients():
-    job = bench._job("", bench._layer(bench.SHAPE.fullmatch("8x8"), None, torch.device("cpu")), True, "LoRA", 2, 2)
+    job = bench._make_job("", bench._make_layer(bench.SHAPE.fullmatch("8x8"), None, torch.device("cpu")), True, "LoRA", 2, 2)
     assert set(bench.measure(job, True, 0)) == set(bench.CONTENDERS)
     assert job.x.grad is None and all(p.grad is None for p in job.modules["ours"].parameters())
 
 
 @pytest.mark.parametrize(("ours", "words"), [(1, "2.00x faster"), (4, "2.00x slower"), (1.99, "as fast"), (2.01, "as fast")])
 def test_words(ours, words):
-    assert bench.ratio({"base": 1.0, "PEFT": 2.0, "ours": ours}) == words
+    assert bench.speedup_label({"base": 1.0, "PEFT": 2.0, "ours": ours}) == words
 
 
 def test_bench_says_what_it_cannot(monkeypatch, capsys, tmp_path):
@@ -158,7 +158,7 @@ def test_bench_says_what_it_cannot(monkeypatch, capsys, tmp_path):
 def test_rounds_are_interleaved_in_random_orders():
     order, waits = [], []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    times = paired.paired(calls, seconds=0, wait=lambda: waits.append(0))
+    times = paired.interleaved_medians(calls, seconds=0, wait=lambda: waits.append(0))
     assert set(times) == set("abc") and order[:6] == list("aabbcc") and len(waits) == 2 * 30
     rounds = [tuple(order[i : i + 3]) for i in range(6, len(order), 3)]
-    assert len(rounds) == paired.LEAST and all(sorted(each) == list("abc") for each in rounds) and len(set(rounds)) > 3
+    assert len(rounds) == paired.MIN_ROUNDS and all(sorted(each) == list("abc") for each in rounds) and len(set(rounds)) > 3

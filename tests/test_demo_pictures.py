@@ -16,7 +16,7 @@ def said(monkeypatch):
     from bench import palette
 
     kept = []
-    head, save = palette.head, palette.save
+    head, save = palette.draw_headline, palette.save_picture
 
     def keep_title(figure, title, *more, **named):
         kept.append(title)
@@ -26,8 +26,8 @@ def said(monkeypatch):
         kept.append(figure.axes)
         save(figure, path)
 
-    monkeypatch.setattr(palette, "head", keep_title)
-    monkeypatch.setattr(palette, "save", keep_axes)
+    monkeypatch.setattr(palette, "draw_headline", keep_title)
+    monkeypatch.setattr(palette, "save_picture", keep_axes)
     monkeypatch.syspath_prepend(str(DEMO))
     return kept
 

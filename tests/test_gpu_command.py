@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from bench import report
-from bench.gpu.__main__ import STAGES, kebab, main
+from bench.gpu.__main__ import STAGES, kebab_case, main
 from bench.gpu.record import Record
-from bench.gpu.running import Work, apart
-from bench.gpu.setting import Found, differ
+from bench.gpu.running import Work, run_in_processes
+from bench.gpu.setting import Found, any_bit_differs
 from lora_kernels.ops import missing_backends
 
 if "triton" in missing_backends():
@@ -80,8 +80,8 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, monkeypatch, caps
 def test_a_stage_whose_process_dies_has_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     record = Record(tmp_path / "found.json")
-    record.begin()
-    apart(Work("environment", "environment"), record, 10, ["--dry-run"])
+    record.start_file()
+    run_in_processes(Work("environment", "environment"), record, 10, ["--dry-run"])
     stage = record.read()["stages"]["environment"]
     assert stage["status"] == "failed" and stage["failures"] == ["its process ended with 1 between checks"]
 
@@ -102,5 +102,5 @@ def test_what_is_found():
     found.check("broken", lambda: [][0])
     assert found.status == "failed" and found.failures == ["broken: IndexError: list index out of range"]
     nan, zero = torch.tensor([torch.nan]), torch.tensor([0.0])
-    assert not differ([nan], [nan.clone()]) and differ([zero], [-zero])
-    assert kebab("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert not any_bit_differs([nan], [nan.clone()]) and any_bit_differs([zero], [-zero])
+    assert kebab_case("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"

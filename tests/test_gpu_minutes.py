@@ -18,8 +18,8 @@ from bench import tune
 from bench.gpu import ceilings, offline, ready, rivals, rows, speed, timed, tuned
 from bench.gpu.__main__ import PARTS, main
 from bench.gpu.record import Record
-from bench.gpu.running import ROOT, Work, apart
-from bench.gpu.setting import Broken, Found, Refused, Setting, backends
+from bench.gpu.running import ROOT, Work, run_in_processes
+from bench.gpu.setting import Broken, Found, Refused, Setting, backends_used
 from lora_kernels.ops import cost, missing_backends, registry
 from lora_kernels.testing import make_problem, rms, run
 
@@ -30,7 +30,7 @@ needs_triton = pytest.mark.skipif("triton" in missing_backends(), reason=missing
 @pytest.fixture
 def record(tmp_path):
     made = Record(tmp_path / "found.json")
-    made.begin(minutes=8)
+    made.start_file(minutes=8)
     return made
 
 
@@ -71,10 +71,10 @@ def test_the_parts_in_order_each_with_its_share(record):
     def each(work, record, seconds, words, processes, environment=None):
         seen.append((work.name, work.form, round(seconds), processes, environment))
         clock.now += seconds
-        record.add(work.name, "passed", "a check")
+        record.add_entry(work.name, "passed", "a check")
 
     two = {"bundled": {"TRITON_PTXAS_PATH": None}, "13.3": {"TRITON_PTXAS_PATH": "/there/ptxas"}}
-    timed.run(record, 8, [], 16, two, each=each, clock=clock)
+    timed.run_parts(record, 8, [], 16, two, each=each, clock=clock)
     assert list(dict.fromkeys(name for name, *_ in seen)) == list(PARTS)
     assert [s for name, form, s, *_ in seen if name == "ceilings"] == [20]
     assert [(s, e) for name, _, s, _, e in seen if name == "witness"] == [(30, each) for each in two.values()]
@@ -91,7 +91,7 @@ def test_the_deadline_holds_whatever_a_part_takes(record):
         seen[work.name] = seconds
         clock.now += 300 if work.name == "essentials" else seconds
 
-    timed.run(record, 8, [], 1, {"bundled": {}}, each=late, clock=clock)
+    timed.run_parts(record, 8, [], 1, {"bundled": {}}, each=late, clock=clock)
     assert seen["witness"] == 60, "who begins late has his share"
     assert seen["rows"] == pytest.approx(480 - 20 - 300 - 60), "but no more than is left"
     assert clock.now <= 100 + 480 and "repeats" not in seen
@@ -134,7 +134,7 @@ def test_the_file_has_each_check_as_it_ends(record):
         found.check(name, call)
     stage = record.read()["stages"]["essentials"]
     assert (stage["passed"], stage["not_run"], stage["failed"]) == (["second"], ["sixth: not here"], 0)
-    assert stage["running"] == {} and record.tried("essentials") == {"second", "sixth"}
+    assert stage["running"] == {} and record.tried_checks("essentials") == {"second", "sixth"}
 
 
 def test_a_lost_gpu_ends_the_process_and_not_the_stage(record, monkeypatch):
@@ -155,7 +155,7 @@ def test_a_lost_gpu_ends_the_process_and_not_the_stage(record, monkeypatch):
             return 3 if len(begun) == 1 else 0
 
     monkeypatch.setattr(subprocess, "Popen", Process)
-    apart(Work("essentials", "essentials"), record, 10, [])
+    run_in_processes(Work("essentials", "essentials"), record, 10, [])
     assert len(begun) == 2 and record.read()["stages"]["essentials"]["failed"] == 1
 
 
@@ -179,8 +179,8 @@ def test_a_kill_leaves_what_was_found(tmp_path):
 @needs_triton
 def test_the_reference_is_a_failure_of_its_row_and_no_abort(record, monkeypatch):
     monkeypatch.setattr(registry, "PREFERENCE", {"cpu": ("cpu", "reference"), "cuda": ("reference",)})
-    monkeypatch.setattr(rows, "EIGHT", rows.EIGHT[:1])
-    rows.measure(Setting(dry=True), Found(record, "rows"), speed.called)
+    monkeypatch.setattr(rows, "MAIN_ROWS", rows.MAIN_ROWS[:1])
+    rows.measure(Setting(dry=True), Found(record, "rows"), speed.run_untimed)
     stage = record.read()["stages"]["rows"]
     assert stage["failed"] == 2 and all("ran on the reference" in why for why in stage["failures"])
     assert [row["op"] for row in record.read()["rows"]] == ["lora_linear", "multi_lora"], "its times are kept"
@@ -190,8 +190,8 @@ def test_the_reference_is_a_failure_of_its_row_and_no_abort(record, monkeypatch)
 @needs_triton
 def test_what_a_dry_run_chooses_is_what_the_gpu_would():
     problem = make_problem(2, 64, 64, 16, torch.bfloat16)
-    with Setting(dry=True, arch=90).chosen():
-        ran, slow = backends(lambda: run(problem))
+    with Setting(dry=True, arch=90).as_dispatched():
+        ran, slow = backends_used(lambda: run(problem))
     assert not slow and all(": reference" not in each and ": cpu" not in each for each in ran), ran
     assert registry.PREFERENCE["cpu"] == ("cpu", "reference") and not registry.simulates()
 
@@ -204,7 +204,7 @@ def test_the_rivals_compute_what_is_compared(dora, p):
     magnitude = torch.rand(12, dtype=torch.float64) + 0.5 if dora else None
     leaves = [t.requires_grad_() for t in (problem.x, problem.a, problem.b, magnitude) if t is not None]
     found = []
-    for function in (rivals.addmm, rivals.plain):
+    for function in (rivals.lora_by_addmm, rivals.lora_as_written):
         torch.manual_seed(0)
         y = function(problem.x, problem.w, problem.a, problem.b, 2.0, magnitude, p)
         found.append([y, *torch.autograd.grad(y, leaves, problem.dy)])
@@ -241,8 +241,8 @@ def test_assemblers(tmp_path, monkeypatch):
 
 def test_the_offline_folder_wants_a_python_and_nvcc(tmp_path, monkeypatch, capsys):
     """Nothing is built or fetched before all that it needs is there."""
-    monkeypatch.setattr(offline, "nvcc", lambda: None)
-    monkeypatch.setattr(offline, "call", lambda *_, **__: pytest.fail("something was run"))
+    monkeypatch.setattr(offline, "nvcc_path", lambda: None)
+    monkeypatch.setattr(offline, "run_or_raise", lambda *_, **__: pytest.fail("something was run"))
     assert offline.main([str(tmp_path / "made"), "--python", program(tmp_path / "python", status=1)]) == 2
     said = capsys.readouterr().err
     assert "a Python 3.12 with headers and venv" in said and "does not run" in said and "nvcc" in said
@@ -267,18 +267,18 @@ def test_the_offline_folder_is_unpacked_if_it_is_whole(tmp_path, monkeypatch):
     (tree / "csrc" / "kernel.cu").write_text("what")
     (folder / "lib" / "lora_kernels" / "_cuda.so").write_bytes(b"a module")
     (folder / "ptxas.xz").write_bytes(offline.lzma.compress(b"an assembler"))
-    of = {str(path.relative_to(folder)): offline.facts(path) for path in offline.files(folder)}
+    of = {str(path.relative_to(folder)): offline.size_and_digest(path) for path in offline.files_below(folder)}
     made = {"files": of, "made_for": {"python": "3.12"}, "sources": offline.sources()}
     (folder / "manifest.json").write_text(json.dumps(made))
-    path = Path(offline.unpack(folder, scratch))
+    path = Path(offline.unpack_folder(folder, scratch))
     assert path.read_bytes() == b"an assembler" and path.stat().st_mode & 0o111
     assert (tree / "lora_kernels" / "_cuda.so").read_bytes() == b"a module"
     (tree / "csrc" / "kernel.cu").write_text("something else")
     with pytest.raises(offline.Missing, match="csrc has changed since"):
-        offline.unpack(folder, scratch)
+        offline.unpack_folder(folder, scratch)
     (folder / "ptxas.xz").write_bytes(b"half of it")
     with pytest.raises(offline.Missing, match="was not copied whole"):
-        offline.unpack(folder, scratch)
+        offline.unpack_folder(folder, scratch)
 
 
 class Pretended(Setting):
@@ -305,7 +305,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "pretended")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # for the CPU it would call a C++ compiler
-    for module in (ceilings, sys.modules[tune.events.__module__]):
+    for module in (ceilings, sys.modules[tune.median_event_seconds.__module__]):
         monkeypatch.setattr(module, "FLUSH", 1)
     return Pretended(timed=True)
 
@@ -314,10 +314,10 @@ def test_what_a_dry_run_leaves_out_of_the_speed(record, pretended, monkeypatch):
     monkeypatch.setattr(ceilings, "GEMMS", [(32, 24, 16)])
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, **more: zeros(min(size[0], 64) if size else (), **more))
-    ceilings.stage(pretended, Found(record, "ceilings"))
+    ceilings.run_stage(pretended, Found(record, "ceilings"))
     monkeypatch.setattr(torch, "zeros", zeros)
-    monkeypatch.setattr(rows, "MORE", [row._replace(m=5, k=64, n=48) for row in rows.MORE[2:6:3]])
-    rows.measure(pretended, Found(record, "more"), tune.events)
+    monkeypatch.setattr(rows, "FURTHER_ROWS", [row._replace(m=5, k=64, n=48) for row in rows.FURTHER_ROWS[2:6:3]])
+    rows.measure(pretended, Found(record, "more"), tune.median_event_seconds)
     found = record.read()
     assert {stage["failed"] for stage in found["stages"].values()} == {0}, found["stages"]
     made = {row["what"]: row for row in found["rows"]}
@@ -332,9 +332,9 @@ def test_what_a_dry_run_leaves_out_of_the_speed(record, pretended, monkeypatch):
 def test_the_table_is_written_after_each_shape(record, pretended, monkeypatch):
     shapes = [tuned.Problem(what, 16, 256, (128,), (16,), torch.bfloat16) for what in ("forward", "backward")]
     names, library = {"forward": cost.FORWARD[0], "backward": cost.BACKWARD[0]}, cost.BACKWARD[-1]
-    monkeypatch.setattr(tuned, "shapes", lambda setting: iter(shapes))
-    monkeypatch.setattr(tuned, "calls", lambda setting, p: {names[p.direction]: int, library: int, tune.BASE: int})
-    monkeypatch.setattr(tuned, "backends", lambda: ("triton",))
+    monkeypatch.setattr(tuned, "problems_to_measure", lambda setting: iter(shapes))
+    monkeypatch.setattr(tuned, "candidate_calls", lambda setting, p: {names[p.direction]: int, library: int, tune.BASE: int})
+    monkeypatch.setattr(tuned, "able_backends", lambda: ("triton",))
     monkeypatch.setattr(tuned.launch, "architecture", lambda t: 90)
     planned = tuned.dispatch.plan
 
@@ -344,14 +344,14 @@ def test_the_table_is_written_after_each_shape(record, pretended, monkeypatch):
 
     monkeypatch.setattr(tuned.dispatch, "plan", only)
     seen = []
-    write = tuned.write
+    write = tuned.write_table
 
     def watched(measured, able, folder):
         write(measured, able, folder)
         seen.append(len(json.loads((folder / "sm_90.json").read_text())["choices"]))
 
-    monkeypatch.setattr(tuned, "write", watched)
-    tuned.stage(pretended, Found(record, "tuned"))
+    monkeypatch.setattr(tuned, "write_table", watched)
+    tuned.run_stage(pretended, Found(record, "tuned"))
     assert seen == [1, 2] and record.read()["stages"]["tuned"]["status"] == "passed", record.read()["stages"]
     assert [row["op"] for row in record.read()["rows"]] == ["tune", "tune"]
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from bench import cost_picture
-from bench.palette import digest_of, three
-from bench.report import BEGIN, END, PAGE, between, main, named, tables
+from bench.palette import digest_of, three_digits
+from bench.report import BEGIN, END, PAGE, benchmark_tables, between, main, result_paths
 
 STAMP = {
     "processor": "A processor", "instructions": ["avx2"], "cores": 2, "level": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -25,7 +25,7 @@ def row(ours, peft, kind="lora", m=4, r=16, threads=2):
 
 
 def text(*rows):
-    return tables({"a.json": {"stamp": STAMP, "rows": rows}})
+    return benchmark_tables({"a.json": {"stamp": STAMP, "rows": rows}})
 
 
 def picture_data(path):
@@ -43,19 +43,21 @@ def page(tmp_path):
     file.write_text(json.dumps({"stamp": STAMP, "rows": [row(0.5, 1.25), row(1.5, 1.25, m=64)]}), encoding="utf-8")
     path = tmp_path / "docs" / "page.md"
     path.parent.mkdir()
-    path.write_text(between(f"above\n{BEGIN}old\n{END}below\n", tables({"a.json": json.loads(file.read_text())})), "utf-8")
+    path.write_text(
+        between(f"above\n{BEGIN}old\n{END}below\n", benchmark_tables({"a.json": json.loads(file.read_text())})), "utf-8"
+    )
     return path
 
 
 def test_the_page_is_what_the_files_yield():
-    names = named(PAGE.read_text(encoding="utf-8"))
+    names = result_paths(PAGE.read_text(encoding="utf-8"))
     assert len(names) == len(list((PAGE.parents[1] / "bench" / "results").glob("xeon*.json")))
     assert main(["--check"]) == 0, "run python -m bench.report"
 
 
 def test_the_pictures_are_of_the_files():
     pytest.importorskip("PIL")
-    for name in named(PAGE.read_text(encoding="utf-8")):
+    for name in result_paths(PAGE.read_text(encoding="utf-8")):
         file = PAGE.parents[1] / name
         drawn = picture_data(PAGE.parent / "images" / f"{file.stem}.png")
         assert drawn == digest_of(json.loads(file.read_text("utf-8"))), "run python -m bench.report"
@@ -71,18 +73,18 @@ def test_readmes_picture_shows_the_ratios_and_is_the_same_each_time(tmp_path):
             each = row(1 + i + j / 8, 8, kind=kind, m=m)
             rows.append({**each, "what": what, "dtype": dtype, "K": 4096, "N": 4096})
     result = {"stamp": STAMP, "rows": rows}
-    assert cost_picture.ratios(result, what="forward", M=1)[-1] == ("DoRA\nbf16", 2.375, 8)
+    assert cost_picture.cost_ratios(result, what="forward", M=1)[-1] == ("DoRA\nbf16", 2.375, 8)
     for name in ("a.png", "b.png"):
-        cost_picture.draw(result, tmp_path / name)
+        cost_picture.draw_picture(result, tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert picture_data(tmp_path / "a.png") == digest_of(result) != digest_of({"stamp": STAMP, "rows": rows[1:]})
     with pytest.raises(SystemExit, match="one row of dora bfloat16 .* found 0"):
-        cost_picture.ratios({"stamp": STAMP, "rows": rows[:-1]}, what="forward", M=1)
+        cost_picture.cost_ratios({"stamp": STAMP, "rows": rows[:-1]}, what="forward", M=1)
 
 
 def test_three_digits():
     shown = {117.2: "117", 99.96: "100", 84.42: "84.4", 1.6: "1.60", 0.6249: "0.625", 0.00512: "0.00512"}
-    assert {value: three(value) for value in shown} == shown
+    assert {value: three_digits(value) for value in shown} == shown
 
 
 def test_cells_are_ours_and_pefts_and_a_row_that_is_missing_is_a_dash():
@@ -130,7 +132,7 @@ def test_pictures_of_both(tmp_path):
     page.write_text(f"{BEGIN}{END}", encoding="utf-8")
     assert main([str(tmp_path / "a.json"), str(tmp_path / "b.json")], page) == 0
     assert sorted(path.name for path in (page.parent / "images").iterdir()) == ["a.png", "b.png"]
-    assert named(page.read_text(encoding="utf-8")) == ["a.json", "b.json"]
+    assert result_paths(page.read_text(encoding="utf-8")) == ["a.json", "b.json"]
 
 
 def test_check_fails_when_a_digit_is_changed(page, capsys):

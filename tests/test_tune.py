@@ -5,11 +5,11 @@ import torch
 
 from bench import tune as bench
 from lora_kernels.ops import cost, dispatch, registry, tables
-from lora_kernels.ops.chips import chip
+from lora_kernels.ops.chips import nearest_chip
 from lora_kernels.ops.cost import Problem
-from lora_kernels.ops.dispatch import plan, tables_from
+from lora_kernels.ops.dispatch import choose_plan, tables_from
 
-ON = chip(90)
+ON = nearest_chip(90)
 BOTH = ("triton", "cuda")
 STAMP = {"gpu": "a GPU", "driver": "1", "torch": "2", "triton": "3", "commit": "abc", "date": "2026-01-01"}
 SHARES = {"fused": 0.31, "library": 0.77, "one_pass": 0.41, "thin": 0.66, "stream": 0.83, "mma": 0.27, "specialised": 0.58}
@@ -17,9 +17,9 @@ SHARES = {"fused": 0.31, "library": 0.77, "one_pass": 0.41, "thin": 0.66, "strea
 
 def planted(p, name):
     """The seconds of a candidate where SHARES hold."""
-    launches = cost.steps(p)
+    launches = cost.candidate_launches(p)
     if name == bench.BASE:
-        return cost.seconds(name, [cost.gemm(p)], p, ON, SHARES)
+        return cost.seconds(name, [cost.gemm_step(p)], p, ON, SHARES)
     return cost.seconds(name, launches[name], p, ON, SHARES)
 
 
@@ -31,7 +31,7 @@ def run(folder, shapes, op=None, clock=None):
     def read(calls):
         return {name: planted(*call()) for name, call in calls.items()}
 
-    return bench.tune(ON, 90, shapes, op or calls, clock or read, folder, "a GPU", STAMP, BOTH)
+    return bench.write_measured_table(ON, 90, shapes, op or calls, clock or read, folder, "a GPU", STAMP, BOTH)
 
 
 def test_the_whole_grid_with_a_planted_clock(tmp_path, capsys):
@@ -39,9 +39,9 @@ def test_the_whole_grid_with_a_planted_clock(tmp_path, capsys):
     assert len(shapes) == len(set(shapes)) == 12 * 6 * 4 * 2 * 2
     path = run(tmp_path, shapes)
     assert path == tmp_path / "sm_90.json" and len(capsys.readouterr().out.splitlines()) == len(shapes)
-    made = tables.table(90, str(tmp_path))
+    made = tables.table_for(90, str(tmp_path))
     assert (made.arch, made.gpu, made.measured, made.stamp) == (90, "a GPU", True, STAMP)
-    assert made.efficiency["single"] == tables.table(90).efficiency["single"]  # of which there was no shape
+    assert made.efficiency["single"] == tables.table_for(90).efficiency["single"]  # of which there was no shape
     for size in ("medium", "large"):
         for name, share in made.efficiency["half"][size].items():
             if size == "medium" or name not in ("one_pass", "stream"):  # it refuses there; and no GEMM is short of memory
@@ -51,23 +51,23 @@ def test_the_whole_grid_with_a_planted_clock(tmp_path, capsys):
     losers = 0
     with tables_from(tmp_path):
         for p, choice in zip(shapes, made.choices, strict=True):
-            planned = plan(p, 90, backends=BOTH)
+            planned = choose_plan(p, 90, backends=BOTH)
             able = [c.name for c in planned.candidates if c.refused is None]
             best = min(able, key=lambda name: planted(p, name))
             assert choice.winner == planned.winner == best and set(choice.seconds) == set(able)
             assert planned.why.startswith("measured at ") and "measured on a GPU" in planned.source
             with tables_from(tables.FOLDER):
-                losers += plan(p, 90, backends=BOTH).winner != best
+                losers += choose_plan(p, 90, backends=BOTH).winner != best
     assert losers > 100, "the planted world is no other than the predicted one"
 
 
 def test_a_table_is_of_the_gpu_that_was_measured(tmp_path):
     p = Problem("forward", 8192, 4096, (4096,), (16,), torch.bfloat16)
-    path = bench.tune(chip(103), 103, [p], lambda p: dict.fromkeys((*cost.FORWARD, bench.BASE)),
+    path = bench.write_measured_table(nearest_chip(103), 103, [p], lambda p: dict.fromkeys((*cost.FORWARD, bench.BASE)),
                       lambda calls: {name: 1e-3 - 1e-4 * len(name) for name in calls}, tmp_path, "B300", STAMP)  # fmt: skip
     assert path.name == "sm_103.json"
     with tables_from(tmp_path):
-        assert plan(p, 103).winner == "two launches" and "measured on B300" in plan(p, 103).source
+        assert choose_plan(p, 103).winner == "two launches" and "measured on B300" in choose_plan(p, 103).source
 
 
 def test_a_candidate_that_refuses_is_not_timed(tmp_path):
@@ -97,10 +97,10 @@ def test_the_calls_are_what_their_names_say(direction, monkeypatch):
     asks, ran, other = True, [], None
 
     def backend(*args):
-        made = other or plan(p, 90, backends=BOTH)
+        made = other or choose_plan(p, 90, backends=BOTH)
         ran.append(made.winner)
         if asks:
-            registry.note(made)
+            registry.note_plan(made)
         return tuple(torch.zeros(1) for _ in range(3 if direction == "forward" else 5))
 
     implementation = registry.Implementation(backend, lambda *_: None)
@@ -113,8 +113,8 @@ def test_the_calls_are_what_their_names_say(direction, monkeypatch):
         calls[name]()
     assert ran == [name for name in names for _ in range(3)]  # once more, to look
 
-    with dispatch.forced(cost.NAMES[direction][0]):  # a backend that takes another one
-        other = plan(p, 90, backends=BOTH)
+    with dispatch.forced_candidate(cost.NAMES[direction][0]):  # a backend that takes another one
+        other = choose_plan(p, 90, backends=BOTH)
     with pytest.raises(RuntimeError, match="tune: addmm was forced, and the backend that ran noted .*forced"):
         bench.on_device("cpu")(p)["addmm"]()
     asks = False  # a backend that does not choose
@@ -144,7 +144,7 @@ def test_events_flush_before_each_of_at_least_ten_calls(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(bench.torch, "empty", lambda *size, **options: Flush())
-    assert bench.events({name: lambda name=name: done.append(name) for name in "ab"}) == {"a": 3e-3, "b": 5e-3}
+    assert bench.median_event_seconds({name: lambda name=name: done.append(name) for name in "ab"}) == {"a": 3e-3, "b": 5e-3}
     assert done[:4] == ["a", "b", "a", "b"] and done.count("a") == done.count("b") >= 12
     rounds = done[4:]
     assert all(rounds[i] == "flush" for i in range(0, len(rounds), 4)) and len(rounds) % 8 == 0

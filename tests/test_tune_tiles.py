@@ -30,7 +30,9 @@ def proposed(folder, words, refuse=lambda one: None):
         return {name: 1e-6 if words in name else 2e-6 for name in calls}
 
     with interpreted(90), deterministic(False):
-        return tune_tiles.propose([FEW], 90, lambda p: tuning.calls(p, "cpu"), clock, refuse, folder, "measured on a GPU")
+        return tune_tiles.propose(
+            [FEW], 90, lambda p: tuning.candidate_calls(p, "cpu"), clock, refuse, folder, "measured on a GPU"
+        )
 
 
 def test_a_faster_tile_becomes_the_first_row(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from typing import Any
 
 from bench.gpu import ready, timed
 from bench.gpu.record import FAILED, Record
-from bench.gpu.running import ROOT, Work, apart, run
+from bench.gpu.running import ROOT, Work, run_in_process, run_in_processes
 
 # seconds of each: a kernel that hangs must not hold the others
 STAGES = {"environment": 120, "correctness": 3600, "sanitizer": 7500, "determinism": 1800, "graphs": 1800, "speed": 5400}
@@ -31,12 +31,12 @@ PARTS = tuple(part.name for part in timed.PARTS)
 
 def main(argv: list[str] | None = None, here: bool = False) -> int:
     """The exit status. With `here` the stages run in this process."""
-    options, began = parsed(argv), time.monotonic()
+    options, began = parse_options(argv), time.monotonic()
     # before torch, whose import alone takes seconds
-    words = ready.report(dry=options.dry_run) if not (options.stage or options.once) else []
+    words = ready.report_requirements(dry=options.dry_run) if not (options.stage or options.once) else []
     import torch
 
-    from bench.gpu.setting import Found, Setting, cores
+    from bench.gpu.setting import Found, Setting, compile_processes
 
     if not options.dry_run and (not torch.cuda.is_available() or torch.version.hip is not None):
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
@@ -48,46 +48,48 @@ def main(argv: list[str] | None = None, here: bool = False) -> int:
         return 2
     setting = Setting(options.dry_run, options.quick, options.tiny, options.arch or 80, bool(options.minutes) or options.timed)
     if options.once:
-        from bench.gpu.cases import once
+        from bench.gpu.cases import run_cases_once
 
-        return once(setting, few=setting.timed)
+        return run_cases_once(setting, few=setting.timed)
     if options.stage:  # one, in the process made for it
         record = Record(options.out) if options.form != "warm" else None
-        skipped = frozenset(record.tried(options.stage) if record else ())
+        skipped = frozenset(record.tried_checks(options.stage) if record else ())
         i, n = map(int, options.process.split("/"))
         found = Found(record, options.stage, options.until, (i, n), skipped)
-        return run(Work(options.stage, options.module, options.form), setting, found)
+        return run_in_process(Work(options.stage, options.module, options.form), setting, found)
 
     if options.minutes and not options.dry_run:
-        words += ready.build(0.25 * 60 * options.minutes)
+        words += ready.build_cuda_module(0.25 * 60 * options.minutes)
 
-    from bench.gpu.environment import stamp
+    from bench.gpu.environment import gpu_stamp
 
-    circumstances = stamp(setting)
-    path = options.out or place(setting, circumstances["gpu"])
+    circumstances = gpu_stamp(setting)
+    path = options.out or default_result_path(setting, circumstances["gpu"])
     record = Record(path)
     head = {"dry_run": setting.dry, "quick": setting.quick, "minutes": options.minutes}
-    record.begin(**head, stamp=circumstances, ready=words, command=sys.argv[1:])
+    record.start_file(**head, stamp=circumstances, ready=words, command=sys.argv[1:])
     flags = {"--dry-run": setting.dry, "--quick": setting.quick, "--tiny": setting.tiny, "--timed": setting.timed}
     shared = [flag for flag, wanted in flags.items() if wanted] + (["--arch", str(options.arch)] if options.arch else [])
     if options.minutes:
         left = options.minutes - (time.monotonic() - began) / 60
-        timed.run(record, left, shared, cores(), ready.assemblers(), options.only, drawn=lambda: picture(record))
+        timed.run_parts(
+            record, left, shared, compile_processes(), ready.assemblers(), options.only, drawn=lambda: picture(record)
+        )
     else:
         for name in options.only or STAGES:
             work, start = Work(name, name), time.monotonic()
             if here:
-                run(work, setting, Found(record, name))
+                run_in_process(work, setting, Found(record, name))
             else:
-                apart(work, record, STAGES[name], shared)
-            stage = record.settle(name, wall_seconds=round(time.monotonic() - start, 1))
-            print(timed.said(name, stage), flush=True)
+                run_in_processes(work, record, STAGES[name], shared)
+            stage = record.finish_stage(name, wall_seconds=round(time.monotonic() - start, 1))
+            print(timed.stage_summary(name, stage), flush=True)
         picture(record)
     print(path)
     return int(any(stage["status"] == FAILED for stage in record.read()["stages"].values()))
 
 
-def parsed(argv: list[str] | None) -> argparse.Namespace:
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="bench.gpu", description=__doc__, formatter_class=form)
     parser.add_argument("--minutes", type=float, help="what is worth most first, within so many")
@@ -115,21 +117,21 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def place(setting: Any, gpu: str) -> Path:
+def default_result_path(setting: Any, gpu: str) -> Path:
     """Where the JSON file goes if nobody says."""
     if setting.dry:
         return Path(tempfile.mkdtemp(prefix="bench-gpu-")) / "dry-run.json"
-    return ROOT / "bench" / "results" / f"{kebab(gpu)}.json"
+    return ROOT / "bench" / "results" / f"{kebab_case(gpu)}.json"
 
 
-def kebab(gpu: str) -> str:
+def kebab_case(gpu: str) -> str:
     """NVIDIA H100 80GB HBM3: nvidia-h100-80gb-hbm3."""
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
 def picture(record: Record) -> None:
     """Draws it beside the file; if it cannot be drawn, that is a stage that failed. Without rows to draw, nothing."""
-    from bench.gpu.plot import draw
+    from bench.gpu.plot import draw_picture
     from bench.gpu.setting import Found
 
     result = record.read()
@@ -139,9 +141,9 @@ def picture(record: Record) -> None:
         return Found(record, "picture").skip(missing)
     result["stages"].pop("picture", None)
     found = Found()
-    found.check("picture", lambda: draw(result, record.path.with_suffix(".png")))
+    found.check("picture", lambda: draw_picture(result, record.path.with_suffix(".png")))
     if found.failures:
-        record.settle("picture", **found.kept)
+        record.finish_stage("picture", **found.kept)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 
-from bench.gpu.cases import FLAGS, sizes
-from bench.gpu.many import many
-from bench.gpu.setting import Found, Refused, Setting, fused, pefts
+from bench.gpu.cases import FLAGS, problem_sizes
+from bench.gpu.many import check_multi_lora
+from bench.gpu.setting import Found, Refused, Setting, fuse_layer, make_peft_layer
 from lora_kernels import dora_linear, explain, lora_linear, merged_weight, nn, use_backend, weight_norm
 from lora_kernels.ops import dispatch, launch, row_norm_squared
 from lora_kernels.ops.cost import BACKWARD, FORWARD, SPECIALISED
@@ -37,79 +37,89 @@ DTYPES = [F32, BF16, F16]
 LARGE = [(512, 4096, 4096, 16), (1, 4096, 14336, 64), (300, 4096, 1024, 128)]
 
 
-def stage(setting: Setting, found: Found) -> None:
+def run_stage(setting: Setting, found: Found) -> None:
     """Memory that a kernel makes is NaN before it runs, so that what it leaves out shows."""
     with setting.backend():
         # after the deterministic mode, in which `poisoned` puts torch, the plain one: its kernels are others
         with poisoned():
-            for name, call in checks(setting):
+            for name, call in deterministic_mode_checks(setting):
                 found.check(name, call)
-        for name, call in (*plain_mode(setting), *candidates(setting, found), *cuda_kernels(setting, found)):
-            stain(setting)
+        for name, call in (*plain_mode_checks(setting), *candidate_checks(setting, found), *cuda_kernel_checks(setting, found)):
+            poison_allocator(setting)
             found.check(name, call)
     found.note(f"{found.checked} checks against float64, {found.kept['failed']} failed")
 
 
-def stain(setting: Setting) -> None:
+def poison_allocator(setting: Setting) -> None:
     """Leaves NaN in what torch's allocator will give out next: `poisoned` would change which kernels run."""
     blocks = [] if setting.dry else [torch.full((1 << i,), torch.nan, device=setting.device) for i in range(7, 25)]
     del blocks
 
 
-def checks(setting: Setting) -> Iterator[Check]:
+def deterministic_mode_checks(setting: Setting) -> Iterator[Check]:
     """lora_linear with all flags, shapes, ranks and layouts; then the other ops and the layers."""
-    shape = sizes(setting)
+    shape = problem_sizes(setting)
     for dtype in DTYPES[1:2] if setting.tiny else DTYPES:
         name = str(dtype)[6:]
         for flags in ["dora, bias"] if setting.tiny or (setting.dry and dtype is not BF16) else FLAGS:
-            yield f"lora_linear {flags} {shape} {name}", partial(linear, setting, shape, dtype, **FLAGS[flags])
+            yield f"lora_linear {flags} {shape} {name}", partial(check_lora_linear, setting, shape, dtype, **FLAGS[flags])
         if not setting.dry:
             for odd in SHAPES:
                 for flags in ("lora", "dora, dropout, bias"):
-                    yield f"lora_linear {flags} {odd} {name}", partial(linear, setting, odd, dtype, **FLAGS[flags])
+                    yield f"lora_linear {flags} {odd} {name}", partial(check_lora_linear, setting, odd, dtype, **FLAGS[flags])
             for rank in RANKS:
-                yield f"lora_linear r {rank} {name}", partial(linear, setting, (130, 300, 200, rank), dtype, gain=True)
+                yield (
+                    f"lora_linear r {rank} {name}",
+                    partial(check_lora_linear, setting, (130, 300, 200, rank), dtype, gain=True),
+                )
             for large in () if setting.quick else LARGE:
-                yield f"lora_linear {large} {name}", partial(linear, setting, large, dtype, gain=True)
-    yield "lora_linear, float32 adapters", partial(linear, setting, shape, BF16, adapter_dtype=F32, gain=True)
+                yield f"lora_linear {large} {name}", partial(check_lora_linear, setting, large, dtype, gain=True)
+    yield "lora_linear, float32 adapters", partial(check_lora_linear, setting, shape, BF16, adapter_dtype=F32, gain=True)
     for layout in ["gapped_rows"] if setting.dry else LAYOUTS:
-        yield f"lora_linear, {layout}", partial(strided, setting, layout)
+        yield f"lora_linear, {layout}", partial(check_layout, setting, layout)
     scale = torch.tensor(0.75, device=setting.device)
-    yield "lora_linear, a tensor as scale", partial(linear, setting, shape, BF16, scale=scale)
+    yield "lora_linear, a tensor as scale", partial(check_lora_linear, setting, shape, BF16, scale=scale)
     for dtype in [BF16] if setting.dry else DTYPES:
-        yield f"lora_linear_group {str(dtype)[6:]}", partial(group, setting, dtype)
-    for shape in [sizes(setting)] if setting.dry else [(1, 4096, 777, 16), (64, 130, 65, 64), (3, 40, 33, 100), sizes(setting)]:
+        yield f"lora_linear_group {str(dtype)[6:]}", partial(check_group, setting, dtype)
+    for shape in (
+        [problem_sizes(setting)]
+        if setting.dry
+        else [(1, 4096, 777, 16), (64, 130, 65, 64), (3, 40, 33, 100), problem_sizes(setting)]
+    ):
         for dtype in [BF16] if setting.dry else DTYPES:
-            yield f"dora_linear {shape} {str(dtype)[6:]}", partial(dora, setting, shape, dtype)
+            yield f"dora_linear {shape} {str(dtype)[6:]}", partial(check_dora_linear, setting, shape, dtype)
     for r in [5] if setting.dry else RANKS:
         for dtype in [BF16] if setting.dry else DTYPES:
-            yield f"weight_norm r {r} {str(dtype)[6:]}", partial(norm, setting, r, dtype)
-            yield f"merged_weight r {r} {str(dtype)[6:]}", partial(merge, setting, r, dtype)
+            yield f"weight_norm r {r} {str(dtype)[6:]}", partial(check_weight_norm, setting, r, dtype)
+            yield f"merged_weight r {r} {str(dtype)[6:]}", partial(check_merged_weight, setting, r, dtype)
     for kind in ([nn.DoRALinear] if setting.tiny else [nn.LoRALinear, nn.DoRALinear]):
         for dtype in [BF16] if setting.dry else DTYPES:
-            yield f"nn.{kind.__name__} {str(dtype)[6:]}", partial(layer, setting, kind, dtype)
+            yield f"nn.{kind.__name__} {str(dtype)[6:]}", partial(check_layer, setting, kind, dtype)
     for rows in (5,) if setting.dry else (1, 5, 64, 300):
         for dtype in [BF16] if setting.dry else DTYPES:
             for several in (False,) if setting.tiny else (False, True):
                 what = f"{'several adapters' if several else 'an adapter'} a row, {rows} rows, {str(dtype)[6:]}"
-                yield f"multi_lora: {what}", partial(many, setting, rows, dtype, several)
+                yield f"multi_lora: {what}", partial(check_multi_lora, setting, rows, dtype, several)
     for use_dora in (False, True):
         for dtype in [BF16] if setting.dry else DTYPES:
-            yield f"PEFT's layer, dora {use_dora}, {str(dtype)[6:]}", partial(witness, setting, dtype, use_dora)
+            yield f"PEFT's layer, dora {use_dora}, {str(dtype)[6:]}", partial(check_peft_layer, setting, dtype, use_dora)
 
 
-def plain_mode(setting: Setting) -> Iterator[Check]:
+def plain_mode_checks(setting: Setting) -> Iterator[Check]:
     """A few rows share the depth among blocks, and the dispatch looks at their number: not so in the deterministic mode."""
-    _, n_in, n_out, rank = sizes(setting)
+    _, n_in, n_out, rank = problem_sizes(setting)
     for rows in (1,) if setting.dry else (1, 2, 16, 33, 64, 65, 300):
         for dtype in (BF16,) if setting.dry else DTYPES:
             shape = (rows, n_in if setting.dry else 4096, n_out, rank)
-            yield f"lora_linear {shape} {str(dtype)[6:]}, plain mode", partial(linear, setting, shape, dtype, gain=True)
+            yield (
+                f"lora_linear {shape} {str(dtype)[6:]}, plain mode",
+                partial(check_lora_linear, setting, shape, dtype, gain=True),
+            )
 
 
-def candidates(setting: Setting, found: Found) -> Iterator[Check]:
+def candidate_checks(setting: Setting, found: Found) -> Iterator[Check]:
     """Each kernel that dispatch can choose, by force; one that refuses is noted."""
-    tokens, n_in, n_out, rank = sizes(setting)
+    tokens, n_in, n_out, rank = problem_sizes(setting)
     flags = [{}] if setting.tiny else [{}, {"gain": True, "bias": True}] if setting.dry else FLAGS.values()
     for name in dict.fromkeys(FORWARD + BACKWARD):
         for dtype in [BF16] if setting.dry else DTYPES:
@@ -118,7 +128,7 @@ def candidates(setting: Setting, found: Found) -> Iterator[Check]:
                     p = make_problem(rows, n_in, n_out, rank, dtype, device=setting.device, **each)
                     what = f"{name}: {rows} rows, {str(dtype)[6:]}, {', '.join(each) or 'lora'}"
                     try:
-                        with dispatch.forced(name), torch.no_grad():
+                        with dispatch.forced_candidate(name), torch.no_grad():
                             ran = forward_plans(p)
                     except NotImplementedError as refusal:
                         found.skip(f"{what}: {refusal}")
@@ -129,16 +139,16 @@ def candidates(setting: Setting, found: Found) -> Iterator[Check]:
                     if name in FORWARD and ran != [name]:
                         found.fail(f"{what}: it was forced, and the backend ran {ran}")
                         continue
-                    yield what, partial(forced, name, p)
+                    yield what, partial(check_forced_candidate, name, p)
 
 
-def cuda_kernels(setting: Setting, found: Found) -> Iterator[Check]:
+def cuda_kernel_checks(setting: Setting, found: Found) -> Iterator[Check]:
     """The kernels of CUDA C++, which the rest of this stage does not run: it is for Triton's."""
     on = torch.empty(0, device=setting.device)
     reason = None if setting.dry else launch.refuse_binary(launch.architecture(on))
     if reason:
         return found.skip(f"CUDA C++: {reason}")
-    tokens, n_in, n_out, rank = sizes(setting)
+    tokens, n_in, n_out, rank = problem_sizes(setting)
     n_in += -n_in % 8  # rows at multiples of 16 bytes
     flags = [{"gain": True, "bias": True}] if setting.dry else [{}, {"gain": True, "bias": True}, {"dropout": 0.1}]
     for dtype in [BF16] if setting.dry else [BF16, F16]:
@@ -146,23 +156,26 @@ def cuda_kernels(setting: Setting, found: Found) -> Iterator[Check]:
             for each in flags:
                 p = make_problem(rows, n_in, n_out, rank, dtype, device=setting.device, **each)
                 what = f"CUDA C++ lora_linear: {rows} rows, {str(dtype)[6:]}, {', '.join(each) or 'lora'}"
-                yield what, partial(cuda_linear, setting, p)
+                yield what, partial(check_cuda_linear, setting, p)
         for rows in () if setting.dry and setting.arch != 90 else (70,) if setting.dry else (65, 300, 2048):
             for adapters in (dtype,) if setting.dry else (dtype, F32):
                 p = make_problem(rows, n_in, n_out + -n_out % 8, rank, dtype, adapters, device=setting.device)
                 what = f"CUDA C++ specialised: {rows} rows, {str(dtype)[6:]}, {str(adapters)[6:]} adapters"
-                yield what, partial(cuda_specialised, setting, p)
+                yield what, partial(check_cuda_specialised, setting, p)
         for rows in () if setting.tiny else (tokens,) if setting.dry else (1, 16, 33, 64):
             shape = (n_in + -n_in % 16, n_out, rank)
-            yield f"CUDA C++ int8: {rows} rows, {str(dtype)[6:]}", partial(cuda_int8, setting, rows, shape, dtype)
+            yield f"CUDA C++ int8: {rows} rows, {str(dtype)[6:]}", partial(check_cuda_int8, setting, rows, shape, dtype)
         for rows in (tokens,) if setting.dry else (1, 16, 33, 64):
             what = f"CUDA C++ multi_lora: {rows} rows, {str(dtype)[6:]}"
-            yield what, partial(many, setting, rows, dtype, False, by_cuda=True)
+            yield what, partial(check_multi_lora, setting, rows, dtype, False, by_cuda=True)
         for r in (rank,) if setting.dry else (1, 17, 64, 128):
-            yield f"CUDA C++ norm and merge: r {r}, {str(dtype)[6:]}", partial(cuda_weights, setting, (n_in, n_out, r), dtype)
+            yield (
+                f"CUDA C++ norm and merge: r {r}, {str(dtype)[6:]}",
+                partial(check_cuda_weights, setting, (n_in, n_out, r), dtype),
+            )
 
 
-def cuda_int8(setting: Setting, rows: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def check_cuda_int8(setting: Setting, rows: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     p = make_problem(rows, *shape, dtype, gain=True, device=setting.device)
     w = torch.randint(-128, 128, p.w.shape, dtype=torch.int8, device=setting.device)
     w_scale = p.w.float().abs().amax(1) / 127
@@ -173,23 +186,23 @@ def cuda_int8(setting: Setting, rows: int, shape: tuple[int, int, int], dtype: t
     assert_within_rounding(y.cpu(), wanted, dtype, name="y")
 
 
-def cuda_linear(setting: Setting, p: Problem) -> None:
+def check_cuda_linear(setting: Setting, p: Problem) -> None:
     with use_backend("cuda", simulate=setting.dry), torch.no_grad():
         y, again = lora_linear(*p.arguments()), lora_linear(*p.arguments())
     assert torch.equal(y, again), "other bits the second time"
     assert_within_rounding(y.cpu(), exact(p).values["y"], p.x.dtype, name="y")
 
 
-def cuda_specialised(setting: Setting, p: Problem) -> None:
+def check_cuda_specialised(setting: Setting, p: Problem) -> None:
     """Forward and backward, on an H100 or its like."""
     try:
-        with setting.backend("cuda"), dispatch.forced(SPECIALISED):
+        with setting.backend("cuda"), dispatch.forced_candidate(SPECIALISED):
             assert_problem(p)
     except NotImplementedError as refusal:
         raise Refused(str(refusal)) from refusal
 
 
-def cuda_weights(setting: Setting, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def check_cuda_weights(setting: Setting, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     p = make_problem(0, *shape, dtype, gain=True, device=setting.device)
     w, a, b, gain = (t.cpu().double() for t in (p.w, p.a, p.b, p.gain))
     wanted = w + 0.5 * b @ a
@@ -206,14 +219,14 @@ def forward_plans(p: Problem) -> list[str | None]:
     return [d.plan and d.plan.winner for d in explain(lora_linear, *p.arguments()).decisions]
 
 
-def forced(name: str, p: Problem) -> None:
+def check_forced_candidate(name: str, p: Problem) -> None:
     try:
-        with dispatch.forced(name):
+        with dispatch.forced_candidate(name):
             assert_problem(p)
     except NotImplementedError as refusal:
         if "backward cannot run as" not in str(refusal):
             raise
-        with dispatch.forced(name), torch.no_grad():
+        with dispatch.forced_candidate(name), torch.no_grad():
             y = lora_linear(*p.arguments()).cpu()
         truth = exact(p).values["y"]
         if p.x.dtype is F32:
@@ -222,27 +235,27 @@ def forced(name: str, p: Problem) -> None:
             assert_within_rounding(y, truth, p.x.dtype, name="y")
 
 
-def linear(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, **flags) -> None:
+def check_lora_linear(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, **flags) -> None:
     assert_problem(make_problem(*shape, dtype=dtype, device=setting.device, **flags))
 
 
-def strided(setting: Setting, layout: str) -> None:
+def check_layout(setting: Setting, layout: str) -> None:
     # rows that are all the same are also rounded all the same, and the bound on gain's gradient counts on chance
-    p = make_problem(*sizes(setting), BF16, gain=layout != "expanded", device=setting.device)
+    p = make_problem(*problem_sizes(setting), BF16, gain=layout != "expanded", device=setting.device)
     tensors = {name: t for name in ("x", "w", "a", "b", "gain", "dy") if (t := getattr(p, name)) is not None}
     assert_problem(replace(p, **{name: as_layout(t, layout) for name, t in tensors.items()}))
 
 
-def group(setting: Setting, dtype: torch.dtype) -> None:
-    tokens, n_in, n_out, rank = sizes(setting)
+def check_group(setting: Setting, dtype: torch.dtype) -> None:
+    tokens, n_in, n_out, rank = problem_sizes(setting)
     members = [{"n_out": n_out, "rank": rank}, {"n_out": n_out // 2, "rank": 1, "gain": True, "bias": True}]
     members += [] if setting.dry else [{"n_out": 3 * n_out, "rank": 64, "dropout": 0.3}]
     assert_group(make_group(members, tokens, n_in, dtype, device=setting.device))
 
 
-def norm(setting: Setting, r: int, dtype: torch.dtype) -> None:
+def check_weight_norm(setting: Setting, r: int, dtype: torch.dtype) -> None:
     """Values by the error that weight_norm states, with a row that cancels; gradients in the norm."""
-    _, n_in, n_out, _ = sizes(setting)
+    _, n_in, n_out, _ = problem_sizes(setting)
     p = make_problem(0, n_in, n_out, r, dtype, device=setting.device)
     with torch.no_grad():
         p.b[3] = 0
@@ -266,7 +279,7 @@ def norm(setting: Setting, r: int, dtype: torch.dtype) -> None:
         assert error <= (1e-5 if dtype is F32 else 0.01), f"the gradient of {name} is off by {error:.2e}"
 
 
-def dora(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def check_dora_linear(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     p = make_problem(*shape, dtype=dtype, gain=True, bias=True, device=setting.device)
     y, found = dora_linear(p.x, p.w, p.a, p.b, p.gain, 0.5, p.bias)
     x, w, a, b, magnitude, bias = (t.cpu().double() for t in (p.x, p.w, p.a, p.b, p.gain, p.bias))
@@ -281,8 +294,8 @@ def dora(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert_within_rounding(y.cpu(), truth, dtype, name="y")
 
 
-def merge(setting: Setting, r: int, dtype: torch.dtype) -> None:
-    _, n_in, n_out, _ = sizes(setting)
+def check_merged_weight(setting: Setting, r: int, dtype: torch.dtype) -> None:
+    _, n_in, n_out, _ = problem_sizes(setting)
     for kind, gain in ((dtype, False), (F32, True)):
         p = make_problem(0, n_in, n_out, r, dtype, kind, gain=gain, device=setting.device)
         w, a, b = (t.cpu().double() for t in (p.w, p.a, p.b))
@@ -297,9 +310,9 @@ def merge(setting: Setting, r: int, dtype: torch.dtype) -> None:
         assert torch.equal(merged_weight(p.w, p.a, p.b, 0.5, p.gain, out=p.w), found), "other bits in place"
 
 
-def layer(setting: Setting, kind, dtype: torch.dtype) -> None:
+def check_layer(setting: Setting, kind, dtype: torch.dtype) -> None:
     """Against the same layer in float64 on the CPU."""
-    tokens, n_in, n_out, rank = sizes(setting)
+    tokens, n_in, n_out, rank = problem_sizes(setting)
     torch.manual_seed(0)
     made = kind(n_in, n_out, r=rank, device=setting.device, dtype=dtype)
     torch.nn.init.normal_(made.lora_B, std=0.02)
@@ -316,12 +329,12 @@ def layer(setting: Setting, kind, dtype: torch.dtype) -> None:
             assert_within_rounding(found[name].cpu(), truth[name], dtype, ratio, name=name)
 
 
-def witness(setting: Setting, dtype: torch.dtype, use_dora: bool) -> None:
+def check_peft_layer(setting: Setting, dtype: torch.dtype, use_dora: bool) -> None:
     """Against PEFT's layer in float64 on the CPU, and no worse than PEFT's own in the same dtype."""
-    tokens, n_in, n_out, rank = sizes(setting)
+    tokens, n_in, n_out, rank = problem_sizes(setting)
     torch.manual_seed(0)
-    stock = pefts(n_in, n_out, rank, dtype, setting.device, use_dora=use_dora)
-    wide, ours = copy.deepcopy(stock).cpu().double(), fused(copy.deepcopy(stock))
+    stock = make_peft_layer(n_in, n_out, rank, dtype, setting.device, use_dora=use_dora)
+    wide, ours = copy.deepcopy(stock).cpu().double(), fuse_layer(copy.deepcopy(stock))
     x, dy = (torch.randn(tokens, n, device=setting.device, dtype=dtype) for n in (n_in, n_out))
     truth = trained(wide, x.cpu().double(), dy.cpu().double())
     found, yardstick = trained(ours, x, dy), trained(stock, x, dy)

@@ -15,10 +15,10 @@ from bench.gpu.setting import Found, Setting
 from lora_kernels.ops.launch import cuda_build
 
 ROOT = Path(__file__).parents[2]
-ASKED = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "memory.total")
+SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "memory.total")
 
 
-def said(*words: str) -> str:
+def program_output(*words: str) -> str:
     """What a program prints; nothing if it is not there."""
     try:
         return subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60).stdout.strip()
@@ -33,9 +33,9 @@ def installed(name: str) -> str | None:
         return None
 
 
-def stamp(setting: Setting) -> dict[str, Any]:
+def gpu_stamp(setting: Setting) -> dict[str, Any]:
     """The GPU, the versions and the commit."""
-    changed = said("git", "status", "--porcelain", "--", ".", ":!bench/results")
+    changed = program_output("git", "status", "--porcelain", "--", ".", ":!bench/results")
     found: dict[str, Any] = {"gpu": f"none: sm_{setting.arch} simulated" if setting.dry else torch.cuda.get_device_name()}
     if not setting.dry:
         has = torch.cuda.get_device_properties(0)
@@ -46,8 +46,8 @@ def stamp(setting: Setting) -> dict[str, Any]:
         }
         # nvidia-smi counts all GPUs of the machine, torch only those that CUDA_VISIBLE_DEVICES leaves it
         number = f"GPU-{has.uuid}" if hasattr(has, "uuid") else "0"
-        for name in ASKED:  # one by one: a driver that does not know one of them refuses the whole question
-            answer = said("nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader", f"--id={number}")
+        for name in SMI_FIELDS:  # one by one: a driver that does not know one of them refuses the whole question
+            answer = program_output("nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader", f"--id={number}")
             found[name] = answer if answer and "not" not in answer.lower() and "error" not in answer.lower() else None
     return found | {
         "cuda": torch.version.cuda,
@@ -57,20 +57,20 @@ def stamp(setting: Setting) -> dict[str, Any]:
         "assembler": assembler(),
         "cuda_cpp": cuda_build(),
         "python": platform.python_version(),
-        "commit": said("git", "rev-parse", "--short", "HEAD") or None,
+        "commit": program_output("git", "rev-parse", "--short", "HEAD") or None,
         "uncommitted_changes": bool(changed),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         "date": datetime.date.today().isoformat(),
     }
 
 
-def stage(setting: Setting, found: Found) -> None:
+def run_stage(setting: Setting, found: Found) -> None:
     """The stamp, printed; it fails where something is missing that the other stages need."""
-    for name, value in stamp(setting).items():
+    for name, value in gpu_stamp(setting).items():
         found.note(f"{name}: {value}")
     for name in ("triton", "peft", "matplotlib"):
-        found.check(name, lambda name=name: needed(name))
+        found.check(name, lambda name=name: import_package(name))
 
 
-def needed(name: str) -> None:
+def import_package(name: str) -> None:
     __import__(name)  # an ImportError says what is wrong

@@ -5,19 +5,19 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from bench.gpu.cases import sizes
+from bench.gpu.cases import problem_sizes
 from bench.gpu.setting import Setting
 from lora_kernels import multi_lora, multi_lora_add_, use_backend
-from lora_kernels.ops.multi_lora.plan import taken
+from lora_kernels.ops.multi_lora.plan import adapter_in_slot
 from lora_kernels.serving import Adapter, AdapterPool, Factors
 from lora_kernels.testing import assert_within_rounding
 
 RANKS = [1, 8, 16, 40, 64, 17]
 
 
-def many(setting: Setting, rows: int, dtype: torch.dtype, several: bool, by_cuda: bool = False) -> None:
+def check_multi_lora(setting: Setting, rows: int, dtype: torch.dtype, several: bool, by_cuda: bool = False) -> None:
     """Each row has its adapter or none, or `several` with weights; every second adapter is DoRA's, every third has a bias."""
-    _, n_in, n_out, _ = sizes(setting)
+    _, n_in, n_out, _ = problem_sizes(setting)
     if by_cuda:  # its rows begin at multiples of 16 bytes
         n_in, n_out = n_in + -n_in % 8, n_out + -n_out % 8
     torch.manual_seed(0)
@@ -40,13 +40,13 @@ def many(setting: Setting, rows: int, dtype: torch.dtype, several: bool, by_cuda
             y, again = multi_lora(x, w, slots, plan, bias), multi_lora(x, w, slots, plan, bias)
         added = None if by_cuda else multi_lora_add_(torch.nn.functional.linear(x, w, bias), x, slots, plan, bias)
     assert torch.equal(y, again), "other bits the second time"
-    gains = {name: taken(slots, pool.id_of(name) & 0xFFFFFFFF, torch.float32).gain for name in factors}
-    wanted = _exact(x, w, bias, names, weights, factors, gains)
+    gains = {name: adapter_in_slot(slots, pool.id_of(name) & 0xFFFFFFFF, torch.float32).gain for name in factors}
+    wanted = _exact_outputs(x, w, bias, names, weights, factors, gains)
     assert_within_rounding(y.cpu(), wanted, dtype if dtype.itemsize == 2 else torch.bfloat16, 1.05, name="y")
     assert added is None or (added.cpu().double() - wanted).norm() <= 2e-2 * wanted.norm(), "on a product that was there"
 
 
-def _exact(x, w, bias, names, weights, factors, gains):
+def _exact_outputs(x, w, bias, names, weights, factors, gains):
     x, w, bias = (t.detach().cpu().double() for t in (x, w, bias))
     z = x @ w.T
     y = z + bias

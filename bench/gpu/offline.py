@@ -23,13 +23,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.ready import ROOT, SOUND, nvcc, release
+from bench.gpu.ready import FIRST_SOUND_PTXAS, ROOT, nvcc_path, release
 
-MOST = 64 * 2**20  # bytes, of the folder and the tree together
+MAX_BYTES = 64 * 2**20  # bytes, of the folder and the tree together
 TOOLS = ["pybind11>=2.13", "cmake>=3.18", "ninja", "setuptools>=70"]
 SCRIPT = "run.sh"
 # what a Python must have to build for: its tag, or in words what it lacks
-ASKED = """
+PYTHON_PROBE = """
 import sysconfig, pathlib, sys, importlib.util as u
 if not (pathlib.Path(sysconfig.get_path("include")) / "Python.h").is_file(): sys.exit("it has no headers (Python.h)")
 if not u.find_spec("venv") or not u.find_spec("ensurepip"): sys.exit("it has no venv")
@@ -56,9 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         if options.unpack:
-            print(unpack(*options.unpack))
+            print(unpack_folder(*options.unpack))
             return 0
-        python, found = needed(options.python, options.version)
+        python, found = find_requirements(options.python, options.version)
         for name, what in found.items():
             print(f"    {name}: {what}", flush=True)
         if not options.check:
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def needed(python: str | None, wanted: str) -> tuple[str, dict[str, str]]:
+def find_requirements(python: str | None, wanted: str) -> tuple[str, dict[str, str]]:
     """The Python to build for, and what was found.
 
     Raises:
@@ -79,7 +79,7 @@ def needed(python: str | None, wanted: str) -> tuple[str, dict[str, str]]:
     chosen, version = "", ""
     reasons = []
     for each in [python] if python else pythons(wanted):
-        version, reason = asked(each, wanted)
+        version, reason = python_version(each, wanted)
         if not reason:
             chosen = each
             break
@@ -89,7 +89,7 @@ def needed(python: str | None, wanted: str) -> tuple[str, dict[str, str]]:
     else:
         said = "; ".join(reasons) or f"there is no python{wanted} on PATH or in pyenv"
         lacking.append(f"a Python {wanted} with headers and venv ({said}); --python names one")
-    if compiler := nvcc():
+    if compiler := nvcc_path():
         found["nvcc"] = compiler
     else:
         lacking.append("nvcc (PATH, /usr/local/cuda/bin, LORA_KERNELS_NVCC)")
@@ -107,10 +107,10 @@ def pythons(wanted: str) -> list[str]:
     return [place for place in places if place]
 
 
-def asked(python: str, wanted: str) -> tuple[str, str]:
+def python_version(python: str, wanted: str) -> tuple[str, str]:
     """The version of a Python; and why it will not do, or nothing."""
     try:
-        done = subprocess.run([python, "-c", ASKED], capture_output=True, text=True, check=False)
+        done = subprocess.run([python, "-c", PYTHON_PROBE], capture_output=True, text=True, check=False)
     except OSError as error:
         return "", f"does not run: {error.strerror}"
     if done.returncode:
@@ -133,17 +133,19 @@ def prepare(options: argparse.Namespace, python: str, found: dict[str, str]) -> 
     shutil.copy(Path(__file__).with_name("offline_run.sh"), folder / SCRIPT)
     made = {
         "made_for": {"python": options.version, "machine": platform.machine(), "gpu": f"sm_{options.arch.replace('.', '')}"},
-        "made_by": found | {"commit": said("git", "rev-parse", "--short", "HEAD")},
+        "made_by": found | {"commit": command_output("git", "rev-parse", "--short", "HEAD")},
         "sources": sources(),
-        "files": {str(path.relative_to(folder)): facts(path) for path in files(folder)},
+        "files": {str(path.relative_to(folder)): size_and_digest(path) for path in files_below(folder)},
     }
     (folder / "manifest.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    size, tree = sum(path.stat().st_size for path in files(folder)), tree_size()
+    size, tree = sum(path.stat().st_size for path in files_below(folder)), tree_size()
     for name, each in made["files"].items():
         print(f"    {each['bytes'] / 2**20:6.2f} MiB  {name}")
-    print(f"{folder}: {size / 2**20:.1f} MiB, and the tree's {tree / 2**20:.1f} MiB, of {MOST / 2**20:.0f}")
-    if size + tree > MOST:
-        raise Missing(f"room: {(size + tree) / 2**20:.1f} MiB are more than {MOST / 2**20:.0f}; --without-ptxas is smaller")
+    print(f"{folder}: {size / 2**20:.1f} MiB, and the tree's {tree / 2**20:.1f} MiB, of {MAX_BYTES / 2**20:.0f}")
+    if size + tree > MAX_BYTES:
+        raise Missing(
+            f"room: {(size + tree) / 2**20:.1f} MiB are more than {MAX_BYTES / 2**20:.0f}; --without-ptxas is smaller"
+        )
     print(f"there, in the root of this tree: bash {options.folder.name}/{SCRIPT}")
 
 
@@ -152,32 +154,32 @@ def extensions(python: str, arch: str, folder: Path, work: Path) -> None:
     venv = work / "venv"
     own = venv / "bin" / "python"
     if not own.is_file():
-        call("a virtual environment", python, "-m", "venv", str(venv))
-    call("the tools of the build", str(own), "-m", "pip", "install", "--quiet", *TOOLS)
+        run_or_raise("a virtual environment", python, "-m", "venv", str(venv))
+    run_or_raise("the tools of the build", str(own), "-m", "pip", "install", "--quiet", *TOOLS)
     environment = {
         **os.environ, "PATH": f"{venv / 'bin'}:{os.environ.get('PATH', '')}", "TORCH_CUDA_ARCH_LIST": arch,
-        "LORA_KERNELS_CPU": "1", "LORA_KERNELS_CUDA": "1", "LORA_KERNELS_NVCC": nvcc() or "",
+        "LORA_KERNELS_CPU": "1", "LORA_KERNELS_CUDA": "1", "LORA_KERNELS_NVCC": nvcc_path() or "",
     }  # fmt: skip
     places = ["--build-lib", str(folder), "--build-temp", str(work / "temp")]
-    call("the extensions", str(own), "setup.py", "--quiet", "build_ext", *places, environment=environment)
+    run_or_raise("the extensions", str(own), "setup.py", "--quiet", "build_ext", *places, environment=environment)
     # in this very Python: what cannot be imported here will not be there
     names = ("_cpu", "_cuda", "_ptxsim")
     check = f"import sys; sys.path.insert(0, {str(folder / 'lora_kernels')!r}); import {', '.join(names)}"
-    call("the import of what was built", str(own), "-c", check)
+    run_or_raise("the import of what was built", str(own), "-c", check)
 
 
 def assembler(given: str | None, work: Path) -> Path:
-    """A ptxas from SOUND on."""
-    least = ".".join(map(str, SOUND))
+    """A ptxas from FIRST_SOUND_PTXAS on."""
+    least = ".".join(map(str, FIRST_SOUND_PTXAS))
     if given:
-        if release(given) < SOUND:
+        if release(given) < FIRST_SOUND_PTXAS:
             raise Missing(f"--ptxas: {given} is {'.'.join(map(str, release(given))) or 'no ptxas'}, wanted {least} or later")
         return Path(given)
-    for place in here():
-        if release(str(place)) >= SOUND:
+    for place in local_assemblers():
+        if release(str(place)) >= FIRST_SOUND_PTXAS:
             return place
-    call("an assembler", sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work / "wheel"),
-         f"nvidia-cuda-nvcc>={least},<{SOUND[0] + 1}")  # fmt: skip
+    run_or_raise("an assembler", sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work / "wheel"),
+                 f"nvidia-cuda-nvcc>={least},<{FIRST_SOUND_PTXAS[0] + 1}")  # fmt: skip
     for wheel in sorted((work / "wheel").glob("nvidia_cuda_nvcc*.whl")):
         with zipfile.ZipFile(wheel) as packed:
             for name in packed.namelist():
@@ -185,12 +187,12 @@ def assembler(given: str | None, work: Path) -> Path:
                     path = work / "ptxas"
                     path.write_bytes(packed.read(name))
                     path.chmod(0o755)
-                    if release(str(path)) >= SOUND:
+                    if release(str(path)) >= FIRST_SOUND_PTXAS:
                         return path
     raise Missing(f"it needs a ptxas from {least} on; --ptxas names one, --without-ptxas leaves it out")
 
 
-def here() -> Iterator[Path]:
+def local_assemblers() -> Iterator[Path]:
     """What Tritons of this machine have for later GPUs, and the toolkit's."""
     inside = "site-packages/triton/backends/nvidia/bin/ptxas-blackwell"
     for base in (Path(sys.prefix), ROOT / ".venv"):
@@ -199,29 +201,29 @@ def here() -> Iterator[Path]:
         yield Path(on_path)
 
 
-def call(what: str, *words: str, environment: dict[str, str] | None = None) -> None:
+def run_or_raise(what: str, *words: str, environment: dict[str, str] | None = None) -> None:
     print(f"{what}: {' '.join(words)}", flush=True)
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     if done.returncode:
         raise Missing(f"{what} failed with {done.returncode}: {(done.stdout + done.stderr).strip()[-1500:]}")
 
 
-def said(*words: str) -> str:
+def command_output(*words: str) -> str:
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
     return done.stdout.strip()
 
 
-def files(folder: Path) -> list[Path]:
+def files_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def facts(path: Path) -> dict[str, Any]:
+def size_and_digest(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def sources() -> str:
     """What the modules are built from, as one sha256."""
-    names = [ROOT / "CMakeLists.txt", *files(ROOT / "cmake"), *files(ROOT / "csrc")]
+    names = [ROOT / "CMakeLists.txt", *files_below(ROOT / "cmake"), *files_below(ROOT / "csrc")]
     total = hashlib.sha256()
     for path in names:
         total.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
@@ -230,11 +232,11 @@ def sources() -> str:
 
 def tree_size() -> int:
     """Bytes of what git has or would take."""
-    names = said("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    names = command_output("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     return sum((ROOT / name).stat().st_size for name in names if name and (ROOT / name).is_file())
 
 
-def unpack(folder: Path, scratch: Path) -> str:
+def unpack_folder(folder: Path, scratch: Path) -> str:
     """On the other machine: puts the modules into the package, and the assembler into `scratch`; gives its path, or nothing.
 
     Raises:
@@ -243,7 +245,7 @@ def unpack(folder: Path, scratch: Path) -> str:
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     for name, wanted in manifest["files"].items():
         path = folder / name
-        if not path.is_file() or facts(path) != wanted:
+        if not path.is_file() or size_and_digest(path) != wanted:
             raise Missing(f"{path} is not what manifest.json says; the folder was not copied whole")
     if sources() != manifest["sources"]:
         raise Missing("csrc has changed since the modules were built: bash bench/gpu/offline.sh makes them again")

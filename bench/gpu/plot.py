@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bench.palette import BARE, OTHERS, OURS, PEFT, digest_of, head, pyplot, save, three, tidy
+from bench.palette import BARE, OTHERS, OURS, PEFT, digest_of, draw_headline, load_pyplot, save_picture, three_digits, tidy_axes
 
 RANK = 16
 STYLES = {
@@ -12,7 +12,7 @@ STYLES = {
 }  # fmt: skip
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw_picture(result: dict[str, Any], path: Path) -> None:
     """A panel for each kind and direction (rows) and shape (columns), without dropout but for a timed run. A dry run has no
     times, which its panels say."""
     rows = [row for row in result["rows"] if row["op"] == "lora_linear" and (result.get("minutes") or not row["dropout"])]
@@ -24,11 +24,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
     if not rows:
         raise ValueError("there is no row of lora_linear to draw")
     size = (max(8.0, 1 + 3.4 * len(across)), 1.5 + 2.6 * len(down))
-    figure, panels = pyplot().subplots(len(down), len(across), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    figure, panels = load_pyplot().subplots(
+        len(down), len(across), figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
     for line, (kind, what) in zip(panels, down, strict=True):
         for panel, (k, n) in zip(line, across, strict=True):
             here = [row for row in rows if (row["kind"], row["what"], row["K"], row["N"]) == (kind, what, k, n)]
-            curves(panel, sorted(here, key=lambda row: row["M"]))
+            plot_curves(panel, sorted(here, key=lambda row: row["M"]))
             panel.set_title(f"{kind} {what}, {k}×{n}", fontsize=10)
         line[0].set_ylabel("time / nn.Linear's")
     for panel in panels[-1]:
@@ -39,8 +41,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     note = f"{dry}{stamp['gpu']}; {versions}; bfloat16, r={rows[0]['r']}"
     if dropped := sorted({row["M"] for row in rows if row["dropout"]}):
         note += f", dropout at M={', '.join(map(str, dropped))}"
-    head(figure, headline(rows), note)
-    save(figure, path, digest_of(result))
+    draw_headline(figure, headline(rows), note)
+    save_picture(figure, path, digest_of(result))
 
 
 def headline(rows: list[dict[str, Any]]) -> str:
@@ -49,12 +51,14 @@ def headline(rows: list[dict[str, Any]]) -> str:
     if not timed:
         return "Dry run: every stage was tried, nothing was timed"
     row = max(timed, key=lambda row: (row["kind"] == "dora", "backward" in row["what"], row["M"], row["K"] * row["N"]))
-    said = f"{row['kind']} {row['what']}, {row['M']} tokens, {row['K']}×{row['N']}: {three(row['ratios']['ours / linear'])}"
+    said = (
+        f"{row['kind']} {row['what']}, {row['M']} tokens, {row['K']}×{row['N']}: {three_digits(row['ratios']['ours / linear'])}"
+    )
     said += " times the frozen layer"
-    return said + (f", PEFT {three(row['ratios']['peft / linear'])}" if "peft / linear" in row["ratios"] else "")
+    return said + (f", PEFT {three_digits(row['ratios']['peft / linear'])}" if "peft / linear" in row["ratios"] else "")
 
 
-def curves(panel: Any, rows: list[dict[str, Any]]) -> None:
+def plot_curves(panel: Any, rows: list[dict[str, Any]]) -> None:
     """One panel's lines, and one at 1."""
     from matplotlib.ticker import LogLocator
 
@@ -74,4 +78,4 @@ def curves(panel: Any, rows: list[dict[str, Any]]) -> None:
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
     panel.yaxis.set_major_formatter("{x:g}")
     panel.set_yticks([], minor=True)
-    tidy(panel)
+    tidy_axes(panel)

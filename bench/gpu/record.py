@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
-SHOWN = 60  # failures that are kept in words; the number counts all
+MAX_FAILURES_KEPT = 60  # failures that are kept in words; the number counts all
 
 
-def blank() -> dict[str, Any]:
+def empty_stage() -> dict[str, Any]:
     """A stage of which nothing is known yet."""
     return {"status": NOT_RUN, "checked": 0, "failed": 0, "failures": [], "passed": [], "notes": [], "not_run": []}
 
 
-def fold(stage: dict[str, Any], kind: str, value: Any) -> None:
+def add_to_stage(stage: dict[str, Any], kind: str, value: Any) -> None:
     """Adds one thing to a stage: a name that passed, why one failed, a note, what did not run and why."""
     if kind in (PASSED, FAILED):
         stage["checked"] += 1
     if kind == FAILED:
         stage["failed"] += 1
-        stage["failures"] += [value[:1000]] if len(stage["failures"]) < SHOWN else []
+        stage["failures"] += [value[:1000]] if len(stage["failures"]) < MAX_FAILURES_KEPT else []
     else:
         stage[{PASSED: "passed", "note": "notes", NOT_RUN: "not_run"}[kind]].append(value)
     stage["status"] = FAILED if stage["failed"] else PASSED if stage["checked"] else NOT_RUN
@@ -37,10 +37,10 @@ class Record:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def begin(self, **head: Any) -> None:
+    def start_file(self, **head: Any) -> None:
         """Starts anew."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._write({**head, "stages": {}, "rows": []})
+        self._replace_file({**head, "stages": {}, "rows": []})
 
     def read(self) -> dict[str, Any]:
         return json.loads(self.path.read_text(encoding="utf-8"))
@@ -54,12 +54,12 @@ class Record:
             fcntl.flock(lock, fcntl.LOCK_EX)
             content = self.read()
             yield content
-            self._write(content)
+            self._replace_file(content)
 
-    def add(self, stage: str, kind: str, value: Any) -> None:
-        """Adds to a stage what `fold` knows; a "row"; or what a process is at ("started": its number and the check)."""
+    def add_entry(self, stage: str, kind: str, value: Any) -> None:
+        """Adds to a stage what `add_to_stage` knows; a "row"; or what a process is at ("started": its number and the check)."""
         with self.changed() as content:
-            here = content["stages"].setdefault(stage, blank())
+            here = content["stages"].setdefault(stage, empty_stage())
             if kind == "row":
                 content["rows"].append(value)
             elif kind == "started":
@@ -69,30 +69,30 @@ class Record:
             elif kind == "ended":
                 here.get("running", {}).pop(value, None)
             else:
-                fold(here, kind, value)
+                add_to_stage(here, kind, value)
 
-    def settle(self, stage: str, **more: Any) -> dict[str, Any]:
+    def finish_stage(self, stage: str, **more: Any) -> dict[str, Any]:
         """What is known of a stage, with more in it."""
         with self.changed() as content:
-            here = content["stages"].setdefault(stage, blank())
+            here = content["stages"].setdefault(stage, empty_stage())
             here.update(more)
             for name in ("tried", "running"):
                 if not here.get(name):
                     here.pop(name, None)
         return here
 
-    def died(self, stage: str, process: str, how: str) -> None:
+    def add_death(self, stage: str, process: str, how: str) -> None:
         """A process of a stage ended, and not as it should."""
         with self.changed() as content:
-            here = content["stages"].setdefault(stage, blank())
+            here = content["stages"].setdefault(stage, empty_stage())
             at = here.get("running", {}).pop(process, None)
-            fold(here, FAILED, f"its process {how}" + (f" during {at}" if at else " between checks"))
+            add_to_stage(here, FAILED, f"its process {how}" + (f" during {at}" if at else " between checks"))
 
-    def tried(self, stage: str) -> set[str]:
+    def tried_checks(self, stage: str) -> set[str]:
         """The checks that were begun."""
         return set(self.read()["stages"].get(stage, {}).get("tried", []))
 
-    def _write(self, content: dict[str, Any]) -> None:
+    def _replace_file(self, content: dict[str, Any]) -> None:
         made = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         made.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(made, self.path)

@@ -29,29 +29,29 @@ class Addmm(torch.autograd.Function):
         return dx, None, g.T @ d, dy.T @ h, None, None
 
 
-def addmm(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None, p: float) -> Tensor:
+def lora_by_addmm(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None, p: float) -> Tensor:
     """By `Addmm`. DoRA with dropout is PEFT's: y = (x - d) Wᵀ + g ⊙ (d Wᵀ + s·d Aᵀ Bᵀ), two products with W."""
     if magnitude is None:
         return Addmm.apply(x, w, a, b, scale, p)
-    g = gain(w, a, b, scale, magnitude)
+    g = dora_gain(w, a, b, scale, magnitude)
     if not p:
         return g * Addmm.apply(x, w, a, b, scale, 0.0)
     d = F.dropout(x, p)
     return (x - d) @ w.T + g * Addmm.apply(d, w, a, b, scale, 0.0)
 
 
-def plain(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None, p: float) -> Tensor:
+def lora_as_written(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None, p: float) -> Tensor:
     """As one would write it, for torch.compile."""
     d = F.dropout(x, p) if p else x
     added = scale * ((d @ a.T) @ b.T)
     if magnitude is None:
         return x @ w.T + added
-    g = gain(w, a, b, scale, magnitude)
+    g = dora_gain(w, a, b, scale, magnitude)
     base = x @ w.T
     return base + (g - 1) * (d @ w.T if p else base) + g * added
 
 
-def gain(w: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
+def dora_gain(w: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
     """m / ‖W + s·B A‖, the norm without a gradient, as PEFT has it."""
     norm = torch.linalg.vector_norm(w + scale * (b.detach() @ a.detach()), dim=1)
     return (magnitude / norm).to(w.dtype)

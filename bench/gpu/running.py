@@ -15,8 +15,8 @@ from bench.gpu.record import NOT_RUN, Record
 ROOT = Path(__file__).parents[2]
 # seconds beyond a stage's time that its last check may take, and in the simulator
 GRACE, SIMULATED = 15.0, 60.0
-LOST = 3  # the exit status of a process that lost its GPU: another one goes on behind the check that did it
-LIVES = 8  # processes, at most, that go on
+GPU_LOST_STATUS = 3  # the exit status of a process that lost its GPU: another one goes on behind the check that did it
+MAX_RESTARTS = 8  # processes, at most, that go on
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Work:
     form: str = ""
 
 
-def run(work: Work, setting: Any, found: Any) -> int:
+def run_in_process(work: Work, setting: Any, found: Any) -> int:
     """The stage in this process; what escapes from it is a failure of it. The exit status."""
     from bench.gpu.setting import Broken
 
@@ -36,16 +36,16 @@ def run(work: Work, setting: Any, found: Any) -> int:
         print(f"{work.name}{': ' + work.form if work.form else ''}:", flush=True)
     module = import_module(f"bench.gpu.{work.module}")
     try:
-        module.warm(setting, found) if work.form == "warm" else module.stage(setting, found)
+        module.fill_caches(setting, found) if work.form == "warm" else module.run_stage(setting, found)
     except Broken as error:
         print(f"    the GPU is lost: {error}", flush=True)
-        return LOST
+        return GPU_LOST_STATUS
     except Exception as error:
         found.fail(f"the stage ended with {type(error).__name__}: {error}")
     return 0
 
 
-def apart(
+def run_in_processes(
     work: Work, record: Record, seconds: float, words: list[str], processes: int = 1,
     environment: Mapping[str, str | None] | None = None, clock: Callable[[], float] = time.monotonic,
 ) -> None:  # fmt: skip
@@ -61,15 +61,15 @@ def apart(
     if processes > 1:
         variables.setdefault("OMP_NUM_THREADS", "1")
 
-    def begin(i: int) -> subprocess.Popen:
+    def start_process(i: int) -> subprocess.Popen:
         command = [sys.executable, "-m", "bench.gpu", "--stage", work.name, "--module", work.module, "--form", work.form]
         command += ["--out", str(record.path.resolve()), "--until", str(until), "--process", f"{i}/{processes}", *words]
         return subprocess.Popen(command, cwd=ROOT, env=variables)
 
     ahead = work.form == "warm"  # it finds nothing: what fails there fails again where it counts
     grace = 0 if ahead else SIMULATED if "--dry-run" in words else GRACE
-    lives = LIVES
-    running = {i: begin(i) for i in range(processes)}
+    lives = MAX_RESTARTS
+    running = {i: start_process(i) for i in range(processes)}
     try:
         while running:
             for i, process in list(running.items()):
@@ -80,20 +80,20 @@ def apart(
                     process.kill()
                     process.wait()
                     if not ahead:
-                        record.died(work.name, str(i), f"had no end {clock() - began:.0f} s after it began")
-                        record.add(work.name, NOT_RUN, "what stood behind it: time")
+                        record.add_death(work.name, str(i), f"had no end {clock() - began:.0f} s after it began")
+                        record.add_entry(work.name, NOT_RUN, "what stood behind it: time")
                     del running[i]
                     continue
                 del running[i]
                 if status and not ahead:
-                    if status != LOST:
-                        record.died(work.name, str(i), f"ended with {status}")
+                    if status != GPU_LOST_STATUS:
+                        record.add_death(work.name, str(i), f"ended with {status}")
                     # one that dies before its first check would do so again
-                    if clock() < until and lives and record.tried(work.name):
+                    if clock() < until and lives and record.tried_checks(work.name):
                         lives -= 1
-                        running[i] = begin(i)
+                        running[i] = start_process(i)
                     else:
-                        record.add(work.name, NOT_RUN, f"what stood behind it: its process ended with {status}")
+                        record.add_entry(work.name, NOT_RUN, f"what stood behind it: its process ended with {status}")
             time.sleep(0.02)
     finally:
         for process in running.values():
@@ -101,5 +101,5 @@ def apart(
 
 
 def not_run(record: Record, name: str, why: str) -> None:
-    record.add(name, NOT_RUN, why)
+    record.add_entry(name, NOT_RUN, why)
     print(f"{name}: not run: {why}", flush=True)

@@ -14,17 +14,17 @@ from bench.gpu.setting import Found, Refused, Setting
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")  # where CUDA installs it, often outside PATH
 SECONDS = 1800
-WRONG = 86  # the exit status that the sanitizer gives when it found something
+ERROR_FOUND_STATUS = 86  # the exit status that the sanitizer gives when it found something
 
 
 def program() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *PLACES]))
 
 
-def stage(setting: Setting, found: Found) -> None:
+def run_stage(setting: Setting, found: Found) -> None:
     if setting.dry:
         found.skip("compute-sanitizer: needs a GPU; the simulator has such checks of its own, and ran what it would look at")
-        cases.once(setting, few=setting.timed)
+        cases.run_cases_once(setting, few=setting.timed)
         return
     path = program()
     if path is None:
@@ -32,16 +32,16 @@ def stage(setting: Setting, found: Found) -> None:
         return
     for tool in TOOLS[:1] if setting.timed else TOOLS:
         seconds = min(SECONDS, max(1.0, found.until - time.monotonic()))
-        found.check(tool, lambda tool=tool, seconds=seconds: look(path, tool, setting, found, seconds))
+        found.check(tool, lambda tool=tool, seconds=seconds: run_tool(path, tool, setting, found, seconds))
 
 
-def look(path: str, tool: str, setting: Setting, found: Found, seconds: float) -> None:
+def run_tool(path: str, tool: str, setting: Setting, found: Found, seconds: float) -> None:
     """Raises with what the tool said if it found something."""
     flags = {"--quick": setting.quick, "--timed": setting.timed}
     script = [sys.executable, "-m", "bench.gpu", "--once", *(flag for flag, wanted in flags.items() if wanted)]
     # each tensor in an allocation of its own: what lies beyond it is then out of bounds and not another tensor's
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    words = [path, "--tool", tool, "--error-exitcode", str(WRONG), *script]
+    words = [path, "--tool", tool, "--error-exitcode", str(ERROR_FOUND_STATUS), *script]
     try:
         done = subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT, errors="replace",

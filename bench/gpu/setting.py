@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.gpu.record import FAILED, NOT_RUN, PASSED, Record, blank, fold
+from bench.gpu.record import FAILED, NOT_RUN, PASSED, Record, add_to_stage, empty_stage
 from lora_kernels import use_backend
 from lora_kernels.ops import FallbackWarning, registry
 
@@ -47,9 +47,9 @@ class Setting:
             yield
 
     @contextmanager
-    def chosen(self) -> Iterator[None]:
+    def as_dispatched(self) -> Iterator[None]:
         """What dispatch chooses by itself, as in a user's program; in a dry run what it would choose on the simulated GPU. Who
-        must not get the reference asks `backends`."""
+        must not get the reference asks `backends_used`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FallbackWarning)
             if not self.dry:
@@ -72,7 +72,7 @@ def _simulator(arch: int) -> Any:
     return device(arch)
 
 
-def backends(call: Callable[[], object]) -> tuple[list[str], list[str]]:
+def backends_used(call: Callable[[], object]) -> tuple[list[str], list[str]]:
     """What ran in a call, its backward too: each op with its backend and candidate; and the ops that the reference ran, with
     why the others did not."""
     with torch.autograd.set_multithreading_enabled(False):  # autograd's own thread would not see who asks, before torch 2.13
@@ -103,7 +103,7 @@ class Found:
     process: tuple[int, int] = (0, 1)
     skipped: frozenset[str] = frozenset()
     clock: Callable[[], float] = time.monotonic
-    kept: dict[str, Any] = field(default_factory=blank)
+    kept: dict[str, Any] = field(default_factory=empty_stage)
     rows: list[dict[str, Any]] = field(default_factory=list)
     met: int = 0
 
@@ -113,10 +113,10 @@ class Found:
         self.met += 1
         if (self.met - 1) % n != i or name in self.skipped:
             return
-        if self.over():
+        if self.out_of_time():
             self.skip(f"{name}: time")
             return
-        self._tell("started", [str(i), name])
+        self._record_entry("started", [str(i), name])
         refused = None
         try:
             call()
@@ -124,44 +124,44 @@ class Found:
             refused = str(refusal)
         except Exception as error:
             self.fail(f"{name}: {type(error).__name__}: {str(error).strip() or last_line(error)}")
-            self._tell("ended", str(i))
-            lost()
+            self._record_entry("ended", str(i))
+            raise_if_gpu_lost()
             return
-        self._tell("ended", str(i))
+        self._record_entry("ended", str(i))
         if refused is not None:
             self.skip(f"{name}: {refused}")
         else:
-            self._keep(PASSED, name)
+            self._add_result(PASSED, name)
 
-    def over(self) -> bool:
+    def out_of_time(self) -> bool:
         """Whether the time of the stage is spent."""
         return self.clock() >= self.until
 
     def fail(self, why: str) -> None:
-        self._keep(FAILED, why)
+        self._add_result(FAILED, why)
         print(f"    FAILED {why}", flush=True)
 
     def note(self, text: str) -> None:
-        self._keep("note", text)
+        self._add_result("note", text)
         print(f"    {text}", flush=True)
 
     def skip(self, text: str) -> None:
         """Something that could not be tried here."""
-        self._keep(NOT_RUN, text)
+        self._add_result(NOT_RUN, text)
         print(f"    not run: {text}", flush=True)
 
-    def row(self, made: dict[str, Any]) -> None:
+    def add_measurement(self, made: dict[str, Any]) -> None:
         """A measurement."""
         self.rows.append(made)
-        self._tell("row", made)
+        self._record_entry("row", made)
 
-    def _keep(self, kind: str, value: str) -> None:
-        fold(self.kept, kind, value)
-        self._tell(kind, value)
+    def _add_result(self, kind: str, value: str) -> None:
+        add_to_stage(self.kept, kind, value)
+        self._record_entry(kind, value)
 
-    def _tell(self, kind: str, value: Any) -> None:
+    def _record_entry(self, kind: str, value: Any) -> None:
         if self.record is not None:
-            self.record.add(self.name, kind, value)
+            self.record.add_entry(self.name, kind, value)
 
     checked = property(lambda self: self.kept["checked"])
     failures = property(lambda self: self.kept["failures"])
@@ -172,7 +172,7 @@ class Refused(Exception):
     """A check that cannot be made here, with the reason."""
 
 
-def lost() -> None:
+def raise_if_gpu_lost() -> None:
     """Raises if a kernel broke the context: whatever follows in this process would fail."""
     if torch.cuda.is_initialized():
         try:
@@ -181,7 +181,7 @@ def lost() -> None:
             raise Broken(str(error)) from error
 
 
-def cores() -> int:
+def compile_processes() -> int:
     """The processes that compile side by side."""
     return min(16, os.cpu_count() or 1)
 
@@ -192,17 +192,17 @@ def last_line(error: BaseException) -> str:
     return f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}: {frame.line}"
 
 
-def bits(t: Tensor) -> Tensor:
+def element_bits(t: Tensor) -> Tensor:
     """The bits of each element: NaN is equal to itself there, and 0 is not -0."""
     return t.detach().contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
-def differ(one: Iterable[Tensor], other: Iterable[Tensor]) -> Tensor:
+def any_bit_differs(one: Iterable[Tensor], other: Iterable[Tensor]) -> Tensor:
     """Whether any bit differs, on the device: nobody waits for the answer."""
-    return torch.stack([(bits(a) != bits(b)).any() for a, b in zip(one, other, strict=True)]).any()
+    return torch.stack([(element_bits(a) != element_bits(b)).any() for a, b in zip(one, other, strict=True)]).any()
 
 
-def pefts(
+def make_peft_layer(
     n_in: int, n_out: int, r: int, dtype: torch.dtype, device: str, dropout: float = 0.0, use_dora: bool = False,
     base: nn.Module | None = None,
 ) -> Any:  # fmt: skip
@@ -216,7 +216,7 @@ def pefts(
     return made.to(device, dtype)
 
 
-def fused(layer: Any) -> Any:
+def fuse_layer(layer: Any) -> Any:
     """The same layer on our kernels: what `fuse` does to it."""
     from lora_kernels.integrations.peft import FusedLinear
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from bench.gpu.rivals import Addmm
-from bench.gpu.setting import Found, Setting, backends, fused, pefts
-from bench.tune import LAYERS, events
+from bench.gpu.setting import Found, Setting, backends_used, fuse_layer, make_peft_layer
+from bench.tune import LAYERS, median_event_seconds
 from lora_kernels import merged_weight, weight_norm
 from lora_kernels.ops import launch
-from lora_kernels.ops.chips import chip
+from lora_kernels.ops.chips import nearest_chip
 
 TOKENS, RANKS, DROPOUTS = [1, 16, 256, 1024, 8192], [16, 64], [0.0, 0.1]
 DTYPE = torch.bfloat16
@@ -29,19 +29,19 @@ Calls = dict[str, Callable[[], object]]
 Clock = Callable[[Calls], dict[str, float | None]]
 
 
-def stage(setting: Setting, found: Found) -> None:
+def run_stage(setting: Setting, found: Found) -> None:
     """A row fails if one of its contenders does not run, or ours on the reference; no speed is a failure."""
-    clock = called if setting.dry else events
-    with setting.chosen():
-        for shape in shapes(setting):
-            found.check(f"{shape}", lambda shape=shape: whole(found, *layer_row(setting, clock, *shape)))
+    clock = run_untimed if setting.dry else median_event_seconds
+    with setting.as_dispatched():
+        for shape in layer_cases(setting):
+            found.check(f"{shape}", lambda shape=shape: add_checked_row(found, *layer_row(setting, clock, *shape)))
         for k, n, r in matrices(setting):
             for make in (norm_row, merge_row):
                 name = f"{make.__name__} {k}×{n} r {r}"
-                found.check(name, lambda make=make, at=(k, n, r): whole(found, *make(setting, clock, *at)))
+                found.check(name, lambda make=make, at=(k, n, r): add_checked_row(found, *make(setting, clock, *at)))
 
 
-def called(calls: Calls) -> dict[str, float | None]:
+def run_untimed(calls: Calls) -> dict[str, float | None]:
     """The clock of a dry run: each call runs, and no time is taken, because a simulator's would be taken for a GPU's."""
     for call in calls.values():
         call()
@@ -55,7 +55,7 @@ def matrices(setting: Setting) -> Iterator[tuple[int, int, int]]:
             yield k, n, r
 
 
-def shapes(setting: Setting) -> Iterator[tuple[int, int, int, int, bool, float, bool]]:
+def layer_cases(setting: Setting) -> Iterator[tuple[int, int, int, int, bool, float, bool]]:
     """k, n, r, tokens, DoRA or not, dropout, with the backward or not."""
     for k, n, r in matrices(setting):
         for tokens in [5] if setting.dry else [1, 256, 8192] if setting.quick else TOKENS:
@@ -70,9 +70,9 @@ def layer_row(
     setting: Setting, clock: Clock, k: int, n: int, r: int, tokens: int, use_dora: bool, dropout: float, backward: bool
 ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
     calls = contenders(setting, k, n, r, tokens, use_dora, dropout, backward)
-    ran, slow = backends(calls["ours"])
-    made = row(
-        setting, calls, clock, floor(tokens, k, n, r, backward), op="lora_linear", kind="dora" if use_dora else "lora",
+    ran, slow = backends_used(calls["ours"])
+    made = measurement_row(
+        setting, calls, clock, least_bytes(tokens, k, n, r, backward), op="lora_linear", kind="dora" if use_dora else "lora",
         what="forward + backward" if backward else "forward", dropout=dropout, M=tokens, K=k, N=n, r=r, ran=ran,
     )  # fmt: skip
     return made, slow
@@ -84,13 +84,13 @@ def contenders(
     """The calls to time."""
     device = setting.device
     torch.manual_seed(0)
-    stock = pefts(k, n, r, DTYPE, device, dropout, use_dora)
-    ours = fused(pefts(k, n, r, DTYPE, device, dropout, use_dora, stock.base_layer))
+    stock = make_peft_layer(k, n, r, DTYPE, device, dropout, use_dora)
+    ours = fuse_layer(make_peft_layer(k, n, r, DTYPE, device, dropout, use_dora, stock.base_layer))
     x = torch.randn(tokens, k, device=device, dtype=DTYPE, requires_grad=backward)
     dy = torch.randn(tokens, n, device=device, dtype=DTYPE)
     a, b = (each["default"].weight for each in (stock.lora_A, stock.lora_B))
 
-    def of(module, leaves):
+    def timed_call(module, leaves):
         def run():
             if backward:
                 return torch.autograd.grad(module(x), [x, *leaves], dy)
@@ -102,17 +102,21 @@ def contenders(
     def trained(module):
         return [p for p in module.parameters() if p.requires_grad]
 
-    calls = {"linear": of(stock.base_layer, []), "ours": of(ours, trained(ours)), "peft": of(stock, trained(stock))}
+    calls = {
+        "linear": timed_call(stock.base_layer, []),
+        "ours": timed_call(ours, trained(ours)),
+        "peft": timed_call(stock, trained(stock)),
+    }
     if r == RANKS[0] and not setting.quick and not setting.dry:
         torch._dynamo.reset()
-        calls["compile"] = of(torch.compile(stock, dynamic=False), trained(stock))
+        calls["compile"] = timed_call(torch.compile(stock, dynamic=False), trained(stock))
     if not use_dora:
         w = stock.base_layer.weight
-        calls["addmm"] = of(lambda x: Addmm.apply(x, w, a, b, 2.0, dropout), [a, b])
+        calls["addmm"] = timed_call(lambda x: Addmm.apply(x, w, a, b, 2.0, dropout), [a, b])
     return calls
 
 
-def floor(m: int, k: int, n: int, r: int, backward: bool) -> int:
+def least_bytes(m: int, k: int, n: int, r: int, backward: bool) -> int:
     """Bytes of a forward: x, W, A, B read and y written. Of a backward: dy, W, x, A, B read and dx, dA, dB written.
     Without h, which the backward could compute again."""
     adapter = r * (k + n)
@@ -126,16 +130,20 @@ def norm_row(setting: Setting, clock: Clock, k: int, n: int, r: int) -> tuple[di
     w, a, b = tensors(setting, k, n, r)
     calls = {"ours": lambda: weight_norm(w, a, b, 2.0), "torch": lambda: torch.linalg.vector_norm(w + 2.0 * (b @ a), dim=1)}
     moved = (w.numel() + a.numel() + b.numel()) * DTYPE.itemsize + n * 4
-    ran, slow = backends(calls["ours"])
-    return row(setting, calls, clock, moved, op="weight_norm", kind="dora", what="norm", K=k, N=n, r=r, ran=ran), slow
+    ran, slow = backends_used(calls["ours"])
+    return measurement_row(
+        setting, calls, clock, moved, op="weight_norm", kind="dora", what="norm", K=k, N=n, r=r, ran=ran
+    ), slow
 
 
 def merge_row(setting: Setting, clock: Clock, k: int, n: int, r: int) -> tuple[dict[str, Any], list[str]]:
     w, a, b = tensors(setting, k, n, r)
     calls = {"ours": lambda: merged_weight(w, a, b, 2.0), "torch": lambda: w + 2.0 * (b @ a)}
     moved = (2 * w.numel() + a.numel() + b.numel()) * DTYPE.itemsize
-    ran, slow = backends(calls["ours"])
-    return row(setting, calls, clock, moved, op="merged_weight", kind="lora", what="merge", K=k, N=n, r=r, ran=ran), slow
+    ran, slow = backends_used(calls["ours"])
+    return measurement_row(
+        setting, calls, clock, moved, op="merged_weight", kind="lora", what="merge", K=k, N=n, r=r, ran=ran
+    ), slow
 
 
 def tensors(setting: Setting, k: int, n: int, r: int) -> list[Tensor]:
@@ -143,7 +151,7 @@ def tensors(setting: Setting, k: int, n: int, r: int) -> list[Tensor]:
     return [torch.randn(shape, device=setting.device, dtype=DTYPE) for shape in ((n, k), (r, k), (n, r))]
 
 
-def row(setting: Setting, calls: Calls, clock: Clock, moved: int, **what: Any) -> dict[str, Any]:
+def measurement_row(setting: Setting, calls: Calls, clock: Clock, moved: int, **what: Any) -> dict[str, Any]:
     """One measurement as plain values. Without a GPU it has no seconds, and so no ratio and no rate."""
     seconds = clock(calls)
     ours = seconds["ours"]
@@ -155,19 +163,19 @@ def row(setting: Setting, calls: Calls, clock: Clock, moved: int, **what: Any) -
             made["ratios"] |= {f"{name} / linear": taken / base for name, taken in rivals.items()}
         made["floor_bytes_per_second"] = moved / ours
         here = torch.empty(0, device=setting.device)
-        on = chip(launch.architecture(here), launch.multiprocessors(here))  # the nearest that is known
+        on = nearest_chip(launch.architecture(here), launch.multiprocessors(here))  # the nearest that is known
         made["share_of_the_vendors_rate"] = moved / ours / on.dram
     return made
 
 
-def whole(found: Found, made: dict[str, Any], slow: list[str]) -> None:
+def add_checked_row(found: Found, made: dict[str, Any], slow: list[str]) -> None:
     """The row, and a failure where the reference ran."""
-    keep(found, made)
+    add_and_print_row(found, made)
     assert not slow, "; ".join(slow)
 
 
-def keep(found: Found, made: dict[str, Any]) -> None:
-    found.row(made)
+def add_and_print_row(found: Found, made: dict[str, Any]) -> None:
+    found.add_measurement(made)
     shape = " ".join(f"{key}={made[key]}" for key in ("M", "K", "N", "r", "dropout") if key in made)
     name = f"{made['op']} {made['kind']} {made['what']}"
     if made["seconds"]["ours"] is None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.gpu.record import Record
-from bench.gpu.running import Work, apart, not_run
+from bench.gpu.running import Work, not_run, run_in_processes
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ PARTS = (
     Part("repeats", "repeats", 60, shared=True), Part("tuned", "tuned", 45, ahead=0.5), Part("sanitizer", "sanitizer", 25),
     Part("more", "rows", 30, ahead=0.6),
 )  # fmt: skip
-LEAST = 0.02  # of a part's share: with less it does not begin
+LEAST_SHARE = 0.02  # of a part's share: with less it does not begin
 
 
 def schedule(
@@ -59,12 +59,12 @@ def schedule(
         now = clock()
         # who begins late has his share all the same, at the cost of the last ones
         left = min(began + seconds, max(planned, now + share)) - now
-        yield part, left if left > LEAST * share else None
+        yield part, left if left > LEAST_SHARE * share else None
 
 
-def run(
+def run_parts(
     record: Record, minutes: float, words: list[str], cores: int, assemblers: dict[str, dict[str, str | None]],
-    only: list[str] | None = None, each: Callable[..., None] = apart, clock: Callable[[], float] = time.monotonic,
+    only: list[str] | None = None, each: Callable[..., None] = run_in_processes, clock: Callable[[], float] = time.monotonic,
     drawn: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """The parts in their order. `assemblers`: the environment of each that `witness` tries. `drawn` is called after rows."""
@@ -83,13 +83,13 @@ def run(
                 each(Work(part.name, part.module, "warm"), record, left * part.ahead, words, cores)
             rest = left - (clock() - began)
             each(Work(part.name, part.module), record, rest, words, cores if part.shared else 1)
-        stage = record.settle(part.name, share_seconds=round(left, 1), wall_seconds=round(clock() - began, 1))
-        print(said(part.name, stage), flush=True)
+        stage = record.finish_stage(part.name, share_seconds=round(left, 1), wall_seconds=round(clock() - began, 1))
+        print(stage_summary(part.name, stage), flush=True)
         if part.module == "rows":
             drawn()
 
 
-def said(name: str, stage: dict[str, Any]) -> str:
+def stage_summary(name: str, stage: dict[str, Any]) -> str:
     """A line about a stage, and what failed in it."""
     lines = [f"{name:12} {stage['status']:8} {stage['checked']} checks, {stage['failed']} failed"]
     lines += [f"    {text.splitlines()[0][:300]}" for text in stage["failures"]]

@@ -11,14 +11,14 @@ from bench.gpu import speed
 from bench.gpu.setting import Found, Refused, Setting
 from lora_kernels import explain, use_backend
 from lora_kernels.ops import dispatch, launch
-from lora_kernels.ops.chips import chip
+from lora_kernels.ops.chips import nearest_chip
 from lora_kernels.ops.cost import Problem
 from lora_kernels.testing import make_problem, run
 
 Times = dict[str, float]
 
 
-def shapes(setting: Setting) -> Iterator[Problem]:
+def problems_to_measure(setting: Setting) -> Iterator[Problem]:
     """What is worth most first."""
     if setting.dry:
         yield from (Problem(direction, 130, 136, (72,), (16,), torch.bfloat16) for direction in ("forward", "backward"))
@@ -29,44 +29,54 @@ def shapes(setting: Setting) -> Iterator[Problem]:
             yield Problem(direction, m, k, (n,), (16,), torch.bfloat16)
 
 
-def stage(setting: Setting, found: Found) -> None:
+def run_stage(setting: Setting, found: Found) -> None:
     measured: dict[Problem, Times] = {}
-    for p in shapes(setting):
-        found.check(str(p), partial(one, setting, found, p, measured))
+    for p in problems_to_measure(setting):
+        found.check(str(p), partial(measure_problem, setting, found, p, measured))
 
 
-def warm(setting: Setting, found: Found) -> None:
-    for p in shapes(setting):
-        found.check(str(p), lambda p=p: speed.called(calls(setting, p)))
+def fill_caches(setting: Setting, found: Found) -> None:
+    for p in problems_to_measure(setting):
+        found.check(str(p), lambda p=p: speed.run_untimed(candidate_calls(setting, p)))
 
 
-def one(setting: Setting, found: Found, p: Problem, measured: dict[Problem, Times]) -> None:
-    made = calls(setting, p)
+def measure_problem(setting: Setting, found: Found, p: Problem, measured: dict[Problem, Times]) -> None:
+    made = candidate_calls(setting, p)
     if setting.dry:
-        speed.called(made)
+        speed.run_untimed(made)
         return
-    measured[p] = tune.events(made)
-    found.row({"op": "tune", "what": str(p), "seconds": measured[p]})
+    measured[p] = tune.median_event_seconds(made)
+    found.add_measurement({"op": "tune", "what": str(p), "seconds": measured[p]})
     if found.record is not None:
-        write(measured, backends(), found.record.path.parent)
+        write_table(measured, able_backends(), found.record.path.parent)
 
 
-def write(measured: dict[Problem, Times], able: tuple[str, ...], folder) -> None:
-    """The table of what was measured so far, by `tune.tune`, whose clock gives it."""
+def write_table(measured: dict[Problem, Times], able: tuple[str, ...], folder) -> None:
+    """The table of what was measured so far, by `tune.write_measured_table`, whose clock gives it."""
     here = torch.empty(0, device="cuda")
     arch, stamp = launch.architecture(here), tune.circumstances()
 
-    def known(p: Problem) -> tune.Calls:
+    def measured_calls(p: Problem) -> tune.Calls:
         return {name: partial(measured[p].__getitem__, name) for name in measured[p]}
 
-    def clock(asked: tune.Calls) -> Times:
+    def measured_seconds(asked: tune.Calls) -> Times:
         return {name: float(call()) for name, call in asked.items()}  # type: ignore[arg-type]
 
-    tune.tune(chip(arch, launch.multiprocessors(here)), arch, measured, known, clock, folder, stamp["gpu"], stamp, able)
+    tune.write_measured_table(
+        nearest_chip(arch, launch.multiprocessors(here)),
+        arch,
+        measured,
+        measured_calls,
+        measured_seconds,
+        folder,
+        stamp["gpu"],
+        stamp,
+        able,
+    )
 
 
 @cache
-def backends() -> tuple[str, ...]:
+def able_backends() -> tuple[str, ...]:
     """Those that run a layer on this GPU."""
     found = []
     for name in ("triton", "cuda"):
@@ -79,14 +89,16 @@ def backends() -> tuple[str, ...]:
     return tuple(found)
 
 
-def calls(setting: Setting, p: Problem) -> dict[str, Callable[[], object]]:
+def candidate_calls(setting: Setting, p: Problem) -> dict[str, Callable[[], object]]:
     """Those candidates of a problem that can run it, and the library's product alone."""
     if setting.dry:
         with setting.backend():
-            planned = dispatch.plan(p, setting.arch)
+            planned = dispatch.choose_plan(p, setting.arch)
     else:
         here = torch.empty(0, device="cuda")
-        planned = dispatch.plan(p, launch.architecture(here), multiprocessors=launch.multiprocessors(here), backends=backends())
+        planned = dispatch.choose_plan(
+            p, launch.architecture(here), multiprocessors=launch.multiprocessors(here), backends=able_backends()
+        )
     able = [each.name for each in planned.candidates if each.refused is None]
     if not able:
         raise Refused("none of our backends runs on this GPU")

@@ -11,24 +11,24 @@ import torch
 from rich.console import Console
 
 
-def run(
+def run_comparison(
     method: str, dtype_name: str, quick: bool, steps: int | None, seed: int, out: Path, console: Console
 ) -> dict[str, Any]:
     """Runs one comparison and returns what summary.json says about it; the adapter is saved in a folder of `out`."""
     dtype = getattr(torch, dtype_name)
-    plan = plans.choose(quick, plans.is_slow(dtype), steps)
+    plan = plans.choose_plan(quick, plans.is_slow(dtype), steps)
     name = f"{method}-{dtype_name}"
     console.print(f"[bold]{name}[/bold]: {plan}")
 
     tokenizer = smollm2.load_tokenizer()
     text = smollm2.load_text(tokenizer, plan.tokens, seed)
     held_out = text.held_out[: plan.held_out_rows]
-    stock, fused = paired.build(method, dtype, plan, seed)
+    stock, fused = paired.build_runs(method, dtype, plan, seed)
     backends = paired.backends_used(fused.model, held_out[:1])
     before = {one.name: paired.mean_loss(one.model, held_out) for one in (stock, fused)}
-    paired.train(stock, fused, text.train, plan.steps, console, name)
+    paired.train_both(stock, fused, text.train, plan.steps, console, name)
     after = {one.name: paired.mean_loss(one.model, held_out) for one in (stock, fused)}
-    trip = roundtrip.run(fused.model, out / name, dtype, held_out, text.prompt, tokenizer, plan.completion_tokens)
+    trip = roundtrip.run_round_trip(fused.model, out / name, dtype, held_out, text.prompt, tokenizer, plan.completion_tokens)
 
     summaries = {one.name: one.summary(before[one.name], after[one.name]) for one in (stock, fused)}
     return {
@@ -47,11 +47,11 @@ def run(
         "held_out_loss_merged": trip.merged_loss,
         "adapter": str(out / name),
         "completions": trip.completions,
-        "checks": checks(dtype, stock, fused, backends, before, after, trip),
+        "checks": claim_checks(dtype, stock, fused, backends, before, after, trip),
     }
 
 
-def checks(
+def claim_checks(
     dtype: torch.dtype,
     stock: paired.Run,
     fused: paired.Run,
@@ -62,18 +62,18 @@ def checks(
 ) -> dict[str, bool]:
     """Each claim of the demo, and whether it held."""
 
-    def close(one: float, other: float) -> bool:
+    def within_rounding(one: float, other: float) -> bool:
         return abs(one - other) <= plans.rounding_bound(dtype, one)
 
     difference = plans.largest_difference(stock.losses, fused.losses)
     return {
         "every adapted layer ran fused": backends.fused_layers == backends.adapted_layers > 0,
         "the loss curves differ by rounding only": difference <= plans.rounding_bound(dtype, min(stock.losses)),
-        "the held-out losses differ by rounding only": all(close(d["stock"], d["fused"]) for d in (before, after)),
+        "the held-out losses differ by rounding only": all(within_rounding(d["stock"], d["fused"]) for d in (before, after)),
         "the held-out loss fell": all(after[name] < before[name] for name in after),
         "stock PEFT reads the saved tensors unchanged": trip.tensors_equal,
         "stock PEFT with them gives the outputs of the unfused model": trip.stock_outputs_equal,
         "fused again, it gives the outputs of the fused model": trip.fused_outputs_equal,
-        "merging changes the held-out loss by rounding only": close(after["fused"], trip.merged_loss),
+        "merging changes the held-out loss by rounding only": within_rounding(after["fused"], trip.merged_loss),
         "the fused and the merged model complete a held-out problem": all(t.strip() for t in trip.completions.values()),
     }

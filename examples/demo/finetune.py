@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16")
 def main(argv: list[str] | None = None) -> int:
     """Runs the demo and returns its exit status: 0 all checks hold, 1 one does not, 2 something needed is missing."""
     start = time.perf_counter()
-    options = parse(argv)
+    options = parse_options(argv)
     console = Console() if sys.stdout.isatty() else Console(width=140)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the weights are local, so no library may look for them elsewhere
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     with console.status("Loading the weights (the first time they are converted from GGUF, about half a minute)"):
         smollm2.converted()
     comparisons = [
-        comparison.run(method, dtype, options.quick, options.steps, options.seed, options.out, console)
+        comparison.run_comparison(method, dtype, options.quick, options.steps, options.seed, options.out, console)
         for method in options.methods
         for dtype in options.dtypes
     ]
@@ -62,12 +62,12 @@ def main(argv: list[str] | None = None) -> int:
         "passed": all(all(c["checks"].values()) for c in comparisons),
         "seconds": time.perf_counter() - start,
     }
-    summary.write(result, options.out)
-    summary.show(result, options.out, console)
+    summary.write_summary(result, options.out)
+    summary.print_summary(result, options.out, console)
     return 0 if result["passed"] else 1
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """Reads the options; a bad one ends the program with status 2 and a message."""
     parser = argparse.ArgumentParser(prog="finetune.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer layers, steps and tokens; under 90 seconds")

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from plans import Plan
+from plans import TrainingPlan
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from smollm2 import load_base
@@ -52,7 +52,7 @@ class Backends:
     adapted_layers: int
 
 
-def build(method: str, dtype: torch.dtype, plan: Plan, seed: int) -> tuple[Run, Run]:
+def build_runs(method: str, dtype: torch.dtype, plan: TrainingPlan, seed: int) -> tuple[Run, Run]:
     """(stock, fused): the same model twice, the second with our layers."""
     runs = []
     for name in ("stock", "fused"):
@@ -94,7 +94,7 @@ def mean_loss(model: torch.nn.Module, rows: Tensor) -> float:
     return sum(losses) / len(rows)
 
 
-def train(stock: Run, fused: Run, rows: Tensor, steps: int, console: Console, title: str) -> None:
+def train_both(stock: Run, fused: Run, rows: Tensor, steps: int, console: Console, title: str) -> None:
     """Steps both runs in turn, one row each step, the other one first in every second step.
 
     The first step also measures memory and warms up: it is on the loss curve, but not among the times.
@@ -113,15 +113,15 @@ def train(stock: Run, fused: Run, rows: Tensor, steps: int, console: Console, ti
             for run in (stock, fused) if index % 2 == 0 else (fused, stock):
                 if index == 0:
                     with PeakMemory() as memory:
-                        step(run, batch)
+                        train_step(run, batch)
                     run.peak_bytes = memory.peak
                 else:
-                    run.seconds.append(step(run, batch))
+                    run.seconds.append(train_step(run, batch))
             loss = f"loss {stock.losses[-1]:.6f} stock, {fused.losses[-1]:.6f} fused"
             progress.update(task, advance=1, loss=loss)
 
 
-def step(run: Run, batch: Tensor) -> float:
+def train_step(run: Run, batch: Tensor) -> float:
     """One optimizer step; appends its loss and returns its seconds."""
     run.model.train()
     start = time.perf_counter()
@@ -151,17 +151,17 @@ class PeakMemory(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and _address(tensor) not in given | self._storages:
-                self._add(tensor.untyped_storage())
+                self._add_storage(tensor.untyped_storage())
         return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
+    def _add_storage(self, storage: torch.UntypedStorage) -> None:
         address, size = storage._cdata, storage.nbytes()
         self._storages.add(address)
         self._held += size
         self.peak = max(self.peak, self._held)
-        weakref.finalize(storage, self._remove, address, size)
+        weakref.finalize(storage, self._remove_storage, address, size)
 
-    def _remove(self, address: int, size: int) -> None:
+    def _remove_storage(self, address: int, size: int) -> None:
         self._storages.discard(address)
         self._held -= size
 

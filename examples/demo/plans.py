@@ -10,7 +10,7 @@ from smollm2 import LAYERS, WIDEST_INPUT
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """The size of one comparison. Each step takes one row of `tokens`; the learning rate is AdamW's."""
 
     tokens: int
@@ -31,13 +31,13 @@ class Plan:
 
 _QUICK_NOTE = "--quick: the whole model and real text, but few steps and short rows"
 _SLOW_NOTE = "short, as torch has no fast bfloat16 matmul on this processor"
-_FULL = Plan(tokens=128, steps=24, held_out_rows=12, completion_tokens=64)
-_QUICK = Plan(tokens=32, steps=4, held_out_rows=4, completion_tokens=8, note=_QUICK_NOTE)
+_FULL = TrainingPlan(tokens=128, steps=24, held_out_rows=12, completion_tokens=64)
+_QUICK = TrainingPlan(tokens=32, steps=4, held_out_rows=4, completion_tokens=8, note=_QUICK_NOTE)
 _SLOW_FULL = replace(_FULL, tokens=16, steps=12, held_out_rows=16, note=_SLOW_NOTE)
 _SLOW_QUICK = replace(_QUICK, tokens=8, steps=3, note=f"{_SLOW_NOTE}; {_QUICK_NOTE}")
 
 
-def choose(quick: bool, slow: bool, steps: int | None = None) -> Plan:
+def choose_plan(quick: bool, slow: bool, steps: int | None = None) -> TrainingPlan:
     """The plan for a mode; `slow` if torch's own matmul is (see `is_slow`), `steps` overrides the plan's."""
     plan = (_SLOW_QUICK if slow else _QUICK) if quick else (_SLOW_FULL if slow else _FULL)
     return plan if steps is None else replace(plan, steps=steps)

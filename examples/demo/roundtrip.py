@@ -24,7 +24,7 @@ class RoundTrip:
     completions: dict[str, str]
 
 
-def run(
+def run_round_trip(
     fused: peft.PeftModel,
     folder: Path,
     dtype: torch.dtype,
@@ -38,17 +38,17 @@ def run(
     Leaves `fused` unfused.
     """
     fused.eval()
-    fused_outputs = logits(fused, rows)
+    fused_outputs = first_row_logits(fused, rows)
     completions = {"fused": complete(fused, tokenizer, prompt, completion_tokens)}
     fused.save_pretrained(str(folder))
 
     reloaded = peft.PeftModel.from_pretrained(load_base(dtype), str(folder), torch_device="cpu").eval()
     tensors_equal = same_tensors(peft.get_peft_model_state_dict(fused), peft.get_peft_model_state_dict(reloaded))
-    stock_outputs = logits(reloaded, rows)
+    stock_outputs = first_row_logits(reloaded, rows)
     fuse(reloaded, strict=True)
-    again = logits(reloaded, rows)
+    again = first_row_logits(reloaded, rows)
     unfuse(fused)
-    unfused_outputs = logits(fused, rows)
+    unfused_outputs = first_row_logits(fused, rows)
 
     merged = reloaded.merge_and_unload(safe_merge=True)
     completions["merged"] = complete(merged, tokenizer, prompt, completion_tokens)
@@ -61,7 +61,7 @@ def run(
     )
 
 
-def logits(model: torch.nn.Module, rows: Tensor) -> Tensor:
+def first_row_logits(model: torch.nn.Module, rows: Tensor) -> Tensor:
     """The logits [1, tokens, vocabulary] of the first row."""
     with torch.no_grad():
         return model(input_ids=rows[:1], use_cache=False).logits

@@ -55,10 +55,10 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{name}: wanted at least 2, found {getattr(options, name)}")
     if options.quick:
         options.adapters, options.requests, options.tokens = min(options.adapters, 8), min(options.requests, 8), 4
-    result = run(options, console)
+    result = run_workloads(options, console)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "summary.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draw(result, options.out / "summary.png")
+    draw_picture(result, options.out / "summary.png")
     console.print(f"Written: {options.out / 'summary.json'}, {options.out / 'summary.png'}")
     return 0 if result["passed"] else 1
 
@@ -144,7 +144,7 @@ def logits_error(ours, base, adapters, prompt) -> float:
     return worst
 
 
-def steps(call, prompt, tokens: int) -> list[float]:
+def forward_seconds(call, prompt, tokens: int) -> list[float]:
     """Seconds of each forward of a greedy generation with a cache: the prompt's, then one for each token."""
     import torch
     from transformers import DynamicCache
@@ -159,7 +159,7 @@ def steps(call, prompt, tokens: int) -> list[float]:
     return taken
 
 
-def run(options, console):
+def run_workloads(options, console):
     import smollm2
     import torch
 
@@ -190,22 +190,23 @@ def run(options, console):
         groups = [[i for i, w in enumerate(which) if w == each] for each in sorted(set(which))]
         names = [str(w) for w in which]
 
-        def served(ids, cache, names=names):
+        def ours_logits(ids, cache, names=names):
             return ours(ids, past_key_values=cache, adapters=names).logits
 
-        def by_peft(ids, cache, names=names):
+        def peft_logits(ids, cache, names=names):
             return theirs(input_ids=ids, past_key_values=cache, adapter_names=names).logits
 
-        def plain(ids, cache):
+        def base_logits(ids, cache):
             return base(ids, past_key_values=cache).logits
 
-        def merged(groups=groups):  # a merged model computes as the base does, each adapter's requests by themselves
-            parts = [steps(plain, prompt[group], options.tokens) for group in groups]
+        def merged_seconds(groups=groups):  # a merged model computes as the base does, each adapter's requests by themselves
+            parts = [forward_seconds(base_logits, prompt[group], options.tokens) for group in groups]
             return [sum(part) for part in zip(*parts, strict=True)]
 
         contenders = {
-            "base only": lambda: steps(plain, prompt, options.tokens), "ours": lambda: steps(served, prompt, options.tokens),
-            "PEFT": lambda: steps(by_peft, prompt, options.tokens), "merged": merged,
+            "base only": lambda: forward_seconds(base_logits, prompt, options.tokens),
+            "ours": lambda: forward_seconds(ours_logits, prompt, options.tokens),
+            "PEFT": lambda: forward_seconds(peft_logits, prompt, options.tokens), "merged": merged_seconds,
         }  # fmt: skip
         taken = {name: [] for name in contenders}
         with console.status(f"{kind}: {len(groups)} adapters"):
@@ -219,15 +220,15 @@ def run(options, console):
                 "workload": kind, "adapters": len(groups), "contender": name, "first_token_seconds": first,
                 "token_seconds": later, "tokens_per_second": options.requests / later,
             })  # fmt: skip
-    show(rows, console)
+    print_table(rows, console)
     return {
         "dtype": options.dtype, "requests": options.requests, "threads": torch.get_num_threads(), "torch": torch.__version__,
         "logits_error": error, "passed": error <= allowed, "rows": rows,
     }  # fmt: skip
 
 
-def show(rows, console) -> None:
-    from bench.palette import three
+def print_table(rows, console) -> None:
+    from bench.palette import three_digits
 
     table = Table("workload", "adapters", "", "first token ms", "a token ms", "tokens/s", "of base only")
     for row in rows:
@@ -235,19 +236,19 @@ def show(rows, console) -> None:
         table.add_row(
             row["workload"], str(row["adapters"]), row["contender"], f"{1e3 * row['first_token_seconds']:.0f}",
             f"{1e3 * row['token_seconds']:.1f}", f"{row['tokens_per_second']:.0f}",
-            three(row["tokens_per_second"] / base["tokens_per_second"]),
+            three_digits(row["tokens_per_second"] / base["tokens_per_second"]),
         )  # fmt: skip
     console.print(table)
 
 
-def draw(result, path: Path) -> None:
+def draw_picture(result, path: Path) -> None:
     """Tokens a second of each contender, a group of bars for each workload."""
-    from bench.palette import OTHERS, OURS, PEFT, head, pyplot, save, tidy
+    from bench.palette import OTHERS, OURS, PEFT, draw_headline, load_pyplot, save_picture, tidy_axes
 
     rows = result["rows"]
     kinds, names = list(dict.fromkeys(r["workload"] for r in rows)), list(dict.fromkeys(r["contender"] for r in rows))
     colours = {"base only": "0.8", "ours": OURS, "PEFT": PEFT, "merged": OTHERS[0]}
-    figure, panel = pyplot().subplots(figsize=(max(8.0, 1.5 + 2 * len(kinds)), 4.4), layout="constrained")
+    figure, panel = load_pyplot().subplots(figsize=(max(8.0, 1.5 + 2 * len(kinds)), 4.4), layout="constrained")
     speed = {(r["workload"], r["contender"]): r["tokens_per_second"] for r in rows}
     for i, name in enumerate(names):
         places = [k + 0.2 * (i - 1.5) for k in range(len(kinds))]
@@ -256,12 +257,12 @@ def draw(result, path: Path) -> None:
     counts = {r["workload"]: r["adapters"] for r in rows}
     panel.set_xticks(range(len(kinds)), [f"{kind}\n{counts[kind]} adapter{'s' * (counts[kind] > 1)}" for kind in kinds])
     panel.set_ylabel("tokens a second")
-    tidy(panel, grid="y")
+    tidy_axes(panel, grid="y")
     said = f"{counts[kinds[0]]} adapters in one batch keep {speed[kinds[0], 'ours'] / speed[kinds[0], 'base only']:.0%}"
     said += f" of the base's speed, with PEFT {speed[kinds[0], 'PEFT'] / speed[kinds[0], 'base only']:.0%}"
     note = f"{result['requests']} requests, {result['dtype']}, threads: {result['threads']}, torch {result['torch']}"
-    head(figure, said, note)
-    save(figure, path)
+    draw_headline(figure, said, note)
+    save_picture(figure, path)
 
 
 if __name__ == "__main__":

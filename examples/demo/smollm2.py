@@ -119,12 +119,12 @@ def load_text(tokenizer: Any, tokens: int, seed: int) -> Text:
     """The problems with their solutions as rows of `tokens` ids; every fifth problem is held out, whatever the seed."""
     import torch
 
-    train, held_out = split(read_problems())
-    train_rows = rows(tokenizer, train, tokens)
+    train, held_out = split_problems(read_problems())
+    train_rows = token_rows(tokenizer, train, tokens)
     order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(seed))
     # without the line break at its end: a token that the text never has before a solution, after which the model stops
     prompt = min((p["prompt"] for p in held_out), key=len).rstrip()
-    return Text(train_rows[order], rows(tokenizer, held_out, tokens), prompt)
+    return Text(train_rows[order], token_rows(tokenizer, held_out, tokens), prompt)
 
 
 def read_problems() -> list[dict[str, str]]:
@@ -133,12 +133,12 @@ def read_problems() -> list[dict[str, str]]:
         return [json.loads(line) for line in lines]
 
 
-def split(problems: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def split_problems(problems: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """(train, held out): every fifth problem is held out."""
     return [p for i, p in enumerate(problems) if i % 5 != 4], problems[4::5]
 
 
-def rows(tokenizer: Any, problems: list[dict[str, str]], tokens: int) -> "torch.Tensor":
+def token_rows(tokenizer: Any, problems: list[dict[str, str]], tokens: int) -> "torch.Tensor":
     """Prompt, solution and end-of-text of each problem, joined and cut into [rows, tokens]; the rest is left out."""
     import torch
 

@@ -9,40 +9,40 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.palette import OURS, PEFT, head, pyplot, save, three, tidy
+from bench.palette import OURS, PEFT, draw_headline, load_pyplot, save_picture, three_digits, tidy_axes
 
 MIB = 2**20
 
 
-def write(result: dict[str, Any], folder: Path) -> None:
+def write_summary(result: dict[str, Any], folder: Path) -> None:
     """Writes summary.json and summary.png."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    draw(result, folder / "summary.png")
+    draw_picture(result, folder / "summary.png")
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw_picture(result: dict[str, Any], path: Path) -> None:
     """How far the two losses of each comparison lie apart above, the median step times and the peak memory below."""
     comparisons = result["comparisons"]
     columns = len(comparisons)
-    figure = pyplot().figure(figsize=(max(9.0, 3.6 * columns), 7.6), layout="constrained")
+    figure = load_pyplot().figure(figsize=(max(9.0, 3.6 * columns), 7.6), layout="constrained")
     grid = figure.add_gridspec(2, 2 * columns)
     for index, comparison in enumerate(comparisons):
-        _apart(figure.add_subplot(grid[0, 2 * index : 2 * index + 2]), comparison)
+        _plot_loss_difference(figure.add_subplot(grid[0, 2 * index : 2 * index + 2]), comparison)
     times = [(c["stock"]["median_step_seconds"] * 1e3, c["fused"]["median_step_seconds"] * 1e3) for c in comparisons]
     memory = [(c["stock"]["peak_bytes"] / MIB, c["fused"]["peak_bytes"] / MIB) for c in comparisons]
     names = [c["name"].replace("-", "\n") for c in comparisons]
-    _bars(figure.add_subplot(grid[1, :columns]), names, times, "median step, ms")
-    _bars(figure.add_subplot(grid[1, columns:]), names, memory, "peak of tensors in a step, MiB")
-    head(figure, headline(result), f"SmolLM2-135M-Instruct on HumanEval, r=8: {subtitle(result)}", columns=5)
-    save(figure, path)
+    _plot_bars(figure.add_subplot(grid[1, :columns]), names, times, "median step, ms")
+    _plot_bars(figure.add_subplot(grid[1, columns:]), names, memory, "peak of tensors in a step, MiB")
+    draw_headline(figure, headline(result), f"SmolLM2-135M-Instruct on HumanEval, r=8: {subtitle(result)}", columns=5)
+    save_picture(figure, path)
 
 
 def headline(result: dict[str, Any]) -> str:
     """The result in one sentence, of the comparison with the largest gain."""
     best = min(result["comparisons"], key=lambda c: c["time_ratio"])
     ratio, less = best["time_ratio"], 1 - best["fused"]["peak_bytes"] / best["stock"]["peak_bytes"]
-    speed = f"{three(1 / ratio)} times as fast" if ratio < 1 else f"{three(ratio)} times as long"
+    speed = f"{three_digits(1 / ratio)} times as fast" if ratio < 1 else f"{three_digits(ratio)} times as long"
     losses = "losses equal but for rounding" if result["passed"] else "a check FAILED"
     return f"{best['name']}: a step {speed} as stock PEFT's, {100 * less:.0f} % less memory, {losses}"
 
@@ -59,7 +59,7 @@ def backends(result: dict[str, Any]) -> list[str]:
     return sorted({name for c in result["comparisons"] for name in c["backends"].get("lora_linear_forward", [])})
 
 
-def _apart(axes: Any, comparison: dict[str, Any]) -> None:
+def _plot_loss_difference(axes: Any, comparison: dict[str, Any]) -> None:
     """|fused − stock| of the training loss at each step, under what rounding allows; equal bits stand at the bottom."""
     from matplotlib.ticker import MaxNLocator
 
@@ -76,10 +76,10 @@ def _apart(axes: Any, comparison: dict[str, Any]) -> None:
     axes.set(xlabel="step", ylabel="difference of the loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(f"{comparison['name']}: at most {comparison['largest_loss_difference']:.1e}", fontsize=10)
-    tidy(axes)
+    tidy_axes(axes)
 
 
-def _bars(axes: Any, names: list[str], pairs: list[tuple[float, float]], title: str) -> None:
+def _plot_bars(axes: Any, names: list[str], pairs: list[tuple[float, float]], title: str) -> None:
     positions = range(len(names))
     for offset, index, colour, label in ((-0.2, 0, PEFT, "stock PEFT"), (0.2, 1, OURS, "fused")):
         heights = [pair[index] for pair in pairs]
@@ -88,17 +88,17 @@ def _bars(axes: Any, names: list[str], pairs: list[tuple[float, float]], title: 
     axes.set_xticks(list(positions), names)
     axes.set_title(title, fontsize=10)
     axes.margins(y=0.15)
-    tidy(axes, grid="y")
+    tidy_axes(axes, grid="y")
 
 
-def show(result: dict[str, Any], folder: Path, console: Console) -> None:
+def print_summary(result: dict[str, Any], folder: Path, console: Console) -> None:
     """Prints the completions, the table and every check that failed."""
     last = result["comparisons"][-1]
     for source, text in last["completions"].items():
         console.print(f"\n[bold]{last['name']}, {source}[/bold], continues a held-out problem:")
         console.print(escape(text), highlight=False)
-    console.print(table(result))
-    for line in notes(result):
+    console.print(result_table(result))
+    for line in table_notes(result):
         console.print(line, highlight=False, soft_wrap=True)
     for comparison in result["comparisons"]:
         for check, held in comparison["checks"].items():
@@ -110,7 +110,7 @@ def show(result: dict[str, Any], folder: Path, console: Console) -> None:
     console.print(f"Results: {folder}/summary.json, {folder}/summary.png", highlight=False, soft_wrap=True)
 
 
-def table(result: dict[str, Any]) -> Table:
+def result_table(result: dict[str, Any]) -> Table:
     """One row per comparison, stock PEFT before fused in each cell."""
     made = Table(title=f"stock PEFT / fused: {subtitle(result)}")
     for heading in ("", "held-out loss before", "after", "largest difference", "allowed"):
@@ -126,14 +126,14 @@ def table(result: dict[str, Any]) -> Table:
             f"{c['largest_loss_difference']:.1e}",
             f"{c['rounding_bound']:.1e}",
             f"{stock['median_step_seconds'] * 1e3:.0f} / {fused['median_step_seconds'] * 1e3:.0f}",
-            three(c["time_ratio"]),
+            three_digits(c["time_ratio"]),
             f"{stock['peak_bytes'] / MIB:.0f} / {fused['peak_bytes'] / MIB:.0f}",
             f"{sum(checks)} of {len(checks)}",
         )
     return made
 
 
-def notes(result: dict[str, Any]) -> list[str]:
+def table_notes(result: dict[str, Any]) -> list[str]:
     """What a reader must know to read the table right."""
     lines = [
         "Steps of the two models alternate in one process; times are medians. Peak: of the tensors made during a step,",

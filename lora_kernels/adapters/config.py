@@ -89,24 +89,26 @@ class LoraConfig:
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.r = _rank("r", self.r)
-        self.lora_alpha = _alpha("lora_alpha", self.lora_alpha)
-        self.lora_dropout = _number("lora_dropout", self.lora_dropout)
+        self.r = _check_rank("r", self.r)
+        self.lora_alpha = _check_alpha("lora_alpha", self.lora_alpha)
+        self.lora_dropout = _check_finite("lora_dropout", self.lora_dropout)
         if not 0.0 <= self.lora_dropout < 1.0:
-            raise AdapterError(f"LoraConfig: lora_dropout must be in [0, 1), found {short(self.lora_dropout)}")
+            raise AdapterError(f"LoraConfig: lora_dropout must be in [0, 1), found {short_repr(self.lora_dropout)}")
         for flag in ("use_rslora", "use_dora", "fan_in_fan_out"):
             if not isinstance(getattr(self, flag), bool):
-                raise TypeError(f"LoraConfig: {flag} must be True or False, found {short(getattr(self, flag))}")
+                raise TypeError(f"LoraConfig: {flag} must be True or False, found {short_repr(getattr(self, flag))}")
         self._check_init()
         _check_choice("bias", self.bias, _BIAS)
-        self.target_modules = _names("target_modules", self.target_modules, one=True)
-        self.exclude_modules = _names("exclude_modules", self.exclude_modules, one=True)
-        self.layers_pattern = _names("layers_pattern", self.layers_pattern, one=True)
-        saved = _names("modules_to_save", self.modules_to_save, one=False)
+        self.target_modules = _check_names("target_modules", self.target_modules, one=True)
+        self.exclude_modules = _check_names("exclude_modules", self.exclude_modules, one=True)
+        self.layers_pattern = _check_names("layers_pattern", self.layers_pattern, one=True)
+        saved = _check_names("modules_to_save", self.modules_to_save, one=False)
         self.modules_to_save = saved if isinstance(saved, list) else None
-        self.rank_pattern = {k: _rank(f"rank_pattern[{k!r}]", v) for k, v in _items("rank_pattern", self.rank_pattern)}
+        self.rank_pattern = {
+            k: _check_rank(f"rank_pattern[{k!r}]", v) for k, v in _pattern_items("rank_pattern", self.rank_pattern)
+        }
         self.alpha_pattern = {
-            k: _alpha(f"alpha_pattern[{k!r}]", v) for k, v in _items("alpha_pattern", self.alpha_pattern)
+            k: _check_alpha(f"alpha_pattern[{k!r}]", v) for k, v in _pattern_items("alpha_pattern", self.alpha_pattern)
         }
         self._check_layers()
         if self.task_type is not None:
@@ -114,14 +116,14 @@ class LoraConfig:
             _check_choice("task_type", self.task_type, _TASK_TYPES)
         name = self.base_model_name_or_path
         if name is not None and not isinstance(name, str):
-            raise TypeError(f"LoraConfig: base_model_name_or_path must be a string or None, found {short(name)}")
+            raise TypeError(f"LoraConfig: base_model_name_or_path must be a string or None, found {short_repr(name)}")
 
     def _check_init(self) -> None:
         init = self.init_lora_weights
         if isinstance(init, bool):
             return
         if not isinstance(init, str):
-            raise TypeError(f"LoraConfig: init_lora_weights must be True, False or a name, found {short(init)}")
+            raise TypeError(f"LoraConfig: init_lora_weights must be True, False or a name, found {short_repr(init)}")
         self.init_lora_weights = init = init.lower()
         if not _PISSA_NITER.fullmatch(init):
             _check_choice("init_lora_weights", init, ("True", "False", "pissa_niter_[number]", *_INITS))
@@ -131,7 +133,7 @@ class LoraConfig:
         if layers is not None:
             numbers = list(layers) if isinstance(layers, list | tuple | set) else [layers]
             if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
-                raise TypeError(f"LoraConfig: layers_to_transform must hold layer numbers ≥ 0, found {short(layers)}")
+                raise TypeError(f"LoraConfig: layers_to_transform must hold layer numbers ≥ 0, found {short_repr(layers)}")
             self.layers_to_transform = numbers if isinstance(layers, list | tuple | set) else layers
             if isinstance(self.target_modules, str):
                 raise AdapterError("LoraConfig: layers_to_transform needs a list of target_modules, found a string")
@@ -155,7 +157,7 @@ class LoraConfig:
         """
         kind = values.get("peft_type", "LORA")
         if str(getattr(kind, "value", kind)) != "LORA":
-            raise AdapterError(f"LoraConfig: peft_type must be 'LORA', found {short(kind)}")
+            raise AdapterError(f"LoraConfig: peft_type must be 'LORA', found {short_repr(kind)}")
         own = {f.name for f in fields(cls)} - {"extra"}
         known, extra = {}, {}
         for key, value in values.items():
@@ -165,7 +167,7 @@ class LoraConfig:
                 extra[key] = value
             elif key not in _DROPPED:
                 raise AdapterError(
-                    f"LoraConfig: {key}={short(value)} asks for something these layers do not do"
+                    f"LoraConfig: {key}={short_repr(value)} asks for something these layers do not do"
                     " (if it does not change what the adapter computes, remove the key)"
                 )
         return cls(**known, extra=extra)
@@ -239,18 +241,18 @@ def write_files(contents: dict[Path, bytes]) -> None:
 def parse_object(text: bytes, path: Path) -> dict[str, Any]:
     """A JSON object without duplicate keys, NaN or infinity."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
             twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            raise AdapterError(f"{path}: the key {short(twice)} appears twice")
+            raise AdapterError(f"{path}: the key {short_repr(twice)} appears twice")
         return found
 
-    def refuse(constant: str) -> None:
+    def refuse_constant(constant: str) -> None:
         raise AdapterError(f"{path}: {constant} is not JSON")
 
     try:
-        values = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        values = json.loads(text.decode("utf-8"), object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant)
     except RecursionError as error:
         raise AdapterError(f"{path}: JSON is nested too deeply") from error
     except AdapterError:
@@ -258,11 +260,11 @@ def parse_object(text: bytes, path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise AdapterError(f"{path}: is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise AdapterError(f"{path}: must hold a JSON object, found {short(values)}")
+        raise AdapterError(f"{path}: must hold a JSON object, found {short_repr(values)}")
     return values
 
 
-def short(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A repr for error messages, of bounded length."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
@@ -283,47 +285,47 @@ def _check_depth(values: Any, path: Path) -> None:
 
 def _check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
     if value not in allowed:
-        raise AdapterError(f"LoraConfig: {name} must be one of {', '.join(allowed)}, found {short(value)}")
+        raise AdapterError(f"LoraConfig: {name} must be one of {', '.join(allowed)}, found {short_repr(value)}")
 
 
-def _number(name: str, value: Any) -> float:
+def _check_finite(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"LoraConfig: {name} must be a number, found {short(value)}")
+        raise TypeError(f"LoraConfig: {name} must be a number, found {short_repr(value)}")
     if not -1e300 < value < 1e300:
-        raise AdapterError(f"LoraConfig: {name} must be finite, found {short(value)}")
+        raise AdapterError(f"LoraConfig: {name} must be finite, found {short_repr(value)}")
     return value
 
 
-def _alpha(name: str, value: Any) -> float:
-    value = _number(name, value)
+def _check_alpha(name: str, value: Any) -> float:
+    value = _check_finite(name, value)
     if not 0 < value <= 1e9:
-        raise AdapterError(f"LoraConfig: {name} must be in (0, 1e9], found {short(value)}")
+        raise AdapterError(f"LoraConfig: {name} must be in (0, 1e9], found {short_repr(value)}")
     return value
 
 
-def _rank(name: str, value: Any) -> int:
+def _check_rank(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"LoraConfig: {name} must be an integer, found {short(value)}")
+        raise TypeError(f"LoraConfig: {name} must be an integer, found {short_repr(value)}")
     value = operator.index(value)
     if not 1 <= value <= MAX_RANK:
-        raise AdapterError(f"LoraConfig: {name} must be in [1, {MAX_RANK}], found {short(value)}")
+        raise AdapterError(f"LoraConfig: {name} must be in [1, {MAX_RANK}], found {short_repr(value)}")
     return value
 
 
-def _names(name: str, value: Any, *, one: bool) -> list[str] | str | None:
+def _check_names(name: str, value: Any, *, one: bool) -> list[str] | str | None:
     if value is None or (one and isinstance(value, str) and value):
         return value
     if isinstance(value, set | frozenset):
         value = sorted(value, key=str)
     if not isinstance(value, list | tuple) or any(not isinstance(v, str) or not v for v in value):
         allowed = "a list of names or one regular expression" if one else "a list of names"
-        raise TypeError(f"LoraConfig: {name} must be {allowed}, found {short(value)}")
+        raise TypeError(f"LoraConfig: {name} must be {allowed}, found {short_repr(value)}")
     return list(value)
 
 
-def _items(name: str, value: Any) -> Iterable[tuple[str, Any]]:
+def _pattern_items(name: str, value: Any) -> Iterable[tuple[str, Any]]:
     if value is None:
         return ()
     if not isinstance(value, Mapping) or any(not isinstance(k, str) or not k for k in value):
-        raise TypeError(f"LoraConfig: {name} must map regular expressions to numbers, found {short(value)}")
+        raise TypeError(f"LoraConfig: {name} must map regular expressions to numbers, found {short_repr(value)}")
     return value.items()

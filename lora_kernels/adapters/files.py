@@ -23,24 +23,24 @@ from lora_kernels.adapters.config import (
     LoraConfig,
     open_file,
     parse_object,
-    short,
+    short_repr,
     write_files,
 )
 from lora_kernels.adapters.inject import (
     Layer,
     adapter_layers,
-    build,
+    build_layers,
     check_targets,
-    copies,
-    install,
+    copies_to_train,
+    first_names,
+    install_modules,
     refuse_peft,
     resolved,
     set_trainable,
-    some,
     trained_biases,
-    unwrap,
+    uncompiled_model,
 )
-from lora_kernels.adapters.targets import Selection, select
+from lora_kernels.adapters.targets import Selection, select_targets
 from lora_kernels.nn import DoRALinear, LoRAEmbedding
 from lora_kernels.nn.base import initial_scaling
 
@@ -82,20 +82,20 @@ def save_adapter(
         AdapterError: there is no adapter, `config` does not describe it, or a weight is not finite (a ValueError).
         OSError: the files cannot be written.
     """
-    model = unwrap(model)
+    model = uncompiled_model(model)
     refuse_peft(model)
     layers = adapter_layers(model)
     config = config or getattr(model, "_lora_config", None)
     if not layers or config is None:
         found = "no adapter" if not layers else "adapters but no configuration; give config="
         raise AdapterError(f"save_adapter: the model has {found}")
-    selection = select(model, config, strict=False)
+    selection = select_targets(model, config, strict=False)
     _check_layers(layers, selection, config)
     if save_embedding_layers:
         _check_unmerged(layers)
     slots = slots_of(model, selection, config)
     tensors = {
-        key: _tensor(model.get_submodule(slot.owner), slot.name).detach().cpu().contiguous().clone()
+        key: _tensor_at(model.get_submodule(slot.owner), slot.name).detach().cpu().contiguous().clone()
         for key, slot in slots.items()
         if slot.role == "own" or (slot.role == "base" and save_embedding_layers)
     }
@@ -103,7 +103,7 @@ def save_adapter(
         check_finite(key, tensor, "save_adapter")
     rescaled = [n for n, layer in layers.items() if not math.isclose(layer.scaling, _scaling(layer), rel_tol=1e-6)]
     if rescaled:
-        warnings.warn(f"save_adapter: set_scale is not saved; changed in {some(rescaled)}", stacklevel=2)
+        warnings.warn(f"save_adapter: set_scale is not saved; changed in {first_names(rescaled)}", stacklevel=2)
     name = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     config = replace(config, base_model_name_or_path=name, extra={**config.extra, "inference_mode": True})
     folder = Path(directory)
@@ -138,7 +138,7 @@ def load_adapter(
         AdapterError: a file is missing, damaged, foreign or does not fit the model; the message names the file and
             the tensor (a ValueError).
     """
-    model = unwrap(model)
+    model = uncompiled_model(model)
     refuse_peft(model)
     folder = Path(directory)
     if not folder.is_dir():
@@ -150,7 +150,7 @@ def load_adapter(
     config = LoraConfig.from_pretrained(folder)
     layers = adapter_layers(model)
     try:
-        selection = select(model, config, strict=False)
+        selection = select_targets(model, config, strict=False)
         if layers:
             _check_layers(layers, selection, config)
             _check_unmerged(layers)
@@ -165,12 +165,14 @@ def load_adapter(
     with torch.random.fork_rng(devices=[]), ExitStack() as undo:
         new: dict[str, nn.Module] = {}
         if not layers:
-            new = build(model, selection, replace(config, init_lora_weights=True), undo) | copies(model, selection)
+            new = build_layers(model, selection, replace(config, init_lora_weights=True), undo) | copies_to_train(
+                model, selection
+            )
         writes = []
         for key, value in tensors.items():
             slot = slots[key]
             owner = new[slot.owner] if slot.owner in new else model.get_submodule(slot.owner)
-            target = _tensor(owner, slot.name)
+            target = _tensor_at(owner, slot.name)
             value = value.to(target)
             check_finite(key, value, f"{path} as {target.dtype}")
             if slot.role == "own" or load_embedding_layers:
@@ -179,7 +181,7 @@ def load_adapter(
                 raise AdapterError(
                     f"{path}: {key} differs from the base weight of the model; load_embedding_layers=True takes it"
                 )
-        install(model, new, undo)
+        install_modules(model, new, undo)
         undo.pop_all()
     with torch.no_grad():
         for target, value in writes:
@@ -209,7 +211,7 @@ def slots_of(model: nn.Module, selection: Selection, config: LoraConfig) -> dict
     adapted = {target.name for target in selection.targets}
     for target in selection.targets:
         module = model.get_submodule(target.name)
-        rows, columns = _tensor(module, "weight").shape
+        rows, columns = _tensor_at(module, "weight").shape
         path = f"{PREFIX}{target.name}"
         shapes: dict[str, tuple[int, ...]]
         if isinstance(module, nn.Embedding | LoRAEmbedding):
@@ -233,7 +235,7 @@ def slots_of(model: nn.Module, selection: Selection, config: LoraConfig) -> dict
                     slots[f"{PREFIX}{path}.{copy}.{name}"] = replace(slot, role="ignored")
     for name in _embeddings(model):
         key = f"{PREFIX}{name}.base_layer.weight" if name in adapted else f"{PREFIX}{name}.weight"
-        slots.setdefault(key, Slot(name, "weight", _tensor(model.get_submodule(name), "weight").shape, role="base"))
+        slots.setdefault(key, Slot(name, "weight", _tensor_at(model.get_submodule(name), "weight").shape, role="base"))
     return slots
 
 
@@ -243,7 +245,7 @@ def _embeddings(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if any(module is end for end in ends)]
 
 
-def _tensor(module: nn.Module, name: str) -> Tensor:
+def _tensor_at(module: nn.Module, name: str) -> Tensor:
     found: Any = module
     for part in name.split("."):
         found = getattr(found, part)
@@ -255,7 +257,7 @@ def _check_layers(layers: dict[str, Layer], selection: Selection, config: LoraCo
     wanted = {target.name for target in selection.targets}
     for names, what in ((wanted - layers.keys(), "has no adapter"), (layers.keys() - wanted, "also has one")):
         if names:
-            raise AdapterError(f"config selects other modules than the model has: it {what} at {some(sorted(names))}")
+            raise AdapterError(f"config selects other modules than the model has: it {what} at {first_names(sorted(names))}")
     for target in selection.targets:
         layer = layers[target.name]
         pairs = [
@@ -280,7 +282,7 @@ def _check_rest(held: LoraConfig | None, selection: Selection, config: LoraConfi
 def _check_unmerged(layers: dict[str, Layer]) -> None:
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
-        raise AdapterError(f"the base weights hold the adapter; call unmerge() first for {some(merged)}")
+        raise AdapterError(f"the base weights hold the adapter; call unmerge() first for {first_names(merged)}")
 
 
 def _scaling(layer: Layer) -> float:
@@ -309,8 +311,8 @@ def read_tensors(path: Path, slots: dict[str, Slot]) -> dict[str, Tensor]:
     """The tensors of a safetensors file, which must be those of `slots`; nothing is allocated before that is known."""
     file, size = open_file(path)
     with file:
-        header, start = _header(file, size, path, slots)
-        spans = {key: _span(key, entry, path) for key, entry in header.items() if key != "__metadata__"}
+        header, start = _read_header(file, size, path, slots)
+        spans = {key: _byte_range(key, entry, path) for key, entry in header.items() if key != "__metadata__"}
         _check_spans(spans, size - start, path)
         for key, slot in slots.items():
             if key in header:
@@ -328,7 +330,7 @@ def read_tensors(path: Path, slots: dict[str, Slot]) -> dict[str, Tensor]:
     return tensors
 
 
-def _header(file: BufferedReader, size: int, path: Path, slots: dict[str, Slot]) -> tuple[dict[str, Any], int]:
+def _read_header(file: BufferedReader, size: int, path: Path, slots: dict[str, Slot]) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(file.read(8), "little")
     limit = max(_LEAST_HEADER, sum(len(key) + _HEADER_PER_TENSOR for key in slots))
     if size < 10 or length > size - 8:
@@ -342,24 +344,26 @@ def _header(file: BufferedReader, size: int, path: Path, slots: dict[str, Slot])
     keys = header.keys() - {"__metadata__"}
     foreign = sorted(keys - slots.keys())
     if foreign:
-        raise AdapterError(f"{path}: {len(foreign)} tensors do not belong to this adapter: {some(map(short, foreign))}")
+        raise AdapterError(
+            f"{path}: {len(foreign)} tensors do not belong to this adapter: {first_names(map(short_repr, foreign))}"
+        )
     missing = sorted(key for key, slot in slots.items() if slot.role == "own" and key not in keys)
     if missing:
-        raise AdapterError(f"{path}: {len(missing)} tensors are missing: {some(missing)}")
+        raise AdapterError(f"{path}: {len(missing)} tensors are missing: {first_names(missing)}")
     return header, 8 + length
 
 
-def _span(key: str, entry: Any, path: Path) -> tuple[int, int]:
+def _byte_range(key: str, entry: Any, path: Path) -> tuple[int, int]:
     """Checks one header entry; returns where its bytes are."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise AdapterError(f"{path}: {key} must have dtype, shape and data_offsets, found {short(entry)}")
+        raise AdapterError(f"{path}: {key} must have dtype, shape and data_offsets, found {short_repr(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise AdapterError(f"{path}: {key} has the dtype {short(dtype)}; known are {', '.join(_DTYPES)}")
+        raise AdapterError(f"{path}: {key} has the dtype {short_repr(dtype)}; known are {', '.join(_DTYPES)}")
     for values, count in ((shape, 8), (offsets, 2)):
         numbers = isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
         if not numbers or len(values) > count or (values is offsets and len(values) != 2):
-            raise AdapterError(f"{path}: {key} has a damaged entry {short(entry)}")
+            raise AdapterError(f"{path}: {key} has a damaged entry {short_repr(entry)}")
     begin, end = offsets
     wanted = math.prod(shape) * _DTYPES[dtype].itemsize
     if end - begin != wanted:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_kernels.adapters.config import AdapterError, LoraConfig
-from lora_kernels.adapters.targets import Selection, Target, select
+from lora_kernels.adapters.targets import Selection, Target, select_targets
 from lora_kernels.nn import DoRALinear, LoRAEmbedding, LoRALinear
 from lora_kernels.ops.lora_linear.op import FLOATS
 
@@ -48,25 +48,25 @@ def inject_adapter(model: nn.Module, config: LoraConfig) -> list[str]:
             f"inject_adapter: config must be a lora_kernels LoraConfig, found {type(config).__name__}"
             " (LoraConfig.from_dict(config.to_dict()) converts PEFT's)"
         )
-    model = unwrap(model)
+    model = uncompiled_model(model)
     config = replace(config)
     refuse_peft(model)
     layers = adapter_layers(model)
     if layers:
-        raise AdapterError(f"inject_adapter: the model already has adapters in {len(layers)} modules: {some(layers)}")
+        raise AdapterError(f"inject_adapter: the model already has adapters in {len(layers)} modules: {first_names(layers)}")
     if config.init_lora_weights in ("eva", "corda", "loftq", "lora_ga", "mica"):
         raise AdapterError(f"inject_adapter: init_lora_weights={config.init_lora_weights!r} is not supported")
-    selection = select(model, config)
+    selection = select_targets(model, config)
     check_targets(model, selection, config)
     with ExitStack() as undo:
-        install(model, build(model, selection, config, undo) | copies(model, selection), undo)
+        install_modules(model, build_layers(model, selection, config, undo) | copies_to_train(model, selection), undo)
         undo.pop_all()
     set_trainable(model, selection, config.bias)
     model._lora_config = resolved(config, selection)  # type: ignore[assignment]
     return [target.name for target in selection.targets]
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def uncompiled_model(model: nn.Module) -> nn.Module:
     """The model under torch.compile, whose names the files use."""
     return getattr(model, "_orig_mod", model)
 
@@ -105,7 +105,7 @@ def check_targets(model: nn.Module, selection: Selection, config: LoraConfig) ->
         if isinstance(modules[name], nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
             reasons[name] = f"modules_to_save cannot be a {type(modules[name]).__name__}"
     if reasons:
-        raise AdapterError(f"{some([f'{name}: {reason}' for name, reason in reasons.items()], '; ')}")
+        raise AdapterError(f"{first_names([f'{name}: {reason}' for name, reason in reasons.items()], '; ')}")
 
 
 def _refusal(module: nn.Module, parent: nn.Module, config: LoraConfig) -> str | None:
@@ -134,7 +134,7 @@ def _refusal(module: nn.Module, parent: nn.Module, config: LoraConfig) -> str | 
     return None
 
 
-def build(model: nn.Module, selection: Selection, config: LoraConfig, undo: ExitStack) -> dict[str, nn.Module]:
+def build_layers(model: nn.Module, selection: Selection, config: LoraConfig, undo: ExitStack) -> dict[str, nn.Module]:
     """The new layers, not yet in the model; what building them changes in the base is put back by `undo`."""
     for parameter in model.parameters():
         undo.callback(parameter.requires_grad_, parameter.requires_grad)
@@ -144,13 +144,13 @@ def build(model: nn.Module, selection: Selection, config: LoraConfig, undo: Exit
         module = model.get_submodule(target.name)
         if changes_base and isinstance(module, nn.Linear):
             undo.callback(_put_back, module.weight, module.weight.data, module.weight.detach().clone())
-        new[target.name] = _layer(module, target, config)
+        new[target.name] = _adapter_layer(module, target, config)
         for hooks in _HOOKS:
             setattr(new[target.name], hooks, getattr(module, hooks))
     return new
 
 
-def _layer(module: nn.Module, target: Target, config: LoraConfig) -> Layer:
+def _adapter_layer(module: nn.Module, target: Target, config: LoraConfig) -> Layer:
     options: dict[str, Any] = {"r": target.r, "lora_alpha": target.lora_alpha, "use_rslora": config.use_rslora}
     if isinstance(module, nn.Embedding):
         # as PEFT: the named initialisations are for linear layers
@@ -162,12 +162,12 @@ def _layer(module: nn.Module, target: Target, config: LoraConfig) -> Layer:
     )
 
 
-def copies(model: nn.Module, selection: Selection) -> dict[str, nn.Module]:
+def copies_to_train(model: nn.Module, selection: Selection) -> dict[str, nn.Module]:
     """Copies of the modules to save, to be trained in place of the base's."""
     return {name: copy.deepcopy(model.get_submodule(name)) for name in selection.saved}
 
 
-def install(model: nn.Module, new: dict[str, nn.Module], undo: ExitStack) -> None:
+def install_modules(model: nn.Module, new: dict[str, nn.Module], undo: ExitStack) -> None:
     """Puts the new modules in the places of the old ones."""
     for name, module in new.items():
         parent, _, child = name.rpartition(".")
@@ -213,7 +213,7 @@ def _put_back(parameter: torch.Tensor, data: torch.Tensor, value: torch.Tensor) 
     parameter.copy_(value)
 
 
-def some(names: Iterable[str], separator: str = ", ") -> str:
+def first_names(names: Iterable[str], separator: str = ", ") -> str:
     """The first few names, for an error message."""
     names = list(names)
     return separator.join(names[:5]) + (f"{separator}and {len(names) - 5} more" if len(names) > 5 else "")

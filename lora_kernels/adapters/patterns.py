@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from lora_kernels.adapters.config import AdapterError, short
+from lora_kernels.adapters.config import AdapterError, short_repr
 
 try:
     from re import _constants, _parser  # type: ignore[attr-defined]
@@ -46,12 +46,12 @@ class NamePattern:
 
     def __init__(self, pattern: str, field: str) -> None:
         self.text = pattern
-        self.where = f"{field}={short(pattern)}"
+        self.where = f"{field}={short_repr(pattern)}"
         if len(pattern) > _MAX_PATTERN:
             raise AdapterError(f"{self.where}: a pattern may have {_MAX_PATTERN} characters, found {len(pattern)}")
         try:
             parsed = _parser.parse(pattern)
-            self._check(parsed)
+            self._check_supported(parsed)
         except RecursionError as error:
             raise AdapterError(f"{self.where}: is nested too deeply") from error
         except (_parser.error, OverflowError) as error:
@@ -64,63 +64,63 @@ class NamePattern:
 
     def fullmatch(self, name: str) -> bool:
         """Whether the pattern matches all of `name`."""
-        return bool(self._ends(name, 1) >> len(name))
+        return bool(self._end_mask(name, 1) >> len(name))
 
     def matches_end(self, name: str) -> bool:
         """Whether the pattern matches all of `name` or its end after a dot, as PEFT's rank_pattern does."""
-        return bool(self._ends(name, starts(name)) >> len(name))
+        return bool(self._end_mask(name, suffix_starts(name)) >> len(name))
 
-    def ends(self, name: str, start: int) -> list[int]:
+    def match_ends(self, name: str, start: int) -> list[int]:
         """Every place in `name` where a match that begins at `start` can end."""
-        found = self._ends(name, 1 << start)
+        found = self._end_mask(name, 1 << start)
         return [i for i in range(len(name) + 1) if found >> i & 1]
 
-    def _ends(self, name: str, starts: int) -> int:
-        self._name, self._chars = name, _places(name)
+    def _end_mask(self, name: str, starts: int) -> int:
+        self._name, self._chars = name, _char_positions(name)
         self._sets: dict[Any, int] = {}
         self._steps += _STEPS_PER_NAME
         try:
-            return self._run(self._parsed, starts)
+            return self._match_sequence(self._parsed, starts)
         except RecursionError as error:
             raise AdapterError(f"{self.where}: is nested too deeply") from error
 
-    def _check(self, items: Iterable[tuple[Any, Any]]) -> None:
+    def _check_supported(self, items: Iterable[tuple[Any, Any]]) -> None:
         for op, arg in items:
             if op not in _CHARS + _REPEATS + _ASSERTS + _OTHERS or (op is _constants.SUBPATTERN and any(arg[1:3])):
                 raise AdapterError(f"{self.where}: {str(op).lower()} is not supported")
             for inner in _children(op, arg):
-                self._check(inner)
+                self._check_supported(inner)
 
-    def _run(self, items: Iterable[tuple[Any, Any]], starts: int) -> int:
+    def _match_sequence(self, items: Iterable[tuple[Any, Any]], starts: int) -> int:
         for op, arg in items:
             if not starts:
                 return 0
-            starts = self._step(op, arg, starts)
+            starts = self._match_node(op, arg, starts)
         return starts
 
-    def _step(self, op: Any, arg: Any, starts: int) -> int:
+    def _match_node(self, op: Any, arg: Any, starts: int) -> int:
         self._steps -= 1
         if self._steps < 0:
             raise AdapterError(f"{self.where}: takes too long to match")
         if op in _CHARS:
             return (starts & self._accepted(op, arg)) << 1
         if op is _constants.SUBPATTERN:
-            return self._run(arg[3], starts)
+            return self._match_sequence(arg[3], starts)
         if op is _constants.BRANCH:
             reached = 0
             for branch in arg[1]:
-                reached |= self._run(branch, starts)
+                reached |= self._match_sequence(branch, starts)
             return reached
         if op in _REPEATS:
             low, high, items = arg
-            return self._repeat(low, high, items, starts)
+            return self._match_repeat(low, high, items, starts)
         if op is _constants.AT:
             return starts & self._anchors(arg)
-        return self._look(arg[0], arg[1], op is _constants.ASSERT, starts)
+        return self._match_lookaround(arg[0], arg[1], op is _constants.ASSERT, starts)
 
-    def _repeat(self, low: int, high: int, items: Any, starts: int) -> int:
+    def _match_repeat(self, low: int, high: int, items: Any, starts: int) -> int:
         for _ in range(low):
-            further = self._run(items, starts)
+            further = self._match_sequence(items, starts)
             if further == starts:
                 break
             starts = further
@@ -130,18 +130,18 @@ class NamePattern:
             return ((starts & accepted) + accepted ^ accepted) | starts
         reached = starts
         for _ in range(min(high - low, len(self._name) + 1)):
-            starts = self._run(items, starts) & ~reached
+            starts = self._match_sequence(items, starts) & ~reached
             if not starts:
                 break
             reached |= starts
         return reached
 
-    def _look(self, direction: int, items: Any, wanted: bool, starts: int) -> int:
+    def _match_lookaround(self, direction: int, items: Any, wanted: bool, starts: int) -> int:
         everywhere = (2 << len(self._name)) - 1
         if direction < 0:
-            found = self._run(items, everywhere)
+            found = self._match_sequence(items, everywhere)
         else:
-            found = _mask((starts >> i & 1) and self._run(items, 1 << i) for i in range(len(self._name) + 1))
+            found = _bit_mask((starts >> i & 1) and self._match_sequence(items, 1 << i) for i in range(len(self._name) + 1))
         return starts & (found if wanted else everywhere & ~found)
 
     def _anchors(self, where: Any) -> int:
@@ -152,7 +152,7 @@ class NamePattern:
             return 1 << size
         word = [False, *map(_CATEGORIES[_constants.CATEGORY_WORD], self._name), False]
         wanted = where is _constants.AT_BOUNDARY
-        return _mask((word[i] != word[i + 1]) is wanted for i in range(size + 1))
+        return _bit_mask((word[i] != word[i + 1]) is wanted for i in range(size + 1))
 
     def _accepted(self, op: Any, arg: Any) -> int:
         """Where in the name there is a character that this node takes."""
@@ -192,17 +192,17 @@ def _in_class(item: tuple[Any, Any], char: str) -> bool:
     return len(char) == 1 and low <= ord(char) <= high
 
 
-def _mask(bits: Iterable[Any]) -> int:
+def _bit_mask(bits: Iterable[Any]) -> int:
     return sum(1 << i for i, bit in enumerate(bits) if bit)
 
 
-def starts(name: str) -> int:
+def suffix_starts(name: str) -> int:
     """The places where a name or its end after a dot begins, as bits."""
-    return 1 | _places(name).get(".", 0) << 1
+    return 1 | _char_positions(name).get(".", 0) << 1
 
 
 @lru_cache(maxsize=1024)
-def _places(name: str) -> dict[str, int]:
+def _char_positions(name: str) -> dict[str, int]:
     places: dict[str, int] = {}
     for i, char in enumerate(name):
         places[char] = places.get(char, 0) | 1 << i

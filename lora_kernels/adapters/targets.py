@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_kernels.adapters.config import AdapterError, LoraConfig, short
-from lora_kernels.adapters.patterns import NamePattern, starts
+from lora_kernels.adapters.config import AdapterError, LoraConfig, short_repr
+from lora_kernels.adapters.patterns import NamePattern, suffix_starts
 from lora_kernels.nn import LoRALinear
 
 # what PEFT adapts when target_modules is None, by model_type
@@ -48,7 +48,7 @@ class Selection:
     """The target_modules to write to a file: "all-linear" and None depend on the model, this does not."""
 
 
-def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Selection:
+def select_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Selection:
     """Finds the modules that `config` adapts in `model`, as PEFT does.
 
     Raises:
@@ -67,15 +67,15 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Sele
         name
         for name in names
         if targeted(name)
-        and (targeted.whole(name) or layers(name))
+        and (targeted.is_full_name(name) or layers(name))
         and not excluded(name)
         and not any(f".{m}." in f".{name}." for m in saving)
     ]
     if not found:
         raise AdapterError(
-            f"target_modules={short(wanted)} selects no module of {type(model).__name__}"
-            f" (exclude_modules={short(config.exclude_modules)}, layers_to_transform="
-            f"{short(config.layers_to_transform)}); {_near(wanted, names)}"
+            f"target_modules={short_repr(wanted)} selects no module of {type(model).__name__}"
+            f" (exclude_modules={short_repr(config.exclude_modules)}, layers_to_transform="
+            f"{short_repr(config.layers_to_transform)}); {_near_names(wanted, names)}"
         )
     ranks, alphas = (
         [(NamePattern(key, field), value) for key, value in patterns.items()]
@@ -86,11 +86,13 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Sele
         _check_all_match("exclude_modules", config.exclude_modules or [], names)
         for module in saving:
             if module not in heads and not any(name.endswith(module) for name in names):
-                raise AdapterError(f"modules_to_save: {short(module)} matches no module; {_near([module], names)}")
+                raise AdapterError(f"modules_to_save: {short_repr(module)} matches no module; {_near_names([module], names)}")
         for pattern, _ in ranks + alphas:
             if not any(map(pattern.matches_end, found)):
-                raise AdapterError(f"{pattern.where}: matches no adapted module; {_near(pattern.text, found)}")
-    targets = [Target(name, _first(ranks, name, config.r), _first(alphas, name, config.lora_alpha)) for name in found]
+                raise AdapterError(f"{pattern.where}: matches no adapted module; {_near_names(pattern.text, found)}")
+    targets = [
+        Target(name, _first_match(ranks, name, config.r), _first_match(alphas, name, config.lora_alpha)) for name in found
+    ]
     return Selection(targets, saved, saving, wanted)
 
 
@@ -107,7 +109,7 @@ class _Matcher:
         parts = name.split(".")
         return any(".".join(parts[i:]) in self._names for i in range(len(parts)))
 
-    def whole(self, name: str) -> bool:
+    def is_full_name(self, name: str) -> bool:
         """Whether the name is given in full, which PEFT adapts whatever the layer number."""
         return name in self._names
 
@@ -125,7 +127,7 @@ class _Layers:
         if not self._wanted:
             return True
         for pattern in self._patterns:
-            number = self._after(pattern, name)
+            number = self._number_after(pattern, name)
             if number is not None:
                 return number in self._wanted
         if self._patterns:
@@ -134,10 +136,10 @@ class _Layers:
         numbers = [int(part) for part in name.split(".")[2:-1] if part.isdecimal()]
         return bool(numbers) and numbers[0] in self._wanted
 
-    def _after(self, pattern: NamePattern, name: str) -> int | None:
-        begins = starts(name)
+    def _number_after(self, pattern: NamePattern, name: str) -> int | None:
+        begins = suffix_starts(name)
         for start in range(len(name)):
-            for end in reversed(pattern.ends(name, start) if begins >> start & 1 else []):
+            for end in reversed(pattern.match_ends(name, start) if begins >> start & 1 else []):
                 parts = name[end:].split(".")
                 if len(parts) > 2 and not parts[0] and parts[1].isdecimal():
                     return int(parts[1])
@@ -187,7 +189,7 @@ def _is_named(module: nn.Module, name: str, package: str) -> bool:
     return any(c.__name__ == name and c.__module__.startswith(package) for c in type(module).__mro__)
 
 
-def _first(patterns: list[tuple[NamePattern, Any]], name: str, default: Any) -> Any:
+def _first_match(patterns: list[tuple[NamePattern, Any]], name: str, default: Any) -> Any:
     return next((value for pattern, value in patterns if pattern.matches_end(name)), default)
 
 
@@ -198,14 +200,14 @@ def _check_all_match(field: str, wanted: list[str] | str, names: list[str]) -> N
         ends = {".".join(parts[i:]) for parts in (name.split(".") for name in names) for i in range(len(parts))}
         missed = [name for name in wanted if name not in ends]
     if missed:
-        raise AdapterError(f"{field}: {short(missed[0])} matches no module; {_near(missed[:1], names)}")
+        raise AdapterError(f"{field}: {short_repr(missed[0])} matches no module; {_near_names(missed[:1], names)}")
 
 
 def _outermost(names: list[str]) -> list[str]:
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
-def _near(wanted: list[str] | str, names: list[str]) -> str:
+def _near_names(wanted: list[str] | str, names: list[str]) -> str:
     ends = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdecimal()})
     asked = [wanted] if isinstance(wanted, str) else wanted[:8]
     near = [n for w in asked for n in difflib.get_close_matches(w.rpartition(".")[2][:64], ends, n=4, cutoff=0.5)]

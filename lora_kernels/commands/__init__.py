@@ -12,15 +12,15 @@ WANTED = "pip install typer rich (or lora_kernels[cli])"
 def main(arguments: Sequence[str]) -> int:
     """Runs a command; the exit status: 0, 1 where the command found something wrong, 2 where it could not begin."""
     try:
-        from lora_kernels.commands.app import run
+        from lora_kernels.commands.app import run_command
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("typer", "rich", "click"):
             raise
-        return plain(list(arguments))
-    return run(arguments)
+        return run_without_typer(list(arguments))
+    return run_command(arguments)
 
 
-def plain(arguments: list[str]) -> int:
+def run_without_typer(arguments: list[str]) -> int:
     """What there is without typer and rich."""
     if arguments == ["--version"]:
         print(__version__)

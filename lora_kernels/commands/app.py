@@ -20,7 +20,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 
-def run(arguments: Sequence[str]) -> int:
+def run_command(arguments: Sequence[str]) -> int:
     """Runs a command and gives its exit status."""
     try:
         app(list(arguments), prog_name=PROGRAM)

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lora_kernels.commands.paired import paired
+from lora_kernels.commands.paired import interleaved_medians
 from lora_kernels.integrations import fuse
 from lora_kernels.ops import explain
 
 SHAPE = re.compile(r"(\d+)x(\d+)")
 CONTENDERS = ("base", "PEFT", "ours")
-KINDS, WHATS = ("LoRA", "DoRA"), ("forward", "step")
+METHODS, PASSES = ("LoRA", "DoRA"), ("forward", "step")
 
 Times = dict[tuple[str, str], dict[str, float]]
 
@@ -57,30 +57,30 @@ def bench(
     kind = None if dtype is None else getattr(torch, dtype)
     console, times, by = Console(), Times(), ""
     try:
-        base = _layer(shape, kind, place) if shape else _model(what, kind, place)
+        base = _make_layer(shape, kind, place) if shape else _load_model(what, kind, place)
     except (OSError, ValueError) as error:
         told = f"{what!r} is neither a shape such as 4096x4096 nor a model that loads"
         print(f"bench: {told}: {_first_line(error)}", file=sys.stderr)
         return 2
-    for method in KINDS:
-        job = _job(what, base, bool(shape), method, tokens, rank)
+    for method in METHODS:
+        job = _make_job(what, base, bool(shape), method, tokens, rank)
         with torch.no_grad():
             ran = {d.chosen for d in explain(job.call, job.modules["ours"], job.x).decisions}
         by = ", ".join(sorted(ran))
-        for step in WHATS:
+        for step in PASSES:
             with console.status(f"{method}, {step}"):
                 times[method, step] = measure(job, step == "step", seconds)
     where = torch.cuda.get_device_name(place) if place.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     title = f"{what}, {job.layers}, {tokens} tokens, rank {rank}, {str(job.x.dtype)[6:]}, {where}, backend {by}"
     console.print(title, soft_wrap=True)
-    console.print(table(times))
-    if busy := _busy():
+    console.print(times_table(times))
+    if busy := _load_warning():
         console.print(busy, soft_wrap=True)
     console.print(headline(times))
     if plot:
-        from lora_kernels.commands.picture import draw
+        from lora_kernels.commands.picture import draw_picture
 
-        draw(times, headline(times), title, plot)
+        draw_picture(times, headline(times), title, plot)
         console.print(f"picture: {plot}")
     return 0
 
@@ -91,7 +91,7 @@ def measure(job: Job, backward: bool, seconds: float) -> dict[str, float]:
     parameters = [p for m in job.modules.values() for p in m.parameters() if p.requires_grad]
     dy = torch.randn_like(job.call(job.modules["base"], x))
 
-    def run(module: nn.Module) -> None:
+    def run_step(module: nn.Module) -> None:
         if not backward:
             with torch.no_grad():
                 job.call(module, x)
@@ -101,10 +101,10 @@ def measure(job: Job, backward: bool, seconds: float) -> dict[str, float]:
             t.grad = None
 
     wait = torch.cuda.synchronize if x.is_cuda else (lambda: None)
-    return paired({name: lambda m=m: run(m) for name, m in job.modules.items()}, seconds=seconds, wait=wait)  # type: ignore[misc]
+    return interleaved_medians({name: lambda m=m: run_step(m) for name, m in job.modules.items()}, seconds=seconds, wait=wait)  # type: ignore[misc]
 
 
-def table(times: Times) -> Table:
+def times_table(times: Times) -> Table:
     """Milliseconds, and how ours compares."""
     made = Table()
     made.add_column("")
@@ -113,11 +113,11 @@ def table(times: Times) -> Table:
     for (method, step), t in times.items():
         style = "" if t["ours"] <= t["PEFT"] else "yellow"
         over = f"{t['ours'] / t['base'] - 1:+.0%}"
-        made.add_row(f"{method} {step}", *(f"{t[name] * 1e3:.3g}" for name in CONTENDERS), ratio(t), over, style=style)
+        made.add_row(f"{method} {step}", *(f"{t[name] * 1e3:.3g}" for name in CONTENDERS), speedup_label(t), over, style=style)
     return made
 
 
-def ratio(t: dict[str, float]) -> str:
+def speedup_label(t: dict[str, float]) -> str:
     """How much faster ours is than PEFT, or slower."""
     faster = t["PEFT"] / t["ours"]
     if 0.99 < faster < 1.01:
@@ -127,16 +127,16 @@ def ratio(t: dict[str, float]) -> str:
 
 def headline(times: Times) -> str:
     """The answer in a sentence."""
-    return "A step beside PEFT's: " + ", ".join(f"{method} {ratio(times[method, 'step'])}" for method in KINDS)
+    return "A step beside PEFT's: " + ", ".join(f"{method} {speedup_label(times[method, 'step'])}" for method in METHODS)
 
 
-def _layer(shape: re.Match[str], dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+def _make_layer(shape: re.Match[str], dtype: torch.dtype | None, device: torch.device) -> nn.Module:
     torch.manual_seed(0)
     n_in, n_out = map(int, shape.groups())
     return nn.Sequential(nn.Linear(n_in, n_out, bias=False, dtype=dtype or torch.float32, device=device)).requires_grad_(False)
 
 
-def _model(name: str, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+def _load_model(name: str, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
     import transformers
 
     # 4.56 gave it another name
@@ -145,7 +145,7 @@ def _model(name: str, dtype: torch.dtype | None, device: torch.device) -> nn.Mod
     return model.to(device).eval().requires_grad_(False)
 
 
-def _job(name: str, base: Any, is_layer: bool, method: str, tokens: int, rank: int) -> Job:
+def _make_job(name: str, base: Any, is_layer: bool, method: str, tokens: int, rank: int) -> Job:
     import peft
     from peft.tuners.lora import LoraLayer
 
@@ -176,7 +176,7 @@ def _sharing(module: Any) -> Any:
     return copy.deepcopy(module, {id(t): t for t in tensors})
 
 
-def _busy() -> str | None:
+def _load_warning() -> str | None:
     """What to know of the times if other programs run."""
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     if load <= 1.5 * cores:

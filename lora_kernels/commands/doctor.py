@@ -21,7 +21,7 @@ BOUNDS = {"cpu": 1e-6, "cuda": 5e-3}  # a GPU may take float32 products in TF32
 def doctor(as_json: bool = False) -> int:
     """Prints what `examine` found; 0 if every checked forward was right."""
     found = examine()
-    print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else text(found))
+    print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else report_text(found))
     return 0 if found["ok"] else 1
 
 
@@ -81,7 +81,7 @@ def forward(device: str) -> dict[str, Any]:
     return {"device": device, "by": by, "right": error < BOUNDS[device], "error": error}
 
 
-def text(found: dict[str, Any]) -> str:
+def report_text(found: dict[str, Any]) -> str:
     """What `examine` found, for people."""
     lines = [f"lora_kernels {found['lora_kernels']}, Python {found['python']}, {found['platform']}"]
     lines += [f"  {name} {version or 'is not installed'}" for name, version in found["packages"].items()]

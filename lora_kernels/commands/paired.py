@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-LEAST = 10  # rounds
+MIN_ROUNDS = 10  # rounds
 
 
-def paired(
+def interleaved_medians(
     calls: dict[str, Callable[[], Any]], rounds: int = 31, seconds: float = 1.0, wait: Callable[[], Any] = lambda: None
 ) -> dict[str, float]:
-    """The median seconds of each call over interleaved rounds, at least LEAST of them; `wait` for a device that runs behind.
+    """The median seconds of each call over interleaved rounds, at least MIN_ROUNDS; `wait` for a device that runs behind.
 
     Each round has its own random order (the same in every run): what a call leaves behind, in the caches and in the
     allocator's free memory, must not always meet the same neighbour.
@@ -25,7 +25,7 @@ def paired(
     taken: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     done = 0
-    while done < LEAST or (done < rounds and time.perf_counter() < end):
+    while done < MIN_ROUNDS or (done < rounds and time.perf_counter() < end):
         shuffled.shuffle(order)
         for name in order:
             wait()

@@ -7,7 +7,7 @@ from typing import Any
 COLOURS = {"base": "#d0d0d0", "PEFT": "#8c8c8c", "ours": "#00857c"}
 
 
-def draw(times: Any, headline: str, title: str, file: Path) -> None:
+def draw_picture(times: Any, headline: str, title: str, file: Path) -> None:
     """Bars of each contender's time, the layer without an adapter being 1; written to `file` in the format of its ending."""
     import matplotlib
 

@@ -15,10 +15,10 @@ def tune(seconds: float = 60.0, dtype: str = "bfloat16", rank: int = 16, layers:
     if not torch.cuda.is_available():
         print("tune: it measures on a GPU, and torch finds none here; nothing was written", file=sys.stderr)
         return 2
-    problems = tuning.usual(getattr(torch, dtype), rank, sizes)
+    problems = tuning.common_problems(getattr(torch, dtype), rank, sizes)
     found = tuning.tune(problems, "cuda", seconds)
-    print(*tuning.words(found), sep="\n")
+    print(*tuning.describe_choices(found), sep="\n")
     gpu = torch.cuda.get_device_name()
     print(*tile_tuning.words(tiles.local(gpu)), sep="\n")
-    print(f"{len(found)} of {len(problems)} measured, in {tables.place(gpu)}")
+    print(f"{len(found)} of {len(problems)} measured, in {tables.user_file(gpu)}")
     return 0

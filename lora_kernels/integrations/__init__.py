@@ -35,10 +35,10 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
     _check_module("fuse", model)
     survey = Survey()
     _ask_about_ours(model, survey)
-    peft = _peft()
+    peft = _peft_module()
     layers = peft.lora_layers(model) if peft else {}
     for name, layer in layers.items():
-        peft.ask(name, layer, survey)
+        peft.survey_layer(name, layer, survey)
     if not survey.fused and not survey.left:
         raise _no_layers()
     if strict and survey.left:
@@ -66,7 +66,7 @@ def unfuse(model: nn.Module) -> None:
         ValueError: a fused layer's class was changed again since (fully_shard and parametrize do); undo that first.
     """
     _check_module("unfuse", model)
-    peft = _peft()
+    peft = _peft_module()
     fused = {n: m for n, m in model.named_modules() if isinstance(m, peft.FusedLinear)} if peft else {}
     for name, layer in fused.items():
         if type(layer) is not peft.FusedLinear:
@@ -80,7 +80,7 @@ def _check_module(function: str, model: nn.Module) -> None:
         raise TypeError(f"{function}: model must be a torch.nn.Module, found {type(model).__name__}")
 
 
-def _peft() -> Any:
+def _peft_module() -> Any:
     """Our PEFT half; None while nobody has imported PEFT, for then no model can hold its layers."""
     if "peft" not in sys.modules:
         return None
@@ -93,7 +93,7 @@ def _ask_about_ours(model: nn.Module, survey: Survey) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):
             state = (layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling, layer.lora_dropout)
-            survey.ask(name, *state, isinstance(layer, DoRALinear))
+            survey.add_layer(name, *state, isinstance(layer, DoRALinear))
         elif isinstance(layer, LoRAEmbedding):
             survey.fused[name] = "torch"
 

@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_kernels._version import __version__
-from lora_kernels.integrations.peft import Linear, computed
+from lora_kernels.integrations.peft import Linear, run_fused
 
 BACKENDS = ("cpu", "cuda")
 PACKAGE = Path(__file__).parents[1]
@@ -84,11 +84,11 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's Linear.forward; subclasses of that run their own."""
         layer: Any = self
-        y = computed(layer, x, args, kwargs) if type(layer) is Linear else None
+        y = run_fused(layer, x, args, kwargs) if type(layer) is Linear else None
         return type(layer).forward(layer, x, *args, **kwargs) if y is None else y
 
 
-def write(folder: Path) -> list[Path]:
+def write_repository(folder: Path) -> list[Path]:
     """Writes the repository, in place of what was in its `build`; the folders of the variants."""
     shutil.rmtree(folder / "build", ignore_errors=True)
     variants = [folder / "build" / f"torch-{backend}" for backend in BACKENDS]
@@ -96,8 +96,8 @@ def write(folder: Path) -> list[Path]:
         shutil.copytree(PACKAGE, variant / "lora_kernels", ignore=_left_out(backend))
         (variant / "__init__.py").write_text(START.format(version=__version__), encoding="utf-8")
         metadata = {
-            "id": f"_lora_kernels_{backend}_{_digest(variant)}", "name": "lora-kernels", "version": 1, "license": "Apache-2.0",
-            "python-depends": [], "backend": {"type": backend},
+            "id": f"_lora_kernels_{backend}_{_content_digest(variant)}", "name": "lora-kernels", "version": 1,
+            "license": "Apache-2.0", "python-depends": [], "backend": {"type": backend},
         }  # fmt: skip
         (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
     modules = ", ".join(sorted(path.name for path in PACKAGE.glob("_c*.so") if path.is_file())) or "none"
@@ -114,7 +114,7 @@ def _left_out(backend: str) -> Callable[[str, list[str]], set[str]]:
     return chosen
 
 
-def _digest(variant: Path) -> str:
+def _content_digest(variant: Path) -> str:
     """Of all files: another content is another module, and both can be loaded."""
     found = hashlib.sha256()
     for path in sorted(path for path in variant.rglob("*") if path.is_file()):
@@ -125,4 +125,4 @@ def _digest(variant: Path) -> str:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m lora_kernels.integrations.hub FOLDER")
-    print(*write(Path(sys.argv[1])), sep="\n")
+    print(*write_repository(Path(sys.argv[1])), sep="\n")

@@ -45,24 +45,24 @@ class FusedLinear(Linear):
     """peft.tuners.lora.layer.Linear; a call that the kernels cover runs there, any other in PEFT's own forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = computed(self, x, args, kwargs)
+        y = run_fused(self, x, args, kwargs)
         return super().forward(x, *args, **kwargs) if y is None else y
 
 
-def computed(layer: Linear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def run_fused(layer: Linear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """What the kernels give for a call of PEFT's layer, or None where PEFT's own forward must run; the reason is counted."""
-    state: Any = "the call has arguments besides the input" if args or kwargs else read(layer)
+    state: Any = "the call has arguments besides the input" if args or kwargs else read_state(layer)
     reason = state if type(state) is str else _input_refusal(layer, x, state)
     if reason is not None:
         if not _compiling():
             _fallbacks.setdefault(layer, Counter())[reason] += 1
         return None
     w, bias, a, b, scale, dropout, magnitude = state
-    gain = None if magnitude is None else _gain(layer, w, a, b, scale, magnitude)
+    gain = None if magnitude is None else _cached_gain(layer, w, a, b, scale, magnitude)
     return lora_linear(x, w, a, b, scale, bias, gain, dropout)
 
 
-def read(layer: Any) -> Any:
+def read_state(layer: Any) -> Any:
     """What the layer's next call computes with, (w, bias, a, b, scale, dropout, magnitude), or why PEFT must run it.
 
     Reads the modules' own dictionaries: one lookup through nn.Module.__getattr__ costs as much as ten of these checks.
@@ -83,18 +83,18 @@ def read(layer: Any) -> Any:
         return "no active adapter has weights here"
     base, lora_a, lora_b = children["base_layer"], adapters[name], children["lora_B"]._modules[name]
     drop = children["lora_dropout"]._modules[name]
-    if _hooked(base) or _hooked(lora_a) or _hooked(lora_b) or _hooked(drop):
+    if _has_hooks(base) or _has_hooks(lora_a) or _has_hooks(lora_b) or _has_hooks(drop):
         return "a hook waits for the call of base_layer, lora_A, lora_B or lora_dropout"
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
-        return f"lora_A and lora_B are {_name(lora_a)} and {_name(lora_b)}"
+        return f"lora_A and lora_B are {_type_name(lora_a)} and {_type_name(lora_b)}"
     if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
-        return f"base_layer is {_name(base)}"
+        return f"base_layer is {_type_name(base)}"
     w: Any  # tensors only once their types are looked at
     a: Any
     b: Any
     w, a, b = base._parameters.get("weight"), lora_a._parameters.get("weight"), lora_b._parameters.get("weight")
     if type(w) not in _PLAIN or type(a) not in _PLAIN or type(b) not in _PLAIN:
-        return f"the weights of base_layer, lora_A and lora_B are {_name(w)}, {_name(a)} and {_name(b)}"
+        return f"the weights of base_layer, lora_A and lora_B are {_type_name(w)}, {_type_name(a)} and {_type_name(b)}"
     if (w.dtype, a.dtype, b.dtype) not in _DTYPES:
         return f"the weights of base_layer, lora_A and lora_B are {w.dtype}, {a.dtype} and {b.dtype}"
     if w.requires_grad:
@@ -107,11 +107,11 @@ def read(layer: Any) -> Any:
     variant, magnitude = layer.lora_variant.get(name), None
     if variant is not None and type(variant) not in _COMPUTED_AS_LORA:
         dora = children["lora_magnitude_vector"]._modules.get(name)
-        if type(variant) is not variants.DoraLinearVariant or type(dora) is not DoraLinearLayer or _hooked(dora):
-            return f"{_name(variant)} is not covered"
+        if type(variant) is not variants.DoraLinearVariant or type(dora) is not DoraLinearLayer or _has_hooks(dora):
+            return f"{_type_name(variant)} is not covered"
         magnitude = dora._parameters["weight"]
         if type(magnitude) not in _PLAIN:
-            return f"lora_magnitude_vector is {_name(magnitude)}"
+            return f"lora_magnitude_vector is {_type_name(magnitude)}"
     dropout = 0.0
     if type(drop) is nn.Dropout:
         if drop.training and (magnitude is None or layer.training):
@@ -119,15 +119,15 @@ def read(layer: Any) -> Any:
         if drop.inplace or dropout >= 1.0:
             return f"lora_dropout is {drop}"
     elif type(drop) is not nn.Identity:
-        return f"lora_dropout is {_name(drop)}"
+        return f"lora_dropout is {_type_name(drop)}"
     bias: Any = base._parameters["bias"]
     if bias is not None and type(bias) not in _PLAIN:
-        return f"the bias of base_layer is {_name(bias)}"
+        return f"the bias of base_layer is {_type_name(bias)}"
     w = w.t() if layer.fan_in_fan_out else w
     return w, bias, a, b, layer.scaling[name], dropout, magnitude
 
 
-def _hooked(module: nn.Module) -> Any:
+def _has_hooks(module: nn.Module) -> Any:
     """Whether calling the module runs more than its class's forward, which accelerate and `kernels` replace."""
     return (
         module._forward_hooks
@@ -144,7 +144,7 @@ def _is_own(module: nn.Module, attribute: str) -> bool:
     return type(held) is MethodType and held.__self__ is module and held.__func__ is type(module).forward
 
 
-def _name(thing: Any) -> str:
+def _type_name(thing: Any) -> str:
     return "missing" if thing is None else type(thing).__name__
 
 
@@ -153,7 +153,7 @@ def _input_refusal(layer: Linear, x: Tensor, state: Any) -> str | None:
     w, a = state[0], state[2]
     if not _compiling():
         if type(x) not in _PLAIN:
-            return f"the input is {_name(x)}"
+            return f"the input is {_type_name(x)}"
         if _functorch_level() is not None or _tracing() is not None or forward_ad._current_level >= 0:
             return "a functional transform, a trace or forward-mode differentiation is under way"
         if _has_any_global_hook():
@@ -165,7 +165,7 @@ def _input_refusal(layer: Linear, x: Tensor, state: Any) -> str | None:
     return None
 
 
-def _gain(layer: Linear, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
+def _cached_gain(layer: Linear, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
     if _compiling():
         with torch.no_grad():
             norm = weight_norm(w, a, b, scale)
@@ -184,21 +184,21 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 def class_refusal(layer: nn.Module) -> str | None:
     """Why the layer can never become a FusedLinear; None if it can or is one."""
     if type(layer) not in (Linear, FusedLinear):
-        return f"{_name(layer)} layers are not covered"
+        return f"{_type_name(layer)} layers are not covered"
     held = "_old_forward" if "_hf_hook" in layer.__dict__ else "forward"
     if held in layer.__dict__ and not _is_own(layer, held):
         return "its forward is replaced on the instance"
     return None
 
 
-def ask(name: str, layer: nn.Module, survey: Survey) -> None:
+def survey_layer(name: str, layer: nn.Module, survey: Survey) -> None:
     """Adds to the survey what the layer's next call would do if it were a FusedLinear."""
-    state: Any = class_refusal(layer) or read(layer)
+    state: Any = class_refusal(layer) or read_state(layer)
     if isinstance(state, str):
         survey.left[name] = state
     else:
         w, bias, a, b, scale, dropout, magnitude = state
-        survey.ask(name, w, bias, a, b, scale, dropout, magnitude is not None)
+        survey.add_layer(name, w, bias, a, b, scale, dropout, magnitude is not None)
 
 
 def set_class(layers: Iterable[nn.Module], cls: type[nn.Module]) -> None:

@@ -62,7 +62,7 @@ class Survey:
     slow: dict[str, str] = field(default_factory=dict)
     _answers: dict[object, tuple[str, str]] = field(default_factory=dict)
 
-    def ask(
+    def add_layer(
         self,
         name: str,
         w: Tensor,

@@ -47,8 +47,8 @@ def warm_up(
         raise TypeError(f"warm_up: model must be a torch.nn.Module, found {type(model).__name__}")
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"warm_up: dtype must be float32, bfloat16, float16 or float64, found {dtype}")
-    counts = _counts(tokens)
-    layers = [each for each in _layers(model) if each[3].is_cuda or simulates()]
+    counts = _row_counts(tokens)
+    layers = [each for each in _fused_layers(model) if each[3].is_cuda or simulates()]
     problems: dict[torch.device, list[Problem]] = {}
     with torch.random.fork_rng({weight.device for *_, weight in layers if weight.is_cuda}):
         for _, layer, width, weight in layers:
@@ -57,13 +57,13 @@ def warm_up(
                 if tune:
                     problems.setdefault(x.device, []).extend(_problems(layer, x))
                 else:
-                    _call(layer, x)
+                    _call_layer(layer, x)
         for device, found in problems.items():
             tuning.tune(sorted(found, key=lambda p: -p.m), device, seconds / len(problems))
     return [name for name, *_ in layers]
 
 
-def _counts(tokens: Any) -> list[int]:
+def _row_counts(tokens: Any) -> list[int]:
     """The numbers of rows, each once."""
     given = list(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else [tokens]
     for count in given:
@@ -75,7 +75,7 @@ def _counts(tokens: Any) -> list[int]:
     return counts
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, Tensor]]:
+def _fused_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, Tensor]]:
     """Each layer on our kernels: its name, itself, its in_features and its base weight; those of a group as one."""
     within: set[nn.Module] = set()
     peft = sys.modules.get("lora_kernels.integrations.peft")
@@ -97,11 +97,11 @@ def _problems(layer: nn.Module, x: Tensor) -> Iterator[Problem]:
     """Those that a call of a layer has several candidates for."""
     # in this thread, or before torch 2.13 nobody would see what a GPU's backward chooses
     with torch.autograd.set_multithreading_enabled(False):
-        decisions = explain(_call, layer, x).decisions
+        decisions = explain(_call_layer, layer, x).decisions
     yield from (decision.plan.problem for decision in decisions if decision.plan is not None)
 
 
-def _call(layer: nn.Module, x: Tensor) -> None:
+def _call_layer(layer: nn.Module, x: Tensor) -> None:
     """The layer's call as in an evaluation, or as in a step: for an input that wants its gradient and for one that does not."""
     trained = [p for p in layer.parameters() if p.requires_grad]
     if not (layer.training and torch.is_grad_enabled()):

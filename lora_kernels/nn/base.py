@@ -68,7 +68,7 @@ class AdapterLayer(nn.Module):
             ValueError: `safe`, and the merged weight is not finite; nothing has changed.
         """
         if self.merged:
-            raise RuntimeError(f"{self._named()}: merge() on a merged layer; call unmerge() first")
+            raise RuntimeError(f"{self._class_name()}: merge() on a merged layer; call unmerge() first")
         # the merged tensor must be as the weight is: one made in inference mode could never be trained through
         with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
             adapted = self._adapted_weight()
@@ -76,7 +76,7 @@ class AdapterLayer(nn.Module):
             wrong = adapted.numel() - int(adapted.isfinite().sum())
             if wrong:
                 raise ValueError(
-                    f"{self._named()}: merge(safe=True): the merged weight must be finite, found {wrong} of"
+                    f"{self._class_name()}: merge(safe=True): the merged weight must be finite, found {wrong} of"
                     f" {adapted.numel()} values that are not; nothing has changed"
                 )
         self._unmerged = self.weight.detach()
@@ -89,7 +89,7 @@ class AdapterLayer(nn.Module):
             RuntimeError: the layer is not merged.
         """
         if self._unmerged is None:
-            raise RuntimeError(f"{self._named()}: unmerge() on a layer that is not merged")
+            raise RuntimeError(f"{self._class_name()}: unmerge() on a layer that is not merged")
         self._replace_weight(self._unmerged)
         self._unmerged = None
 
@@ -108,7 +108,7 @@ class AdapterLayer(nn.Module):
             ValueError: factor is not finite.
             RuntimeError: the layer is merged.
         """
-        name = self._named()
+        name = self._class_name()
         factor = check_number(name, "set_scale: factor", factor)
         if self.merged:
             raise RuntimeError(f"{name}: set_scale() on a merged layer; call unmerge() first")
@@ -121,7 +121,7 @@ class AdapterLayer(nn.Module):
             TypeError: enabled is not True or False.
         """
         if not isinstance(enabled, bool):
-            raise TypeError(f"{self._named()}: enable_adapter: enabled must be True or False, found {enabled!r}")
+            raise TypeError(f"{self._class_name()}: enable_adapter: enabled must be True or False, found {enabled!r}")
         self.enabled = enabled
 
     @contextmanager
@@ -134,7 +134,7 @@ class AdapterLayer(nn.Module):
         finally:
             self.enabled = before
 
-    def _named(self) -> str:
+    def _class_name(self) -> str:
         return type(self).__name__
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -160,7 +160,7 @@ class AdapterLayer(nn.Module):
         error_msgs: list[str],
     ) -> None:
         if self.merged and any(f"{prefix}{name}" in state_dict for name in self._parameters):
-            error_msgs.append(f"{prefix or self._named()} is merged: call unmerge() before load_state_dict()")
+            error_msgs.append(f"{prefix or self._class_name()} is merged: call unmerge() before load_state_dict()")
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -177,7 +177,7 @@ def initial_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
-def freeze(*parameters: nn.Parameter | None) -> None:
+def freeze_parameters(*parameters: nn.Parameter | None) -> None:
     for parameter in parameters:
         if parameter is not None:
             parameter.requires_grad_(False)

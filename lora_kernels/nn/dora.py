@@ -65,8 +65,8 @@ class DoRALinear(LoRALinear):
                 f" found {dropout_semantics!r}"
             )
 
-    def _adapt(self, linear: nn.Linear, *options: Any) -> Self:
-        super()._adapt(linear, *options)
+    def _add_adapter(self, linear: nn.Linear, *options: Any) -> Self:
+        super()._add_adapter(linear, *options)
         self._norm = NormCache()
         with torch.no_grad():
             norm = weight_norm(self.weight, self.lora_A, self.lora_B, self.scaling)
@@ -90,12 +90,12 @@ class DoRALinear(LoRALinear):
             self.lora_B,
             self.scaling,
             self.bias,
-            self._gain(),
+            self._output_gain(),
             self._dropout(),
             self.dropout_semantics,
         )
 
-    def _gain(self) -> Tensor:
+    def _output_gain(self) -> Tensor:
         w, a, b, scaling = self.weight, self.lora_A, self.lora_B, self.scaling
         if self.detach_norm:
             return self._norm.gain(w, a, b, scaling, self.lora_magnitude_vector)

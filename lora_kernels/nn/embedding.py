@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lora_kernels.nn.base import AdapterLayer, freeze
+from lora_kernels.nn.base import AdapterLayer, freeze_parameters
 from lora_kernels.nn.init import embedding_factors
 from lora_kernels.ops import merged_weight
 
@@ -50,7 +50,7 @@ class LoRAEmbedding(AdapterLayer):
             num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
             device=device, dtype=dtype,
         )  # fmt: skip
-        self._adapt(embedding, r, lora_alpha, use_rslora, init_lora_weights)
+        self._add_adapter(embedding, r, lora_alpha, use_rslora, init_lora_weights)
 
     @classmethod
     def from_embedding(
@@ -67,21 +67,21 @@ class LoRAEmbedding(AdapterLayer):
             raise TypeError(f"{cls.__name__}: embedding must be an nn.Embedding, found {type(embedding).__name__}{own}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        return layer._adapt(embedding, r, lora_alpha, use_rslora, init_lora_weights)
+        return layer._add_adapter(embedding, r, lora_alpha, use_rslora, init_lora_weights)
 
-    def _adapt(
+    def _add_adapter(
         self, embedding: nn.Embedding, r: int, lora_alpha: float, use_rslora: bool, init_lora_weights: Any
     ) -> Self:
         self._set_up(embedding._parameters.get("weight"), r, lora_alpha, use_rslora)
         if not isinstance(init_lora_weights, bool):
             found = f"found {init_lora_weights!r}"
-            raise TypeError(f"{self._named()}: init_lora_weights must be True or False, {found}")
+            raise TypeError(f"{self._class_name()}: init_lora_weights must be True or False, {found}")
         self.num_embeddings, self.embedding_dim = self.weight.shape
         self.padding_idx, self.max_norm, self.norm_type = embedding.padding_idx, embedding.max_norm, embedding.norm_type
         self.scale_grad_by_freq, self.sparse = embedding.scale_grad_by_freq, embedding.sparse
         a, b = embedding_factors(init_lora_weights, self.r, self.weight)
         self.lora_embedding_A, self.lora_embedding_B = nn.Parameter(a), nn.Parameter(b)
-        freeze(self.weight)
+        freeze_parameters(self.weight)
         self.train(embedding.training)
         return self
 
@@ -99,7 +99,7 @@ class LoRAEmbedding(AdapterLayer):
     def merge(self, safe: bool = False) -> None:
         if self.max_norm is not None:
             raise ValueError(
-                f"{self._named()}: an embedding with max_norm cannot be merged: max_norm={self.max_norm:g} would then"
+                f"{self._class_name()}: an embedding with max_norm cannot be merged: max_norm={self.max_norm:g} would then"
                 " act on the sum of base and adapter rather than on each"
             )
         super().merge(safe)

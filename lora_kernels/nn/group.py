@@ -72,7 +72,7 @@ class GroupedLinear(nn.Module):
             # a layer that does not care goes with the first
             part = [each for each in grouped if each[3] == semantics or (each[3] is None and semantics == found[0])]
             if part:
-                ys = lora_linear_group(x, [layer._member() for _, layer, *_ in part], [p for *_, p, _ in part], semantics)
+                ys = lora_linear_group(x, [layer._group_member() for _, layer, *_ in part], [p for *_, p, _ in part], semantics)
                 outputs.update(zip([name for name, *_ in part], ys, strict=True))
         return tuple(outputs[name] for name in self._modules)
 

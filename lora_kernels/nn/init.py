@@ -86,11 +86,11 @@ def linear_factors(init: Any, r: int, weight: Tensor, scaling: float) -> tuple[T
     nn.init.kaiming_uniform_(a, a=math.sqrt(5))
     nn.init.kaiming_uniform_(b, a=math.sqrt(5))
     if isinstance(init, str) and init.startswith("pissa"):
-        return _pissa(init, r, weight, scaling, wide)
+        return _pissa_factors(init, r, weight, scaling, wide)
     if init == "olora":
-        return _olora(r, weight, scaling, wide)
+        return _olora_factors(r, weight, scaling, wide)
     if init == "orthogonal":
-        a, b = _orthogonal(r, n_out, n_in)
+        a, b = _orthogonal_factors(r, n_out, n_in)
     elif init is not False:
         if init is True:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
@@ -114,7 +114,7 @@ def _rounded(tensor: Tensor, weight: Tensor) -> Tensor:
     return tensor.to(weight.device, weight.dtype).to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def _pissa(init: str, r: int, weight: Tensor, scaling: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+def _pissa_factors(init: str, r: int, weight: Tensor, scaling: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     w = weight.detach().to(wide)
     niter = _NITER.fullmatch(init)
     if niter:
@@ -129,7 +129,7 @@ def _pissa(init: str, r: int, weight: Tensor, scaling: float, wide: torch.dtype)
     return a, b
 
 
-def _olora(r: int, weight: Tensor, scaling: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+def _olora_factors(r: int, weight: Tensor, scaling: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     w = weight.detach().to(wide)
     q, triangle = torch.linalg.qr(w)
     a, b = triangle[:r].contiguous(), q[:, :r].contiguous()
@@ -137,7 +137,7 @@ def _olora(r: int, weight: Tensor, scaling: float, wide: torch.dtype) -> tuple[T
     return a, b
 
 
-def _orthogonal(r: int, n_out: int, n_in: int) -> tuple[Tensor, Tensor]:
+def _orthogonal_factors(r: int, n_out: int, n_in: int) -> tuple[Tensor, Tensor]:
     q, _ = torch.linalg.qr(torch.randn(r, r))
     a = torch.randn(n_in, r // 2).mm(q[0::2]).T / 10.0
     b = torch.randn(r // 2, n_out).T.mm(q[1::2]) / 10.0

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lora_kernels.nn.base import AdapterLayer, check_dropout, freeze
+from lora_kernels.nn.base import AdapterLayer, check_dropout, freeze_parameters
 from lora_kernels.nn.init import check_init, linear_factors
 from lora_kernels.ops.lora_linear import Member, lora_linear
 from lora_kernels.ops.merge import merged_weight
@@ -50,7 +50,7 @@ class LoRALinear(AdapterLayer):
     ) -> None:
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias, device, dtype)
-        self._adapt(linear, r, lora_alpha, use_rslora, lora_dropout, init_lora_weights)
+        self._add_adapter(linear, r, lora_alpha, use_rslora, lora_dropout, init_lora_weights)
 
     @classmethod
     def from_linear(
@@ -63,10 +63,10 @@ class LoRALinear(AdapterLayer):
         init_lora_weights: bool | str | tuple[Tensor, Tensor] = True,
     ) -> Self:
         """A layer that shares the parameters of `linear`, which it freezes, and its train or eval mode."""
-        return cls._around(linear)._adapt(linear, r, lora_alpha, use_rslora, lora_dropout, init_lora_weights)
+        return cls._empty_layer(linear)._add_adapter(linear, r, lora_alpha, use_rslora, lora_dropout, init_lora_weights)
 
     @classmethod
-    def _around(cls, linear: Any) -> Self:
+    def _empty_layer(cls, linear: Any) -> Self:
         """An empty layer, if `linear` is one that it can replace."""
         if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
             own = " with a forward of its own" if isinstance(linear, nn.Linear) else ""
@@ -75,7 +75,7 @@ class LoRALinear(AdapterLayer):
         nn.Module.__init__(layer)
         return layer
 
-    def _adapt(
+    def _add_adapter(
         self,
         linear: nn.Linear,
         r: int,
@@ -93,7 +93,7 @@ class LoRALinear(AdapterLayer):
         self.register_parameter("bias", linear.bias)
         a, b = linear_factors(init, self.r, self.weight, self.scaling)
         self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
-        freeze(self.weight, self.bias)
+        freeze_parameters(self.weight, self.bias)
         self.train(linear.training)
         return self
 
@@ -112,13 +112,13 @@ class LoRALinear(AdapterLayer):
     def _dropout(self) -> float:
         return self.lora_dropout if self.training else 0.0
 
-    def _gain(self) -> Tensor | None:
+    def _output_gain(self) -> Tensor | None:
         """What multiplies the outputs of the adapted product, [out]."""
         return None
 
-    def _member(self) -> Member:
+    def _group_member(self) -> Member:
         """What forward computes with, for a call that several layers share."""
-        return Member(self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, self._gain())
+        return Member(self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, self._output_gain())
 
     def _adapted_weight(self) -> Tensor:
         """W + scaling·BA, [out, in]."""

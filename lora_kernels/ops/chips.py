@@ -43,15 +43,15 @@ CHIPS = {
 }
 
 
-def nearest(arch: int, known: Collection[int]) -> int:
+def nearest_architecture(arch: int, known: Collection[int]) -> int:
     """Of the known architectures one of the same major version, if there is one, and then the nearest number."""
     return min(sorted(known), key=lambda other: (other // 10 != arch // 10, abs(other - arch)))
 
 
 @lru_cache
-def chip(arch: int, multiprocessors: int | None = None) -> Chip:
+def nearest_chip(arch: int, multiprocessors: int | None = None) -> Chip:
     """The known chip that is nearest to this one. What grows with multiprocessors is scaled to theirs; memory is not."""
-    known = CHIPS[nearest(arch, CHIPS)]
+    known = CHIPS[nearest_architecture(arch, CHIPS)]
     if not multiprocessors or multiprocessors == known.multiprocessors:
         return known
     part = multiprocessors / known.multiprocessors

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from lora_kernels.ops.chips import Chip
-from lora_kernels.ops.parts import part_of_rows
+from lora_kernels.ops.cuda_split_k import part_of_rows
 from lora_kernels.ops.tables.tiles import Tile, compiled, tile
 
 LIBRARY, CUDA, SPECIALISED = "addmm", "cuda", "specialised"
@@ -32,7 +32,7 @@ FORWARD, BACKWARD = ("two launches", "one pass", LIBRARY), ("fused", LIBRARY)
 # by which backends; the others by Triton's
 OFFERED = {CUDA: ("cuda",), SPECIALISED: ("cuda",), LIBRARY: ("triton", "cuda")}
 UNTRIED = (SPECIALISED,)  # taken where they were measured, never by a prediction
-FEW = 64  # rows, up to which bytes decide, and the fused kernels move the fewest
+MEMORY_BOUND_ROWS = 64  # rows, up to which bytes decide, and the fused kernels move the fewest
 NAMES = {"forward": (*FORWARD, CUDA, SPECIALISED), "backward": (*BACKWARD, SPECIALISED)}
 MASK = 20  # integer operations for a word of Philox 4x32-10: ten rounds of two wide products and six others make four words
 
@@ -52,7 +52,7 @@ class Problem(NamedTuple):
     tf32: bool = False
 
     @property
-    def half(self) -> bool:
+    def is_half(self) -> bool:
         return self.dtype.itemsize == 2
 
     @property
@@ -82,11 +82,11 @@ class Step:
     """Elements whose dropout it draws."""
 
     @property
-    def bytes(self) -> int:
+    def bytes_moved(self) -> int:
         return sum(self.reads.values()) + sum(self.writes.values())
 
 
-def steps(p: Problem, arch: int = 80) -> dict[str, list[Step]]:
+def candidate_launches(p: Problem, arch: int = 80) -> dict[str, list[Step]]:
     """The launches of each candidate, with the tiles of an architecture.
 
     Raises:
@@ -99,38 +99,39 @@ def steps(p: Problem, arch: int = 80) -> dict[str, list[Step]]:
 
 def _forward(p: Problem, arch: int) -> dict[str, list[Step]]:
     m, k, size = p.m, p.k, p.dtype.itemsize
-    x, w, a, b, h, y = _sizes(p)
+    x, w, a, b, h, y = _operand_bytes(p)
     t = tile(
         "forward", arch, dtype=p.dtype, m=m, k=k, n=sum(p.n), layers=len(p.n), two_sums=p.drop_base, one_pass=False,
         mapped=False,
     )  # fmt: skip
     bm, bn = t.rows, t.columns
-    columns = sum(_ceil(n, bn) for n in p.n)
-    tiles = _ceil(m, bm) * columns
+    columns = sum(_ceil_div(n, bn) for n in p.n)
+    tiles = _ceil_div(m, bm) * columns
     base, up = 2.0 * m * k * sum(p.n), 2.0 * m * sum(n * r for n, r in zip(p.n, p.r, strict=True))
-    shared = 1 if m > 64 or p.drop_base else splits(tiles, k)
+    shared = 1 if m > 64 or p.drop_base else split_k_count(tiles, k)
     last = up * shared  # by the last program of a tile alone
     streamed = k * (min(bm, m) + bn) * size // shared
     drawn = m * k if p.dropout else 0
     thin = tile(
         "shrink", arch, dtype=p.dtype, m=m, k=k, r=max(p.r, default=0), layers=len(p.n), drawing=p.dropout, keeps=False
     )  # fmt: skip
-    ranks, blocks = sum(p.r), _ceil(sum(p.r), thin.ranks)  # each block of ranks draws the dropout anew
+    ranks, blocks = sum(p.r), _ceil_div(sum(p.r), thin.ranks)  # each block of ranks draws the dropout anew
     shrink = Step(
-        "thin", {"x": x, "a": a}, {"h": h}, 2.0 * m * k * ranks, _ceil(m, thin.rows) * blocks,
+        "thin", {"x": x, "a": a}, {"h": h}, 2.0 * m * k * ranks, _ceil_div(m, thin.rows) * blocks,
         k * (min(thin.rows, m) + min(thin.ranks, ranks)) * size, masks=drawn * blocks,
     )  # fmt: skip
     fused = Step(
         "fused", {"x": x, "w": w, "h": h, "b": b}, {"y": y}, base * (1 + p.drop_base) + last, tiles * shared, streamed,
         masks=m * k * columns if p.drop_base else 0,
     )  # fmt: skip
-    per_tile = sum(_ceil(n, bn) * max(16, r) for n, r in zip(p.n, p.r, strict=True))
+    per_tile = sum(_ceil_div(n, bn) * max(16, r) for n, r in zip(p.n, p.r, strict=True))
     single = Step(
         "one_pass", {"x": x, "w": w, "a": a, "b": b}, {"y": y}, base + 2.0 * m * k * per_tile + last, tiles * shared,
-        streamed + k * max(p.r, default=0) * size // shared, again=_ceil(m, bm) * per_tile * k * size, masks=drawn * columns,
+        streamed + k * max(p.r, default=0) * size // shared, again=_ceil_div(m, bm) * per_tile * k * size,
+        masks=drawn * columns,
     )  # fmt: skip
     cuda = [shrink, replace(fused, kind="mma")]
-    if m <= FEW and not p.dropout:
+    if m <= MEMORY_BOUND_ROWS and not p.dropout:
         rows = columns * shared + blocks  # of blocks, which have 64 rows of W or of A
         flops = base + up + 2.0 * m * k * ranks
         cuda = [Step("mma", {"x": x, "w": w, "a": a, "b": b}, {"y": y, "h": h}, flops, rows, streamed)]
@@ -143,27 +144,27 @@ def _specialised(
 ) -> list[Step]:
     """h, or P, as pairs of bfloat16, in pieces of so many ranks; and the GEMM."""
     t = compiled("lora_linear_specialised.cu")
-    numbers = p.m * sum(t.ranks * _ceil(r, t.ranks) for r in p.r)
+    numbers = p.m * sum(t.ranks * _ceil_div(r, t.ranks) for r in p.r)
     pairs, h = {"pairs": 4 * numbers}, {"h": 4 * p.m * sum(p.r)}
-    tiles = _ceil(p.m, t.rows) * sum(_ceil(n, t.columns) for n in columns)
+    tiles = _ceil_div(p.m, t.rows) * sum(_ceil_div(n, t.columns) for n in columns)
     return [
-        Step("thin", h, pairs, 0.0, _ceil(numbers, compiled("lora_linear_pairs.cu").columns)),
+        Step("thin", h, pairs, 0.0, _ceil_div(numbers, compiled("lora_linear_pairs.cu").columns)),
         Step("specialised", {**reads, **pairs}, writes, flops, tiles, depth * (t.rows + t.columns) * p.dtype.itemsize),
     ]
 
 
-def gemm(p: Problem) -> Step:
+def gemm_step(p: Problem) -> Step:
     """The library's GEMM alone: x Wᵀ, or back dy W."""
-    x, w, _, _, _, y = _sizes(p)
-    (bm, bn), flops = (64, 64) if p.m <= 64 or not p.half else (128, 128), 2.0 * p.m * p.k * sum(p.n)
+    x, w, _, _, _, y = _operand_bytes(p)
+    (bm, bn), flops = (64, 64) if p.m <= 64 or not p.is_half else (128, 128), 2.0 * p.m * p.k * sum(p.n)
     if p.direction == "forward":
-        return Step("library", {"x": x, "w": w}, {"y": y}, flops, _ceil(p.m, bm) * sum(_ceil(n, bn) for n in p.n))
-    return Step("library", {"dy": y, "w": w}, {"dx": x}, flops, _ceil(p.m, bm) * _ceil(p.k, bn))
+        return Step("library", {"x": x, "w": w}, {"y": y}, flops, _ceil_div(p.m, bm) * sum(_ceil_div(n, bn) for n in p.n))
+    return Step("library", {"dy": y, "w": w}, {"dx": x}, flops, _ceil_div(p.m, bm) * _ceil_div(p.k, bn))
 
 
 def _forward_by_library(p: Problem, shrink: Step, up: float) -> list[Step]:
-    x, w, _, b, h, y = _sizes(p)
-    base = gemm(p)
+    x, w, _, b, h, y = _operand_bytes(p)
+    base = gemm_step(p)
     add = replace(base, reads={**base.reads, "y": y})
     expand = Step("thin", {"h": h, "b": b}, {"y": y}, up, base.tiles)
     if p.drop_base:
@@ -177,12 +178,12 @@ def _forward_by_library(p: Problem, shrink: Step, up: float) -> list[Step]:
     return [shrink, expand, add]
 
 
-def splits(tiles: int, k: int) -> int:
+def split_k_count(tiles: int, k: int) -> int:
     """How many programs share the depth of a tile, where there are too few tiles for the multiprocessors of a GPU."""
     return max(1, min(8, 128 // max(1, tiles), k // 256))
 
 
-def order(panel: int, column: int, tile: int, across: int, l2: int) -> tuple[int, int]:
+def tile_order(panel: int, column: int, tile: int, across: int, l2: int) -> tuple[int, int]:
     """(GROUP, SLAB), the order of a GEMM's tiles that lets L2 save most: GROUP rows of them take their turns side by side, in
     slabs of SLAB columns of them, 0 for all. In bytes: `panel` is what a row of tiles reads beside W, `column` what a column of
     them reads of W, `tile` what one writes; `across` is how many columns there are.
@@ -193,25 +194,25 @@ def order(panel: int, column: int, tile: int, across: int, l2: int) -> tuple[int
     """
     few, most = 4, int(0.5 * l2 / panel) // 4 * 4
     fit = int((0.8 * l2 - few * panel) / (column + few * tile))
-    slabs = _ceil(across, fit) if fit > 0 else across + 1
+    slabs = _ceil_div(across, fit) if fit > 0 else across + 1
     # of many rows, each reads its panel once a slab, or once and its share of a pass of W
     if slabs == 1:
         return few, 0
     if slabs * panel <= panel + across * column / max(most, few):
-        return few, _ceil(across, slabs)
+        return few, _ceil_div(across, slabs)
     return min(max(most, few), 64), 0
 
 
 def _backward(p: Problem, arch: int) -> dict[str, list[Step]]:
     m, k, size = p.m, p.k, p.dtype.itemsize
-    x, w, a, b, h, dy = _sizes(p)
+    x, w, a, b, h, dy = _operand_bytes(p)
     depth, ranks, most = sum(p.n), sum(p.r), max(p.r, default=0)
     asked = {"dtype": p.dtype, "m": m, "layers": len(p.n)}
     t = tile("input_gradient", arch, **asked, k=k, n=depth, gains=p.gain, two_sums=p.drop_base)
     of_dy = tile("both_sides", arch, **asked, n=depth, r=most, heavy=p.gain)
     of_x = tile("outer", arch, **asked, n=k, r=most, drawing=p.dropout)
     bm, bk = t.rows, t.columns
-    tiles = _ceil(m, bm) * _ceil(k, bk)
+    tiles = _ceil_div(m, bm) * _ceil_div(k, bk)
     base, up = 2.0 * m * k * depth, 2.0 * m * sum(n * r for n, r in zip(p.n, p.r, strict=True))
     down, drawn = 2.0 * m * k * ranks, m * k if p.dropout else 0
     y = {"y": dy} if p.gain else {}
@@ -233,12 +234,12 @@ def _backward(p: Problem, arch: int) -> dict[str, list[Step]]:
 
 def _sums(p: Problem) -> Step:
     """Of dA's parts."""
-    return Step("thin", {"parts": 4 * p.k * sum(p.r)}, {"da": _sizes(p)[2]}, 0.0, 1)
+    return Step("thin", {"parts": 4 * p.k * sum(p.r)}, {"da": _operand_bytes(p)[2]}, 0.0, 1)
 
 
 def _backward_by_library(p: Problem, both: Step, b3: Step) -> list[Step]:
-    x, w, a, _, h, dy = _sizes(p)
-    base = gemm(p)
+    x, w, a, _, h, dy = _operand_bytes(p)
+    base = gemm_step(p)
     scaled = {"scaled": dy} if p.gain else {}
     expand = Step("thin", {"p": h, "a": a}, {"dx": x}, b3.flops, base.tiles, masks=p.m * p.k * len(p.n) if p.dropout else 0)
     of = {"dy": dy} if p.drop_base else scaled or {"dy": dy}
@@ -270,14 +271,14 @@ def rooflines(step: Step, before: Step | None, p: Problem, chip: Chip, shares: M
     # of a tensor that does not fit beside the others, little is left in L2 by the time that it is read again
     warm = sum(size for name, size in step.reads.items() if name in touched and size <= chip.l2 // 2)
     thin, library = step.kind == "thin", step.kind == "library"
-    waves = _ceil(step.tiles, chip.multiprocessors) * chip.multiprocessors / step.tiles
+    waves = _ceil_div(step.tiles, chip.multiprocessors) * chip.multiprocessors / step.tiles
     if library and step.tiles < chip.multiprocessors:
         waves = 1.0  # it splits the depth
-    peak = chip.half if p.half else chip.tf32 if p.tf32 else chip.fp32
+    peak = chip.half if p.is_half else chip.tf32 if p.tf32 else chip.fp32
     # tiles of a thin matrix are narrow; half the efficiency is a guess
     share = shares["fused"] / 2 if thin else shares[step.kind]
     return {
-        "memory": (step.bytes - warm) / (chip.dram * shares["thin" if thin else "stream"]),
+        "memory": (step.bytes_moved - warm) / (chip.dram * shares["thin" if thin else "stream"]),
         "l2": (warm + step.again) / chip.l2_rate,
         # integer products have half the rate of float32's, and one of those counts two operations
         "compute": waves * (step.flops / (peak * share) + step.masks * MASK / (chip.fp32 / 4)),
@@ -298,7 +299,7 @@ def refusal(name: str, p: Problem, arch: int, deterministic: bool = False) -> st
         if p.m > 256 and arch < 100:
             return f"m is {p.m}: above 256, before sm_100, h in every column tile costs more than a launch"
     elif name == CUDA:
-        if not p.half:
+        if not p.is_half:
             return f"{str(p.dtype)[6:]}: it takes 16 bits"
         if p.drop_base:
             return "the base is dropped, too, and it drops the input of A only"
@@ -309,9 +310,9 @@ def refusal(name: str, p: Problem, arch: int, deterministic: bool = False) -> st
     elif name == SPECIALISED:
         if arch != 90:
             return f"sm_{arch}: its code is for sm_90a"
-        if p.m <= FEW:
-            return f"m is {p.m}: it takes more than {FEW}"
-        if not p.half:
+        if p.m <= MEMORY_BOUND_ROWS:
+            return f"m is {p.m}: it takes more than {MEMORY_BOUND_ROWS}"
+        if not p.is_half:
             return f"{str(p.dtype)[6:]}: it takes 16 bits"
         if p.drop_base:
             return "the base is dropped, too, and it drops the input of A only"
@@ -322,7 +323,7 @@ def refusal(name: str, p: Problem, arch: int, deterministic: bool = False) -> st
     return None
 
 
-def _sizes(p: Problem) -> tuple[int, int, int, int, int, int]:
+def _operand_bytes(p: Problem) -> tuple[int, int, int, int, int, int]:
     """Bytes of x, W, A, B, h (or P, both float32) and y (or dy) of all the group."""
     size, n, r = p.dtype.itemsize, sum(p.n), sum(p.r)
     b = sum(one * rank for one, rank in zip(p.n, p.r, strict=True))
@@ -331,10 +332,10 @@ def _sizes(p: Problem) -> tuple[int, int, int, int, int, int]:
 
 def _parts(m: int, across: int, ranks: int, t: Tile) -> tuple[int, int, int]:
     """Of a sum over m rows of a matrix [m, across]: the programs, the numbers that one reads, and the blocks of ranks."""
-    columns, blocks = _ceil(across, t.columns), _ceil(ranks, t.ranks)
+    columns, blocks = _ceil_div(across, t.columns), _ceil_div(ranks, t.ranks)
     rows = part_of_rows(m, columns, t.part)
-    return _ceil(m, rows) * columns * blocks, min(rows, m) * min(t.columns, across), blocks
+    return _ceil_div(m, rows) * columns * blocks, min(rows, m) * min(t.columns, across), blocks
 
 
-def _ceil(a: int, b: int) -> int:
+def _ceil_div(a: int, b: int) -> int:
     return max(1, -(-a // b))

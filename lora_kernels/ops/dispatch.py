@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from lora_kernels.ops import cost, tables
-from lora_kernels.ops.chips import Chip, chip
+from lora_kernels.ops.chips import Chip, nearest_chip
 from lora_kernels.ops.cost import Problem
 from lora_kernels.ops.tables import tiles
 
@@ -62,7 +62,7 @@ class Plan:
         return "\n".join([str(self.problem), self.source, *lines])
 
 
-def plan(
+def choose_plan(
     problem: Problem, arch: int, deterministic: bool = False, multiprocessors: int | None = None,
     backends: tuple[str, ...] = ("triton",), gpu: str | None = None, refused: tuple[tuple[str, str], ...] = (),
 ) -> Plan:  # fmt: skip
@@ -74,26 +74,26 @@ def plan(
     many rows come with it nor on the size of the chip. Callers pass `torch.are_deterministic_algorithms_enabled()`.
 
     Raises:
-        NotImplementedError: the candidate that `forced` names refuses.
+        NotImplementedError: the candidate that `forced_candidate` names refuses.
     """
     here = (None, None) if deterministic else (multiprocessors, gpu)
-    return _plan(problem, arch, deterministic, *here, backends, refused, *_settings.get())
+    return _cached_plan(problem, arch, deterministic, *here, backends, refused, *_settings.get())
 
 
 @lru_cache(maxsize=4096)
-def _plan(
+def _cached_plan(
     problem: Problem, arch: int, deterministic: bool, multiprocessors: int | None, gpu: str | None,
     backends: tuple[str, ...], refused: tuple[tuple[str, str], ...], force: str | None, folder: str,
 ) -> Plan:  # fmt: skip
-    on, table = chip(arch, multiprocessors), tables.table(arch, folder)
+    on, table = nearest_chip(arch, multiprocessors), tables.table_for(arch, folder)
     asked = problem._replace(m=FIXED) if deterministic else problem
-    shares, also = table.shares(asked.half, asked.m), dict(refused)
+    shares, also = table.efficiencies(asked.is_half, asked.m), dict(refused)
     candidates = tuple(
         Candidate(
-            name, sum(step.bytes for step in steps), len(steps), cost.seconds(name, steps, asked, on, shares),
+            name, sum(step.bytes_moved for step in steps), len(steps), cost.seconds(name, steps, asked, on, shares),
             cost.refusal(name, asked, arch, deterministic) or also.get(name),
         )
-        for name, steps in cost.steps(asked, arch).items()
+        for name, steps in cost.candidate_launches(asked, arch).items()
         if any(backend in backends for backend in cost.OFFERED.get(name, ("triton",)))
     )  # fmt: skip
     if force in cost.NAMES[problem.direction]:
@@ -105,11 +105,11 @@ def _plan(
             raise NotImplementedError(f"lora_linear {problem.direction} cannot run as {force}: {reason}")
         winner, why = force, "forced"
     else:
-        winner, why = _choose(asked, candidates, table, tables.local(gpu) if gpu else ())
-    return Plan(problem, candidates, winner, why, on, _source(asked, arch, on, table, deterministic))
+        winner, why = _winner_and_reason(asked, candidates, table, tables.user_choices(gpu) if gpu else ())
+    return Plan(problem, candidates, winner, why, on, _provenance(asked, arch, on, table, deterministic))
 
 
-def _choose(
+def _winner_and_reason(
     p: Problem, candidates: tuple[Candidate, ...], table: tables.Table, local: tuple[tables.Choice, ...]
 ) -> tuple[str, str]:
     able = {c.name: c for c in candidates if c.refused is None}
@@ -127,22 +127,22 @@ def _choose(
                 winner = near.winner if near.winner in able else min(taken, key=taken.__getitem__)
                 return winner, f"{where} at {at}: {times}"
     able = {name: c for name, c in able.items() if name not in cost.UNTRIED}
-    if p.m > cost.FEW and cost.LIBRARY in able and not table.knows(str(p.dtype)[6:]):
+    if p.m > cost.MEMORY_BOUND_ROWS and cost.LIBRARY in able and not table.has_measured(str(p.dtype)[6:]):
         return cost.LIBRARY, "many rows, and nothing was measured on such a GPU: the library's GEMM"
     # where it is even, the launch decides, which costs the host less than one of Triton's
     return min(able.values(), key=lambda c: c.seconds * (0.98 if c.name == cost.CUDA else 1)).name, "least predicted time"
 
 
-def _source(p: Problem, arch: int, on: Chip, table: tables.Table, deterministic: bool) -> str:
+def _provenance(p: Problem, arch: int, on: Chip, table: tables.Table, deterministic: bool) -> str:
     near = "" if arch == on.arch else f", the nearest to sm_{arch} that is known"
-    measured = table.knows(str(p.dtype)[6:])
+    measured = table.has_measured(str(p.dtype)[6:])
     stood = f"predicted from efficiencies measured on {table.gpu}" if measured else "predicted, not measured"
     fixed = f"; deterministic: chosen and predicted for m {FIXED}, whatever m is" if deterministic else ""
     return f"sm_{on.arch} ({on.name}, {on.multiprocessors} multiprocessors{near}): {stood}{fixed}"
 
 
 @contextmanager
-def forced(name: str) -> Iterator[None]:
+def forced_candidate(name: str) -> Iterator[None]:
     """Inside it every plan whose direction has a candidate of that name takes it, or raises with its refusal.
 
     Like `use_backend` it holds for this thread and, from torch 2.13 on, for those in which autograd runs a backward that is
@@ -154,24 +154,24 @@ def forced(name: str) -> Iterator[None]:
     known = dict.fromkeys(cost.NAMES["forward"] + cost.BACKWARD)
     if name not in known:
         raise ValueError(f"a candidate must be one of {', '.join(known)}, found {name!r}")
-    with _set(name, _settings.get()[1]):
+    with _with_settings(name, _settings.get()[1]):
         yield
 
 
 def forcing() -> str | None:
-    """What `forced` names here, if it does."""
+    """What `forced_candidate` names here, if it does."""
     return _settings.get()[0]
 
 
 @contextmanager
 def tables_from(folder: str | Path) -> Iterator[None]:
     """Inside it the tables of a folder hold, e.g. those that `python -m bench.tune --out folder` wrote."""
-    with _set(_settings.get()[0], str(folder)):
+    with _with_settings(_settings.get()[0], str(folder)):
         yield
 
 
 @contextmanager
-def _set(name: str | None, folder: str) -> Iterator[None]:
+def _with_settings(name: str | None, folder: str) -> Iterator[None]:
     token = _settings.set((name, folder))
     try:
         yield
@@ -179,9 +179,9 @@ def _set(name: str | None, folder: str) -> Iterator[None]:
         _settings.reset(token)
 
 
-def forget() -> None:
+def clear_caches() -> None:
     """Drops what was decided and read: tables on the disk have changed."""
-    _plan.cache_clear()
+    _cached_plan.cache_clear()
     tables.kept.cache_clear()
-    tables.table.cache_clear()
+    tables.table_for.cache_clear()
     tiles.forget()

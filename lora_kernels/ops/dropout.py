@@ -28,12 +28,12 @@ def mask(seed: Tensor, p: float, rows: int, columns: int, dtype: torch.dtype, de
     groups = (columns + 3) // 4
     row = torch.arange(rows, device=device, dtype=torch.int64)[:, None].expand(rows, groups)
     group = torch.arange(groups, device=device, dtype=torch.int64)[None, :].expand(rows, groups)
-    words = _philox(seed.to(device), (group, row & _LOW, row >> 32, torch.zeros_like(row)))
+    words = _philox_words(seed.to(device), (group, row & _LOW, row >> 32, torch.zeros_like(row)))
     word = torch.stack(words, dim=-1).reshape(rows, groups * 4)[:, :columns]
     return torch.where(word >= threshold(p), 1.0 / (1.0 - p), 0.0).to(dtype)
 
 
-def _philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _philox_words(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):

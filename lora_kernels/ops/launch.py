@@ -23,9 +23,9 @@ except ImportError as error:
     _cuda, _no_cuda = None, not_built("_cuda_build_error.txt", error)
 
 CSRC = Path(__file__).parents[2] / "csrc"
-LEAST = (8, 0)  # of the GPUs: tensor cores that know bfloat16, cp.async
-KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}  # in the names of CUDA C++ kernels
-NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # there, as kind
+LEAST_CAPABILITY = (8, 0)  # of the GPUs: tensor cores that know bfloat16, cp.async
+KERNEL_SUFFIX = {torch.bfloat16: "bf16", torch.float16: "f16"}  # in the names of CUDA C++ kernels
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # there, as kind
 
 
 SWIZZLE = 128  # of a `Map`, in bytes
@@ -81,7 +81,7 @@ def architecture(t: Tensor) -> int:
     """90 for sm_90 and so on: of the GPU that holds a tensor or, for one on the CPU, of that which is simulated. AMD's are none
     of them: 0."""
     if t.is_cuda:
-        return _gpu(t.device.index)[0]
+        return _gpu_properties(t.device.index)[0]
     simulator = sys.modules.get("lora_kernels.ptxsim.device")
     simulated = simulator.current.get() if simulator else None
     return simulated.arch if simulated else 80
@@ -89,22 +89,22 @@ def architecture(t: Tensor) -> int:
 
 def multiprocessors(t: Tensor) -> int | None:
     """Of the GPU that holds a tensor; None where it is simulated."""
-    return _gpu(t.device.index)[1] if t.is_cuda else None
+    return _gpu_properties(t.device.index)[1] if t.is_cuda else None
 
 
-def gpu(t: Tensor) -> str | None:
+def gpu_name(t: Tensor) -> str | None:
     """The name of the GPU that holds a tensor; None where it is simulated."""
-    return _gpu(t.device.index)[2] if t.is_cuda else None
+    return _gpu_properties(t.device.index)[2] if t.is_cuda else None
 
 
 @lru_cache
-def _gpu(index: int) -> tuple[int, int, str]:
+def _gpu_properties(index: int) -> tuple[int, int, str]:
     major, minor = torch.cuda.get_device_capability(index)
     count = torch.cuda.get_device_properties(index).multi_processor_count
     return 0 if torch.version.hip is not None else 10 * major + minor, count, torch.cuda.get_device_name(index)
 
 
-def tickets(device: torch.device, count: int) -> Tensor:
+def tile_tickets(device: torch.device, count: int) -> Tensor:
     """Counters of programs that share a tile, all zero, int32 [count]; a kernel leaves them zero.
 
     Kept for each stream, on which launches follow each other. A CUDA graph, which may be replayed on any, gets its own.
@@ -131,12 +131,12 @@ def refuse_device(t: Tensor) -> str | None:
         here = "the tensors are" if torch.cuda.is_available() else "torch finds no GPU here and the tensors are"
         return f"its kernels run on a GPU; {here} on {t.device}; use_backend(..., simulate=True) simulates one"
     capability = torch.cuda.get_device_capability(t.device)
-    if torch.version.hip is None and capability < LEAST:
+    if torch.version.hip is None and capability < LEAST_CAPABILITY:
         return f"its kernels need compute capability 8.0, {torch.cuda.get_device_name(t.device)} has {capability}"
     return None
 
 
-def launch(
+def launch_triton(
     kernel: Any, grid: tuple[int, ...], args: dict[str, Any], makes: Sequence[Tensor], *, changes: Sequence[Tensor] = (),
     warps: int = 4, stages: int = 3, registers: int | None = None, early: bool = False,
 ) -> None:  # fmt: skip
@@ -179,7 +179,7 @@ def _choose_assembler(kernel: Any, index: int) -> None:
     if (id(kernel), index) not in _assembled:
         from lora_kernels.ops.triton_compiler import choose_assembler  # which imports this module
 
-        choose_assembler(kernel, index, _gpu(index)[0])
+        choose_assembler(kernel, index, _gpu_properties(index)[0])
         _assembled.add((id(kernel), index))
 
 
@@ -218,7 +218,7 @@ def launch_cuda(
     """Runs a kernel with C linkage of csrc/`source`, which fills the tensors `makes`, may write those in `changes`, and changes
     no other. `args` are the fields of its struct by name and in its order: a tensor or None for a pointer, int for 64 bits,
     float for 32, a `Map`. The simulator compares them with the source. `shared` is in bytes. Nothing runs if the grid is
-    empty. `early` as in `launch`.
+    empty. `early` as in `launch_triton`.
 
     Raises:
         RuntimeError: CUDA refused the launch; the message has the kernel, the launch and the arguments.
@@ -242,7 +242,7 @@ def launch_cuda(
         packed = tuple([
             a.data_ptr() if isinstance(a, Tensor) else _encoded(a) if isinstance(a, Map) else a for a in args.values()
         ])  # fmt: skip
-        early = early and _gpu(device)[0] >= 90
+        early = early and _gpu_properties(device)[0] >= 90
         _cuda.launch(_cuda.kernels[kernel], x, y, z, threads, shared, early, device, stream, packed)
     except RuntimeError as error:
         raise RuntimeError(f"{error}; arguments: {', '.join(map(_described, args, args.values()))}") from None
@@ -259,16 +259,16 @@ def _encoded(m: Map) -> bytes:
     return _cuda.tensor_map(t.data_ptr(), t.dtype is torch.bfloat16, rows, columns, t.stride(0), *m.box)
 
 
-def vector(name: str, v: Tensor | None) -> dict[str, Any]:
+def vector_fields(name: str, v: Tensor | None) -> dict[str, Any]:
     """The fields of a `Vector` of csrc/common/tiles.cuh: its data, and its dtype by number."""
-    data, kind = (None, 0) if v is None else (v.contiguous(), NUMBERS[v.dtype])
+    data, kind = (None, 0) if v is None else (v.contiguous(), DTYPE_CODES[v.dtype])
     return {f"{name}.data": data, f"{name}.kind": kind}
 
 
-def ceil(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def power(n: int, least: int = 16, most: int = 64) -> int:
+def power_of_two(n: int, least: int = 16, most: int = 64) -> int:
     """The smallest power of two that is at least n, between `least` and `most`."""
     return max(least, min(most, 1 << max(n - 1, 0).bit_length()))

@@ -90,18 +90,18 @@ class Op:
         self._overload = overload
 
     def __call__(self, call: Any) -> Any:
-        if torch.compiler.is_compiling() or _modes() or _functorch() is not None or not _plain(call[:4]):
+        if torch.compiler.is_compiling() or _modes() or _functorch() is not None or not _are_plain_tensors(call[:4]):
             return self._overload(*call)
-        return choose(self.name, call).run(call)
+        return choose_implementation(self.name, call).run(call)
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), float, int, bool, list}
 
 
-def _plain(values: Iterable[Any]) -> bool:
+def _are_plain_tensors(values: Iterable[Any]) -> bool:
     """Whether every tensor is torch's own, those in lists too."""
     types = set(map(type, values))
-    return types <= _PLAIN and (list not in types or all(_plain(v) for v in values if type(v) is list))
+    return types <= _PLAIN and (list not in types or all(_are_plain_tensors(v) for v in values if type(v) is list))
 
 
 _modes, _functorch = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
@@ -121,11 +121,11 @@ def declare(
 
     def run(*args: Any) -> Any:
         call = structure(*args)
-        result = choose(name, call).run(call)
-        return _filled(result, call[0]) if gives else None
+        result = choose_implementation(name, call).run(call)
+        return _empty_for_none(result, call[0]) if gives else None
 
     _structures[name] = structure
-    _library.define(f"{name}({_schema(structure, tuple(changes))}) -> {results}")
+    _library.define(f"{name}({_schema_arguments(structure, tuple(changes))}) -> {results}")
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lora_kernels::{name}", lambda *args: fake(structure(*args)), lib=_library)
     return Op(name, getattr(torch.ops.lora_kernels, name).default)
@@ -137,7 +137,7 @@ _TYPES = {
 }  # fmt: skip
 
 
-def _schema(structure: Any, changes: tuple[str, ...]) -> str:
+def _schema_arguments(structure: Any, changes: tuple[str, ...]) -> str:
     """The arguments of torch's schema; of those that are changed each has an alias of its own."""
     arguments = []
     for field_, kind in get_type_hints(structure).items():
@@ -149,10 +149,10 @@ def _schema(structure: Any, changes: tuple[str, ...]) -> str:
     return ", ".join(arguments)
 
 
-def _filled(result: Any, like: Tensor) -> Any:
+def _empty_for_none(result: Any, like: Tensor) -> Any:
     if result is None:
         return like.new_empty(0)
-    return result if isinstance(result, Tensor) else type(result)(_filled(each, like) for each in result)
+    return result if isinstance(result, Tensor) else type(result)(_empty_for_none(each, like) for each in result)
 
 
 def implements(
@@ -261,7 +261,7 @@ def explain(call: Callable[..., Any] | Tensor, *args: Any, **kwargs: Any) -> Exp
     return explanation
 
 
-def note(plan: Any) -> None:
+def note_plan(plan: Any) -> None:
     """Called by a backend while it runs: `explain` shows this plan below the decision that led there. It may be a function that
     makes the plan, which is called if somebody asks."""
     recorder = _recorder.get()
@@ -295,7 +295,7 @@ def refusals(name: str, args: tuple[Any, ...]) -> dict[str, str | None]:
     return found
 
 
-def choose(name: str, call: Any) -> Implementation:
+def choose_implementation(name: str, call: Any) -> Implementation:
     """The implementation that runs a call, a structure as `declare` has it.
 
     Raises:
@@ -312,7 +312,7 @@ def choose(name: str, call: Any) -> Implementation:
             if backend == "reference" and not forced and len(order) > 1 and x.dtype is not torch.float64:
                 _warn_of_fallback(name, order, call)
             if _recorder.get() is not None:
-                _record(name, f"{backend} (simulated)" if simulates() else backend, call, bool(forced))
+                _record_decision(name, f"{backend} (simulated)" if simulates() else backend, call, bool(forced))
             return implementation
     reasons = refusals(name, call)
     if forced:
@@ -320,7 +320,7 @@ def choose(name: str, call: Any) -> Implementation:
     raise NotImplementedError(f"{name}: no backend accepts these arguments: {reasons}")
 
 
-def _record(name: str, chosen: str, args: tuple[Any, ...], forced: bool) -> None:
+def _record_decision(name: str, chosen: str, args: tuple[Any, ...], forced: bool) -> None:
     recorder = _recorder.get()
     assert recorder is not None
     reasons = refusals(name, args)

@@ -37,7 +37,7 @@ _H = torch.empty(0)  # float32
 _turn = threading.RLock()
 
 
-def sound(
+def sound_schedule(
     u: Tensor, vs: Sequence[Tensor | None], precision: str, rows: int, warps: int, stages: int, *, changed: bool = False,
     mapped: bool = False, narrow: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
@@ -53,7 +53,7 @@ def sound(
     chained = precision.startswith("bf16x") or any(v is not None and v.dtype is not u.dtype for v in vs)
     # bfloat16 is multiplied as it is by both halves of a float32; anything else is split or widened first
     registers = changed or (chained and u.dtype is not torch.bfloat16)
-    if not (registers if major == WGMMA else chained) and (mapped or fences()):
+    if not (registers if major == WGMMA else chained) and (mapped or has_fences()):
         return warps, stages
     return (WARPS, stages) if narrow else (warps, 1)
 
@@ -61,10 +61,10 @@ def sound(
 def rank_stages(u: Tensor, precision: str, rows: int, warps: int) -> int | None:
     """Stages of a loop over ranks, whose products take float32 sums with B or A: none where that is faulty, else None, which
     stands for those of the launch."""
-    return 1 if sound(u, [_H], precision, rows, warps, 2, changed=True)[1] == 1 else None
+    return 1 if sound_schedule(u, [_H], precision, rows, warps, 2, changed=True)[1] == 1 else None
 
 
-def fences() -> bool:
+def has_fences() -> bool:
     """Whether this Triton puts a fence between `cp.async` and the product that reads what it copied."""
     return version() >= FENCED
 
@@ -85,16 +85,16 @@ def assembler(arch: int) -> str:
 
     usual = get_ptxas(arch)
     carried = Path(usual.path).parent == Path(knobs.__file__).parent / "backends" / "nvidia" / "bin"
-    if arch // 10 != WGMMA or not carried or _number(usual) >= SOUND:
+    if arch // 10 != WGMMA or not carried or _version_numbers(usual) >= SOUND:
         return str(usual.path)
     try:
         later = knobs.nvidia.ptxas_blackwell
     except RuntimeError:  # not every distribution of Triton has it
         return str(usual.path)
-    return str(later.path if _number(later) >= SOUND else usual.path)
+    return str(later.path if _version_numbers(later) >= SOUND else usual.path)
 
 
-def release(arch: int) -> str:
+def ptxas_release(arch: int) -> str:
     """The version of the ptxas that Triton takes for an architecture at this moment, as 12.9."""
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -115,13 +115,13 @@ def assembling(arch: int) -> Iterator[None]:
         try:
             with knobs.nvidia.scope():
                 knobs.nvidia.ptxas = path
-                _forget(compiler)
+                _clear_ptxas_caches(compiler)
                 yield
         finally:
-            _forget(compiler)
+            _clear_ptxas_caches(compiler)
 
 
-def _forget(compiler: Any) -> None:
+def _clear_ptxas_caches(compiler: Any) -> None:
     """Drops what Triton remembers of its ptxas: the key of its cache, and the PTX that ptxas knows."""
     for remembered in (compiler.get_ptxas_version, compiler.get_features):
         remembered.cache_clear()
@@ -134,7 +134,7 @@ def choose_assembler(kernel: Any, device: int, arch: int) -> None:
         return
     usual = getattr(kernel, "compile", None)
     kernel.device_caches[device]  # sets kernel.compile
-    if arch // 10 != WGMMA or driver() < DRIVER:
+    if arch // 10 != WGMMA or driver_version() < DRIVER:
         kernel.compile = usual or kernel.compile  # of a GPU before this one, which may be prepared
         return
     usual = kernel.compile
@@ -147,7 +147,7 @@ def choose_assembler(kernel: Any, device: int, arch: int) -> None:
 
 
 @lru_cache
-def driver() -> int:
+def driver_version() -> int:
     """The CUDA version of the driver, as 13000; 0 where there is none."""
     number = ctypes.c_int(0)
     try:
@@ -157,5 +157,5 @@ def driver() -> int:
     return number.value
 
 
-def _number(tool: Any) -> tuple[int, ...]:
+def _version_numbers(tool: Any) -> tuple[int, ...]:
     return tuple(map(int, tool.version.split(".")))

@@ -7,10 +7,10 @@ from lora_kernels.ops.dropout import threshold
 
 
 @triton.jit
-def kept(low, high, rows, first, limit, BM: tl.constexpr, BK: tl.constexpr):
+def dropout_mask(low, high, rows, first, limit, BM: tl.constexpr, BK: tl.constexpr):
     """Whether dropout keeps elements `first` and on of these rows, [BM, BK]: ops/dropout.py's Philox, a word an element.
 
-    The seed is what `low` points to, or its halves are in `low` and `high` as `drawn` packs them.
+    The seed is what `low` points to, or its halves are in `low` and `high` as `dropout_args` packs them.
     """
     if low.dtype.is_ptr():
         seed = tl.load(low)
@@ -23,12 +23,12 @@ def kept(low, high, rows, first, limit, BM: tl.constexpr, BK: tl.constexpr):
     return words.to(tl.int64) >= limit
 
 
-def odd(word):
+def odd_word(word):
     """A word as an argument: always 64 bits and odd, since Triton compiles anew for a narrow one and for a multiple of 16."""
     return 2**33 + 2 * (word & 0xFFFFFFFF) + 1
 
 
-def drawn(drops):
+def dropout_args(drops):
     """The arguments `lows`, `highs`, `limits` of a kernel, for a (dropout, seed) of each layer. A seed on the CPU is passed by
     value: no copy to the device."""
     lows, highs, limits = [], [], []
@@ -36,11 +36,11 @@ def drawn(drops):
         drops_any = seed is not None and dropout > 0
         by_value = drops_any and seed.is_cpu
         number = int(seed) if by_value else 0
-        lows.append(odd(number) if by_value else seed if drops_any else None)
-        highs.append(odd(number >> 32) if by_value else None)
+        lows.append(odd_word(number) if by_value else seed if drops_any else None)
+        highs.append(odd_word(number >> 32) if by_value else None)
         limits.append(threshold(dropout) if drops_any else 0)
     return {"lows": tuple(lows), "highs": tuple(highs), "limits": tuple(limits)}
 
 
-def inverse(dropout, seed):
+def inverse_keep_rate(dropout, seed):
     return 1.0 / (1.0 - dropout) if seed is not None and dropout > 0 else 1.0

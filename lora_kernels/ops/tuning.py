@@ -48,26 +48,26 @@ def tune(
         raise RuntimeError(f"tune: it measures on a GPU, and the device is {here.device}")
     until, found = time.monotonic() + seconds, []
     tiles: list[Measured] = []
-    read = clock or events
+    read = clock or median_event_seconds
     try:
         for p in dict.fromkeys(problems):
             if time.monotonic() > until:
                 break
             with _enough(p, here):
-                made = calls(p, here.device)
+                made = candidate_calls(p, here.device)
                 if len(made) > 1:
-                    found.append(choice(p, read(made)))
+                    found.append(measured_choice(p, read(made)))
         refuse = refuse or (tile_tuning.refuse_on(here.device) if here.is_cuda else lambda one: None)
         for one in [] if torch.are_deterministic_algorithms_enabled() else found:
             if time.monotonic() > until:
                 break
             with _enough(problem(one), here):
-                call = calls(problem(one), here.device)[one.winner]
+                call = candidate_calls(problem(one), here.device)[one.winner]
                 tiles += tile_tuning.tune_tiles(one.winner, call, read, refuse, until)
     finally:  # what was measured before an interruption, too
         if found:
-            tables.keep(str(launch.gpu(here)), launch.architecture(here), found, [as_row(each) for each in tiles])
-            dispatch.forget()
+            tables.keep_choices(str(launch.gpu_name(here)), launch.architecture(here), found, [as_row(each) for each in tiles])
+            dispatch.clear_caches()
     return found
 
 
@@ -81,7 +81,7 @@ def _enough(p: Problem, here: Tensor) -> Iterator[None]:
         print(f"tune: there is too little memory for {p}", file=sys.stderr)
 
 
-def choice(p: Problem, taken: Times) -> tables.Choice:
+def measured_choice(p: Problem, taken: Times) -> tables.Choice:
     """What is written of a problem: its fastest candidate, and the seconds of all."""
     seconds = {name: float(f"{value:.4g}") for name, value in taken.items()}
     winner = min(seconds, key=seconds.__getitem__)
@@ -93,40 +93,40 @@ def problem(c: tables.Choice) -> Problem:
     return Problem(c.direction, c.m, c.k, c.n, c.r, getattr(torch, c.dtype), **dict.fromkeys(c.flags, True))
 
 
-def usual(dtype: torch.dtype, r: int, layers: Sequence[tuple[int, ...]] = LAYERS) -> list[Problem]:
+def common_problems(dtype: torch.dtype, r: int, layers: Sequence[tuple[int, ...]] = LAYERS) -> list[Problem]:
     """Calls of few and of many tokens of these layers; what decides most comes first."""
     return [
         Problem(direction, m, k, (n,), (r,), dtype)
-        for m in sorted(TOKENS, key=lambda m: m <= cost.FEW)
+        for m in sorted(TOKENS, key=lambda m: m <= cost.MEMORY_BOUND_ROWS)
         for k, n in layers
-        for direction in (("forward", "backward") if m > cost.FEW else ("forward",))
+        for direction in (("forward", "backward") if m > cost.MEMORY_BOUND_ROWS else ("forward",))
     ]
 
 
-def calls(p: Problem, device: torch.device | str) -> Calls:
+def candidate_calls(p: Problem, device: torch.device | str) -> Calls:
     """A call for each candidate of a problem that runs here, each checked once to be what its name says."""
     name, args = operands(p, device)
     op = getattr(torch.ops.lora_kernels, name).default
     arch, count = launch.architecture(args[0]), launch.multiprocessors(args[0])
-    backends = tuple(backend for backend in ("triton", "cuda") if _takes(backend, name, args))
+    backends = tuple(backend for backend in ("triton", "cuda") if _backend_accepts(backend, name, args))
     made: Calls = {}
     if backends:
-        for candidate in dispatch.plan(p, arch, multiprocessors=count, backends=backends).candidates:
+        for candidate in dispatch.choose_plan(p, arch, multiprocessors=count, backends=backends).candidates:
             if candidate.refused is None:
-                run = partial(_run, op, args, candidate.name, backends)
+                run = partial(_run_candidate, op, args, candidate.name, backends)
                 made[candidate.name] = checked(candidate.name, run)
     return made
 
 
-def _takes(backend: str, name: str, args: tuple[Any, ...]) -> bool:
+def _backend_accepts(backend: str, name: str, args: tuple[Any, ...]) -> bool:
     """Whether a backend can run this; unforced, one refuses what another does better."""
     with use_backend(backend, simulate=args[0].is_cpu):
         return refusals(name, args)[backend] is None
 
 
-def _run(op: Any, args: tuple[Any, ...], name: str, backends: tuple[str, ...]) -> object:
+def _run_candidate(op: Any, args: tuple[Any, ...], name: str, backends: tuple[str, ...]) -> object:
     backend = next(each for each in cost.OFFERED.get(name, ("triton",)) if each in backends)
-    with use_backend(backend, simulate=args[0].is_cpu), dispatch.forced(name):
+    with use_backend(backend, simulate=args[0].is_cpu), dispatch.forced_candidate(name):
         return op(*args)
 
 
@@ -173,7 +173,7 @@ def operands(p: Problem, device: torch.device | str) -> tuple[str, tuple[Any, ..
     return op, (*((dy, x) if single else (x, dy)), *given, p.drop_base, h, y, z, [True, *wanted * len(w)])
 
 
-def events(calls: Calls) -> Times:
+def median_event_seconds(calls: Calls) -> Times:
     """The median seconds of each call on the GPU, by CUDA events, over interleaved rounds with L2 flushed."""
     flush = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
     shuffled, order = random.Random(0), list(calls)
@@ -193,7 +193,7 @@ def events(calls: Calls) -> Times:
     return {name: statistics.median(a.elapsed_time(b) for a, b in pairs) / 1e3 for name, pairs in marks.items()}
 
 
-def words(found: Sequence[tables.Choice]) -> list[str]:
+def describe_choices(found: Sequence[tables.Choice]) -> list[str]:
     """A line for each choice: the shape, the winner, the microseconds of all."""
     lines = []
     for c in found:

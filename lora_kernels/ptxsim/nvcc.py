@@ -33,7 +33,7 @@ def find_nvcc() -> Path | None:
     return Path(on_path) if on_path else None
 
 
-def front(arch: str) -> str:
+def source_architecture(arch: str) -> str:
     """The architecture that the sources see for a chip: 80 or 90, as in cmake/cuda.cmake; of a name with a letter, its own."""
     number = arch.removeprefix("sm_")
     return number if number[-1].isalpha() else "90" if int(number) >= 90 else "80"
@@ -65,7 +65,7 @@ def compile_cubin(source: Path, arch: str = "sm_80", *options: str) -> bytes:
         RuntimeError: it refused the file; the message is its own.
     """
     arch = own(source) or arch
-    return _compile(source, "-cubin", "-gencode", f"arch=compute_{front(arch)},code={arch}", *options)
+    return _compile(source, "-cubin", "-gencode", f"arch=compute_{source_architecture(arch)},code={arch}", *options)
 
 
 def simulate_cuda(
@@ -79,13 +79,13 @@ def simulate_cuda(
         FileNotFoundError: there is no nvcc.
     """
     sim = current.get()
-    arch = own(source) or f"sm_{front(f'sm_{sim.arch}' if sim else 'sm_80')}"
-    runs = _kernel(compile_ptx(source, arch), kernel)
+    arch = own(source) or f"sm_{source_architecture(f'sm_{sim.arch}' if sim else 'sm_80')}"
+    runs = _cached_kernel(compile_ptx(source, arch), kernel)
     return runs.launch(grid, (threads,), args, writes, writes if poisoned is None else poisoned, shared, early=early)
 
 
 @functools.cache
-def _kernel(ptx: str, entry: str) -> Kernel:
+def _cached_kernel(ptx: str, entry: str) -> Kernel:
     return Kernel(ptx, entry)
 
 

@@ -83,7 +83,7 @@ def compile_triton(
         kinds = []
         for place, value in enumerate(given) if isinstance(given, tuple) else [(None, given)]:
             # Triton specialises what is in a tuple in any case
-            kind, divides = _kind(value, parameter.is_constexpr, place is not None or not parameter.do_not_specialize)
+            kind, divides = _argument_type(value, parameter.is_constexpr, place is not None or not parameter.do_not_specialize)
             path = (position,) if place is None else (position, place)
             # with its type, for 0 and False are equal and one kernel is not the other
             constants += [(path, type(value).__name__, value)] if kind == "constexpr" else []
@@ -94,7 +94,7 @@ def compile_triton(
         return _compiled(function, tuple(signature), tuple(constants), tuple(divisible), arch, warps, stages, registers)
 
 
-def _kind(value: Any, constant: bool, special: bool) -> tuple[str, bool]:
+def _argument_type(value: Any, constant: bool, special: bool) -> tuple[str, bool]:
     """Triton's name of what a launch would pass, and whether its divisibility by 16 is told to the compiler."""
     if constant or value is None or (special and type(value) is int and value == 1):
         return "constexpr", False
@@ -127,13 +127,13 @@ def _compiled(
     threads = re.search(r"\.reqntid\s+(\d+)", code.get("ptx", ""))
     return Compiled(
         ptx=code.get("ptx", ""), shared=told.shared, warps=int(threads[1]) // 32 if threads else warps,
-        arguments=tuple(_left(signature)),
+        arguments=tuple(_runtime_parameters(signature)),
         scratch=getattr(told, "global_scratch_size", 0), maps=tuple(getattr(told, "tensordesc_meta", None) or ()),
         cubin=code.get("cubin", b""), amdgcn=code.get("amdgcn", ""), columns=getattr(told, "tmem_size", 0),
     )  # fmt: skip
 
 
-def _left(signature: Any) -> Iterator[tuple[Any, ...]]:
+def _runtime_parameters(signature: Any) -> Iterator[tuple[Any, ...]]:
     for name, kind in signature:
         if isinstance(kind, tuple):
             yield from ((name, place) for place, each in enumerate(kind) if each != "constexpr")
@@ -152,7 +152,7 @@ def simulate_triton(
     sim = current.get()
     arch = arch or (sim.arch if sim else 80)
     made = compile_triton(function, args, arch, warps, stages)
-    kernel = _kernel(made.ptx)
+    kernel = _cached_kernel(made.ptx)
     scratch = aligned(made.scratch * math.prod(grid))
     given = made.given(args, kernel, scratch if made.scratch else 0)
     own = [scratch] if made.scratch else []
@@ -168,5 +168,5 @@ def aligned(size: int) -> Tensor:
 
 
 @functools.cache
-def _kernel(ptx: str) -> Kernel:
+def _cached_kernel(ptx: str) -> Kernel:
     return Kernel(ptx)

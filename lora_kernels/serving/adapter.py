@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError, LoraConfig
 from lora_kernels.adapters.files import PREFIX, WEIGHTS_NAME, Slot, check_finite, check_init, read_tensors, slots_of
-from lora_kernels.adapters.inject import some, unwrap
-from lora_kernels.adapters.targets import Target, select
+from lora_kernels.adapters.inject import first_names, uncompiled_model
+from lora_kernels.adapters.targets import Target, select_targets
 from lora_kernels.nn.base import initial_scaling
 
 _ALSO = ("lora_bias",)  # keys of the configuration that LoraConfig leaves to us
@@ -82,12 +82,12 @@ def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
         raise AdapterError(f"{folder}: is not a directory (adapters are read from disk, never downloaded)")
     config = LoraConfig.from_pretrained(folder, _ALSO)
     try:
-        targets, slots = _wanted(unwrap(model), config)
+        targets, slots = _select_slots(uncompiled_model(model), config)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from error
     tensors = read_tensors(folder / WEIGHTS_NAME, slots)
     check_base(model, slots, tensors, str(folder / WEIGHTS_NAME))
-    return _adapter(targets, config, tensors)
+    return _build_adapter(targets, config, tensors)
 
 
 def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> Adapter:
@@ -97,18 +97,18 @@ def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> 
         AdapterError: as `read_adapter`.
     """
     config = config if isinstance(config, LoraConfig) else LoraConfig.from_dict(config.to_dict(), _ALSO)
-    targets, slots = _wanted(unwrap(model), config)
+    targets, slots = _select_slots(uncompiled_model(model), config)
     own = {key: slot for key, slot in slots.items() if slot.role == "own"}
     check_base(model, slots, tensors, "adapter_of")
     for names, what in ((own.keys() - tensors.keys(), "missing"), (tensors.keys() - slots.keys(), "not of this adapter")):
         if names:
-            raise AdapterError(f"{len(names)} tensors are {what}: {some(sorted(names))}")
+            raise AdapterError(f"{len(names)} tensors are {what}: {first_names(sorted(names))}")
     for key, slot in own.items():
         if tensors[key].shape != slot.shape or not tensors[key].is_floating_point():
             found = f"{tensors[key].dtype} {list(tensors[key].shape)}"
             raise AdapterError(f"{key} must be floating {list(slot.shape)}, found {found}")
         check_finite(key, tensors[key], "adapter_of")
-    return _adapter(targets, config, {key: tensors[key].detach().cpu() for key in own})
+    return _build_adapter(targets, config, {key: tensors[key].detach().cpu() for key in own})
 
 
 def check_base(model: nn.Module, slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], where: str) -> None:
@@ -116,13 +116,13 @@ def check_base(model: nn.Module, slots: Mapping[str, Slot], tensors: Mapping[str
     has another: the adapter is not for it."""
     for key in slots.keys() & tensors.keys():
         if slots[key].role == "base":
-            weight = unwrap(model).get_submodule(slots[key].owner).weight.detach()  # type: ignore[operator]
+            weight = uncompiled_model(model).get_submodule(slots[key].owner).weight.detach()  # type: ignore[operator]
             if tensors[key].shape != weight.shape or not torch.equal(tensors[key].to(weight), weight):
                 raise AdapterError(f"{where}: {key} differs from the base weight of the model, which a batch shares")
 
 
-def _wanted(model: nn.Module, config: LoraConfig) -> tuple[list[Target], dict[str, Slot]]:
-    selection = select(model, config, strict=False)
+def _select_slots(model: nn.Module, config: LoraConfig) -> tuple[list[Target], dict[str, Slot]]:
+    selection = select_targets(model, config, strict=False)
     check_init(config)
     modules = dict(model.named_modules())
     foreign = [t.name for t in selection.targets if not isinstance(modules[t.name], nn.Linear | nn.Embedding)]
@@ -130,8 +130,8 @@ def _wanted(model: nn.Module, config: LoraConfig) -> tuple[list[Target], dict[st
     beyond_lora = config.use_dora or config.extra.get("lora_bias")
     for asked, what in (
         (config.bias != "none", f"bias={config.bias!r} trains biases of the base"), (selection.saved, "it has modules_to_save"),
-        (foreign, f"it adapts {some(foreign)}, which are neither nn.Linear nor nn.Embedding"),
-        (beyond_lora and embeddings, f"it adapts {some(embeddings)} with DoRA or lora_bias, and is an embedding"),
+        (foreign, f"it adapts {first_names(foreign)}, which are neither nn.Linear nor nn.Embedding"),
+        (beyond_lora and embeddings, f"it adapts {first_names(embeddings)} with DoRA or lora_bias, and is an embedding"),
     ):  # fmt: skip
         if asked:
             raise AdapterError(f"{what}; a batch shares the base, so only factors of linear layers and embeddings can differ")
@@ -143,7 +143,7 @@ def _wanted(model: nn.Module, config: LoraConfig) -> tuple[list[Target], dict[st
     return selection.targets, slots
 
 
-def _adapter(targets: list[Target], config: LoraConfig, tensors: Mapping[str, Tensor]) -> Adapter:
+def _build_adapter(targets: list[Target], config: LoraConfig, tensors: Mapping[str, Tensor]) -> Adapter:
     factors = {}
     for target in targets:
         of = lambda name, path=f"{PREFIX}{target.name}": tensors.get(f"{path}.{name}")  # noqa: E731

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels.adapters.inject import unwrap
+from lora_kernels.adapters.inject import uncompiled_model
 from lora_kernels.ops.multi_lora import Slots, multi_lora, multi_lora_add_
 from lora_kernels.serving.batch import Batch, current_batch
 from lora_kernels.serving.pool import AdapterPool
@@ -98,7 +98,7 @@ def serve(model: Model, pool: AdapterPool) -> Model:
     Raises:
         ValueError: the pool is another model's, or the model is served already.
     """
-    if unwrap(model) is not pool.model:
+    if uncompiled_model(model) is not pool.model:
         raise ValueError("serve: the pool was made for another model")
     if any(isinstance(m, MultiLoRALinear | MultiLoRAEmbedding) for m in model.modules()):
         raise ValueError("serve: the model is served already; unserve(model) first")
@@ -135,12 +135,12 @@ def unserve(model: Model) -> Model:
 
 def _with_adapters(call: Any, pool: AdapterPool) -> Any:
     @functools.wraps(call)
-    def called(*args: Any, adapters: Any = None, adapter_weights: Any = None, **kwargs: Any) -> Any:
+    def call_in_batch(*args: Any, adapters: Any = None, adapter_weights: Any = None, **kwargs: Any) -> Any:
         if adapters is None:
             return call(*args, **kwargs)
         batch: Batch = pool.batch(adapters, adapter_weights)
         with torch.no_grad(), batch:
             return call(*args, **kwargs)
 
-    called._lora_kernels = True  # type: ignore[attr-defined]
-    return called
+    call_in_batch._lora_kernels = True  # type: ignore[attr-defined]
+    return call_in_batch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError
-from lora_kernels.adapters.inject import some, unwrap
+from lora_kernels.adapters.inject import first_names, uncompiled_model
 from lora_kernels.ops.multi_lora.plan import BASE, PAGE, id_of
 from lora_kernels.serving.adapter import Adapter, adapter_of, read_adapter
 from lora_kernels.serving.batch import Batch, Wanted, requests_of
@@ -81,7 +81,7 @@ class AdapterPool:
         self, model: nn.Module, *, capacity_bytes: int, slots: int = 64, max_rank: int = 512, host_bytes: int = 0,
         modules: Iterable[str] | None = None,
     ) -> None:  # fmt: skip
-        self.model = unwrap(model)
+        self.model = uncompiled_model(model)
         layers = layers_of(self.model, modules)
         self.size = size_of(layers.values(), capacity_bytes, slots, max_rank)
         device = next(iter(layers.values())).weight.device
@@ -113,7 +113,7 @@ class AdapterPool:
             ValueError: neither or both are given, a rank is below 1 or above max_rank, slots are fewer than ranks, or the
                 capacity holds no page.
         """
-        layers = layers_of(unwrap(model), modules).values()
+        layers = layers_of(uncompiled_model(model), modules).values()
         if (ranks is None) == (capacity_bytes is None):
             raise ValueError("AdapterPool: sizing wants either ranks or capacity_bytes")
         if capacity_bytes is not None:
@@ -139,11 +139,11 @@ class AdapterPool:
             ValueError: the name is taken.
         """
         try:
-            adapter = self._read(source)
+            adapter = self._read_adapter(source)
             with self._lock:
                 if name in self._names and not replace:
                     raise ValueError(f"AdapterPool: {name!r} is loaded already; replace=True exchanges it")
-                resident = self._place(name, adapter, pinned)
+                resident = self._place_adapter(name, adapter, pinned)
                 self._stats.loads += 1
                 self._keep_on_host(name, adapter)
                 return resident.id
@@ -159,7 +159,7 @@ class AdapterPool:
             AdapterError, PoolFullError, LookupError: as `load` and `batch`; nothing has changed.
         """
         try:
-            adapter = self._read(source)
+            adapter = self._read_adapter(source)
             with self._lock:
                 resident = self._resident(name)
                 prepared = self._prepared(adapter)
@@ -170,9 +170,9 @@ class AdapterPool:
                 for site_name, site in self.sites.items():
                     wanted = adapter.factors.get(site_name)
                     if wanted is None or site.holding(resident.slot) != (pages_of(wanted.r), wanted.vectors):
-                        site.clear(resident.slot)
+                        site.clear_slot(resident.slot)
                     if wanted is not None:
-                        site.put(resident.slot, prepared[site_name])
+                        site.write_slot(resident.slot, prepared[site_name])
                 resident.adapter = adapter
                 self._keep_on_host(name, adapter)
                 self._stats.updates += 1
@@ -279,7 +279,7 @@ class AdapterPool:
             now.pages_free = min(len(site.free) for site in self.sites.values())
             return now
 
-    def _read(self, source: Any) -> Adapter:
+    def _read_adapter(self, source: Any) -> Adapter:
         if isinstance(source, Adapter):
             adapter = source
         elif isinstance(source, tuple):
@@ -288,7 +288,7 @@ class AdapterPool:
             adapter = read_adapter(self.model, source)
         foreign = sorted(adapter.factors.keys() - self.sites.keys())
         if foreign:
-            raise AdapterError(f"AdapterPool: the adapter changes modules that the pool does not have: {some(foreign)}")
+            raise AdapterError(f"AdapterPool: the adapter changes modules that the pool does not have: {first_names(foreign)}")
         for name, f in adapter.factors.items():
             n_out, n_in = self.sites[name].shape
             pages = self.size.pages - (f.vectors > 0)
@@ -311,7 +311,7 @@ class AdapterPool:
                 raise AdapterError(f"AdapterPool: {name}: the gain of DoRA is not finite")
         return prepared
 
-    def _place(self, name: str, adapter: Adapter, pinned: bool) -> Resident:
+    def _place_adapter(self, name: str, adapter: Adapter, pinned: bool) -> Resident:
         """Everything that can fail comes before the first change."""
         prepared = self._prepared(adapter)
         for victim in self._victims(name, adapter):
@@ -319,7 +319,7 @@ class AdapterPool:
             self._stats.evictions += 1
         slot = self._free.pop()
         for site, each in prepared.items():
-            self.sites[site].put(slot, each)
+            self.sites[site].write_slot(slot, each)
         resident = Resident(name, slot, id_of(self._generations[slot], slot), adapter, pinned)
         old = self._names.get(name)
         self._names[name] = self._residents[slot] = resident
@@ -341,7 +341,7 @@ class AdapterPool:
             short = self._short_of(adapter, victims)
         slots = 1 - len(self._free) - len(victims)
         if slots > 0 or short:
-            what = "a slot" if slots > 0 else f"pages of {some(short)}"
+            what = "a slot" if slots > 0 else f"pages of {first_names(short)}"
             in_use = len(self._residents) - len(idle)
             raise PoolFullError(f"AdapterPool: no room for {name!r}: {what} wanted, and {in_use} adapters are in use or pinned")
         return victims
@@ -357,7 +357,7 @@ class AdapterPool:
         self._generations[slot] = (self._generations[slot] + 1) & 0x7FFFFFFF
         self._generation[slot] = self._generations[slot]
         for site in self.sites.values():
-            site.clear(slot)
+            site.clear_slot(slot)
         del self._residents[slot]
         if resident.name is not None and self._names.get(resident.name) is resident:
             del self._names[resident.name]
@@ -372,7 +372,9 @@ class AdapterPool:
 
     def _resident(self, name: str) -> Resident:
         if name not in self._names:
-            raise LookupError(f"AdapterPool: no adapter is called {name!r}; there are {some(sorted(self._names)) or 'none'}")
+            raise LookupError(
+                f"AdapterPool: no adapter is called {name!r}; there are {first_names(sorted(self._names)) or 'none'}"
+            )
         return self._names[name]
 
     def _activate(self, name: str) -> Resident:
@@ -380,7 +382,7 @@ class AdapterPool:
         if name not in self._names and name in self._host:
             self._stats.misses += 1
             self._host.move_to_end(name)
-            return self._place(name, self._host[name], False)
+            return self._place_adapter(name, self._host[name], False)
         resident = self._resident(name)
         self._stats.hits += 1
         self._residents.move_to_end(resident.slot)

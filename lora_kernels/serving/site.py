@@ -14,7 +14,7 @@ from lora_kernels.serving.adapter import Factors, vectors_of
 
 
 def bytes_of_page(module: nn.Module, max_rank: int) -> int:
-    rows, columns = _shape(module)
+    rows, columns = _matrix_shape(module)
     own = PAGE * pages_of(max_rank) if isinstance(module, nn.Embedding) else 0
     return PAGE * (rows + columns + own) * module.weight.element_size()  # type: ignore[operator]
 
@@ -24,7 +24,7 @@ def bytes_of_slots(module: nn.Module, slots: int, max_rank: int) -> int:
     return slots * (4 * pages_of(max_rank) + 12)
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def _matrix_shape(module: nn.Module) -> tuple[int, int]:
     """Rows of B and columns of A."""
     rows, columns = module.weight.shape  # type: ignore[misc]
     return (columns, rows) if isinstance(module, nn.Embedding) else (rows, columns)
@@ -103,10 +103,10 @@ class Pages:
         free = len(self.free) + sum(len(self.held.get(slot, ())) for slot in without)
         left = {slot: rows for slot, rows in self._vectors.items() if slot not in without}
         free += len(self.shared) - len({first // self._per_page for first, _ in left.values()})
-        beside = self._own_vectors or not vectors or self._gap(vectors, left) is not None
+        beside = self._own_vectors or not vectors or self._free_vector_rows(vectors, left) is not None
         return pages_of(ranks) + (not beside) - free
 
-    def _gap(self, count: int, vectors: dict[int, tuple[int, int]]) -> int | None:
+    def _free_vector_rows(self, count: int, vectors: dict[int, tuple[int, int]]) -> int | None:
         """The first of `count` free rows in one of the pages that hold vectors."""
         taken = {row for first, rows in vectors.values() for row in range(first, first + rows)}
         for page in sorted({first // self._per_page for first, _ in vectors.values()}):
@@ -116,9 +116,9 @@ class Pages:
                     return first
         return None
 
-    def _row(self, slot: int, count: int) -> int:
+    def _take_vector_rows(self, slot: int, count: int) -> int:
         """Where the vectors of a slot that has none yet go."""
-        row = self._gap(count, self._vectors)
+        row = self._free_vector_rows(count, self._vectors)
         if row is None:
             row = self.free.pop() * self._per_page
         self._vectors[slot] = row, count
@@ -128,7 +128,7 @@ class Pages:
         """The pages of a slot's ranks, and its vectors."""
         return len(self.held.get(slot, ())), self._vectors.get(slot, (0, 0))[1]
 
-    def put(self, slot: int, prepared: Prepared) -> None:
+    def write_slot(self, slot: int, prepared: Prepared) -> None:
         """Writes an adapter into a slot that holds none here, or one of as many pages and vectors."""
         r, held = len(prepared.a), self.held.get(slot)
         if held is None:
@@ -136,7 +136,7 @@ class Pages:
         gains, biases = prepared.gain is not None, prepared.bias is not None
         row, count = slot if self._own_vectors else 0, vectors_of(gains, biases)
         if count and not self._own_vectors:
-            row = self._vectors[slot][0] if slot in self._vectors else self._row(slot, count)
+            row = self._vectors[slot][0] if slot in self._vectors else self._take_vector_rows(slot, count)
         s, place = self.slots, self.slots.a.device
         pages = torch.tensor(held, dtype=torch.int32).to(place, non_blocking=True)
         at = (pages.long()[:, None] * PAGE + torch.arange(PAGE, device=place)).flatten()
@@ -151,7 +151,7 @@ class Pages:
         s.scale[slot], s.rank[slot] = prepared.scale, r
         s.flags[slot] = GAIN * gains + BIAS * biases + (row << ROW)
 
-    def clear(self, slot: int) -> None:
+    def clear_slot(self, slot: int) -> None:
         """Takes the adapter out of a slot and leaves nothing of it behind."""
         held, s, shared = self.held.pop(slot, []), self.slots, self.shared
         for t in (s.table, s.rank, s.scale, s.flags, *((s.gain, s.bias) if self._own_vectors else ())):
@@ -171,7 +171,7 @@ class Site(Pages):
     """The adapters of one linear layer, W [out, in]. Nobody but the pool calls it, under its lock."""
 
     def __init__(self, module: nn.Linear, generation: Tensor, pages: int, max_rank: int) -> None:
-        self.shape = _shape(module)
+        self.shape = _matrix_shape(module)
         super().__init__(*self.shape, module.weight.dtype, generation, pages, max_rank)
         self.weight = module.weight
         self._squared: Tensor | None = None
@@ -195,7 +195,7 @@ class EmbeddingSite(Pages):
     the x of a linear layer with this B, whose own A is the first rows of the identity."""
 
     def __init__(self, module: nn.Embedding, generation: Tensor, pages: int, max_rank: int) -> None:
-        self.shape = _shape(module)
+        self.shape = _matrix_shape(module)
         super().__init__(self.shape[0], PAGE * pages_of(max_rank), module.weight.dtype, generation, pages, max_rank)
         self.weight = module.weight
         self.columns = torch.zeros(self.shape[1], pages, PAGE, dtype=self.weight.dtype, device=self.weight.device)
@@ -218,8 +218,8 @@ class EmbeddingSite(Pages):
     def bytes_of_page(self) -> int:
         return super().bytes_of_page + PAGE * len(self.columns) * self.columns.element_size()
 
-    def put(self, slot: int, prepared: Prepared) -> None:
-        super().put(slot, prepared)
+    def write_slot(self, slot: int, prepared: Prepared) -> None:
+        super().write_slot(slot, prepared)
         assert prepared.columns is not None
         held = self.held[slot]
         room = self.columns.new_zeros(self.shape[1], len(held) * PAGE)
@@ -227,10 +227,10 @@ class EmbeddingSite(Pages):
         pages = torch.tensor(held).to(room.device, non_blocking=True)
         self.columns[:, pages] = room.view(-1, len(held), PAGE)
 
-    def clear(self, slot: int) -> None:
+    def clear_slot(self, slot: int) -> None:
         for page in self.held.get(slot, ()):
             self.columns[:, page] = 0
-        super().clear(slot)
+        super().clear_slot(slot)
 
     def looked_up(self, ids: Tensor, entries: Tensor) -> Tensor:
         """The column of A for each token, [tokens, ranks]: of the adapter `ids` [tokens] at `entries` [tokens]; zeros where it

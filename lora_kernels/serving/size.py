@@ -41,7 +41,7 @@ class PoolSize:
     def holds(self, rank: int, *, dora: bool = False, lora_bias: bool = False) -> int:
         """How many adapters of one rank in all modules fit at the same time."""
         count = self.slots
-        while count and _pages([rank] * count, dora, lora_bias, self.vectors_of_page) > self.pages:
+        while count and _pages_for([rank] * count, dora, lora_bias, self.vectors_of_page) > self.pages:
             count -= 1
         return count
 
@@ -57,7 +57,7 @@ def size_of(layers: Iterable[nn.Linear | nn.Embedding], capacity_bytes: int, slo
     Raises:
         ValueError: slots or max_rank are below 1, or the capacity holds no page.
     """
-    size = _sized(layers, slots, max_rank)
+    size = _size_without_pages(layers, slots, max_rank)
     pages = (capacity_bytes - size.bytes_of_tables) // size.bytes_of_page
     if pages < 1:
         least = size.bytes_of_tables + size.bytes_of_page
@@ -82,11 +82,11 @@ def size_for(
         raise ValueError(f"AdapterPool: ranks must be some of 1 to {max_rank}, found {ranks}")
     if slots is not None and slots < len(ranks):
         raise ValueError(f"AdapterPool: {len(ranks)} adapters want as many slots, found {slots}")
-    size = _sized(layers, len(ranks) if slots is None else slots, max_rank)
-    return replace(size, pages=_pages(ranks, dora, lora_bias, size.vectors_of_page))
+    size = _size_without_pages(layers, len(ranks) if slots is None else slots, max_rank)
+    return replace(size, pages=_pages_for(ranks, dora, lora_bias, size.vectors_of_page))
 
 
-def _sized(layers: Iterable[nn.Linear | nn.Embedding], slots: int, max_rank: int) -> PoolSize:
+def _size_without_pages(layers: Iterable[nn.Linear | nn.Embedding], slots: int, max_rank: int) -> PoolSize:
     if slots < 1 or max_rank < 1:
         raise ValueError(f"AdapterPool: slots and max_rank must be at least 1, found {slots} and {max_rank}")
     layers = list(layers)
@@ -95,14 +95,14 @@ def _sized(layers: Iterable[nn.Linear | nn.Embedding], slots: int, max_rank: int
     return PoolSize(slots, max_rank, 0, page, tables, min(vectors_of_page(layer.weight.dtype) for layer in layers))
 
 
-def _pages(ranks: list[int], dora: bool, lora_bias: bool, per_page: int) -> int:
+def _pages_for(ranks: list[int], dora: bool, lora_bias: bool, per_page: int) -> int:
     """Of each module, for adapters of these ranks."""
     vectors = vectors_of(dora, lora_bias)
     beside = -(-len(ranks) // (per_page // vectors)) if vectors else 0
     return sum(map(pages_of, ranks)) + beside
 
 
-def _plain(module: Any) -> bool:
+def _is_plain(module: Any) -> bool:
     """Whether it is an nn.Linear or nn.Embedding that computes as one."""
     if "forward" in vars(module):
         return False
@@ -116,11 +116,11 @@ def layers_of(model: nn.Module, modules: Iterable[str] | None) -> dict[str, nn.L
         TypeError, ValueError: as AdapterPool.
     """
     found = dict(model.named_modules())
-    names = [n for n, m in found.items() if type(m) is nn.Linear and _plain(m)] if modules is None else list(modules)
+    names = [n for n, m in found.items() if type(m) is nn.Linear and _is_plain(m)] if modules is None else list(modules)
     layers: dict[str, nn.Linear | nn.Embedding] = {}
     for name in names:
         module = found.get(name)
-        if not isinstance(module, nn.Linear | nn.Embedding) or not _plain(module):
+        if not isinstance(module, nn.Linear | nn.Embedding) or not _is_plain(module):
             kinds = "nn.Linear or nn.Embedding without max_norm"
             raise TypeError(f"AdapterPool: {name!r} must be a plain {kinds} of the model, found {type(module).__name__}")
         if module.weight.dtype not in FLOATS:

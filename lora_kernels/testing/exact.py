@@ -95,24 +95,24 @@ def make_problem(
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(shape: tuple[int, ...], deviation: float, kind: torch.dtype) -> Tensor:
+    def random_normal(shape: tuple[int, ...], deviation: float, kind: torch.dtype) -> Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * deviation).to(device, kind)
 
     lead = tokens if isinstance(tokens, tuple) else (tokens,)
     kind = adapter_dtype or dtype
     vector = torch.promote_types(dtype, torch.float32)
     return Problem(
-        x=normal((*lead, n_in), 1.0, dtype),
-        w=normal((n_out, n_in), n_in**-0.5, dtype),
-        a=normal((rank, n_in), n_in**-0.5, kind),
-        b=normal((n_out, rank), 0.5 * rank**-0.5, kind),
+        x=random_normal((*lead, n_in), 1.0, dtype),
+        w=random_normal((n_out, n_in), n_in**-0.5, dtype),
+        a=random_normal((rank, n_in), n_in**-0.5, kind),
+        b=random_normal((n_out, rank), 0.5 * rank**-0.5, kind),
         scale=scale,
-        bias=normal((n_out,), 0.5, dtype) if bias else None,
-        gain=1 + normal((n_out,), 0.3, vector) if gain else None,
+        bias=random_normal((n_out,), 0.5, dtype) if bias else None,
+        gain=1 + random_normal((n_out,), 0.3, vector) if gain else None,
         dropout=dropout,
         dropout_semantics=dropout_semantics,
         seed=torch.tensor(0x1234_5678_9ABC_DEF0 ^ seed) if dropout else None,
-        dy=normal((*lead, n_out), 1.0, dtype),
+        dy=random_normal((*lead, n_out), 1.0, dtype),
     )
 
 

@@ -36,7 +36,7 @@ def _transposed(t: Tensor) -> Tensor:
     return t.mT.contiguous().mT if t.dim() > 1 else t
 
 
-def _offset(t: Tensor) -> Tensor:
+def _misaligned(t: Tensor) -> Tensor:
     # three elements in: no 16-byte alignment is left
     padded = t.new_full((t.numel() + 3,), torch.nan)
     padded[3:] = t.flatten()
@@ -71,7 +71,7 @@ def _expanded(t: Tensor) -> Tensor:
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": _contiguous,
     "transposed": _transposed,
-    "offset": _offset,
+    "offset": _misaligned,
     "sliced_rows": _sliced_rows,
     "every_other": _every_other,
     "gapped_rows": _gapped_rows,

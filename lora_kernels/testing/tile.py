@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from lora_kernels.ops import cost, dispatch, dora_linear, merged_weight, tables, use_backend, weight_norm
-from lora_kernels.ops.chips import chip
+from lora_kernels.ops.chips import nearest_chip
 from lora_kernels.ops.cost import Problem
 from lora_kernels.ops.tables import tiles
 from lora_kernels.ptxsim import device
@@ -60,7 +60,7 @@ def gates(kernel: str, arch: int) -> tuple[list[str], bool]:
         passed = passed and not wrong
         said = [] if kept else differences(table.rows.get((one.name, place)), row)
         how = "as in the table" if kept else "compiled"
-        lines.append(f"{'BROKEN' if wrong else 'passes'} ({how}): {one.name}: {_words(one.on(place))}")
+        lines.append(f"{'BROKEN' if wrong else 'passes'} ({how}): {one.name}: {_words(one.kernel_on(place))}")
         lines += [f"    {text}" for text in (*wrong, *said)]
     return lines or [f"no configuration of {GATES}/configurations.py launches it on sm_{arch}"], passed
 
@@ -103,7 +103,7 @@ def simulation(kernel: str) -> Callable[[], None]:
 
 
 def _linear() -> None:
-    with dispatch.forced("two launches"), dispatch.forced("fused"):
+    with dispatch.forced_candidate("two launches"), dispatch.forced_candidate("fused"):
         for m, r in ((20, 16), (130, 64)):
             assert_problem(make_problem(m, 136, 72, r, BF16, gain=True))
             assert_problem(make_problem(m, 136, 72, r, BF16, dropout=0.2))
@@ -111,12 +111,12 @@ def _linear() -> None:
 
 def _expand() -> None:
     for r in (16, 64):
-        with dispatch.forced("addmm"):
+        with dispatch.forced_candidate("addmm"):
             assert_problem(make_problem(70, 136, 72, r, BF16, gain=True, dropout=0.2))
 
 
 def _specialised() -> None:
-    with dispatch.forced(cost.SPECIALISED):
+    with dispatch.forced_candidate(cost.SPECIALISED):
         assert_problem(make_problem(130, 136, 72, 40, BF16, gain=True))
 
 
@@ -187,14 +187,17 @@ def predicted(kernel: str, arch: int) -> list[str]:
     (direction, candidate, place), lines = PLACES[kernel], []
     for m in (16, 8192):
         p = Problem(direction, m, 4096, (4096,), (16,), BF16)
-        on, shares = chip(arch), tables.table(arch).shares(p.half, m)
-        steps = cost.steps(p, arch)
+        on, shares = nearest_chip(arch), tables.table_for(arch).efficiencies(p.is_half, m)
+        steps = cost.candidate_launches(p, arch)
         before = steps[candidate][place - 1] if place else None
         bounds = cost.rooflines(steps[candidate][place], before, p, on, shares)
         times = ", ".join(f"{name} {1e6 * cost.seconds(name, each, p, on, shares):.1f}" for name, each in steps.items())
         of = ", ".join(f"{name} {1e6 * value:.1f}" for name, value in bounds.items())
         lines.append(f"{p}: {kernel} {1e6 * max(bounds.values()):.1f} µs ({of}); candidates {times}")
-    return [*lines, f"on {chip(arch).name}, {'measured' if tables.table(arch).measured else 'predicted, not measured'}"]
+    return [
+        *lines,
+        f"on {nearest_chip(arch).name}, {'measured' if tables.table_for(arch).measured else 'predicted, not measured'}",
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

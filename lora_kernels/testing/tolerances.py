@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-_FEW = 1024
+_SMALL_SAMPLE = 1024
 
 
 def rms(t: Tensor) -> float:
@@ -43,7 +43,7 @@ def assert_within_rounding(
     if not exact.numel():
         return
     ideal, ratio = max(rms(exact.to(dtype).double() - exact), inherited), ideal_ratio
-    if exact.numel() < _FEW:
+    if exact.numel() < _SMALL_SAMPLE:
         exponent = torch.frexp(exact).exponent.double()
         ulp = torch.maximum(2.0 ** (exponent - 1) * torch.finfo(dtype).eps, torch.tensor(_smallest(dtype)))
         ideal, ratio = max(ideal, rms(ulp) / math.sqrt(12)), ideal_ratio * (1 + 2 / math.sqrt(exact.numel()))

@@ -57,7 +57,7 @@ def interpret(
     function = stock.InterpretedFunction(kernel.fn).rewrite()
     constants = {p.name for p in kernel.params if p.is_constexpr}
     memory = _Memory(_tensors(args), writes)
-    with _mended(memory, overflow) as builder, _language(function):
+    with _mended_interpreter(memory, overflow) as builder, _interpreted_language(function):
         given = {name: value if name in constants else stock._implicit_cvt(value) for name, value in args.items()}
         try:
             builder.set_grid_dim(*sizes)
@@ -85,7 +85,7 @@ class _Memory:
 
     def __init__(self, tensors: dict[str, Tensor], writes: Sequence[Tensor]) -> None:
         changed = {t.data_ptr() for t in writes}
-        spans = [(t.data_ptr(), _span(t), name, t.element_size()) for name, t in tensors.items() if t.numel()]
+        spans = [(t.data_ptr(), _byte_span(t), name, t.element_size()) for name, t in tensors.items() if t.numel()]
         self.spans = sorted({span[0]: span for span in spans}.values())
         self.first = np.array([at for at, *_ in self.spans], np.uint64)
         self.last = np.array([at + size for at, size, *_ in self.spans], np.uint64)
@@ -94,8 +94,8 @@ class _Memory:
         self.wrote, self.read = [], []
         for (_, size, _, unit), writable in zip(self.spans, self.writable, strict=True):
             count = size // unit if writable else 0
-            self.wrote.append(_marks(count))
-            self.read.append(_marks(count))
+            self.wrote.append(_access_marks(count))
+            self.read.append(_access_marks(count))
         self._numbers: dict[tuple[int, int, int], int] = {}
         self._clocks: dict[int, int] = {}
         self._known: dict[int, dict[int, int]] = {}
@@ -104,10 +104,12 @@ class _Memory:
 
     MANY = -1
 
-    def fail(self, text: str) -> None:
+    def raise_violation(self, text: str) -> None:
         raise InterpreterViolation(f"program {self.program}: {text}")
 
-    def access(self, pointers: np.ndarray, mask: np.ndarray, size: int, kind: str, values: np.ndarray | None = None) -> None:
+    def check_access(
+        self, pointers: np.ndarray, mask: np.ndarray, size: int, kind: str, values: np.ndarray | None = None
+    ) -> None:
         """Checks one tile's access; kind is load, store, atomic or atomic load."""
         used = np.broadcast_to(mask, pointers.shape).astype(bool)  # the product of masks may be an integer
         at = pointers[used].astype(np.uint64)
@@ -119,12 +121,14 @@ class _Memory:
             i = int(np.argmax(outside))
             place = int(at[i])
             base, span, name, _ = min(self.spans, key=lambda s: s[0] - place if place < s[0] else max(place - s[0] - s[1], 0))
-            self.fail(f"{kind} out of bounds, {name}{place - base:+d} of {span} bytes ({int(outside.sum())} elements)")
+            self.raise_violation(
+                f"{kind} out of bounds, {name}{place - base:+d} of {span} bytes ({int(outside.sum())} elements)"
+            )
         me = self._numbers.setdefault(self.program, len(self._numbers) + 1)
         for i in np.unique(which):
             base, _, name, unit = self.spans[i]
             if kind in ("store", "atomic") and not self.writable[i]:
-                self.fail(f"{kind} to {name}, which is not among the tensors it writes")
+                self.raise_violation(f"{kind} to {name}, which is not among the tensors it writes")
             if not self.writable[i]:
                 continue
             elements = ((at[which == i] - np.uint64(base)) // np.uint64(unit)).astype(np.int64)
@@ -146,7 +150,7 @@ class _Memory:
         elements, values = elements[order], np.ascontiguousarray(values[order]).view(f"u{values.itemsize}")
         twice = (elements[1:] == elements[:-1]) & (values[1:] != values[:-1])
         if twice.any():
-            self.fail(f"stores two values to element {int(elements[1:][twice][0])} of {name} at once")
+            self.raise_violation(f"stores two values to element {int(elements[1:][twice][0])} of {name} at once")
 
     def _ordered(self, marks: np.ndarray, elements: np.ndarray, me: int, what: str, how: str) -> None:
         others = marks[elements]
@@ -155,7 +159,7 @@ class _Memory:
             if other == self.MANY or self._known.get(me, {}).get(int(other), -1) < clock:
                 names = {number: program for program, number in self._numbers.items()}
                 by = "several programs" if other == self.MANY else f"program {names[int(other)]}"
-                self.fail(f"{what} element {int(element)}: a race, it is {how} by {by}")
+                self.raise_violation(f"{what} element {int(element)}: a race, it is {how} by {by}")
 
     def synchronise(self, pointers: np.ndarray, mask: np.ndarray, order: Any, *, replaces: bool = False) -> None:
         """An atomic passes on what its program did before, and brings what was passed on there."""
@@ -176,21 +180,21 @@ class _Memory:
 
 
 @contextmanager
-def _language(function: Any) -> Iterator[None]:
+def _interpreted_language(function: Any) -> Iterator[None]:
     """Inside it tl's functions are the interpreter's, also those that are jit functions themselves."""
     stack = contextlib.ExitStack()
 
-    def enter(function: Any) -> Any:
+    def patch_function(function: Any) -> Any:
         scope = stock._patch_lang(function)
         stack.callback(scope.restore)
         # that of 3.6 needs an older NumPy
         scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
         return function
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call_interpreted(self: Any, *args: Any, **kwargs: Any) -> Any:
         rewritten = stock.InterpretedFunction(self.fn).rewrite()
         if rewritten not in entered:
-            entered.add(enter(rewritten))
+            entered.add(patch_function(rewritten))
         return rewritten(*args, **kwargs)
 
     entered: set[Any] = set()
@@ -199,17 +203,17 @@ def _language(function: Any) -> Iterator[None]:
         for name in ("gdc_wait", "gdc_launch_dependents"):  # one launch is over before the next
             stack.callback(setattr, tl.extra.cuda, name, getattr(tl.extra.cuda, name))
             setattr(tl.extra.cuda, name, lambda: None)
-        JITFunction.__call__ = call
+        JITFunction.__call__ = call_interpreted
         stack.callback(setattr, JITFunction, "__call__", before)
-        enter(function)
+        patch_function(function)
         yield
 
 
-def _span(t: Tensor) -> int:
+def _byte_span(t: Tensor) -> int:
     return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size()
 
 
-def _marks(count: int) -> np.ndarray:
+def _access_marks(count: int) -> np.ndarray:
     """Zeros [count, 2], of which only what is touched takes memory."""
     if count < 2**28:
         return np.zeros((count, 2), np.int64)
@@ -248,15 +252,15 @@ def _by_name(method: Any, stock_method: Any) -> Any:
     """`method` with those of stock_method's arguments that it names."""
     signature, names = inspect.signature(stock_method), inspect.signature(method).parameters
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call_by_name(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         return method(*(given[name] for name in names))
 
-    return call
+    return call_by_name
 
 
 @contextmanager
-def _mended(memory: _Memory, overflow: bool) -> Iterator[Any]:
+def _mended_interpreter(memory: _Memory, overflow: bool) -> Iterator[Any]:
     """Inside it the interpreter computes in bfloat16 and asks `memory` about every access."""
     builder, cls = stock.interpreter_builder, stock.InterpreterBuilder
     original = {name: cls.__dict__[name] for name in EXPECTED}
@@ -271,7 +275,7 @@ def _mended(memory: _Memory, overflow: bool) -> Iterator[Any]:
         scalar = kind.element_ty if isinstance(kind, tl.block_type) else kind
         return BF16 if scalar == tl.bfloat16 else stock_dtype(kind)
 
-    def fetch(ptrs: Any, mask: Any, other: Any) -> Any:
+    def fetch_values(ptrs: Any, mask: Any, other: Any) -> Any:
         kind = ptrs.get_element_ty()
         dtype = np_dtype(kind)
         rest = np.zeros(ptrs.data.shape, dtype) if other is None else np.ascontiguousarray(other.data)
@@ -280,28 +284,28 @@ def _mended(memory: _Memory, overflow: bool) -> Iterator[Any]:
         bits = native.load(ptrs.data, mask, rest.view(np.uint16), np.dtype(np.uint16))
         return Handle(bits.view(BF16), kind)
 
-    def put(ptrs: Any, data: np.ndarray, mask: Any) -> Any:
+    def store_values(ptrs: Any, data: np.ndarray, mask: Any) -> Any:
         return native.store(ptrs.data, np.ascontiguousarray(data).view(np.uint16) if data.dtype == BF16 else data, mask)
 
-    def load(ptrs: Any, mask: Any, other: Any) -> Any:
+    def masked_load(ptrs: Any, mask: Any, other: Any) -> Any:
         inside = np.asarray(mask.data)
-        memory.access(ptrs.data, inside, np_dtype(ptrs.get_element_ty()).itemsize, "load")
-        return fetch(ptrs, inside, other)
+        memory.check_access(ptrs.data, inside, np_dtype(ptrs.get_element_ty()).itemsize, "load")
+        return fetch_values(ptrs, inside, other)
 
-    def store(ptrs: Any, value: Any, mask: Any) -> Any:
+    def masked_store(ptrs: Any, value: Any, mask: Any) -> Any:
         inside = np.asarray(mask.data)
-        memory.access(ptrs.data, inside, value.data.dtype.itemsize, "store", value.data)
-        return put(ptrs, value.data, inside)
+        memory.check_access(ptrs.data, inside, value.data.dtype.itemsize, "store", value.data)
+        return store_values(ptrs, value.data, inside)
 
-    def cast(self: Any, src: Any, dst_type: Any) -> Any:
+    def cast_value(self: Any, src: Any, dst_type: Any) -> Any:
         return Handle(src.data.astype(np_dtype(dst_type)), dst_type.scalar)
 
     def float_to_float(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
         if 8 in (src.dtype.scalar.primitive_bitwidth, dst_type.scalar.primitive_bitwidth):
             return original["create_fp_to_fp"](self, src, dst_type, rounding_mode)
-        return cast(self, src, dst_type)
+        return cast_value(self, src, dst_type)
 
-    def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    def dot_product(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
         x, y, total = a.data, b.data, d.data
         if x.dtype.kind in "iu":
             product = np.matmul(x.astype(np.int64), y.astype(np.int64))
@@ -317,7 +321,7 @@ def _mended(memory: _Memory, overflow: bool) -> Iterator[Any]:
             sums = _multiply(x, y, sums)
         return Handle(sums.astype(total.dtype), d.dtype.scalar)
 
-    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    def fused_multiply_add(self: Any, x: Any, y: Any, z: Any) -> Any:
         if z.data.dtype.itemsize == 8:
             return original["create_fma"](self, x, y, z)
         exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
@@ -327,7 +331,7 @@ def _mended(memory: _Memory, overflow: bool) -> Iterator[Any]:
         return Handle(np.abs(arg.data), arg.dtype.scalar)
 
     def atomic_rmw(self: Any, rmwOp: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> Any:
-        memory.access(ptr.data, mask.data, val.data.dtype.itemsize, "atomic")
+        memory.check_access(ptr.data, mask.data, val.data.dtype.itemsize, "atomic")
         memory.synchronise(ptr.data, mask.data, sem)
         if val.data.dtype != BF16:
             return original["create_atomic_rmw"](self, rmwOp, ptr, val, mask, sem, scope)
@@ -343,33 +347,33 @@ def _mended(memory: _Memory, overflow: bool) -> Iterator[Any]:
 
     def atomic_cas(self: Any, ptr: Any, cmp: Any, val: Any, sem: Any, scope: Any) -> Any:
         everywhere = np.ones(ptr.data.shape, bool)
-        memory.access(ptr.data, everywhere, val.data.dtype.itemsize, "atomic")
+        memory.check_access(ptr.data, everywhere, val.data.dtype.itemsize, "atomic")
         memory.synchronise(ptr.data, everywhere, sem)
         return original["create_atomic_cas"](self, ptr, cmp, val, sem, scope)
 
     def atomic_load(ptr: Any, mask: Any, sem: Any) -> Any:
-        memory.access(ptr.data, mask.data, np_dtype(ptr.get_element_ty()).itemsize, "atomic load")
+        memory.check_access(ptr.data, mask.data, np_dtype(ptr.get_element_ty()).itemsize, "atomic load")
         memory.synchronise(ptr.data, mask.data, sem)
-        return fetch(ptr, mask.data, None)
+        return fetch_values(ptr, mask.data, None)
 
     def atomic_store(ptr: Any, val: Any, mask: Any, sem: Any) -> Any:
-        memory.access(ptr.data, mask.data, val.data.dtype.itemsize, "atomic")
+        memory.check_access(ptr.data, mask.data, val.data.dtype.itemsize, "atomic")
         memory.synchronise(ptr.data, mask.data, sem, replaces=True)
-        return put(ptr, val.data, mask.data)
+        return store_values(ptr, val.data, mask.data)
 
     def atomic_poll(ptr: Any, expected: Any, timeout_ns: Any, sem: Any) -> Any:
         everywhere = np.ones(ptr.data.shape, bool)
-        memory.access(ptr.data, everywhere, expected.data.dtype.itemsize, "atomic load")
-        found = fetch(ptr, everywhere, None).data == expected.data
+        memory.check_access(ptr.data, everywhere, expected.data.dtype.itemsize, "atomic load")
+        found = fetch_values(ptr, everywhere, None).data == expected.data
         memory.synchronise(ptr.data, found, sem)
         if not found.all() and not isinstance(timeout_ns, Handle):
-            memory.fail("waits for a value that no program before it stored")
+            memory.raise_violation("waits for a value that no program before it stored")
         return Handle(found, tl.int1)
 
     new = {
-        "create_masked_load": load, "create_masked_store": store, "cast_impl": cast, "create_fp_to_fp": float_to_float,
-        "create_dot": dot, "create_fma": fma, "create_fabs": absolute, "create_atomic_rmw": atomic_rmw,
-        "create_atomic_cas": atomic_cas,
+        "create_masked_load": masked_load, "create_masked_store": masked_store, "cast_impl": cast_value,
+        "create_fp_to_fp": float_to_float, "create_dot": dot_product, "create_fma": fused_multiply_add,
+        "create_fabs": absolute, "create_atomic_rmw": atomic_rmw, "create_atomic_cas": atomic_cas,
     }  # fmt: skip
     if SINCE_3_9:
         new |= {"create_atomic_load": atomic_load, "create_atomic_store": atomic_store, "create_atomic_poll": atomic_poll}
@@ -378,7 +382,7 @@ def _mended(memory: _Memory, overflow: bool) -> Iterator[Any]:
         for name, method in new.items():
             setattr(cls, name, _by_name(method, original[name]))
         for name in old_casts:
-            setattr(cls, name, cast)
+            setattr(cls, name, cast_value)
         cls.get_bf16 = lambda self, value: Handle(np.array([value], BF16), tl.bfloat16)
         builder.options = dataclasses.replace(
             options, debug=True, sanitize_overflow=overflow, allowed_dot_input_precisions=allowed

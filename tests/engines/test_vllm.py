@@ -217,7 +217,7 @@ def test_a_layer_is_traced_whole(llm, folder):
     manager = llm.llm_engine.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
     slots = [slot for slot, number in enumerate(manager.lora_index_to_id) if number is not None]
     layer = layers_of(llm)["model.layers.0.self_attn.qkv_proj"]
-    layer._step.set(torch.tensor([slots[-1], -1, slots[0], slots[-1], -1]), False)
+    layer._step.set_slots(torch.tensor([slots[-1], -1, slots[0], slots[-1], -1]), False)
     x, y = torch.randn(6, llama.HIDDEN), torch.randn(6, sum(layer.output_slices))  # one row more, which pads the step
     with torch.inference_mode():
         eager = layer._apply_lora_to_output(x, y.clone())
@@ -273,10 +273,10 @@ def test_dora_where_vllm_has_its_own_layer_is_refused():
     """On the head, on embeddings, and on what vLLM serves no LoRA for."""
     adapter = SimpleNamespace(loras={"lm_head": 1}, extras={"lm_head": Extra(magnitude=torch.ones(2))})
     with pytest.raises(AdapterError, match="lm_head: DoRA and lora_bias are served on linear layers, this is vLLM's Linear"):
-        fits.check(fake_manager(["lm_head"]), adapter)
+        fits.check_adapter(fake_manager(["lm_head"]), adapter)
     with pytest.raises(AdapterError, match="on modules that vLLM serves no LoRA for: lm_head"):
-        fits.check(fake_manager(["lm_head"], modules={}), adapter)
-    fits.check(fake_manager(["lm_head"], modules={}), SimpleNamespace(loras={"lm_head": 1}, extras={}))
+        fits.check_adapter(fake_manager(["lm_head"], modules={}), adapter)
+    fits.check_adapter(fake_manager(["lm_head"], modules={}), SimpleNamespace(loras={"lm_head": 1}, extras={}))
 
 
 @pytest.mark.parametrize(("name", "more", "there"), [
@@ -289,25 +289,25 @@ def test_which_names_the_model_has(name, more, there):
     manager = fake_manager(["model.a.qkv_proj", "model.a.o_proj"], {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}, **more)
     manager.modules = {}
     with nullcontext() if there else pytest.raises(AdapterError, match="modules that the model does not have"):
-        fits.check(manager, SimpleNamespace(loras={name: 1}, extras={}))
+        fits.check_adapter(manager, SimpleNamespace(loras={name: 1}, extras={}))
 
 
 def test_stale_ids_are_found():
     """A slot that changes hands after a step was planned: its tokens get the base, and the next step says so."""
     step = Step(2, 8, torch.device("cpu"))
     pages = Pages(4, 6, torch.float32, step.generation, 4, 8)
-    pages.put(1, Prepared(torch.ones(3, 6), torch.ones(3, 4), 1.0))
+    pages.write_slot(1, Prepared(torch.ones(3, 6), torch.ones(3, 4), 1.0))
     x, y = torch.randn(2, 6), torch.randn(2, 4)
     for stale in (False, True):
-        step.set(torch.tensor([1, -1]), False)
+        step.set_slots(torch.tensor([1, -1]), False)
         if stale:
             step.occupy(1)
         found = multi_lora_add_(y.clone(), x, pages.slots, step.plan(2))
         assert torch.equal(found[0], y[0]) == stale and torch.equal(found[1], y[1])
-    step.set(torch.tensor([1, -1]), False)
+    step.set_slots(torch.tensor([1, -1]), False)
     with pytest.raises(LookupError, match="out of range or stale"):
-        step.set(torch.tensor([1, -1]), False)
-    step.set(torch.tensor([1, -1]), False)
+        step.set_slots(torch.tensor([1, -1]), False)
+    step.set_slots(torch.tensor([1, -1]), False)
 
 
 def test_a_plan_in_fixed_buffers_is_the_plan():
@@ -317,7 +317,7 @@ def test_a_plan_in_fixed_buffers_is_the_plan():
     for count in (9, 3, 0, 12, 16, 1, 5):
         step.occupy(count % 4)
         slots = torch.randint(-1, 4, (count,))
-        step.set(slots, False)
+        step.set_slots(slots, False)
         for tokens in {count, (count + 16) // 2, 16, count // 2}:
             padded = torch.cat([slots, torch.full((16,), -1)])[:tokens]
             ids = torch.where(padded < 0, -1, (step.generation[padded.clamp(min=0)].long() << 32) + padded)

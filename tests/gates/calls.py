@@ -19,7 +19,7 @@ from lora_kernels import (
     weight_norm,
 )
 from lora_kernels.ops import BatchPlan, Slots, triton_compiler
-from lora_kernels.ops.dispatch import forced
+from lora_kernels.ops.dispatch import forced_candidate
 from lora_kernels.ops.launch import Launch, recorded
 from lora_kernels.ptxsim import device
 from lora_kernels.testing.gates import Budget, Configuration, versions
@@ -48,9 +48,9 @@ def linear(
         given = torch.ones(wide).requires_grad_() if gain else None
         seed = torch.tensor(2**40) if dropout else None
         leaves = x.requires_grad_(dx), a.requires_grad_(), b.requires_grad_()
-        with forced(form):
+        with forced_candidate(form):
             y = lora_linear(leaves[0], w, *leaves[1:], 0.5, None, given, dropout, semantics, seed)
-        with forced(form if library else "fused"):
+        with forced_candidate(form if library else "fused"):
             y.backward(torch.empty_like(y))
 
     return call
@@ -68,9 +68,9 @@ def group(m: int, r: int, dropout: float = 0.0) -> Callable[[], None]:
             for n in (4096, 1024, 1024)
         ]  # fmt: skip
         x = torch.empty(m, WIDE, dtype=BF16).requires_grad_()
-        with forced("two launches"):
+        with forced_candidate("two launches"):
             ys = lora_linear_group(x, members, dropout)
-        with forced("fused"):
+        with forced_candidate("fused"):
             torch.autograd.backward(ys, list(map(torch.empty_like, ys)))
 
     return call
@@ -132,12 +132,12 @@ def chooses_as(version: str) -> Iterator[None]:
 
 
 def _chooses_otherwise(version: str) -> bool:
-    usual = triton_compiler.fences()  # all that they ask of the version
+    usual = triton_compiler.has_fences()  # all that they ask of the version
     with chooses_as(version):
-        return triton_compiler.fences() != usual
+        return triton_compiler.has_fences() != usual
 
 
-OTHERWISE = [version for version in versions.others() if _chooses_otherwise(version)]
+OTHERWISE = [version for version in versions.other_versions() if _chooses_otherwise(version)]
 
 
 def launches(call: Callable[[], None], arch: str, last: bool) -> dict[str, Launch]:

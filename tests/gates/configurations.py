@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from lora_kernels.ops import cuda_shared, missing_backends
+from lora_kernels.ops import cuda_shared_memory, missing_backends
 from lora_kernels.ops.launch import CSRC
 from lora_kernels.ops.tables.tiles import Tile, compiled
 from lora_kernels.testing.gates import Budget, Configuration, Cuda, Triton
@@ -87,42 +87,42 @@ def cuda_op(source: str, kernel: str, tile: Tile, shared: int = 0) -> Cuda:
 
 def cuda_ranks(op: str, kind: str, ranks: int) -> Cuda:
     tile = compiled(f"{op}.cu")
-    return cuda_op(f"{op}/cuda.cu", f"{op}_{kind}_{ranks}", tile, cuda_shared.shared_of_update(tile, ranks))
+    return cuda_op(f"{op}/cuda.cu", f"{op}_{kind}_{ranks}", tile, cuda_shared_memory.shared_of_update(tile, ranks))
 
 
 def cuda_any(op: str, kind: str) -> Cuda:
     tile = compiled(f"{op}_any.cu")
-    return cuda_op(f"{op}/cuda_any.cu", f"{op}_any_{kind}", tile, cuda_shared.shared_of_update_any(tile))
+    return cuda_op(f"{op}/cuda_any.cu", f"{op}_any_{kind}", tile, cuda_shared_memory.shared_of_update_any(tile))
 
 
 def cuda_gemm(row: str, source: str, kernel: str, **answers: int) -> Cuda:
     tile = compiled(row, **answers)
-    return cuda_op(source, kernel, tile, cuda_shared.shared_of_gemm(tile))
+    return cuda_op(source, kernel, tile, cuda_shared_memory.shared_of_gemm(tile))
 
 
 def cuda_small(kind: str, tokens: int) -> Cuda:
     tile = compiled("lora_linear_small.cu", m=tokens, int8="i8" in kind)
     name = f"lora_linear_small_{kind}_{tokens}"
-    return cuda_op("lora_linear/cuda_small.cu", name, tile, cuda_shared.shared_of_small(tile))
+    return cuda_op("lora_linear/cuda_small.cu", name, tile, cuda_shared_memory.shared_of_small(tile))
 
 
 def cuda_shrink(kind: str, ranks: int) -> Cuda:
     split, pieces = "split" in kind or "any" in kind, "any" not in kind
     tile = compiled("lora_linear_shrink.cu", r=ranks, split=split, pieces=pieces)
     name = f"lora_linear_shrink_{kind}" + (f"_{ranks}" if pieces else "")
-    return cuda_op("lora_linear/cuda_thin.cu", name, tile, cuda_shared.shared_of_shrink(tile, split))
+    return cuda_op("lora_linear/cuda_thin.cu", name, tile, cuda_shared_memory.shared_of_shrink(tile, split))
 
 
 def cuda_sides(kind: str, times: str, ranks: int) -> Cuda:
     pieces = times != "any_"
     tile = compiled("lora_linear_sides.cu", r=ranks, times=bool(times), pieces=pieces)
     name = f"lora_linear_sides_{times}{kind}" + (f"_{ranks}" if pieces else "")
-    return cuda_op("lora_linear/cuda_sides.cu", name, tile, cuda_shared.shared_of_sides(tile))
+    return cuda_op("lora_linear/cuda_sides.cu", name, tile, cuda_shared_memory.shared_of_sides(tile))
 
 
 def cuda_outer(name: str) -> Cuda:
     tile = compiled("lora_linear_outer.cu", dtype=HALF, r=16, pieces=True)  # whatever it is, but for its ranks
-    return cuda_op("lora_linear/cuda_outer.cu", f"lora_linear_outer_{name}", tile, cuda_shared.shared_of_outer(tile))
+    return cuda_op("lora_linear/cuda_outer.cu", f"lora_linear_outer_{name}", tile, cuda_shared_memory.shared_of_outer(tile))
 
 
 BACKWARD = [
@@ -160,7 +160,7 @@ BACKWARD = [
       for name, per in (("", 6.3), ("_gain", 17.9), ("_drop", 6.3), ("_gain_drop", 17.9))),
     *(Configuration(f"lora_linear_dx_small.cu, m<={tokens}", cuda_op(
         "lora_linear/cuda_dx_small.cu", f"lora_linear_dx_small_{tokens}", compiled("lora_linear_dx_small.cu", m=tokens),
-        cuda_shared.shared_of_dx_small(compiled("lora_linear_dx_small.cu", m=tokens))), {CUDA: budget})
+        cuda_shared_memory.shared_of_dx_small(compiled("lora_linear_dx_small.cu", m=tokens))), {CUDA: budget})
       for tokens, budget in (
           (16, Budget(43, "HMMA", units=32, wide=60)), (64, Budget(20, "HMMA", units=64, wide=47)),
       )),
@@ -173,7 +173,7 @@ BACKWARD = [
 SPECIALISED = [
     Configuration(f"lora_linear_specialised.cu, {kind}", cuda_op(
         "lora_linear/cuda_specialised_sm90a.cu", f"lora_linear_specialised_{kind}", compiled("lora_linear_specialised.cu"),
-        cuda_shared.shared_of_specialised(compiled("lora_linear_specialised.cu"))),
+        cuda_shared_memory.shared_of_specialised(compiled("lora_linear_specialised.cu"))),
         {"sm_90": Budget(per, "HGMMA", units=4, wide=wide)}, without={ELSE: "its code is for sm_90a"})
     for kind, per, wide in (("bf16", 13.1, 2), ("f16", 13.1, 2), ("dx_bf16", 12.6, 5), ("dx_f16", 12.6, 5),
                             ("dx_drop_bf16", 13.1, 5), ("dx_drop_f16", 13.1, 5))
@@ -187,7 +187,7 @@ CUDA_OPS = [
     *SPECIALISED,
     *(Configuration(f"lora_linear_expand.cu, {kind}", cuda_op(
         "lora_linear/cuda_expand.cu", f"lora_linear_expand_{kind}", compiled("lora_linear_expand.cu"),
-        cuda_shared.shared_of_expand(compiled("lora_linear_expand.cu"))),
+        cuda_shared_memory.shared_of_expand(compiled("lora_linear_expand.cu"))),
         {CUDA: Budget(3.9, "HMMA", units=24, wide=16, blocks=1)})
       for kind in ("bf16", "f16")),
     *(Configuration(f"{op}.cu, {kind}, any rank, type and layout", cuda_any(op, kind), {CUDA: budget})

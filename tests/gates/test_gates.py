@@ -11,7 +11,7 @@ from tests.gates.configurations import GATES, MISSING
 
 HERE = Path(__file__).parent
 TABLE = Table.read(HERE / "table.json")
-OTHERS = versions.others()
+OTHERS = versions.other_versions()
 ROWS = [pytest.param(one, arch, id=f"{one.name}-{arch}") for one in GATES for arch in one.chips]
 
 
@@ -35,16 +35,18 @@ def test_the_table_has_what_is_shipped_and_nothing_else():
     assert len(set(names)) == len(names)
     shipped = {(configuration.name, arch) for configuration in GATES for arch in configuration.chips}
     assert set(TABLE.rows) == shipped, "`make gates` writes the table anew"
-    others = {(one.name, arch, version) for version in OTHERS for one, arch in versions.chosen(GATES, version)}
+    others = {(one.name, arch, version) for version in OTHERS for one, arch in versions.configurations_for(GATES, version)}
     assert set(TABLE.others) == others
 
 
 @pytest.mark.skipif(bool(MISSING), reason=str(MISSING))
-@pytest.mark.parametrize(("version", "arch"), [(version, arch) for version in OTHERS for arch in versions.chips(version)])
+@pytest.mark.parametrize(
+    ("version", "arch"), [(version, arch) for version in OTHERS for arch in versions.chips_to_compile(version)]
+)
 def test_other_tritons(version, arch):
     """They are not here: the table holds what they made of the kernels as they are."""
     stale, wrong = [], {}
-    for one in [one for one, chip in versions.chosen(GATES, version) if chip == arch]:
+    for one in [one for one, chip in versions.configurations_for(GATES, version) if chip == arch]:
         row = TABLE.others.get((one.name, arch, version), {"fingerprint": "none"})
         if row["fingerprint"] != one.fingerprint(arch, version):
             stale.append(one.name)

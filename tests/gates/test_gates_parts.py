@@ -12,7 +12,7 @@ import pytest
 from lora_kernels.ptxsim import nvcc
 from lora_kernels.testing.gates import Budget, Configuration, Cuda, Table, Triton, measure, occupancy, sass, table, versions
 from lora_kernels.testing.gates.amdgcn import read_amdgcn
-from lora_kernels.testing.gates.code import LOAD, WIDE, Code, Instruction, MainLoop, count, main_loop
+from lora_kernels.testing.gates.code import LOAD, WIDE, Code, Instruction, MainLoop, count_opcodes, main_loop
 from tests.gates.configurations import ALL, CORPUS, GATES, HALF, SINGLE, corpus
 
 HERE = Path(__file__).parent
@@ -23,7 +23,7 @@ CAST = {"x": SINGLE, "w": HALF, "y": SINGLE, "m": 256, "n": 256, "k": 1024, "BM"
 def code(text, kernel="k"):
     """SASS without addresses."""
     lines = [line if line.startswith(".") else f"/*0000*/ {line} ;" for line in text.split("\n")]
-    instructions, labels = sass._parse("\n".join([f".text.{kernel}:", *lines]), kernel)
+    instructions, labels = sass._parse_disassembly("\n".join([f".text.{kernel}:", *lines]), kernel)
     return Code(0, 0, 0, 0, tuple(instructions), labels)
 
 
@@ -107,8 +107,8 @@ def test_wide_loads():
     wide = ["LDG.E.128", "LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "LDG.E.ENL2.256.CONSTANT", "UTMALDG.2D", "UBLKCP.S.G"]
     wide += ["global_load_dwordx4", "buffer_load_dwordx4"]
     narrow = ["LDG.E.LTC128B.64", "LDG.E", "LDGSTS.E.64", "LDS.128", "STG.E.128", "global_load_dwordx2", "ds_read_b128"]
-    assert count(map(Instruction, wide), WIDE) == len(wide) and count(map(Instruction, wide), LOAD) == len(wide)
-    assert count(map(Instruction, narrow), WIDE) == 0
+    assert count_opcodes(map(Instruction, wide), WIDE) == len(wide) and count_opcodes(map(Instruction, wide), LOAD) == len(wide)
+    assert count_opcodes(map(Instruction, narrow), WIDE) == 0
 
 
 def test_branches_that_cannot_be_followed_are_refused():
@@ -243,13 +243,15 @@ def test_other_tritons_in_the_table(tmp_path):
 def test_a_row_of_another_triton_goes_stale():
     if CORPUS[0].kernel.missing("sm_90"):
         pytest.skip(CORPUS[0].kernel.missing("sm_90"))
-    one, arch = versions.chosen(GATES, "3.6.0")[0]
+    one, arch = versions.configurations_for(GATES, "3.6.0")[0]
     first = one.fingerprint(arch, "3.6.0")
     assert first == one.fingerprint(arch, "3.6.0") and len({first, one.fingerprint(arch, "3.7.1"), one.fingerprint(arch)}) == 3
-    changed = dataclasses.replace(one.on(arch), stages=one.on(arch).stages + 1)
+    changed = dataclasses.replace(one.kernel_on(arch), stages=one.kernel_on(arch).stages + 1)
     assert dataclasses.replace(one, special={arch: changed}).fingerprint(arch, "3.6.0") != first
     only = dataclasses.replace(one, special={**one.special, f"{arch}, triton 3.6.0": changed})
-    assert only.on(arch, "3.6.0") is changed and only.on(arch) == only.on(arch, "3.9.0") == one.on(arch)
+    assert only.kernel_on(arch, "3.6.0") is changed and only.kernel_on(arch) == only.kernel_on(arch, "3.9.0") == one.kernel_on(
+        arch
+    )
     assert only.fingerprint(arch, "3.6.0") != first and only.fingerprint(arch) == one.fingerprint(arch)
 
 
@@ -273,8 +275,8 @@ def test_another_triton_compiles_in_a_process_of_its_own(monkeypatch, tmp_path):
 def test_the_installed_triton_by_the_ptxas_of_launches(tmp_path):
     """Of sm_90 alone, in a row of its own; that Triton's own ptxas made the other."""
     kernel = corpus("cast_dot", CAST | {"STAGES": 1})
-    for version in [version for version in versions.others() if versions.PTXAS in version]:
-        assert {arch for _, arch in versions.chosen(GATES, version)} == {"sm_90"}
+    for version in [version for version in versions.other_versions() if versions.PTXAS in version]:
+        assert {arch for _, arch in versions.configurations_for(GATES, version)} == {"sm_90"}
         later = version.partition(versions.PTXAS)[2]
         assert versions._process(version, [("k", "sm_90", kernel)], str(tmp_path))["k", "sm_90"] == {"ptxas": later}
         assert later != kernel.assembler("sm_90")
@@ -295,7 +297,7 @@ def test_what_is_missing_is_said(monkeypatch):
         with pytest.raises(FileNotFoundError, match="^nvcc is in none of the wheel nvidia-cuda-nvcc, CUDA_HOME and PATH"):
             measure(MATMUL, "sm_80")
     with monkeypatch.context() as patch:
-        patch.setattr(sass, "find", lambda name, folder="bin": None)
+        patch.setattr(sass, "find_tool", lambda name, folder="bin": None)
         assert sass.missing() == "cuobjdump and nvdisasm in none of the wheel triton, CUDA_HOME and PATH"
     with monkeypatch.context() as patch:
         patch.setattr(occupancy, "find_compiler", lambda: None)

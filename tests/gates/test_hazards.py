@@ -136,13 +136,13 @@ def made(kernel, arch, **args):
 def assembled(folder, ptx, kernel, arch, tool="ptxas"):
     """What is found in it as one of the assemblers of Triton's wheel makes it."""
     (folder / "k.ptx").write_text(ptx)
-    command = [str(sass.find(tool)), f"--gpu-name=sm_{arch}a", str(folder / "k.ptx"), "-o", str(folder / "k.cubin")]
+    command = [str(sass.find_tool(tool)), f"--gpu-name=sm_{arch}a", str(folder / "k.ptx"), "-o", str(folder / "k.cubin")]
     subprocess.run(command, check=True, capture_output=True)
     return hazards(sass.read_cubin((folder / "k.cubin").read_bytes(), kernel, arch))
 
 
 def version(tool):
-    said = subprocess.run([str(sass.find(tool)), "--version"], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run([str(sass.find_tool(tool)), "--version"], capture_output=True, text=True, check=True).stdout
     return tuple(map(int, re.search(r"release (\d+)\.(\d+)", said).groups()))
 
 

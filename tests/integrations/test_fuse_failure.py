@@ -47,7 +47,7 @@ def fails_at(monkeypatch, owner, name, call):
     return calls
 
 
-PLACES = [(ours, "read"), (ours, "class_refusal"), (Survey, "ask"), (ours, "_set_class")]
+PLACES = [(ours, "read_state"), (ours, "class_refusal"), (Survey, "add_layer"), (ours, "_set_class")]
 
 
 @pytest.mark.parametrize("call", [1, 2])

@@ -24,7 +24,7 @@ MISSING = "`make hub` installs kernels"
 def repository(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     (folder / "build" / "of an older one").mkdir(parents=True)
-    hub.write(folder)
+    hub.write_repository(folder)
     return folder
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lora_kernels import explain, lora_linear, use_backend
 from lora_kernels.ops import missing_backends
-from lora_kernels.ops.dispatch import forced
+from lora_kernels.ops.dispatch import forced_candidate
 from lora_kernels.ops.dropout import mask
 from lora_kernels.ptxsim import device
 from lora_kernels.testing import assert_problem, exact, make_group, make_problem, rms, run, run_group
@@ -29,7 +29,7 @@ FLAGS = {
 
 @pytest.fixture(autouse=True)
 def by_library():
-    with use_backend("triton", simulate=True), forced("addmm"), deterministic(False):
+    with use_backend("triton", simulate=True), forced_candidate("addmm"), deterministic(False):
         yield
 
 

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 _cpu = pytest.importorskip("lora_kernels._cpu", reason="the CPU kernels are not built here")
 
 from lora_kernels import lora_linear, weight_norm  # noqa: E402
-from lora_kernels.ops import NormCache, buffers  # noqa: E402
+from lora_kernels.ops import NormCache, cpu_tensors  # noqa: E402
 
 
 @pytest.fixture
 def without_exchange(monkeypatch):
     """As with a torch that has no DLPack exchange functions."""
     monkeypatch.setattr(import_module("lora_kernels.ops.lora_linear.op"), "valid_lora_linear", None)
-    _cpu.read_tensors(None, buffers.describe)
+    _cpu.read_tensors(None, cpu_tensors.describe)
     yield
-    _cpu.read_tensors(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), buffers.describe)
+    _cpu.read_tensors(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), cpu_tensors.describe)
 
 
 def test_this_torch_has_the_function():

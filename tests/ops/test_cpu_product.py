@@ -7,8 +7,8 @@ import torch
 
 _cpu = pytest.importorskip("lora_kernels._cpu", reason="the CPU kernels are not built here")
 
-from lora_kernels.ops import products as module  # noqa: E402
-from lora_kernels.ops.products import PACKED, PACKED_FROM, base_product, packs, products  # noqa: E402
+from lora_kernels.ops import cpu_gemm as module  # noqa: E402
+from lora_kernels.ops.cpu_gemm import PACKED, PACKED_FROM, base_product, base_product_slices, packs_x  # noqa: E402
 from tests.ops.cpu import at_level, operands  # noqa: E402
 
 SHAPES = [(1, 1, 1), (3, 33, 17), (16, 15, 7), (33, 64, 48), (40, 97, 50), (48, 130, 49), (49, 200, 6), (64, 500, 65)]
@@ -80,22 +80,22 @@ def test_any_way_to_the_product(level, tokens, dtype):
     assert found is y or (found.dtype is torch.float32 and dtype is not torch.float32)
     wanted = x.float() @ w.float().T
     assert torch.allclose(found, wanted, atol=1e-4)
-    assert torch.allclose(torch.cat([wide for _, wide in products(x, w)], 1), wanted, atol=1e-4)
+    assert torch.allclose(torch.cat([wide for _, wide in base_product_slices(x, w)], 1), wanted, atol=1e-4)
 
 
 def test_what_is_packed(level):
     for dtype, most in PACKED.items():
         w, tiles = torch.empty(3, 8, dtype=dtype), level == "amx" and dtype is torch.bfloat16
-        found = [tokens for tokens in range(300) if packs(torch.empty(tokens, 8, dtype=dtype), w)]
+        found = [tokens for tokens in range(300) if packs_x(torch.empty(tokens, 8, dtype=dtype), w)]
         assert found == ([] if level == "portable" or tiles else list(range(PACKED_FROM, most + 1)))
     for x, w in ((8, torch.empty(3, 8).half()), (3, torch.empty(3, 8).T), (0, torch.empty(3, 0))):
-        assert not packs(torch.empty(40, x), w)
+        assert not packs_x(torch.empty(40, x), w)
 
 
 def test_more_outputs_than_a_piece(monkeypatch, level):
     """The float32 product of 16-bit weights is never there as a whole."""
     monkeypatch.setattr(module, "PIECE", 64)
     x, w = operands(40, 33, 150, torch.float16)
-    pieces = list(products(x, w))
+    pieces = list(base_product_slices(x, w))
     assert [p.shape[1] for _, p in pieces] == ([64, 64, 22] if level != "portable" else [150])
     assert torch.allclose(torch.cat([p for _, p in pieces], 1), x.float() @ w.float().T, atol=1e-4)

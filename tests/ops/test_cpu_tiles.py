@@ -12,10 +12,10 @@ if not _cpu.has_tiles():
     assert _cpu.built_with_tiles or not (cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text()), "built without tiles"
     pytest.skip("this processor has no AMX tiles", allow_module_level=True)
 
-from lora_kernels.ops.buffers import mask as drop_mask  # noqa: E402
-from lora_kernels.ops.buffers import transposed  # noqa: E402
+from lora_kernels.ops.cpu_amx import product, product_back  # noqa: E402
+from lora_kernels.ops.cpu_tensors import dropout_args as drop_mask  # noqa: E402
+from lora_kernels.ops.cpu_tensors import transposed  # noqa: E402
 from lora_kernels.ops.dropout import mask  # noqa: E402
-from lora_kernels.ops.tiles import product, product_back  # noqa: E402
 from tests.ops.cpu import operands  # noqa: E402
 
 SHAPES = [(1, 1, 1), (3, 33, 17), (15, 64, 31), (16, 32, 16), (17, 100, 50), (33, 31, 65), (48, 129, 97), (64, 257, 40)]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lora_kernels import lora_linear, use_backend
-from lora_kernels.ops import alone as choice
+from lora_kernels.ops import cuda_alone as choice
 from lora_kernels.ops.lora_linear import cuda as backend
 from lora_kernels.ops.lora_linear import cuda_backward as cuda
-from lora_kernels.ops.lora_linear import cuda_thin as thin
+from lora_kernels.ops.lora_linear import cuda_skinny as skinny
 from lora_kernels.ops.lora_linear.call import Backward
 from lora_kernels.ptxsim import SimulationError, device
 from lora_kernels.ptxsim.nvcc import MISSING, find_nvcc
@@ -131,8 +131,8 @@ def test_what_is_read(simulated):
     least = dy + x + tiles[0] * dy + tiles[1] * w
     assert least <= sim.counters["load_bytes"] <= 1.25 * least
     with device(trace=True, shuffle=False) as sim:
-        thin.sides(p.dy, p.b, torch.randn(256, 16), None, None, 1.0, False, 16)
-        thin.outer(p.x, torch.randn(2, 256, 16), (0.0, None), True)
+        skinny.both_sides(p.dy, p.b, torch.randn(256, 16), None, None, 1.0, False, 16)
+        skinny.outer_product(p.x, torch.randn(2, 256, 16), (0.0, None), True)
     read, _ = sim.dram()
     assert read <= 1.05 * (dy + x + 2 * 1024 * 16 * 2 + 3 * 256 * 16 * 4)
 
@@ -144,17 +144,17 @@ def test_other_architectures(simulated, arch):
 
 
 @pytest.mark.parametrize(("source", "old", "new"), [
-    (thin.SIDES, "    __syncthreads();  // all copies", "    __syncwarp();  //"),
-    (thin.SIDES, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    (thin.SIDES, "load(turn + STAGES - 1)", "load(turn + STAGES)"),
-    (thin.SIDES, "min(p.r, rank + RANK), RANK / 16);\n        __syncthreads();", "min(p.r, rank + RANK), RANK / 16);"),
-    (thin.SIDES, "if (m < end && r < p.r)", "if (r < p.r)"),
-    (thin.SIDES, "of_uv += __shfl_xor_sync(0xffffffffu, of_uv, step);", ""),
-    (thin.OUTER, "    __syncthreads();  // the tiles of the step before have been read\n", ""),
-    (thin.OUTER, "cp_async_wait<1>();\n    __syncthreads();", "cp_async_wait<1>();"),
-    (thin.OUTER, "cp_async_wait<1>()", "cp_async_wait<2>()"),
-    (thin.OUTER, "uint64_t(row + r));", "uint64_t(r));"),
-    (thin.OUTER, "if (r >= p.r || n >= p.n) return;", "if (n >= p.n) return;"),
+    (skinny.SIDES, "    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    (skinny.SIDES, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
+    (skinny.SIDES, "load(turn + STAGES - 1)", "load(turn + STAGES)"),
+    (skinny.SIDES, "min(p.r, rank + RANK), RANK / 16);\n        __syncthreads();", "min(p.r, rank + RANK), RANK / 16);"),
+    (skinny.SIDES, "if (m < end && r < p.r)", "if (r < p.r)"),
+    (skinny.SIDES, "of_uv += __shfl_xor_sync(0xffffffffu, of_uv, step);", ""),
+    (skinny.OUTER, "    __syncthreads();  // the tiles of the step before have been read\n", ""),
+    (skinny.OUTER, "cp_async_wait<1>();\n    __syncthreads();", "cp_async_wait<1>();"),
+    (skinny.OUTER, "cp_async_wait<1>()", "cp_async_wait<2>()"),
+    (skinny.OUTER, "uint64_t(row + r));", "uint64_t(r));"),
+    (skinny.OUTER, "if (r >= p.r || n >= p.n) return;", "if (n >= p.n) return;"),
     (cuda.DX, "    __syncthreads();  // all copies", "    __syncwarp();  //"),
     (cuda.DX, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
     (cuda.DX, "    cp_async_wait<0>();\n    __syncthreads();", "    __syncthreads();"),
@@ -162,15 +162,15 @@ def test_other_architectures(simulated, arch):
     (cuda.DX, "uint64_t(m + i * 16 + odd * 8)", "uint64_t(m + i * 16)"),
     (cuda.DX, "odd ? words.x : words.z", "odd ? words.z : words.x"),
     (cuda.DX, "load_rows(f, p_rest, i);", ""),
-    (thin.SUMS, "if (p.gain[n] != 0) return;", "return;"),
-    (thin.SUMS, "part < job.parts", "part < 1"),
-    (thin.SUMS, "  __syncthreads();\n  float total", "  float total"),
+    (skinny.SUMS, "if (p.gain[n] != 0) return;", "return;"),
+    (skinny.SUMS, "part < job.parts", "part < 1"),
+    (skinny.SUMS, "  __syncthreads();\n  float total", "  float total"),
     (cuda.DX, "", ""),
 ])  # fmt: skip
 def test_planted_bugs(planted, monkeypatch, simulated, source, old, new):
-    keep = {thin.SIDES: "sides_times_bf16_16", thin.OUTER: "outer_drop_bf16_16", cuda.DX: "dx_gain_drop"}
+    keep = {skinny.SIDES: "sides_times_bf16_16", skinny.OUTER: "outer_drop_bf16_16", cuda.DX: "dx_gain_drop"}
     planted(source, old, new, keep=f"lora_linear_{keep.get(source, 'none')}")
-    monkeypatch.setattr(thin, "part_of_rows", lambda *_: 128)  # several steps of a block, and two parts
+    monkeypatch.setattr(skinny, "part_of_rows", lambda *_: 128)  # several steps of a block, and two parts
     p = make_problem(200, 136, 200, 13, BF16, gain=True, bias=None, dropout=0.3, dropout_semantics="lora_only")
     with torch.no_grad():
         p.gain[[3, 150]] = 0

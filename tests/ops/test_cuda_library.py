@@ -9,7 +9,7 @@ import torch
 
 from lora_kernels import lora_linear, lora_linear_group, use_backend
 from lora_kernels.ops.dropout import mask
-from lora_kernels.ops.lora_linear import cuda_thin as thin
+from lora_kernels.ops.lora_linear import cuda_skinny as skinny
 from lora_kernels.ops.lora_linear.library import Term
 from lora_kernels.ptxsim import SimulationError, device
 from lora_kernels.ptxsim.nvcc import MISSING, find_nvcc
@@ -190,10 +190,10 @@ def expanded(m=200, n=200, r=40, dtype=BF16, of_b=F32, drop=0.25):
 def test_expand(simulated, dtype, of_b, n):
     term, bias, wanted, s = expanded(n=n, dtype=dtype, of_b=of_b)
     out, z_out = torch.empty(200, n, dtype=dtype), torch.empty(200, n, dtype=dtype)
-    thin.expand(out, [term], less=1, bias=bias, z_out=z_out)
+    skinny.expand(out, [term], less=1, bias=bias, z_out=z_out)
     assert_within_rounding(out, wanted, dtype, 1.02)
     assert_within_rounding(z_out, s, dtype, 1.02)
-    thin.expand(term.z, [term, term._replace(drop=(0.0, None), z=None)], less=1, bias=bias)  # in place, and one more
+    skinny.expand(term.z, [term, term._replace(drop=(0.0, None), z=None)], less=1, bias=bias)  # in place, and one more
     more = term.gain.double() * (term.h.double().sum(0) @ term.b.double().T)
     assert_within_rounding(term.z, out.double() + more, dtype, 1.02)
 
@@ -203,37 +203,37 @@ def test_what_expand_moves(simulated):
     term, bias, *_ = expanded(m=512, n=384, r=16, of_b=BF16)
     out, h = torch.empty(512, 384, dtype=BF16), term.h[:1].contiguous()
     with device(trace=True, shuffle=False) as sim:
-        thin.expand(out, [Term(h, term.b, term.z, term.gain)], bias=bias)
+        skinny.expand(out, [Term(h, term.b, term.z, term.gain)], bias=bias)
     size = 512 * 384 * 2
     read, written = sim.dram()
     assert written == size and size <= read <= size + h.numel() * 4 + term.b.numel() * 2 + 2 * 384 * 4
 
 
 @pytest.mark.parametrize(("source", "old", "new"), [
-    (thin.EXPAND, "__syncthreads();  // the tiles have been read", ";"),
-    (thin.EXPAND, "load_h(p, h_tile, row, end, rank);\n      __syncthreads();", "load_h(p, h_tile, row, end, rank);"),
-    (thin.EXPAND, "__syncthreads();\n#pragma unroll\n    for (int i = 0; i < ROWS", "\n    for (int i = 0; i < ROWS"),
-    (thin.EXPAND, "if (row == begin || p.r > RANKS) load_b", "if (row == begin) load_b"),
-    (thin.EXPAND, "part < p.parts", "part < 1"),
-    (thin.EXPAND, "mma_m16n8k16<B>(sums[i][j + l], f_rest[i]", "if (false) mma_m16n8k16<B>(sums[i][j + l], f_rest[i]"),
-    (thin.EXPAND, "if (!exact) mma_m16n8k16", "if (false) mma_m16n8k16"),
-    (thin.EXPAND, "if (row + r >= end || column + mine >= p.n) continue;", "if (row + r >= end) continue;"),
-    (thin.EXPAND, "if (row + r >= end || column + mine >= p.n) continue;", "if (column + mine >= p.n) continue;"),
-    (thin.EXPAND, "column / 4 + half", "column / 4"),
-    (thin.EXPAND, "- p.less * z[j]", ""),
-    (thin.EXPAND, "p.inverse * s[half * 4 + j]", "s[half * 4 + j]"),
-    (thin.EXPAND, "flip = mine / 32 % 2", "flip = 0"),
-    (thin.EXPAND, "", ""),
+    (skinny.EXPAND, "__syncthreads();  // the tiles have been read", ";"),
+    (skinny.EXPAND, "load_h(p, h_tile, row, end, rank);\n      __syncthreads();", "load_h(p, h_tile, row, end, rank);"),
+    (skinny.EXPAND, "__syncthreads();\n#pragma unroll\n    for (int i = 0; i < ROWS", "\n    for (int i = 0; i < ROWS"),
+    (skinny.EXPAND, "if (row == begin || p.r > RANKS) load_b", "if (row == begin) load_b"),
+    (skinny.EXPAND, "part < p.parts", "part < 1"),
+    (skinny.EXPAND, "mma_m16n8k16<B>(sums[i][j + l], f_rest[i]", "if (false) mma_m16n8k16<B>(sums[i][j + l], f_rest[i]"),
+    (skinny.EXPAND, "if (!exact) mma_m16n8k16", "if (false) mma_m16n8k16"),
+    (skinny.EXPAND, "if (row + r >= end || column + mine >= p.n) continue;", "if (row + r >= end) continue;"),
+    (skinny.EXPAND, "if (row + r >= end || column + mine >= p.n) continue;", "if (column + mine >= p.n) continue;"),
+    (skinny.EXPAND, "column / 4 + half", "column / 4"),
+    (skinny.EXPAND, "- p.less * z[j]", ""),
+    (skinny.EXPAND, "p.inverse * s[half * 4 + j]", "s[half * 4 + j]"),
+    (skinny.EXPAND, "flip = mine / 32 % 2", "flip = 0"),
+    (skinny.EXPAND, "", ""),
 ])  # fmt: skip
 def test_planted_bugs_of_expand(planted, monkeypatch, simulated, source, old, new):
     planted(source, old, new, keep="lora_linear_expand_bf16")
-    monkeypatch.setattr(thin, "part_of_rows", lambda *_, **__: 128)  # so that a block walks down two steps
+    monkeypatch.setattr(skinny, "part_of_rows", lambda *_, **__: 128)  # so that a block walks down two steps
     term, bias, wanted, s = expanded()
     with pytest.raises((SimulationError, AssertionError)) if old else nullcontext():
         for seed in range(2):
             out, z_out = torch.empty(200, 200, dtype=BF16), torch.empty(200, 200, dtype=BF16)
             with device(seed=seed) as sim:
-                thin.expand(out, [term], less=1, bias=bias, z_out=z_out)
+                skinny.expand(out, [term], less=1, bias=bias, z_out=z_out)
             assert sim.counters["shared_wavefronts"] <= 1.05 * sim.counters["shared_ideal"]
             assert_within_rounding(out, wanted, BF16, 1.02)
             assert_within_rounding(z_out, s, BF16, 1.02)
@@ -261,14 +261,14 @@ THIN_BUGS = {
 @pytest.mark.parametrize(("kernel", "old", "new"), [(kernel, *bug) for kernel, bugs in THIN_BUGS.items() for bug in bugs])
 def test_planted_bugs_of_shrink(planted, simulated, kernel, old, new):
     dtype, k = F16, 136 if kernel == "shrink" else 75
-    planted(thin.THIN, old, new, keep=f"lora_linear_shrink_{'drop_split_f16_16' if kernel == 'shrink' else 'any_f16'}")
+    planted(skinny.THIN, old, new, keep=f"lora_linear_shrink_{'drop_split_f16_16' if kernel == 'shrink' else 'any_f16'}")
     p = make_problem(70, k, 8, 13, dtype, F32)
     x, seed = p.x if kernel == "shrink" else as_layout(p.x, "every_other"), torch.tensor(5)
     wanted = mask(seed, 0.3, 70, k, torch.float64, x.device) * p.x.double() @ p.a.double().T
     with pytest.raises((SimulationError, AssertionError)) if old else nullcontext():
         for order in range(2):
             with device(seed=order):
-                h, kept = thin.shrink(x, p.a, 1.0, (0.3, seed), keep=True)
+                h, kept = skinny.shrink(x, p.a, 1.0, (0.3, seed), keep=True)
             torch.testing.assert_close(h.double().sum(0), wanted, rtol=3e-5, atol=3e-5)
             assert kept.equal(p.x * (mask(seed, 0.3, 70, k, F32, x.device) > 0))
             assert not kept._base[:, k:].any()
@@ -283,14 +283,14 @@ def test_planted_bugs_of_shrink(planted, simulated, kernel, old, new):
     ("", ""),
 ])  # fmt: skip
 def test_planted_bugs_of_sides(planted, simulated, old, new):
-    planted(thin.SIDES, old, new, keep="lora_linear_sides_f16_16")
+    planted(skinny.SIDES, old, new, keep="lora_linear_sides_f16_16")
     p = make_problem(70, 8, 136, 13, F16, F32)
     gain, h = torch.randn(136) if "kind" not in old else None, torch.randn(70, 13)
     of = p.dy.double()
     with pytest.raises((SimulationError, AssertionError)) if old else nullcontext():
         for order in range(2):
             with device(seed=order):
-                found = thin.sides(p.dy, p.b, h, None, gain, 2.0, True, 13, None if gain is None else 1)
+                found = skinny.both_sides(p.dy, p.b, h, None, gain, 2.0, True, 13, None if gain is None else 1)
             gains = torch.ones(136).double() if gain is None else gain.double()
             torch.testing.assert_close(found[0].double().sum(0), 2.0 * of * gains @ p.b.double(), rtol=3e-5, atol=3e-4)
             torch.testing.assert_close(found[1].double().sum(0), of.T @ h.double(), rtol=3e-5, atol=3e-4)

@@ -8,7 +8,7 @@ import torch
 from lora_kernels import explain, lora_linear, use_backend
 from lora_kernels.ops import launch
 from lora_kernels.ops.lora_linear import cuda
-from lora_kernels.ops.lora_linear import cuda_thin as thin
+from lora_kernels.ops.lora_linear import cuda_skinny as skinny
 from lora_kernels.ops.lora_linear.call import Forward
 from lora_kernels.ptxsim import SimulationError, device
 from lora_kernels.ptxsim.nvcc import MISSING, find_nvcc
@@ -58,7 +58,7 @@ def fixed():
 @pytest.fixture
 def short_parts(monkeypatch):
     """W in parts of 64 columns, as small matrices never come."""
-    monkeypatch.setattr(cuda, "shared_part", lambda *_: 64)
+    monkeypatch.setattr(cuda, "split_k_part", lambda *_: 64)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -67,7 +67,7 @@ def test_numbers(simulated, monkeypatch, shape, dtype):
     args = draw(*shape, dtype)
     bias, gain = torch.randn(shape[2]).to(dtype), torch.randn(shape[2])
     for seed, vectors in enumerate([(None, None), (bias, gain), (bias.float(), gain.half())]):
-        monkeypatch.setattr(cuda, "shared_part", lambda *_, part=64 << seed: part)
+        monkeypatch.setattr(cuda, "split_k_part", lambda *_, part=64 << seed: part)
         with device(seed=seed) as sim:
             y = lora_linear(*args, 0.5, *vectors)
         assert_within_rounding(y, exact(*args, 0.5, *vectors), dtype, EXACT, name="y")
@@ -117,17 +117,17 @@ def test_other_architectures(fixed, arch):
 def test_a_seed_on_the_device(simulated):
     """Where a kernel reads the seed itself, the mask is that of the same seed by value."""
     x, w, a, b = draw(70, 64, 64, 16, torch.bfloat16)
-    h = [thin.shrink(x, a, 0.5, (0.3, torch.tensor(5)))[0]]
+    h = [skinny.shrink(x, a, 0.5, (0.3, torch.tensor(5)))[0]]
     launched = []
-    real = thin.launch_cuda
+    real = skinny.launch_cuda
     with pytest.MonkeyPatch.context() as patch:
         def on_device(source, kernel, grid, threads, args, *rest, **more):
             launched.append(kernel)
             args = args | {"dropout.at": torch.tensor(5), "dropout.seed": 0}
             real(source, kernel, grid, threads, args, *rest, **more)
 
-        patch.setattr(thin, "launch_cuda", on_device)
-        h.append(thin.shrink(x, a, 0.5, (0.3, torch.tensor(7)))[0])
+        patch.setattr(skinny, "launch_cuda", on_device)
+        h.append(skinny.shrink(x, a, 0.5, (0.3, torch.tensor(7)))[0])
     assert launched == ["lora_linear_shrink_drop_bf16_16"] and torch.equal(*h)
 
 
@@ -259,19 +259,19 @@ def test_planted_bugs(planted, simulated, short_parts, old, new):
         for seed in range(6):
             with device(seed=seed) as sim:
                 y = lora_linear(*args, 0.5)
-            assert not launch.tickets(y.device, 16).any()
+            assert not launch.tile_tickets(y.device, 16).any()
             assert sim.counters["shared_wavefronts"] <= 1.05 * sim.counters["shared_ideal"]
             assert_within_rounding(y[1:], wanted[1:], torch.bfloat16, EXACT)
 
 
 @pytest.mark.parametrize(("source", "old", "new"), [
-    (thin.THIN, "    __syncthreads();  // all copies", "    __syncwarp();  //"),
-    (thin.THIN, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    (thin.THIN, "load(step + STAGES - 1)", "load(step + STAGES)"),
-    (thin.THIN, "if (t < p.m && r < p.r)", "if (t < p.m)"),
-    (thin.THIN, "t = token + row + i * 8;", "t = token + row;"),
-    (thin.THIN, "column + step * 16 + lane % 4 * 4;", "column + step * 4 + lane % 4 * 4;"),
-    (thin.THIN, "DROPS ? Swap::PAIRS", "DROPS ? Swap::EIGHT"),
+    (skinny.THIN, "    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    (skinny.THIN, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
+    (skinny.THIN, "load(step + STAGES - 1)", "load(step + STAGES)"),
+    (skinny.THIN, "if (t < p.m && r < p.r)", "if (t < p.m)"),
+    (skinny.THIN, "t = token + row + i * 8;", "t = token + row;"),
+    (skinny.THIN, "column + step * 16 + lane % 4 * 4;", "column + step * 4 + lane % 4 * 4;"),
+    (skinny.THIN, "DROPS ? Swap::PAIRS", "DROPS ? Swap::EIGHT"),
     (cuda.TILES, "    __syncthreads();  // all copies", "    __syncwarp();  //"),
     (cuda.TILES, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
     (cuda.TILES, "load(step + STAGES - 1)", "load(step + STAGES)"),
@@ -285,7 +285,7 @@ def test_planted_bugs(planted, simulated, short_parts, old, new):
     (cuda.TILES, "", ""),
 ])  # fmt: skip
 def test_planted_bugs_of_many_tokens(planted, monkeypatch, fixed, source, old, new):
-    planted(source, old, new, keep="lora_linear_shrink_drop_bf16_16" if source == thin.THIN else "lora_linear_tiles_bf16")
+    planted(source, old, new, keep="lora_linear_shrink_drop_bf16_16" if source == skinny.THIN else "lora_linear_tiles_bf16")
     monkeypatch.setattr(cuda.cost, "order", lambda *_: (2, 1))
     x, w, a, b = draw(200, 1032, 200, 20, torch.bfloat16)
     dropout = {"dropout": 0.25, "dropout_semantics": "lora_only", "seed": torch.tensor(3)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_kernels import explain, merged_weight, use_backend
-from lora_kernels.ops import alone
+from lora_kernels.ops import cuda_alone
 from lora_kernels.ops.merge import cuda as backend
 from lora_kernels.ops.merge.op import Merged
 from lora_kernels.ptxsim import SimulationError, device
@@ -151,7 +151,7 @@ def test_planted_bugs_of_the_other_kernel(planted, simulated, old, new):
 
 
 def test_beside_triton_it_takes_what_its_own_kernel_is_for(monkeypatch):
-    monkeypatch.setattr(alone, "missing_backends", dict)
+    monkeypatch.setattr(cuda_alone, "missing_backends", dict)
     monkeypatch.setattr(backend, "refuse_cuda", lambda *_: None)
     w, a, b, gain, _ = draw(8, 16, 8, torch.bfloat16)
     assert backend.refusal(Merged(w, a, b, 0.5, gain)) is None

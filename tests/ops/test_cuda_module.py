@@ -53,7 +53,7 @@ def test_numbers_of_a_struct():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: bench/gpu launches there")
 def test_an_error_names_the_kernel_the_launch_and_the_shapes(monkeypatch):
-    monkeypatch.setattr(launch, "_gpu", lambda _: (80, 108))
+    monkeypatch.setattr(launch, "_gpu_properties", lambda _: (80, 108))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     args = dict(zip(FIELDS, (torch.zeros(64, 32, dtype=torch.bfloat16), *NORM[1:]), strict=True))
     with pytest.raises(RuntimeError) as e:

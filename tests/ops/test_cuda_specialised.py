@@ -8,7 +8,7 @@ import torch
 
 from lora_kernels import explain, lora_linear, use_backend
 from lora_kernels.ops import cost, dispatch, launch, tables, tuning
-from lora_kernels.ops.dispatch import forced
+from lora_kernels.ops.dispatch import forced_candidate
 from lora_kernels.ops.dropout import mask
 from lora_kernels.ops.lora_linear import cuda
 from lora_kernels.ops.lora_linear import cuda_specialised as specialised
@@ -96,7 +96,7 @@ def test_input_gradient(shape, drop):
       for adapters in (F16, F32) for flags in ({}, {"gain": True, "bias": True}, {"gain": True} | LORA_ONLY)),
 ], ids=str)  # fmt: skip
 def test_a_layer_and_its_gradients(simulated, rank, dtype, adapters, flags):
-    with forced("specialised"):
+    with forced_candidate("specialised"):
         assert_problem(make_problem(130, 328, 264, rank, dtype, adapters, **flags))
     assert simulated.by_opcode["setmaxnreg"] > 0
 
@@ -116,7 +116,7 @@ def measured(folder, m=70):
     """As if it had been the fastest for `layer()`."""
     rows = [tables.Choice(d, "bfloat16", m, 72, (64,), (8,), "specialised", {"specialised": 1e-6, "addmm": 2e-6})
             for d in ("forward", "backward")]  # fmt: skip
-    tables.write(tables.table(90)._replace(gpu="a GPU", measured=True, stamp={}, choices=tuple(rows)), folder)
+    tables.write_table(tables.table_for(90)._replace(gpu="a GPU", measured=True, stamp={}, choices=tuple(rows)), folder)
     return dispatch.tables_from(folder)
 
 
@@ -144,14 +144,14 @@ def test_few_rows_in_the_deterministic_mode(tmp_path):
 
 @pytest.mark.parametrize("direction", cost.NAMES)
 def test_it_is_timed_with_the_others(direction):
-    made = tuning.calls(cost.Problem(direction, 70, 72, (64,), (8,), BF16), "cpu")
+    made = tuning.candidate_calls(cost.Problem(direction, 70, 72, (64,), (8,), BF16), "cpu")
     assert list(made)[-1] == "specialised" and len(made) > 1
     made["specialised"]()  # which makes sure that it runs by that name
 
 
 def test_beside_triton(monkeypatch, tmp_path):
     """CUDA C++ comes first and leaves a call to Triton's kernels, unless this was measured to be the fastest."""
-    monkeypatch.setattr(cuda, "alone", lambda: False)
+    monkeypatch.setattr(cuda, "stands_alone", lambda: False)
     monkeypatch.setattr(cuda, "refuse_beside_triton", lambda why: why)
     given = *layer(), 0.5, None, None, 0.0, None, False
     dy = normal(70, 64, dtype=BF16)
@@ -179,7 +179,7 @@ def test_refusals_in_words(shape, arch, aside, flags, reason):
     if aside:
         x = torch.empty(len(x), x.shape[1] + 1, dtype=BF16)[:, :-1].copy_(x.detach()).requires_grad_()
     y = lora_linear(x, *others, 0.5, **flags)
-    with device(arch), forced("specialised"):
+    with device(arch), forced_candidate("specialised"):
         with pytest.raises(NotImplementedError, match=f"forward cannot run as specialised: {reason}"):
             lora_linear(x, *others, 0.5, **flags)
         if aside:
@@ -215,7 +215,7 @@ def test_rows_of_which_no_map_can_be_made():
 def test_a_gradient_that_is_one_number():
     """As that of y.sum() is, which autograd expands: it is copied once."""
     x, w, a, b = layer()
-    with forced("specialised"):
+    with forced_candidate("specialised"):
         lora_linear(x, w, a, b, 0.5).sum().backward()
     ones = torch.ones(70, 64).double()
     wanted = ones @ w.double() + 0.5 * ones @ b.detach().double() @ a.detach().double()
@@ -226,10 +226,10 @@ def test_each_byte_once():
     """Behind a cache each launch reads and writes what `cost` says, and a wgmma a step of 16 is all that multiplies."""
     m, k, n, r = 256, 512, 512, 16
     p = cost.Problem("forward", m, k, (n,), (r,), BF16)
-    _, pairs, gemm = cost.steps(p)["specialised"]
+    _, pairs, gemm = cost.candidate_launches(p)["specialised"]
     with device(90, trace=True, check=False) as sim:
         y_and_z(m, k, n, r, BF16, BF16)
-    assert sum(sim.dram(apart=True)) == pairs.bytes + gemm.bytes
+    assert sum(sim.dram(apart=True)) == pairs.bytes_moved + gemm.bytes_moved
     products = k // 16 + 2  # and h, and what is left of h, times b
     assert sim.by_opcode["wgmma.mma_async"] == 2 * 2 * products * 8  # of tiles, and of warps that multiply one
     steps = k // 64 + 1
@@ -241,7 +241,7 @@ def test_the_same_bits_in_any_order_beside_any_rows(monkeypatch):
     dy, found = normal(200, 328, dtype=BF16), []
     for seed, blocks, rows in ((0, 2, 200), (0, 2, 200), (3, 1, 200), (5, 6, 130)):
         monkeypatch.setattr(specialised, "resident", lambda x, blocks=blocks: blocks)
-        with device(90, seed=seed), forced("specialised"), deterministic(True):
+        with device(90, seed=seed), forced_candidate("specialised"), deterministic(True):
             part = x.detach()[:rows].requires_grad_()
             y = lora_linear(part, w, a, b, 0.5)
             y.backward(dy[:rows])

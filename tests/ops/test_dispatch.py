@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_kernels.ops import cost, dispatch, tables
-from lora_kernels.ops.chips import CHIPS, chip, nearest
+from lora_kernels.ops.chips import CHIPS, nearest_architecture, nearest_chip
 from lora_kernels.ops.cost import Problem
-from lora_kernels.ops.dispatch import forced, plan, tables_from
+from lora_kernels.ops.dispatch import choose_plan, forced_candidate, tables_from
 from lora_kernels.ops.launch import architecture, multiprocessors
 from lora_kernels.ptxsim import device
 
@@ -28,7 +28,7 @@ def backward(*args, **flags):
 
 
 def found(p, arch=90, **options):
-    return {c.name: c for c in plan(p, arch, **options).candidates}
+    return {c.name: c for c in choose_plan(p, arch, **options).candidates}
 
 
 def megabytes(p):
@@ -79,8 +79,8 @@ def test_bytes_of_other_shapes():
 
 
 def test_times_of_a_square_layer_by_hand():
-    on, shares = chip(90), dict.fromkeys(tables.SHARES, 0.5)
-    launches = cost.steps(forward())["two launches"]
+    on, shares = nearest_chip(90), dict.fromkeys(tables.SHARES, 0.5)
+    launches = cost.candidate_launches(forward())["two launches"]
     first, second = (cost.rooflines(step, None, forward(), on, shares) for step in launches)
     assert first["memory"] == pytest.approx(64.625 * MIB / (3.35e12 * 0.5))
     # 64 × 32 tiles on 132 multiprocessors are 16 waves
@@ -91,9 +91,9 @@ def test_times_of_a_square_layer_by_hand():
 
 
 def test_what_the_launch_before_left_in_the_cache_costs_no_memory():
-    on, shares = chip(90), dict.fromkeys(tables.SHARES, 1.0)
+    on, shares = nearest_chip(90), dict.fromkeys(tables.SHARES, 1.0)
     for m, warm in ((1024, True), (8192, False)):  # y is 8 MiB of the H100's 50, and 64
-        _, gemm, add = cost.steps(forward(m, gain=True))["addmm"]
+        _, gemm, add = cost.candidate_launches(forward(m, gain=True))["addmm"]
         y = m * 4096 * 2
         assert cost.rooflines(add, gemm, forward(m), on, shares)["l2"] == pytest.approx(warm * y / on.l2_rate)
         lines = cost.rooflines(add, gemm, forward(m), on, shares), cost.rooflines(add, None, forward(m), on, shares)
@@ -102,7 +102,7 @@ def test_what_the_launch_before_left_in_the_cache_costs_no_memory():
 
 def test_dropout_is_drawn_where_a_candidate_needs_it():
     def masks(p):
-        return {name: [step.masks for step in steps] for name, steps in cost.steps(p).items()}
+        return {name: [step.masks for step in steps] for name, steps in cost.candidate_launches(p).items()}
 
     x = 64 * 4096
     drawn = {"two launches": [x, 0], "one pass": [x * 64], "addmm": [x, 0, 0], "cuda": [x, 0], "specialised": [x, 0, 0]}
@@ -116,7 +116,11 @@ def test_dropout_is_drawn_where_a_candidate_needs_it():
 
 def test_the_first_launch_hides_where_launches_may_overlap():
     def hidden(arch, m):
-        steps, on, shares = cost.steps(forward(m))["two launches"], chip(arch), tables.table(arch).shares(True, m)
+        steps, on, shares = (
+            cost.candidate_launches(forward(m))["two launches"],
+            nearest_chip(arch),
+            tables.table_for(arch).efficiencies(True, m),
+        )
         apart = cost.seconds("addmm", steps, forward(m), on, shares)  # another name: nothing overlaps
         return apart - cost.seconds("two launches", steps, forward(m), on, shares)
 
@@ -127,9 +131,11 @@ def test_the_first_launch_hides_where_launches_may_overlap():
 def test_more_never_costs_less(p, what, arch):
     size = getattr(p, what)
     more = p._replace(**{what: tuple(2 * each for each in size) if isinstance(size, tuple) else 2 * size})
-    on, shares = chip(arch), tables.table(arch).shares(p.half, p.m)
-    for (name, less), (_, greater) in zip(cost.steps(p).items(), cost.steps(more).items(), strict=True):
-        assert sum(s.bytes for s in greater) >= sum(s.bytes for s in less)
+    on, shares = nearest_chip(arch), tables.table_for(arch).efficiencies(p.is_half, p.m)
+    for (name, less), (_, greater) in zip(
+        cost.candidate_launches(p).items(), cost.candidate_launches(more).items(), strict=True
+    ):
+        assert sum(s.bytes_moved for s in greater) >= sum(s.bytes_moved for s in less)
         if what != "m" and p.m > 64:  # else tiles, efficiency, or how many programs share a depth may change
             assert cost.seconds(name, greater, more, on, shares) >= cost.seconds(name, less, p, on, shares) * (1 - 1e-9) > 0
 
@@ -149,42 +155,42 @@ def test_more_never_costs_less(p, what, arch):
 def test_refusals(problem, arch, name, reason):
     refused = found(problem, arch)[name].refused
     assert refused is None if reason is None else refused.startswith(reason)
-    with forced(name):
+    with forced_candidate(name):
         if reason is None:
             for deterministic in (False, True)[: 1 if name == "addmm" else 2]:
-                made = plan(problem, arch, deterministic)
+                made = choose_plan(problem, arch, deterministic)
                 assert (made.winner, made.why) == (name, "forced")
         else:
             words = f"^lora_linear {problem.direction} cannot run as {name}: {reason}"
             with pytest.raises(NotImplementedError, match=words.replace("⊙", ".")):
-                plan(problem, arch)
+                choose_plan(problem, arch)
 
 
 @given(problems, st.integers(0, 10**6))
 def test_something_always_wins_and_no_architecture_is_unknown(p, arch):
-    made = plan(p, arch, multiprocessors=arch % 200 or None)
+    made = choose_plan(p, arch, multiprocessors=arch % 200 or None)
     assert found(p, arch)[made.winner].refused is None and str(made)
 
 
 @pytest.mark.parametrize(("arch", "like"), [(75, 80), (80, 80), (87, 86), (88, 89), (89, 89), (94, 90), (99, 90), (103, 100),
                                             (110, 100), (121, 120), (130, 120), (1000, 120), (0, 80)])  # fmt: skip
 def test_an_architecture_that_is_not_known_is_taken_for_its_neighbour(arch, like):
-    assert nearest(arch, CHIPS) == like == chip(arch).arch == tables.table(arch).arch
-    told = plan(forward(), arch).source
+    assert nearest_architecture(arch, CHIPS) == like == nearest_chip(arch).arch == tables.table_for(arch).arch
+    told = choose_plan(forward(), arch).source
     assert told.startswith(f"sm_{like} (") and (f"the nearest to sm_{arch} that is known" in told) == (arch != like)
 
 
 def test_a_chip_with_fewer_multiprocessors():
-    whole, part = chip(90), chip(90, 66)
+    whole, part = nearest_chip(90), nearest_chip(90, 66)
     assert (part.half, part.l2_rate, part.dram) == (whole.half / 2, whole.l2_rate / 2, whole.dram)
     times = [found(forward(), multiprocessors=count)["addmm"].seconds for count in (66, 132, None)]
-    assert chip(90, 132) is whole and times[0] > times[1] == times[2]
+    assert nearest_chip(90, 132) is whole and times[0] > times[1] == times[2]
 
 
 def test_known_choices_of_the_model():
     """DESIGN's: one launch for few rows; for many the library's GEMM until a GPU has shown another to be faster."""
-    assert plan(forward(1), 90).winner == plan(forward(16), 90).winner == "one pass"
-    assert plan(backward(16), 90).winner == "fused"
+    assert choose_plan(forward(1), 90).winner == choose_plan(forward(16), 90).winner == "one pass"
+    assert choose_plan(backward(16), 90).winner == "fused"
 
 
 @pytest.mark.parametrize(("flags", "ratio"), [
@@ -192,29 +198,29 @@ def test_known_choices_of_the_model():
 ])  # fmt: skip
 def test_a_step_by_the_model_is_what_the_docs_say(flags, ratio):
     """8192×4096×4096 on an H100 with the 0.81 of its peak that cuBLAS was seen at, over the frozen layer's two GEMMs."""
-    on, shares = chip(90), tables.table(90).shares(True, 8192) | {"library": 0.81}
+    on, shares = nearest_chip(90), tables.table_for(90).efficiencies(True, 8192) | {"library": 0.81}
     both = [forward(**flags), backward(**flags)]
-    ours = sum(cost.seconds("addmm", cost.steps(p)["addmm"], p, on, shares) for p in both)
-    frozen = sum(cost.seconds("addmm", [cost.gemm(p)], p, on, shares) for p in both)
+    ours = sum(cost.seconds("addmm", cost.candidate_launches(p)["addmm"], p, on, shares) for p in both)
+    frozen = sum(cost.seconds("addmm", [cost.gemm_step(p)], p, on, shares) for p in both)
     assert f"{ours / frozen:.2f}" == ratio and f" {ratio}" in (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
 
 
 @given(problems, st.sampled_from(sorted(CHIPS)))
 def test_many_rows_take_the_librarys_gemm_where_nothing_was_measured(p, arch):
-    made = plan(p, arch, backends=("triton", "cuda"))
+    made = choose_plan(p, arch, backends=("triton", "cuda"))
     assert (made.winner == "addmm" and "nothing was measured" in made.why) or p.m <= 64
 
 
 @given(problems, st.integers(0, 10**6), st.sampled_from([*CHIPS, 75, 103]), st.integers(1, 300))
 def test_a_deterministic_choice_does_not_depend_on_m_nor_on_the_size_of_the_chip(p, m, arch, multiprocessors):
-    one, other = plan(p, arch, True), plan(p._replace(m=m), arch, True, multiprocessors)
+    one, other = choose_plan(p, arch, True), choose_plan(p._replace(m=m), arch, True, multiprocessors)
     assert (one.winner, one.why, one.candidates, one.source) == (other.winner, other.why, other.candidates, other.source)
     assert one.winner != "addmm" and "whatever m is" in one.source
     assert "chooses its GEMM by the number of rows" in next(c.refused for c in one.candidates if c.name == "addmm")
 
 
 def measured(folder, *choices, arch=90):
-    tables.write(tables.table(arch)._replace(gpu="a GPU", measured=True, stamp={}, choices=choices), folder)
+    tables.write_table(tables.table_for(arch)._replace(gpu="a GPU", measured=True, stamp={}, choices=choices), folder)
     return tables_from(folder)
 
 
@@ -223,71 +229,80 @@ def choice(p, winner, **seconds):
 
 
 def test_a_measured_choice_beats_the_prediction(tmp_path):
-    assert plan(forward(), 90).winner == "addmm"
+    assert choose_plan(forward(), 90).winner == "addmm"
     with measured(tmp_path, choice(forward(), "two launches", **{"two launches": 1e-4})):
-        made = plan(forward(), 90)
+        made = choose_plan(forward(), 90)
         assert (made.winner, made.why) == ("two launches", "measured at m 8192, k 4096, n 4096, r 16: two launches 100.0 µs")
         assert "predicted from efficiencies measured on a GPU" in made.source
         near, far = {"m": 4096, "k": 8192, "n": 2048, "r": 32}, {"m": 4095, "k": 8193, "n": 2047, "r": 33}
-        assert plan(forward(**near), 90).winner == plan(forward(gain=True), 90).winner == "two launches"
-        assert plan(forward(), 90, True).winner == plan(forward(m=1), 90, True).winner == "two launches"
+        assert choose_plan(forward(**near), 90).winner == choose_plan(forward(gain=True), 90).winner == "two launches"
+        assert choose_plan(forward(), 90, True).winner == choose_plan(forward(m=1), 90, True).winner == "two launches"
         for name, size in far.items():
-            assert "measured at" not in plan(forward(**{name: size}), 90).why
+            assert "measured at" not in choose_plan(forward(**{name: size}), 90).why
         for other in (backward(), forward(dtype=torch.float16), forward(dropout=True)):
-            assert "measured at" not in plan(other, 90).why
-        assert plan(forward(m=20000, k=1024), 90).why == "least predicted time"  # by efficiencies that were measured
-        unknown = plan(forward(dtype=F32), 90)
+            assert "measured at" not in choose_plan(other, 90).why
+        assert choose_plan(forward(m=20000, k=1024), 90).why == "least predicted time"  # by efficiencies that were measured
+        unknown = choose_plan(forward(dtype=F32), 90)
         assert "not measured" in unknown.source and unknown.winner == "addmm"
-        with forced("addmm"):
-            assert plan(forward(), 90).winner == "addmm"
-        assert plan(forward(), 103).why.startswith("measured at")  # the folder has no other
-    assert plan(forward(), 90).winner == "addmm"
+        with forced_candidate("addmm"):
+            assert choose_plan(forward(), 90).winner == "addmm"
+        assert choose_plan(forward(), 103).why.startswith("measured at")  # the folder has no other
+    assert choose_plan(forward(), 90).winner == "addmm"
 
 
 def test_the_nearest_measured_choice_that_can_run_decides(tmp_path):
     close, closer = choice(forward(256, r=48), "two launches"), choice(forward(256, r=64), "one pass")
     with measured(tmp_path, close, closer):
-        assert plan(forward(256, r=64), 90).winner == "one pass" and plan(forward(256, r=32), 90).winner == "two launches"
-        assert plan(forward(256, r=66), 90).winner == "two launches"  # one pass, which is nearer, refuses
-        assert plan(forward(256, r=65, gain=True, drop_base=True), 90, True).why == "the others refuse"
+        assert (
+            choose_plan(forward(256, r=64), 90).winner == "one pass"
+            and choose_plan(forward(256, r=32), 90).winner == "two launches"
+        )
+        assert choose_plan(forward(256, r=66), 90).winner == "two launches"  # one pass, which is nearer, refuses
+        assert choose_plan(forward(256, r=65, gain=True, drop_base=True), 90, True).why == "the others refuse"
 
 
 def test_an_empty_folder_is_the_packages_tables(tmp_path):
     with tables_from(tmp_path):
-        assert plan(forward(), 90) == dispatch.plan(forward(), 90)
-        assert tables.table(90, str(tmp_path)) is tables.table(90)
+        assert choose_plan(forward(), 90) == dispatch.choose_plan(forward(), 90)
+        assert tables.table_for(90, str(tmp_path)) is tables.table_for(90)
 
 
 def test_forced_nests_and_restores():
-    assert plan(forward(16), 90).winner == "one pass"
-    with forced("two launches"):
-        assert plan(backward(16), 90).winner == "fused" and plan(backward(16), 90).why != "forced"  # no such candidate there
-        with forced("addmm"):
-            assert plan(forward(16), 90).winner == plan(backward(16), 90).winner == "addmm"
-        assert plan(forward(16), 90).winner == "two launches"
-    assert plan(forward(16), 90).winner == "one pass"
+    assert choose_plan(forward(16), 90).winner == "one pass"
+    with forced_candidate("two launches"):
+        assert (
+            choose_plan(backward(16), 90).winner == "fused" and choose_plan(backward(16), 90).why != "forced"
+        )  # no such candidate there
+        with forced_candidate("addmm"):
+            assert choose_plan(forward(16), 90).winner == choose_plan(backward(16), 90).winner == "addmm"
+        assert choose_plan(forward(16), 90).winner == "two launches"
+    assert choose_plan(forward(16), 90).winner == "one pass"
     named = "must be one of two launches, one pass, addmm, cuda, specialised, fused, found 'both'"
-    with pytest.raises(ValueError, match=named), forced("both"):
+    with pytest.raises(ValueError, match=named), forced_candidate("both"):
         pass
-    with forced("cuda"):
-        assert plan(forward(16), 90, backends=("triton", "cuda")).winner == "cuda"
+    with forced_candidate("cuda"):
+        assert choose_plan(forward(16), 90, backends=("triton", "cuda")).winner == "cuda"
         with pytest.raises(NotImplementedError, match="cannot run as cuda: its backend refuses, or triton alone was asked"):
-            plan(forward(16), 90)
+            choose_plan(forward(16), 90)
         with pytest.raises(NotImplementedError, match="cannot run as cuda: float32: it takes 16 bits"):
-            plan(forward(16, dtype=F32), 90, backends=("cuda",))
+            choose_plan(forward(16, dtype=F32), 90, backends=("cuda",))
     with pytest.raises(ValueError, match="direction must be forward or backward, found 'sideways'"):
-        plan(forward()._replace(direction="sideways"), 90)
+        choose_plan(forward()._replace(direction="sideways"), 90)
 
 
 def test_cuda_where_few_rows_read_w_once():
     """One launch for few rows; tensor cores that mma.sync does not reach for many."""
     both = ("triton", "cuda")
     for arch in (80, 86, 89, 90, 100, 120):
-        assert plan(forward(1), arch, backends=both).winner == plan(forward(16), arch, backends=both).winner == "cuda"
-        assert plan(forward(8192), arch, backends=both).winner == "addmm"
-        assert plan(forward(8192), arch, backends=("cuda",)).winner == "addmm"
-        assert plan(forward(8192), arch, True, backends=both).winner == "two launches"
-        assert plan(forward(8192), arch, True, backends=("cuda",)).winner == "cuda"
+        assert (
+            choose_plan(forward(1), arch, backends=both).winner
+            == choose_plan(forward(16), arch, backends=both).winner
+            == "cuda"
+        )
+        assert choose_plan(forward(8192), arch, backends=both).winner == "addmm"
+        assert choose_plan(forward(8192), arch, backends=("cuda",)).winner == "addmm"
+        assert choose_plan(forward(8192), arch, True, backends=both).winner == "two launches"
+        assert choose_plan(forward(8192), arch, True, backends=("cuda",)).winner == "cuda"
     few = [found(forward(16, dropout=drops), backends=both)["cuda"] for drops in (False, True)]
     x, w, ab, y, h = 16 * 4096 * 2, 32 * MIB, 2 * 16 * 4096 * 2, 16 * 4096 * 2, 16 * 16 * 4
     assert (few[0].bytes, few[0].launches) == (x + w + ab + y + h, 1)
@@ -297,8 +312,8 @@ def test_cuda_where_few_rows_read_w_once():
 def test_what_was_measured_with_a_backend_that_is_not_asked(tmp_path):
     row = choice(forward(256, r=64), "cuda")._replace(seconds={"cuda": 1e-6, "one pass": 3e-6, "two launches": 2e-6})
     with measured(tmp_path, row):
-        assert plan(forward(256, r=64), 90, backends=("triton", "cuda")).winner == "cuda"
-        p = plan(forward(256, r=64), 90)
+        assert choose_plan(forward(256, r=64), 90, backends=("triton", "cuda")).winner == "cuda"
+        p = choose_plan(forward(256, r=64), 90)
         assert p.winner == "two launches" and "cuda 1.0 µs" in p.why
 
 
@@ -309,29 +324,36 @@ def test_specialised_is_taken_where_it_was_measured_and_nowhere_else(tmp_path):
     """However good a prediction is, and also where tables know others."""
     for p in (forward(), backward(), forward(gain=True, dropout=True), backward(dtype=torch.float16)):
         assert found(p, **SPECIALISED)["specialised"].refused is None
-        assert plan(p, 90, **SPECIALISED).winner == "addmm"
-        assert plan(p, 90, True, **SPECIALISED).winner not in ("addmm", "specialised")
+        assert choose_plan(p, 90, **SPECIALISED).winner == "addmm"
+        assert choose_plan(p, 90, True, **SPECIALISED).winner not in ("addmm", "specialised")
     pairs, h = 8192 * 64 * 2 / MIB, 8192 * 16 * 4 / MIB
     b = a = 16 * 4096 * 2 / MIB
     assert found(forward(), **SPECIALISED)["specialised"].bytes / MIB == 64 + a + 2 * h + 2 * pairs + 64 + 32 + b + 64
-    quick = tables.table(90)._replace(
+    quick = tables.table_for(90)._replace(
         gpu="a GPU", measured=True, stamp={}, choices=(choice(forward(), "addmm", addmm=1e-4),),
         efficiency={kind: {size: dict(shares, specialised=1.0) for size, shares in sizes.items()}
-                    for kind, sizes in tables.table(90).efficiency.items()},
+                    for kind, sizes in tables.table_for(90).efficiency.items()},
     )  # fmt: skip
-    tables.write(quick, tmp_path)
+    tables.write_table(quick, tmp_path)
     with tables_from(tmp_path):
-        far = plan(forward(20000, 1024), 90, **SPECIALISED)
+        far = choose_plan(forward(20000, 1024), 90, **SPECIALISED)
         assert far.why == "least predicted time" and far.winner != "specialised"
     row = choice(forward(), "specialised", specialised=1e-4, addmm=2e-4, **{"two launches": 3e-4})
     with measured(tmp_path, row):
-        assert plan(forward(), 90, **SPECIALISED).winner == plan(forward(), 90, backends=("cuda",)).winner == "specialised"
-        assert plan(forward(), 90).winner == "addmm"  # Triton's backend alone was asked
+        assert (
+            choose_plan(forward(), 90, **SPECIALISED).winner
+            == choose_plan(forward(), 90, backends=("cuda",)).winner
+            == "specialised"
+        )
+        assert choose_plan(forward(), 90).winner == "addmm"  # Triton's backend alone was asked
         refused = (("specialised", "the rows of x do not begin at multiples of 16 bytes"),)
-        made = plan(forward(), 90, refused=refused, **SPECIALISED)
+        made = choose_plan(forward(), 90, refused=refused, **SPECIALISED)
         assert made.winner == "addmm" and "refuses: the rows of x do not begin" in str(made)
-        with forced("specialised"), pytest.raises(NotImplementedError, match="cannot run as specialised: the rows of x do not"):
-            plan(forward(), 90, refused=refused, **SPECIALISED)
+        with (
+            forced_candidate("specialised"),
+            pytest.raises(NotImplementedError, match="cannot run as specialised: the rows of x do not"),
+        ):
+            choose_plan(forward(), 90, refused=refused, **SPECIALISED)
 
 
 @pytest.mark.parametrize(("problem", "arch", "reason"), [
@@ -347,7 +369,7 @@ def test_what_specialised_refuses(problem, arch, reason):
 
 
 def test_a_plan_in_print():
-    lines = str(plan(forward(n=1024, gain=True), 90)).splitlines()
+    lines = str(choose_plan(forward(n=1024, gain=True), 90)).splitlines()
     assert lines[0] == "forward m 8192, k 4096, n 1024, r 16, bfloat16, gain"
     assert lines[1] == "sm_90 (H100, 132 multiprocessors): predicted, not measured"
     assert lines[2].split() == ["candidate", "MiB", "launches", "predicted", "µs"]
@@ -359,12 +381,12 @@ def test_a_plan_in_print():
 
 
 def test_a_shape_that_comes_again_is_only_looked_up(monkeypatch):
-    first = plan(forward(77), 90)
-    monkeypatch.setattr(cost, "steps", None)
-    assert plan(forward(77), 90) is first
-    dispatch.forget()
+    first = choose_plan(forward(77), 90)
+    monkeypatch.setattr(cost, "candidate_launches", None)
+    assert choose_plan(forward(77), 90) is first
+    dispatch.clear_caches()
     with pytest.raises(TypeError):
-        plan(forward(77), 90)
+        choose_plan(forward(77), 90)
 
 
 @pytest.mark.parametrize("arch", CHIPS)
@@ -383,10 +405,10 @@ def test_the_tables_that_are_shipped(arch):
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
-    made = tables.table(90)._replace(choices=(choice(forward(), "addmm", addmm=1e-4), choice(backward(), "fused")))
-    assert tables.table(90, str(tmp_path)) == tables.table(90)
-    path = tables.write(made, tmp_path)
-    assert tables.table(90, str(tmp_path)) == made and max(map(len, path.read_text().splitlines())) < 250
+    made = tables.table_for(90)._replace(choices=(choice(forward(), "addmm", addmm=1e-4), choice(backward(), "fused")))
+    assert tables.table_for(90, str(tmp_path)) == tables.table_for(90)
+    path = tables.write_table(made, tmp_path)
+    assert tables.table_for(90, str(tmp_path)) == made and max(map(len, path.read_text().splitlines())) < 250
 
 
 def test_where_a_tensor_is():
@@ -403,4 +425,4 @@ def test_where_a_tensor_is():
 ])  # fmt: skip
 def test_the_order_of_tiles(k, n, wanted):
     """Tiles of 128 by 128 in bfloat16 behind an H100's 50 MiB."""
-    assert cost.order(128 * k * 2, 128 * k * 2, 128 * 128 * 2, n // 128, 50 * 2**20) == wanted
+    assert cost.tile_order(128 * k * 2, 128 * k * 2, 128 * 128 * 2, n // 128, 50 * 2**20) == wanted

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_kernels import lora_linear, use_backend
-from lora_kernels.ops.dropout import _philox, mask, threshold
+from lora_kernels.ops.dropout import _philox_words, mask, threshold
 from lora_kernels.testing import make_problem, run
 
 # Random123, tests/kat_vectors: philox4x32 10
@@ -25,7 +25,7 @@ def words(text):
 def test_philox_known_answers(counter, key, result):
     low, high = words(key)
     seed = torch.tensor((high << 32 | low) - (1 << 64 if high >> 31 else 0))
-    found = _philox(seed, tuple(torch.tensor(w) for w in words(counter)))
+    found = _philox_words(seed, tuple(torch.tensor(w) for w in words(counter)))
     assert [int(w) for w in found] == words(result)
 
 
@@ -34,7 +34,7 @@ def test_the_mask_is_philox_of_seed_row_and_column():
     found = mask(seed, p, 3, 11, torch.float32, torch.device("cpu"))
     for row in range(3):
         for column in range(11):
-            word = int(_philox(seed, tuple(torch.tensor(c) for c in (column // 4, row, 0, 0)))[column % 4])
+            word = int(_philox_words(seed, tuple(torch.tensor(c) for c in (column // 4, row, 0, 0)))[column % 4])
             assert found[row, column] == (torch.tensor(1 / (1 - p)) if word >= threshold(p) else 0)
 
 

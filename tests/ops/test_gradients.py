@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_kernels import Member, lora_linear, lora_linear_group, use_backend, weight_norm
-from lora_kernels.ops.gradients import OWN, WIDE, kind
+from lora_kernels.ops.gradients import OWN_DTYPE, SUM_DTYPE, gradient_kind
 from lora_kernels.ops.registry import ON_GPU
 from lora_kernels.testing import exact, make_problem
 from lora_kernels.testing.tolerances import rms
@@ -104,8 +104,14 @@ def test_of_the_norm(any_backend, dtype):
 
 def test_who_asks_for_it():
     plain, other = torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2)
-    assert kind(None) == kind(plain) == kind(other) == kind(plain.clone().requires_grad_()) == OWN
+    assert (
+        gradient_kind(None)
+        == gradient_kind(plain)
+        == gradient_kind(other)
+        == gradient_kind(plain.clone().requires_grad_())
+        == OWN_DTYPE
+    )
     leaf = plain.clone().requires_grad_()
     leaf.grad_dtype = torch.float32
-    assert kind(leaf) == WIDE
-    assert kind(leaf * 2) == OWN
+    assert gradient_kind(leaf) == SUM_DTYPE
+    assert gradient_kind(leaf * 2) == OWN_DTYPE

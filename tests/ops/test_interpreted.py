@@ -27,7 +27,7 @@ from lora_kernels.testing import (
 if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)
 
-from lora_kernels.ops.dispatch import forced
+from lora_kernels.ops.dispatch import forced_candidate
 from tests.ops.interpreted import deterministic, interpreted
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -77,7 +77,7 @@ def twice(work, arch=80, form=None, exactly=True, seeds=(None, 1, 2)):
     """What `work` gives, and the same bits with the programs in two other orders."""
     results = []
     for seed in seeds:
-        with interpreted(arch, seed), forced(form) if form else nullcontext(), deterministic(exactly):
+        with interpreted(arch, seed), forced_candidate(form) if form else nullcontext(), deterministic(exactly):
             results.append(work())
     return results[0], results[1:]
 
@@ -109,7 +109,7 @@ def check_linear(draw):
     arch, form = draw(st.sampled_from([80, 90])), form_of(draw, given["gain"], given["dropout"], semantics, rank)
     # torch's own product on a CPU with AMX takes in the NaN that lie between the rows
     problem = in_layouts(draw, problem, LAYOUTS[:2] if form == "addmm" else LAYOUTS)
-    with interpreted(arch), forced(form) if form else nullcontext(), deterministic(form != "addmm"):
+    with interpreted(arch), forced_candidate(form) if form else nullcontext(), deterministic(form != "addmm"):
         results = assert_problem(problem)
     _, others = twice(lambda: run(problem), arch, form, exactly=form != "addmm")
     assert all(same(results, other) for other in others)
@@ -130,7 +130,7 @@ def test_ranks(rank, dtype, kind):
 def test_a_shared_depth(dtype, kind, form):
     """Few rows: several programs share a tile's depth, and the last of them to come adds up, whichever it is."""
     problem = make_problem(5, 1100, 70, 9, dtype, kind, bias=True)
-    with interpreted(90), forced(form), deterministic(False):
+    with interpreted(90), forced_candidate(form), deterministic(False):
         results = assert_problem(problem)
     found, others = twice(lambda: run(problem), 90, form, exactly=False)
     assert same(results, found) and all(same(results, other) for other in others)

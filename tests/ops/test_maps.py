@@ -14,7 +14,7 @@ from lora_kernels.testing.check import member
 if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)
 
-from lora_kernels.ops.dispatch import forced
+from lora_kernels.ops.dispatch import forced_candidate
 from lora_kernels.ops.launch import recorded
 from lora_kernels.ops.lora_linear import triton as backend
 
@@ -53,7 +53,7 @@ def problem(m=130, dtype=BF16, n_in=136, n_out=72, **flags):
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
 def test_by_architecture(arch):
-    with device(arch), forced("two launches"):
+    with device(arch), forced_candidate("two launches"):
         # boxes of 32 columns, which the gradient has on sm_120, save nothing there
         assert mapped(step, problem()) == (arch >= 90, 90 <= arch < 120)
 
@@ -75,7 +75,7 @@ def test_by_architecture(arch):
     ids=str,
 )
 def test_by_problem(wanted, options):
-    with device(90), forced("two launches"):
+    with device(90), forced_candidate("two launches"):
         assert mapped(step, problem(**options)) == wanted
 
 
@@ -86,9 +86,9 @@ def test_by_layout(name):
         t = as_layout(getattr(p, name), layout)
         fits = t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
         assert fits == (layout in ("contiguous", "gapped_rows"))
-        with device(90), forced("two launches"), torch.no_grad():
+        with device(90), forced_candidate("two launches"), torch.no_grad():
             assert mapped(lora_linear, *dataclasses.replace(p, **{name: t}).arguments())[0] == fits
-    with device(90), forced("two launches"), torch.no_grad():
+    with device(90), forced_candidate("two launches"), torch.no_grad():
         one_row = dataclasses.replace(p, x=p.x[:1].expand(130, -1))
         assert mapped(lora_linear, *one_row.arguments()) == (False, False)
 
@@ -106,19 +106,19 @@ def test_by_group(arch, members):
     *((90, BF16, flags) for flags in FLAGS), (90, F16, "dropout"), (90, F16, "dora_bias"), (120, BF16, "dropout"),
 ], ids=str)  # fmt: skip
 def test_values(arch, dtype, flags):
-    with device(arch), forced("two launches"):
+    with device(arch), forced_candidate("two launches"):
         assert_problem(make_problem(150, 136, 264, 17, dtype, **FLAGS[flags]))
 
 
 def test_not_in_one_pass():
-    with device(90), forced("one pass"):
+    with device(90), forced_candidate("one pass"):
         assert mapped(step, problem()) == (False, True)
 
 
 @pytest.mark.parametrize(("members", "dropout"), [(3, 0.0), (2, 0.3)])
 def test_values_of_a_group(members, dropout):
     sizes = [{"n_out": n, "rank": r, "dropout": dropout} for n, r in ((136, 4), (24, 17), (72, 1))]
-    with device(90), forced("two launches"):
+    with device(90), forced_candidate("two launches"):
         assert_group(make_group(sizes[:members], 130, 72, BF16))
 
 
@@ -126,7 +126,7 @@ def test_rows_with_gaps():
     p = make_problem(130, 136, 72, 5, BF16)
     x, w = (torch.nn.functional.pad(t, (0, 8))[:, :136] for t in (p.x, p.w))
     p = dataclasses.replace(p, x=x, w=w, dy=torch.nn.functional.pad(p.dy, (0, 16))[:, :72])
-    with device(90), forced("two launches"):
+    with device(90), forced_candidate("two launches"):
         assert mapped(step, p) == (True, True)
         assert_problem(p)
 
@@ -134,10 +134,10 @@ def test_rows_with_gaps():
 def test_the_bits_of_pointers(monkeypatch):
     for flags in (FLAGS["dora_bias"], FLAGS["dropout"]):
         p = make_problem(130, 136, 72, 5, BF16, **flags)
-        with device(90), forced("two launches"):
+        with device(90), forced_candidate("two launches"):
             by_maps = run(p)
             with monkeypatch.context() as patch:
-                patch.setattr(backend, "take", lambda *_: False)
+                patch.setattr(backend, "loads_by_tma", lambda *_: False)
                 assert mapped(step, p) == (False, False)
                 by_pointers = run(p)
         assert all(by_maps[name].equal(by_pointers[name]) for name in by_maps)

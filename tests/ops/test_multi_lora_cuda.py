@@ -41,9 +41,9 @@ def test_values(simulated, monkeypatch, case, dtype):
     args = draw(*case, 1, dtype)
     plan = planned(*args[2:4])
     for seed in range(2):
-        monkeypatch.setattr(cuda, "shared_part", lambda *_, part=64 << 2 * seed: part)
+        monkeypatch.setattr(cuda, "split_k_part", lambda *_, part=64 << 2 * seed: part)
         if seed:
-            monkeypatch.setattr(cuda, "chip", lambda *_: SimpleNamespace(multiprocessors=1))
+            monkeypatch.setattr(cuda, "nearest_chip", lambda *_: SimpleNamespace(multiprocessors=1))
         with device(seed=seed) as sim:
             y = multi_lora(args[0], args[1], args[2], plan, args[5])
         assert_exact(y, args)
@@ -67,7 +67,7 @@ def test_without_bias_and_without_adapters(simulated):
         with device():
             y = multi_lora(x, w, slots, planned(slots, chosen))
         assert_exact(y, (x, w, slots, chosen, None, None))
-        assert not launch.tickets(y.device, 16).any()
+        assert not launch.tile_tickets(y.device, 16).any()
 
 
 def test_ids_that_nobody_gave(simulated):
@@ -95,7 +95,7 @@ def test_slots_of_another_generation_in_one_slice(simulated):
 
 def test_parts_come_in_any_order(simulated, monkeypatch):
     """Whoever ends a tile, and whether h is there by then, the bits are the same."""
-    monkeypatch.setattr(cuda, "shared_part", lambda *_: 512)
+    monkeypatch.setattr(cuda, "split_k_part", lambda *_: 512)
     args = draw(20, 2056, [136, 64], [8, 24, 3, 80], 1, BF16)
     plan, seen = planned(*args[2:4]), []
     for seed in range(4):
@@ -197,9 +197,11 @@ def test_what_is_read(simulated):
 ])  # fmt: skip
 def test_planted_bugs(planted, simulated, monkeypatch, old, new):
     """Races, waits and bounds are named, others show in the numbers."""
-    monkeypatch.setattr(cuda, "shared_part", lambda *_: 1024 if "STAGES" in old else 64)
+    monkeypatch.setattr(cuda, "split_k_part", lambda *_: 1024 if "STAGES" in old else 64)
     planted(cuda.SMALL, old, new, keep="multi_lora_small_bf16_16")
-    monkeypatch.setattr(cuda, "chip", lambda *_: SimpleNamespace(multiprocessors=2))  # several parts of A for each block
+    monkeypatch.setattr(
+        cuda, "nearest_chip", lambda *_: SimpleNamespace(multiprocessors=2)
+    )  # several parts of A for each block
     ranks = [70, 75, 80, 66] if "the list" in old else [8, 3, 80, 40]
     x, w, slots, slot, _, bias = draw(14, 456, [136, 64], ranks, 1, BF16)
     slots = [replace(s, table=s.table[:, :10].contiguous()) for s in slots]  # up to 80 ranks
@@ -212,7 +214,7 @@ def test_planted_bugs(planted, simulated, monkeypatch, old, new):
             plan = BatchPlan.build(ids, 4)
             with device(seed=seed) as sim:
                 y = multi_lora(x, w, slots, plan, bias)
-            assert not launch.tickets(y.device, 16).any() and bool(plan.error)
+            assert not launch.tile_tickets(y.device, 16).any() and bool(plan.error)
             assert sim.counters["shared_wavefronts"] <= 1.05 * sim.counters["shared_ideal"]
             assert_exact(y, (x, w, slots, slot, None, bias))
 

@@ -73,9 +73,11 @@ def test_values_of_two_launches(case, two_launches):
 
 def test_tickets_are_there_before_h_is_launched(two_launches, monkeypatch):
     """In a CUDA graph they are filled by a launch of their own, and y is to start while h is made."""
-    order, tickets, launch = [], backend.tickets, backend.launch
-    monkeypatch.setattr(backend, "tickets", lambda *args: order.append("tickets") or tickets(*args))
-    monkeypatch.setattr(backend, "launch", lambda kernel, *args, **kw: order.append(kernel) or launch(kernel, *args, **kw))
+    order, tickets, launch = [], backend.tile_tickets, backend.launch_triton
+    monkeypatch.setattr(backend, "tile_tickets", lambda *args: order.append("tickets") or tickets(*args))
+    monkeypatch.setattr(
+        backend, "launch_triton", lambda kernel, *args, **kw: order.append(kernel) or launch(kernel, *args, **kw)
+    )
     args = draw(5, 1100, [70, 8], [8, 24, 3], 1, BF16)
     with deterministic(False), interpreted():
         y = multi_lora(*args[:3], planned(*args[2:5]), args[5])

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from lora_kernels.ops import BatchPlan, Slots, alone, registry
+from lora_kernels.ops import BatchPlan, Slots, cuda_alone, registry
 from lora_kernels.ptxsim import device
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -26,7 +26,7 @@ def accepts(request, monkeypatch):
     """Asks which backends but the reference take an op's arguments on this GPU."""
     arch, triton = request.param
     token = registry._simulated.set(True)
-    monkeypatch.setattr(alone, "missing_backends", lambda: {"triton": "not installed"} if triton == "absent" else {})
+    monkeypatch.setattr(cuda_alone, "missing_backends", lambda: {"triton": "not installed"} if triton == "absent" else {})
 
     def ask(op, *args):
         reasons = {name: reason for name, reason in registry.refusals(op, args).items() if name in registry.ON_GPU}

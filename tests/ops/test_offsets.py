@@ -15,7 +15,7 @@ if "triton" in missing_backends():
 import triton
 import triton.language as tl
 
-from lora_kernels.ops import thin
+from lora_kernels.ops import triton_skinny
 from lora_kernels.ptxsim import SimulationError
 from lora_kernels.testing.triton_interpreter import InterpreterViolation
 from tests.ops.far import far
@@ -70,9 +70,9 @@ def test_a_planted_offset_of_32_bits_is_found(tool, monkeypatch):
     """The interpreter reports the overflow of the arithmetic, the simulator the access."""
     problem = make_problem(3, 20, 3, 3, torch.bfloat16)
     x = far(problem.x)
-    fresh = triton.jit(thin.shrink_kernel.fn)  # that has not been compiled: Triton keeps what it found in the globals
-    monkeypatch.setattr(thin, "shrink_kernel", fresh)
-    monkeypatch.setattr(thin, "load_tile", narrow_tile)
+    fresh = triton.jit(triton_skinny.shrink_kernel.fn)  # that has not been compiled: Triton keeps what it found in the globals
+    monkeypatch.setattr(triton_skinny, "shrink_kernel", fresh)
+    monkeypatch.setattr(triton_skinny, "load_tile", narrow_tile)
     with where(tool), pytest.raises((InterpreterViolation, SimulationError), match="overflow|out of bounds"):
         lora_linear(x, *problem.arguments()[1:])
 

@@ -13,7 +13,7 @@ import torch
 from lora_kernels import FallbackWarning, explain, lora_linear, use_backend, weight_norm
 from lora_kernels.nn import LoRALinear
 from lora_kernels.ops import missing_backends, registry
-from lora_kernels.ops.registry import BACKENDS, choose, declare, implements, load_backends, note, refusals
+from lora_kernels.ops.registry import BACKENDS, choose_implementation, declare, implements, load_backends, note_plan, refusals
 from lora_kernels.testing import make_problem
 
 
@@ -41,9 +41,9 @@ def op(monkeypatch):
 
 
 def test_the_first_that_accepts_runs(op):
-    assert choose(op.name, Call(torch.ones(3))) is registry._implementations[op.name]["cpu"]
+    assert choose_implementation(op.name, Call(torch.ones(3))) is registry._implementations[op.name]["cpu"]
     with pytest.warns(FallbackWarning):
-        assert choose(op.name, Call(torch.ones(4))) is registry._implementations[op.name]["reference"]
+        assert choose_implementation(op.name, Call(torch.ones(4))) is registry._implementations[op.name]["reference"]
 
 
 def test_a_fallback_warns_once_for_each_reason(op):
@@ -193,11 +193,11 @@ def test_explain_takes_the_tensor_first():
 
 def test_a_backend_notes_its_plan_below_its_own_decision(op, monkeypatch):
     def run(call):
-        note("first\n  of two lines" if len(call.x) == 1 else "second")
+        note_plan("first\n  of two lines" if len(call.x) == 1 else "second")
         return 2 * call.x
 
     implements(op.name, "cpu")(run)
-    note("nobody listens")
+    note_plan("nobody listens")
     run(Call(torch.ones(1)))
     told = explain(lambda: (op(Call(torch.ones(1))), op(Call(torch.ones(2)))))
     assert [d.plan for d in told.decisions] == ["first\n  of two lines", "second"]
@@ -205,7 +205,7 @@ def test_a_backend_notes_its_plan_below_its_own_decision(op, monkeypatch):
     head = lines.index(f"{op.name}: cpu", 1)
     assert lines[head - 2 : head] == ["    first", "      of two lines"] and lines[-1] == "    second"
     assert "None" not in str(explain(lora_linear, *make_problem(3, 8, 8, 2).arguments()))
-    assert explain(lambda: note("no op ran")).decisions == []
+    assert explain(lambda: note_plan("no op ran")).decisions == []
 
 
 def test_refusals_name_every_backend():

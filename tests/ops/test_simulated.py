@@ -18,10 +18,10 @@ if "triton" in missing_backends():
 import triton
 import triton.language as tl
 
-from lora_kernels.ops import thin, triton_dropout
-from lora_kernels.ops.dispatch import forced
-from lora_kernels.ops.dropout import _philox, threshold
-from lora_kernels.ops.launch import launch
+from lora_kernels.ops import triton_dropout, triton_skinny
+from lora_kernels.ops.dispatch import forced_candidate
+from lora_kernels.ops.dropout import _philox_words, threshold
+from lora_kernels.ops.launch import launch_triton
 from lora_kernels.ops.lora_linear import triton as backend
 from lora_kernels.ops.tables.tiles import Tile
 
@@ -49,10 +49,10 @@ def test_values_and_gradients(dtype, flags):
 @pytest.mark.parametrize(("group", "slab"), [(1, 1), (2, 3), (4, 0), (8, 4), (2, 64)])
 def test_every_order_of_the_tiles(monkeypatch, group, slab):
     """5 by 7 tiles forward, 5 by 6 backward: rows and columns are left over."""
-    monkeypatch.setattr(backend, "_order", lambda *_: {"GROUP": group, "SLAB": slab})
+    monkeypatch.setattr(backend, "_tile_order", lambda *_: {"GROUP": group, "SLAB": slab})
     small = Tile(rows=32, columns=32, depth=32, ranks=16, warps=4, stages=2)
     monkeypatch.setattr(backend, "tile", lambda kernel, x, **_: small)
-    with forced("two launches"):
+    with forced_candidate("two launches"):
         assert_problem(make_problem(150, 170, 200, 5, BF16, dropout=0.3))
 
 
@@ -80,7 +80,7 @@ def test_h_p_and_gain_keep_their_digits(form, gain, tokens):
     float32 has the digits of its two halves."""
     p = make_problem(tokens, 200, 136, 16, BF16, F32, gain=gain)
     p.b = 3 * p.b  # so that the adapter's digits count
-    with forced(form):
+    with forced_candidate(form):
         found = run(p)
     truth = exact(p).values
     for name in ("y",) if gain else ("y", "x"):
@@ -179,7 +179,7 @@ def test_a_layer_learns():
 def test_other_architectures(arch):
     with device(arch) as sim:
         assert_problem(make_problem(130, 128, 128, 16, BF16, gain=True))
-        with forced("one pass"):
+        with forced_candidate("one pass"):
             y = lora_linear(*make_problem(16, 600, 64, 8, BF16).arguments())
         check_norm(65, 128, 16, BF16)
         check_merge(65, 64, 16, BF16, F32)
@@ -231,7 +231,7 @@ def test_explain():
 def test_a_finding_is_raised(monkeypatch):
     """What the simulator finds in an op's kernel comes out of the op."""
     p = make_problem(16, 32, 32, 4, BF16)
-    monkeypatch.setattr(backend, "launch", lambda kernel, grid, args, made, **how: launch(
+    monkeypatch.setattr(backend, "launch_triton", lambda kernel, grid, args, made, **how: launch_triton(
         kernel, grid, args | {"ns": (48,)} if "forward" in str(kernel.fn) else args, made, **how))  # fmt: skip
     with pytest.raises(SimulationError, match="out of bounds, forward_kernel_param_"):
         lora_linear(*p.arguments())
@@ -263,7 +263,7 @@ def test_a_seed_on_the_device(monkeypatch):
     """Read by the kernel instead of passed by value: the same mask."""
     p = make_problem(9, 40, 24, 4, F32, dropout=0.4)
     by_value = run(p)
-    for module in (thin, backend):
+    for module in (triton_skinny, backend):
         monkeypatch.setattr(module, "drawn", lambda drops: {
             "lows": tuple(seed for _, seed in drops), "highs": (None,) * len(drops),
             "limits": tuple(0 if seed is None else threshold(dropout) for dropout, seed in drops),
@@ -277,19 +277,19 @@ def test_a_seed_on_the_device(monkeypatch):
 @triton.jit
 def draw(out, low, high, limit, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = first + tl.arange(0, ROWS).to(tl.int64)
-    keep = triton_dropout.kept(low, high, rows, 0, limit, ROWS, COLUMNS)
+    keep = triton_dropout.dropout_mask(low, high, rows, 0, limit, ROWS, COLUMNS)
     tl.store(out + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], keep.to(tl.int8))
 
 
 @pytest.mark.parametrize("first", [0, 2**32 - 3, 2**33 + 5])
 def test_the_mask_of_far_rows(first):
     out, seed = torch.empty(16, 64, dtype=torch.int8), torch.tensor(-(2**40) + 12345)
-    low, high = triton_dropout.odd(int(seed)), triton_dropout.odd(int(seed) >> 32)
+    low, high = triton_dropout.odd_word(int(seed)), triton_dropout.odd_word(int(seed) >> 32)
     args = {"out": out, "low": low, "high": high, "limit": threshold(0.3), "first": first, "ROWS": 16, "COLUMNS": 64}
-    launch(draw, (1,), args, [out])
+    launch_triton(draw, (1,), args, [out])
     row = (first + torch.arange(16))[:, None].expand(16, 16)
     group = torch.arange(16)[None, :].expand(16, 16)
-    words = torch.stack(_philox(seed, (group, row & 0xFFFFFFFF, row >> 32, torch.zeros_like(row))), -1).reshape(16, 64)
+    words = torch.stack(_philox_words(seed, (group, row & 0xFFFFFFFF, row >> 32, torch.zeros_like(row))), -1).reshape(16, 64)
     assert torch.equal(out.bool(), words >= threshold(0.3))
 
 
@@ -300,14 +300,14 @@ def reads_what_it_makes(out, N: tl.constexpr):
 
 def test_what_a_kernel_makes_is_unknown_to_it():
     with pytest.raises(SimulationError, match="which nobody wrote"):
-        launch(reads_what_it_makes, (1,), {"out": (out := torch.zeros(64)), "N": 64}, [out])
+        launch_triton(reads_what_it_makes, (1,), {"out": (out := torch.zeros(64)), "N": 64}, [out])
 
 
 def test_tf32_if_torch_allows_it(monkeypatch):
     p = make_problem(20, 64, 32, 4, F32)
     exact = lora_linear(*p.arguments())
     norm = weight_norm(p.w, p.a, p.b, 0.5)
-    for module in (thin, backend):
+    for module in (triton_skinny, backend):
         monkeypatch.setattr(module, "precision", lambda t: "tf32")
     error = (lora_linear(*p.arguments()) - exact).abs().max() / exact.abs().max()
     assert 1e-5 < error < 2e-3

@@ -15,7 +15,7 @@ from tests.ops.interpreted import deterministic
 if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)
 
-from lora_kernels.ops.dispatch import forced
+from lora_kernels.ops.dispatch import forced_candidate
 from lora_kernels.ops.multi_lora import multi_lora
 from tests.ops.test_multi_lora import assert_exact, draw, planned
 from tests.ops.test_simulated import check_merge, check_norm
@@ -39,14 +39,14 @@ def form(monkeypatch):
 
     def as_chosen(op):
         def call(*args):
-            with forced(chosen[0]):
+            with forced_candidate(chosen[0]):
                 return op(*args)
 
         return call
 
     monkeypatch.setattr(check, "lora_linear", as_chosen(lora_linear))
     monkeypatch.setattr(check, "lora_linear_group", as_chosen(lora_linear_group))
-    with forced("fused"):
+    with forced_candidate("fused"):
         yield chosen
 
 

@@ -29,10 +29,10 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for place in (launch, backend):
         monkeypatch.setattr(place, "gpu", lambda t: GPU)
-    dispatch.forget()
+    dispatch.clear_caches()
     with deterministic(False):
         yield
-    dispatch.forget()
+    dispatch.clear_caches()
 
 
 def clock_of(words, winner="two launches", timed=None):
@@ -48,7 +48,7 @@ def clock_of(words, winner="two launches", timed=None):
 
 def launched(m=200, k=32, n=24):
     """What a forward of such a layer launches, by our own GEMM."""
-    with recorded() as found, dispatch.forced("two launches"):
+    with recorded() as found, dispatch.forced_candidate("two launches"):
         lora_linear(*make_problem(m, k, n, 4, BF16).arguments())
     return {one.name: (one.args["BM"], one.args["BK"], one.warps, one.stages) for one in found}
 
@@ -96,7 +96,7 @@ def test_every_kernel_of_the_winner_is_tried_and_gives_the_same(direction):
     winner = "two launches" if direction == "forward" else "fused"
     with interpreted(80):
         torch.manual_seed(0)
-        call = tuning.calls(p, "cpu")[winner]
+        call = tuning.candidate_calls(p, "cpu")[winner]
         wanted = [t for t in _flat(call()) if t is not None]
         worst = []
 
@@ -137,7 +137,7 @@ def test_an_unsound_tile_is_not_timed(arch):
     p = Problem("backward", 200, 128, (128,), (4,), BF16, gain=True)
     timed, names = [], []
     with interpreted(arch):
-        call = tuning.calls(p, "cpu")["fused"]
+        call = tuning.candidate_calls(p, "cpu")["fused"]
 
         def clock(calls):
             timed.append(list(calls))
@@ -188,23 +188,23 @@ def test_a_later_tile_takes_the_place_of_an_older_one_and_choices_stay():
 
 
 def test_a_file_of_an_older_or_a_later_version_is_read():
-    tables.keep(GPU, 80, [tuning.choice(PLAIN, {"addmm": 2e-6, "two launches": 1e-6})])
-    path = tables.place(GPU)
+    tables.keep_choices(GPU, 80, [tuning.measured_choice(PLAIN, {"addmm": 2e-6, "two launches": 1e-6})])
+    path = tables.user_file(GPU)
     found = json.loads(path.read_text())
     assert "tiles" not in found
     path.write_text(json.dumps(found | {"tiles": [], "more": {"of": "later"}}))
-    dispatch.forget()
-    assert dispatch.plan(PLAIN, 80, gpu=GPU).winner == "two launches"
+    dispatch.clear_caches()
+    assert dispatch.choose_plan(PLAIN, 80, gpu=GPU).winner == "two launches"
 
 
 @pytest.mark.parametrize("row", [
     {"kernel": "forward"}, {"kernel": "forward", "answers": {}, "tile": {"dept": 3}, "seconds": {}},
 ])  # fmt: skip
 def test_tiles_that_are_none_are_left_aside(row):
-    tables.keep(GPU, 80, [tuning.choice(PLAIN, {"addmm": 2e-6, "two launches": 1e-6})])
-    path = tables.place(GPU)
+    tables.keep_choices(GPU, 80, [tuning.measured_choice(PLAIN, {"addmm": 2e-6, "two launches": 1e-6})])
+    path = tables.user_file(GPU)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tiles": [row]}))
-    dispatch.forget()
+    dispatch.clear_caches()
     with interpreted(80), pytest.warns(UserWarning, match="its tiles are none .* and are left aside"):
         assert launched()["forward_kernel"] == (128, 64, 8, 3)
 

@@ -5,14 +5,14 @@ import torch
 
 from lora_kernels import Member, lora_linear, lora_linear_group, use_backend, weight_norm
 from lora_kernels.ops import missing_backends
-from lora_kernels.ops.dispatch import forced
+from lora_kernels.ops.dispatch import forced_candidate
 from lora_kernels.ops.launch import recorded
 from lora_kernels.ptxsim import device
 
 if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)
 
-from lora_kernels.ops import thin
+from lora_kernels.ops import triton_skinny
 from lora_kernels.ops.lora_linear import triton as backend
 
 BF16 = torch.bfloat16
@@ -41,16 +41,16 @@ CACHE = 2 * MIB  # holds W and a GROUP of row blocks but not x, as 50 MiB do at 
 @pytest.fixture
 def scaled(monkeypatch):
     """As many rows a part as on the whole grid, where fewer programs would leave multiprocessors without work."""
-    monkeypatch.setattr(thin, "part_of_rows", lambda *_: 512)
-    monkeypatch.setattr(backend, "_order", lambda *sizes: {"GROUP": 8, "SLAB": 0})
+    monkeypatch.setattr(triton_skinny, "part_of_rows", lambda *_: 512)
+    monkeypatch.setattr(backend, "_tile_order", lambda *sizes: {"GROUP": 8, "SLAB": 0})
 
 
 def counted(layer, *args):
     """Bytes read and written behind the cache by a forward and a backward, and their launches."""
-    with device(trace=True, check=False, resident=16, shuffle=False) as sim, forced("two launches"):
+    with device(trace=True, check=False, resident=16, shuffle=False) as sim, forced_candidate("two launches"):
         made = layer(*args)
         forward = sim.launches
-        with forced("fused"):
+        with forced_candidate("fused"):
             torch.autograd.backward(made, [torch.ones_like(y) for y in made])
     return sim, (forward, sim.launches - forward)
 
@@ -94,9 +94,9 @@ def test_a_group_at_full_size():
     members = [Member(*(torch.empty(s, dtype=BF16).requires_grad_(s[1] == R or s[0] == R) for s in ((n, k), (R, k), (n, R))))
                for n in ns]  # fmt: skip
     with recorded() as launches:
-        with forced("two launches"):
+        with forced_candidate("two launches"):
             ys = lora_linear_group(x, members, 0.1)
-        with forced("fused"):
+        with forced_candidate("fused"):
             torch.autograd.backward(ys, list(map(torch.empty_like, ys)))
     shrunk, _, both, outer, _ = (launch.args for launch in launches)
     assert shrunk["SPLIT"] >= k  # h is in one part

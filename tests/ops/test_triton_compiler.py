@@ -23,9 +23,9 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 from lora_kernels.ops import triton_compiler
-from lora_kernels.ops.dispatch import forced
+from lora_kernels.ops.dispatch import forced_candidate
 from lora_kernels.ops.launch import recorded
-from lora_kernels.ops.triton_compiler import assembler, assembling, choose_assembler, sound
+from lora_kernels.ops.triton_compiler import assembler, assembling, choose_assembler, sound_schedule
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 VERSIONS = [(3, 6, 0), (3, 7, 0), (3, 7, 1), (3, 8, 0), (3, 9, 0)]
@@ -34,7 +34,9 @@ NAMES = ["shrink_kernel", "forward_kernel", "both_sides_kernel", "outer_kernel",
 
 def of(arch, dtype=BF16, other=None, precision="half", rows=64, warps=4, **flags):
     with use_backend("triton", simulate=True), device(arch):
-        return sound(torch.empty(0, dtype=dtype), [torch.empty(0, dtype=other or dtype)], precision, rows, warps, 3, **flags)
+        return sound_schedule(
+            torch.empty(0, dtype=dtype), [torch.empty(0, dtype=other or dtype)], precision, rows, warps, 3, **flags
+        )
 
 
 @pytest.mark.parametrize("version", VERSIONS, ids=str)
@@ -70,9 +72,9 @@ def test_nothing_is_refused(monkeypatch, version, arch):
         p = make_problem(130, 64, 64, 16, dtype, dropout=0.1, gain=True)
         with use_backend("triton", simulate=True), device(arch), recorded() as launches:
             p.require_grad()
-            with forced("two launches"):
+            with forced_candidate("two launches"):
                 y = lora_linear(*p.arguments())
-            with forced("fused"):
+            with forced_candidate("fused"):
                 y.backward(torch.empty_like(y))
         assert [launch.kernel.fn.__name__ for launch in launches] == NAMES
 
@@ -109,7 +111,7 @@ def test_the_assembler(monkeypatch):
 def test_only_what_is_ours_is_assembled_by_it(monkeypatch):
     """A kernel that is prepared is compiled by the later ptxas and kept under another key; all others, before, meanwhile and
     after, by Triton's."""
-    monkeypatch.setattr(triton_compiler, "driver", lambda: 13000)
+    monkeypatch.setattr(triton_compiler, "driver_version", lambda: 13000)
     before = compiled(64)
     usual = release(nvidia.get_ptxas(90).path)
     calls = []
@@ -135,10 +137,10 @@ def test_a_machine_without_a_driver_has_version_0(monkeypatch):
     def load(name):
         raise OSError(f"{name}: no such file")
 
-    triton_compiler.driver.cache_clear()
+    triton_compiler.driver_version.cache_clear()
     monkeypatch.setattr(triton_compiler.ctypes, "CDLL", load)
-    assert triton_compiler.driver() == 0
-    triton_compiler.driver.cache_clear()
+    assert triton_compiler.driver_version() == 0
+    triton_compiler.driver_version.cache_clear()
 
 
 def test_triton_without_the_later_ptxas_keeps_its_own(monkeypatch):
@@ -157,7 +159,7 @@ def test_triton_without_the_later_ptxas_keeps_its_own(monkeypatch):
 @pytest.mark.parametrize(("driver", "arch"), [(12080, 90), (13000, 80), (13000, 100)])
 def test_where_triton_s_own_is_left(monkeypatch, driver, arch):
     """An older driver does not load what a ptxas of CUDA 13 makes."""
-    monkeypatch.setattr(triton_compiler, "driver", lambda: driver)
+    monkeypatch.setattr(triton_compiler, "driver_version", lambda: driver)
     ours = types.SimpleNamespace(device_caches={0: None}, compile=triton.compile)
     choose_assembler(ours, 0, arch)
     assert ours.compile is triton.compile

@@ -25,10 +25,10 @@ GROUP = PLAIN._replace(m=20, n=(24, 8), r=(4, 2))
 def here(tmp_path, monkeypatch):
     """A GPU of a name, simulated, and a cache directory of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(launch, "gpu", lambda t: "Planted GPU 80GB")
+    monkeypatch.setattr(launch, "gpu_name", lambda t: "Planted GPU 80GB")
     with deterministic(False):
         yield
-    dispatch.forget()
+    dispatch.clear_caches()
 
 
 def planted(winner):
@@ -44,7 +44,7 @@ def test_each_candidate_runs_by_its_name_and_gives_the_same(problem, direction):
     problem = problem._replace(direction=direction)
     with interpreted(80):
         torch.manual_seed(0)
-        made = tuning.calls(problem, "cpu")
+        made = tuning.candidate_calls(problem, "cpu")
         triton = {name: call() for name, call in made.items() if name != "cuda"}
     assert len(triton) >= 2
     first, *others = [[t for t in _flat(result) if t is not None] for result in triton.values()]
@@ -57,8 +57,8 @@ def test_each_candidate_that_the_plan_knows_is_timed():
     """Also those of a backend that leaves the call to another one unless it is forced."""
     for p in (PLAIN._replace(m=20, k=64, n=(64,)), PLAIN._replace(k=64, n=(64,))):
         with use_backend("triton", simulate=True):
-            made = tuning.calls(p, "cpu")
-        able = [c.name for c in dispatch.plan(p, 80, backends=("triton", "cuda")).candidates if c.refused is None]
+            made = tuning.candidate_calls(p, "cpu")
+        able = [c.name for c in dispatch.choose_plan(p, 80, backends=("triton", "cuda")).candidates if c.refused is None]
         assert "cuda" in able and list(made) == able
 
 
@@ -71,7 +71,7 @@ def test_what_was_measured_before_an_interruption_is_kept():
 
     with interpreted(80), pytest.raises(KeyboardInterrupt):
         tuning.tune([PLAIN, DROPPED], "cpu", clock=clock)
-    assert [choice.flags for choice in tables.local("Planted GPU 80GB")] == [()]
+    assert [choice.flags for choice in tables.user_choices("Planted GPU 80GB")] == [()]
 
 
 def test_a_home_that_is_not_there_changes_nothing(monkeypatch):
@@ -80,7 +80,7 @@ def test_a_home_that_is_not_there_changes_nothing(monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(tables.Path, "home", nobody)
-    assert dispatch.plan(PLAIN, 80, gpu="Another GPU").winner == "addmm"
+    assert dispatch.choose_plan(PLAIN, 80, gpu="Another GPU").winner == "addmm"
 
 
 def _flat(result):
@@ -89,7 +89,7 @@ def _flat(result):
 
 def test_another_candidate_than_its_name_is_an_error():
     with interpreted(80), pytest.raises(RuntimeError, match="tune: one pass was forced, and the backend that ran noted"):
-        with dispatch.forced("two launches"):
+        with dispatch.forced_candidate("two launches"):
             tuning.checked("one pass", lambda: lora_linear(*make_problem(3, 16, 16, 2, BF16).arguments()))()
 
 
@@ -97,19 +97,19 @@ def test_what_was_measured_here_decides_here_alone():
     with interpreted(80):
         (found,) = tuning.tune([PLAIN], "cpu", clock=planted("two launches"))
     assert found.winner == "two launches" and set(found.seconds) >= {"two launches", "addmm"}
-    made = dispatch.plan(PLAIN, 80, gpu="Planted GPU 80GB")
+    made = dispatch.choose_plan(PLAIN, 80, gpu="Planted GPU 80GB")
     assert made.winner == "two launches" and made.why.startswith("measured here at m 200, k 32, n 24, r 4: ")
-    assert dispatch.plan(PLAIN._replace(m=399), 80, gpu="Planted GPU 80GB").winner == "two launches"
+    assert dispatch.choose_plan(PLAIN._replace(m=399), 80, gpu="Planted GPU 80GB").winner == "two launches"
     for other in (PLAIN._replace(m=401), PLAIN._replace(gain=True), PLAIN._replace(direction="backward")):
-        assert dispatch.plan(other, 80, gpu="Planted GPU 80GB").winner == "addmm", other
-    assert dispatch.plan(PLAIN, 80).winner == dispatch.plan(PLAIN, 80, gpu="Another").winner == "addmm"
-    assert dispatch.plan(PLAIN, 80, True, gpu="Planted GPU 80GB") == dispatch.plan(PLAIN, 80, True)
+        assert dispatch.choose_plan(other, 80, gpu="Planted GPU 80GB").winner == "addmm", other
+    assert dispatch.choose_plan(PLAIN, 80).winner == dispatch.choose_plan(PLAIN, 80, gpu="Another").winner == "addmm"
+    assert dispatch.choose_plan(PLAIN, 80, True, gpu="Planted GPU 80GB") == dispatch.choose_plan(PLAIN, 80, True)
 
 
 def test_explain_says_measured_here(monkeypatch):
     from lora_kernels.ops.lora_linear import triton as backend
 
-    monkeypatch.setattr(backend, "gpu", lambda t: "Planted GPU 80GB")
+    monkeypatch.setattr(backend, "gpu_name", lambda t: "Planted GPU 80GB")
     arguments = make_problem(200, 32, 24, 4, BF16).arguments()
     with interpreted(80):
         assert "nothing was measured" in str(explain(lora_linear, *arguments))
@@ -121,13 +121,13 @@ def test_a_later_measurement_takes_the_place_of_an_older_one():
     with interpreted(80):
         tuning.tune([PLAIN, PLAIN, DROPPED], "cpu", clock=planted("two launches"))
         tuning.tune([PLAIN], "cpu", clock=planted("addmm"))
-    held = tables.local("Planted GPU 80GB")
+    held = tables.user_choices("Planted GPU 80GB")
     assert [(choice.winner, choice.flags) for choice in held] == [
         ("addmm", ()), ("two launches", ("gain", "drop_base", "dropout")),
     ]  # fmt: skip
-    found = json.loads(tables.place("Planted GPU 80GB").read_text())
+    found = json.loads(tables.user_file("Planted GPU 80GB").read_text())
     assert (found["gpu"], found["arch"], found["measured"]) == ("Planted GPU 80GB", 80, True)
-    assert torch.__version__ in found["stamp"]["torch"] and not list(tables.place("x").parent.glob("*.json.*"))
+    assert torch.__version__ in found["stamp"]["torch"] and not list(tables.user_file("x").parent.glob("*.json.*"))
 
 
 def test_the_time_is_kept(monkeypatch):
@@ -141,18 +141,18 @@ def test_the_time_is_kept(monkeypatch):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"choices": [{"m": 1}]}', '{"choices": []}'])
 def test_a_file_that_is_no_table_is_left_aside(text):
-    path = tables.place("Planted GPU 80GB")
+    path = tables.user_file("Planted GPU 80GB")
     path.parent.mkdir(parents=True)
     path.write_text(text)
     with pytest.warns(UserWarning, match="is no table .* and is left aside"):
-        assert dispatch.plan(PLAIN, 80, gpu="Planted GPU 80GB").winner == "addmm"
+        assert dispatch.choose_plan(PLAIN, 80, gpu="Planted GPU 80GB").winner == "addmm"
 
 
 def test_the_file_is_by_the_gpu_and_the_versions(monkeypatch):
-    one = tables.place("NVIDIA H100 80GB HBM3")
+    one = tables.user_file("NVIDIA H100 80GB HBM3")
     assert one.name.startswith("nvidia-h100-80gb-hbm3-torch-") and f"torch-{torch.__version__}" in one.name
     monkeypatch.setattr(torch, "__version__", "9.9")
-    assert tables.place("NVIDIA H100 80GB HBM3") != one
+    assert tables.user_file("NVIDIA H100 80GB HBM3") != one
 
 
 def test_without_a_gpu_nothing_is_timed(capsys):
@@ -162,7 +162,7 @@ def test_without_a_gpu_nothing_is_timed(capsys):
 
 
 def test_usual_problems_begin_with_those_of_many_rows():
-    found = tuning.usual(BF16, 16)
+    found = tuning.common_problems(BF16, 16)
     assert [p.m > 64 for p in found] == sorted((p.m > 64 for p in found), reverse=True) and len(found) == len(set(found))
-    words = tuning.words([tuning.choice(found[0], {"addmm": 1e-3, "two launches": 2e-3})])
+    words = tuning.describe_choices([tuning.measured_choice(found[0], {"addmm": 1e-3, "two launches": 2e-3})])
     assert words == ["forward m 512, k 4096, n 4096, r 16, bfloat16: addmm (µs: addmm 1000.0, two launches 2000.0)"]

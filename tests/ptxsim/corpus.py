@@ -206,7 +206,7 @@ def by_simulator(case: Case, *edit: str, ptx: Callable[[str], str] | None = None
         else:
             made = compiled(case, problem, *edit)
             kernel, shared = _kernel(ptx(made.ptx) if ptx else made.ptx), made.shared
-            args = made.given(problem.args, kernel)
+            args = made.launch_arguments(problem.args, kernel)
         run = kernel.launch(
             case.grid, (case.warps * 32,), args, problem.writes, problem.poisoned, shared, seed=seed, early=True, **options
         )  # fmt: skip

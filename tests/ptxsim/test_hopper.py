@@ -69,7 +69,7 @@ def errors_of(text, made, args, grid, y, wanted, seeds=2):
     scratch = aligned(made.scratch * math.prod(grid))
     for seed in range(seeds):
         y.fill_(float("nan"))
-        given = made.given(args, kernel, scratch if made.scratch else 0)
+        given = made.launch_arguments(args, kernel, scratch if made.scratch else 0)
         run = kernel.launch(
             grid, (made.warps * 32,), given, [y], [scratch] if made.scratch else [], made.shared, seed=seed, tolerant=True
         )

@@ -16,7 +16,7 @@ if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)
 
 from lora_kernels.ops import cost
-from lora_kernels.ops.dispatch import forced
+from lora_kernels.ops.dispatch import forced_candidate
 from lora_kernels.ops.lora_linear import triton_forward
 from lora_kernels.ops.multi_lora import triton_kernels
 from tests.ops.multi import ids_of
@@ -63,10 +63,10 @@ TICKET = 'tl.atomic_add(ticket + tile, 1, sem="acq_rel")'
 @pytest.mark.parametrize("order", ["acq_rel", "relaxed", "acquire", "release"])
 def test_the_ticket_of_forward(order, plant, monkeypatch):
     plant(triton_forward, LORA, ["forward_kernel"], TICKET, TICKET.replace("acq_rel", order))
-    monkeypatch.setattr(cost, "splits", lambda *_: 3)
+    monkeypatch.setattr(cost, "split_k_count", lambda *_: 3)
 
     def run():
-        with forced("one pass"):
+        with forced_candidate("one pass"):
             lora_linear(*make_problem(9, 320, 70, 8, torch.bfloat16).arguments())
 
     said = found(run, 80, (0,))
@@ -78,7 +78,7 @@ def test_the_wait_of_forward_for_shrink(waits, plant):
     plant(triton_forward, LORA, ["forward_kernel"], "tl.extra.cuda.gdc_wait()", "tl.extra.cuda.gdc_wait()" if waits else "pass")
 
     def run():
-        with forced("two launches"):
+        with forced_candidate("two launches"):
             lora_linear(*make_problem(70, 96, 80, 8, torch.bfloat16).arguments())
 
     said = found(run, 90, (0,))

@@ -188,7 +188,7 @@ def test_each_barrier_of_the_product_is_needed():
         kernel = Kernel("\n".join(line if i != gone else "" for i, line in enumerate(lines)))
         errors = []
         for seed in range(3):
-            given = made.given(args, kernel)
+            given = made.launch_arguments(args, kernel)
             run = kernel.launch((2, 1), (128,), given, [args["y"]], shared=made.shared, tolerant=True, seed=seed)
             errors += run.errors
         found.append(bool(errors))

@@ -35,7 +35,7 @@ def register() -> None:
     try:
         from lora_kernels.integrations.vllm import hooks
 
-        hooks.check()
+        hooks.check_vllm()
     except (ImportError, AttributeError, TypeError) as error:
         log.warning(
             "lora_kernels: vLLM %s is not supported (tested: %s), its own LoRA layers run: %s", vllm.__version__,
@@ -44,5 +44,5 @@ def register() -> None:
         return
     if not vllm.__version__.startswith(TESTED):
         log.warning("lora_kernels: vLLM %s has what the plugin needs; tested are %s", vllm.__version__, ", ".join(TESTED))
-    hooks.install()
+    hooks.install_hooks()
     _registered = True

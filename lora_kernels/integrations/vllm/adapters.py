@@ -11,7 +11,7 @@ from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from lora_kernels.adapters.config import AdapterError
-from lora_kernels.adapters.inject import some
+from lora_kernels.adapters.inject import first_names
 
 MAGNITUDE, BIAS = ".lora_magnitude_vector", ".lora_B.bias"
 
@@ -93,13 +93,13 @@ class Model(LoRAModel):
         for kind, asked in (("magnitude", peft_helper.use_dora), ("bias", peft_helper.lora_bias)):
             having = {name for name, extra in extras.items() if getattr(extra, kind) is not None}
             if asked and having != extras.keys():
-                raise AdapterError(f"the {kind} is missing of {some(sorted(extras.keys() - having))}")
+                raise AdapterError(f"the {kind} is missing of {first_names(sorted(extras.keys() - having))}")
             if having and not asked:
-                raise AdapterError(f"the config does not say that {some(sorted(having))} has a {kind}")
+                raise AdapterError(f"the config does not say that {first_names(sorted(having))} has a {kind}")
         model.extras = {name: e for name, e in extras.items() if e.magnitude is not None or e.bias is not None}
         return model
 
 
-def install() -> None:
+def install_loader() -> None:
     theirs.parse_fine_tuned_lora_name = parse_name
     PEFTHelper._validate_features = unsupported_features

@@ -6,7 +6,7 @@ from typing import Any
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from lora_kernels.adapters.config import AdapterError
-from lora_kernels.adapters.inject import some
+from lora_kernels.adapters.inject import first_names
 from lora_kernels.integrations.vllm.adapters import Extra
 from lora_kernels.integrations.vllm.layers import OnMultiLora
 
@@ -14,20 +14,20 @@ EXTRAS = ("magnitude", "bias")
 """The fields of `Extra`."""
 
 
-def check(manager: Any, adapter: Any) -> None:
+def check_adapter(manager: Any, adapter: Any) -> None:
     """Raises AdapterError unless every module of the adapter is one of the model's, and its tensors fit there and are finite.
 
     What vLLM leaves out of an adapter (a vision tower, say) it leaves out still, unless DoRA or lora_bias is there.
     """
     whole = not any(isinstance(module, PPMissingLayer) for module in manager.model.modules())
     there = {name for name, _ in manager.model.named_modules()}
-    unknown = sorted(name for name in adapter.loras if not _has(manager, there, name))
+    unknown = sorted(name for name in adapter.loras if not _has_module(manager, there, name))
     if unknown and whole:
-        raise AdapterError(f"the adapter changes modules that the model does not have: {some(unknown)}")
+        raise AdapterError(f"the adapter changes modules that the model does not have: {first_names(unknown)}")
     served: set[str] = set()
-    for name, layer, parts in _layers(manager):
+    for name, layer, parts in _named_layers(manager):
         loras = [manager._get_lora_layer_weights(adapter, part) for part in parts]
-        extras = [_extra(manager, adapter, part) for part in parts]
+        extras = [_extra_of_part(manager, adapter, part) for part in parts]
         if not isinstance(layer, OnMultiLora):
             if any(extras):
                 kind = type(layer).__name__
@@ -35,24 +35,24 @@ def check(manager: Any, adapter: Any) -> None:
             continue
         served.update(part for part, extra in zip(parts, extras, strict=True) if extra)
         if any(loras):
-            factors = (_packed(manager, name, loras, side) for side in ("lora_a", "lora_b"))
-            layer.check(name, *factors, *(_packed(manager, name, extras, what) for what in EXTRAS))
+            factors = (_packed_values(manager, name, loras, side) for side in ("lora_a", "lora_b"))
+            layer.check_factors(name, *factors, *(_packed_values(manager, name, extras, what) for what in EXTRAS))
     left = sorted(adapter.extras.keys() - served - {name.removeprefix("model.") for name in served})
     if left and whole and manager.lora_config.target_modules is None:
-        raise AdapterError(f"DoRA or lora_bias is on modules that vLLM serves no LoRA for: {some(left)}")
+        raise AdapterError(f"DoRA or lora_bias is on modules that vLLM serves no LoRA for: {first_names(left)}")
 
 
 def extras_by_layer(manager: Any, adapter: Any) -> Iterator[tuple[str, OnMultiLora, Any, Any]]:
     """(name, layer, magnitude, bias) of the layers that have any, packed as vLLM packs B."""
-    for name, layer, parts in _layers(manager):
-        found = [_extra(manager, adapter, part) for part in parts]
+    for name, layer, parts in _named_layers(manager):
+        found = [_extra_of_part(manager, adapter, part) for part in parts]
         if not isinstance(layer, OnMultiLora) or not any(found):
             continue
-        magnitude, bias = (_packed(manager, name, found, what) for what in EXTRAS)
+        magnitude, bias = (_packed_values(manager, name, found, what) for what in EXTRAS)
         yield name, layer, magnitude, bias
 
 
-def _packed(manager: Any, name: str, parts: list[Any], what: str) -> Any:
+def _packed_values(manager: Any, name: str, parts: list[Any], what: str) -> Any:
     """An attribute of the parts of a layer as vLLM packs B: a list if the layer is packed; None if no part has it."""
     values = [getattr(part, what, None) for part in parts]
     if all(value is None for value in values):
@@ -60,20 +60,20 @@ def _packed(manager: Any, name: str, parts: list[Any], what: str) -> Any:
     return values if name in manager.packed_modules else values[0]
 
 
-def _layers(manager: Any) -> Iterator[tuple[str, Any, list[str]]]:
+def _named_layers(manager: Any) -> Iterator[tuple[str, Any, list[str]]]:
     """(name, layer, the names that an adapter has for it)."""
     for name, layer in manager.modules.items():
         yield name, layer, manager.packed_modules.get(name) or [name]
 
 
-def _extra(manager: Any, adapter: Any, part: str) -> Extra | None:
+def _extra_of_part(manager: Any, adapter: Any, part: str) -> Extra | None:
     """By vLLM's rule for names: those of a pooling model may lack its first part."""
     extras = getattr(adapter, "extras", {})
     found = extras.get(part)
     return extras.get(part.removeprefix("model.")) if found is None and manager.is_pooling_model else found
 
 
-def _has(manager: Any, there: set[str], name: str) -> bool:
+def _has_module(manager: Any, there: set[str], name: str) -> bool:
     """Whether the model, whose modules are `there`, has one that an adapter calls so, wrapped or not. Names of experts are
     vLLM's to check."""
     if ".experts" in name:

@@ -16,7 +16,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.worker.worker_base import WorkerBase
 
 from lora_kernels._version import __version__
-from lora_kernels.adapters.inject import some
+from lora_kernels.adapters.inject import first_names
 from lora_kernels.integrations.vllm import adapters, log, proof
 from lora_kernels.integrations.vllm.adapters import Model
 from lora_kernels.integrations.vllm.fits import extras_by_layer
@@ -24,7 +24,7 @@ from lora_kernels.integrations.vllm.layers import CLASSES, OnMultiLora
 from lora_kernels.integrations.vllm.step import Step, set_step, step_of
 
 
-def check() -> None:
+def check_vllm() -> None:
     """Raises AttributeError or TypeError unless vLLM is as we know it; the message names what is not."""
     wanted: list[tuple[Any, str, set[str]]] = [
         (LoRAModelManager, "_init_punica_wrapper", set()), (LoRAModelManager, "_create_lora_modules", set()),
@@ -40,36 +40,36 @@ def check() -> None:
     for owner, name, parameters in wanted:
         missing = parameters - set(inspect.signature(getattr(owner, name)).parameters)
         if missing:
-            raise TypeError(f"{owner.__name__}.{name} has no parameter {some(sorted(missing))}")
+            raise TypeError(f"{owner.__name__}.{name} has no parameter {first_names(sorted(missing))}")
     if not set(CLASSES) <= set(utils._all_lora_classes):
         raise TypeError("vllm.lora.utils._all_lora_classes has not the layers that we know")
 
 
-def install() -> None:
+def install_hooks() -> None:
     utils._all_lora_classes = tuple(CLASSES.get(cls, cls) for cls in utils._all_lora_classes)
-    adapters.install()
-    _around(LoRAConfig, "compute_hash", _with_our_name)
-    _around(LoRAModelManager, "_init_punica_wrapper", _with_steps)
-    _around(LoRAModelManager, "_create_lora_modules", _with_a_report)
-    _around(LoRAModelManager, "activate_adapter", _with_extras)
-    _around(LoRAModelManager, "remove_all_adapters", _with_norms_forgotten)
-    _around(WorkerLoRAManager, "__init__", _with_our_model)
-    _around(WorkerLoRAManager, "_load_adapter", proof.load)
+    adapters.install_loader()
+    _wrap_method(LoRAConfig, "compute_hash", _with_our_name)
+    _wrap_method(LoRAModelManager, "_init_punica_wrapper", _with_steps)
+    _wrap_method(LoRAModelManager, "_create_lora_modules", _with_a_report)
+    _wrap_method(LoRAModelManager, "activate_adapter", _with_extras)
+    _wrap_method(LoRAModelManager, "remove_all_adapters", _with_norms_forgotten)
+    _wrap_method(WorkerLoRAManager, "__init__", _with_our_model)
+    _wrap_method(WorkerLoRAManager, "_load_adapter", proof.load_and_check)
     setattr(WorkerBase, proof.TRY, proof.try_lora)
     for name in ("add_request", "add_lora"):
-        _around(LLMEngine, name, proof.proved)
-        setattr(AsyncLLM, name, proof.proved_async(getattr(AsyncLLM, name)))
+        _wrap_method(LLMEngine, name, proof.with_proof)
+        setattr(AsyncLLM, name, proof.with_proof_async(getattr(AsyncLLM, name)))
 
 
-def _around(owner: Any, name: str, change: Callable[..., Any]) -> None:
+def _wrap_method(owner: Any, name: str, change: Callable[..., Any]) -> None:
     """Calls change(original, self, ...) in place of a method."""
     original = getattr(owner, name)
 
     @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapped_method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return change(original, self, *args, **kwargs)
 
-    setattr(owner, name, method)
+    setattr(owner, name, wrapped_method)
 
 
 def _with_our_name(original: Any, config: Any) -> str:
@@ -97,7 +97,7 @@ def _following(wrapper: Any, step: Step) -> Callable[..., None]:
     @functools.wraps(update)
     def update_metadata(mapping: Any, *args: Any, **kwargs: Any) -> None:
         update(mapping, *args, **kwargs)
-        step.set(wrapper.token_lora_indices, not any(lora_id > 0 for lora_id in mapping.index_mapping))
+        step.set_slots(wrapper.token_lora_indices, not any(lora_id > 0 for lora_id in mapping.index_mapping))
 
     return update_metadata
 

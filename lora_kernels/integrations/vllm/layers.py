@@ -29,7 +29,7 @@ from lora_kernels.serving.site import Pages, Prepared, pages_of
 
 Parts = Tensor | Sequence[Tensor | None]
 """A tensor of the whole layer, or one of each module that vLLM packed into it (None: the adapter leaves that alone)."""
-CHUNK = 256
+IDENTITY_ROWS = 256
 """Rows of the identity at a time, when W is asked for through its product."""
 
 
@@ -75,14 +75,14 @@ class OnMultiLora:
         self.lora_a_stacked = tuple(s.a[None, None] for s in self._slots)
         self.lora_b_stacked = tuple(s.b.T[None, None] for s in self._slots)
 
-    def check(self, name: str, lora_a: Parts, lora_b: Parts, magnitude: Parts | None, bias: Parts | None) -> None:
+    def check_factors(self, name: str, lora_a: Parts, lora_b: Parts, magnitude: Parts | None, bias: Parts | None) -> None:
         """Raises AdapterError unless an adapter fits the layer and is finite. It sees all of it, so all ranks find the same."""
         for what, parts in (("A", lora_a), ("B", lora_b), ("magnitude", magnitude), ("bias", bias)):
             for t in [parts] if isinstance(parts, Tensor) else parts or ():
                 if t is not None and not bool(t.to(self._slots[0].a.dtype).isfinite().all()):
                     raise AdapterError(f"{name}: {what} has values that are not finite as {self._slots[0].a.dtype}")
         most, n_in, whole = self.lora_config.max_lora_rank, self.base_layer.input_size, self._rows_of_slices()
-        for a, b, size in zip(*self._whole(lora_a, lora_b, name), whole, strict=True):
+        for a, b, size in zip(*self._factors_of_all_ranks(lora_a, lora_b, name), whole, strict=True):
             if a is None or b is None:
                 continue
             wanted, found = ((len(a), n_in), (size, len(a))), (tuple(a.shape), tuple(b.shape))
@@ -91,22 +91,22 @@ class OnMultiLora:
             if len(a) > most:
                 raise AdapterError(f"{name}: the rank may be {most} (max_lora_rank), found {len(a)}")
         for what, parts in (("magnitude", magnitude), ("bias", bias)):
-            rows = [None] * len(whole) if parts is None else self._whole(None, _columns(parts), name)[1]
+            rows = [None] * len(whole) if parts is None else self._factors_of_all_ranks(None, _columns(parts), name)[1]
             for t, size in zip(rows, whole, strict=True):
                 if t is not None and len(t) != size:
                     raise AdapterError(f"{name}: {what} must have {size} elements, found {len(t)}")
 
     def reset_lora(self, index: int) -> None:
         for pages in self._pages:
-            pages.clear(index)
+            pages.clear_slot(index)
 
     def set_lora(self, index: int, lora_a: Parts, lora_b: Parts) -> None:
         """Puts A and B, which vLLM has scaled, into a slot; `complete` follows for DoRA and lora_bias."""
         self.reset_lora(index)
-        for pages, a, b in zip(self._pages, *self._here(lora_a, lora_b), strict=True):
+        for pages, a, b in zip(self._pages, *self._factors_of_this_rank(lora_a, lora_b), strict=True):
             if a is not None and b is not None:
                 a, b = (t.to(pages.slots.a.device, pages.slots.a.dtype, non_blocking=True) for t in (a, b))
-                pages.put(index, Prepared(a, b.T, 1.0))
+                pages.write_slot(index, Prepared(a, b.T, 1.0))
 
     def forget_norms(self) -> None:
         """The weight of the base has changed."""
@@ -116,7 +116,7 @@ class OnMultiLora:
         """Puts the gain of DoRA and s times lora_bias beside the factors of a slot. Returns what is wrong with the gain: each
         rank has its own part of it, and all must go through all layers."""
         wrong: Exception | None = None
-        for i, m in enumerate(() if magnitude is None else self._here(None, _columns(magnitude))[1]):
+        for i, m in enumerate(() if magnitude is None else self._factors_of_this_rank(None, _columns(magnitude))[1]):
             if m is not None:
                 s = self._slots[i]
                 try:
@@ -129,7 +129,9 @@ class OnMultiLora:
                 s.flags[index] |= GAIN
                 if not bool(s.gain[index].isfinite().all()):
                     wrong = wrong or AdapterError(f"{name}: the gain of DoRA is not finite")
-        for i, c in enumerate(() if bias is None or self._is_later_part else self._here(None, _columns(bias))[1]):
+        for i, c in enumerate(
+            () if bias is None or self._is_later_part else self._factors_of_this_rank(None, _columns(bias))[1]
+        ):
             if c is not None:
                 self._slots[i].bias[index] = c[:, 0]
                 self._slots[i].flags[index] |= BIAS
@@ -166,7 +168,9 @@ class OnMultiLora:
             sizes = [layer.output_size] if self.n_slices == 1 else list(layer.output_sizes)
         return sizes if len(sizes) == self.n_slices else [sum(sizes)]
 
-    def _whole(self, lora_a: Parts | None, lora_b: Parts, name: str) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    def _factors_of_all_ranks(
+        self, lora_a: Parts | None, lora_b: Parts, name: str
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """A and B of each slice, of all ranks together; B is whatever has a row for each row of W."""
         try:
             if isinstance(lora_b, Tensor):
@@ -179,9 +183,9 @@ class OnMultiLora:
         except (RuntimeError, ValueError) as error:
             raise AdapterError(f"{name}: its rows do not divide into {self._rows_of_slices()}: {error}") from error
 
-    def _here(self, lora_a: Parts | None, lora_b: Parts) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    def _factors_of_this_rank(self, lora_a: Parts | None, lora_b: Parts) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """A and B of each slice of this rank, by vLLM's rules."""
-        a, b = self._whole(lora_a, lora_b, type(self).__name__)
+        a, b = self._factors_of_all_ranks(lora_a, lora_b, type(self).__name__)
         if self.tp_size == 1:
             return a, b
         if self.n_slices > 1:
@@ -198,7 +202,7 @@ class OnMultiLora:
         """‖W + BA‖² by row, of the columns of W that are here; float32."""
         start = sum(self.output_slices[:i])
         rows = slice(start, start + self.output_slices[i])
-        w = self._weight()
+        w = self._plain_weight()
         if w is not None:
             if self._squared[i] is None:
                 self._squared[i] = row_norm_squared(w[rows])
@@ -211,28 +215,30 @@ class OnMultiLora:
         # ‖W + BA‖² = ‖W‖² + 2 diag(W Aᵀ Bᵀ) + diag(B A Aᵀ Bᵀ)
         return (squared + 2 * (b * of_a.T).sum(1) + ((b @ (a @ a.T)) * b).sum(1)).clamp_min(0)
 
-    def _weight(self) -> Tensor | None:
+    def _plain_weight(self) -> Tensor | None:
         """W [out, in] of this rank if the base layer has it as such: not quantised, nor packed."""
         w = getattr(self.base_layer, "weight", None)
         shape = (sum(self.output_slices), self.input_size)
         return w.detach() if isinstance(w, Tensor) and w.dtype in FLOATS and tuple(w.shape) == shape else None
 
     def _columns_of_weight(self, rows: slice) -> Iterator[tuple[int, Tensor]]:
-        """Wᵀ, CHUNK of its rows at a time, and which is the first: the products of unit vectors.
+        """Wᵀ, IDENTITY_ROWS of its rows at a time, and which is the first: the products of unit vectors.
 
         Raises:
             AdapterError: they do not grow as their inputs do: those are quantised with a scale of their own.
         """
-        for first in range(0, self.input_size, CHUNK):
-            units = torch.zeros(min(CHUNK, self.input_size - first), self.input_size)
+        for first in range(0, self.input_size, IDENTITY_ROWS):
+            units = torch.zeros(min(IDENTITY_ROWS, self.input_size - first), self.input_size)
             units[torch.arange(len(units)), first + torch.arange(len(units))] = 1
-            columns = self._base(units)[:, rows].float()
-            if first == 0 and not torch.allclose(2 * self._base(units / 2)[:, rows].float(), columns, rtol=1e-2, atol=1e-6):
+            columns = self._base_product(units)[:, rows].float()
+            if first == 0 and not torch.allclose(
+                2 * self._base_product(units / 2)[:, rows].float(), columns, rtol=1e-2, atol=1e-6
+            ):
                 kind = type(self.base_layer.quant_method).__name__
                 raise AdapterError(f"DoRA needs the norm of W, which {kind} hides: it rounds its inputs to a fixed scale")
             yield first, columns
 
-    def _base(self, x: Tensor) -> Tensor:
+    def _base_product(self, x: Tensor) -> Tensor:
         x = x.to(self._slots[0].a.device, self.base_layer.params_dtype)
         return self.base_layer.quant_method.apply(self.base_layer, x, None)
 

@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
 from lora_kernels.adapters.config import AdapterError
-from lora_kernels.integrations.vllm.fits import check
+from lora_kernels.integrations.vllm.fits import check_adapter
 
 TRY = "lora_kernels_try_lora"
 """The name of `try_lora` in vLLM's workers."""
@@ -30,11 +30,11 @@ def try_lora(worker: Any, fields: Sequence[Any], stage: str) -> str | None:
         if stage == "load":
             held = manager._adapter_manager.list_adapters().get(request.lora_int_id)
             if held is None or request.load_inplace:
-                aside(manager)[request.lora_int_id] = manager._load_adapter(request)
+                adapters_set_aside(manager)[request.lora_int_id] = manager._load_adapter(request)
             elif getattr(held, "path", request.lora_path) != request.lora_path:
                 raise AdapterError(f"number {request.lora_int_id} is that of {held.path}; load_inplace exchanges it")
         elif stage == "drop":
-            aside(manager).pop(request.lora_int_id, None)
+            adapters_set_aside(manager).pop(request.lora_int_id, None)
         elif stage == "add":
             worker.add_lora(request)
         else:
@@ -44,61 +44,65 @@ def try_lora(worker: Any, fields: Sequence[Any], stage: str) -> str | None:
     return None
 
 
-def load(original: Any, manager: Any, request: Any) -> Any:
+def load_and_check(original: Any, manager: Any, request: Any) -> Any:
     """In place of a worker's _load_adapter: what lies aside already, or is read and checked now."""
-    kept = aside(manager).pop(request.lora_int_id, None)
+    kept = adapters_set_aside(manager).pop(request.lora_int_id, None)
     if kept is not None and kept.path == request.lora_path:
         return kept
     adapter = original(manager, request)
-    check(manager._adapter_manager, adapter)
+    check_adapter(manager._adapter_manager, adapter)
     adapter.path = request.lora_path
     return adapter
 
 
-def aside(manager: Any) -> dict[int, Any]:
+def adapters_set_aside(manager: Any) -> dict[int, Any]:
     """The adapters that a worker has loaded and not yet added."""
     return manager.__dict__.setdefault("_lora_kernels_aside", {})
 
 
-def proved(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
+def with_proof(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
     """Around a method of the engine that takes a LoRARequest."""
-    request = _unproven(original, engine, args, kwargs)
+    request = _unproven_request(original, engine, args, kwargs)
     if request is not None:
-        fields, stages, answer = msgspec.structs.astuple(request), _proof(engine, request, engine.is_sleeping()), None
-        while (stage := _next(stages, answer)) is not None:
+        fields, stages, answer = msgspec.structs.astuple(request), _proof_stages(engine, request, engine.is_sleeping()), None
+        while (stage := _next_stage(stages, answer)) is not None:
             answer = engine.collective_rpc(TRY, args=(fields, stage))
     return original(engine, *args, **kwargs)
 
 
-def proved_async(original: Any) -> Callable[..., Any]:
-    """As `proved`, for the server's engine."""
+def with_proof_async(original: Any) -> Callable[..., Any]:
+    """As `with_proof`, for the server's engine."""
 
     @functools.wraps(original)
-    async def method(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        request = _unproven(original, engine, args, kwargs)
+    async def proved_method(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        request = _unproven_request(original, engine, args, kwargs)
         if request is not None:
-            fields, stages, answer = msgspec.structs.astuple(request), _proof(engine, request, await engine.is_sleeping()), None
-            while (stage := _next(stages, answer)) is not None:
+            fields, stages, answer = (
+                msgspec.structs.astuple(request),
+                _proof_stages(engine, request, await engine.is_sleeping()),
+                None,
+            )
+            while (stage := _next_stage(stages, answer)) is not None:
                 answer = await engine.collective_rpc(TRY, args=(fields, stage))
         return await original(engine, *args, **kwargs)
 
-    return method
+    return proved_method
 
 
-def _proof(engine: Any, request: Any, sleeps: bool) -> Generator[str, Any, None]:
+def _proof_stages(engine: Any, request: Any, sleeps: bool) -> Generator[str, Any, None]:
     """The stages to ask all workers for; takes their answers, and raises with the first reason. While the engine sleeps its
     slots may have no memory, so the adapter is only loaded."""
     for stage in ("load",) if sleeps else ("load", "add"):
         reason = next((reason for reason in (yield stage) if reason is not None), None)
         if reason is not None:
             yield "drop" if stage == "load" else "remove"
-            _proven(engine).discard(_key(request))
+            _proven_adapters(engine).discard(_adapter_key(request))
             message = f"the adapter {request.lora_name!r} ({request.lora_path}) cannot be served: {reason}"
             raise VLLMValidationError(message, parameter="lora_request")
-    _proven(engine).add(_key(request))
+    _proven_adapters(engine).add(_adapter_key(request))
 
 
-def _next(stages: Generator[str, Any, None], answer: Sequence[str | None] | None) -> str | None:
+def _next_stage(stages: Generator[str, Any, None], answer: Sequence[str | None] | None) -> str | None:
     """The stage that follows the answer to the one before; None after the last."""
     try:
         return stages.send(answer)
@@ -106,16 +110,16 @@ def _next(stages: Generator[str, Any, None], answer: Sequence[str | None] | None
         return None
 
 
-def _unproven(original: Any, engine: Any, args: Any, kwargs: Any) -> Any:
+def _unproven_request(original: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     """The LoRARequest of a call, if its adapter is to be tried."""
     request = inspect.signature(original).bind(engine, *args, **kwargs).arguments.get("lora_request")
-    known = request is None or (_key(request) in _proven(engine) and not request.load_inplace)
+    known = request is None or (_adapter_key(request) in _proven_adapters(engine) and not request.load_inplace)
     return None if known or engine.vllm_config.lora_config is None else request
 
 
-def _proven(engine: Any) -> set[tuple[int, str]]:
+def _proven_adapters(engine: Any) -> set[tuple[int, str]]:
     return engine.__dict__.setdefault("_lora_kernels_proven", set())
 
 
-def _key(request: Any) -> tuple[int, str]:
+def _adapter_key(request: Any) -> tuple[int, str]:
     return request.lora_int_id, request.lora_path

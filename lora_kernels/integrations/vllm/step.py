@@ -25,7 +25,7 @@ class Step:
         """The slot holds another adapter from now on."""
         self.generation[slot] = (self.generation[slot] + 1) & 0x7FFFFFFF
 
-    def set(self, slots: Tensor, all_base: bool) -> None:
+    def set_slots(self, slots: Tensor, all_base: bool) -> None:
         """The slot of each token of the next step, [tokens] int64, -1 for the base; and whether all are -1.
 
         Raises:
@@ -54,15 +54,15 @@ class Step:
         """The plan of a step of that many tokens; those beyond the step's own, which pad it, want the base. The order of the
         step holds for a longer one, since base tokens come last in it, by their number."""
         if torch.compiler.is_compiling():
-            return self._view(tokens)
+            return self._plan_view(tokens)
         if tokens < self._filled:
             return BatchPlan.build(self._ids[:tokens], len(self.generation))
         found = self._plans.get(tokens)
         if found is None:
-            found = self._plans[tokens] = self._view(tokens)
+            found = self._plans[tokens] = self._plan_view(tokens)
         return found
 
-    def _view(self, tokens: int) -> BatchPlan:
+    def _plan_view(self, tokens: int) -> BatchPlan:
         return BatchPlan(self._ids[:tokens], None, self._order[:tokens], self._starts, self._error)
 
 

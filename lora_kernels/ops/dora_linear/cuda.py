@@ -1,16 +1,16 @@
 """CUDA C++: the kernels of weight_norm and lora_linear one after the other, where Triton's one launch does not run."""
 
-from lora_kernels.ops.alone import refuse_beside_triton
+from lora_kernels.ops.cuda_alone import refuse_beside_triton
 from lora_kernels.ops.dora_linear.two_ops import norm_then_linear
-from lora_kernels.ops.launch import KINDS, refuse_cuda
-from lora_kernels.ops.lora_linear.cuda_thin import EXPAND
+from lora_kernels.ops.launch import KERNEL_SUFFIX, refuse_cuda
+from lora_kernels.ops.lora_linear.cuda_skinny import EXPAND
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 
 
 def refusal(call):
     x = call.x
-    if x.dtype not in KINDS:
+    if x.dtype not in KERNEL_SUFFIX:
         return f"x is {x.dtype}; the kernels read bfloat16 or float16"
     tensors = {"a": call.a, "b": call.b, "bias": call.bias, "magnitude": call.magnitude}
     return (

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.lora_linear.op import _check, without_autocast
+from lora_kernels.ops.lora_linear.op import _check_arguments, without_autocast
 from lora_kernels.ops.registry import declare
 
 
@@ -27,7 +27,7 @@ def dora_linear(
     Raises:
         TypeError, ValueError: as `lora_linear`; magnitude is checked as its gain.
     """
-    _check(x, w, a, b, scale, bias, magnitude, 0.0, "peft", None, op="dora_linear")
+    _check_arguments(x, w, a, b, scale, bias, magnitude, 0.0, "peft", None, op="dora_linear")
     with torch.no_grad(), without_autocast(x):
         y, norm = _dora_linear(DoRALinear(x.reshape(-1, x.shape[-1]), w, a, b, float(scale), bias, magnitude))
     return y.view(*x.shape[:-1], w.shape[0]), norm
@@ -45,9 +45,9 @@ class DoRALinear(NamedTuple):
     magnitude: Tensor
 
 
-def _fake(call):
+def _fake_results(call):
     x, w = call.x, call.w
     return x.new_empty(len(x), len(w)), w.new_empty(len(w), dtype=torch.promote_types(w.dtype, torch.float32))
 
 
-_dora_linear = declare("dora_linear", DoRALinear, "(Tensor y, Tensor norm)", _fake)
+_dora_linear = declare("dora_linear", DoRALinear, "(Tensor y, Tensor norm)", _fake_results)

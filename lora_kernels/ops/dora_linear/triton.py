@@ -5,12 +5,12 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.dora_linear.two_ops import norm_then_linear
-from lora_kernels.ops.launch import ceil, launch, power, refuse_device
+from lora_kernels.ops.launch import ceil_div, launch_triton, power_of_two, refuse_device
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import tile
-from lora_kernels.ops.thin import HALVES, load_tile, precision, product
-from lora_kernels.ops.triton_compiler import sound
+from lora_kernels.ops.triton_compiler import sound_schedule
+from lora_kernels.ops.triton_skinny import HALVES, dot_accumulate, load_tile, precision
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -31,11 +31,11 @@ def dora_kernel(
         xs = load_tile(x, rows, depth, x0, x1, m, k)  # [BM, BK]
         ws = load_tile(w, depth, columns, w1, w0, k, n)  # [BK, BN]
         as_ = load_tile(a, depth, ranks, a1, a0, k, r)  # [BK, BR]
-        sums = product(xs, ws, sums, PRECISION)
-        thin = product(xs, as_, thin, PRECISION)
-        adapted = ws.to(tl.float32) + scale * product(as_, bs, tl.zeros((BK, BN), tl.float32), OF_B_A)
+        sums = dot_accumulate(xs, ws, sums, PRECISION)
+        thin = dot_accumulate(xs, as_, thin, PRECISION)
+        adapted = ws.to(tl.float32) + scale * dot_accumulate(as_, bs, tl.zeros((BK, BN), tl.float32), OF_B_A)
         squares += adapted * adapted
-    sums = product(scale * thin, bs, sums, PRECISION)
+    sums = dot_accumulate(scale * thin, bs, sums, PRECISION)
     norms = tl.sqrt_rn(tl.sum(squares, 0))  # [BN]
     tl.store(norm + columns, norms, mask=columns < n)
     known = tl.load(magnitude + columns, mask=columns < n, other=0.0).to(tl.float32)
@@ -59,15 +59,15 @@ def forward(call):
     if m > t.rows or r > t.ranks or m == 0:
         return norm_then_linear(call)
     y, norm = x.new_empty(m, n), w.new_empty(n, dtype=torch.float32)
-    bm = power(m, most=t.rows)
+    bm = power_of_two(m, most=t.rows)
     args = {
         "x": x, "w": w, "a": a, "b": b, "bias": None if bias is None else bias.contiguous(),
         "magnitude": call.magnitude.contiguous(), "y": y, "norm": norm, "scale": call.scale, "m": m, "n": n, "k": k, "r": r,
         "x0": x.stride(0), "x1": x.stride(1), "w0": w.stride(0), "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1),
         "b0": b.stride(0), "b1": b.stride(1), "PRECISION": precision(x), "OF_B_A": "half" if a.dtype in HALVES else "bf16x6",
-        "BM": bm, "BN": t.columns, "BK": t.depth, "BR": power(r, most=t.ranks),
+        "BM": bm, "BN": t.columns, "BK": t.depth, "BR": power_of_two(r, most=t.ranks),
     }  # fmt: skip
     # rows of x, and of Aᵀ in B A
-    warps, stages = sound(x, [a], precision(x), max(bm, t.depth), t.warps, t.stages, narrow=True)
-    launch(dora_kernel, (ceil(n, t.columns),), args, [y, norm], warps=warps, stages=stages, registers=t.registers)
+    warps, stages = sound_schedule(x, [a], precision(x), max(bm, t.depth), t.warps, t.stages, narrow=True)
+    launch_triton(dora_kernel, (ceil_div(n, t.columns),), args, [y, norm], warps=warps, stages=stages, registers=t.registers)
     return y, norm

@@ -12,16 +12,16 @@ from functools import partial
 import torch
 
 from lora_kernels import _cpu
-from lora_kernels.ops.buffers import mask, row_major, transposed
-from lora_kernels.ops.gradients import dtype_of, empty_like
+from lora_kernels.ops.cpu_amx import on_tiles, product_back
+from lora_kernels.ops.cpu_gemm import BLOCK, base_product, base_product_slices, fused_token_limit
+from lora_kernels.ops.cpu_tensors import dropout_args, row_major, transposed
+from lora_kernels.ops.gradients import empty_gradient, gradient_dtype
 from lora_kernels.ops.lora_linear.call import Forward, Needs
 from lora_kernels.ops.lora_linear.loop import backward_each, forward_each, refuse_each
-from lora_kernels.ops.products import BLOCK, base_product, products, small
 from lora_kernels.ops.refusals import READ, refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
-from lora_kernels.ops.tiles import on_tiles, product_back
 
-FEW = 64  # tokens, up to which a pass in float32 vectors is faster than tiles and a transposing copy
+OUTER_TOKENS = 64  # tokens, up to which a pass in float32 vectors is faster than tiles and a transposing copy
 
 
 def refusal(call):
@@ -50,7 +50,7 @@ def forward(call):
     x, w = call.x, call.w
     tokens = x.shape[0]
     if tokens and not call.drop_base and w.numel():
-        if tokens <= small(x.dtype):
+        if tokens <= fused_token_limit(x.dtype):
             done = _forward_small(call)
             if done is not None:
                 return done
@@ -66,7 +66,7 @@ def _forward_small(call):
     y = x.new_empty(tokens, w.shape[0])
     h = x.new_empty(tokens, a.shape[0], dtype=torch.float32) if call.keep_h else None
     z = torch.empty_like(y) if call.keep_z else None
-    drop = mask(call.dropout, call.seed)
+    drop = dropout_args(call.dropout, call.seed)
     rest = (call.b, y, z, call.bias, call.gain, h, call.scale, drop, torch.get_num_threads())
     # the kernel looks at the strides: here that would take as long as a small layer
     if not _cpu.forward_small(x, w, a, *rest) and not _cpu.forward_small(x.contiguous(), w, a.contiguous(), *rest):
@@ -76,7 +76,7 @@ def _forward_small(call):
 
 def _forward_tiles(call):
     w, a, scale, threads = call.w, call.a, call.scale, torch.get_num_threads()
-    x, drop = row_major(call.x), mask(call.dropout, call.seed)
+    x, drop = row_major(call.x), dropout_args(call.dropout, call.seed)
     h = x.new_empty(x.shape[0], a.shape[0], dtype=torch.float32)
     if drop is not None:
         _cpu.shrink(x, a, None, h, scale, drop, threads)
@@ -89,7 +89,7 @@ def _forward_tiles(call):
 
 def _forward_large(call):
     w, a, b, bias, gain, drop_base, keep_z = call.w, call.a, call.b, call.bias, call.gain, call.drop_base, call.keep_z
-    x, drop = row_major(call.x), mask(call.dropout, call.seed)
+    x, drop = row_major(call.x), dropout_args(call.dropout, call.seed)
     tokens, n_out = x.shape[0], w.shape[0]
     h = x.new_empty(tokens, a.shape[0], dtype=torch.float32)
     if w.numel() == 0 or tokens == 0:
@@ -103,9 +103,9 @@ def _forward_large(call):
         wide, rows = base_product(x, w), transposed(b)
         y, z = wide, None
         if keep_z:
-            _expand(wide, wide, rows, h)
+            _add_adapter(wide, wide, rows, h)
             y, z, rows = torch.empty_like(wide), wide, None
-        _expand(wide, y, rows, h, gain=gain, bias=bias)
+        _add_adapter(wide, y, rows, h, gain=gain, bias=bias)
         return y, h if call.keep_h else None, z
     y, z = x.new_empty(tokens, n_out), x.new_empty(tokens, n_out if keep_z else 0)
     kept = x
@@ -113,19 +113,19 @@ def _forward_large(call):
     if drop_base:
         wide = x.float()
         kept = torch.empty_like(wide)
-        _expand(wide, kept, None, h, mask=drop, mask_from=True)
+        _add_adapter(wide, kept, None, h, mask=drop, mask_from=True)
         rest = wide - kept
     # float32 between the passes where there is more than one, so that y is rounded once
-    for rows, wide in products(kept, w):
-        slice_b, slice_gain, slice_bias = b[rows], _slice(gain, rows), _slice(bias, rows)
+    for rows, wide in base_product_slices(kept, w):
+        slice_b, slice_gain, slice_bias = b[rows], _rows_or_none(gain, rows), _rows_or_none(bias, rows)
         target = y[:, rows]
         if rest is None and not keep_z:
-            _expand(wide, target, transposed(slice_b), h, gain=slice_gain, bias=slice_bias)
+            _add_adapter(wide, target, transposed(slice_b), h, gain=slice_gain, bias=slice_bias)
             continue
-        _expand(wide, wide, transposed(slice_b), h)
+        _add_adapter(wide, wide, transposed(slice_b), h)
         if keep_z:
             z[:, rows].copy_(wide)
-        _expand(wide, wide, None, h, gain=slice_gain, bias=slice_bias)
+        _add_adapter(wide, wide, None, h, gain=slice_gain, bias=slice_bias)
         if rest is not None:
             wide += rest @ w[rows].to(rest.dtype).T
         target.copy_(wide)
@@ -140,13 +140,13 @@ def backward(call):
 def _gradients(dx_dtype, call):
     """dx in dx_dtype, float32 or that of x."""
     w, a, b, bias, gain, scale, h = call.w, call.a, call.b, call.bias, call.gain, call.scale, call.h
-    dy, x, drop, needs = row_major(call.dy), row_major(call.x), mask(call.dropout, call.seed), Needs(*call.needs)
+    dy, x, drop, needs = row_major(call.dy), row_major(call.x), dropout_args(call.dropout, call.seed), Needs(*call.needs)
     tokens, rank = x.shape[0], a.shape[0]
     threads = torch.get_num_threads()
     dx = da = db = dbias = dgain = None
     if w.numel() == 0 or tokens == 0:
         of = zip((x, a, b, bias, gain), needs, strict=True)
-        zeros = [t.new_zeros(t.shape, dtype=dtype_of(t, need)) if need else None for t, need in of]
+        zeros = [t.new_zeros(t.shape, dtype=gradient_dtype(t, need)) if need else None for t, need in of]
         if needs.x:
             zeros[0] = zeros[0].to(dx_dtype)
         if needs.bias:
@@ -161,21 +161,21 @@ def _gradients(dx_dtype, call):
         if needs.x:
             dx = _input_gradient(dx_dtype, dy, w, a, gain, p, drop, call.drop_base)
     if needs.a:
-        da = empty_like(a, needs.a)
+        da = empty_gradient(a, needs.a)
         if drop is None and on_tiles(x, x) and da.dtype is not torch.float16:
             product_back(p.T, x, out=da)
         else:
             _cpu.outer(x, da, None, p, drop, threads)
     if needs.b:
-        db = empty_like(b, needs.b)
-        if gain is None and tokens > FEW and on_tiles(dy, dy):
+        db = empty_gradient(b, needs.b)
+        if gain is None and tokens > OUTER_TOKENS and on_tiles(dy, dy):
             db.copy_(product_back(h.T, dy).T)
         else:
             _cpu.outer(dy, transposed(db), gain, h, None, threads)
     if needs.bias:
-        dbias = _column_sums(dy, None).to(dtype_of(bias, needs.bias))
+        dbias = _column_sums(dy, None).to(gradient_dtype(bias, needs.bias))
     if needs.gain:
-        dgain = _gain_gradient(call, dy).to(dtype_of(gain, needs.gain))
+        dgain = _gain_gradient(call, dy).to(gradient_dtype(gain, needs.gain))
     return dx, da, db, dbias, dgain
 
 
@@ -203,11 +203,11 @@ def _input_gradient(dtype, dy, w, a, gain, p, drop, drop_base):
     """(dy ⊙ gain) W + mask ⊙ (p A), or for a dropped base dy W + mask ⊙ ((dy ⊙ (gain - 1)) W + p A)."""
     if drop_base:
         wide = _times_weight(dy * (gain - 1), w)
-        _expand(wide, wide, a, p, mask=drop, mask_from=True)
+        _add_adapter(wide, wide, a, p, mask=drop, mask_from=True)
         return (wide + _times_weight(dy, w)).to(dtype)
     product = _times_weight(dy if gain is None else dy * gain.to(torch.float32), w)
     dx = product if dtype is torch.float32 else torch.empty_like(product, dtype=dtype)
-    _expand(product, dx, a, p, mask=drop)
+    _add_adapter(product, dx, a, p, mask=drop)
     return dx
 
 
@@ -229,7 +229,7 @@ def _column_sums(u, v):
     return sums
 
 
-def _expand(source, target, b, h, *, gain=None, bias=None, mask=None, mask_from=False):
+def _add_adapter(source, target, b, h, *, gain=None, bias=None, mask=None, mask_from=False):
     """target = gain ⊙ (source + mask ⊙ (h b)) + bias, b [rank, out]; with mask_from the mask is on both terms."""
     _cpu.expand(source, target, b, gain, bias, h, mask, mask_from, torch.get_num_threads())
 
@@ -251,5 +251,5 @@ def _times_weight(dy, w):
     return out
 
 
-def _slice(vector, rows):
+def _rows_or_none(vector, rows):
     return None if vector is None else vector[rows]

@@ -6,33 +6,43 @@ they take it (`refuse_fused`). On sm_90, where that was measured to be the faste
 import torch
 
 from lora_kernels.ops import cost
-from lora_kernels.ops.alone import alone, refuse_beside_triton
-from lora_kernels.ops.chips import chip
-from lora_kernels.ops.cuda_shared import shared_of_gemm, shared_of_small
-from lora_kernels.ops.dispatch import Problem, forcing, plan
-from lora_kernels.ops.launch import KINDS, architecture, ceil, gpu, launch_cuda, multiprocessors, refuse_cuda, tickets, vector
+from lora_kernels.ops.chips import nearest_chip
+from lora_kernels.ops.cuda_alone import refuse_beside_triton, stands_alone
+from lora_kernels.ops.cuda_shared_memory import shared_of_gemm, shared_of_small
+from lora_kernels.ops.cuda_split_k import split_k_part
+from lora_kernels.ops.dispatch import Problem, choose_plan, forcing
+from lora_kernels.ops.launch import (
+    KERNEL_SUFFIX,
+    architecture,
+    ceil_div,
+    gpu_name,
+    launch_cuda,
+    multiprocessors,
+    refuse_cuda,
+    tile_tickets,
+    vector_fields,
+)
 from lora_kernels.ops.lora_linear import cuda_backward, cuda_layers, cuda_specialised
 from lora_kernels.ops.lora_linear.call import Backward, Needs
-from lora_kernels.ops.lora_linear.cuda_thin import EXPAND, part_of_a, shrink
+from lora_kernels.ops.lora_linear.cuda_skinny import EXPAND, part_of_a, shrink
 from lora_kernels.ops.lora_linear.layer import Layer, layers_of
 from lora_kernels.ops.lora_linear.loop import forward_each, refuse_each
-from lora_kernels.ops.parts import shared_part
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_rows
-from lora_kernels.ops.registry import implements, note
+from lora_kernels.ops.registry import implements, note_plan
 from lora_kernels.ops.tables.tiles import compiled
 
 SMALL, TILES = (f"lora_linear/cuda_{name}.cu" for name in ("small", "tiles"))
-TOKENS = 64  # the most of `small`
+SMALL_TOKENS = 64  # the most of `launch_small`
 
 
 def refusal(call):
     if call.w_scale is not None:
         return refuse_int8(call) or _refuse_operands(call)
-    return _refuse_operands(call) or _slower(call)
+    return _refuse_operands(call) or _refuse_beside_triton(call)
 
 
 def _refuse_operands(call, **more):
-    if call.x.dtype not in KINDS:
+    if call.x.dtype not in KERNEL_SUFFIX:
         return f"x is {call.x.dtype}; the kernels read bfloat16 or float16"
     read = {"a": call.a, "b": call.b, "bias": call.bias, "gain": call.gain, "w_scale": getattr(call, "w_scale", None)}
     return refuse_dtypes(**read) or refuse_negated(x=call.x, w=call.w, **read, **more) or refuse_cuda(call.x, EXPAND)
@@ -40,8 +50,8 @@ def _refuse_operands(call, **more):
 
 def refuse_int8(call):
     x = call.x
-    if len(x) > TOKENS or _drops(call):
-        return f"w is int8; the kernel for that takes up to {TOKENS} rows of x, found {len(x)}, and has no dropout"
+    if len(x) > SMALL_TOKENS or _has_dropout(call):
+        return f"w is int8; the kernel for that takes up to {SMALL_TOKENS} rows of x, found {len(x)}, and has no dropout"
     if call.a.dtype is not x.dtype:
         return f"x is {x.dtype} and a {call.a.dtype}; w is int8, and the kernel for that wants the same for both"
     if x.shape[1] % 16:
@@ -49,7 +59,7 @@ def refuse_int8(call):
     return _refuse_layout(call)
 
 
-def _drops(call):
+def _has_dropout(call):
     return call.dropout > 0 and call.seed is not None
 
 
@@ -60,7 +70,7 @@ def _refuse_layout(call):
 
 
 def refuse_fused(call):
-    """Why `small` and `tiles` cannot do it."""
+    """Why `launch_small` and `launch_tiles` cannot do it."""
     if call.a.dtype is not call.x.dtype:
         return f"x is {call.x.dtype} and a {call.a.dtype}"
     if call.drop_base:
@@ -70,9 +80,9 @@ def refuse_fused(call):
     return _refuse_layout(call)
 
 
-def _slower(call):
+def _refuse_beside_triton(call):
     """Why Triton's kernels are the better choice, if they run here and this backend is not forced."""
-    if alone():
+    if stands_alone():
         return None
     reason = refuse_fused(call)
     p = planned(call) if not reason or _asks_for_specialised(call) else None
@@ -97,14 +107,14 @@ def planned(call):
     """Of a forward, or of a backward that wants dx."""
     x, (n, r), back = call.x, call.b.shape, isinstance(call, Backward)
     direction = "backward" if back else "forward"
-    problem = Problem(direction, *x.shape, (n,), (r,), x.dtype, call.gain is not None, call.drop_base, _drops(call))
+    problem = Problem(direction, *x.shape, (n,), (r,), x.dtype, call.gain is not None, call.drop_base, _has_dropout(call))
     deterministic, count = torch.are_deterministic_algorithms_enabled(), multiprocessors(x)
     # what this backend has for a deterministic backward is no candidate
-    backends = ("cuda",) if alone() and not (deterministic and back) else ("triton", "cuda")
-    few = len(x) <= TOKENS and not deterministic
+    backends = ("cuda",) if stands_alone() and not (deterministic and back) else ("triton", "cuda")
+    few = len(x) <= SMALL_TOKENS and not deterministic
     reason = None if few else _refuse_specialised(call)
     refused = ((cost.SPECIALISED, reason),) if reason else ()
-    return plan(problem, architecture(x), deterministic, count, backends, gpu(x), refused)
+    return choose_plan(problem, architecture(x), deterministic, count, backends, gpu_name(x), refused)
 
 
 @implements("lora_linear_forward", "cuda", refusal)
@@ -115,21 +125,21 @@ def forward(call):
         p = planned(call) if fused or _asks_for_specialised(call) else None
         winner = p.winner if p else cost.LIBRARY
         if fused or winner == cost.SPECIALISED:
-            note(p)
+            note_plan(p)
         if winner != cost.SPECIALISED and not (fused and winner == cost.CUDA):
             (y,), (h,), (z,) = cuda_layers.forward(x, [Layer(call)], call.keep_h)
             return y, h, z
     m, (n, r) = len(x), call.b.shape
     y, h = x.new_empty(m, n), x.new_empty(m, r, dtype=torch.float32)
     z = torch.empty_like(y) if call.keep_z else None
-    if winner == cost.SPECIALISED or m > TOKENS or _drops(call):
+    if winner == cost.SPECIALISED or m > SMALL_TOKENS or _has_dropout(call):
         fixed = winner == cost.CUDA or torch.are_deterministic_algorithms_enabled()
-        parts, _ = shrink(x, call.a, call.scale, (call.dropout, call.seed) if _drops(call) else (0.0, None), fixed=fixed)
-        make = cuda_specialised.forward if winner == cost.SPECIALISED else tiles
+        parts, _ = shrink(x, call.a, call.scale, (call.dropout, call.seed) if _has_dropout(call) else (0.0, None), fixed=fixed)
+        make = cuda_specialised.forward if winner == cost.SPECIALISED else launch_tiles
         make(call, parts, y, z, None if len(parts) == 1 or not call.keep_h else h)
         return y, parts[0] if len(parts) == 1 else h, z
     if m > 0:
-        small(call, y, z, h)
+        launch_small(call, y, z, h)
     return y, h, z
 
 
@@ -140,7 +150,7 @@ def group_refusal(call):
 @implements("lora_linear_group_forward", "cuda", group_refusal)
 def group_forward(call):
     deterministic = torch.are_deterministic_algorithms_enabled()
-    if deterministic or (len(call.x) <= TOKENS and not any(call.dropout)):
+    if deterministic or (len(call.x) <= SMALL_TOKENS and not any(call.dropout)):
         return forward_each(forward, call)
     return cuda_layers.forward(call.x, layers_of(call), call.keep_h)
 
@@ -171,8 +181,8 @@ def _plan_of_dx(call):
 def backward(call):
     p = _plan_of_dx(call)
     if p is not None:
-        note(p)
-    of_layer = [_plain(call.dy)], [Layer(call)], [call.h], [call.y], [call.z], [Needs(*call.needs)]
+        note_plan(p)
+    of_layer = [_materialized(call.dy)], [Layer(call)], [call.h], [call.y], [call.z], [Needs(*call.needs)]
     dx, (grads,) = cuda_backward.backward(call.x, *of_layer, call.w_scale, specialised=p is not None)
     return dx, *grads
 
@@ -187,7 +197,9 @@ def group_backward_refusal(call):
 @implements("lora_linear_group_backward", "cuda", group_backward_refusal)
 def group_backward(call):
     needs = [Needs(*member.needs) for member in call.members()]
-    dx, grads = cuda_backward.backward(call.x, list(map(_plain, call.dy)), layers_of(call), call.h, call.y, call.z, needs)
+    dx, grads = cuda_backward.backward(
+        call.x, list(map(_materialized, call.dy)), layers_of(call), call.h, call.y, call.z, needs
+    )
     return (dx, *map(list, zip(*grads, strict=True)))
 
 
@@ -196,43 +208,45 @@ def _is_expanded(dy):
     return dy.stride(1) == 0
 
 
-def _plain(dy):
+def _materialized(dy):
     return dy.contiguous() if _is_expanded(dy) else dy
 
 
-def small(call, y, z, h):
+def launch_small(call, y, z, h):
     """Fills y, z and h in one launch."""
     x, w, a, b, w_scale = call.x, call.w, call.a, call.b, call.w_scale
     (m, k), (n, r) = x.shape, b.shape
     t, of_w = compiled("lora_linear_small.cu", m=m, int8=w_scale is not None), "" if w_scale is None else "i8_"
     a_part, tokens = part_of_a(x, r), t.columns
-    a_tiles, w_tiles, a_parts = ceil(r, t.rows), ceil(n, t.rows), max(1, ceil(k, a_part))
-    w_part = shared_part(x, k, t.depth, w_tiles, a_tiles * a_parts, 8 * tokens)
-    blocks = a_tiles * a_parts + w_tiles * max(1, ceil(k, w_part))
+    a_tiles, w_tiles, a_parts = ceil_div(r, t.rows), ceil_div(n, t.rows), max(1, ceil_div(k, a_part))
+    w_part = split_k_part(x, k, t.depth, w_tiles, a_tiles * a_parts, 8 * tokens)
+    blocks = a_tiles * a_parts + w_tiles * max(1, ceil_div(k, w_part))
     scratch = x.new_empty(blocks * t.rows * tokens, dtype=torch.float32)
-    ticket = tickets(x.device, a_tiles + w_tiles + 1)
+    ticket = tile_tickets(x.device, a_tiles + w_tiles + 1)
     args = {
         "x": x, "w": w, "a": a, "b": b, "y": y, "z": z, "h": h, "scratch": scratch, "tickets": ticket,
-        **vector("w_scale", w_scale), **vector("bias", call.bias), **vector("gain", call.gain), "m": m, "n": n, "k": k, "r": r,
-        "x_row": x.stride(0), "w_row": w.stride(0), "a_row": a.stride(0), "b_row": b.stride(0), "a_part": a_part,
-        "w_part": w_part, "scale": float(call.scale),
+        **vector_fields("w_scale", w_scale), **vector_fields("bias", call.bias), **vector_fields("gain", call.gain), "m": m,
+        "n": n, "k": k, "r": r, "x_row": x.stride(0), "w_row": w.stride(0), "a_row": a.stride(0), "b_row": b.stride(0),
+        "a_part": a_part, "w_part": w_part, "scale": float(call.scale),
     }  # fmt: skip
     makes = [out for out in (y, z, h, scratch) if out is not None]
-    kernel, shared = f"lora_linear_small_{of_w}{KINDS[x.dtype]}_{tokens}", shared_of_small(t)
+    kernel, shared = f"lora_linear_small_{of_w}{KERNEL_SUFFIX[x.dtype]}_{tokens}", shared_of_small(t)
     launch_cuda(SMALL, kernel, (blocks,), t.threads, args, makes, shared, changes=[ticket])
 
 
-def tiles(call, h, y, z, whole):
+def launch_tiles(call, h, y, z, whole):
     """Fills y, z and, with the sum of h's parts, `whole`."""
     x, w, b = call.x, call.w, call.b
     (m, k), (n, r) = x.shape, b.shape
     t, size = compiled("lora_linear_tiles.cu"), x.element_size()
     panels = (each * max(k, 1) * size for each in (t.rows, t.columns))
-    group, slab = cost.order(*panels, t.rows * t.columns * size, ceil(n, t.columns), chip(architecture(x)).l2)
+    group, slab = cost.tile_order(*panels, t.rows * t.columns * size, ceil_div(n, t.columns), nearest_chip(architecture(x)).l2)
     args = {
-        "x": x, "w": w, "b": b, "h": h, "y": y, "z": z, "whole": whole, **vector("bias", call.bias),
-        **vector("gain", call.gain), "m": m, "n": n, "k": k, "r": r, "parts": len(h), "x_row": x.stride(0),
+        "x": x, "w": w, "b": b, "h": h, "y": y, "z": z, "whole": whole, **vector_fields("bias", call.bias),
+        **vector_fields("gain", call.gain), "m": m, "n": n, "k": k, "r": r, "parts": len(h), "x_row": x.stride(0),
         "w_row": w.stride(0), "b_row": b.stride(0), "group": group, "slab": slab,
     }  # fmt: skip
-    makes, grid = [out for out in (y, z, whole) if out is not None], (ceil(m, t.rows) * ceil(n, t.columns),)
-    launch_cuda(TILES, f"lora_linear_tiles_{KINDS[x.dtype]}", grid, t.threads, args, makes, shared_of_gemm(t), early=True)
+    makes, grid = [out for out in (y, z, whole) if out is not None], (ceil_div(m, t.rows) * ceil_div(n, t.columns),)
+    launch_cuda(
+        TILES, f"lora_linear_tiles_{KERNEL_SUFFIX[x.dtype]}", grid, t.threads, args, makes, shared_of_gemm(t), early=True
+    )

@@ -8,22 +8,22 @@ that is the choice by cuda_specialised.py; and what is left to add up.
 import torch
 
 from lora_kernels.ops import cost
-from lora_kernels.ops.chips import chip
-from lora_kernels.ops.cuda_shared import shared_of_dx_small, shared_of_gemm
-from lora_kernels.ops.gradients import empty_like
-from lora_kernels.ops.launch import architecture, ceil, launch_cuda, tickets, vector
+from lora_kernels.ops.chips import nearest_chip
+from lora_kernels.ops.cuda_shared_memory import shared_of_dx_small, shared_of_gemm
+from lora_kernels.ops.cuda_split_k import split_k_part
+from lora_kernels.ops.gradients import empty_gradient
+from lora_kernels.ops.launch import architecture, ceil_div, launch_cuda, tile_tickets, vector_fields
 from lora_kernels.ops.lora_linear import cuda_specialised, library
-from lora_kernels.ops.lora_linear.cuda_thin import (
-    drawn,
+from lora_kernels.ops.lora_linear.cuda_skinny import (
+    both_sides,
+    dropout_fields,
     expand,
+    gradient_of_zero_gain,
     in_pieces,
-    inverse,
-    outer,
-    sides,
-    sums,
-    zero_gain,
+    inverse_keep_rate,
+    outer_product,
+    reduce_partials,
 )
-from lora_kernels.ops.parts import shared_part
 from lora_kernels.ops.tables.tiles import compiled
 
 DX, DX_SMALL = (f"lora_linear/cuda_{name}.cu" for name in ("dx", "dx_small"))
@@ -37,28 +37,28 @@ def backward(x, dys, layers, hs, ys, zs, needs, w_scale=None, specialised=False)
     for dy, layer, h, y, z, need in zip(dys, layers, hs, ys, zs, needs, strict=True):
         times = (y if z is None else z) if need.gain else None
         less = (1 if layer.drop_base else 0) if own and layer.gain is not None else None
-        p, of_h, of_u, of_uv, times_gain = sides(
+        p, of_h, of_u, of_uv, times_gain = both_sides(
             dy, layer.b if need.x or need.a else None, h if need.b else None, times, layer.gain, layer.scale, need.bias,
             layer.r, less,
         )  # fmt: skip
         da, db, dbias, dgain = (
-            empty_like(t, wanted) if wanted else None
+            empty_gradient(t, wanted) if wanted else None
             for t, wanted in zip((layer.a, layer.b, layer.bias, layer.gain), need[1:], strict=True)
         )
         jobs = []
         if da is not None:
-            of_x, whole = outer(x, p, layer.drop, needs_dx and len(p) > 1)
+            of_x, whole = outer_product(x, p, layer.drop, needs_dx and len(p) > 1)
             p = p if whole is None else whole[None]
-            jobs.append((of_x, da, None, None, *layer.a.shape, inverse(layer.drop)))
+            jobs.append((of_x, da, None, None, *layer.a.shape, inverse_keep_rate(layer.drop)))
         if db is not None:
             jobs.append((of_h, db, layer.gain, None, *layer.b.shape, 1.0))
         if dbias is not None:
             jobs.append((of_u, dbias, None, None, len(layer.b), 1, 1.0))
         if dgain is not None:
             jobs.append((of_uv, dgain, None, layer.gain if z is None else None, len(layer.b), 1, 1.0))
-        sums(jobs)
+        reduce_partials(jobs)
         if dgain is not None and z is None:
-            zero_gain(dy, x, layer.w, layer.b, h, layer.gain, w_scale, dgain)
+            gradient_of_zero_gain(dy, x, layer.w, layer.b, h, layer.gain, w_scale, dgain)
         ps.append(p)
         scaled.append(times_gain)
         grads.append((da, db, dbias, dgain))
@@ -94,14 +94,14 @@ def input_gradient(dy, w, a, p, gain, drop):
     (m, n), k, r = dy.shape, w.shape[1], len(a)
     dx, t = dy.new_empty(m, k), compiled("lora_linear_dx.cu")
     panels = (each * max(n, 1) * 2 for each in (t.rows, t.columns))
-    group, slab = cost.order(*panels, t.rows * t.columns * 2, ceil(k, t.columns), chip(architecture(dy)).l2)
+    group, slab = cost.tile_order(*panels, t.rows * t.columns * 2, ceil_div(k, t.columns), nearest_chip(architecture(dy)).l2)
     args = {
-        "dy": dy, "w": w, "a": a, "p": p, "dx": dx, **vector("gain", gain), **drawn(drop), "m": m, "n": n, "k": k, "r": r,
-        "parts": len(p), "dy_row": dy.stride(0), "w_row": w.stride(0), "a_row": a.stride(0), "group": group, "slab": slab,
-        "inverse": inverse(drop),
+        "dy": dy, "w": w, "a": a, "p": p, "dx": dx, **vector_fields("gain", gain), **dropout_fields(drop), "m": m, "n": n,
+        "k": k, "r": r, "parts": len(p), "dy_row": dy.stride(0), "w_row": w.stride(0), "a_row": a.stride(0), "group": group,
+        "slab": slab, "inverse": inverse_keep_rate(drop),
     }  # fmt: skip
     kernel = f"lora_linear_dx{'' if gain is None else '_gain'}{'' if drop[1] is None else '_drop'}"
-    launch_cuda(DX, kernel, (ceil(m, t.rows) * ceil(k, t.columns),), t.threads, args, [dx], shared_of_gemm(t))
+    launch_cuda(DX, kernel, (ceil_div(m, t.rows) * ceil_div(k, t.columns),), t.threads, args, [dx], shared_of_gemm(t))
     return dx
 
 
@@ -109,14 +109,14 @@ def input_gradient_small(dy, w, a, p, gain, w_scale):
     """(dy ⊙ gain ⊙ w_scale) w + p a for up to 64 rows and w of int8."""
     (m, n), k, r = dy.shape, w.shape[1], len(a)
     t = compiled("lora_linear_dx_small.cu", m=m)
-    tiles = ceil(k, t.columns)
-    part = shared_part(dy, n, t.depth, tiles, 0, 16 * t.rows)
-    blocks = tiles, ceil(n, part)
+    tiles = ceil_div(k, t.columns)
+    part = split_k_part(dy, n, t.depth, tiles, 0, 16 * t.rows)
+    blocks = tiles, ceil_div(n, part)
     dx, scratch = dy.new_empty(m, k), dy.new_empty(tiles * blocks[1] * t.columns * t.rows, dtype=torch.float32)
-    ticket = tickets(dy.device, tiles)
+    ticket = tile_tickets(dy.device, tiles)
     args = {
-        "dy": dy, "w": w, "a": a, "p": p, "dx": dx, "scratch": scratch, "tickets": ticket, **vector("gain", gain),
-        **vector("w_scale", w_scale), "m": m, "n": n, "k": k, "r": r, "parts": len(p), "dy_row": dy.stride(0),
+        "dy": dy, "w": w, "a": a, "p": p, "dx": dx, "scratch": scratch, "tickets": ticket, **vector_fields("gain", gain),
+        **vector_fields("w_scale", w_scale), "m": m, "n": n, "k": k, "r": r, "parts": len(p), "dy_row": dy.stride(0),
         "w_row": w.stride(0), "a_row": a.stride(0), "part": part,
     }  # fmt: skip
     kernel, shared = f"lora_linear_dx_small_{t.rows}", shared_of_dx_small(t)

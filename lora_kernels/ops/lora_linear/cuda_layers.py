@@ -1,9 +1,9 @@
-"""CUDA C++: layers that share x, by the library's GEMMs (library.py) with thin kernels around them (cuda_thin.py)."""
+"""CUDA C++: layers that share x, by the library's GEMMs (library.py) with thin kernels around them (cuda_skinny.py)."""
 
 import torch
 
 from lora_kernels.ops.lora_linear import library
-from lora_kernels.ops.lora_linear.cuda_thin import expand, shrink, total
+from lora_kernels.ops.lora_linear.cuda_skinny import expand, shrink, sum_partials
 
 
 def forward(x, layers, keep):
@@ -14,4 +14,4 @@ def forward(x, layers, keep):
     ys = [x.new_empty(len(x), len(each.w)) for each in layers]
     zs = [torch.empty_like(y) if each.keep_z else None for y, each in zip(ys, layers, strict=True)]
     library.forward(expand, x, dropped, layers, hs, ys, zs)
-    return ys, [total(h) if keep else None for h in hs], zs
+    return ys, [sum_partials(h) if keep else None for h in hs], zs

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.dropout import draw_seed
-from lora_kernels.ops.gradients import OWN, asked, dtype_of, kind
+from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_kinds
 from lora_kernels.ops.lora_linear.call import GroupBackward, GroupForward, drops_base, keeps_z
-from lora_kernels.ops.lora_linear.op import _any_autocast, _check, once, scaled, without_autocast
+from lora_kernels.ops.lora_linear.op import _any_autocast, _check_arguments, first_derivative_only, scaled_b, without_autocast
 from lora_kernels.ops.registry import declare
 
 
@@ -62,7 +62,7 @@ def lora_linear_group(
             names the member by its index. Nothing has run.
         NotImplementedError: the forced backend refuses; the message says why.
     """
-    dropouts = _listed(members, dropout)
+    dropouts = _dropout_of_members(members, dropout)
     if _any_autocast() and torch.is_autocast_enabled(x.device.type):
         cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
         with without_autocast(x):
@@ -70,10 +70,10 @@ def lora_linear_group(
             return lora_linear_group(x.to(cast), members, dropouts, dropout_semantics)
     for i, (m, p) in enumerate(zip(members, dropouts, strict=True)):
         op = f"lora_linear_group: member {i}"
-        _check(x, m.w, m.a, m.b, m.scale, m.bias, m.gain, p, dropout_semantics, m.seed, op=op)
+        _check_arguments(x, m.w, m.a, m.b, m.scale, m.bias, m.gain, p, dropout_semantics, m.seed, op=op)
     scales, flat = [], []
     for m, p in zip(members, dropouts, strict=True):
-        b, scale = (scaled(m.b, m.scale, x), 1.0) if isinstance(m.scale, Tensor) else (m.b, m.scale)
+        b, scale = (scaled_b(m.b, m.scale, x), 1.0) if isinstance(m.scale, Tensor) else (m.b, m.scale)
         scales.append(scale)
         flat += [m.w, m.a, b, m.bias, m.gain, None if p == 0.0 else draw_seed() if m.seed is None else m.seed]
     drop_base = dropout_semantics == "peft" and any(
@@ -87,7 +87,7 @@ def lora_linear_group(
     return tuple(ys) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
-def _listed(members, dropout):
+def _dropout_of_members(members, dropout):
     """The dropout of each member, once the members are what they should be."""
     if len(members) == 0:
         raise ValueError("lora_linear_group: there must be at least one member, found none")
@@ -133,7 +133,7 @@ class _LoRALinearGroup(torch.autograd.Function):
         kept_z = [z[i] if kept[i] else None for i in range(len(y))]
         ctx.save_for_backward(x, *flat, *h, *kept_y, *kept_z)
         ctx.scales, ctx.dropouts, ctx.drop_base = scales, dropouts, drop_base
-        ctx.kinds = [OWN, *map(kind, flat)]
+        ctx.kinds = [OWN_DTYPE, *map(gradient_kind, flat)]
         # an output that nobody used comes back as None, not as zeros to multiply with
         ctx.set_materialize_grads(False)
         return tuple(y)
@@ -147,14 +147,14 @@ class _LoRALinearGroup(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         tensors = _members(saved[: width * n], width)
         hs, kept_y, kept_z = _members(saved[width * n :], n)
-        of_x, *wants = asked(ctx.kinds, (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]))
+        of_x, *wants = requested_kinds(ctx.kinds, (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]))
         wants = _members(wants, width)
         flat, needs = [], [of_x]
         for i in used:
             flat += [dys[i], *tensors[i], hs[i], kept_y[i], kept_z[i]]
             needs += wants[i][_LEARNT]
         of_used = [tuple(each[i] for i in used) for each in (ctx.scales, ctx.dropouts)]
-        dx, *found = once("lora_linear_group", _grads, *of_used, ctx.drop_base, tuple(needs), x, *flat)
+        dx, *found = first_derivative_only("lora_linear_group", _gradients, *of_used, ctx.drop_base, tuple(needs), x, *flat)
         grads = [[None] * width for _ in range(n)]
         for i, of_member in zip(used, _members(found, len(wants[0][_LEARNT])), strict=True):
             grads[i][_LEARNT] = of_member
@@ -166,7 +166,7 @@ def _members(flat, width):
     return [list(flat[i : i + width]) for i in range(0, len(flat), width)]
 
 
-def _grads(scales, dropouts, drop_base, needs, x, *flat):
+def _gradients(scales, dropouts, drop_base, needs, x, *flat):
     """dx, then da, db, dbias and dgain of each member."""
     dy, w, a, b, bias, gain, seed, h, y, z = _columns(flat, 10)
     call = GroupBackward(x, dy, w, a, b, list(scales), bias, gain, list(dropouts), seed, drop_base, h, y, z, list(needs))
@@ -195,7 +195,7 @@ def _fake_backward(call):
     for each in call.members():
         like = zip(of_members, (each.a, each.b, each.bias, each.gain), each.needs[1:], strict=True)
         for found, t, need in like:
-            found.append(t.new_empty(t.shape, dtype=dtype_of(t, need)) if need else x.new_empty(0))
+            found.append(t.new_empty(t.shape, dtype=gradient_dtype(t, need)) if need else x.new_empty(0))
     return (x.new_empty(x.shape) if call.needs[0] else x.new_empty(0), *of_members)
 
 

@@ -11,7 +11,7 @@ class Layer:
     def __init__(self, call: Forward | Backward) -> None:
         self.w, self.a, self.b, self.scale = call.w, call.a, call.b, call.scale
         self.n, self.r = call.b.shape
-        self.bias, self.gain = _flat(call.bias), _flat(call.gain)
+        self.bias, self.gain = _contiguous_or_none(call.bias), _contiguous_or_none(call.gain)
         self.dropout = call.dropout if call.seed is not None else 0.0
         self.drop = (self.dropout, call.seed if self.dropout > 0 else None)
         self.drop_base = call.drop_base and self.gain is not None and self.dropout > 0
@@ -23,5 +23,5 @@ def layers_of(call: GroupForward | GroupBackward) -> list[Layer]:
     return [Layer(member) for member in call.members()]
 
 
-def _flat(vector: Tensor | None) -> Tensor | None:
+def _contiguous_or_none(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()

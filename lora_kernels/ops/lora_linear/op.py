@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.dropout import draw_seed
-from lora_kernels.ops.gradients import OWN, asked, dtype_of, kind
+from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_kinds
 from lora_kernels.ops.lora_linear.call import Backward, Forward, Needs, keeps_z
 from lora_kernels.ops.registry import declare
 
 try:
-    from lora_kernels.ops.buffers import valid_lora_linear
+    from lora_kernels.ops.cpu_tensors import valid_lora_linear
 except ImportError:
     valid_lora_linear = None
 
@@ -76,9 +76,9 @@ def lora_linear(
         with without_autocast(x):
             w = w if w_scale is not None else w.to(cast)
             return lora_linear(x.to(cast), w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale)
-    _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale)
+    _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale)
     if isinstance(scale, Tensor):
-        b, scale = scaled(b, scale, x), 1.0
+        b, scale = scaled_b(b, scale, x), 1.0
     drop_base = dropout > 0 and gain is not None and dropout_semantics == "peft"
     if dropout > 0 and seed is None:
         seed = draw_seed()
@@ -102,7 +102,7 @@ def lora_linear(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
 
 
-def scaled(b: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+def scaled_b(b: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     """b times a tensor scale, in the dtype of the sums: so the scale gets its gradient from autograd."""
     wide = torch.promote_types(torch.promote_types(b.dtype, x.dtype), torch.float32)
     return b.to(wide) * scale.to(wide).reshape(())
@@ -128,7 +128,7 @@ def check_kinds(op: str, scale: Any, **tensors: Any) -> None:
         raise TypeError(f"{op}: scale must be a number or a tensor, found {type(scale).__name__}")
 
 
-def _check(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale=None, op="lora_linear"):
+def _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale=None, op="lora_linear"):
     # fast yes; anything else goes through the checks below
     if (
         valid_lora_linear is not None
@@ -205,7 +205,7 @@ def _wrong_shape(op, name, tensor, shape):
     return ValueError(f"{op}: {name} must have shape {list(shape)}, found {list(tensor.shape)}")
 
 
-class _Once(torch.autograd.Function):
+class _FirstDerivativeOnly(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, gradients, *args):
         ctx.op = op
@@ -216,13 +216,13 @@ class _Once(torch.autograd.Function):
         raise NotImplementedError(f"{ctx.op}: the second derivative is not implemented")
 
 
-def once(op: str, gradients: Callable[..., Any], *args: Any) -> Any:
+def first_derivative_only(op: str, gradients: Callable[..., Any], *args: Any) -> Any:
     """gradients(*args) in a backward, under the settings (use_backend, explain) of the thread that called for it, since
     autograd runs a GPU's in one of its own; a second differentiation raises and names the op."""
     if not torch.compiler.is_compiling() and (settings := _context_of_caller()) is not None:
         gradients = partial(settings.run, gradients)
     # grad mode is on there only under create_graph
-    return _Once.apply(op, gradients, *args) if torch.is_grad_enabled() else gradients(*args)
+    return _FirstDerivativeOnly.apply(op, gradients, *args) if torch.is_grad_enabled() else gradients(*args)
 
 
 def _context_of_caller() -> Context | None:
@@ -249,23 +249,23 @@ class _LoRALinear(torch.autograd.Function):
             call.x, call.w, call.a, call.b, call.bias, call.gain, call.seed, call.w_scale, h, kept_y, z if call.keep_z else None
         )
         ctx.scale, ctx.dropout, ctx.drop_base = call.scale, call.dropout, call.drop_base
-        ctx.kinds = [OWN, *(kind(t) for t in (call.a, call.b, call.bias, call.gain))]
+        ctx.kinds = [OWN_DTYPE, *(gradient_kind(t) for t in (call.a, call.b, call.bias, call.gain))]
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        needs = asked(ctx.kinds, (ctx.needs_input_grad[i] for i in _LEARNT))
+        needs = requested_kinds(ctx.kinds, (ctx.needs_input_grad[i] for i in _LEARNT))
         x, w, a, b, bias, gain, seed, w_scale, h, y, z = ctx.saved_tensors
         call = Backward(
             dy, x, w, a, b, ctx.scale, bias, gain, ctx.dropout, seed, ctx.drop_base, h, y, z, needs, w_scale
         )
         grads = [None] * len(ctx.needs_input_grad)
-        for i, grad in zip(_LEARNT, once("lora_linear", _grads, *call), strict=True):
+        for i, grad in zip(_LEARNT, first_derivative_only("lora_linear", _gradients, *call), strict=True):
             grads[i] = grad
         return tuple(grads)
 
 
-def _grads(*args):
+def _gradients(*args):
     call = Backward(*args)
     if _any_autocast():
         with without_autocast(call.dy):
@@ -287,7 +287,7 @@ def _fake_forward(call):
 
 def _fake_backward(call):
     like = zip((call.x, call.a, call.b, call.bias, call.gain), call.needs, strict=True)
-    return tuple(t.new_empty(t.shape, dtype=dtype_of(t, need)) if need else call.x.new_empty(0) for t, need in like)
+    return tuple(t.new_empty(t.shape, dtype=gradient_dtype(t, need)) if need else call.x.new_empty(0) for t, need in like)
 
 
 _forward = declare("lora_linear_forward", Forward, "(Tensor y, Tensor h, Tensor z)", _fake_forward)

@@ -3,7 +3,7 @@
 import torch
 
 from lora_kernels.ops.dropout import mask
-from lora_kernels.ops.gradients import dtype_of
+from lora_kernels.ops.gradients import gradient_dtype
 from lora_kernels.ops.lora_linear.call import Needs
 from lora_kernels.ops.lora_linear.loop import backward_each, forward_each
 from lora_kernels.ops.registry import implements
@@ -12,8 +12,8 @@ from lora_kernels.ops.registry import implements
 @implements("lora_linear_forward", "reference")
 def forward(call):
     dtype, gain, bias = call.x.dtype, call.gain, call.bias
-    x, w, a, b = _widen(call.x, _weight(call), call.a, call.b)
-    x_dropped = x * _keep(call)
+    x, w, a, b = _in_sum_dtype(call.x, _plain_weight(call), call.a, call.b)
+    x_dropped = x * _dropout_factor(call)
     h = call.scale * (x_dropped @ a.T)                                # [tokens, r]
     z = (x_dropped if call.drop_base else x) @ w.T + h @ b.T          # [tokens, out]
     y = z if gain is None else z * gain.to(z.dtype)
@@ -33,8 +33,8 @@ def backward(call):
 def gradients(call):
     """dx in the dtype of the sums, the others as they are wanted."""
     h, gain, needs = call.h, call.gain, Needs(*call.needs)
-    dy, x, w, a, b = _widen(call.dy, call.x, _weight(call), call.a, call.b)
-    keep = _keep(call)
+    dy, x, w, a, b = _in_sum_dtype(call.dy, call.x, _plain_weight(call), call.a, call.b)
+    keep = _dropout_factor(call)
     dz = dy if gain is None else dy * gain.to(dy.dtype)               # [tokens, out]
     p = call.scale * (dz @ b)                                         # [tokens, r]
     if call.drop_base:
@@ -45,7 +45,7 @@ def gradients(call):
     da, db = p.T @ (x * keep), dz.T @ h
     dbias, dgain = dy.sum(0), (dy * z).sum(0)
     grads = zip((da, db, dbias, dgain), (call.a, call.b, call.bias, gain), needs[1:], strict=True)
-    return dx if needs.x else None, *(g.to(dtype_of(t, need)) if need else None for g, t, need in grads)
+    return dx if needs.x else None, *(g.to(gradient_dtype(t, need)) if need else None for g, t, need in grads)
 
 
 @implements("lora_linear_group_forward", "reference")
@@ -58,16 +58,16 @@ def group_backward(call):
     return backward_each(gradients, call)
 
 
-def _widen(x, *others):
+def _in_sum_dtype(x, *others):
     wide = torch.promote_types(x.dtype, torch.float32)
     return tuple(t.to(wide) for t in (x, *others))
 
 
-def _weight(call):
+def _plain_weight(call):
     wide = torch.promote_types(call.x.dtype, torch.float32)
     return call.w if call.w_scale is None else call.w.to(wide) * call.w_scale.to(wide)[:, None]
 
 
-def _keep(call):
+def _dropout_factor(call):
     x, wide = call.x, torch.promote_types(call.x.dtype, torch.float32)
     return mask(call.seed, call.dropout, *x.shape, wide, x.device) if call.dropout > 0 else x.new_ones((), dtype=wide)

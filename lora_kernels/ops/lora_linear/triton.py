@@ -1,18 +1,28 @@
 """Triton: what is launched for lora_linear and for a group of layers that share x, of which one layer is the smallest.
 
-Forward: h = s·drop(x) Aᵀ (ops/thin.py), then triton_forward.py. Backward: P = s·(dy ⊙ gain) B, dB and the sums of dy from one
-read of dy; dA from one read of x (both ops/thin.py); then dx, and all that is left to add up, in triton_backward.py. For many
-tokens y and dx are the library's GEMM with triton_expand.py beside it (library.py), until a GPU has shown that ours is faster.
+Forward: h = s·drop(x) Aᵀ, then triton_forward.py. Backward: P = s·(dy ⊙ gain) B, dB and the sums of dy from one read of dy; dA
+from one read of x; then dx, and all that is left to add up, in triton_backward.py. h, P, dA and dB are in ops/triton_skinny.py.
+For many tokens y and dx are the library's GEMM with triton_expand.py beside it (library.py), until a GPU has shown that ours is
+faster.
 In bfloat16 dy ⊙ gain is rounded before its product with W, which makes the error of dx 1.4 times that of rounding it alone.
 """
 
 import torch
 
 from lora_kernels.ops import cost
-from lora_kernels.ops.chips import chip
-from lora_kernels.ops.dispatch import Problem, plan
-from lora_kernels.ops.gradients import empty_like
-from lora_kernels.ops.launch import architecture, ceil, gpu, launch, multiprocessors, power, refuse_device, tickets
+from lora_kernels.ops.chips import nearest_chip
+from lora_kernels.ops.dispatch import Problem, choose_plan
+from lora_kernels.ops.gradients import empty_gradient
+from lora_kernels.ops.launch import (
+    architecture,
+    ceil_div,
+    gpu_name,
+    launch_triton,
+    multiprocessors,
+    power_of_two,
+    refuse_device,
+    tile_tickets,
+)
 from lora_kernels.ops.lora_linear import library
 from lora_kernels.ops.lora_linear.call import Needs
 from lora_kernels.ops.lora_linear.layer import Layer, layers_of
@@ -20,14 +30,14 @@ from lora_kernels.ops.lora_linear.loop import refuse_each
 from lora_kernels.ops.lora_linear.triton_backward import input_gradient_kernel, rest_of_gradients_kernel
 from lora_kernels.ops.lora_linear.triton_expand import expand
 from lora_kernels.ops.lora_linear.triton_forward import forward_kernel
-from lora_kernels.ops.maps import box, boxes, take
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
-from lora_kernels.ops.registry import implements, note
+from lora_kernels.ops.registry import implements, note_plan
 from lora_kernels.ops.tables.tiles import tile
-from lora_kernels.ops.thin import Side, both_sides, outer, precision, shrink, strides
-from lora_kernels.ops.triton_compiler import rank_stages, sound
-from lora_kernels.ops.triton_dropout import drawn, inverse
-from lora_kernels.ops.triton_sums import Sums, totals
+from lora_kernels.ops.triton_compiler import rank_stages, sound_schedule
+from lora_kernels.ops.triton_dropout import dropout_args, inverse_keep_rate
+from lora_kernels.ops.triton_partials import Sums, sum_partials_of_each
+from lora_kernels.ops.triton_skinny import Side, both_sides, outer_product, precision, shrink, strides
+from lora_kernels.ops.triton_tma import loads_by_tma, tensor_map, tensor_maps
 
 
 def refusal(call):
@@ -80,9 +90,9 @@ def tall(m):
 
 def sound_tile(x, factors, m, t, two_sums, **how):
     """Rows, warps, stages and registers of a tile as far as they are sound for products of x's dtype with these factors; `how`
-    as in `sound`. Few rows go half at once, by mma.sync, but not where a row must have the bits that it has among many."""
-    rows = power(tall(m), most=t.rows)
-    found = sound(x, factors, precision(x), rows, t.warps, t.stages, **how)
+    as in `sound_schedule`. Few rows go half at once, by mma.sync, but not where a row must have the bits that it has among many."""
+    rows = power_of_two(tall(m), most=t.rows)
+    found = sound_schedule(x, factors, precision(x), rows, t.warps, t.stages, **how)
     if found != (t.warps, t.stages) and m <= 64 and not two_sums and not torch.are_deterministic_algorithms_enabled():
         return 32, t.warps, t.stages, None
     return rows, *found, t.registers
@@ -91,11 +101,12 @@ def sound_tile(x, factors, m, t, two_sums, **how):
 def planned(direction, x, layers):
     """Which candidate of `dispatch` runs, and whether rows must have the same bits however many there are."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    p = plan(Problem(
-        direction, *x.shape, _of(layers, "n"), _of(layers, "r"), x.dtype, any(layer.gain is not None for layer in layers),
-        any(layer.drop_base for layer in layers), any(layer.drop[1] is not None for layer in layers), precision(x) == "tf32",
-    ), architecture(x), deterministic, multiprocessors(x), gpu=gpu(x))  # fmt: skip
-    note(p)
+    p = choose_plan(Problem(
+        direction, *x.shape, _field_of_each(layers, "n"), _field_of_each(layers, "r"), x.dtype,
+        any(layer.gain is not None for layer in layers), any(layer.drop_base for layer in layers),
+        any(layer.drop[1] is not None for layer in layers), precision(x) == "tf32",
+    ), architecture(x), deterministic, multiprocessors(x), gpu=gpu_name(x))  # fmt: skip
+    note_plan(p)
     return p.winner, deterministic
 
 
@@ -109,44 +120,43 @@ def _forward(x, layers, keep):
     none = (None,) * len(layers)
     ys = tuple(x.new_empty(m, layer.n) for layer in layers)
     zs = tuple(torch.empty_like(y) if layer.keep_z else None for y, layer in zip(ys, layers, strict=True))
-    given = (_of(layers, name) for name in ("a", "scale", "drop"))
+    given = (_field_of_each(layers, name) for name in ("a", "scale", "drop"))
     hs = none if one_pass else shrink(x, *given, early=True, fixed=deterministic)
     in_one_part = not one_pass and len(hs[0]) == 1
     wholes = tuple(x.new_empty(m, layer.r, dtype=torch.float32) if keep and not in_one_part else None for layer in layers)
     two_sums = any(layer.drop_base for layer in layers)
     drops = [layer.drop if one_pass or layer.drop_base else (0.0, None) for layer in layers]
-    ws, ns = _of(layers, "w"), _of(layers, "n")
-    mapped = form == "two launches" and not two_sums and take([x], ws)
+    ws, ns = _field_of_each(layers, "w"), _field_of_each(layers, "n")
+    mapped = form == "two launches" and not two_sums and loads_by_tma([x], ws)
     t = tile(
         "forward", x, dtype=x.dtype, m=tall(m), k=k, n=sum(ns), layers=len(ws), two_sums=two_sums, one_pass=one_pass,
         mapped=mapped,
     )  # fmt: skip
     by_maps, bn, bk = mapped and t.maps, t.columns, t.depth
     drawing = any(seed is not None for _, seed in drops)
-    factors = _of(layers, "a") if one_pass else ws
+    factors = _field_of_each(layers, "a") if one_pass else ws
     bm, warps, stages, registers = sound_tile(x, factors, m, t, two_sums, changed=drawing, mapped=by_maps)
-    count = ceil(m, bm) * sum(ceil(layer.n, bn) for layer in layers)
-    br = power(max(_of(layers, "r")), most=t.ranks)
-    splits = 1 if deterministic or two_sums or m > 64 else cost.splits(count, k)
+    count = ceil_div(m, bm) * sum(ceil_div(layer.n, bn) for layer in layers)
+    br = power_of_two(max(_field_of_each(layers, "r")), most=t.ranks)
+    splits = 1 if deterministic or two_sums or m > 64 else cost.split_k_count(count, k)
     scratch = x.new_empty(count * splits * bm * (bn + br), dtype=torch.float32) if splits > 1 else None
-    ticket = tickets(x.device, count) if splits > 1 else None
+    ticket = tile_tickets(x.device, count) if splits > 1 else None
     waits = not one_pass and architecture(x) >= 90
     args = {
-        "x": x, "ws": ws, "as_": _of(layers, "a") if one_pass else none, "hs": hs,
-        "map_x": box(x, bm, bk) if by_maps else None, **boxes("map_w", ws if by_maps else (), bn, bk),
-        "bs": _of(layers, "b"), "biases": _of(layers, "bias"), "gains": _of(layers, "gain"), "ys": ys, "zs": zs,
-        "wholes": wholes, "scratch": scratch, "ticket": ticket, **drawn(drops),
-        "inverses": tuple(inverse(*drop) for drop in drops), "scales": tuple(float(layer.scale) for layer in layers),
-        "m": m, "ns": ns, "k": k, "rs": _of(layers, "r"), "parts": 1 if one_pass else len(hs[0]),
-        "x0": x.stride(0), "x1": x.stride(1), **strides("w", ws), **strides("a", _of(layers, "a")),
-        **strides("b", _of(layers, "b")), "SPLITS": splits, "WAITS": waits,
-        "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk, "BR": br,
-        "RANK_STAGES": rank_stages(x, precision(x), bm, warps),
-        **_order(x, bm, bn, k, sum(ceil(layer.n, bn) for layer in layers)),
+        "x": x, "ws": ws, "as_": _field_of_each(layers, "a") if one_pass else none, "hs": hs,
+        "map_x": tensor_map(x, bm, bk) if by_maps else None, **tensor_maps("map_w", ws if by_maps else (), bn, bk),
+        "bs": _field_of_each(layers, "b"), "biases": _field_of_each(layers, "bias"), "gains": _field_of_each(layers, "gain"),
+        "ys": ys, "zs": zs, "wholes": wholes, "scratch": scratch, "ticket": ticket, **dropout_args(drops),
+        "inverses": tuple(inverse_keep_rate(*drop) for drop in drops), "scales": tuple(float(layer.scale) for layer in layers),
+        "m": m, "ns": ns, "k": k, "rs": _field_of_each(layers, "r"), "parts": 1 if one_pass else len(hs[0]), "x0": x.stride(0),
+        "x1": x.stride(1), **strides("w", ws), **strides("a", _field_of_each(layers, "a")),
+        **strides("b", _field_of_each(layers, "b")), "SPLITS": splits, "WAITS": waits, "PRECISION": precision(x), "BM": bm,
+        "BN": bn, "BK": bk, "BR": br, "RANK_STAGES": rank_stages(x, precision(x), bm, warps),
+        **_tile_order(x, bm, bn, k, sum(ceil_div(layer.n, bn) for layer in layers)),
     }  # fmt: skip
     fills = [t for t in (*ys, *zs, *wholes, scratch) if t is not None]
     changes = [] if ticket is None else [ticket]
-    launch(
+    launch_triton(
         forward_kernel, (count, splits), args, fills, changes=changes, warps=warps, stages=stages, registers=registers,
         early=waits,
     )  # fmt: skip
@@ -157,17 +167,19 @@ def _forward_by_library(x, layers, keep):
     ys = tuple(x.new_empty(len(x), layer.n) for layer in layers)
     zs = tuple(torch.empty_like(y) if layer.keep_z else None for y, layer in zip(ys, layers, strict=True))
     dropped = [x.new_empty(x.shape) if layer.drop_base else None for layer in layers]
-    hs = shrink(x, *(_of(layers, name) for name in ("a", "scale", "drop")), dropped=dropped, fixed=False)
+    hs = shrink(x, *(_field_of_each(layers, name) for name in ("a", "scale", "drop")), dropped=dropped, fixed=False)
     if keep and len(hs[0]) > 1:
-        hs = totals(hs)
+        hs = sum_partials_of_each(hs)
     library.forward(expand, x, dropped, layers, hs, ys, zs)
     return ys, tuple(h[0] if keep else None for h in hs), zs
 
 
-def _order(x, rows, columns, depth, across):
+def _tile_order(x, rows, columns, depth, across):
     """Of tiles [rows, columns] that sum over `depth`."""
     size = x.element_size()
-    found = cost.order(rows * depth * size, columns * depth * size, rows * columns * size, across, chip(architecture(x)).l2)
+    found = cost.tile_order(
+        rows * depth * size, columns * depth * size, rows * columns * size, across, nearest_chip(architecture(x)).l2
+    )
     return dict(zip(("GROUP", "SLAB"), found, strict=True))
 
 
@@ -188,51 +200,52 @@ def _backward(x, dys, layers, hs, ys, zs, needs):
     of_x = [i for i, need in enumerate(needs) if need.a]
     parts = {}
     if of_x:
-        made, wholes = outer(x, [ps[i] for i in of_x], [drops[i] for i in of_x], keep=needs_dx)
+        made, wholes = outer_product(x, [ps[i] for i in of_x], [drops[i] for i in of_x], keep=needs_dx)
         parts = dict(zip(of_x, made, strict=True))
         if needs_dx:
             for i, whole in zip(of_x, wholes, strict=True):
                 ps[i] = whole[None]
     for i, (layer, side, need) in enumerate(zip(layers, sides, needs, strict=True)):
         of = zip((layer.a, layer.b, layer.bias, layer.gain), need[1:], strict=True)
-        da, db, dbias, dgain = (empty_like(t, wanted) if wanted else None for t, wanted in of)
+        da, db, dbias, dgain = (empty_gradient(t, wanted) if wanted else None for t, wanted in of)
         if da is not None:
-            sums.add(parts[i], da, inverse(*layer.drop))
+            sums.add_job(parts[i], da, inverse_keep_rate(*layer.drop))
         if db is not None:
-            sums.add(side.part, db, gain=layer.gain)
+            sums.add_job(side.part, db, gain=layer.gain)
         if dbias is not None:
-            sums.add(side.of_u, dbias)
+            sums.add_job(side.of_u, dbias)
         from_y = dgain is not None and zs[i] is None
         if dgain is not None:
-            sums.add(side.of_uv, dgain, divisor=layer.gain if from_y else None)
+            sums.add_job(side.of_uv, dgain, divisor=layer.gain if from_y else None)
         grads.append((da, db, dbias, dgain))
         dgains.append(dgain if from_y else None)
     dx = x.new_empty(x.shape) if needs_dx else None
     if by_library:
         library.input_gradient(expand, dys, [side.scaled for side in sides], layers, ps, dx)
-    _last(x, dys, layers, hs, ps, dgains, sums, None if by_library else dx)
+    _launch_last(x, dys, layers, hs, ps, dgains, sums, None if by_library else dx)
     return dx, grads
 
 
-def _last(x, dys, layers, hs, ps, dgains, sums, dx):
+def _launch_last(x, dys, layers, hs, ps, dgains, sums, dx):
     """The launch that makes dx, unless that is there or not wanted, and adds up."""
     m, k = x.shape
-    jobs = sums.args()
+    jobs = sums.kernel_args()
     jobs["sizes"], jobs["ranks"] = jobs.pop("ns"), jobs.pop("rs")
     looks, of_gain = any(d is not None for d in dgains), tile("zero_gain", x)
-    blocks = sums.blocks()
-    blocks += sum(ceil(layer.n, of_gain.columns) for layer, d in zip(layers, dgains, strict=True) if d is not None)
+    blocks = sums.block_count()
+    blocks += sum(ceil_div(layer.n, of_gain.columns) for layer, d in zip(layers, dgains, strict=True) if d is not None)
     none = (None,) * len(layers)
     args = {
-        **jobs, "dys": tuple(dys), "x": x if looks else None, "ws": _of(layers, "w"), "hs": tuple(hs) if looks else none,
-        "bs": _of(layers, "b") if looks else none, "dy_gains": _of(layers, "gain"), "dgains": tuple(dgains), "m": m,
-        "ns": _of(layers, "n"), "k": k, "rs": _of(layers, "r"), **strides("d", dys), "x0": x.stride(0), "x1": x.stride(1),
-        **strides("w", _of(layers, "w")), **strides("b", _of(layers, "b")), "BLOCK": sums.tile.columns,
+        **jobs, "dys": tuple(dys), "x": x if looks else None, "ws": _field_of_each(layers, "w"),
+        "hs": tuple(hs) if looks else none, "bs": _field_of_each(layers, "b") if looks else none,
+        "dy_gains": _field_of_each(layers, "gain"), "dgains": tuple(dgains), "m": m, "ns": _field_of_each(layers, "n"), "k": k,
+        "rs": _field_of_each(layers, "r"), **strides("d", dys), "x0": x.stride(0), "x1": x.stride(1),
+        **strides("w", _field_of_each(layers, "w")), **strides("b", _field_of_each(layers, "b")), "BLOCK": sums.tile.columns,
         "COLUMNS": of_gain.columns,
     }  # fmt: skip
     if dx is None:
         if blocks:
-            launch(rest_of_gradients_kernel, (blocks,), args, sums.made(), warps=of_gain.warps, stages=of_gain.stages)
+            launch_triton(rest_of_gradients_kernel, (blocks,), args, sums.outputs(), warps=of_gain.warps, stages=of_gain.stages)
         return
     drops = [layer.drop for layer in layers]
     gains, two_sums = any(layer.gain is not None for layer in layers), any(layer.drop_base for layer in layers)
@@ -240,21 +253,22 @@ def _last(x, dys, layers, hs, ps, dgains, sums, dx):
         "input_gradient", x, dtype=x.dtype, m=tall(m), k=k, n=sum(args["ns"]), layers=len(layers), gains=gains,
         two_sums=two_sums,
     )  # fmt: skip
-    by_maps, bk, bn = t.maps and take(dys, args["ws"]), t.columns, t.depth
+    by_maps, bk, bn = t.maps and loads_by_tma(dys, args["ws"]), t.columns, t.depth
     factors = ps if x.dtype is torch.float16 and gains else args["ws"]  # dy ⊙ gain is float32 there, as ps are
     bm, warps, stages, registers = sound_tile(x, factors, m, t, two_sums, changed=gains, mapped=by_maps)
     args |= {
-        **boxes("map_d", args["dys"] if by_maps else (), bm, bn), **boxes("map_w", args["ws"] if by_maps else (), bn, bk),
-        "ps": tuple(ps), "as_": _of(layers, "a"), "dx": dx, **drawn(drops), "inverses": tuple(inverse(*drop) for drop in drops),
-        "counts_p": tuple(map(len, ps)), **strides("a", _of(layers, "a")),
-        "DROP_BASES": tuple(int(layer.drop_base) for layer in layers), "PRECISION": precision(x),
-        "BM": bm, "BN": bn, "BK": bk, "BR": t.ranks, "RANK_STAGES": rank_stages(x, precision(x), bm, warps),
-        **_order(x, bm, bk, sum(_of(layers, "n")), ceil(k, bk)),
+        **tensor_maps("map_d", args["dys"] if by_maps else (), bm, bn),
+        **tensor_maps("map_w", args["ws"] if by_maps else (), bn, bk), "ps": tuple(ps), "as_": _field_of_each(layers, "a"),
+        "dx": dx, **dropout_args(drops), "inverses": tuple(inverse_keep_rate(*drop) for drop in drops),
+        "counts_p": tuple(map(len, ps)), **strides("a", _field_of_each(layers, "a")),
+        "DROP_BASES": tuple(int(layer.drop_base) for layer in layers), "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk,
+        "BR": t.ranks, "RANK_STAGES": rank_stages(x, precision(x), bm, warps),
+        **_tile_order(x, bm, bk, sum(_field_of_each(layers, "n")), ceil_div(k, bk)),
     }  # fmt: skip
-    grid = (ceil(m, bm) * ceil(k, bk) + blocks,)
-    made = [dx, *sums.made()]
-    launch(input_gradient_kernel, grid, args, made, warps=warps, stages=stages, registers=registers)
+    grid = (ceil_div(m, bm) * ceil_div(k, bk) + blocks,)
+    made = [dx, *sums.outputs()]
+    launch_triton(input_gradient_kernel, grid, args, made, warps=warps, stages=stages, registers=registers)
 
 
-def _of(layers, name):
+def _field_of_each(layers, name):
     return tuple(getattr(layer, name) for layer in layers)

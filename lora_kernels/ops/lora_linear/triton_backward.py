@@ -4,14 +4,14 @@ sums of what the launches before left in parts, so that they need no launch of t
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.lora_linear.triton_forward import adapter, place
-from lora_kernels.ops.thin import load_tile, product
-from lora_kernels.ops.triton_dropout import kept
-from lora_kernels.ops.triton_sums import add_up
+from lora_kernels.ops.lora_linear.triton_forward import add_adapter, swizzled_tile
+from lora_kernels.ops.triton_dropout import dropout_mask
+from lora_kernels.ops.triton_partials import reduce_partials
+from lora_kernels.ops.triton_skinny import dot_accumulate, load_tile
 
 
 @triton.jit
-def over_outputs(
+def mainloop_over_outputs(
     dy, w, gain, map_d, map_w, row, column, sums, base, rows, columns, m, n, k, d0, d1, w0, w1, DROP_BASE: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -30,14 +30,14 @@ def over_outputs(
             scaled = ds.to(tl.float32) * gains[None, :]
             if ds.dtype == tl.bfloat16:  # one more rounding, for half the products; float16 has no exponents to spare
                 scaled = scaled.to(tl.bfloat16)
-        sums = product(scaled, ws, sums, PRECISION)
+        sums = dot_accumulate(scaled, ws, sums, PRECISION)
         if DROP_BASE:
-            base = product(ds, ws, base, PRECISION)
+            base = dot_accumulate(ds, ws, base, PRECISION)
     return sums, base
 
 
 @triton.jit
-def zero_gain(
+def gradient_of_zero_gain(
     n, dy, x, w, h, b, dgain, m, k, r, d0, d1, x0, x1, w0, w1, b0, b1, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr
 ):
     """dgain[n] = Σ dy ⊙ z, which y cannot tell where the gain is zero."""
@@ -62,7 +62,7 @@ def rest_of_gradients(
     d0s, d1s, x0, x1, w0s, w1s, b0s, b1s, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Adds up `parts`; then looks for gains of zero, COLUMNS a block, so that the host need not wait for an answer."""
-    block = add_up(block, parts, gains, divisors, outs, factors, counts, sizes, ranks, BLOCK)
+    block = reduce_partials(block, parts, gains, divisors, outs, factors, counts, sizes, ranks, BLOCK)
     for g in tl.static_range(len(ns)):
         if dgains[g] is not None:
             blocks = tl.cdiv(ns[g], COLUMNS)
@@ -72,7 +72,7 @@ def rest_of_gradients(
                 if tl.max(zero, 0) > 0:
                     for i in range(COLUMNS):
                         if tl.sum(tl.where(tl.arange(0, COLUMNS) == i, zero, 0), 0) > 0:
-                            zero_gain(
+                            gradient_of_zero_gain(
                                 block.to(tl.int64) * COLUMNS + i, dys[g], x, ws[g], hs[g], bs[g], dgains[g], m, k, rs[g],
                                 d0s[g], d1s[g], x0, x1, w0s[g], w1s[g], b0s[g], b1s[g], 16, 64, 16,
                             )  # fmt: skip
@@ -100,7 +100,7 @@ def input_gradient_kernel(
     SLAB: tl.constexpr, RANK_STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx = Σ (dy ⊙ gain) w + drop(p a); with DROP_BASES[g]: dy w + drop((dy ⊙ (gain - 1)) w + p a). The programs after those of
-    the tiles do `rest_of_gradients`. The maps: of each dy and w (ops/maps.py)."""
+    the tiles do `rest_of_gradients`. The maps: of each dy and w (ops/triton_tma.py)."""
     maps_d, maps_w = (map_d0, map_d1, map_d2), (map_w0, map_w1, map_w2)
     down, across = tl.cdiv(m, BM), tl.cdiv(k, BK)
     if tl.program_id(0) >= down * across:
@@ -109,7 +109,7 @@ def input_gradient_kernel(
             dy_gains, dgains, m, ns, k, rs, d0s, d1s, x0, x1, w0s, w1s, b0s, b1s, BLOCK, COLUMNS,
         )  # fmt: skip
     else:
-        row, column = place(tl.program_id(0), down, across, GROUP, SLAB)
+        row, column = swizzled_tile(tl.program_id(0), down, across, GROUP, SLAB)
         rows, columns = row.to(tl.int64) * BM + tl.arange(0, BM), column.to(tl.int64) * BK + tl.arange(0, BK)
         at, inside = dx + rows[:, None] * k + columns[None, :], (rows < m)[:, None] & (columns < k)[None, :]
         sums = tl.zeros((BM, BK), tl.float32)
@@ -117,23 +117,23 @@ def input_gradient_kernel(
             term = tl.zeros((BM, BK), tl.float32)
             map_d, map_w = None if map_d0 is None else maps_d[g], None if map_d0 is None else maps_w[g]
             if DROP_BASES[g]:
-                term, sums = over_outputs(
+                term, sums = mainloop_over_outputs(
                     dys[g], ws[g], dy_gains[g], map_d, map_w, row, column, term, sums, rows, columns, m, ns[g], k, d0s[g],
                     d1s[g], w0s[g], w1s[g], 1, PRECISION, BM, BN, BK,
                 )  # fmt: skip
             else:
-                sums, term = over_outputs(
+                sums, term = mainloop_over_outputs(
                     dys[g], ws[g], dy_gains[g], map_d, map_w, row, column, sums, term, rows, columns, m, ns[g], k, d0s[g],
                     d1s[g], w0s[g], w1s[g], 0, PRECISION, BM, BN, BK,
                 )  # fmt: skip
             if lows[g] is None:
-                sums = adapter(
+                sums = add_adapter(
                     ps[g], as_[g], sums, rows, columns, m, k, rs[g], counts_p[g], a1s[g], a0s[g], PRECISION, BR, RANK_STAGES
                 )
             else:
-                term = adapter(
+                term = add_adapter(
                     ps[g], as_[g], term, rows, columns, m, k, rs[g], counts_p[g], a1s[g], a0s[g], PRECISION, BR, RANK_STAGES
                 )
-                keep = kept(lows[g], highs[g], rows, column * BK, limits[g], BM, BK)
+                keep = dropout_mask(lows[g], highs[g], rows, column * BK, limits[g], BM, BK)
                 sums += tl.where(keep, inverses[g] * term, 0.0)
         tl.store(at, sums.to(dx.dtype.element_ty), mask=inside)

@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.launch import ceil, launch, power
+from lora_kernels.ops.launch import ceil_div, launch_triton, power_of_two
 from lora_kernels.ops.lora_linear.library import Term
-from lora_kernels.ops.lora_linear.triton_forward import adapter
+from lora_kernels.ops.lora_linear.triton_forward import add_adapter
 from lora_kernels.ops.tables.tiles import tile
-from lora_kernels.ops.thin import precision, strides
 from lora_kernels.ops.triton_compiler import rank_stages
-from lora_kernels.ops.triton_dropout import drawn, inverse, kept
+from lora_kernels.ops.triton_dropout import dropout_args, dropout_mask, inverse_keep_rate
+from lora_kernels.ops.triton_skinny import precision, strides
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -34,7 +34,7 @@ def expand_kernel(
         if zs[g] is not None:
             base = tl.load(zs[g] + at, mask=inside, other=0.0).to(tl.float32)
             sums += base
-        sums = adapter(
+        sums = add_adapter(
             hs[g], bs[g], sums, rows, columns, m, n, rs[g], parts[g], b0s[g], b1s[g], PRECISION, BR, RANK_STAGES,
         )  # fmt: skip
         if z_out is not None:
@@ -44,7 +44,7 @@ def expand_kernel(
         if LESS:
             sums -= base
         if lows[g] is not None:
-            sums = tl.where(kept(lows[g], highs[g], rows, column * BN, limits[g], BM, BN), inverses[g] * sums, 0.0)
+            sums = tl.where(dropout_mask(lows[g], highs[g], rows, column * BN, limits[g], BM, BN), inverses[g] * sums, 0.0)
         total += sums
     if bias is not None:
         total += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
@@ -59,11 +59,11 @@ def expand(
     ranks = tuple(term.b.shape[1] for term in terms)
     drops = [term.drop for term in terms]
     t = tile("expand", out, dtype=out.dtype, m=m, n=n, r=max(ranks), layers=len(terms))
-    bm, bn = power(m, most=t.rows), power(n, most=t.columns)
+    bm, bn = power_of_two(m, most=t.rows), power_of_two(n, most=t.columns)
     args = {
         "out": out, "z_out": z_out, "hs": tuple(t.h for t in terms), "bs": tuple(t.b for t in terms),
-        "zs": tuple(t.z for t in terms), "gains": tuple(t.gain for t in terms), "bias": bias, **drawn(drops),
-        "inverses": tuple(inverse(*drop) for drop in drops), "parts": tuple(len(t.h) for t in terms), "m": m, "n": n,
+        "zs": tuple(t.z for t in terms), "gains": tuple(t.gain for t in terms), "bias": bias, **dropout_args(drops),
+        "inverses": tuple(inverse_keep_rate(*drop) for drop in drops), "parts": tuple(len(t.h) for t in terms), "m": m, "n": n,
         "rs": ranks, **strides("b", [t.b for t in terms]), "LESS": less,
         "RANK_STAGES": rank_stages(out, precision(out), bm, t.warps), "PRECISION": precision(out), "BM": bm, "BN": bn,
         "BR": t.ranks,
@@ -72,5 +72,5 @@ def expand(
     written = [out] if z_out is None else [out, z_out]
     makes = [t for t in written if t.data_ptr() not in read]
     changes = [t for t in written if t.data_ptr() in read]
-    grid = (ceil(m, bm) * ceil(n, bn),)
-    launch(expand_kernel, grid, args, makes, changes=changes, warps=t.warps, stages=t.stages, registers=t.registers)
+    grid = (ceil_div(m, bm) * ceil_div(n, bn),)
+    launch_triton(expand_kernel, grid, args, makes, changes=changes, warps=t.warps, stages=t.stages, registers=t.registers)

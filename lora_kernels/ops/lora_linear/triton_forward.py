@@ -7,13 +7,13 @@ adapter's product is taken after the loop over the depth, on the same float32 su
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.thin import load_sum, load_tile, product
-from lora_kernels.ops.triton_dropout import kept
+from lora_kernels.ops.triton_dropout import dropout_mask
+from lora_kernels.ops.triton_skinny import dot_accumulate, load_sum, load_tile
 
 
 @triton.jit
-def place(tile, down, across, GROUP: tl.constexpr, SLAB: tl.constexpr):
-    """The row and the column of a tile, swizzled as ops/cost.py's `order` chose: GROUP rows of tiles run side by side and share
+def swizzled_tile(tile, down, across, GROUP: tl.constexpr, SLAB: tl.constexpr):
+    """The row and the column of a tile, swizzled as ops/cost.py's `tile_order` chose: GROUP rows of tiles run side by side and share
     W in the cache. SLAB: so many columns of tiles at a time, 0 for all."""
     first = 0
     if SLAB > 0:
@@ -26,19 +26,19 @@ def place(tile, down, across, GROUP: tl.constexpr, SLAB: tl.constexpr):
 
 
 @triton.jit
-def adapter(
+def add_adapter(
     h, b, sums, rows, columns, m, n, r, parts, b0, b1, PRECISION: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr
 ):
     """sums + h bᵀ, h [parts, m, r] in float32, b [n, r]. STAGES: of the loop, None for those of the launch."""
     for first in tl.range(0, r, BR, num_stages=STAGES):
         ranks = first + tl.arange(0, BR).to(tl.int64)
         hs = load_sum(h, rows, ranks, parts, m, r)  # [BM, BR]
-        sums = product(hs, load_tile(b, ranks, columns, b1, b0, r, n), sums, PRECISION)
+        sums = dot_accumulate(hs, load_tile(b, ranks, columns, b1, b0, r, n), sums, PRECISION)
     return sums
 
 
 @triton.jit
-def keep_sum(h, whole, rows, parts, m, r, BR: tl.constexpr):
+def store_sum(h, whole, rows, parts, m, r, BR: tl.constexpr):
     """whole [m, r] = Σ h [parts, m, r]."""
     for first in range(0, r, BR):
         ranks = first + tl.arange(0, BR).to(tl.int64)
@@ -47,7 +47,7 @@ def keep_sum(h, whole, rows, parts, m, r, BR: tl.constexpr):
 
 
 @triton.jit
-def along(
+def mainloop(
     x, w, a, map_x, map_w, row, column, rows, columns, begin, end, low, high, limit, m, n, k, r, x0, x1, w0, w1, a0, a1,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -64,22 +64,22 @@ def along(
             xs = load_tile(x, rows, depth, x0, x1, m, k)  # [BM, BK]
             ws = load_tile(w, depth, columns, w1, w0, k, n)  # [BK, BN]
         if a is not None:
-            sums = product(xs, ws, sums, PRECISION)
+            sums = dot_accumulate(xs, ws, sums, PRECISION)
             mine = xs
             if low is not None:
-                mine = tl.where(kept(low, high, rows, first, limit, BM, BK), xs, 0.0)
-            thin = product(mine, load_tile(a, depth, ranks, a1, a0, k, r), thin, PRECISION)
+                mine = tl.where(dropout_mask(low, high, rows, first, limit, BM, BK), xs, 0.0)
+            thin = dot_accumulate(mine, load_tile(a, depth, ranks, a1, a0, k, r), thin, PRECISION)
         elif low is not None:
-            keep = kept(low, high, rows, first, limit, BM, BK)
-            sums = product(tl.where(keep, xs, 0.0), ws, sums, PRECISION)
-            dropped = product(tl.where(keep, 0.0, xs), ws, dropped, PRECISION)
+            keep = dropout_mask(low, high, rows, first, limit, BM, BK)
+            sums = dot_accumulate(tl.where(keep, xs, 0.0), ws, sums, PRECISION)
+            dropped = dot_accumulate(tl.where(keep, 0.0, xs), ws, dropped, PRECISION)
         else:
-            sums = product(xs, ws, sums, PRECISION)
+            sums = dot_accumulate(xs, ws, sums, PRECISION)
     return sums, dropped, thin
 
 
 @triton.jit
-def finish(
+def epilogue(
     sums, dropped, thin, a, h, b, bias, gain, y, z, whole, low, inverse, scale, rows, columns, column, m, n, r, parts, b0, b1,
     PRECISION: tl.constexpr, BR: tl.constexpr, RANK_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -87,16 +87,16 @@ def finish(
     if a is not None:
         ranks = tl.arange(0, BR).to(tl.int64)
         thin *= scale * inverse
-        sums = product(thin, load_tile(b, ranks, columns, b1, b0, r, n), sums, PRECISION)
+        sums = dot_accumulate(thin, load_tile(b, ranks, columns, b1, b0, r, n), sums, PRECISION)
         if whole is not None and column == 0:
             tl.store(whole + rows[:, None] * r + ranks[None, :], thin, mask=(rows < m)[:, None] & (ranks < r)[None, :])
     else:
         if low is not None:  # what is kept counts `inverse` times in drop(x)
             dropped += (1.0 - inverse) * sums
             sums *= inverse
-        sums = adapter(h, b, sums, rows, columns, m, n, r, parts, b0, b1, PRECISION, BR, RANK_STAGES)
+        sums = add_adapter(h, b, sums, rows, columns, m, n, r, parts, b0, b1, PRECISION, BR, RANK_STAGES)
         if whole is not None and column == 0:
-            keep_sum(h, whole, rows, parts, m, r, BR)
+            store_sum(h, whole, rows, parts, m, r, BR)
     at, inside = rows[:, None] * n + columns[None, :], (rows < m)[:, None] & (columns < n)[None, :]
     if z is not None:
         tl.store(z + at, sums.to(z.dtype.element_ty), mask=inside)
@@ -110,7 +110,7 @@ def finish(
 
 
 @triton.jit
-def together(
+def reduce_split_k(
     sums, thin, a, scratch, ticket, tile, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
 ):
     """Whether this program is the last of its tile to come, and then the sums over all of them, in their order.
@@ -147,14 +147,14 @@ def forward_kernel(
     """ys[g] = gain ⊙ z + bias, z = x wᵀ + h bᵀ, for each layer; h is in hs[g], or made here with as_[g].
 
     With a seed and no as_[g] the base is dropped, too: gain ⊙ z + (x - drop(x)) wᵀ + bias. SPLITS: as many programs share a
-    tile's depth. WAITS: h is being made meanwhile. The maps: of x and of each w (ops/maps.py).
+    tile's depth. WAITS: h is being made meanwhile. The maps: of x and of each w (ops/triton_tma.py).
     """
     maps = (map_w0, map_w1, map_w2)
     down, across = tl.cdiv(m, BM), 0
     for g in tl.static_range(len(ws)):
         across += tl.cdiv(ns[g], BN)
     tile = tl.program_id(0)
-    row, column = place(tile, down, across, GROUP, SLAB)
+    row, column = swizzled_tile(tile, down, across, GROUP, SLAB)
     rows = row.to(tl.int64) * BM + tl.arange(0, BM)
     for g in tl.static_range(len(ws)):
         blocks = tl.cdiv(ns[g], BN)
@@ -163,7 +163,7 @@ def forward_kernel(
             last = True
             each = tl.cdiv(tl.cdiv(k, BK), SPLITS) * BK
             begin = tl.program_id(1) * each
-            sums, dropped, thin = along(
+            sums, dropped, thin = mainloop(
                 x, ws[g], as_[g], map_x, None if map_x is None else maps[g], row, column, rows, columns, begin,
                 min(k, begin + each), lows[g], highs[g], limits[g], m, ns[g], k, rs[g], x0, x1, w0s[g], w1s[g], a0s[g], a1s[g],
                 PRECISION, BM, BN, BK, BR,
@@ -171,9 +171,9 @@ def forward_kernel(
             if WAITS:
                 tl.extra.cuda.gdc_wait()
             if SPLITS > 1:
-                last, sums, thin = together(sums, thin, as_[g], scratch, ticket, tile, SPLITS, BM, BN, BR)
+                last, sums, thin = reduce_split_k(sums, thin, as_[g], scratch, ticket, tile, SPLITS, BM, BN, BR)
             if last:
-                finish(
+                epilogue(
                     sums, dropped, thin, as_[g], hs[g], bs[g], biases[g], gains[g], ys[g], zs[g], wholes[g], lows[g],
                     inverses[g], scales[g], rows, columns, column, m, ns[g], rs[g], parts, b0s[g], b1s[g], PRECISION, BR,
                     RANK_STAGES,

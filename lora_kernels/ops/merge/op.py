@@ -33,7 +33,7 @@ def merged_weight(
             names it, and nothing has changed.
         NotImplementedError: the forced backend refuses; the message says why.
     """
-    _check(w, a, b, scale, gain, out)
+    _check_arguments(w, a, b, scale, gain, out)
     with torch.no_grad(), without_autocast(w):
         if out is None:
             return _merged(Merged(w, a, b, scale, gain))
@@ -44,7 +44,7 @@ def merged_weight(
     return out
 
 
-def _check(w, a, b, scale, gain, out):
+def _check_arguments(w, a, b, scale, gain, out):
     if isinstance(scale, Tensor):
         raise TypeError("merged_weight: scale must be a number, found a tensor; scale.item() is one")
     check_adapted_weight("merged_weight", w, a, b, scale, {"gain": gain}, {"out": out})
@@ -66,19 +66,19 @@ def _check_out(w, a, b, gain, out):
     for name, tensor in (("w", w), ("a", a), ("b", b), ("gain", gain)):
         if tensor is None or not torch._C._is_alias_of(out, tensor):
             continue
-        if tensor is w and _place(out) == _place(w):
+        if tensor is w and _layout(out) == _layout(w):
             continue
-        (first, end), (other, other_end) = _span(out), _span(tensor)
+        (first, end), (other, other_end) = _byte_range(out), _byte_range(tensor)
         if first < other_end and other < end:
             wanted = "be w itself or lie apart from it" if tensor is w else f"lie apart from {name}"
             raise ValueError(f"merged_weight: out must {wanted}, found memory that they share in part")
 
 
-def _place(t):
+def _layout(t):
     return t.storage_offset(), t.stride(), t.is_neg()
 
 
-def _span(t):
+def _byte_range(t):
     """The bytes of its storage between a tensor's first element and its last, from and to."""
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else -1
     first = t.storage_offset()

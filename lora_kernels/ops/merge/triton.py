@@ -4,12 +4,12 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.launch import ceil, launch, power, refuse_device
+from lora_kernels.ops.launch import ceil_div, launch_triton, power_of_two, refuse_device
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import tile
-from lora_kernels.ops.thin import HALVES, product
-from lora_kernels.ops.triton_compiler import sound
+from lora_kernels.ops.triton_compiler import sound_schedule
+from lora_kernels.ops.triton_skinny import HALVES, dot_accumulate
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def merge_kernel(
         at_b, at_a = b + rows[:, None] * b0 + rank[None, :] * b1, a + rank[:, None] * a0 + depth[None, :] * a1
         bs = tl.load(at_b, mask=(rows < n)[:, None] & within[None, :], other=0.0)  # [BN, BR]
         as_ = tl.load(at_a, mask=within[:, None] & (depth < k)[None, :], other=0.0)  # [BR, BK]
-        update = product(bs, as_, update, PRECISION)
+        update = dot_accumulate(bs, as_, update, PRECISION)
     merged = ws.to(tl.float32) + scale * update
     if gain is not None:
         merged *= tl.load(gain + rows * g0, mask=rows < n, other=0.0).to(tl.float32)[:, None]  # [BN]
@@ -67,9 +67,9 @@ def merge(call, out):
         "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1), "b0": b.stride(0), "b1": b.stride(1),
         "g0": 0 if gain is None else gain.stride(0), "o0": out.stride(0), "o1": out.stride(1),
         # 16-bit factors are exact on tensor cores; float32 ones as six products of 16 bits, which is as good
-        "PRECISION": "half" if half else "bf16x6", "BN": t.rows, "BK": t.columns, "BR": power(r, most=t.ranks),
+        "PRECISION": "half" if half else "bf16x6", "BN": t.rows, "BK": t.columns, "BR": power_of_two(r, most=t.ranks),
     }  # fmt: skip
-    grid, (makes, changes) = (ceil(n, t.rows) * ceil(k, t.columns),), ([], [out]) if in_place else ([out], [])
+    grid, (makes, changes) = (ceil_div(n, t.rows) * ceil_div(k, t.columns),), ([], [out]) if in_place else ([out], [])
     # other blocks, not stages, hide the wait for W: most calls take one step over the ranks
-    warps, stages = sound(b, [a], args["PRECISION"], t.rows, t.warps, t.stages)
-    launch(merge_kernel, grid, args, makes, changes=changes, warps=warps, stages=stages, registers=t.registers)
+    warps, stages = sound_schedule(b, [a], args["PRECISION"], t.rows, t.warps, t.stages)
+    launch_triton(merge_kernel, grid, args, makes, changes=changes, warps=warps, stages=stages, registers=t.registers)

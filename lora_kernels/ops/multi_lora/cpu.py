@@ -3,18 +3,18 @@
 import torch
 
 from lora_kernels import _cpu
-from lora_kernels.ops.buffers import row_major
+from lora_kernels.ops.cpu_gemm import base_product
+from lora_kernels.ops.cpu_tensors import row_major
 from lora_kernels.ops.multi_lora.plan import TENSORS
-from lora_kernels.ops.products import base_product
 from lora_kernels.ops.refusals import READ, refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 
 
 def refusal(call):
-    return _refuse(call, call.w)
+    return _refuse_operands(call, call.w)
 
 
-def _refuse(call, w):
+def _refuse_operands(call, w):
     x, bias, slots = call.x, call.bias, call.slots
     adapters = [t for i in range(0, len(slots), TENSORS) for t in slots[i : i + 2]]
     for t in (x, w, bias, *adapters):
@@ -30,23 +30,23 @@ def _refuse(call, w):
 def forward(call):
     x = row_major(call.x)
     y = x.new_empty(x.shape[0], call.w.shape[0])
-    adapt(call, base_product(x, call.w, y if x.dtype is torch.float32 else None), y, x, False)
+    apply_adapters(call, base_product(x, call.w, y if x.dtype is torch.float32 else None), y, x, False)
     return y
 
 
 def add_refusal(call):
-    return _refuse(call, None) or refuse_dtypes(y=call.y) or refuse_negated(y=call.y)
+    return _refuse_operands(call, None) or refuse_dtypes(y=call.y) or refuse_negated(y=call.y)
 
 
 @implements("multi_lora_add", "cpu", add_refusal)
-def add(call):
+def add_in_place(call):
     y = row_major(call.y)
-    adapt(call, y, y, row_major(call.x), True)
+    apply_adapters(call, y, y, row_major(call.x), True)
     if y is not call.y:
         call.y.copy_(y)
 
 
-def adapt(call, z, y, x, holds_bias):
+def apply_adapters(call, z, y, x, holds_bias):
     """Fills y with what the adapters make of z = x wᵀ, float32 or y itself, which may hold the bias already."""
     first, threads, plan = 0, torch.get_num_threads(), (call.ids, call.weights, call.order, call.starts, call.error)
     for i in range(0, len(call.slots), TENSORS):

@@ -4,13 +4,22 @@ layout; then y is rounded twice, as it is where a base product is there already.
 
 import torch
 
-from lora_kernels.ops.alone import refuse_beside_triton
-from lora_kernels.ops.chips import chip
-from lora_kernels.ops.cuda_shared import shared_of_gemm
-from lora_kernels.ops.launch import KINDS, architecture, ceil, launch_cuda, multiprocessors, refuse_cuda, tickets, vector
-from lora_kernels.ops.lora_linear.cuda_thin import matrix
+from lora_kernels.ops.chips import nearest_chip
+from lora_kernels.ops.cuda_alone import refuse_beside_triton
+from lora_kernels.ops.cuda_shared_memory import shared_of_gemm
+from lora_kernels.ops.cuda_split_k import split_k_part
+from lora_kernels.ops.launch import (
+    KERNEL_SUFFIX,
+    architecture,
+    ceil_div,
+    launch_cuda,
+    multiprocessors,
+    refuse_cuda,
+    tile_tickets,
+    vector_fields,
+)
+from lora_kernels.ops.lora_linear.cuda_skinny import matrix_fields
 from lora_kernels.ops.multi_lora.plan import PAGE, unflatten
-from lora_kernels.ops.parts import shared_part
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_rows
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import compiled
@@ -31,7 +40,7 @@ def add_refusal(call):
 
 def refuse_operands(call, **more):
     x, bias, slots = call.x, call.bias, call.slots
-    if x.dtype not in KINDS:
+    if x.dtype not in KERNEL_SUFFIX:
         return f"x is {x.dtype}; the kernels read bfloat16 or float16"
     factors = {f"{name} of slots[{i}]": getattr(s, name) for i, s in enumerate(unflatten(slots)) for name in "ab"}
     return refuse_dtypes(bias=bias, **factors) or refuse_negated(x=x, bias=bias, **more, **factors) or refuse_cuda(x, ANY)
@@ -60,32 +69,32 @@ def forward(call):
         return y
     if refuse_small(call):
         torch.mm(x, w.detach().T, out=y)
-        adapt(call, y, False)
+        apply_adapters(call, y, False)
         return y
     t, pages = compiled("multi_lora_small.cu", m=m), max(s.table.shape[1] for s in sites)
     tokens = t.columns
-    tiles_of_a, w_tiles = ceil(pages * PAGE, t.rows), sum(ceil(s.b.shape[1], t.rows) for s in sites)
-    adapters, at_once = min(m, sites[0].rank.shape[0]), 2 * chip(architecture(x), multiprocessors(x)).multiprocessors
-    of_a = len(sites) * adapters * ceil(k, t.part)  # if none has more than 64 ranks
-    w_part = shared_part(x, k, t.depth, w_tiles, min(of_a, at_once), 8 * tokens)
+    tiles_of_a, w_tiles = ceil_div(pages * PAGE, t.rows), sum(ceil_div(s.b.shape[1], t.rows) for s in sites)
+    adapters, at_once = min(m, sites[0].rank.shape[0]), 2 * nearest_chip(architecture(x), multiprocessors(x)).multiprocessors
+    of_a = len(sites) * adapters * ceil_div(k, t.part)  # if none has more than 64 ranks
+    w_part = split_k_part(x, k, t.depth, w_tiles, min(of_a, at_once), 8 * tokens)
     # the parts of A end before those of W, or one block would end all tiles. In the deterministic mode they are Triton's
     a_part = t.part if torch.are_deterministic_algorithms_enabled() else min(t.part, max(256, w_part // 128 * 64))
-    a_parts = ceil(k, a_part)
+    a_parts = ceil_div(k, a_part)
     a_blocks = min(m * tiles_of_a * a_parts, max(1, at_once // len(sites)))
-    w_blocks, ranks = w_tiles * ceil(k, w_part), t.rows * tiles_of_a
+    w_blocks, ranks = w_tiles * ceil_div(k, w_part), t.rows * tiles_of_a
     h = x.new_empty(a_parts, len(sites), m, ranks, dtype=torch.float32)
-    scratch, ticket = x.new_empty(w_blocks * t.rows * tokens, dtype=torch.float32), tickets(x.device, SLICES + w_tiles)
+    scratch, ticket = x.new_empty(w_blocks * t.rows * tokens, dtype=torch.float32), tile_tickets(x.device, SLICES + w_tiles)
     args = {
         "x": x, "w": w, "y": y, "ids": call.ids, "order": call.order, "error": error, "h": h, "scratch": scratch,
-        "tickets": ticket, **vector("bias", call.bias), "m": m, "k": k, "count": len(sites[0].rank), "slices": len(sites),
-        "ranks": ranks, "x_row": x.stride(0), "w_row": w.stride(0), "y_row": y.stride(0), "a_blocks": a_blocks,
-        "a_part": a_part, "w_part": w_part,
+        "tickets": ticket, **vector_fields("bias", call.bias), "m": m, "k": k, "count": len(sites[0].rank),
+        "slices": len(sites), "ranks": ranks, "x_row": x.stride(0), "w_row": w.stride(0), "y_row": y.stride(0),
+        "a_blocks": a_blocks, "a_part": a_part, "w_part": w_part,
     }  # fmt: skip
     first = 0
     for i in range(SLICES):
         args |= {f"slice[{i}].{name}": value for name, value in _slice(sites[i] if i < len(sites) else None, first).items()}
         first += sites[i].b.shape[1] if i < len(sites) else 0
-    grid, kernel = (len(sites) * a_blocks + w_blocks,), f"multi_lora_small_{KINDS[x.dtype]}_{tokens}"
+    grid, kernel = (len(sites) * a_blocks + w_blocks,), f"multi_lora_small_{KERNEL_SUFFIX[x.dtype]}_{tokens}"
     launch_cuda(SMALL, kernel, grid, t.threads, args, [y, h, scratch], shared_of_gemm(t), changes=[ticket, error])
     return y
 
@@ -103,24 +112,24 @@ def _slice(site, first):
 
 
 @implements("multi_lora_add", "cuda", add_refusal)
-def add(call):
+def add_in_place(call):
     if call.y.numel():
-        adapt(call, call.y, True)
+        apply_adapters(call, call.y, True)
 
 
-def adapt(call, y, holds):
+def apply_adapters(call, y, holds):
     """What the adapters and the bias make of y = x wᵀ, in place; `holds`: the bias is in it."""
     x, ids, order, bias = call.x, call.ids, call.order, call.bias
-    (m, k), each, first, kind = x.shape, ids.shape[1], 0, KINDS[x.dtype]
+    (m, k), each, first, kind = x.shape, ids.shape[1], 0, KERNEL_SUFFIX[x.dtype]
     of_h, t = compiled("multi_lora_shrink.cu"), compiled("multi_lora_expand.cu")
-    parts = max(1, ceil(k, of_h.part)) if m * each <= FEW else 1  # of many there are blocks enough
-    part = of_h.part if parts > 1 else of_h.depth * max(1, ceil(k, of_h.depth))
+    parts = max(1, ceil_div(k, of_h.part)) if m * each <= FEW else 1  # of many there are blocks enough
+    part = of_h.part if parts > 1 else of_h.depth * max(1, ceil_div(k, of_h.depth))
     for s in unflatten(call.slots):
         (count, pages), n = s.table.shape, s.b.shape[1]
-        ranks = of_h.ranks * max(1, ceil(pages * PAGE, of_h.ranks))
+        ranks = of_h.ranks * max(1, ceil_div(pages * PAGE, of_h.ranks))
         h = x.new_empty(parts, m * each, ranks, dtype=torch.float32)
         args = {
-            "x": x, **matrix("a", s.a), "table": s.table, "rank": s.rank, "scale": s.scale, "ids": ids, "order": order,
+            "x": x, **matrix_fields("a", s.a), "table": s.table, "rank": s.rank, "scale": s.scale, "ids": ids, "order": order,
             "starts": call.starts, "h": h, "entries": m * each, "each": each, "k": k, "count": count, "pages": pages,
             "ranks": ranks, "x_row": x.stride(0), "x_column": x.stride(1), "part": part,
         }  # fmt: skip
@@ -128,12 +137,12 @@ def adapt(call, y, holds):
         launch_cuda(ANY, f"multi_lora_shrink_{kind}", grid, of_h.threads, args, [h], 0)
         of_y, of_bias = y[:, first : first + n], None if bias is None else bias[first : first + n]
         args = {
-            "h": h, "y": of_y, **matrix("b", s.b), "table": s.table, "rank": s.rank, "flags": s.flags,
+            "h": h, "y": of_y, **matrix_fields("b", s.b), "table": s.table, "rank": s.rank, "flags": s.flags,
             "generation": s.generation, "gain": s.gain, "more": s.bias, "ids": ids, "order": order if each == 1 else None,
-            "weights": call.weights, "error": call.error, **vector("bias", of_bias), "m": m, "n": n, "each": each,
+            "weights": call.weights, "error": call.error, **vector_fields("bias", of_bias), "m": m, "n": n, "each": each,
             "count": count, "pages": pages, "ranks": ranks, "parts": parts, "y_row": of_y.stride(0),
             "y_column": of_y.stride(1), "holds": int(holds),
         }  # fmt: skip
-        grid = (ceil(m, t.rows), ceil(n, t.columns))
+        grid = (ceil_div(m, t.rows), ceil_div(n, t.columns))
         launch_cuda(ANY, f"multi_lora_expand_{kind}", grid, t.threads, args, [], 0, changes=[of_y, call.error])
         first += n

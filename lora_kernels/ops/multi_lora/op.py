@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.lora_linear.op import FLOATS, _any_autocast, without_autocast
-from lora_kernels.ops.multi_lora.plan import BatchPlan, Slots, listed
+from lora_kernels.ops.multi_lora.plan import BatchPlan, Slots, tensors_of
 from lora_kernels.ops.multi_lora.training import trained
 from lora_kernels.ops.registry import declare
 
@@ -46,14 +46,14 @@ def multi_lora(
         cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
         with without_autocast(x):
             return multi_lora(x.to(cast), w.to(cast), slots, plan, bias)
-    sites = _check("multi_lora", x, slots, plan, bias, w.shape[0] if isinstance(w, Tensor) and w.dim() == 2 else -1)
+    sites = _check_arguments("multi_lora", x, slots, plan, bias, w.shape[0] if isinstance(w, Tensor) and w.dim() == 2 else -1)
     if w.shape[1] != x.shape[-1] or w.dtype is not x.dtype or w.device != x.device:
         wanted = f"[out, {x.shape[-1]}] {x.dtype} on {x.device} as x is"
         raise ValueError(f"multi_lora: w must be {wanted}, found {list(w.shape)} {w.dtype} on {w.device}")
     if torch.is_grad_enabled() and _wants_grad(x, bias, *(t for s in sites for t in (s.a, s.b, s.gain, s.bias))):
-        y = trained(_rows(x), w, sites, plan, bias)
+        y = trained(_as_rows(x), w, sites, plan, bias)
     else:
-        y = _forward(MultiLoRA(*(_rows(x), w, *_flat(sites, plan), bias)))
+        y = _forward(MultiLoRA(*(_as_rows(x), w, *_flat_tensors(sites, plan), bias)))
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
 
 
@@ -68,7 +68,7 @@ def multi_lora_add_(
     Raises:
         as `multi_lora`; and ValueError if y has not its own memory for each element, or a gradient is wanted: there is none.
     """
-    sites = _check("multi_lora_add_", x, slots, plan, bias, y.shape[-1] if isinstance(y, Tensor) and y.dim() else -1)
+    sites = _check_arguments("multi_lora_add_", x, slots, plan, bias, y.shape[-1] if isinstance(y, Tensor) and y.dim() else -1)
     if y.shape[:-1] != x.shape[:-1] or y.dtype is not x.dtype or y.device != x.device:
         wanted = f"{[*x.shape[:-1], y.shape[-1]]} {x.dtype} on {x.device} as x is"
         raise ValueError(f"multi_lora_add_: y must be {wanted}, found {list(y.shape)} {y.dtype} on {y.device}")
@@ -77,7 +77,7 @@ def multi_lora_add_(
     rows = y if y.dim() == 2 else y.view(math.prod(y.shape[:-1]), y.shape[-1])
     if any(stride == 0 and size > 1 for size, stride in zip(rows.shape, rows.stride(), strict=True)):
         raise ValueError(f"multi_lora_add_: y must have its own memory for each element, found strides {list(y.stride())}")
-    _add(MultiLoRAAdd(*(rows, _rows(x), *_flat(sites, plan), bias)))
+    _add(MultiLoRAAdd(*(rows, _as_rows(x), *_flat_tensors(sites, plan), bias)))
     if not torch.compiler.is_compiling() and not y.is_inference():
         torch.autograd.graph.increment_version(y)
     return y
@@ -87,17 +87,17 @@ def _wants_grad(*tensors):
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _rows(x):
+def _as_rows(x):
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _flat(slots, plan):
+def _flat_tensors(slots, plan):
     if torch.compiler.is_compiling():  # Dynamo cannot enter the lock that a cached property has in Python 3.11
-        return [t for s in slots for t in listed(s)], *listed(plan)
+        return [t for s in slots for t in tensors_of(s)], *tensors_of(plan)
     return (slots[0].tensors if len(slots) == 1 else [t for s in slots for t in s.tensors]), *plan.tensors
 
 
-def _check(op, x, slots, plan, bias, n_out):
+def _check_arguments(op, x, slots, plan, bias, n_out):
     """The slots as a list, if everything fits. Sizes are read once: each costs as much as a small layer's row."""
     if not isinstance(x, Tensor) or x.dim() < 1 or n_out < 0:
         raise TypeError(f"{op}: x and w or y must be tensors, x of at least one dimension and w of two")
@@ -155,9 +155,9 @@ class MultiLoRAAdd(NamedTuple):
     bias: Tensor | None
 
 
-def _fake(call):
+def _fake_result(call):
     return call.x.new_empty(call.x.shape[0], call.w.shape[0])
 
 
-_forward = declare("multi_lora_forward", MultiLoRA, "Tensor", _fake, changes=("error",))
+_forward = declare("multi_lora_forward", MultiLoRA, "Tensor", _fake_result, changes=("error",))
 _add = declare("multi_lora_add", MultiLoRAAdd, "()", lambda call: None, changes=("y", "error"))

@@ -68,7 +68,7 @@ class Slots:
 
     @cached_property
     def tensors(self) -> list[Tensor]:
-        return listed(self)
+        return tensors_of(self)
 
 
 TENSORS = len(fields(Slots))
@@ -129,10 +129,10 @@ class BatchPlan:
 
     @cached_property
     def tensors(self) -> list[Tensor | None]:
-        return listed(self)
+        return tensors_of(self)
 
 
-def listed(one: "Slots | BatchPlan") -> list[Any]:
+def tensors_of(one: "Slots | BatchPlan") -> list[Any]:
     """The tensors in the order of the fields."""
     return [getattr(one, field.name) for field in fields(one)]
 
@@ -169,7 +169,7 @@ def members_of(
 
 
 @dataclass(frozen=True)
-class Taken:
+class AdapterCopy:
     """One adapter, its rank rows together."""
 
     a: Tensor
@@ -180,12 +180,12 @@ class Taken:
     bias: Tensor | None
 
 
-def taken(s: Slots, slot: int, dtype: torch.dtype) -> Taken:
+def adapter_in_slot(s: Slots, slot: int, dtype: torch.dtype) -> AdapterCopy:
     """The adapter in a slot, copied in another dtype."""
     rows, flags = rows_of(s, slot), int(s.flags[slot])
     gain = s.gain[flags >> ROW].to(dtype) if flags & GAIN else None
     bias = s.bias[flags >> ROW].to(dtype) if flags & BIAS else None
-    return Taken(s.scale[slot].to(dtype) * s.a[rows].to(dtype), s.b[rows].to(dtype), gain, bias)
+    return AdapterCopy(s.scale[slot].to(dtype) * s.a[rows].to(dtype), s.b[rows].to(dtype), gain, bias)
 
 
 def rows_of(s: Slots, slot: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from lora_kernels.ops.multi_lora.plan import members_of, taken, unflatten
+from lora_kernels.ops.multi_lora.plan import adapter_in_slot, members_of, unflatten
 from lora_kernels.ops.registry import implements
 
 
@@ -13,7 +13,7 @@ def forward(call):
 
 
 @implements("multi_lora_add", "reference")
-def add(call):
+def add_in_place(call):
     y, bias, wide = call.y, call.bias, torch.promote_types(call.x.dtype, torch.float32)
     y.copy_(_adapted(call, y.to(wide) if bias is None else y.to(wide) - bias.to(wide)))
 
@@ -24,7 +24,7 @@ def _adapted(call, z):
     for s in unflatten(call.slots):
         last = first + s.b.shape[1]
         for members, slot, v in members_of(s, call.ids, call.weights, call.error):
-            of = taken(s, slot, z.dtype)
+            of = adapter_in_slot(s, slot, z.dtype)
             share = x[members] @ of.a.T @ of.b                              # [members, out]
             if of.gain is not None:
                 share = (of.gain - 1) * z[members, first:last] + of.gain * share

@@ -30,9 +30,9 @@ def _of_site(x, w, s, plan, bias):
         for rows, *_ in members:
             rest[rows] = False
         rest = rest.nonzero()[:, 0]
-        pieces = [_adapted(x[rows], w, s, slot, bias) for rows, slot, _ in members] + [_base(x[rest], w, bias)]
+        pieces = [_adapted(x[rows], w, s, slot, bias) for rows, slot, _ in members] + [_base_product(x[rest], w, bias)]
         return torch.cat(pieces)[torch.cat([*(rows for rows, *_ in members), rest]).argsort()]
-    base = _base(x, w, None)
+    base = _base_product(x, w, None)
     y = base
     for rows, slot, v in members:
         delta = _adapted(x[rows], w, s, slot, None) - base[rows]
@@ -40,7 +40,7 @@ def _of_site(x, w, s, plan, bias):
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _base(x, w, bias):
+def _base_product(x, w, bias):
     return F.linear(x, w, None if bias is None else bias.to(x.dtype))
 
 
@@ -48,7 +48,11 @@ def _adapted(x, w, s, slot, bias):
     rows, flags = rows_of(s, slot), int(s.flags[slot])
     gain = s.gain[flags >> ROW] if flags & GAIN else None
     if not len(rows):
-        y = _base(x, w, bias) if gain is None else _base(x, w, None) * gain.to(x.dtype) + (0 if bias is None else bias)
+        y = (
+            _base_product(x, w, bias)
+            if gain is None
+            else _base_product(x, w, None) * gain.to(x.dtype) + (0 if bias is None else bias)
+        )
     else:
         y = lora_linear(x, w, s.a[rows], s.b[rows].T, float(s.scale[slot]), bias, gain)
     return y + s.bias[flags >> ROW].to(y.dtype) if flags & BIAS else y

@@ -6,25 +6,25 @@ from functools import cache
 import torch
 
 from lora_kernels.ops import cost
-from lora_kernels.ops.chips import chip
-from lora_kernels.ops.launch import architecture, ceil, launch, power, refuse_device, tickets
+from lora_kernels.ops.chips import nearest_chip
+from lora_kernels.ops.launch import architecture, ceil_div, launch_triton, power_of_two, refuse_device, tile_tickets
 from lora_kernels.ops.multi_lora.plan import PAGE, unflatten
 from lora_kernels.ops.multi_lora.triton_kernels import multi_lora_kernel, multi_shrink_kernel, multi_small_kernel
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import tile
-from lora_kernels.ops.thin import precision
-from lora_kernels.ops.triton_compiler import sound
+from lora_kernels.ops.triton_compiler import sound_schedule
+from lora_kernels.ops.triton_skinny import precision
 
-FEW = 64  # tokens that one launch takes, at most; entries, up to which a block of shrink has few, of one adapter
+SMALL_TOKENS = 64  # tokens that one launch takes, at most; entries, up to which a block of shrink has few, of one adapter
 PROGRAMS = 2048  # at most to make h of a slice, where one launch makes it and y: of a pool for large ranks most have no work
 
 
 def refusal(call):
-    return _refuse(call, w=call.w)
+    return _refuse_operands(call, w=call.w)
 
 
-def _refuse(call, **more):
+def _refuse_operands(call, **more):
     tensors, sites = {"x": call.x, "bias": call.bias, **more}, unflatten(call.slots)
     for i, s in enumerate(sites):
         tensors |= {f"a of slots[{i}]": s.a, f"b of slots[{i}]": s.b}
@@ -36,22 +36,22 @@ def _refuse(call, **more):
 
 
 def add_refusal(call):
-    return _refuse(call, y=call.y)
+    return _refuse_operands(call, y=call.y)
 
 
 @implements("multi_lora_forward", "triton", refusal)
 def forward(call):
     y = call.x.new_empty(len(call.x), len(call.w))
-    run(call, call.w, y)
+    launch_all(call, call.w, y)
     return y
 
 
 @implements("multi_lora_add", "triton", add_refusal)
-def add(call):
-    run(call, None, call.y)
+def add_in_place(call):
+    launch_all(call, None, call.y)
 
 
-def run(call, w, y):
+def launch_all(call, w, y):
     """Fills y; without w it holds x wᵀ and the bias already. One launch, or one for h and one for y. (On AMD one for each slice
     of y: with the arguments of several the compiler spills scalar registers.)"""
     if not y.numel():
@@ -62,36 +62,38 @@ def run(call, w, y):
     sites = unflatten(call.slots)
     deterministic = torch.are_deterministic_algorithms_enabled()
     pages = max(s.table.shape[1] for s in sites)
-    sites = [s if s.table.shape[1] == pages else replace(s, table=_wider(s.table, pages)) for s in sites]
-    if w is not None and at_once(x, sites, ids.shape[1], weights, deterministic):
-        small(x, w, sites, ids, weights, order, starts, error, bias, y, deterministic)
+    sites = [s if s.table.shape[1] == pages else replace(s, table=_padded_table(s.table, pages)) for s in sites]
+    if w is not None and fits_one_launch(x, sites, ids.shape[1], weights, deterministic):
+        launch_small(x, w, sites, ids, weights, order, starts, error, bias, y, deterministic)
     else:
         shrunk = cache(lambda: shrink(x, sites, order, starts, ids.shape[1], deterministic))
         first = 0
         for i, some in enumerate([[s] for s in sites] if torch.version.hip else [sites]):
-            last = first + sum(widths(some))
+            last = first + sum(slice_widths(some))
             of_w, of_bias = (None if t is None else t[first:last] for t in (w, bias))
             of_h, of_y = slice(i, i + len(some)), y[:, first:last]
-            adapt(x, of_w, lambda of_h=of_h: shrunk()[of_h], some, ids, weights, order, error, of_bias, of_y, deterministic)
+            launch_expand(
+                x, of_w, lambda of_h=of_h: shrunk()[of_h], some, ids, weights, order, error, of_bias, of_y, deterministic
+            )
             first = last
 
 
-def at_once(x, sites, each, weights, fixed):
+def fits_one_launch(x, sites, each, weights, fixed):
     """Whether one launch makes h and y. Not on AMD, for the registers."""
     if torch.version.hip:
         return False
-    most = FEW if is_alone(each, weights) else 16
+    most = SMALL_TOKENS if has_one_adapter(each, weights) else 16
     return len(x) <= most and programs_of_a(x, sites[0], each, tile_of_h(x, few_entries(fixed)))[0] <= PROGRAMS
 
 
-def is_alone(each, weights):
+def has_one_adapter(each, weights):
     """Whether a token has one adapter, whole."""
     return each == 1 and weights is None
 
 
 def few_entries(fixed):
     """By how many the tile of h is chosen where there are few; the bits of `fixed` are those of many."""
-    return FEW + 1 if fixed else 1
+    return SMALL_TOKENS + 1 if fixed else 1
 
 
 def tile_of_h(x, entries):
@@ -99,78 +101,82 @@ def tile_of_h(x, entries):
 
 
 def programs_of_a(x, site, each, t):
-    """How many programs make h of a slice in `small`; blocks of ranks and parts of the depth, of each block of entries."""
+    """How many programs make h of a slice in `launch_small`; blocks of ranks and parts of the depth, of each block of entries."""
     entries = len(x) * each
-    units = ceil(entries, t.rows) + min(len(site.rank), entries)  # at most: the plan is not looked at here
-    blocks, parts = ceil(site.table.shape[1] * PAGE, t.ranks), max(1, ceil(x.shape[1], t.part))
+    units = ceil_div(entries, t.rows) + min(len(site.rank), entries)  # at most: the plan is not looked at here
+    blocks, parts = ceil_div(site.table.shape[1] * PAGE, t.ranks), max(1, ceil_div(x.shape[1], t.part))
     return max(1, units * blocks * parts), max(1, blocks), parts
 
 
-def small(x, w, sites, ids, weights, order, starts, error, bias, y, deterministic):
+def launch_small(x, w, sites, ids, weights, order, starts, error, bias, y, deterministic):
     """Fills y in one launch."""
     (m, k), each, count = x.shape, ids.shape[1], len(sites[0].rank)
-    rows, alone = FEW if deterministic else m, is_alone(each, weights)
+    rows, alone = SMALL_TOKENS if deterministic else m, has_one_adapter(each, weights)
     t = tile("multi_small", x, dtype=x.dtype, m=rows, alone=alone, several=len(sites) > 1)
-    bm, bn, of_h = power(rows, most=t.rows), t.columns, tile_of_h(x, few_entries(deterministic))
+    bm, bn, of_h = power_of_two(rows, most=t.rows), t.columns, tile_of_h(x, few_entries(deterministic))
     ahead, blocks, parts = programs_of_a(x, sites[0], each, of_h)
-    w_tiles = sum(ceil(n, bn) for n in widths(sites))
-    splits = 1 if deterministic else cost.splits(w_tiles, k)
+    w_tiles = sum(ceil_div(n, bn) for n in slice_widths(sites))
+    splits = 1 if deterministic else cost.split_k_count(w_tiles, k)
     h = x.new_empty(len(sites), parts, m * each, ranks_of_h(sites), dtype=torch.float32)
     rows = max(bm, of_h.rows)
-    warps, stages = sound(x, [sites[0].a], precision(x), rows, t.warps, t.stages, narrow=not deterministic)
+    warps, stages = sound_schedule(x, [sites[0].a], precision(x), rows, t.warps, t.stages, narrow=not deterministic)
     scratch = x.new_empty(w_tiles * splits * bm * bn, dtype=torch.float32)
-    ticket = tickets(x.device, len(sites) + w_tiles)
-    args = common(x, w, h, sites, ids, weights, order, error, bias, y, (bm, bn, t.depth, t.ranks)) | {
+    ticket = tile_tickets(x.device, len(sites) + w_tiles)
+    args = common_args(x, w, h, sites, ids, weights, order, error, bias, y, (bm, bn, t.depth, t.ranks)) | {
         **of_slices(sites, "as_", "scales"), "starts": starts, "scratch": scratch, "ticket": ticket,
         "a0s": tuple(s.a.stride(0) for s in sites), "ahead": ahead, "BLOCKS": blocks, "SPLITS": splits, "SPLIT": of_h.part,
-        "SLOTS": power(count, least=16, most=1 << 20), "BM_OF_A": of_h.rows, "BK_OF_A": of_h.depth,
-        "TILES": power(max(ceil(n, bn) for n in widths(sites)), most=1 << 20),
+        "SLOTS": power_of_two(count, least=16, most=1 << 20), "BM_OF_A": of_h.rows, "BK_OF_A": of_h.depth,
+        "TILES": power_of_two(max(ceil_div(n, bn) for n in slice_widths(sites)), most=1 << 20),
     }  # fmt: skip
-    launch(
+    launch_triton(
         multi_small_kernel, (len(sites) * ahead + w_tiles * splits,), args, [y, scratch, h], changes=[error, ticket],
         warps=warps, stages=stages, registers=t.registers,
     )  # fmt: skip
 
 
-def adapt(x, w, of_h, sites, ids, weights, order, error, bias, y, deterministic):
+def launch_expand(x, w, of_h, sites, ids, weights, order, error, bias, y, deterministic):
     """Fills y; of_h gives h, which is there or on its way."""
     (m, k), made = x.shape, w is None
-    rows, alone = max(m, 64) if deterministic else m, is_alone(ids.shape[1], weights)
+    rows, alone = max(m, 64) if deterministic else m, has_one_adapter(ids.shape[1], weights)
     t = tile("multi_lora", x, dtype=x.dtype, m=rows, alone=alone, made=made, several=len(sites) > 1)
-    bm, bn, br = power(rows, most=t.rows), t.columns, t.ranks
-    across = sum(ceil(n, bn) for n in widths(sites))
-    count = ceil(m, bm) * across
-    splits = 1 if made or deterministic or m > 64 else cost.splits(count, k)
+    bm, bn, br = power_of_two(rows, most=t.rows), t.columns, t.ranks
+    across = sum(ceil_div(n, bn) for n in slice_widths(sites))
+    count = ceil_div(m, bm) * across
+    splits = 1 if made or deterministic or m > 64 else cost.split_k_count(count, k)
     scratch = x.new_empty(count * splits * bm * (bn + br), dtype=torch.float32) if splits > 1 else None
-    ticket = tickets(x.device, count) if splits > 1 else None
+    ticket = tile_tickets(x.device, count) if splits > 1 else None
     h = of_h()  # after the tickets, which in a CUDA graph are a launch of their own: y starts while h is made
     waits = not made and h.numel() > 0 and architecture(x) >= 90  # what stands in y already is read before the wait
-    warps, stages = sound(x, [w], precision(x), bm, t.warps, t.stages, narrow=bm == FEW and m <= FEW and not deterministic)
+    warps, stages = sound_schedule(
+        x, [w], precision(x), bm, t.warps, t.stages, narrow=bm == SMALL_TOKENS and m <= SMALL_TOKENS and not deterministic
+    )
     size = x.element_size()
-    tile_order = cost.order(bm * max(k, 1) * size, bn * max(k, 1) * size, bm * bn * size, across, chip(architecture(x)).l2)
-    args = common(x, w, h, sites, ids, weights, order, error, bias, y, (bm, bn, t.depth, br)) | {
+    tile_order = cost.tile_order(
+        bm * max(k, 1) * size, bn * max(k, 1) * size, bm * bn * size, across, nearest_chip(architecture(x)).l2
+    )
+    args = common_args(x, w, h, sites, ids, weights, order, error, bias, y, (bm, bn, t.depth, br)) | {
         "scratch": scratch, "ticket": ticket, "MADE": made, "SPLITS": splits, "WAITS": waits,
         **dict(zip(("GROUP", "SLAB"), tile_order, strict=True)),
     }  # fmt: skip
     fills = [t for t in (None if made else y, scratch) if t is not None]
     changes = [error, *([y] if made else []), *([] if ticket is None else [ticket])]
-    launch(
+    launch_triton(
         multi_lora_kernel, (count, splits), args, fills, changes=changes, warps=warps, stages=stages, registers=t.registers,
         early=waits,
     )  # fmt: skip
 
 
-def common(x, w, h, sites, ids, weights, order, error, bias, y, shape):
+def common_args(x, w, h, sites, ids, weights, order, error, bias, y, shape):
     """Arguments of both kernels that fill y."""
     made, each = w is None, ids.shape[1]
     return {
         **of_slices(sites, "bs", "tables", "ranks_of", "flags", "gains", "mores", "generations"),
         "x": None if made else x, "w": w, "h": h, "ids": ids, "weights": weights, "order": order, "error": error, "bias": bias,
-        "y": y, "m": x.shape[0], "ns": widths(sites), "k": x.shape[1], "count": len(sites[0].rank),
+        "y": y, "m": x.shape[0], "ns": slice_widths(sites), "k": x.shape[1], "count": len(sites[0].rank),
         "pages": sites[0].table.shape[1], "parts": h.shape[1], "x0": x.stride(0), "x1": x.stride(1),
         "w0": 0 if made else w.stride(0), "w1": 0 if made else w.stride(1), "y0": y.stride(0), "y1": y.stride(1),
         "b0s": tuple(s.b.stride(0) for s in sites), "bias0": 0 if bias is None else bias.stride(0), "EACH": each,
-        "ALONE": is_alone(each, weights), "RANKS": h.shape[3], "PRECISION": precision(x),
+        "ALONE": has_one_adapter(each, weights), "RANKS": h.shape[3], "PRECISION": precision(x),
         **dict(zip(("BM", "BN", "BK", "BR"), shape, strict=True)),
     }  # fmt: skip
 
@@ -181,19 +187,19 @@ def shrink(x, sites, order, starts, each, fixed):
     entries = m * each
     t = tile_of_h(x, max(entries, few_entries(fixed)))
     bm, bk, br = t.rows, t.depth, t.ranks
-    split = t.part if fixed or entries <= FEW else max(bk, ceil(k, bk) * bk)
-    h = x.new_empty(len(sites), max(1, ceil(k, split)), entries, ranks, dtype=torch.float32)
-    units = ceil(entries, bm) + min(count, entries)  # at most: the plan is not looked at here
+    split = t.part if fixed or entries <= SMALL_TOKENS else max(bk, ceil_div(k, bk) * bk)
+    h = x.new_empty(len(sites), max(1, ceil_div(k, split)), entries, ranks, dtype=torch.float32)
+    units = ceil_div(entries, bm) + min(count, entries)  # at most: the plan is not looked at here
     args = {
         "x": x, **of_slices(sites, "as_", "tables", "ranks_of", "scales"), "starts": starts, "order": order, "h": h,
         "entries": entries, "k": k, "count": count, "pages": sites[0].table.shape[1], "x0": x.stride(0), "x1": x.stride(1),
         "a0s": tuple(s.a.stride(0) for s in sites), "SPLIT": split, "EACH": each,
-        "SLOTS": power(count, least=16, most=1 << 20), "RANKS": ranks, "PRECISION": precision(x), "BM": bm, "BK": bk, "BR": br,
-        "EARLY": architecture(x) >= 90,
+        "SLOTS": power_of_two(count, least=16, most=1 << 20), "RANKS": ranks, "PRECISION": precision(x), "BM": bm, "BK": bk,
+        "BR": br, "EARLY": architecture(x) >= 90,
     }  # fmt: skip
-    warps, stages = sound(x, [sites[0].a], precision(x), bm, t.warps, t.stages, narrow=True)
-    grid = (units, len(sites) * ceil(ranks, br), h.shape[1])
-    launch(multi_shrink_kernel, grid, args, [h], warps=warps, stages=stages, registers=t.registers)
+    warps, stages = sound_schedule(x, [sites[0].a], precision(x), bm, t.warps, t.stages, narrow=True)
+    grid = (units, len(sites) * ceil_div(ranks, br), h.shape[1])
+    launch_triton(multi_shrink_kernel, grid, args, [h], warps=warps, stages=stages, registers=t.registers)
     return h
 
 
@@ -206,15 +212,15 @@ def of_slices(sites, *names):
     return {name: tuple(getattr(site, fields[name]) for site in sites) for name in names}
 
 
-def widths(sites):
+def slice_widths(sites):
     return tuple(site.b.shape[1] for site in sites)
 
 
 def ranks_of_h(sites):
-    return power(sites[0].table.shape[1] * PAGE, least=16, most=1 << 20)
+    return power_of_two(sites[0].table.shape[1] * PAGE, least=16, most=1 << 20)
 
 
-def _wider(table, pages):
+def _padded_table(table, pages):
     """The table of a pool for smaller ranks, beside others."""
     out = table.new_zeros(len(table), pages)
     out[:, : table.shape[1]] = table

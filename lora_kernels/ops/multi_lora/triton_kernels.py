@@ -7,8 +7,8 @@ refuses, reaches the rows of its tile.)"""
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.lora_linear.triton_forward import place, together
-from lora_kernels.ops.thin import load_tile, product
+from lora_kernels.ops.lora_linear.triton_forward import reduce_split_k, swizzled_tile
+from lora_kernels.ops.triton_skinny import dot_accumulate, load_tile
 
 PAGE = tl.constexpr(8)
 NOBODY = tl.constexpr(0x7FFFFFFF)
@@ -18,7 +18,7 @@ PATIENCE = tl.constexpr(64)  # looks at a ticket before a tile is left to who ma
 
 
 @triton.jit
-def paged(table, slot, ranks, rank, pages):
+def page_rows(table, slot, ranks, rank, pages):
     """Where rank rows of a slot are, [ranks] int64; those there are not, at the first."""
     page = tl.load(table + tl.cast(slot, tl.int64) * pages + ranks // PAGE, mask=ranks < rank, other=0).to(tl.int64)
     return page * PAGE + ranks % PAGE
@@ -48,7 +48,7 @@ def next_slot(slot, s):
 
 
 @triton.jit
-def unit(starts, number, count, BM: tl.constexpr, SLOTS: tl.constexpr):
+def block_of_entries(starts, number, count, BM: tl.constexpr, SLOTS: tl.constexpr):
     """Blocks of BM entries, slot by slot: the slot of block `number` (`count` if there is none), its first position and its
     adapter's end."""
     each = tl.arange(0, SLOTS)
@@ -115,7 +115,7 @@ def times_a(
         depth = first + tl.arange(0, BK).to(tl.int64)
         where = x + (entry // EACH)[:, None] * x0 + depth[None, :] * x1
         xs = tl.load(where, mask=mine[:, None] & (depth < k)[None, :], other=0.0)  # [BM, BK]
-        sums = product(xs, load_rows(a, at, there, depth, a0, k), sums, PRECISION)
+        sums = dot_accumulate(xs, load_rows(a, at, there, depth, a0, k), sums, PRECISION)
     return sums
 
 
@@ -129,7 +129,7 @@ def multi_shrink_kernel(
     EACH: as many adapters a token."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
-    slot, begin, end = unit(starts, tl.program_id(0), count, BM, SLOTS)
+    slot, begin, end = block_of_entries(starts, tl.program_id(0), count, BM, SLOTS)
     g, block = tl.program_id(1) // (RANKS // BR), tl.program_id(1) % (RANKS // BR)
     if slot < count:
         positions = begin + tl.arange(0, BM).to(tl.int64)
@@ -138,7 +138,7 @@ def multi_shrink_kernel(
         rank = tl.load(of_slice(ranks_of, g) + slot)
         if block * BR < tl.minimum(rank, RANKS):
             ranks = block * BR + tl.arange(0, BR)
-            at = paged(of_slice(tables, g), slot, ranks, rank, pages)
+            at = page_rows(of_slice(tables, g), slot, ranks, rank, pages)
             sums = times_a(
                 x, of_slice(as_, g), entry, mine, at, ranks < rank, tl.program_id(2) * SPLIT,
                 tl.minimum(k, (tl.program_id(2) + 1) * SPLIT), k, x0, x1, number_of_slice(a0s, g), EACH, PRECISION, BM, BK, BR,
@@ -175,8 +175,8 @@ def one_adapter(
         for first in tl.range(0, rank, BR, num_stages=1):
             ranks = first + tl.arange(0, BR)
             hs = load_h(h, rows, own, ranks, rank, parts, entries, RANKS)  # [BM, BR]
-            bs = tl.trans(load_rows(b, paged(table, s, ranks, rank, pages), ranks < rank, columns, b0, n))  # [BR, BN]
-            sums = product(hs, bs, sums, PRECISION)
+            bs = tl.trans(load_rows(b, page_rows(table, s, ranks, rank, pages), ranks < rank, columns, b0, n))  # [BR, BN]
+            sums = dot_accumulate(hs, bs, sums, PRECISION)
         at = tl.cast(kind >> 2, tl.int64) * n + columns
         if kind & 1:
             gains = tl.load(gain + at, mask=columns < n, other=0.0)[None, :]
@@ -211,8 +211,8 @@ def several_adapters(
             for first in tl.range(0, rank, BR, num_stages=1):
                 ranks = first + tl.arange(0, BR)
                 hs = load_h(h, rows * EACH + i, own, ranks, rank, parts, entries, RANKS)
-                bs = tl.trans(load_rows(b, paged(table, s, ranks, rank, pages), ranks < rank, columns, b0, n))
-                term = product(hs, bs, term, PRECISION)
+                bs = tl.trans(load_rows(b, page_rows(table, s, ranks, rank, pages), ranks < rank, columns, b0, n))
+                term = dot_accumulate(hs, bs, term, PRECISION)
             at = tl.cast(kind >> 2, tl.int64) * n + columns
             if kind & 1:
                 gains = tl.load(gain + at, mask=columns < n, other=0.0)[None, :]
@@ -225,7 +225,7 @@ def several_adapters(
 
 
 @triton.jit
-def report(error, ids, generation, rows, inside, count, EACH: tl.constexpr):
+def report_unknown_ids(error, ids, generation, rows, inside, count, EACH: tl.constexpr):
     """Tells the host if one of these rows has an id that nobody has."""
     for i in tl.static_range(EACH):
         slot, unknown = slots_of(ids, generation, rows, inside, EACH, i, count)
@@ -245,12 +245,12 @@ def times_w(
         depth = first + tl.arange(0, BK).to(tl.int64)
         xs = load_tile(x, rows, depth, x0, x1, m, k)  # [BM, BK]
         ws = load_tile(w, depth, columns, w1, w0, k, n)  # [BK, BN]
-        sums = product(xs, ws, sums, PRECISION)
+        sums = dot_accumulate(xs, ws, sums, PRECISION)
     return sums
 
 
 @triton.jit
-def finish(
+def epilogue(
     sums, h, bs, tables, ranks_of, flags, gains, mores, generations, ids, weights, error, bias, y, rows, inside, columns,
     column, g, begin, m, n, count, pages, parts, y0, y1, b0s, bias0, EACH: tl.constexpr, ALONE: tl.constexpr,
     MADE: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
@@ -279,7 +279,7 @@ def finish(
     to = y + rows[:, None] * y0 + (begin + columns)[None, :] * y1
     tl.store(to, sums.to(y.dtype.element_ty), mask=inside[:, None] & (columns < n)[None, :])
     if column == 0:
-        report(error, ids, of_slice(generations, g), rows, inside, count, EACH)
+        report_unknown_ids(error, ids, of_slice(generations, g), rows, inside, count, EACH)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -296,7 +296,7 @@ def multi_lora_kernel(
 
     SPLITS: as many programs share a tile's depth. WAITS: h is being made meanwhile."""
     tile = tl.program_id(0)
-    row, column = place(tile, tl.cdiv(m, BM), tiles_before(ns, len(ns), BN), GROUP, SLAB)
+    row, column = swizzled_tile(tile, tl.cdiv(m, BM), tiles_before(ns, len(ns), BN), GROUP, SLAB)
     g, column, begin = slice_of(column, ns, BN)
     n = number_of_slice(ns, g)
     rows, columns = row.to(tl.int64) * BM + tl.arange(0, BM), column.to(tl.int64) * BN + tl.arange(0, BN)
@@ -317,9 +317,9 @@ def multi_lora_kernel(
         tl.extra.cuda.gdc_wait()
     if SPLITS > 1:
         thin = tl.zeros((BM, BR), tl.float32)
-        last, sums, thin = together(sums, thin, None, scratch, ticket, tile, SPLITS, BM, BN, BR)
+        last, sums, thin = reduce_split_k(sums, thin, None, scratch, ticket, tile, SPLITS, BM, BN, BR)
     if last:
-        finish(
+        epilogue(
             sums, h, bs, tables, ranks_of, flags, gains, mores, generations, ids, weights, error, bias, y, rows, inside,
             columns, column, g, begin, m, n, count, pages, parts, y0, y1, b0s, bias0, EACH, ALONE, MADE, RANKS, PRECISION, BM,
             BN, BR,
@@ -334,7 +334,7 @@ def part_of_h(
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """What a program of `multi_shrink_kernel` does, of one site: block `number` of entries, `block` of ranks, `part` of x."""
-    slot, begin, end = unit(starts, number, count, BM, SLOTS)
+    slot, begin, end = block_of_entries(starts, number, count, BM, SLOTS)
     if slot < count:
         rank = tl.load(rank_of + slot)
         if block * BR < tl.minimum(rank, RANKS):
@@ -342,7 +342,7 @@ def part_of_h(
             mine = positions < end
             entry = tl.load(order + positions, mask=mine, other=0)
             ranks = block * BR + tl.arange(0, BR)
-            at = paged(table, slot, ranks, rank, pages)
+            at = page_rows(table, slot, ranks, rank, pages)
             sums = times_a(
                 x, a, entry, mine, at, ranks < rank, part * SPLIT, tl.minimum(k, (part + 1) * SPLIT), k, x0, x1, a0, EACH,
                 PRECISION, BM, BK, BR,
@@ -427,7 +427,7 @@ def multi_small_kernel(
             sums = tl.zeros((BM, BN), tl.float32)
             for split in tl.range(0, SPLITS, num_stages=1):
                 sums += tl.load(scratch + tl.cast(tile * SPLITS + split, tl.int64) * (BM * BN) + at_sums(BM, BN))
-            finish(
+            epilogue(
                 sums, h, bs, tables, ranks_of, flags, gains, mores, generations, ids, weights, error, bias, y, rows, inside,
                 columns, column, g, begin, m, number_of_slice(ns, g), count, pages, parts, y0, y1, b0s, bias0, EACH, ALONE,
                 False, RANKS, PRECISION, BM, BN, BR,

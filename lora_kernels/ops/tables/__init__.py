@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_kernels._version import __version__
-from lora_kernels.ops.chips import nearest
+from lora_kernels.ops.chips import nearest_architecture
 
 FOLDER = str(Path(__file__).parent)
 SIZES = {"small": 64, "medium": 1024, "large": math.inf}  # the most rows of each class
@@ -61,33 +61,33 @@ class Table(NamedTuple):
     tiles: tuple[dict[str, Any], ...] = ()
     """The fastest tiles that were measured, in a user's file: each a `tiles.Measured`."""
 
-    def knows(self, dtype: str) -> bool:
+    def has_measured(self, dtype: str) -> bool:
         """Whether calls of a dtype were measured on such a GPU."""
         return self.measured and any(choice.dtype == dtype for choice in self.choices)
 
-    def shares(self, half: bool, m: int) -> dict[str, float]:
+    def efficiencies(self, half: bool, m: int) -> dict[str, float]:
         """The efficiencies for m rows."""
         size = next(name for name, most in SIZES.items() if m <= most)
         return self.efficiency["half" if half else "single"][size]
 
 
 @lru_cache
-def table(arch: int, folder: str = FOLDER) -> Table:
+def table_for(arch: int, folder: str = FOLDER) -> Table:
     """The table of the nearest architecture that has one in the folder, or else in the package."""
     known = {int(path.stem.removeprefix("sm_")): path for path in Path(folder).glob("sm_*.json")}
     if not known:
-        return table(arch)
-    return _read(known[nearest(arch, known)])
+        return table_for(arch)
+    return _read_table(known[nearest_architecture(arch, known)])
 
 
-def _read(path: Path) -> Table:
+def _read_table(path: Path) -> Table:
     found = json.loads(path.read_text(encoding="utf-8"))
     rows = [{**row, **{name: tuple(row.get(name, ())) for name in ("n", "r", "flags")}} for row in found.pop("choices")]
     known = {name: each for name, each in found.items() if name in Table._fields}
     return Table(**known | {"tiles": tuple(found.get("tiles", ()))}, choices=tuple(Choice(**row) for row in rows))
 
 
-def place(gpu: str) -> Path:
+def user_file(gpu: str) -> Path:
     """The file in the user's cache directory that holds what was measured on a GPU of that name with these versions."""
     triton = sys.modules.get("triton")
     names = [gpu, f"torch {torch.__version__}", f"triton {triton.__version__ if triton else 'none'}", __version__]
@@ -100,45 +100,47 @@ def kept(gpu: str) -> Table:
     """What `lora_kernels.ops.tuning` measured on this machine's GPU of that name; a file that cannot be read is none."""
     none = Table(0, gpu, False, None, {})
     try:
-        path = place(gpu)
+        path = user_file(gpu)
         if not path.is_file():
             return none
     except (OSError, RuntimeError):  # nobody's home, or not to be read
         return none
     try:
-        return _read(path)
+        return _read_table(path)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         warnings.warn(f"lora_kernels: {path} is no table ({type(error).__name__}: {error}) and is left aside", stacklevel=2)
         return none
 
 
-def local(gpu: str) -> tuple[Choice, ...]:
+def user_choices(gpu: str) -> tuple[Choice, ...]:
     """The choices among it."""
     return kept(gpu).choices
 
 
-def keep(gpu: str, arch: int, found: Sequence[Choice], tiles: Sequence[dict[str, Any]] = ()) -> Path:
+def keep_choices(gpu: str, arch: int, found: Sequence[Choice], tiles: Sequence[dict[str, Any]] = ()) -> Path:
     """Adds choices and tiles to the user's file for a GPU, in the place of older ones of the same problems."""
-    path = place(gpu)
-    choices = tuple({(choice[:6], choice.flags): choice for choice in (*local(gpu), *found)}.values())
+    path = user_file(gpu)
+    choices = tuple({(choice[:6], choice.flags): choice for choice in (*user_choices(gpu), *found)}.values())
     answers = {(row["kernel"], json.dumps(row["answers"], sort_keys=True)): row for row in (*kept(gpu).tiles, *tiles)}
     stamp = {"torch": torch.__version__, "lora_kernels": __version__}
-    made = table(arch)._replace(arch=arch, gpu=gpu, measured=True, stamp=stamp, choices=choices, tiles=tuple(answers.values()))
-    _write(made, path)
+    made = table_for(arch)._replace(
+        arch=arch, gpu=gpu, measured=True, stamp=stamp, choices=choices, tiles=tuple(answers.values())
+    )
+    _write_json(made, path)
     kept.cache_clear()
     return path
 
 
-def write(made: Table, folder: str | Path) -> Path:
+def write_table(made: Table, folder: str | Path) -> Path:
     """Writes sm_<arch>.json, a line for each class and each choice."""
     path = Path(folder) / f"sm_{made.arch}.json"
-    _write(made, path)
-    table.cache_clear()
+    _write_json(made, path)
+    table_for.cache_clear()
     return path
 
 
-def _write(made: Table, path: Path) -> None:
-    kinds = {kind: _lines(classes) for kind, classes in made.efficiency.items()}
+def _write_json(made: Table, path: Path) -> None:
+    kinds = {kind: _class_lines(classes) for kind, classes in made.efficiency.items()}
     rows = [json.dumps(choice._asdict()) for choice in made.choices]
     parts = [f'"{name}": {json.dumps(getattr(made, name))}' for name in ("arch", "gpu", "measured", "stamp")]
     parts += ['"efficiency": {\n  ' + ",\n  ".join(f'"{kind}": {text}' for kind, text in kinds.items()) + "\n }"]
@@ -152,7 +154,7 @@ def _write(made: Table, path: Path) -> None:
     beside.replace(path)
 
 
-def _lines(classes: dict[str, dict[str, float]]) -> str:
+def _class_lines(classes: dict[str, dict[str, float]]) -> str:
     return "{\n   " + ",\n   ".join(f'"{name}": {json.dumps(shares)}' for name, shares in classes.items()) + "\n  }"
 
 

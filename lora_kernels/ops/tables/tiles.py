@@ -125,7 +125,7 @@ def tile(kernel: str, on: Tensor | int, **answers: Any) -> Tile:
         arch = on
     else:
         arch, deterministic, trial = launch.architecture(on), torch.are_deterministic_algorithms_enabled(), _trial.get()
-        gpu = None if deterministic else launch.gpu(on)
+        gpu = None if deterministic else launch.gpu_name(on)
     key = (kernel, torch.version.hip, arch, deterministic, gpu, trial, *answers, *answers.values())
     held = _found.get(key)
     if held is None:
@@ -172,7 +172,7 @@ def local(gpu: str) -> tuple[Measured, ...]:
     try:
         return tuple(Measured(**row | {"tile": Tile(**row["tile"])}) for row in tables.kept(gpu).tiles)
     except (TypeError, KeyError) as error:
-        warnings.warn(f"lora_kernels: {tables.place(gpu)}: its tiles are none ({error}) and are left aside", stacklevel=2)
+        warnings.warn(f"lora_kernels: {tables.user_file(gpu)}: its tiles are none ({error}) and are left aside", stacklevel=2)
         return ()
 
 

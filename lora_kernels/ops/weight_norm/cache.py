@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_kernels.ops.weight_norm.op import dora_gain, row_norm_squared, weight_norm
 
 try:
-    from lora_kernels.ops.buffers import fingerprint
+    from lora_kernels.ops.cpu_tensors import fingerprint
 except ImportError:
     fingerprint = None  # type: ignore[assignment]
 

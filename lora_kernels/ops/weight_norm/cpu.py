@@ -3,13 +3,13 @@
 import torch
 
 from lora_kernels import _cpu
-from lora_kernels.ops.gradients import dtype_of
+from lora_kernels.ops.cpu_amx import on_tiles, product
+from lora_kernels.ops.gradients import gradient_dtype
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
-from lora_kernels.ops.tiles import on_tiles, product
 from lora_kernels.ops.weight_norm.op import MAX_CONDITION
 
-FEW = 64  # rows of A for which W is streamed once, without a copy
+STREAMED_RANKS = 64  # rows of A for which W is streamed once, without a copy
 BLOCK = 512  # rows of W copied or widened at a time
 
 
@@ -22,7 +22,7 @@ def squared_refusal(call):
     return refuse_dtypes(w=call.w) or refuse_negated(w=call.w)
 
 
-def _blocks(w):
+def _row_blocks(w):
     """(first row, rows) of W with contiguous rows: all of it, or copies of a few if W is transposed."""
     if w.stride(1) == 1:
         yield 0, w
@@ -39,7 +39,7 @@ def forward(call):
         return norm.zero_()
     squared = None if w_squared is None else w_squared.to(torch.float32).contiguous()
     products = _products(w, a)
-    for first, rows in _blocks(w):
+    for first, rows in _row_blocks(w):
         part = slice(first, first + len(rows))
         _cpu.weight_norm(
             rows, a, b[part], None if squared is None else squared[part], None if products is None else products[:, part],
@@ -60,7 +60,7 @@ def _products(w, a):
         rest = a.float() - high.float()
         middle = rest.to(torch.bfloat16)
         parts = torch.cat([high, middle, (rest - middle.float()).to(torch.bfloat16)])
-    sums = torch.cat([product(some, w) for some in parts.contiguous().split(FEW)])
+    sums = torch.cat([product(some, w) for some in parts.contiguous().split(STREAMED_RANKS)])
     return sums if len(sums) == len(a) else sums.view(3, *a.shape[:1], -1).sum(0)
 
 
@@ -81,7 +81,7 @@ def backward(call):
     da.addmm_(weighted.T @ wide_b, wide_a, alpha=scale)
     db.addmm_(wide_b, gram, alpha=scale).mul_(c)
     grads = zip((da.mul_(scale), db.mul_(scale)), (a, b), call.needs, strict=True)
-    return tuple(g.to(dtype_of(t, need)) if need else None for g, t, need in grads)
+    return tuple(g.to(gradient_dtype(t, need)) if need else None for g, t, need in grads)
 
 
 @implements("row_norm_squared", "cpu", squared_refusal)
@@ -90,6 +90,6 @@ def row_norm_squared(call):
     squared = w.new_empty(w.shape[0], dtype=torch.float32)
     if w.numel() == 0:
         return squared.zero_()
-    for first, rows in _blocks(w):
+    for first, rows in _row_blocks(w):
         _cpu.row_norm_squared(rows, squared[first : first + len(rows)], torch.get_num_threads())
     return squared

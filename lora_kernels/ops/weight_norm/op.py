@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.checks import check_adapted_weight
-from lora_kernels.ops.gradients import asked, dtype_of, kind
-from lora_kernels.ops.lora_linear.op import FLOATS, once, without_autocast
+from lora_kernels.ops.gradients import gradient_dtype, gradient_kind, requested_kinds
+from lora_kernels.ops.lora_linear.op import FLOATS, first_derivative_only, without_autocast
 from lora_kernels.ops.registry import declare
 
 MAX_CONDITION = {torch.float32: 4.0, torch.bfloat16: 64.0, torch.float16: 64.0}
@@ -35,7 +35,7 @@ def weight_norm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, w_
         TypeError: a tensor has a dtype that is not supported.
         ValueError: a shape or device does not fit, or w requires grad; the message names the tensor.
     """
-    _check(w, a, b, scale, w_squared)
+    _check_arguments(w, a, b, scale, w_squared)
     if isinstance(scale, Tensor):
         wide = torch.promote_types(torch.promote_types(b.dtype, w.dtype), torch.float32)
         b, scale = b.to(wide) * scale.to(wide).reshape(()), 1.0
@@ -60,7 +60,7 @@ def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     return torch.where(zero, 1.0, magnitude / torch.where(zero, 1.0, norm))
 
 
-def _check(w, a, b, scale, w_squared):
+def _check_arguments(w, a, b, scale, w_squared):
     check_adapted_weight("weight_norm", w, a, b, scale, {"w_squared": w_squared})
     if w.requires_grad:
         raise ValueError("weight_norm: w is frozen and gets no gradient, but it requires grad; call requires_grad_(False)")
@@ -73,17 +73,17 @@ class _WeightNorm(torch.autograd.Function):
     def forward(ctx, w, a, b, scale, w_squared):
         n = _forward(Norm(w, a, b, scale, w_squared))
         ctx.save_for_backward(w, a, b, n)
-        ctx.scale, ctx.kinds = scale, (kind(a), kind(b))
+        ctx.scale, ctx.kinds = scale, (gradient_kind(a), gradient_kind(b))
         return n
 
     @staticmethod
     def backward(ctx, dn):
-        needs = asked(ctx.kinds, ctx.needs_input_grad[1:3])
-        da, db = once("weight_norm", _grads, dn, *ctx.saved_tensors, ctx.scale, needs)
+        needs = requested_kinds(ctx.kinds, ctx.needs_input_grad[1:3])
+        da, db = first_derivative_only("weight_norm", _gradients, dn, *ctx.saved_tensors, ctx.scale, needs)
         return None, da, db, None, None
 
 
-def _grads(dn, w, a, b, n, scale, needs):
+def _gradients(dn, w, a, b, n, scale, needs):
     with without_autocast(w):
         da, db = _backward(NormBackward(dn, n, w, a, b, scale, needs))
     return da if needs[0] else None, db if needs[1] else None
@@ -117,15 +117,15 @@ class RowNorm(NamedTuple):
     w: Tensor
 
 
-def _fake(call):
+def _fake_norm(call):
     return call.w.new_empty(call.w.shape[0], dtype=torch.promote_types(call.w.dtype, torch.float32))
 
 
 def _fake_backward(call):
     like = zip((call.a, call.b), call.needs, strict=True)
-    return tuple(t.new_empty(t.shape, dtype=dtype_of(t, need)) if need else call.w.new_empty(0) for t, need in like)
+    return tuple(t.new_empty(t.shape, dtype=gradient_dtype(t, need)) if need else call.w.new_empty(0) for t, need in like)
 
 
-_forward = declare("weight_norm_forward", Norm, "Tensor", _fake)
+_forward = declare("weight_norm_forward", Norm, "Tensor", _fake_norm)
 _backward = declare("weight_norm_backward", NormBackward, "(Tensor da, Tensor db)", _fake_backward)
-_row_norm_squared = declare("row_norm_squared", RowNorm, "Tensor", _fake)
+_row_norm_squared = declare("row_norm_squared", RowNorm, "Tensor", _fake_norm)

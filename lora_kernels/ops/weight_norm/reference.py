@@ -2,7 +2,7 @@
 
 import torch
 
-from lora_kernels.ops.gradients import dtype_of
+from lora_kernels.ops.gradients import gradient_dtype
 from lora_kernels.ops.registry import implements
 
 
@@ -18,7 +18,7 @@ def backward(call):
     dv = c[:, None] * _adapted(call)                                       # [out, in]
     da, db = scale * (b.to(dv.dtype).T @ dv), scale * (dv @ a.to(dv.dtype).T)
     grads = zip((da, db), (a, b), call.needs, strict=True)
-    return tuple(g.to(dtype_of(t, need)) if need else None for g, t, need in grads)
+    return tuple(g.to(gradient_dtype(t, need)) if need else None for g, t, need in grads)
 
 
 @implements("row_norm_squared", "reference")

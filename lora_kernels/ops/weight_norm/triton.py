@@ -7,14 +7,14 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.gradients import dtype_of
-from lora_kernels.ops.launch import ceil, launch, power, refuse_device
+from lora_kernels.ops.gradients import gradient_dtype
+from lora_kernels.ops.launch import ceil_div, launch_triton, power_of_two, refuse_device
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import tile
-from lora_kernels.ops.thin import HALVES, Side, both_sides, load_tile, outer, product, shrink
-from lora_kernels.ops.triton_compiler import sound
-from lora_kernels.ops.triton_sums import total
+from lora_kernels.ops.triton_compiler import sound_schedule
+from lora_kernels.ops.triton_partials import sum_partials
+from lora_kernels.ops.triton_skinny import HALVES, Side, both_sides, dot_accumulate, load_tile, outer_product, shrink
 
 
 @triton.jit
@@ -30,11 +30,11 @@ def norm_kernel(
     for first in range(0, k, BK):
         depth = first + tl.arange(0, BK).to(tl.int64)
         ws = load_tile(w, rows, depth, w0, w1, n, k)  # [BN, BK]
-        update = product(bs, load_tile(a, ranks, depth, a0, a1, r, k), tl.zeros((BN, BK), tl.float32), PRECISION)
+        update = dot_accumulate(bs, load_tile(a, ranks, depth, a0, a1, r, k), tl.zeros((BN, BK), tl.float32), PRECISION)
         if MORE:
             for rank in range(BR, r, BR):
                 more = load_tile(b, rows, rank + ranks, b0, b1, n, r)  # [BN, BR]
-                update = product(more, load_tile(a, rank + ranks, depth, a0, a1, r, k), update, PRECISION)
+                update = dot_accumulate(more, load_tile(a, rank + ranks, depth, a0, a1, r, k), update, PRECISION)
         adapted = ws.to(tl.float32) + scale * update
         squares += adapted * adapted
     # one sum over lanes at the end: in the loop the compiler would fuse its first addition with the product, in each lane
@@ -72,12 +72,12 @@ def forward(call):
     args = {
         "w": w, "a": a, "b": b, "norm": norm, "scale": float(call.scale), "n": n, "k": k, "r": r, "w0": w.stride(0),
         "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1), "b0": b.stride(0), "b1": b.stride(1),
-        "MORE": r > t.ranks, "PRECISION": _precision(a), "BR": power(r, most=t.ranks), "BN": t.rows, "BK": t.depth,
+        "MORE": r > t.ranks, "PRECISION": _precision(a), "BR": power_of_two(r, most=t.ranks), "BN": t.rows, "BK": t.depth,
     }  # fmt: skip
-    if sound(b, [a], _precision(a), t.rows, t.warps, t.stages) != (t.warps, t.stages):
+    if sound_schedule(b, [a], _precision(a), t.rows, t.warps, t.stages) != (t.warps, t.stages):
         args["BN"] = 32  # rows, whose products are mma.sync; of two warps b and w would not fit the registers
-    grid = (ceil(n, args["BN"]),)
-    launch(norm_kernel, grid, args, [norm], warps=t.warps, stages=t.stages, registers=t.registers)
+    grid = (ceil_div(n, args["BN"]),)
+    launch_triton(norm_kernel, grid, args, [norm], warps=t.warps, stages=t.stages, registers=t.registers)
     return norm
 
 
@@ -91,13 +91,13 @@ def backward(call):
     both_sides([of_w], exact=True)  # W is read once for both gradients
     da = db = None
     if needs[1]:
-        gram = total(shrink(a, [a], [1.0], exact=True)[0])
-        of_b = total(shrink(b, [gram], [1.0], exact=True)[0])
-        db = ((scale * c) * (total(of_w.p) + scale * of_b)).to(dtype_of(b, needs[1]))
+        gram = sum_partials(shrink(a, [a], [1.0], exact=True)[0])
+        of_b = sum_partials(shrink(b, [gram], [1.0], exact=True)[0])
+        db = ((scale * c) * (sum_partials(of_w.p) + scale * of_b)).to(gradient_dtype(b, needs[1]))
     if needs[0]:
-        small = total(outer(b, [weighted[None]], exact=True)[0][0])  # (c ⊙ B)ᵀ B, [r, r]
-        of_a = total(outer(a, [small.T.contiguous()[None]], exact=True)[0][0])
-        da = (scale * (total(of_w.part).T + scale * of_a)).to(dtype_of(a, needs[0])).contiguous()
+        small = sum_partials(outer_product(b, [weighted[None]], exact=True)[0][0])  # (c ⊙ B)ᵀ B, [r, r]
+        of_a = sum_partials(outer_product(a, [small.T.contiguous()[None]], exact=True)[0][0])
+        da = (scale * (sum_partials(of_w.part).T + scale * of_a)).to(gradient_dtype(a, needs[0])).contiguous()
     return da, db
 
 
@@ -107,7 +107,7 @@ def row_norm_squared(call):
     squared = w.new_empty(n, dtype=torch.float32)
     t = tile("row_norm_squared", w, dtype=w.dtype)
     args = {"w": w, "squared": squared, "n": n, "k": k, "w0": w.stride(0), "w1": w.stride(1), "BN": t.rows, "BK": t.depth}
-    launch(row_norm_squared_kernel, (ceil(n, t.rows),), args, [squared], warps=t.warps, stages=t.stages)
+    launch_triton(row_norm_squared_kernel, (ceil_div(n, t.rows),), args, [squared], warps=t.warps, stages=t.stages)
     return squared
 
 

@@ -39,7 +39,9 @@ def main() -> int:
         for text in differences(old.rows.get(key), row):
             print(f"{key[0]}, {key[1]}: {text}")
     shipped = {(c.name, arch) for c in configurations for arch in c.chips}
-    others = {(c.name, arch, by) for by in versions.others() for c, arch in versions.chosen(configurations, by)}
+    others = {
+        (c.name, arch, by) for by in versions.other_versions() for c, arch in versions.configurations_for(configurations, by)
+    }
     kept = {key: row for key, row in (old.rows | new.rows).items() if key in shipped}
     Table(kept, {key: row for key, row in (old.others | new.others).items() if key in others}).write(path)
     accepted = {c.name: c.spilled for c in configurations}

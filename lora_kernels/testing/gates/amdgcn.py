@@ -24,14 +24,14 @@ def read_amdgcn(text: str) -> Code:
             last = opcode in ("s_branch", "s_endpgm", "s_setpc_b64")
             instructions.append(Instruction(opcode, target if branch else None, last))
     return Code(
-        registers=_number(text, ".vgpr_count"), stack=_number(text, ".private_segment_fixed_size"),
-        spills=_number(text, ".vgpr_spill_count") + _number(text, ".sgpr_spill_count"),
-        shared=_number(text, ".group_segment_fixed_size"), instructions=tuple(instructions), labels=labels,
-        waves=_number(text, "; Occupancy"),
+        registers=_metadata_number(text, ".vgpr_count"), stack=_metadata_number(text, ".private_segment_fixed_size"),
+        spills=_metadata_number(text, ".vgpr_spill_count") + _metadata_number(text, ".sgpr_spill_count"),
+        shared=_metadata_number(text, ".group_segment_fixed_size"), instructions=tuple(instructions), labels=labels,
+        waves=_metadata_number(text, "; Occupancy"),
     )  # fmt: skip
 
 
-def _number(text: str, name: str) -> int:
+def _metadata_number(text: str, name: str) -> int:
     found = re.search(rf"^\s*{re.escape(name)}:\s*(\d+)", text, re.MULTILINE)
     if found is None:
         raise ValueError(f"amdgcn: no {name}")

@@ -62,34 +62,34 @@ class MainLoop:
     """Loops inside it that touch memory, which are copies that were not unrolled: they run several times each round."""
 
 
-def count(instructions: Iterable[Instruction], what: re.Pattern[str]) -> int:
+def count_opcodes(instructions: Iterable[Instruction], what: re.Pattern[str]) -> int:
     """How many opcodes match, with or without their suffixes."""
     return sum(bool(what.match(i.opcode) or what.match(i.stem)) for i in instructions)
 
 
 def main_loop(code: Code) -> MainLoop:
     """Finds the main loop among the natural loops of the flow graph."""
-    unit = MATRIX if count(code.instructions, MATRIX) else LOAD
-    bodies = loops(code)
+    unit = MATRIX if count_opcodes(code.instructions, MATRIX) else LOAD
+    bodies = natural_loops(code)
     inside = {header: [code.instructions[i] for i in body] for header, body in bodies.items()}
-    units = {header: count(body, unit) for header, body in inside.items()}
+    units = {header: count_opcodes(body, unit) for header, body in inside.items()}
     busy = [h for h in bodies if units[h] and not any(bodies[o] < bodies[h] and units[o] for o in bodies)]
     if not busy:
-        return _summary([code.instructions[i] for i in reached(successors(code))], 0)
+        return _summary([code.instructions[i] for i in reachable(successors(code))], 0)
     # without matrix instructions it is the longest: of a product on plain lanes, not of a sum of a few parts
     best = max(busy, key=lambda h: (units[h] if unit is MATRIX else 0, len(bodies[h])))
-    return _summary(inside[best], sum(bodies[o] < bodies[best] and count(inside[o], MEMORY) > 0 for o in bodies))
+    return _summary(inside[best], sum(bodies[o] < bodies[best] and count_opcodes(inside[o], MEMORY) > 0 for o in bodies))
 
 
 def _summary(body: list[Instruction], copies: int) -> MainLoop:
-    matrix = [_name(i) for i in body if MATRIX.match(i.stem)]
+    matrix = [_short_opcode(i) for i in body if MATRIX.match(i.stem)]
     if not matrix:
-        return MainLoop("load", count(body, LOAD), len(body), copies)
+        return MainLoop("load", count_opcodes(body, LOAD), len(body), copies)
     most = max(sorted(set(matrix)), key=matrix.count)
     return MainLoop(most, matrix.count(most), len(body), copies)
 
 
-def _name(instruction: Instruction) -> str:
+def _short_opcode(instruction: Instruction) -> str:
     """Without AMD's shapes: v_mfma_f32_32x32x8_bf16 is v_mfma."""
     return "_".join(instruction.stem.split("_")[:2])
 
@@ -111,7 +111,7 @@ def successors(code: Code) -> list[list[int]]:
     return follow
 
 
-def reached(follow: list[list[int]]) -> list[int]:
+def reachable(follow: list[list[int]]) -> list[int]:
     """The instructions that the first one leads to, in order."""
     seen, todo = set(), [0]
     while todo:
@@ -122,14 +122,14 @@ def reached(follow: list[list[int]]) -> list[int]:
     return sorted(seen)
 
 
-def loops(code: Code) -> dict[int, frozenset[int]]:
+def natural_loops(code: Code) -> dict[int, frozenset[int]]:
     """The natural loops: for each header the instructions from which a branch back to it is reached.
 
     A branch is one back only if its target dominates it: compilers put the waiting of a loop behind it and jump back
     into the middle.
     """
     follow = successors(code)
-    alive = reached(follow)
+    alive = reachable(follow)
     before: dict[int, list[int]] = {at: [] for at in alive}
     for at in alive:
         for after in follow[at]:

@@ -72,9 +72,9 @@ class Triton:
         module, _, name = self.function.partition(":")
         return getattr(importlib.import_module(module), name)
 
-    def given(self) -> dict[str, Any]:
+    def launch_arguments(self) -> dict[str, Any]:
         """The arguments as tensors and numbers."""
-        return {k: _each(v, _tensor) for k, v in self.args.items()}
+        return {k: _map_argument(v, _stand_in_tensor) for k, v in self.args.items()}
 
     def sources(self) -> Iterator[str]:
         """The text of the function and of all it calls, with the constants they read."""
@@ -86,17 +86,17 @@ class Triton:
             seen.add(function.fn)
             yield function.src
             names = function.fn.__code__.co_names
-            places = [vars(v) for v in _named(names, function.fn.__globals__).values() if isinstance(v, ModuleType)]
+            places = [vars(v) for v in _bound_names(names, function.fn.__globals__).values() if isinstance(v, ModuleType)]
             for place in [function.fn.__globals__, *places]:
-                for name, value in _named(names, place).items():
+                for name, value in _bound_names(names, place).items():
                     if hasattr(value, "src") and hasattr(value, "fn"):
                         todo.append(value)
                     elif isinstance(value, (bool, int, float, str)) or type(value).__name__ == "constexpr":
                         yield f"{name}={value}"
 
-    def text(self) -> str:
+    def arguments_text(self) -> str:
         """The rest of what decides about the code."""
-        args = {k: _each(v, lambda one: f"{one.dtype} at {one.data_ptr() % 16}" if isinstance(one, Tensor) else one)
+        args = {k: _map_argument(v, lambda one: f"{one.dtype} at {one.data_ptr() % 16}" if isinstance(one, Tensor) else one)
                 for k, v in self.args.items()}  # fmt: skip
         limit = "" if self.registers is None else f" {self.registers}"
         return f"{self.function} {args} {self.warps} {self.stages}{limit}"
@@ -108,9 +108,9 @@ class Triton:
 
     def assembler(self, arch: str) -> str:
         """The version of ptxas that this Triton takes for a chip of NVIDIA's, as 12.9."""
-        from lora_kernels.ops.triton_compiler import release
+        from lora_kernels.ops.triton_compiler import ptxas_release
 
-        return release(int(arch[3:]))
+        return ptxas_release(int(arch[3:]))
 
     def missing(self, arch: str) -> str | None:
         """What is not here, in words."""
@@ -154,9 +154,10 @@ class Cuda:
             for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', text, re.MULTILINE):
                 todo += [path / name for path in (file.parent, *folders) if (path / name).is_file()][:1]
 
-    def text(self) -> str:
+    def arguments_text(self) -> str:
         options = [option for option in self.options if not option.startswith("-I")]
-        return f"{self.kernel} {self.threads} {options} {self.shared} {nvcc.OPTIONS} {[nvcc.front(arch) for arch in NVIDIA]}"
+        architectures = [nvcc.source_architecture(arch) for arch in NVIDIA]
+        return f"{self.kernel} {self.threads} {options} {self.shared} {nvcc.OPTIONS} {architectures}"
 
     def version(self) -> str:
         return f"nvcc {nvcc.version()}"
@@ -194,7 +195,7 @@ class Configuration:
     def chips(self) -> tuple[str, ...]:
         return tuple(chip for chip in self.kernel.chips if chip in " ".join(self.budgets).split())
 
-    def on(self, arch: str, version: str = "") -> Triton | Cuda:
+    def kernel_on(self, arch: str, version: str = "") -> Triton | Cuda:
         """What is launched on a chip, by another Triton than the one installed if `version` names it."""
         return self.special.get(f"{arch}{BY}{version}", self.special.get(arch, self.kernel))
 
@@ -204,8 +205,13 @@ class Configuration:
     def fingerprint(self, arch: str = "", version: str = "") -> str:
         """Of all that decides about the numbers: the source, these arguments, the compiler, how code is read. `version`: of
         Triton, if it is another than the one installed."""
-        kernel = self.on(arch, version)
-        parts = [*kernel.sources(), kernel.text(), f"triton {version}" if version else kernel.version(), *_how_code_is_read()]
+        kernel = self.kernel_on(arch, version)
+        parts = [
+            *kernel.sources(),
+            kernel.arguments_text(),
+            f"triton {version}" if version else kernel.version(),
+            *_how_code_is_read(),
+        ]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
@@ -214,12 +220,12 @@ def _how_code_is_read() -> list[str]:
     return [(Path(__file__).parent / name).read_text() for name in _ANALYSIS]
 
 
-def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+def _map_argument(value: Any, change: Callable[[Any], Any]) -> Any:
     """A tuple of arguments, or a single one, changed."""
     return tuple(map(change, value)) if isinstance(value, tuple) else change(value)
 
 
-def _tensor(value: Any) -> Any:
+def _stand_in_tensor(value: Any) -> Any:
     if isinstance(value, Map):
         from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -227,5 +233,5 @@ def _tensor(value: Any) -> Any:
     return torch.empty(0, dtype=value) if isinstance(value, torch.dtype) else value
 
 
-def _named(names: tuple[str, ...], place: Mapping[str, Any]) -> dict[str, Any]:
+def _bound_names(names: tuple[str, ...], place: Mapping[str, Any]) -> dict[str, Any]:
     return {name: place[name] for name in names if name in place}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from lora_kernels.testing.gates.code import Code, Instruction
 
-GROUP = re.compile(r"[HIQB]GMMA$")
+ASYNC_PRODUCT = re.compile(r"[HIQB]GMMA$")
 READS_SHARED = re.compile(r"[HIQB]GMMA$|UTC[HIQO]MMA$")
 _REGISTER = re.compile(r"R(\d+)(?:\.reuse|\.64)?$")
 _SOURCES = re.compile(r"(?<![A-Z])R(\d+)\b")
@@ -21,7 +21,7 @@ _NOTHING = {"BAR", "WARPSYNC", "NANOSLEEP", "RET", "CALL", "BRX", "JMX", "BMOV"}
 # a predicate comes first, then the register that is written; elsewhere what follows a predicate is read
 _AFTER_PREDICATE = {"SHFL", "ATOM", "ATOMG", "ATOMS", "LOP3", "MATCH", "VOTE"}
 _WIDE = re.compile(r"(IMAD\.WIDE|IDP\.WIDE|D(ADD|MUL|FMA|SETP)\b|CS2R(?!\.32)|F2F\.F64|I2F\.F64|F2I\.[US]64|LEPC)")
-OLDEST = 15  # groups that are told apart; no wait leaves so many
+MAX_GROUPS = 15  # groups that are told apart; no wait leaves so many
 
 # a register as ("A", number) or ("sum", number): how many groups began since; 0: not in a group yet. Memory that cp.async
 # writes as UNDER_WAY, and as COPIED once it is waited for until it is shown to the asynchronous proxy
@@ -38,7 +38,7 @@ def hazards(code: Code) -> list[str]:
     if not any(READS_SHARED.match(i.stem) for i in code.instructions):
         return []
     found: dict[int, str] = {}
-    follow = _edges(code)
+    follow = _flow_edges(code)
     leaders = {to for at, after in enumerate(follow) if after != [at + 1] for to in after}
     entry: dict[int, State] = {0: {}}
     todo = [0]
@@ -46,7 +46,7 @@ def hazards(code: Code) -> list[str]:
         at = todo.pop()
         state = dict(entry[at])
         while True:
-            text = _step(code.instructions[at], state)
+            text = _apply_instruction(code.instructions[at], state)
             if text:
                 found.setdefault(at, text)
             if follow[at] != [at + 1] or at + 1 in leaders:
@@ -54,14 +54,14 @@ def hazards(code: Code) -> list[str]:
             at += 1
         for to in follow[at]:
             known = entry.get(to)
-            if known is None or any(known.get(key, OLDEST + 1) > age for key, age in state.items()):
+            if known is None or any(known.get(key, MAX_GROUPS + 1) > age for key, age in state.items()):
                 least = known or {}
-                entry[to] = least | {key: min(least.get(key, OLDEST), age) for key, age in state.items()}
+                entry[to] = least | {key: min(least.get(key, MAX_GROUPS), age) for key, age in state.items()}
                 todo.append(to)
     return [found[at] for at in sorted(found)]
 
 
-def _edges(code: Code) -> list[list[int]]:
+def _flow_edges(code: Code) -> list[list[int]]:
     """What may follow each instruction: of a call its function, and what it returns to."""
     follow = []
     for at, instruction in enumerate(code.instructions):
@@ -76,19 +76,19 @@ def _edges(code: Code) -> list[list[int]]:
     return follow
 
 
-def _step(i: Instruction, state: State) -> str | None:
+def _apply_instruction(i: Instruction, state: State) -> str | None:
     """Changes the state by one instruction; what it touches too early, in words."""
     if i.stem == "WARPGROUP" and ".DEPBAR" in i.opcode:
-        _wait(i, state)
+        _apply_wait(i, state)
         return None
-    text = _touched(i, state)
+    text = _early_access(i, state)
     if i.stem == "LDGSTS":
         state[UNDER_WAY] = 0
     elif i.stem == "DEPBAR" and i.operands[:1] == ("SB0",) and UNDER_WAY in state:
         state[COPIED] = 0
     elif i.opcode.startswith("FENCE.VIEW.ASYNC") and not i.guarded:
         state.pop(COPIED, None)
-    elif GROUP.match(i.stem):
+    elif ASYNC_PRODUCT.match(i.stem):
         sums, sources = _operands(i)
         for kind, numbers in (("sum", sums), ("A", sources)):
             for number in numbers:
@@ -98,11 +98,11 @@ def _step(i: Instruction, state: State) -> str | None:
                 raise ValueError(f"{i.opcode}: {i.operands[-1]} is not known")
             for key in state:
                 if key[0] in ("sum", "A"):
-                    state[key] = min(state[key] + 1, OLDEST)
+                    state[key] = min(state[key] + 1, MAX_GROUPS)
     return text
 
 
-def _wait(i: Instruction, state: State) -> None:
+def _apply_wait(i: Instruction, state: State) -> None:
     if i.operands[0] != "gsb0" or not i.opcode.endswith(".LE"):
         raise ValueError(f"{i.opcode} {', '.join(i.operands)}: this wait is not known")
     left = int(i.operands[1], 0)
@@ -110,8 +110,8 @@ def _wait(i: Instruction, state: State) -> None:
         del state[key]
 
 
-def _touched(i: Instruction, state: State) -> str | None:
-    sums, sources = _operands(i) if GROUP.match(i.stem) else ([], [])
+def _early_access(i: Instruction, state: State) -> str | None:
+    sums, sources = _operands(i) if ASYNC_PRODUCT.match(i.stem) else ([], [])
     written = sums if sums else list(_written(i))
     for number in written:
         if ("A", number) in state:
@@ -132,10 +132,10 @@ def _operands(i: Instruction) -> tuple[list[int], list[int]]:
     to, a = _REGISTER.match(i.operands[0]), _REGISTER.match(i.operands[1])
     if to is None:
         raise ValueError(f"{i.opcode} {', '.join(i.operands)}: its sums are not in registers")
-    return _range(to, columns // (4 if kind == "F16" else 2)), _range(a, 4) if a else []
+    return _register_range(to, columns // (4 if kind == "F16" else 2)), _register_range(a, 4) if a else []
 
 
-def _range(first: re.Match[str], count: int) -> list[int]:
+def _register_range(first: re.Match[str], count: int) -> list[int]:
     return list(range(int(first[1]), int(first[1]) + count))
 
 
@@ -148,10 +148,10 @@ def _written(i: Instruction) -> Iterator[int]:
         place = i.operands[1]
     found = _REGISTER.match(place)
     if found:
-        yield from _range(found, _width(i))
+        yield from _register_range(found, _registers_written(i))
 
 
-def _width(i: Instruction) -> int:
+def _registers_written(i: Instruction) -> int:
     if i.stem in ("LDSM", "MOVM"):
         return int(i.opcode[-1]) if i.opcode[-2:] in (".2", ".4") else 1
     if i.stem.endswith("MMA"):

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lora_kernels.ops.chips import nearest
+from lora_kernels.ops.chips import nearest_architecture
 from lora_kernels.ops.launch import Launch
 from lora_kernels.testing.gates.configuration import NVIDIA, Map, Triton
 from lora_kernels.testing.gates.measure import compiled, soundness, unsound
@@ -22,7 +22,7 @@ def refusal(one: Launch, arch: int) -> str | None:
     Raises:
         FileNotFoundError: a tool is not here; the message says which.
     """
-    kernel, chip = launched(one), f"sm_{nearest(arch, [int(name[3:]) for name in NVIDIA])}"
+    kernel, chip = launched(one), f"sm_{nearest_architecture(arch, [int(name[3:]) for name in NVIDIA])}"
     if gone := kernel.missing(chip):
         raise FileNotFoundError(gone)
     try:

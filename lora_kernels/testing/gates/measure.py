@@ -4,7 +4,7 @@ from typing import Any
 
 from lora_kernels.ptxsim.nvcc import compile_cubin
 from lora_kernels.testing.gates.amdgcn import read_amdgcn
-from lora_kernels.testing.gates.code import LOAD, WIDE, Code, count, main_loop
+from lora_kernels.testing.gates.code import LOAD, WIDE, Code, count_opcodes, main_loop
 from lora_kernels.testing.gates.configuration import NVIDIA, Budget, Configuration, Cuda, Triton
 from lora_kernels.testing.gates.hazards import hazards
 from lora_kernels.testing.gates.occupancy import CHIPS, occupancy, occupancy_amd
@@ -19,7 +19,7 @@ def measure(configuration: Configuration, arch: str) -> Row:
     Raises:
         FileNotFoundError: a tool is not here; the message says which.
     """
-    kernel = configuration.on(arch)
+    kernel = configuration.kernel_on(arch)
     gone = kernel.missing(arch)
     if gone:
         raise FileNotFoundError(gone)
@@ -36,13 +36,13 @@ def measure(configuration: Configuration, arch: str) -> Row:
         "registers": code.registers, **soundness(kernel, arch, code), "shared": code.shared + dynamic,
         "blocks": blocks, "warps": blocks * kernel.warps, "limit": limit,
         "unit": loop.unit, "units": loop.units, "instructions": loop.instructions, "copies": loop.copies,
-        "wide": count(code.instructions, WIDE), "loads": count(code.instructions, LOAD),
+        "wide": count_opcodes(code.instructions, WIDE), "loads": count_opcodes(code.instructions, LOAD),
     }  # fmt: skip
 
 
 def compiled(kernel: Triton | Cuda, arch: str) -> tuple[Code, int, int]:
     """The code, its dynamic shared memory in bytes, and its columns of tensor memory."""
-    return _triton(kernel, arch) if isinstance(kernel, Triton) else _cuda(kernel, arch)
+    return _compile_triton(kernel, arch) if isinstance(kernel, Triton) else _compile_cuda(kernel, arch)
 
 
 def soundness(kernel: Triton | Cuda, arch: str, code: Code) -> Row:
@@ -53,23 +53,23 @@ def soundness(kernel: Triton | Cuda, arch: str, code: Code) -> Row:
     return row | ({"ptxas": kernel.assembler(arch)} if isinstance(kernel, Triton) and arch in NVIDIA else {})
 
 
-def _triton(kernel: Triton, arch: str) -> tuple[Code, int, int]:
+def _compile_triton(kernel: Triton, arch: str) -> tuple[Code, int, int]:
     from lora_kernels.ptxsim.triton_ptx import compile_triton
 
     function = kernel.load()
     number = int(arch[3:]) if arch.startswith("sm_") else arch
-    made = compile_triton(function, kernel.given(), number, kernel.warps, kernel.stages, kernel.registers)
+    made = compile_triton(function, kernel.launch_arguments(), number, kernel.warps, kernel.stages, kernel.registers)
     if isinstance(number, int):
         return read_cubin(made.cubin, function.__name__, number), made.shared, made.columns
     return read_amdgcn(made.amdgcn), made.shared, 0
 
 
-def _cuda(kernel: Cuda, arch: str) -> tuple[Code, int, int]:
+def _compile_cuda(kernel: Cuda, arch: str) -> tuple[Code, int, int]:
     cubin = compile_cubin(kernel.source, arch, *kernel.options)
     return read_cubin(cubin, kernel.kernel, int(arch[3:])), kernel.shared, 0
 
 
-def per(row: Row) -> float:
+def instructions_per_unit(row: Row) -> float:
     """Instructions of the main loop for each matrix instruction or load."""
     return float(row["instructions"] / max(1, row["units"]))
 
@@ -101,8 +101,8 @@ def broken(row: Row, budget: Budget, arch: str) -> list[str]:
         found.append(f"main loop: of {row['unit']}, where {unit} was wanted")
     if row["units"] < budget.units:
         found.append(f"main loop: {row['units']} {row['unit']} of the {budget.units} wanted, so it is not unrolled")
-    if per(row) > budget.per:
-        found.append(f"main loop: {per(row):.2f} instructions for each {row['unit']}, {budget.per} allowed")
+    if instructions_per_unit(row) > budget.per:
+        found.append(f"main loop: {instructions_per_unit(row):.2f} instructions for each {row['unit']}, {budget.per} allowed")
     if row["copies"] > budget.copies:
         found.append(f"main loop: {row['copies']} loops in it touch memory, {budget.copies} allowed; not unrolled")
     if row["wide"] < budget.wide:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_kernels.testing.gates.sass import find
+from lora_kernels.testing.gates.sass import find_tool
 
 _KIB = 1024
 _SOURCE = """
@@ -87,7 +87,7 @@ def find_header() -> Path | None:
 
     nvcc = find_nvcc()
     near = nvcc.parent.parent / "include" / "cuda_occupancy.h" if nvcc else None
-    return find("cuda_occupancy.h", "include") or (near if near and near.is_file() else None)
+    return find_tool("cuda_occupancy.h", "include") or (near if near and near.is_file() else None)
 
 
 def missing() -> str | None:

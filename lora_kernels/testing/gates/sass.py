@@ -16,7 +16,7 @@ _BRANCHES = {"BRA", "JMP"}
 _RESERVED = 1024  # of the driver, counted in SHARED from sm_90 on where a kernel has any
 
 
-def find(name: str, folder: str = "bin") -> Path | None:
+def find_tool(name: str, folder: str = "bin") -> Path | None:
     """A tool or header of NVIDIA's: from triton's wheel, whose version is pinned, from CUDA_HOME or from PATH."""
     found = importlib.util.find_spec("triton")
     homes = [Path(place) / "backends" / "nvidia" for place in (found.submodule_search_locations or [] if found else [])]
@@ -30,7 +30,7 @@ def find(name: str, folder: str = "bin") -> Path | None:
 
 def missing() -> str | None:
     """What is not here, in words."""
-    gone = [name for name in ("cuobjdump", "nvdisasm") if find(name) is None]
+    gone = [name for name in ("cuobjdump", "nvdisasm") if find_tool(name) is None]
     return f"{' and '.join(gone)} in none of the wheel triton, CUDA_HOME and PATH" if gone else None
 
 
@@ -44,20 +44,20 @@ def read_cubin(cubin: bytes, kernel: str, arch: int) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        text = _run("nvdisasm", "-c", file.name)
+        usage = _run_tool("cuobjdump", "-res-usage", file.name)
+        text = _run_tool("nvdisasm", "-c", file.name)
     known = {name: tuple(map(int, numbers)) for name, *numbers in _USAGE.findall(usage)}
     if kernel not in known:
         raise ValueError(f"no kernel {kernel} among {', '.join(sorted(known)) or 'none'}")
     registers, stack, shared, local = known[kernel]
-    instructions, labels = _parse(text, kernel)
+    instructions, labels = _parse_disassembly(text, kernel)
     spills = sum(i.stem in ("LDL", "STL") for i in instructions)
     static = max(0, shared - _RESERVED) if arch >= 90 else shared
     return Code(registers, stack + local, spills, static, tuple(instructions), labels)
 
 
-def _run(tool: str, *arguments: str) -> str:
-    path = find(tool)
+def _run_tool(tool: str, *arguments: str) -> str:
+    path = find_tool(tool)
     if path is None:
         raise FileNotFoundError(missing())
     done = subprocess.run([str(path), *arguments], capture_output=True, text=True, check=False)
@@ -66,7 +66,7 @@ def _run(tool: str, *arguments: str) -> str:
     return done.stdout
 
 
-def _parse(text: str, kernel: str) -> tuple[list[Instruction], dict[str, int]]:
+def _parse_disassembly(text: str, kernel: str) -> tuple[list[Instruction], dict[str, int]]:
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     inside = False

@@ -9,7 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from lora_kernels.testing.gates.configuration import BY, Configuration
-from lora_kernels.testing.gates.measure import Row, broken, measure, per
+from lora_kernels.testing.gates.measure import Row, broken, instructions_per_unit, measure
 from lora_kernels.testing.gates.occupancy import CHIPS
 from lora_kernels.testing.gates.versions import Other
 
@@ -65,7 +65,16 @@ class Table:
             copies = f", {row['copies']} copy loops" if row["copies"] else ""
             loop = f"{row['instructions']}: {row['units']} {row['unit']}{copies}"
             warps = f"{row['blocks']} ({row['warps']} of {CHIPS[arch].warps})"
-            cells = [name, arch, f"{row['registers']}{spilled}", row["shared"], warps, row["limit"], loop, f"{per(row):.2f}"]
+            cells = [
+                name,
+                arch,
+                f"{row['registers']}{spilled}",
+                row["shared"],
+                warps,
+                row["limit"],
+                loop,
+                f"{instructions_per_unit(row):.2f}",
+            ]
             lines.append(f"| {' | '.join(map(str, cells))} | {row['wide']} of {row['loads']} |")
         return "\n".join(lines + self._of_others())
 

@@ -27,36 +27,36 @@ Other = tuple[str, str, str]
 Asked = list[tuple[str, str, Triton | Cuda]]
 ROOT = Path(__file__).parents[3]
 # a version that is not where it was looked for must not pass for another
-RUN = (
+PROCESS_CODE = (
     "import sys, triton; from lora_kernels.testing.gates import versions; assert triton.__version__ == sys.argv[1], triton;"
     "versions.main(*sys.argv[2:])"
 )
 
 
-def chosen(configurations: Iterable[Configuration], version: str) -> list[tuple[Configuration, str]]:
+def configurations_for(configurations: Iterable[Configuration], version: str) -> list[tuple[Configuration, str]]:
     """What another version is asked for: the package's own Triton kernels, not the tests'."""
     own = [c for c in configurations if isinstance(c.kernel, Triton) and c.kernel.function.startswith("lora_kernels.")]
-    return [(c, arch) for c in own for arch in c.chips if arch in chips(version)]
+    return [(c, arch) for c in own for arch in c.chips if arch in chips_to_compile(version)]
 
 
-def chips(version: str) -> tuple[str, ...]:
+def chips_to_compile(version: str) -> tuple[str, ...]:
     """Those whose code a version decides about."""
     return CHIPS[:1] if PTXAS in version else CHIPS
 
 
-def others() -> list[str]:
+def other_versions() -> list[str]:
     """The supported versions but the one installed, and that by the ptxas of launches; none where Triton is not installed."""
     try:
         import triton
     except ImportError:
         return []
 
-    from lora_kernels.ops.triton_compiler import assembling, release
+    from lora_kernels.ops.triton_compiler import assembling, ptxas_release
     from lora_kernels.testing.triton_versions import TRIED
 
-    own = release(90)
+    own = ptxas_release(90)
     with assembling(90):
-        launched = release(90)
+        launched = ptxas_release(90)
     installed = [] if launched == own else [f"{triton.__version__}{PTXAS}{launched}"]
     return [version for version in TRIED if version != triton.__version__] + installed
 
@@ -68,9 +68,9 @@ def recompute(configurations: Sequence[Configuration], jobs: int, cache: str) ->
         RuntimeError: a version's process failed; the message is its own.
     """
     rows = {}
-    for version in others():
-        pairs = chosen(configurations, version)
-        asked: Asked = [(c.name, arch, c.on(arch, version)) for c, arch in pairs]
+    for version in other_versions():
+        pairs = configurations_for(configurations, version)
+        asked: Asked = [(c.name, arch, c.kernel_on(arch, version)) for c, arch in pairs]
         with ThreadPoolExecutor(jobs) as pool:  # of processes, which it waits for
             parts = pool.map(lambda i, by=version, all_=asked: _process(by, all_[i::jobs], cache), range(jobs))
             found = {place: row for part in parts for place, row in part.items()}
@@ -102,7 +102,7 @@ def _process(version: str, asked: Asked, cache: str) -> dict[Place, Row]:
     environment = os.environ | {"PYTHONPATH": places, "TRITON_CACHE_DIR": f"{cache}/{version}"}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "asked").write_bytes(pickle.dumps(asked))
-        command = [sys.executable, "-c", RUN, number, folder, *(["later"] if later else [])]
+        command = [sys.executable, "-c", PROCESS_CODE, number, folder, *(["later"] if later else [])]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"triton {version}: {done.stderr.strip()[-2000:]}")

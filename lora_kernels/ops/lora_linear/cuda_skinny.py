@@ -8,16 +8,16 @@ from functools import lru_cache
 
 import torch
 
-from lora_kernels.ops.cuda_shared import shared_of_expand, shared_of_outer, shared_of_shrink, shared_of_sides
+from lora_kernels.ops.cuda_shared_memory import shared_of_expand, shared_of_outer, shared_of_shrink, shared_of_sides
+from lora_kernels.ops.cuda_split_k import part_of_rows
 from lora_kernels.ops.dropout import threshold
-from lora_kernels.ops.launch import KINDS, NUMBERS, architecture, ceil, launch_cuda, vector
-from lora_kernels.ops.parts import part_of_rows
+from lora_kernels.ops.launch import DTYPE_CODES, KERNEL_SUFFIX, architecture, ceil_div, launch_cuda, vector_fields
 from lora_kernels.ops.refusals import refuse_rows
 from lora_kernels.ops.tables.tiles import compiled, tile
 
 THIN, EXPAND, SIDES, OUTER, SUMS = (f"lora_linear/cuda_{name}.cu" for name in ("thin", "expand", "sides", "outer", "sums"))
 WIDTH = 128  # bytes of a row of a tile in shared memory, 64 numbers, as in the sources
-JOBS = 4  # of a launch of `sums`, as in the source
+JOBS = 4  # of a launch of `reduce_partials`, as in the source
 
 
 def in_pieces(*tensors):
@@ -25,17 +25,17 @@ def in_pieces(*tensors):
     return all(t.shape[1] % 8 == 0 and refuse_rows(t=t) is None for t in tensors)
 
 
-def matrix(name, t, kind=None):
+def matrix_fields(name, t, kind=None):
     """The fields of a `Matrix` of csrc/common/tiles.cuh; `kind` where its dtype has no number."""
-    data, kind, row, column = (None, 1, 0, 0) if t is None else (t, NUMBERS[t.dtype] if kind is None else kind, *t.stride())
+    data, kind, row, column = (None, 1, 0, 0) if t is None else (t, DTYPE_CODES[t.dtype] if kind is None else kind, *t.stride())
     return {f"{name}.data": data, f"{name}.kind": kind, f"{name}.row": row, f"{name}.column": column}
 
 
-def inverse(drop):
+def inverse_keep_rate(drop):
     return 1.0 / (1.0 - drop[0]) if drop[1] is not None else 1.0
 
 
-def drawn(drop):
+def dropout_fields(drop):
     """The fields of a `Dropout`: where the seed is, or its number, and the threshold."""
     rate, seed = drop
     by_value = seed is not None and seed.is_cpu
@@ -45,25 +45,25 @@ def drawn(drop):
     }  # fmt: skip
 
 
-def padded(t, m, n):
+def padded_matrix(t, m, n):
     """Memory for a matrix [m, n] like t in whole pieces of 16 bytes, and the matrix in it."""
-    whole = t.new_empty(m, 8 * ceil(n, 8))
+    whole = t.new_empty(m, 8 * ceil_div(n, 8))
     return whole, whole[:, :n]
 
 
-def pack(a):
+def split_bf16(a):
     """a [r, k] in bfloat16, [2, r, k in whole pieces]: its numbers, and what those leave of them."""
     r, k = a.shape
-    out = a.new_empty(2, r, 8 * ceil(k, 8), dtype=torch.bfloat16)
-    args = {**matrix("a", a), "out": out, "r": r, "k": k, "out_row": out.shape[2]}
+    out = a.new_empty(2, r, 8 * ceil_div(k, 8), dtype=torch.bfloat16)
+    args = {**matrix_fields("a", a), "out": out, "r": r, "k": k, "out_row": out.shape[2]}
     t = compiled("lora_linear_pack.cu")
-    launch_cuda(THIN, "lora_linear_pack", (ceil(out[0].numel(), t.columns),), t.threads, args, [out], 0)
+    launch_cuda(THIN, "lora_linear_pack", (ceil_div(out[0].numel(), t.columns),), t.threads, args, [out], 0)
     return out
 
 
 def factors(a, b, scale):
     """The fields of a `Factors` of csrc/common/update_any.cuh."""
-    of_a, of_b = pack(a), pack(b)
+    of_a, of_b = split_bf16(a), split_bf16(b)
     return {
         "factors.a": of_a, "factors.b": of_b, "factors.a_row": of_a.shape[2], "factors.b_row": of_b.shape[2],
         "factors.rank": len(a), "factors.scale": float(scale),
@@ -77,20 +77,20 @@ def shrink(x, a, scale, drop=(0.0, None), *, fixed=True, keep=False):
     """
     (m, k), r, drops, whole = x.shape, len(a), drop[1] is not None, in_pieces(x)
     split = a.dtype is not x.dtype or not whole
-    factor = pack(a) if split else a if in_pieces(a) else a.clone(memory_format=torch.contiguous_format)
+    factor = split_bf16(a) if split else a if in_pieces(a) else a.clone(memory_format=torch.contiguous_format)
     t, part = compiled("lora_linear_shrink.cu", r=r, split=split or not whole, pieces=whole), part_of_a(x, r)
-    while not fixed and part < k and ceil(m, t.rows) * ceil(k, 2 * part) >= 96:
+    while not fixed and part < k and ceil_div(m, t.rows) * ceil_div(k, 2 * part) >= 96:
         part *= 2  # there are blocks enough, and each part is written and read
-    h = x.new_empty(max(1, ceil(k, part)), m, r, dtype=torch.float32)
-    everything, kept = padded(x, m, k) if keep and drops else (None, x if keep else None)
+    h = x.new_empty(max(1, ceil_div(k, part)), m, r, dtype=torch.float32)
+    everything, kept = padded_matrix(x, m, k) if keep and drops else (None, x if keep else None)
     args = {
-        "x": x, "a": factor, "h": h, "kept": everything, **drawn(drop), "m": m, "k": k, "r": r, "x_row": x.stride(0),
-        "x_column": x.stride(1), "a_row": factor.stride(-2), "kept_row": 8 * ceil(k, 8), "part": part,
-        "scale": float(scale) * inverse(drop),
+        "x": x, "a": factor, "h": h, "kept": everything, **dropout_fields(drop), "m": m, "k": k, "r": r, "x_row": x.stride(0),
+        "x_column": x.stride(1), "a_row": factor.stride(-2), "kept_row": 8 * ceil_div(k, 8), "part": part,
+        "scale": float(scale) * inverse_keep_rate(drop),
     }  # fmt: skip
     kind = "drop_" * drops + "split_" * split
-    kernel = f"{kind}{KINDS[x.dtype]}_{t.ranks}" if whole else f"any_{KINDS[x.dtype]}"
-    grid, makes = (ceil(m, t.rows), ceil(r, t.ranks), len(h)), [out for out in (h, everything) if out is not None]
+    kernel = f"{kind}{KERNEL_SUFFIX[x.dtype]}_{t.ranks}" if whole else f"any_{KERNEL_SUFFIX[x.dtype]}"
+    grid, makes = (ceil_div(m, t.rows), ceil_div(r, t.ranks), len(h)), [out for out in (h, everything) if out is not None]
     launch_cuda(THIN, f"lora_linear_shrink_{kernel}", grid, t.threads, args, makes, shared_of_shrink(t, split))
     return h, kept
 
@@ -108,70 +108,76 @@ def _part_of_a(arch, dtype, r):
 def expand(out, terms, *, less=0, bias=None, z_out=None):
     """out [m, n] = Σ terms + bias, one launch a term; see `library.Expand`. out, z and z_out have rows without gaps."""
     (m, n), t = out.shape, compiled("lora_linear_expand.cu")
-    rows = part_of_rows(m, ceil(n, t.columns), t.part)
+    rows = part_of_rows(m, ceil_div(n, t.columns), t.part)
     for i, (h, b, z, gain, drop) in enumerate(terms):
         args = {
-            "h": h, **matrix("b", b), "z": z, "out": out, "z_out": z_out, **vector("gain", gain),
-            **vector("bias", bias if i == 0 else None), **drawn(drop), "m": m, "n": n, "r": len(b.T), "parts": len(h),
-            "rows": rows, "adds": int(i > 0), "less": float(less), "inverse": inverse(drop),
+            "h": h, **matrix_fields("b", b), "z": z, "out": out, "z_out": z_out, **vector_fields("gain", gain),
+            **vector_fields("bias", bias if i == 0 else None), **dropout_fields(drop), "m": m, "n": n, "r": len(b.T),
+            "parts": len(h), "rows": rows, "adds": int(i > 0), "less": float(less), "inverse": inverse_keep_rate(drop),
         }  # fmt: skip
         read = [] if z is None else [z.data_ptr()]
         given = [each for each in (out, z_out) if each is not None]
         makes = [each for each in given if each.data_ptr() not in read and not (i > 0 and each is out)]
         changes = [each for each in given if not any(each is made for made in makes)]
-        grid, kernel = (ceil(n, t.columns), ceil(m, rows)), f"lora_linear_expand_{KINDS[out.dtype]}"
+        grid, kernel = (ceil_div(n, t.columns), ceil_div(m, rows)), f"lora_linear_expand_{KERNEL_SUFFIX[out.dtype]}"
         launch_cuda(EXPAND, kernel, grid, t.threads, args, makes, shared_of_expand(t), changes=changes)
 
 
-def sides(u, v, h, times, gain, scale, sums_u, r, less=None):
+def both_sides(u, v, h, times, gain, scale, sums_u, r, less=None):
     """One read of u [m, n] gives p [blocks, m, r] = scale · u (gain ⊙ v) and part [parts, n, r] of uᵀ h. Beside them the sums
     of u's columns and of u ⊙ times, [parts, n]; and with `less` u ⊙ (gain - less)."""
     m, n = u.shape
     whole = in_pieces(u) and (times is None or in_pieces(times))
     t = compiled("lora_linear_sides.cu", r=r, times=times is not None or not whole, pieces=whole)
-    blocks = ceil(n, t.columns)
+    blocks = ceil_div(n, t.columns)
     rows = part_of_rows(m, blocks, t.part)
     new = lambda *shape: u.new_empty(shape, dtype=torch.float32)  # noqa: E731
     p = None if v is None else new(blocks, m, r)
-    part = None if h is None else new(ceil(m, rows), n, r)
-    of_u = new(ceil(m, rows), n) if sums_u else None
-    of_uv = None if times is None else new(ceil(m, rows), n)
-    everything, scaled = (None, None) if less is None else padded(u, m, n)
+    part = None if h is None else new(ceil_div(m, rows), n, r)
+    of_u = new(ceil_div(m, rows), n) if sums_u else None
+    of_uv = None if times is None else new(ceil_div(m, rows), n)
+    everything, scaled = (None, None) if less is None else padded_matrix(u, m, n)
     makes = [out for out in (p, part, of_u, of_uv, everything) if out is not None]
     if makes:
         second = u if times is None else times  # which the kernel for any layout reads in any case
         args = {
             "u": u, "times": second, "h": h, "p": p, "part": part, "of_u": of_u, "of_uv": of_uv, "scaled": everything,
-            **matrix("v", v), **vector("gain", gain), "m": m, "n": n, "r": r, "u_row": u.stride(0), "u_column": u.stride(1),
-            "times_row": second.stride(0), "times_column": second.stride(1), "scaled_row": 8 * ceil(n, 8), "rows": rows,
-            "scale": float(scale), "less": float(less or 0),
+            **matrix_fields("v", v), **vector_fields("gain", gain), "m": m, "n": n, "r": r, "u_row": u.stride(0),
+            "u_column": u.stride(1), "times_row": second.stride(0), "times_column": second.stride(1),
+            "scaled_row": 8 * ceil_div(n, 8), "rows": rows, "scale": float(scale), "less": float(less or 0),
         }  # fmt: skip
-        kind = f"{'' if times is None else 'times_'}{KINDS[u.dtype]}_{t.ranks}" if whole else f"any_{KINDS[u.dtype]}"
-        grid = (blocks, ceil(r, t.ranks), ceil(m, rows))
+        kind = (
+            f"{'' if times is None else 'times_'}{KERNEL_SUFFIX[u.dtype]}_{t.ranks}"
+            if whole
+            else f"any_{KERNEL_SUFFIX[u.dtype]}"
+        )
+        grid = (blocks, ceil_div(r, t.ranks), ceil_div(m, rows))
         launch_cuda(SIDES, f"lora_linear_sides_{kind}", grid, t.threads, args, makes, shared_of_sides(t))
     if p is not None and not n:
         p = new(1, m, r).zero_()
     return p, part, of_u, of_uv, scaled
 
 
-def outer(u, p, drop, keep):
+def outer_product(u, p, drop, keep):
     """The parts of (Σ p)ᵀ drop(u) [parts, r, n] without drop's factor, and with `keep` Σ p."""
     (m, n), r, whole = u.shape, p.shape[2], in_pieces(u)
     t = compiled("lora_linear_outer.cu", dtype=u.dtype, r=r, pieces=whole)
-    rows = part_of_rows(m, ceil(n, t.columns), t.part)
-    part, total = u.new_empty(ceil(m, rows), r, n, dtype=torch.float32), p.new_empty(p.shape[1:]) if keep else None
+    rows = part_of_rows(m, ceil_div(n, t.columns), t.part)
+    part, total = u.new_empty(ceil_div(m, rows), r, n, dtype=torch.float32), p.new_empty(p.shape[1:]) if keep else None
     args = {
-        "u": u, "p": p, "part": part, "whole": total, **drawn(drop), "m": m, "n": n, "r": r, "parts": len(p),
+        "u": u, "p": p, "part": part, "whole": total, **dropout_fields(drop), "m": m, "n": n, "r": r, "parts": len(p),
         "u_row": u.stride(0), "u_column": u.stride(1), "rows": rows,
     }  # fmt: skip
-    kind = f"{'' if drop[1] is None else 'drop_'}{KINDS[u.dtype]}_{t.ranks}" if whole else f"any_{KINDS[u.dtype]}"
+    kind = (
+        f"{'' if drop[1] is None else 'drop_'}{KERNEL_SUFFIX[u.dtype]}_{t.ranks}" if whole else f"any_{KERNEL_SUFFIX[u.dtype]}"
+    )
     makes = [out for out in (part, total) if out is not None]
-    grid = (ceil(n, t.columns), ceil(r, t.ranks), len(part))
+    grid = (ceil_div(n, t.columns), ceil_div(r, t.ranks), len(part))
     launch_cuda(OUTER, f"lora_linear_outer_{kind}", grid, t.threads, args, makes, shared_of_outer(t))
     return part, total
 
 
-def sums(jobs):
+def reduce_partials(jobs):
     """Each out [n, r] = factor · gain ⊙ Σ part [parts, n, r] / divisor, of jobs (part, out, gain, divisor, n, r, factor)."""
     t = compiled("lora_linear_sums.cu")
     for first in range(0, len(jobs), JOBS):
@@ -180,29 +186,29 @@ def sums(jobs):
         args = {}
         for i, (part, out, gain, divisor, n, r, _) in enumerate(all_jobs):
             job = f"jobs[{i}]"
-            args |= {f"{job}.part": part, f"{job}.out": out, f"{job}.kind": 0 if out is None else NUMBERS[out.dtype]}
-            args |= {**vector(f"{job}.gain", gain), **vector(f"{job}.divisor", divisor)}
+            args |= {f"{job}.part": part, f"{job}.out": out, f"{job}.kind": 0 if out is None else DTYPE_CODES[out.dtype]}
+            args |= {**vector_fields(f"{job}.gain", gain), **vector_fields(f"{job}.divisor", divisor)}
             args |= {f"{job}.parts": 0 if part is None else len(part), f"{job}.n": n, f"{job}.r": r}
         args |= {f"factors[{i}]": float(job[-1]) for i, job in enumerate(all_jobs)}
-        blocks = sum(ceil(n * r, t.columns) for *_, n, r, _ in some)
+        blocks = sum(ceil_div(n * r, t.columns) for *_, n, r, _ in some)
         launch_cuda(SUMS, "lora_linear_sums", (blocks,), t.threads, args, [job[1] for job in some], 0)
 
 
-def total(part):
+def sum_partials(part):
     """Σ part [parts, n, r] in the order of the parts."""
     if len(part) == 1:
         return part[0]
     out = part.new_empty(part.shape[1:])
-    sums([(part, out, None, None, *out.shape, 1.0)])
+    reduce_partials([(part, out, None, None, *out.shape, 1.0)])
     return out
 
 
-def zero_gain(dy, x, w, b, h, gain, w_scale, dgain):
+def gradient_of_zero_gain(dy, x, w, b, h, gain, w_scale, dgain):
     """The gradients of gains of zero: Σ dy ⊙ z, which y, a product with them, does not tell."""
     args = {
-        **matrix("dy", dy), **matrix("x", x), **matrix("w", w, None if w_scale is None else 0), **matrix("b", b), "h": h,
-        "dgain": dgain, "kind": NUMBERS[dgain.dtype], **vector("gain", gain), **vector("w_scale", w_scale), "m": len(x),
-        "k": x.shape[1], "r": b.shape[1],
+        **matrix_fields("dy", dy), **matrix_fields("x", x), **matrix_fields("w", w, None if w_scale is None else 0),
+        **matrix_fields("b", b), "h": h, "dgain": dgain, "kind": DTYPE_CODES[dgain.dtype], **vector_fields("gain", gain),
+        **vector_fields("w_scale", w_scale), "m": len(x), "k": x.shape[1], "r": b.shape[1],
     }  # fmt: skip
     threads = compiled("lora_linear_sums.cu").threads
     launch_cuda(SUMS, "lora_linear_zero_gain", (len(w),), threads, args, [], 0, changes=[dgain])

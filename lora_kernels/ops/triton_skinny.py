@@ -8,11 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.launch import architecture, ceil, launch, power
-from lora_kernels.ops.parts import part_of_rows
+from lora_kernels.ops.cuda_split_k import part_of_rows
+from lora_kernels.ops.launch import architecture, ceil_div, launch_triton, power_of_two
 from lora_kernels.ops.tables.tiles import tile
-from lora_kernels.ops.triton_compiler import sound
-from lora_kernels.ops.triton_dropout import drawn, inverse, kept
+from lora_kernels.ops.triton_compiler import sound_schedule
+from lora_kernels.ops.triton_dropout import dropout_args, dropout_mask, inverse_keep_rate
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -34,7 +34,7 @@ def load_sum(part, rows, ranks, parts, m, r):
 
 
 @triton.jit
-def product(u, v, sums, PRECISION: tl.constexpr):
+def dot_accumulate(u, v, sums, PRECISION: tl.constexpr):
     """sums + u v. "half": 16-bit tensor cores, where a float32 operand counts with its first 16 digits."""
     if PRECISION != "half":
         # step by step, so that errors add up over the steps and not over all of the depth; an addition would be folded back
@@ -43,15 +43,15 @@ def product(u, v, sums, PRECISION: tl.constexpr):
     elif u.dtype == v.dtype and u.dtype != tl.float32:
         return tl.dot(u, v, sums)
     elif u.dtype == tl.bfloat16 and v.dtype == tl.float32:
-        return tl.dot(u, rest(v), tl.dot(u, v.to(tl.bfloat16), sums))
+        return tl.dot(u, bf16_remainder(v), tl.dot(u, v.to(tl.bfloat16), sums))
     elif u.dtype == tl.float32 and v.dtype == tl.bfloat16:
-        return tl.dot(rest(u), v, tl.dot(u.to(tl.bfloat16), v, sums))
+        return tl.dot(bf16_remainder(u), v, tl.dot(u.to(tl.bfloat16), v, sums))
     else:  # float16 has too few exponents for a rest
         return tl.dot(u.to(tl.float32), v.to(tl.float32), sums, input_precision="bf16x3")
 
 
 @triton.jit
-def rest(v):
+def bf16_remainder(v):
     """What bfloat16 leaves of float32; nothing of an infinity."""
     high = v.to(tl.bfloat16).to(tl.float32)
     return tl.where(tl.abs(high) == float("inf"), 0.0, v - high).to(tl.bfloat16)
@@ -83,11 +83,11 @@ def shrink_kernel(
             v = load_tile(vs[g], depth, ranks, v1s[g], v0s[g], k, rs[g])  # [BK, BR]
             mine = us
             if lows[g] is not None:
-                mine = tl.where(kept(lows[g], highs[g], rows, first, limits[g], BM, BK), us, 0.0)
+                mine = tl.where(dropout_mask(lows[g], highs[g], rows, first, limits[g], BM, BK), us, 0.0)
             if dropped[g] is not None:
                 inside = ((rows < m) & (tl.program_id(1) == 0))[:, None] & (depth < k)[None, :]
                 tl.store(dropped[g] + rows[:, None] * k + depth[None, :], mine, mask=inside)
-            added = added + (product(mine, v, sums[g], PRECISION),)
+            added = added + (dot_accumulate(mine, v, sums[g], PRECISION),)
         sums = added
     for g in tl.static_range(len(vs)):
         at = outs[g] + (part * m + rows)[:, None] * rs[g] + ranks[None, :]
@@ -114,7 +114,7 @@ def one_side(
         rows = z * ROWS + first + tl.arange(0, BM)
         us = load_tile(u, rows, columns, u0, u1, m, n)  # [BM, BN]
         if p is not None:
-            ps = scale * product(us, vs, tl.zeros((BM, BR), tl.float32), PRECISION)  # [BM, BR]
+            ps = scale * dot_accumulate(us, vs, tl.zeros((BM, BR), tl.float32), PRECISION)  # [BM, BR]
             at = p + (tl.cast(column, tl.int64) * m + rows)[:, None] * r + ranks[None, :]
             tl.store(at, ps, mask=(rows < m)[:, None] & (ranks < r)[None, :])
         if scaled is not None:
@@ -129,7 +129,7 @@ def one_side(
             sum_uv += tl.sum(tl.where((rows < m)[:, None], us.to(tl.float32) * ts.to(tl.float32), 0.0), 0)
         if part is not None:
             hs = load_tile(h, rows, ranks, r, 1, m, r)  # [BM, BR]
-            sums = product(tl.trans(us), hs, sums, PRECISION)
+            sums = dot_accumulate(tl.trans(us), hs, sums, PRECISION)
     if part is not None:
         at = part + (z * n + columns)[:, None] * r + ranks[None, :]
         tl.store(at, sums, mask=(columns < n)[:, None] & (ranks < r)[None, :])
@@ -182,8 +182,8 @@ def outer_kernel(
                 tl.store(at, p, mask=((rows < m) & (tl.program_id(1) == 0))[:, None] & (ranks < rs[g])[None, :])
             mine = us
             if lows[g] is not None:
-                mine = tl.where(kept(lows[g], highs[g], rows, tl.program_id(1) * BN, limits[g], BM, BN), us, 0.0)
-            added = added + (product(tl.trans(mine), p, sums[g], PRECISION),)
+                mine = tl.where(dropout_mask(lows[g], highs[g], rows, tl.program_id(1) * BN, limits[g], BM, BN), us, 0.0)
+            added = added + (dot_accumulate(tl.trans(mine), p, sums[g], PRECISION),)
         sums = added
     for g in tl.static_range(len(ps)):
         at = parts[g] + (z * rs[g] + ranks)[None, :] * n + columns[:, None]
@@ -208,7 +208,7 @@ def strides(name, tensors):
     return {f"{name}{i}s": tuple(0 if t is None else t.stride(i) for t in tensors) for i in (0, 1)}
 
 
-def how(u, exact):
+def product_precision(u, exact):
     return "ieee" if exact and u.dtype is torch.float32 else precision(u)
 
 
@@ -223,24 +223,24 @@ def shrink(u, vs, scales, drops=None, *, dropped=None, exact=False, early=False,
     drops = drops or [(0.0, None)] * len(vs)
     drawing, keeps = any(seed is not None for _, seed in drops), any(t is not None for t in dropped or ())
     t = tile("shrink", u, dtype=u.dtype, m=m, k=k, r=max(ranks), layers=len(vs), drawing=drawing, keeps=keeps)
-    bm = t.rows if fixed else power(m, most=t.rows)
-    br, split = power(max(ranks), most=max(16, t.ranks // power(len(vs), least=1))), t.part
-    while not fixed and split < k and ceil(m, bm) * ceil(k, 2 * split) >= 96:
+    bm = t.rows if fixed else power_of_two(m, most=t.rows)
+    br, split = power_of_two(max(ranks), most=max(16, t.ranks // power_of_two(len(vs), least=1))), t.part
+    while not fixed and split < k and ceil_div(m, bm) * ceil_div(k, 2 * split) >= 96:
         split *= 2  # there are programs enough, and each part is written and read
-    parts = max(1, ceil(k, split))
-    warps, stages = sound(u, vs, how(u, exact), bm, t.warps, t.stages, changed=drawing, narrow=True)
+    parts = max(1, ceil_div(k, split))
+    warps, stages = sound_schedule(u, vs, product_precision(u, exact), bm, t.warps, t.stages, changed=drawing, narrow=True)
     outs = tuple(u.new_empty(parts, m, r, dtype=torch.float32) for r in ranks)
     dropped = tuple(dropped or [None] * len(vs))
     args = {
-        "u": u, "vs": tuple(vs), "outs": outs, "dropped": dropped, **drawn(drops), "m": m, "k": k, "rs": tuple(ranks),
-        "u0": u.stride(0), "u1": u.stride(1), **strides("v", vs), "SPLIT": split, "PRECISION": how(u, exact),
+        "u": u, "vs": tuple(vs), "outs": outs, "dropped": dropped, **dropout_args(drops), "m": m, "k": k, "rs": tuple(ranks),
+        "u0": u.stride(0), "u1": u.stride(1), **strides("v", vs), "SPLIT": split, "PRECISION": product_precision(u, exact),
         "BM": bm, "BK": t.depth, "BR": br,
-        "scales": tuple(float(s) * inverse(*drop) for s, drop in zip(scales, drops, strict=True)),
+        "scales": tuple(float(s) * inverse_keep_rate(*drop) for s, drop in zip(scales, drops, strict=True)),
         "EARLY": early and architecture(u) >= 90,
     }  # fmt: skip
     makes = [*outs, *(t for t in dropped if t is not None)]
-    launch(
-        shrink_kernel, (ceil(m, bm), ceil(max(ranks), br), parts), args, makes, warps=warps, stages=stages,
+    launch_triton(
+        shrink_kernel, (ceil_div(m, bm), ceil_div(max(ranks), br), parts), args, makes, warps=warps, stages=stages,
         registers=t.registers,
     )  # fmt: skip
     return outs
@@ -265,10 +265,10 @@ def both_sides(sides, *, exact=False):
     heavy = any(s.gain is not None or s.times is not None or (s.v is not None and s.v.dtype is torch.float32) for s in sides)
     r = max(s.r for s in sides)
     t = tile("both_sides", first, dtype=first.dtype, m=m, n=sum(ns), r=r, layers=len(sides), heavy=heavy)
-    bn, br, bm = power(max(ns), most=t.columns), power(r, most=t.ranks), power(m, most=t.rows)
-    blocks = [ceil(n, bn) for n in ns]
+    bn, br, bm = power_of_two(max(ns), most=t.columns), power_of_two(r, most=t.ranks), power_of_two(m, most=t.rows)
+    blocks = [ceil_div(n, bn) for n in ns]
     rows = part_of_rows(m, sum(blocks), t.part)
-    parts = ceil(m, rows)
+    parts = ceil_div(m, rows)
     for side, n, count in zip(sides, ns, blocks, strict=True):
         new = lambda *shape: side.u.new_empty(shape, dtype=torch.float32)  # noqa: B023, E731
         side.p = None if side.v is None else new(count, m, side.r) if n else new(1, m, side.r).zero_()
@@ -279,34 +279,43 @@ def both_sides(sides, *, exact=False):
         ("us", "u"), ("vs", "v"), ("gains", "gain"), ("hs", "h"), ("times", "times"), ("ps", "p"), ("parts", "part"),
         ("of_us", "of_u"), ("of_uvs", "of_uv"), ("scaleds", "scaled"), ("lesses", "less"), ("scales", "scale"), ("rs", "r"),
     )}  # fmt: skip
-    args = {**fields, "m": m, "ns": tuple(ns), "ROWS": rows, "PRECISION": how(first, exact), "BM": bm, "BN": bn, "BR": br}
+    args = {
+        **fields,
+        "m": m,
+        "ns": tuple(ns),
+        "ROWS": rows,
+        "PRECISION": product_precision(first, exact),
+        "BM": bm,
+        "BN": bn,
+        "BR": br,
+    }
     for name, one in (("u", "us"), ("v", "vs"), ("t", "times")):
         args |= strides(name, fields[one])
     made = [t for s, n in zip(sides, ns, strict=True) if n for t in (s.p, s.part, s.of_u, s.of_uv, s.scaled) if t is not None]
-    warps, stages = sound(first, [s.h for s in sides], how(first, exact), bn, t.warps, t.stages)
-    grid = (ceil(r, br), sum(blocks), parts)
-    launch(both_sides_kernel, grid, args, made, warps=warps, stages=stages, registers=t.registers)
+    warps, stages = sound_schedule(first, [s.h for s in sides], product_precision(first, exact), bn, t.warps, t.stages)
+    grid = (ceil_div(r, br), sum(blocks), parts)
+    launch_triton(both_sides_kernel, grid, args, made, warps=warps, stages=stages, registers=t.registers)
 
 
-def outer(u, ps, drops=None, *, keep=False, exact=False):
+def outer_product(u, ps, drops=None, *, keep=False, exact=False):
     """For each p [count, m, r], whose parts are added up, the parts of pᵀ drop(u), [parts, r, n] without drop's factor, with
     u [m, n]; and with `keep` the sums of p [m, r]."""
     (m, n), ranks = u.shape, [p.shape[2] for p in ps]
-    drawing, share = any(seed is not None for _, seed in drops or []), power(len(ps), least=1)
+    drawing, share = any(seed is not None for _, seed in drops or []), power_of_two(len(ps), least=1)
     t = tile("outer", u, dtype=u.dtype, m=m, n=n, r=max(ranks), layers=len(ps), drawing=drawing)
     # sums of all layers are held at once; of float32 tiles there are registers enough
-    br, most = power(max(ranks), most=max(16, t.ranks // share)), t.columns // (1 if u.dtype is torch.float32 else share)
-    bn, bm = power(n, most=most), power(m, most=t.rows)
-    rows = part_of_rows(m, ceil(n, bn), t.part)
-    parts = tuple(u.new_empty(ceil(m, rows), r, n, dtype=torch.float32) for r in ranks)
+    br, most = power_of_two(max(ranks), most=max(16, t.ranks // share)), t.columns // (1 if u.dtype is torch.float32 else share)
+    bn, bm = power_of_two(n, most=most), power_of_two(m, most=t.rows)
+    rows = part_of_rows(m, ceil_div(n, bn), t.part)
+    parts = tuple(u.new_empty(ceil_div(m, rows), r, n, dtype=torch.float32) for r in ranks)
     wholes = tuple(p.new_empty(p.shape[1:]) if keep else None for p in ps)
     args = {
-        "u": u, "ps": tuple(ps), "wholes": wholes, "parts": parts, **drawn(drops or [(0.0, None)] * len(ps)),
+        "u": u, "ps": tuple(ps), "wholes": wholes, "parts": parts, **dropout_args(drops or [(0.0, None)] * len(ps)),
         "counts": tuple(map(len, ps)), "m": m, "n": n, "rs": tuple(ranks), "u0": u.stride(0), "u1": u.stride(1),
-        "ROWS": rows, "PRECISION": how(u, exact), "BM": bm, "BN": bn, "BR": br,
+        "ROWS": rows, "PRECISION": product_precision(u, exact), "BM": bm, "BN": bn, "BR": br,
     }  # fmt: skip
     made = [t for t in (*parts, *wholes) if t is not None]
-    warps, stages = sound(u, ps, how(u, exact), bn, t.warps, t.stages, changed=drawing)
-    grid = (ceil(max(ranks), br), ceil(n, bn), ceil(m, rows))
-    launch(outer_kernel, grid, args, made, warps=warps, stages=stages, registers=t.registers)
+    warps, stages = sound_schedule(u, ps, product_precision(u, exact), bn, t.warps, t.stages, changed=drawing)
+    grid = (ceil_div(max(ranks), br), ceil_div(n, bn), ceil_div(m, rows))
+    launch_triton(outer_kernel, grid, args, made, warps=warps, stages=stages, registers=t.registers)
     return parts, wholes

@@ -28,7 +28,7 @@ def transposed(t: Tensor) -> tuple[Tensor]:
     return (t,)
 
 
-def mask(dropout: float, seed: Tensor | None) -> tuple[int, int, float] | None:
+def dropout_args(dropout: float, seed: Tensor | None) -> tuple[int, int, float] | None:
     """The dropout mask, or nothing: (seed, smallest kept word, multiplier)."""
     return None if seed is None or dropout <= 0 else (int(seed), threshold(dropout), 1.0 / (1.0 - dropout))
 
