@@ -90,7 +90,8 @@ def tall(m):
 
 def sound_tile(x, factors, m, t, two_sums, **how):
     """Rows, warps, stages and registers of a tile as far as they are sound for products of x's dtype with these factors; `how`
-    as in `sound_schedule`. Few rows go half at once, by mma.sync, but not where a row must have the bits that it has among many."""
+    as in `sound_schedule`. Few rows go half at once, by mma.sync, but not where a row must have the bits that it has among
+    many."""
     rows = power_of_two(tall(m), most=t.rows)
     found = sound_schedule(x, factors, precision(x), rows, t.warps, t.stages, **how)
     if found != (t.warps, t.stages) and m <= 64 and not two_sums and not torch.are_deterministic_algorithms_enabled():

@@ -13,8 +13,8 @@ from lora_kernels.ops.triton_skinny import dot_accumulate, load_sum, load_tile
 
 @triton.jit
 def swizzled_tile(tile, down, across, GROUP: tl.constexpr, SLAB: tl.constexpr):
-    """The row and the column of a tile, swizzled as ops/cost.py's `tile_order` chose: GROUP rows of tiles run side by side and share
-    W in the cache. SLAB: so many columns of tiles at a time, 0 for all."""
+    """The row and the column of a tile, swizzled as ops/cost.py's `tile_order` chose: GROUP rows of tiles run side by side and
+    share W in the cache. SLAB: so many columns of tiles at a time, 0 for all."""
     first = 0
     if SLAB > 0:
         first = tile // (SLAB * down) * SLAB

@@ -101,7 +101,8 @@ def tile_of_h(x, entries):
 
 
 def programs_of_a(x, site, each, t):
-    """How many programs make h of a slice in `launch_small`; blocks of ranks and parts of the depth, of each block of entries."""
+    """How many programs make h of a slice in `launch_small`; of each block of entries its blocks of ranks and parts of the
+    depth."""
     entries = len(x) * each
     units = ceil_div(entries, t.rows) + min(len(site.rank), entries)  # at most: the plan is not looked at here
     blocks, parts = ceil_div(site.table.shape[1] * PAGE, t.ranks), max(1, ceil_div(x.shape[1], t.part))
