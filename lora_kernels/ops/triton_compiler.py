@@ -7,7 +7,7 @@ There `wgmma` and `tcgen05` multiply tiles of 64 rows and more while a pipelined
   Triton (triton#9433).
 * Tiles that `cp.async` copied are read without a `fence.proxy.async`, by Triton before 3.7.1 (triton#9610, pytorch#181248);
   those that come through tensor maps need none.
-* tcgen05: two products of one step on the same sums (triton#10821), as `triton_skinny.dot_accumulate` makes of float32 operands.
+* tcgen05: two products of one step on the same sums (triton#10821), as `dot_accumulate` makes of float32 operands.
 
 None of them is in a loop without stages, and none in `mma.sync`, which Triton takes for fewer rows or for two warps.
 """
@@ -41,8 +41,8 @@ def sound_schedule(
     u: Tensor, vs: Sequence[Tensor | None], precision: str, rows: int, warps: int, stages: int, *, changed: bool = False,
     mapped: bool = False, narrow: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
-    """Warps and stages of a loop of products `dot_accumulate(u, v, …, precision)`, as wanted where that is sound; tiles of u have
-    `rows` rows.
+    """Warps and stages of a loop of products `dot_accumulate(u, v, …, precision)`, as wanted where that is sound; tiles of u
+    have `rows` rows.
 
     `changed`: they are changed between load and product. `mapped`: all tiles come through tensor maps. `narrow`: two warps will
     do, so that products are mma.sync; else there is one stage.
