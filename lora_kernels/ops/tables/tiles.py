@@ -7,7 +7,8 @@ A kernel has a list of rows; a row has conditions ("if") and some of the numbers
 row that has it and whose conditions hold: what is special stands above what is usual, and one line above them all changes one
 case. A number has a condition as text: "64", "-64" (at most), "65-", "100-109", "0,80"; a flag true or false; a dtype names.
 Every kernel knows "arch" (90 is sm_90, 0 an AMD GPU) and "deterministic"; the others stand in "asks". m, k, n and `entries`
-count as the next power of two. What a row says is what is wanted: at the launch `sound_schedule` (triton_compiler.py) has the last word.
+count as the next power of two. What a row says is what is wanted: at the launch `sound_schedule` (triton_compiler.py) has the
+last word.
 Kernels whose names end in ".cu" have their tile compiled in; tests compare their rows with the sources.
 """
 
