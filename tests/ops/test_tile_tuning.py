@@ -152,6 +152,36 @@ def test_an_unsound_tile_is_not_timed(arch):
     assert "both_sides_kernel" in names and "outer_kernel" in names
 
 
+def test_a_tile_that_was_found_holds_while_the_next_kernel_is_timed():
+    of_forward = []
+    with interpreted(80):
+        call = tuning.candidate_calls(PLAIN, "cpu")["two launches"]
+
+        def clock(calls):
+            with recorded() as found:
+                calls["table"]()
+            of_forward.append(next(one.stages for one in found if one.name == "forward_kernel"))
+            return {name: 0.5 if "depth 64 × ranks 16, 8 warps, 4 stages" in name else 1.0 for name in calls}
+
+        kept = tile_tuning.tune_tiles("two launches", call, clock, lambda one: None, 1e18)
+    assert of_forward == [3, 4] and [one.tile.stages for one in kept] == [4]
+
+
+def test_no_neighbour_is_compiled_when_the_time_is_over(monkeypatch):
+    now, asked = [0.0], []
+    monkeypatch.setattr(tile_tuning.time, "monotonic", lambda: now[0])
+
+    def refuse(one):
+        asked.append(one)
+        now[0] += 10
+        return None
+
+    with interpreted(80):
+        call = tuning.candidate_calls(PLAIN, "cpu")["two launches"]
+        assert tile_tuning.tune_tiles("two launches", call, lambda calls: dict.fromkeys(calls, 1.0), refuse, 25.0) == []
+    assert len(asked) == 3
+
+
 def test_a_little_faster_is_noise():
     with interpreted(80):
         def clock(calls):
