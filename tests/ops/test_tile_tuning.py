@@ -28,7 +28,7 @@ def here(tmp_path, monkeypatch):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for place in (launch, backend):
-        monkeypatch.setattr(place, "gpu", lambda t: GPU)
+        monkeypatch.setattr(place, "gpu_name", lambda t: GPU)
     dispatch.clear_caches()
     with deterministic(False):
         yield

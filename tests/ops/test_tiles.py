@@ -279,7 +279,7 @@ def test_known_tiles():
 
 def test_what_was_measured_is_nothing_in_the_deterministic_mode(monkeypatch):
     x, other = torch.empty(1), Tile(rows=64, columns=64, depth=32, ranks=16, warps=4, stages=4)
-    monkeypatch.setattr(tiles.launch, "gpu", lambda t: "Planted")
+    monkeypatch.setattr(tiles.launch, "gpu_name", lambda t: "Planted")
     monkeypatch.setattr(tiles, "_found", {})
     counted = {"dtype": "bfloat16", "m": 128, **FORWARD}
     monkeypatch.setattr(tiles, "local", lambda gpu: (tiles.Measured("forward", counted, other, {}),))
