@@ -45,7 +45,7 @@ def test_finetune(said, tmp_path):
     summary = runpy.run_path(str(DEMO / "summary.py"))
     comparisons = [comparison("lora-float32", 0.8, [3.5, 3.25001, 3.0]), comparison("dora-float32", 0.5, [3.5, 3.25, 3.0])]
     result = {"comparisons": comparisons, "machine": {"threads": 2}, "quick": True, "passed": True}
-    summary["draw"](result, tmp_path / "summary.png")
+    summary["draw_picture"](result, tmp_path / "summary.png")
     title, (lora, dora, *bars) = said
     assert title == "dora-float32: a step 2.00 times as fast as stock PEFT's, 25 % less memory, losses equal but for rounding"
     assert (tmp_path / "summary.png").stat().st_size > 10_000 and len(bars) == 2
@@ -63,6 +63,6 @@ def test_serve(said, tmp_path):
     speeds = {"base only": 100.0, "ours": 95.0, "PEFT": 40.0, "merged": 20.0}
     rows = [{"workload": "distinct", "adapters": 8, "contender": name, "tokens_per_second": s} for name, s in speeds.items()]
     result = {"rows": rows, "requests": 8, "dtype": "float32", "threads": 2, "torch": "2"}
-    serve["draw"](result, tmp_path / "serve.png")
+    serve["draw_picture"](result, tmp_path / "serve.png")
     assert said[0] == "8 adapters in one batch keep 95% of the base's speed, with PEFT 40%"
     assert (tmp_path / "serve.png").stat().st_size > 10_000

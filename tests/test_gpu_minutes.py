@@ -336,13 +336,13 @@ def test_the_table_is_written_after_each_shape(record, pretended, monkeypatch):
     monkeypatch.setattr(tuned, "candidate_calls", lambda setting, p: {names[p.direction]: int, library: int, tune.BASE: int})
     monkeypatch.setattr(tuned, "able_backends", lambda: ("triton",))
     monkeypatch.setattr(tuned.launch, "architecture", lambda t: 90)
-    planned = tuned.dispatch.plan
+    planned = tuned.dispatch.choose_plan
 
     def only(*args, **more):  # the others would have to be timed, too
         made = planned(*args, **more)
         return replace(made, candidates=tuple(c for c in made.candidates if c.name in (*names.values(), library)))
 
-    monkeypatch.setattr(tuned.dispatch, "plan", only)
+    monkeypatch.setattr(tuned.dispatch, "choose_plan", only)
     seen = []
     write = tuned.write_table
 

@@ -42,7 +42,7 @@ class Compiled:
     columns: int = 0
     """Of tensor memory, on sm_100."""
 
-    def given(self, args: dict[str, Any], kernel: Kernel, scratch: Any = 0) -> list[Any]:
+    def launch_arguments(self, args: dict[str, Any], kernel: Kernel, scratch: Any = 0) -> list[Any]:
         """The arguments of a launch; Triton adds pointers to scratch memory, which are null where there is none."""
         values, maps = [], iter(self.maps)
         for name, *place in self.arguments:
@@ -154,7 +154,7 @@ def simulate_triton(
     made = compile_triton(function, args, arch, warps, stages)
     kernel = _cached_kernel(made.ptx)
     scratch = aligned(made.scratch * math.prod(grid))
-    given = made.given(args, kernel, scratch if made.scratch else 0)
+    given = made.launch_arguments(args, kernel, scratch if made.scratch else 0)
     own = [scratch] if made.scratch else []
     options["poisoned"] = [*options.get("poisoned", ()), *own]
     return kernel.launch(grid, (made.warps * 32,), given, writes, shared=made.shared, **options)

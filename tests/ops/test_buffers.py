@@ -123,7 +123,7 @@ def test_the_fast_check_implies_the_other(args):
     x, w, a, b, bias, gain = args
     if _cpu.valid_lora_linear(*args):
         with mock.patch.object(op, "valid_lora_linear", None):
-            op._check(x, w, a, b, 1.0, bias, gain, 0.0, "peft", None)
+            op._check_arguments(x, w, a, b, 1.0, bias, gain, 0.0, "peft", None)
 
 
 def test_kernels_refuse_what_they_cannot_read():

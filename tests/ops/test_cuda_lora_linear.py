@@ -286,7 +286,7 @@ def test_planted_bugs(planted, simulated, short_parts, old, new):
 ])  # fmt: skip
 def test_planted_bugs_of_many_tokens(planted, monkeypatch, fixed, source, old, new):
     planted(source, old, new, keep="lora_linear_shrink_drop_bf16_16" if source == skinny.THIN else "lora_linear_tiles_bf16")
-    monkeypatch.setattr(cuda.cost, "order", lambda *_: (2, 1))
+    monkeypatch.setattr(cuda.cost, "tile_order", lambda *_: (2, 1))
     x, w, a, b = draw(200, 1032, 200, 20, torch.bfloat16)
     dropout = {"dropout": 0.25, "dropout_semantics": "lora_only", "seed": torch.tensor(3)}
     a, b = a[:13], b[:, :13]  # one width of `shrink`

@@ -264,7 +264,7 @@ def test_a_seed_on_the_device(monkeypatch):
     p = make_problem(9, 40, 24, 4, F32, dropout=0.4)
     by_value = run(p)
     for module in (triton_skinny, backend):
-        monkeypatch.setattr(module, "drawn", lambda drops: {
+        monkeypatch.setattr(module, "dropout_args", lambda drops: {
             "lows": tuple(seed for _, seed in drops), "highs": (None,) * len(drops),
             "limits": tuple(0 if seed is None else threshold(dropout) for dropout, seed in drops),
         })  # fmt: skip
