@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lora_kernels.ops import registry
 
+IN_PLACE = ("merge_into", "multi_lora_add")  # of which the arguments are hashed, since what is changed is among them
+
 _hashes: dict[str, Any] = {}
 _now: list[str] = []
 
@@ -28,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--bits"):
         choose = registry.choose_implementation
-        registry.choose_implementation = lambda *args: _watched(choose(*args))  # type: ignore[assignment]
+        registry.choose_implementation = lambda *args: _watched(args[0], choose(*args))  # type: ignore[assignment]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -42,11 +44,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         Path(path).write_text(json.dumps({name: digest.hexdigest() for name, digest in sorted(_hashes.items())}, indent=1))
 
 
-def _watched(found: registry.Implementation) -> registry.Implementation:
+def _watched(name: str, found: registry.Implementation) -> registry.Implementation:
     def run_hashed(*call: Any) -> Any:
         result = found.run(*call)
         digest = _hashes.setdefault(_now[0] if _now else "", hashlib.sha256())
-        _hash_value(digest, call if result is None else result)  # what an op in place has changed is among its arguments
+        _hash_value(digest, call if name in IN_PLACE else result)
         return result
 
     return registry.Implementation(run_hashed, found.refusal)
