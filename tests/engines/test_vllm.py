@@ -200,11 +200,11 @@ def test_norms_are_those_of_the_weights_now(llm):
 
 def test_dora_over_a_base_that_hides_its_weight(llm, folder, wanted, monkeypatch):
     """Quantised and packed bases have no plain weight: the norm comes from products."""
-    monkeypatch.setattr(OnMultiLora, "_weight", lambda self: None)
+    monkeypatch.setattr(OnMultiLora, "_plain_weight", lambda self: None)
     for kind in ("dora", "dora_some"):
         check(generate(llm, [(request(folder, kind), llama.PROMPTS[3])])[0], wanted(kind, llama.PROMPTS[3]))
-    real = OnMultiLora._base
-    monkeypatch.setattr(OnMultiLora, "_base", lambda self, x: real(self, (x / 0.8).round() * 0.8))
+    real = OnMultiLora._base_product
+    monkeypatch.setattr(OnMultiLora, "_base_product", lambda self, x: real(self, (x / 0.8).round() * 0.8))
     with pytest.raises(VLLMValidationError, match="it rounds its inputs to a fixed scale"):
         generate(llm, [(request(folder, "dora"), [1])])
     generate(llm, [(request(folder, "lora"), [1])])
