@@ -23,6 +23,11 @@ def threshold(p: float) -> int:
     return min(int(p * 2**32), _LOW)
 
 
+def inverse_keep_rate(p: float, seed: Tensor | None) -> float:
+    """1/(1-p), by which what is kept is multiplied; 1 where nothing is dropped."""
+    return 1.0 / (1.0 - p) if seed is not None and p > 0 else 1.0
+
+
 def mask(seed: Tensor, p: float, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The multiplier of each element, [rows, columns]: 0 where dropped, 1/(1-p) where kept."""
     groups = (columns + 3) // 4

@@ -40,7 +40,3 @@ def dropout_args(drops):
         highs.append(odd_word(number >> 32) if by_value else None)
         limits.append(threshold(dropout) if drops_any else 0)
     return {"lows": tuple(lows), "highs": tuple(highs), "limits": tuple(limits)}
-
-
-def inverse_keep_rate(dropout, seed):
-    return 1.0 / (1.0 - dropout) if seed is not None and dropout > 0 else 1.0

@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.cuda_split_k import part_of_rows
+from lora_kernels.ops.dropout import inverse_keep_rate
 from lora_kernels.ops.launch import architecture, ceil_div, launch_triton, power_of_two
 from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import sound_schedule
-from lora_kernels.ops.triton_dropout import dropout_args, dropout_mask, inverse_keep_rate
+from lora_kernels.ops.triton_dropout import dropout_args, dropout_mask
 
 HALVES = (torch.bfloat16, torch.float16)
 

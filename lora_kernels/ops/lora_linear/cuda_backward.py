@@ -11,6 +11,7 @@ from lora_kernels.ops import cost
 from lora_kernels.ops.chips import nearest_chip
 from lora_kernels.ops.cuda_shared_memory import shared_of_dx_small, shared_of_gemm
 from lora_kernels.ops.cuda_split_k import split_k_part
+from lora_kernels.ops.dropout import inverse_keep_rate
 from lora_kernels.ops.gradients import empty_gradient
 from lora_kernels.ops.launch import architecture, ceil_div, launch_cuda, tile_tickets, vector_fields
 from lora_kernels.ops.lora_linear import cuda_specialised, library
@@ -20,7 +21,6 @@ from lora_kernels.ops.lora_linear.cuda_skinny import (
     expand,
     gradient_of_zero_gain,
     in_pieces,
-    inverse_keep_rate,
     outer_product,
     reduce_partials,
 )
@@ -49,7 +49,7 @@ def backward(x, dys, layers, hs, ys, zs, needs, w_scale=None, specialised=False)
         if da is not None:
             of_x, whole = outer_product(x, p, layer.drop, needs_dx and len(p) > 1)
             p = p if whole is None else whole[None]
-            jobs.append((of_x, da, None, None, *layer.a.shape, inverse_keep_rate(layer.drop)))
+            jobs.append((of_x, da, None, None, *layer.a.shape, inverse_keep_rate(*layer.drop)))
         if db is not None:
             jobs.append((of_h, db, layer.gain, None, *layer.b.shape, 1.0))
         if dbias is not None:
@@ -98,7 +98,7 @@ def input_gradient(dy, w, a, p, gain, drop):
     args = {
         "dy": dy, "w": w, "a": a, "p": p, "dx": dx, **vector_fields("gain", gain), **dropout_fields(drop), "m": m, "n": n,
         "k": k, "r": r, "parts": len(p), "dy_row": dy.stride(0), "w_row": w.stride(0), "a_row": a.stride(0), "group": group,
-        "slab": slab, "inverse": inverse_keep_rate(drop),
+        "slab": slab, "inverse": inverse_keep_rate(*drop),
     }  # fmt: skip
     kernel = f"lora_linear_dx{'' if gain is None else '_gain'}{'' if drop[1] is None else '_drop'}"
     launch_cuda(DX, kernel, (ceil_div(m, t.rows) * ceil_div(k, t.columns),), t.threads, args, [dx], shared_of_gemm(t))

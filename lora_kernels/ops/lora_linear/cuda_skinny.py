@@ -10,13 +10,12 @@ import torch
 
 from lora_kernels.ops.cuda_shared_memory import shared_of_expand, shared_of_outer, shared_of_shrink, shared_of_sides
 from lora_kernels.ops.cuda_split_k import part_of_rows
-from lora_kernels.ops.dropout import threshold
+from lora_kernels.ops.dropout import inverse_keep_rate, threshold
 from lora_kernels.ops.launch import DTYPE_CODES, KERNEL_SUFFIX, architecture, ceil_div, launch_cuda, vector_fields
 from lora_kernels.ops.refusals import refuse_rows
 from lora_kernels.ops.tables.tiles import compiled, tile
 
 THIN, EXPAND, SIDES, OUTER, SUMS = (f"lora_linear/cuda_{name}.cu" for name in ("thin", "expand", "sides", "outer", "sums"))
-WIDTH = 128  # bytes of a row of a tile in shared memory, 64 numbers, as in the sources
 JOBS = 4  # of a launch of `reduce_partials`, as in the source
 
 
@@ -29,10 +28,6 @@ def matrix_fields(name, t, kind=None):
     """The fields of a `Matrix` of csrc/common/tiles.cuh; `kind` where its dtype has no number."""
     data, kind, row, column = (None, 1, 0, 0) if t is None else (t, DTYPE_CODES[t.dtype] if kind is None else kind, *t.stride())
     return {f"{name}.data": data, f"{name}.kind": kind, f"{name}.row": row, f"{name}.column": column}
-
-
-def inverse_keep_rate(drop):
-    return 1.0 / (1.0 - drop[0]) if drop[1] is not None else 1.0
 
 
 def dropout_fields(drop):
@@ -86,7 +81,7 @@ def shrink(x, a, scale, drop=(0.0, None), *, fixed=True, keep=False):
     args = {
         "x": x, "a": factor, "h": h, "kept": everything, **dropout_fields(drop), "m": m, "k": k, "r": r, "x_row": x.stride(0),
         "x_column": x.stride(1), "a_row": factor.stride(-2), "kept_row": 8 * ceil_div(k, 8), "part": part,
-        "scale": float(scale) * inverse_keep_rate(drop),
+        "scale": float(scale) * inverse_keep_rate(*drop),
     }  # fmt: skip
     kind = "drop_" * drops + "split_" * split
     kernel = f"{kind}{KERNEL_SUFFIX[x.dtype]}_{t.ranks}" if whole else f"any_{KERNEL_SUFFIX[x.dtype]}"
@@ -113,7 +108,7 @@ def expand(out, terms, *, less=0, bias=None, z_out=None):
         args = {
             "h": h, **matrix_fields("b", b), "z": z, "out": out, "z_out": z_out, **vector_fields("gain", gain),
             **vector_fields("bias", bias if i == 0 else None), **dropout_fields(drop), "m": m, "n": n, "r": len(b.T),
-            "parts": len(h), "rows": rows, "adds": int(i > 0), "less": float(less), "inverse": inverse_keep_rate(drop),
+            "parts": len(h), "rows": rows, "adds": int(i > 0), "less": float(less), "inverse": inverse_keep_rate(*drop),
         }  # fmt: skip
         read = [] if z is None else [z.data_ptr()]
         given = [each for each in (out, z_out) if each is not None]

@@ -9,6 +9,7 @@ import torch
 from lora_kernels.ops import cost
 from lora_kernels.ops.chips import nearest_chip
 from lora_kernels.ops.cuda_shared_memory import shared_of_specialised
+from lora_kernels.ops.dropout import inverse_keep_rate
 from lora_kernels.ops.launch import (
     DTYPE_CODES,
     KERNEL_SUFFIX,
@@ -20,7 +21,7 @@ from lora_kernels.ops.launch import (
     refuse_cuda,
     vector_fields,
 )
-from lora_kernels.ops.lora_linear.cuda_skinny import dropout_fields, in_pieces, inverse_keep_rate
+from lora_kernels.ops.lora_linear.cuda_skinny import dropout_fields, in_pieces
 from lora_kernels.ops.refusals import refuse_rows
 from lora_kernels.ops.tables.tiles import compiled
 
@@ -120,7 +121,7 @@ def _launch(kernel, x, w, h, b, sizes, split, y, z=None, bias=None, gain=None, d
         "x": Map(x, (t.rows, t.depth)), "w": Map(w, box), "h": Map(given[0], (t.rows, t.depth)), "b": Map(given[1], box),
         "y": Map(y, (BOX, BOX)), "z": Map(y if z is None else z, (BOX, BOX)), **vector_fields("bias", bias),
         **vector_fields("gain", gain), **dropout_fields(drop), "m": m, "n": n, "depth": depth, "r": r, "split": int(split),
-        "keep_z": int(z is not None), "group": group, "slab": slab, "inverse": inverse_keep_rate(drop),
+        "keep_z": int(z is not None), "group": group, "slab": slab, "inverse": inverse_keep_rate(*drop),
     }  # fmt: skip
     makes = [y] if z is None else [y, z]
     blocks = min(ceil_div(m, t.rows) * tiles, resident(x))

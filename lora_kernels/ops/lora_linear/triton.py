@@ -12,6 +12,7 @@ import torch
 from lora_kernels.ops import cost
 from lora_kernels.ops.chips import nearest_chip
 from lora_kernels.ops.dispatch import Problem, choose_plan
+from lora_kernels.ops.dropout import inverse_keep_rate
 from lora_kernels.ops.gradients import empty_gradient
 from lora_kernels.ops.launch import (
     architecture,
@@ -34,7 +35,7 @@ from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements, note_plan
 from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import rank_stages, sound_schedule
-from lora_kernels.ops.triton_dropout import dropout_args, inverse_keep_rate
+from lora_kernels.ops.triton_dropout import dropout_args
 from lora_kernels.ops.triton_partials import Sums, sum_partials_of_each
 from lora_kernels.ops.triton_skinny import Side, both_sides, outer_product, precision, shrink, strides
 from lora_kernels.ops.triton_tma import loads_by_tma, tensor_map, tensor_maps

@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.ops.dropout import inverse_keep_rate
 from lora_kernels.ops.launch import ceil_div, launch_triton, power_of_two
 from lora_kernels.ops.lora_linear.library import Term
 from lora_kernels.ops.lora_linear.triton_forward import add_adapter
 from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import rank_stages
-from lora_kernels.ops.triton_dropout import dropout_args, dropout_mask, inverse_keep_rate
+from lora_kernels.ops.triton_dropout import dropout_args, dropout_mask
 from lora_kernels.ops.triton_skinny import precision, strides
 
 

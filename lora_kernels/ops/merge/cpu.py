@@ -2,25 +2,13 @@
 
 import torch
 
-from lora_kernels.ops.registry import implements
+from lora_kernels.ops.merge.both_ops import implements_merge
 
 BLOCK = 2**18  # elements of W that are widened at a time: 1 MiB of float32
 
 
-@implements("merged_weight", "cpu")
-def merged_weight(call):
-    out = torch.empty_like(call.w)
-    merge(call, out)
-    return out
-
-
-@implements("merge_into", "cpu")
-def merge_into(call):
-    merge(call, call.out)
-
-
+@implements_merge("cpu")
 def merge(call, out):
-    """Fills out."""
     w, wide = call.w, torch.promote_types(call.w.dtype, torch.float32)
     (n, k), a, b = w.shape, call.a.to(wide), call.b.to(wide)
     gain = None if call.gain is None else call.gain.to(wide)[:, None]

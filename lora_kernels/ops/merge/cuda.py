@@ -1,7 +1,6 @@
 """CUDA C++ for 16-bit W: csrc/merge/cuda.cu where A and B have the type of W, few ranks, and rows in pieces of 16 bytes; else,
 where Triton does not run, csrc/merge/cuda_any.cu."""
 
-import torch
 
 from lora_kernels.ops.chips import nearest_chip
 from lora_kernels.ops.cuda_alone import refuse_beside_triton
@@ -17,8 +16,8 @@ from lora_kernels.ops.launch import (
     vector_fields,
 )
 from lora_kernels.ops.lora_linear.cuda_skinny import factors
+from lora_kernels.ops.merge.both_ops import implements_merge
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_factors, refuse_negated, refuse_rows
-from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import compiled
 
 SOURCE, ANY = "merge/cuda.cu", "merge/cuda_any.cu"
@@ -43,20 +42,8 @@ def refusal(call):
     )
 
 
-@implements("merged_weight", "cuda", refusal)
-def merged_weight(call):
-    out = torch.empty_like(call.w)
-    merge(call, out)
-    return out
-
-
-@implements("merge_into", "cuda", refusal)
-def merge_into(call):
-    merge(call, call.out)
-
-
+@implements_merge("cuda", refusal)
 def merge(call, out):
-    """Fills out."""
     w, a, b, gain, scale, in_place = call.w, call.a, call.b, call.gain, call.scale, out.data_ptr() == call.w.data_ptr() != 0
     pieces, (n, k) = refuse_pieces(w, a, b, out) is None, w.shape
     t = compiled("merge.cu" if pieces else "merge_any.cu")

@@ -2,23 +2,11 @@
 
 import torch
 
-from lora_kernels.ops.registry import implements
+from lora_kernels.ops.merge.both_ops import implements_merge
 
 
-@implements("merged_weight", "reference")
-def merged_weight(call):
-    out = torch.empty_like(call.w)
-    merge(call, out)
-    return out
-
-
-@implements("merge_into", "reference")
-def merge_into(call):
-    merge(call, call.out)
-
-
+@implements_merge("reference")
 def merge(call, out):
-    """Fills out."""
     wide = torch.promote_types(call.w.dtype, torch.float32)
     w, a, b = call.w.to(wide), call.a.to(wide), call.b.to(wide)
     merged = w + call.scale * (b @ a)                                      # [out, in]

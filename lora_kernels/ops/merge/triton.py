@@ -1,12 +1,11 @@
 """Triton: one program makes one tile of the result; it reads that tile of W and no other, so W may be changed in place."""
 
-import torch
 import triton
 import triton.language as tl
 
 from lora_kernels.ops.launch import ceil_div, launch_triton, power_of_two, refuse_device
+from lora_kernels.ops.merge.both_ops import implements_merge
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
-from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import sound_schedule
 from lora_kernels.ops.triton_skinny import HALVES, dot_accumulate
@@ -44,20 +43,8 @@ def refusal(call):
     return refuse_dtypes(**found) or refuse_negated(**found) or refuse_device(call.w)
 
 
-@implements("merged_weight", "triton", refusal)
-def merged_weight(call):
-    out = torch.empty_like(call.w)
-    merge(call, out)
-    return out
-
-
-@implements("merge_into", "triton", refusal)
-def merge_into(call):
-    merge(call, call.out)
-
-
+@implements_merge("triton", refusal)
 def merge(call, out):
-    """Fills out."""
     w, a, b, gain, in_place = call.w, call.a, call.b, call.gain, out.data_ptr() == call.w.data_ptr() != 0
     (n, k), r = w.shape, a.shape[0]
     half = a.dtype in HALVES
