@@ -1,10 +1,11 @@
 """Builds lora_kernels._cpu, _ptxsim and _cuda with CMake and Ninja; pyproject.toml has the rest.
 
-LORA_KERNELS_CPU=0 leaves the first two out, LORA_KERNELS_CUDA=0 the third; =1 makes a failed build an error. By default a
-failed build leaves its reason in the package, in one line and with what cures it, where the import warns with it once and
-`python -m lora_kernels doctor` and `lora_kernels.explain` show it.
-_cuda wants nvcc: LORA_KERNELS_NVCC, or that of CUDA_HOME, on PATH, or of the wheels nvidia-cuda-nvcc and -runtime.
-TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") says for which GPUs, MAX_JOBS how many compilers run at once.
+LORA_KERNELS_CPU=0 leaves the first two out, LORA_KERNELS_CUDA=0 the third; =1 makes a failed build
+an error. By default a failed build leaves its reason in the package, in one line and with what
+cures it, where the import warns with it once and `python -m lora_kernels doctor` and
+`lora_kernels.explain` show it. _cuda wants nvcc: LORA_KERNELS_NVCC, or that of CUDA_HOME, on PATH,
+or of the wheels nvidia-cuda-nvcc and -runtime. TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") says for which
+GPUs, MAX_JOBS how many compilers run at once.
 """
 
 import os
@@ -18,7 +19,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MODULES = ["lora_kernels._cpu", "lora_kernels._ptxsim", "lora_kernels._cuda"]
-# what a build says that fails, and in words, what is missing and where it comes from: on Linux, on macOS
+# what a build says that fails, and in words, what is missing and where it comes from: on Linux, on
+# macOS
 AGAIN = "pip install --force-reinstall --no-deps ."
 BUILD_ERROR_CURES = [
     (r"No such file or directory: 'cmake'", "no cmake", "pip install cmake ninja", "pip install cmake ninja"),
@@ -39,7 +41,8 @@ EXTENSIONS = {
 
 class CMakeBuild(build_ext):
     def run(self) -> None:
-        inplace = self.inplace  # which the base sets back while it builds; it copies modules into the sources, and no notes
+        # which the base sets back while it builds; it copies modules into the sources, and no notes
+        inplace = self.inplace
         self._reasons: dict[str, str] = {}
         super().run()
         for part in EXTENSIONS if inplace else ():
@@ -116,7 +119,8 @@ def build_error_line(said: str, system: str = sys.platform) -> str:
 
 
 def architectures() -> list[str]:
-    """CMake's options for TORCH_CUDA_ARCH_LIST, which torch's own extensions follow: "8.0;9.0+PTX"; none for "native"."""
+    """CMake's options for TORCH_CUDA_ARCH_LIST, which torch's own extensions follow: "8.0;9.0+PTX";
+    none for "native"."""
     given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
     numbers = [each for each in given.split(";") if re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", each)]
     if not numbers:

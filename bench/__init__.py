@@ -1,1 +1,2 @@
-"""Benchmarks: ours against its rivals in one process, interleaved; ratios of medians, losing shapes included."""
+"""Benchmarks: ours against its rivals in one process, interleaved; ratios of medians, losing shapes
+included."""

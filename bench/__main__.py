@@ -1,9 +1,12 @@
-"""`python -m bench`: prints every ratio, the losing ones too, and with --out writes them with their circumstances.
+"""`python -m bench`: prints every ratio, the losing ones too, and with --out writes them with their
+circumstances.
 
     --quick             fewer shapes, one rank
     --threads 1 2       how many threads, one after the other
-    --out FILE          JSON; `python -m bench.report FILE` draws it and writes the tables of docs/benchmarks.md
-    --isa avx2          as on a processor without native bf16 (bf16 only, and without what takes torch minutes)
+    --out FILE          JSON; `python -m bench.report FILE` draws it and writes the tables of
+                        docs/benchmarks.md
+    --isa avx2          as on a processor without native bf16 (bf16 only, and without what takes
+                        torch minutes)
 """
 
 import argparse

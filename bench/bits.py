@@ -1,6 +1,8 @@
-"""A pytest plugin that hashes what every op gives in every test, so that two commits can be compared bit for bit:
+"""A pytest plugin that hashes what every op gives in every test, so that two commits can be
+compared bit for bit:
 
-    python -m pytest -p bench.bits --bits before.json tests/ops        (at one commit, and at the other with after.json)
+    python -m pytest -p bench.bits --bits before.json tests/ops        (at one commit, and at the
+                                                                       other with after.json)
     python -m bench.bits before.json after.json
 """
 
@@ -17,7 +19,8 @@ from torch import Tensor
 
 from lora_kernels.ops import registry
 
-IN_PLACE = ("merge_into", "multi_lora_add")  # of which the arguments are hashed, since what is changed is among them
+# of which the arguments are hashed, since what is changed is among them
+IN_PLACE = ("merge_into", "multi_lora_add")
 
 _hashes: dict[str, Any] = {}
 _now: list[str] = []

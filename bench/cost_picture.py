@@ -1,4 +1,5 @@
-"""`python -m bench.cost_picture` draws README's picture from bench/results: what LoRA and DoRA cost, ours beside PEFT's.
+"""`python -m bench.cost_picture` draws README's picture from bench/results: what LoRA and DoRA
+cost, ours beside PEFT's.
 
     FILE       the JSON of `python -m bench --out`; bench/results/xeon-amx.json if none is given
     OUT        the PNG; docs/images/cost.png if none is given

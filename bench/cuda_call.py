@@ -1,7 +1,8 @@
 """What a launch of CUDA C++ costs the host, measured without a GPU: `python -m bench.cuda_call`.
 
-The bound call is the step from Python into `_cuda` up to the driver: it looks the kernel up and lays its struct out. What the
-op does before it (its refusal, the choice, its tensors, the arguments) is timed beside it with a launch that does nothing.
+The bound call is the step from Python into `_cuda` up to the driver: it looks the kernel up and
+lays its struct out. What the op does before it (its refusal, the choice, its tensors, the
+arguments) is timed beside it with a launch that does nothing.
 """
 
 import statistics

@@ -1,7 +1,7 @@
 """How the source reads, in figures: `python -m bench.house [FOLDER]`. Tests are left out.
 
-Names of functions (of one word and at most six letters), parameters, lengths of files and functions, docstrings, return types,
-and the length of sentences in README, docs and docstrings.
+Names of functions (of one word and at most six letters), parameters, lengths of files and
+functions, docstrings, return types, and the length of sentences in README, docs and docstrings.
 """
 
 import ast
@@ -43,7 +43,8 @@ def parameters(function: Function) -> int:
 
 
 def markdown_prose(text: str) -> str:
-    """Of a Markdown file: its paragraphs and list items, without code, tables, headings, pictures and the targets of links."""
+    """Of a Markdown file: its paragraphs and list items, without code, tables, headings, pictures
+    and the targets of links."""
     text = re.sub(r"^```.*?^```", "\n\n", text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"^ {4,}\S.*$|^[|#<!].*$|^---+$", "\n", text, flags=re.MULTILINE)
     text = re.sub(r"^\s*(?:[-*]|\d+\.)\s", "\n\n", text, flags=re.MULTILINE)

@@ -3,11 +3,13 @@
     linear      nn.Linear alone, without an adapter: what a merged model costs
     ours        PEFT's layer after `fuse`
     peft        PEFT's layer
-    torch       the best plain PyTorch: base, then the adapter added in place (addmm); for DoRA the factored norm
+    torch       the best plain PyTorch: base, then the adapter added in place (addmm); for DoRA the
+                factored norm
     compile     that formula through torch.compile
     reference   our reference backend
 
-rho is the adapter's share of the base's FLOPs: r(K + N) / KN, and for DoRA with its norm recomputed r/M more.
+rho is the adapter's share of the base's FLOPs: r(K + N) / KN, and for DoRA with its norm recomputed
+r/M more.
 """
 
 import peft
@@ -36,7 +38,8 @@ def make_peft_layer(n_in, n_out, r, dtype, use_dora=False, base=None):
 
 
 def lora_in_torch(x, w, a, b, scale, magnitude=None):
-    """LoRA, or with a magnitude DoRA, in PyTorch without forming BA; W's own norm is summed each time."""
+    """LoRA, or with a magnitude DoRA, in PyTorch without forming BA; W's own norm is summed each
+    time."""
     h = F.linear(x, a) * scale
     y = F.linear(x, w)
     if magnitude is None and not torch.is_grad_enabled():
@@ -112,7 +115,8 @@ def measure(n_in, n_out, tokens, r, dtype, backward, use_dora, more=False):
 
 
 def measurements(quick=False, dtypes=DTYPES, slow_backward=False):
-    """Every measurement. `slow_backward` leaves out what takes minutes where torch has no fast bf16 product."""
+    """Every measurement. `slow_backward` leaves out what takes minutes where torch has no fast bf16
+    product."""
     for dtype in dtypes:
         for n_in, n_out in SHAPES[:2] if quick or slow_backward else SHAPES:
             for r in [16] if quick or slow_backward else RANKS:
@@ -132,6 +136,7 @@ def measurements(quick=False, dtypes=DTYPES, slow_backward=False):
 @pytest.mark.parametrize("tokens", [1, 16, 512])
 @pytest.mark.parametrize("name", ["linear", "ours", "peft", "torch"])
 def test_lora_linear(benchmark, name, tokens, use_dora, backward, dtype):
-    """`make bench-pytest`. pytest-benchmark does not interleave: for ratios use `python -m bench`."""
+    """`make bench-pytest`. pytest-benchmark does not interleave: for ratios use `python -m
+    bench`."""
     benchmark.group = f"{tokens} tokens, {'dora' if use_dora else 'lora'}, backward {backward}, {dtype}"
     benchmark(contenders(1024, 1024, tokens, 16, dtype, backward, use_dora)[name])

@@ -1,4 +1,5 @@
-"""Memory that one forward takes beyond its result: the peak of the process's resident memory, in a fresh process each."""
+"""Memory that one forward takes beyond its result: the peak of the process's resident memory, in a
+fresh process each."""
 
 import json
 import subprocess
@@ -8,7 +9,8 @@ TOKENS, N_IN, N_OUT, R = 512, 4096, 4096, 16
 
 
 def measurements():
-    """DoRA in float32 under no_grad with its norm computed, ours and PEFT's, and nn.Linear alone (the GEMM's own scratch)."""
+    """DoRA in float32 under no_grad with its norm computed, ours and PEFT's, and nn.Linear alone
+    (the GEMM's own scratch)."""
     found = {}
     for name in ("linear", "ours", "peft"):
         done = subprocess.run([sys.executable, "-m", "bench.memory", name], capture_output=True, text=True, check=True)
@@ -20,7 +22,8 @@ def measurements():
 
 
 def measure(name):
-    """The peak of a second forward beyond what was resident before it and the result itself, in bytes."""
+    """The peak of a second forward beyond what was resident before it and the result itself, in
+    bytes."""
     import ctypes
     import gc
 

@@ -1,4 +1,5 @@
-"""`python -m bench.multi_lora`: a batch with an adapter for each row, and its rivals, on one base weight:
+"""`python -m bench.multi_lora`: a batch with an adapter for each row, and its rivals, on one base
+weight:
 
     linear      nn.Linear alone
     ours        multi_lora
@@ -6,12 +7,14 @@
     peft        PEFT's layer with adapter_names=
     loop        the best plain PyTorch: rows sorted by adapter, addmm_ of each segment
     gather      A and B of each row gathered, padded to the largest rank, two bmm
-    vllm        vLLM's Triton path in torch: sorted, padded to the largest rank, u in float32, the delta rounded and added
-    sglang      SGLang's chunks in torch: segments cut into 16 rows, padded memory, one bmm for all chunks
+    vllm        vLLM's Triton path in torch: sorted, padded to the largest rank, u in float32, the
+                delta rounded and added
+    sglang      SGLang's chunks in torch: segments cut into 16 rows, padded memory, one bmm for all
+                chunks
 
-Workloads are Punica's: distinct (an adapter a row), uniform (√rows adapters), skewed (each has 1.5 times as many rows as the
-next), identical. With --isa avx2 as on a processor without AVX-512 and AMX. GB/s: the bytes of all A and B that the batch uses,
-over the time of `ours, add`.
+Workloads are Punica's: distinct (an adapter a row), uniform (√rows adapters), skewed (each has 1.5
+times as many rows as the next), identical. With --isa avx2 as on a processor without AVX-512 and
+AMX. GB/s: the bytes of all A and B that the batch uses, over the time of `ours, add`.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""A measurement as plain values, and its circumstances. `interleaved_medians` is that of `python -m lora_kernels bench`."""
+"""A measurement as plain values, and its circumstances. `interleaved_medians` is that of `python -m
+lora_kernels bench`."""
 
 import os
 import platform
@@ -15,7 +16,8 @@ __all__ = ["interleaved_medians", "measurement_row", "machine_stamp"]
 def measurement_row(
     op: str, kind: str, dtype: torch.dtype, shape: dict[str, int], seconds: dict[str, float], **more: Any
 ) -> dict[str, Any]:
-    """One measurement as plain values: what, shape, threads, seconds of each contender, ratios of ours to them."""
+    """One measurement as plain values: what, shape, threads, seconds of each contender, ratios of
+    ours to them."""
     ratios = {f"ours / {name}": seconds["ours"] / seconds[name] for name in seconds if name != "ours"}
     if "linear" in seconds:
         ratios |= {f"{name} / linear": seconds[name] / seconds["linear"] for name in seconds if name not in ("ours", "linear")}

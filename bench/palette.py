@@ -1,4 +1,5 @@
-"""The colours and the manners of every picture: ours teal, PEFT grey, all others muted; the headline says the result."""
+"""The colours and the manners of every picture: ours teal, PEFT grey, all others muted; the
+headline says the result."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ def load_pyplot() -> Any:
 def draw_headline(figure: Any, title: str, note: str, columns: int = 5) -> None:
     """The result and one legend of all panels above the picture, where it was measured below it.
 
-    Strips are kept free for them, and both texts are broken into lines that fit the width: no text is cut or lies on another.
+    Strips are kept free for them, and both texts are broken into lines that fit the width: no text
+    is cut or lies on another.
     """
     from textwrap import wrap
 
@@ -55,13 +57,15 @@ def tidy_axes(panel: Any, *, grid: str = "both") -> None:
 
 
 def save_picture(figure: Any, path: Path, digest: str = "") -> None:
-    """Writes the PNG, the same bytes each time; `digest` says which data it was drawn from (`digest_of`)."""
+    """Writes the PNG, the same bytes each time; `digest` says which data it was drawn from
+    (`digest_of`)."""
     figure.savefig(path, dpi=DPI, metadata={"Software": None, "Data": digest} if digest else {"Software": None})
     load_pyplot().close(figure)
 
 
 def digest_of(result: Any) -> str:
-    """What a picture of this result carries, so that a test sees a picture that is older than its data."""
+    """What a picture of this result carries, so that a test sees a picture that is older than its
+    data."""
     import hashlib
     import json
 

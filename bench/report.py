@@ -1,6 +1,8 @@
-"""`python -m bench.report FILE...` draws each JSON file of `python -m bench --out` and writes the tables of docs/benchmarks.md.
+"""`python -m bench.report FILE...` draws each JSON file of `python -m bench --out` and writes the
+tables of docs/benchmarks.md.
 
-    FILE       in the order in which the page shows them; those that it names already if none is given
+    FILE       in the order in which the page shows them; those that it names already if none is
+               given
     --check    writes nothing; exit status 1 if the page is not what the files yield
 """
 
@@ -111,7 +113,8 @@ def circumstances(path: str, result: dict[str, Any]) -> str:
 
 
 def layer_table(rows: list[dict[str, Any]]) -> str:
-    """Ours and PEFT's over nn.Linear's: a line for each dtype, kind and shape, a column for each direction and M."""
+    """Ours and PEFT's over nn.Linear's: a line for each dtype, kind and shape, a column for each
+    direction and M."""
     rows = select_rows(rows, op="lora_linear")
     columns = sorted(distinct(rows, "what", "M"))
     lines = [

@@ -1,4 +1,5 @@
-"""What `bench.report` says of the JSON files of `python -m bench.multi_lora --out`: a batch with an adapter for each row."""
+"""What `bench.report` says of the JSON files of `python -m bench.multi_lora --out`: a batch with an
+adapter for each row."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def over_linear(row: dict[str, Any], name: str) -> float:
 
 
 def draw_picture(result: dict[str, Any], path: Path) -> None:
-    """Dots: each contender's time over nn.Linear's, a line for each batch, the largest gain over PEFT above."""
+    """Dots: each contender's time over nn.Linear's, a line for each batch, the largest gain over
+    PEFT above."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     plt = load_pyplot()

@@ -7,7 +7,8 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def markdown_table(heading: list[str], lines: list[list[str]], rule: str = "---:") -> str:
-    """A markdown table, nothing without lines; `rule` is that of each column but the first, "---:" right, "---" left."""
+    """A markdown table, nothing without lines; `rule` is that of each column but the first, "---:"
+    right, "---" left."""
     rules = ["---"] + [rule] * (len(heading) - 1)
     return "".join(f"| {' | '.join(line)} |\n" for line in [heading, rules, *lines]) if lines else ""
 
@@ -23,5 +24,6 @@ def select_rows(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any
 
 
 def distinct(rows: list[dict[str, Any]], *keys: str) -> list[tuple[Any, ...]]:
-    """The values of these keys, each combination once, in the order of the rows; rows without them are left out."""
+    """The values of these keys, each combination once, in the order of the rows; rows without them
+    are left out."""
     return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows if set(keys) <= set(row)))

@@ -1,4 +1,5 @@
-"""The picture of a JSON file of `python -m bench --out`: LoRA and DoRA, ours and PEFT's, over nn.Linear alone."""
+"""The picture of a JSON file of `python -m bench --out`: LoRA and DoRA, ours and PEFT's, over
+nn.Linear alone."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ STYLES = {
 
 
 def draw_picture(result: dict[str, Any], path: Path) -> None:
-    """A line of panels for each dtype: a forward panel for each shape over M, and one of all steps with a backward.
+    """A line of panels for each dtype: a forward panel for each shape over M, and one of all steps
+    with a backward.
 
     Raises:
         SystemExit: the result has no row to draw.

@@ -1,12 +1,16 @@
-"""`python -m bench.traffic`: the bytes that a training step of a layer moves on a GPU, counted in the simulator.
+"""`python -m bench.traffic`: the bytes that a training step of a layer moves on a GPU, counted in
+the simulator.
 
-    --m 8192 --k 4096 --n 4096 --r 16 --dropout 0.1      the layer, in bf16; --n 4096 1024 1024: three that share x
+    --m 8192 --k 4096 --n 4096 --r 16 --dropout 0.1      the layer, in bf16; --n 4096 1024 1024:
+                                                         three that share x
     --arch 80                                            whose kernels: 90 is sm_90
-    --cache 50 --line 128 --resident 132                 MiB and bytes of the second-level cache; blocks that run side by side
+    --cache 50 --line 128 --resident 132                 MiB and bytes of the second-level cache;
+                                                         blocks that run side by side
     --out FILE                                           JSON
 
-The kernels' real PTX runs on every block of the grid, and its trace passes through a cache that drops the least recently used
-line. Bytes, not time. At the sizes above it takes two cores some ten minutes and 8 GB of memory.
+The kernels' real PTX runs on every block of the grid, and its trace passes through a cache that
+drops the least recently used line. Bytes, not time. At the sizes above it takes two cores some ten
+minutes and 8 GB of memory.
 """
 
 import argparse
@@ -29,9 +33,10 @@ def count_bytes(
     m: int, k: int, n: list[int], r: int, dropout: float, arch: int = 80, cache: int = 50 * MIB, line: int = 128,
     resident: int = 132,
 ) -> dict[str, Any]:  # fmt: skip
-    """Bytes read and written by a forward and a backward as two and three launches: behind one cache that lives through the
-    step, and of each launch with an empty cache. Beside them the least that is possible if no tensor stays in the cache between
-    launches. Then x is read three times (h, the product, dA), each dy twice, each w twice; dx and each y are written.
+    """Bytes read and written by a forward and a backward as two and three launches: behind one
+    cache that lives through the step, and of each launch with an empty cache. Beside them the least
+    that is possible if no tensor stays in the cache between launches. Then x is read three times
+    (h, the product, dA), each dy twice, each w twice; dx and each y are written.
 
         least = 2 · (4 · MK + 3 · M ΣN + 2 · K ΣN)
     """

@@ -1,13 +1,15 @@
-"""`python -m bench.tune`: times the candidates of lora_kernels.ops.dispatch on this GPU and writes its architecture's table.
+"""`python -m bench.tune`: times the candidates of lora_kernels.ops.dispatch on this GPU and writes
+its architecture's table.
 
     --quick      a few shapes, to see that it works
     --arch 90    refuses to run on another architecture
     --out DIR    where sm_<arch>.json goes; the package's own tables if not given
 
-Each shape's candidates and the library's GEMM alone run in interleaved rounds, in a random order each, with L2 flushed before
-every call, and the median counts. The fastest becomes the choice near that shape, and the efficiencies are those with which the
-cost model says what was measured; a class of shapes that was not measured keeps its old ones. Then tiles of a few of these
-shapes are timed, and rows for tiles.json beside it proposed (tune_tiles.py). Without a GPU: exit status 2.
+Each shape's candidates and the library's GEMM alone run in interleaved rounds, in a random order
+each, with L2 flushed before every call, and the median counts. The fastest becomes the choice near
+that shape, and the efficiencies are those with which the cost model says what was measured; a class
+of shapes that was not measured keeps its old ones. Then tiles of a few of these shapes are timed,
+and rows for tiles.json beside it proposed (tune_tiles.py). Without a GPU: exit status 2.
 """
 
 import argparse
@@ -55,8 +57,8 @@ def write_measured_table(
 ) -> Path:  # fmt: skip
     """Measures and writes the table of `arch`; gives its path.
 
-    `op` makes the calls of a problem by candidate, and that of BASE; `clock` takes the seconds of each. They are
-    those of `backends`.
+    `op` makes the calls of a problem by candidate, and that of BASE; `clock` takes the seconds of
+    each. They are those of `backends`.
     """
     rows = []
     for p in shapes:
@@ -76,7 +78,8 @@ def write_measured_table(
 
 
 def fit_efficiencies(rows: list[tuple[Problem, Times]], on: Chip, table: tables.Table) -> tables.Table:
-    """The table with those efficiencies for which the model says what was measured: the median of each class."""
+    """The table with those efficiencies for which the model says what was measured: the median of
+    each class."""
     ideal, found = dict.fromkeys(tables.SHARES, 1.0), defaultdict(list)
     for p, taken in rows:
         base = cost.gemm_step(p)

@@ -1,9 +1,10 @@
 """The part of `python -m bench.tune` that times tiles: rows for lora_kernels/ops/tables/tiles.json.
 
-Around the tile of each kernel of a shape's fastest candidate the neighbours are timed (lora_kernels.ops.tile_tuning) that pass
-the gates, without a budget: they compile, spill nothing, have no hazard and fit. What is faster becomes a row above the others,
-for this architecture and that size, and outside of the deterministic mode. To be looked at; `make gates` then compiles what the
-gates have of it.
+Around the tile of each kernel of a shape's fastest candidate the neighbours are timed
+(lora_kernels.ops.tile_tuning) that pass the gates, without a budget: they compile, spill nothing,
+have no hazard and fit. What is faster becomes a row above the others, for this architecture and
+that size, and outside of the deterministic mode. To be looked at; `make gates` then compiles what
+the gates have of it.
 """
 
 import sys
@@ -23,8 +24,8 @@ def propose(
     shapes: Iterable[Problem], arch: int, op: Callable[[Problem], Calls], clock: Callable[[Calls], Times], refuse: Refuse,
     folder: str | Path, why: str, seconds: float = 1800.0, backends: tuple[str, ...] = ("triton",),
 ) -> list[Row]:  # fmt: skip
-    """Measures, writes tiles.json of the folder, and gives the new rows; nothing is written where no tile is faster. `why` is
-    what each says of itself. With the choices of the folder's table."""
+    """Measures, writes tiles.json of the folder, and gives the new rows; nothing is written where
+    no tile is faster. `why` is what each says of itself. With the choices of the folder's table."""
     until, found = time.monotonic() + seconds, []
     for p in shapes:
         with dispatch.tables_from(folder):

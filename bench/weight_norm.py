@@ -1,4 +1,5 @@
-"""weight_norm and its rivals: PEFT's norm of the same layer, and the factored norm in plain PyTorch."""
+"""weight_norm and its rivals: PEFT's norm of the same layer, and the factored norm in plain
+PyTorch."""
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ def contenders(n_in, n_out, r, dtype):
     squared, peft_norm = row_norm_squared(w), DoraLinearLayer(fan_in_fan_out=False)
 
     def norm_by_peft():
-        # as peft/tuners/lora/dora.py does in each forward: B A by way of the identity, then the sum, then its norm
+        # as peft/tuners/lora/dora.py does in each forward: B A by way of the identity, then the
+        # sum, then its norm
         eye = torch.eye(n_in, dtype=dtype)
         return peft_norm.get_weight_norm(w, ((eye @ a.T) @ b.T).T, 0.5)
 
@@ -40,6 +42,7 @@ def measurements(quick=False, dtypes=DTYPES, slow_backward=False):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["ours", "ours with W squared", "peft", "torch"])
 def test_weight_norm(benchmark, name, dtype):
-    """`make bench-pytest`. pytest-benchmark does not interleave: for ratios use `python -m bench`."""
+    """`make bench-pytest`. pytest-benchmark does not interleave: for ratios use `python -m
+    bench`."""
     benchmark.group = str(dtype)
     benchmark(contenders(1024, 1024, 16, dtype)[name])

@@ -1,6 +1,6 @@
 """Fine-tunes a causal language model with LoRA and TRL's SFTTrainer, on the kernels.
 
-    python examples/finetune_sft.py MODEL DATA OUT      DATA: JSON lines with "text", or with "prompt" and "completion"
+    python examples/finetune_sft.py MODEL DATA OUT   DATA: JSON of "text" or "prompt", "completion"
 """
 
 import sys

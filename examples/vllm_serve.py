@@ -1,6 +1,6 @@
 """vLLM with adapters of any kind and rank: installed beside vLLM, lora_kernels is a plugin of it.
 
-    python examples/vllm_serve.py MODEL PROMPT ADAPTER...      ADAPTER: a folder of PEFT's files, DoRA too
+    python examples/vllm_serve.py MODEL PROMPT ADAPTER...   ADAPTER: a folder of PEFT's files
 
 As a server: vllm serve MODEL --enable-lora --max-lora-rank 64 --lora-modules NAME=ADAPTER
 """

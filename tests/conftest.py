@@ -6,12 +6,14 @@ import pytest
 from lora_kernels import use_backend
 from lora_kernels.ops.registry import ON_GPU
 
-sys.path.append(str(Path(__file__).parents[1]))  # `pytest` finds bench too, as `python -m pytest` does
+# `pytest` finds bench too, as `python -m pytest` does
+sys.path.append(str(Path(__file__).parents[1]))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With several processes, tests/ptxsim stays in one: its last test looks at what the others have run."""
+    """With several processes, tests/ptxsim stays in one: its last test looks at what the others
+    have run."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
@@ -23,6 +25,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(params=["reference", "cpu", pytest.param("triton", marks=pytest.mark.slow)])
 def backend(request):
-    """Forces each backend in turn, those for GPUs in the simulator; one that is not built fails the test with its reason."""
+    """Forces each backend in turn, those for GPUs in the simulator; one that is not built fails the
+    test with its reason."""
     with use_backend(request.param, simulate=request.param in ON_GPU):
         yield request.param

@@ -1,4 +1,5 @@
-"""How the modules are built: which nvcc, which GPUs, and what is said where something is missing. Nothing is compiled."""
+"""How the modules are built: which nvcc, which GPUs, and what is said where something is missing.
+Nothing is compiled."""
 
 import importlib.util
 import os
@@ -57,7 +58,8 @@ def test_the_gpus_that_are_asked_for(configured):
     assert "-cudart static" in command
     assert _codes_of_specialised(rules) == ["arch=compute_90a,code=sm_90a"]
     status, _, rules = configured("-DLK_CUDA=ON", "-DLK_CUDA_ARCHITECTURES=86", "-DLK_CUDA_PTX=", f"-DLK_NVCC={find_nvcc()}")
-    assert status == 0 and _codes_of_specialised(rules) == ["arch=compute_80,code=sm_86"]  # and is empty there
+    # and is empty there
+    assert status == 0 and _codes_of_specialised(rules) == ["arch=compute_80,code=sm_86"]
 
 
 def _codes_of_specialised(rules):

@@ -1,4 +1,5 @@
-"""The pictures of the demos: drawn from results made up here, with a headline that says what these show."""
+"""The pictures of the demos: drawn from results made up here, with a headline that says what these
+show."""
 
 import runpy
 from pathlib import Path

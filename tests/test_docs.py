@@ -1,4 +1,5 @@
-"""README, docs/ and CONTRIBUTING: code blocks run, links lead somewhere, sentences are short, README is two minutes long."""
+"""README, docs/ and CONTRIBUTING: code blocks run, links lead somewhere, sentences are short,
+README is two minutes long."""
 
 import re
 from pathlib import Path
@@ -61,8 +62,8 @@ def test_links_lead_somewhere(path):
 
 
 def sentences(text):
-    """The sentences of a page's prose: without code, formulas and tables that a program wrote. A cell of a table, a point of a
-    list and a heading end one."""
+    """The sentences of a page's prose: without code, formulas and tables that a program wrote. A
+    cell of a table, a point of a list and a heading end one."""
     text = re.sub(r"^<!-- bench:begin -->.*?^<!-- bench:end -->", "", text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"^(?: {4}.*\n)+", "\n", text, flags=re.MULTILINE)

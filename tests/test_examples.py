@@ -1,4 +1,5 @@
-"""examples/: scripts to copy, each run whole on a tiny model with random weights, without a network."""
+"""examples/: scripts to copy, each run whole on a tiny model with random weights, without a
+network."""
 
 import json
 import runpy
@@ -35,7 +36,8 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """run(script, *arguments): what it printed, in an empty folder, on the CPU, with no way to a hub."""
+    """run(script, *arguments): what it printed, in an empty folder, on the CPU, with no way to a
+    hub."""
     monkeypatch.chdir(tmp_path)
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
@@ -59,7 +61,8 @@ def test_scripts_are_short_and_compile(script):
 
 def test_each_script_has_a_test():
     run_here = {"finetune_trainer_dora.py", "finetune_sft.py", "finetune_without_peft.py", "serve_adapters.py"}
-    assert {path.name for path in SCRIPTS} == run_here | {"vllm_serve.py"}  # tests/engines has the last
+    # tests/engines has the last
+    assert {path.name for path in SCRIPTS} == run_here | {"vllm_serve.py"}
 
 
 def adapter_keys(folder):

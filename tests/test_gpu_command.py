@@ -1,4 +1,5 @@
-"""`make gpu` without a GPU: its stages in the simulator, its file, its exit status, and a failure that it must see."""
+"""`make gpu` without a GPU: its stages in the simulator, its file, its exit status, and a failure
+that it must see."""
 
 import json
 import sys

@@ -1,5 +1,5 @@
-"""`make gpu ARGS="--minutes N"` without a GPU: order, shares and deadline, what a kill leaves; and what the folder for a
-machine without a network wants."""
+"""`make gpu ARGS="--minutes N"` without a GPU: order, shares and deadline, what a kill leaves; and
+what the folder for a machine without a network wants."""
 
 import argparse
 import json
@@ -45,7 +45,8 @@ class Clock:
 
 @needs_triton
 def test_the_tiny_dry_run_of_a_timed_run(tmp_path):
-    """Each part in its processes, on kernels for sm_90; the bench on one core, as others are at work."""
+    """Each part in its processes, on kernels for sm_90; the bench on one core, as others are at
+    work."""
     file = tmp_path / "found.json"
     done = subprocess.run(
         [sys.executable, "-m", "bench.gpu", *TINY, "--arch", "90", "--only", "ceilings", "rows", "--out", str(file)],
@@ -304,7 +305,8 @@ def pretended(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "pretended")
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # for the CPU it would call a C++ compiler
+    # for the CPU it would call a C++ compiler
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     for module in (ceilings, sys.modules[tune.median_event_seconds.__module__]):
         monkeypatch.setattr(module, "FLUSH", 1)
     return Pretended(timed=True)

@@ -1,5 +1,5 @@
-"""Imports go one way, those at run time, too: csrc ← ptxsim ← ops ← nn ← adapters ← serving ← integrations ← commands. Backends
-never import each other."""
+"""Imports go one way, those at run time, too: csrc ← ptxsim ← ops ← nn ← adapters ← serving ←
+integrations ← commands. Backends never import each other."""
 
 import ast
 import re
@@ -58,7 +58,8 @@ def test_imports_go_one_way(path):
 
 
 def test_who_imports_what_it_is_told():
-    """Nobody else: what is imported at run time stands in the text, where the test above reads it."""
+    """Nobody else: what is imported at run time stands in the text, where the test above reads
+    it."""
     found = {}
     for path in FILES:
         told = [n for n in ast.walk(ast.parse(path.read_text())) if _is_dynamic(n) and not isinstance(n.args[0], ast.Constant)]

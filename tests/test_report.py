@@ -1,4 +1,5 @@
-"""The benchmark tables and pictures of docs/ come from the JSON files in bench/results, not from anybody's hand."""
+"""The benchmark tables and pictures of docs/ come from the JSON files in bench/results, not from
+anybody's hand."""
 
 import json
 import re

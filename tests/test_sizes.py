@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("bench", "csrc", "examples", "lora_kernels", "tests")
 SUFFIXES = {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh"}
-OVER = {"lora_kernels/ops/multi_lora/triton_kernels.py", "tests/serving/test_pool.py"}
+OVER = {"lora_kernels/ops/multi_lora/triton_kernels.py"}
 """Longer ones of old, to be cut; nothing is added here."""
 
 

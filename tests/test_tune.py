@@ -1,4 +1,5 @@
-"""bench.tune, all of it but the GPU: a clock that reads planted efficiencies, and ops that do nothing."""
+"""bench.tune, all of it but the GPU: a clock that reads planted efficiencies, and ops that do
+nothing."""
 
 import pytest
 import torch
@@ -41,10 +42,12 @@ def test_the_whole_grid_with_a_planted_clock(tmp_path, capsys):
     assert path == tmp_path / "sm_90.json" and len(capsys.readouterr().out.splitlines()) == len(shapes)
     made = tables.table_for(90, str(tmp_path))
     assert (made.arch, made.gpu, made.measured, made.stamp) == (90, "a GPU", True, STAMP)
-    assert made.efficiency["single"] == tables.table_for(90).efficiency["single"]  # of which there was no shape
+    # of which there was no shape
+    assert made.efficiency["single"] == tables.table_for(90).efficiency["single"]
     for size in ("medium", "large"):
         for name, share in made.efficiency["half"][size].items():
-            if size == "medium" or name not in ("one_pass", "stream"):  # it refuses there; and no GEMM is short of memory
+            # it refuses there; and no GEMM is short of memory
+            if size == "medium" or name not in ("one_pass", "stream"):
                 assert share == pytest.approx(SHARES[name], rel=0.03), (size, name)
     assert made.efficiency["half"]["small"]["stream"] == pytest.approx(SHARES["stream"], rel=0.03)
 
@@ -93,7 +96,8 @@ def test_nothing_is_written_when_a_measurement_fails(tmp_path):
 @pytest.mark.parametrize("direction", cost.NAMES)
 def test_the_calls_are_what_their_names_say(direction, monkeypatch):
     p = Problem(direction, 3, 8, (8,), (2,), torch.bfloat16)
-    names = [name for name in cost.NAMES[direction] if name != cost.SPECIALISED]  # which refuses few rows
+    # which refuses few rows
+    names = [name for name in cost.NAMES[direction] if name != cost.SPECIALISED]
     asks, ran, other = True, [], None
 
     def backend(*args):

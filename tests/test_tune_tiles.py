@@ -1,4 +1,5 @@
-"""bench.tune's rows of tiles, without a GPU: a clock that reads planted times, and the gates as they are."""
+"""bench.tune's rows of tiles, without a GPU: a clock that reads planted times, and the gates as
+they are."""
 
 from functools import cache
 
@@ -76,7 +77,8 @@ def test_nothing_is_written_where_no_tile_is_faster_and_passes(tmp_path, words, 
     ({}, None), ({"rows": 128, "depth": 256, "warps": 4}, "spills: "), ({"depth": 256, "stages": 8}, "shared memory: "),
 ])  # fmt: skip
 def test_the_gates_have_a_say(other, wrong):
-    """On sm_90: the shipped tile passes, one with more sums than registers spills, one with more stages does not fit."""
+    """On sm_90: the shipped tile passes, one with more sums than registers spills, one with more
+    stages does not fit."""
     with use_backend("triton", simulate=True), device(90), tiles.seen() as looks, recorded() as found:
         arguments = [torch.empty(s, dtype=BF16) for s in ((4096, 4096), (64, 4096), (4096, 64))]
         weight_norm(*arguments, 0.5)

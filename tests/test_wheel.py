@@ -1,4 +1,5 @@
-"""A wheel of the package: its tags and files, and that it runs where it is installed. Nothing is compiled."""
+"""A wheel of the package: its tags and files, and that it runs where it is installed. Nothing is
+compiled."""
 
 import os
 import shutil
@@ -34,7 +35,8 @@ def wheel(tmp_path_factory):
 
 
 def test_tags_and_files(wheel):
-    """It is of one Python and one platform, whose extensions it may hold; it has what the package reads, and no tests."""
+    """It is of one Python and one platform, whose extensions it may hold; it has what the package
+    reads, and no tests."""
     version, python, abi, platform = wheel.stem.removeprefix("lora_kernels-").split("-")
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert (version, python) == (__version__, tag) and abi.startswith(tag)
@@ -47,7 +49,8 @@ def test_tags_and_files(wheel):
 
 
 def test_it_runs_where_it_is_installed(wheel, tmp_path):
-    """In an environment of its own, which has torch and the rest by a path to those that are here."""
+    """In an environment of its own, which has torch and the rest by a path to those that are
+    here."""
     home = tmp_path / "environment"
     venv.create(home, with_pip=False)
     python = home / "bin" / "python" if os.name == "posix" else home / "Scripts" / "python.exe"

@@ -1,15 +1,19 @@
 """`python -m bench.gpu`: everything that only a GPU can show, and where the results are.
 
-    --minutes N  what is worth most first, within N minutes: `bench.gpu.timed` has the order and the shares
-    --dry-run    the same with CPU tensors in the simulator and small shapes: no times, nothing in bench/results
+    --minutes N  what is worth most first, within N minutes: `bench.gpu.timed` has the order and the
+                 shares
+    --dry-run    the same with CPU tensors in the simulator and small shapes: no times, nothing in
+                 bench/results
     --arch 90    whose kernels a dry run simulates; 80 if not given
     --quick      fewer shapes and repetitions, without --minutes
     --only A B   these stages or parts alone
-    --out FILE   the JSON file; bench/results/<gpu>.json if not given, a temporary file in a dry run. A picture goes beside it
+    --out FILE   the JSON file; bench/results/<gpu>.json if not given, a temporary file in a dry
+                 run. A picture goes beside it
 
-The file is written anew after each check, so a run that is cut off leaves what it found. Each stage runs in a process of its
-own, because an access out of bounds leaves a process without its GPU, and says passed, failed or not run. Exit status: 0, 1 if
-a stage failed, 2 without a GPU (nothing is written then).
+The file is written anew after each check, so a run that is cut off leaves what it found. Each stage
+runs in a process of its own, because an access out of bounds leaves a process without its GPU, and
+says passed, failed or not run. Exit status: 0, 1 if a stage failed, 2 without a GPU (nothing is
+written then).
 """
 
 import argparse
@@ -100,7 +104,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="STAGE", help=f"{', '.join(STAGES)}; with --minutes {', '.join(PARTS)}")
     parser.add_argument("--out", type=Path, help="a JSON file")
     for name, default in {"--stage": None, "--module": None, "--form": "", "--process": "0/1"}.items():
-        parser.add_argument(name, default=default, help=argparse.SUPPRESS)  # of the process made for a stage
+        # of the process made for a stage
+        parser.add_argument(name, default=default, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
     for name in ("--timed", "--once"):  # for minutes; what compute-sanitizer looks at
         parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
@@ -130,7 +135,8 @@ def kebab_case(gpu: str) -> str:
 
 
 def picture(record: Record) -> None:
-    """Draws it beside the file; if it cannot be drawn, that is a stage that failed. Without rows to draw, nothing."""
+    """Draws it beside the file; if it cannot be drawn, that is a stage that failed. Without rows to
+    draw, nothing."""
     from bench.gpu.plot import draw_picture
     from bench.gpu.setting import Found
 

@@ -1,4 +1,5 @@
-"""Each op once, forward and backward, as a call that gives all its results: for the stages that repeat, record or watch it."""
+"""Each op once, forward and backward, as a call that gives all its results: for the stages that
+repeat, record or watch it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -102,8 +103,8 @@ SANITIZED_IN_MINUTES = ("lora_linear dora, dropout, bias bfloat16", "lora_linear
 
 
 def run_cases_once(setting: Setting, few: bool = False) -> int:
-    """Runs each case once, and forced as each candidate; what compute-sanitizer looks at. `few`: those of SANITIZED_IN_MINUTES,
-    as dispatch chooses. The exit status."""
+    """Runs each case once, and forced as each candidate; what compute-sanitizer looks at. `few`:
+    those of SANITIZED_IN_MINUTES, as dispatch chooses. The exit status."""
     if few:
         with setting.as_dispatched():
             made = repeatable_cases(setting)

@@ -1,4 +1,5 @@
-"""What this GPU can do at most: the library's GEMMs, a copy, a launch. All else is measured against these."""
+"""What this GPU can do at most: the library's GEMMs, a copy, a launch. All else is measured against
+these."""
 
 import statistics
 import time
@@ -33,7 +34,8 @@ def run_stage(setting: Setting, found: Found) -> None:
 def time_gemm(
     setting: Setting, found: Found, name: str, how: str, shape: tuple[int, int, int], dtype: torch.dtype, tf32: bool = False
 ) -> None:
-    """x Wᵀ, or y + x Wᵀ with the sum in the library's own epilogue, on random data: zeros would run at a higher clock."""
+    """x Wᵀ, or y + x Wᵀ with the sum in the library's own epilogue, on random data: zeros would run
+    at a higher clock."""
     m, n, k = shape
     x, w = (torch.randn(rows, k, device=setting.device, dtype=dtype) for rows in (m, n))
     y = torch.randn(m, n, device=setting.device, dtype=dtype)
@@ -56,7 +58,8 @@ def time_copy(setting: Setting, found: Found) -> None:
 
 
 def time_launch(setting: Setting, found: Found) -> None:
-    """A kernel of one number, of many in a row: what a further launch costs the GPU, and what it costs the host."""
+    """A kernel of one number, of many in a row: what a further launch costs the GPU, and what it
+    costs the host."""
     one = torch.zeros(1, device=setting.device)
 
     def launch_many() -> None:
@@ -75,7 +78,8 @@ def time_launch(setting: Setting, found: Found) -> None:
 
 
 def median_gpu_seconds(setting: Setting, call: Callable[[], object]) -> float | None:
-    """The median seconds of a call on the GPU, with L2 flushed before each; in a dry run it is called, and no time is taken."""
+    """The median seconds of a call on the GPU, with L2 flushed before each; in a dry run it is
+    called, and no time is taken."""
     call()
     if setting.dry:
         return None

@@ -1,4 +1,5 @@
-"""Every op against float64, computed on the CPU, by the bounds of lora_kernels.testing.tolerances; PEFT as a second witness."""
+"""Every op against float64, computed on the CPU, by the bounds of lora_kernels.testing.tolerances;
+PEFT as a second witness."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -40,7 +41,8 @@ LARGE = [(512, 4096, 4096, 16), (1, 4096, 14336, 64), (300, 4096, 1024, 128)]
 def run_stage(setting: Setting, found: Found) -> None:
     """Memory that a kernel makes is NaN before it runs, so that what it leaves out shows."""
     with setting.backend():
-        # after the deterministic mode, in which `poisoned` puts torch, the plain one: its kernels are others
+        # after the deterministic mode, in which `poisoned` puts torch, the plain one: its kernels
+        # are others
         with poisoned():
             for name, call in deterministic_mode_checks(setting):
                 found.check(name, call)
@@ -51,7 +53,8 @@ def run_stage(setting: Setting, found: Found) -> None:
 
 
 def poison_allocator(setting: Setting) -> None:
-    """Leaves NaN in what torch's allocator will give out next: `poisoned` would change which kernels run."""
+    """Leaves NaN in what torch's allocator will give out next: `poisoned` would change which
+    kernels run."""
     blocks = [] if setting.dry else [torch.full((1 << i,), torch.nan, device=setting.device) for i in range(7, 25)]
     del blocks
 
@@ -106,7 +109,8 @@ def deterministic_mode_checks(setting: Setting) -> Iterator[Check]:
 
 
 def plain_mode_checks(setting: Setting) -> Iterator[Check]:
-    """A few rows share the depth among blocks, and the dispatch looks at their number: not so in the deterministic mode."""
+    """A few rows share the depth among blocks, and the dispatch looks at their number: not so in
+    the deterministic mode."""
     _, n_in, n_out, rank = problem_sizes(setting)
     for rows in (1,) if setting.dry else (1, 2, 16, 33, 64, 65, 300):
         for dtype in (BF16,) if setting.dry else DTYPES:
@@ -240,7 +244,8 @@ def check_lora_linear(setting: Setting, shape: tuple[int, ...], dtype: torch.dty
 
 
 def check_layout(setting: Setting, layout: str) -> None:
-    # rows that are all the same are also rounded all the same, and the bound on gain's gradient counts on chance
+    # rows that are all the same are also rounded all the same, and the bound on gain's gradient
+    # counts on chance
     p = make_problem(*problem_sizes(setting), BF16, gain=layout != "expanded", device=setting.device)
     tensors = {name: t for name in ("x", "w", "a", "b", "gain", "dy") if (t := getattr(p, name)) is not None}
     assert_problem(replace(p, **{name: as_layout(t, layout) for name, t in tensors.items()}))
@@ -254,7 +259,8 @@ def check_group(setting: Setting, dtype: torch.dtype) -> None:
 
 
 def check_weight_norm(setting: Setting, r: int, dtype: torch.dtype) -> None:
-    """Values by the error that weight_norm states, with a row that cancels; gradients in the norm."""
+    """Values by the error that weight_norm states, with a row that cancels; gradients in the
+    norm."""
     _, n_in, n_out, _ = problem_sizes(setting)
     p = make_problem(0, n_in, n_out, r, dtype, device=setting.device)
     with torch.no_grad():
@@ -324,13 +330,16 @@ def check_layer(setting: Setting, kind, dtype: torch.dtype) -> None:
     for name in truth:
         if dtype is F32:
             assert_sums(found[name], truth[name], name)
-        else:  # what y inherits from its rounding, the gradient of the magnitude, a sum over y, inherits from y
+        # what y inherits from its rounding, the gradient of the magnitude, a sum over y, inherits
+        # from y
+        else:
             ratio = 3 if name == "lora_magnitude_vector" else 1.5
             assert_within_rounding(found[name].cpu(), truth[name], dtype, ratio, name=name)
 
 
 def check_peft_layer(setting: Setting, dtype: torch.dtype, use_dora: bool) -> None:
-    """Against PEFT's layer in float64 on the CPU, and no worse than PEFT's own in the same dtype."""
+    """Against PEFT's layer in float64 on the CPU, and no worse than PEFT's own in the same
+    dtype."""
     tokens, n_in, n_out, rank = problem_sizes(setting)
     torch.manual_seed(0)
     stock = make_peft_layer(n_in, n_out, rank, dtype, setting.device, use_dora=use_dora)

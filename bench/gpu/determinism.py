@@ -1,4 +1,5 @@
-"""The same call gives the same bits, and a row the same bits alone as in any batch (the deterministic mode)."""
+"""The same call gives the same bits, and a row the same bits alone as in any batch (the
+deterministic mode)."""
 
 from functools import partial
 

@@ -44,9 +44,11 @@ def gpu_stamp(setting: Setting) -> dict[str, Any]:
             "multiprocessors": has.multi_processor_count,
             "memory": has.total_memory,
         }
-        # nvidia-smi counts all GPUs of the machine, torch only those that CUDA_VISIBLE_DEVICES leaves it
+        # nvidia-smi counts all GPUs of the machine, torch only those that CUDA_VISIBLE_DEVICES
+        # leaves it
         number = f"GPU-{has.uuid}" if hasattr(has, "uuid") else "0"
-        for name in SMI_FIELDS:  # one by one: a driver that does not know one of them refuses the whole question
+        # one by one: a driver that does not know one of them refuses the whole question
+        for name in SMI_FIELDS:
             answer = program_output("nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader", f"--id={number}")
             found[name] = answer if answer and "not" not in answer.lower() and "error" not in answer.lower() else None
     return found | {

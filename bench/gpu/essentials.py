@@ -1,8 +1,10 @@
-"""Every kernel once or twice at real tile sizes against float64: what a few minutes can show of correctness.
+"""Every kernel once or twice at real tile sizes against float64: what a few minutes can show of
+correctness.
 
-What dispatch chooses by itself stands first, since that is what users get, and there the reference is a failure; then each
-backend by force, each in all that it takes; then each candidate. `correctness` has many more shapes. The checks are made by
-several processes: each takes its part of them, and fills Triton's cache for the others.
+What dispatch chooses by itself stands first, since that is what users get, and there the reference
+is a failure; then each backend by force, each in all that it takes; then each candidate.
+`correctness` has many more shapes. The checks are made by several processes: each takes its part of
+them, and fills Triton's cache for the others.
 """
 
 import copy
@@ -30,8 +32,8 @@ from lora_kernels.testing import (
 
 Check = tuple[str, Callable[[], object]]
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-# tokens, in, out: several tiles of each and a part of one, more than two steps of a pipelined loop. Rows at multiples of 16
-# bytes, as tensor maps and CUDA C++ want them, and others
+# tokens, in, out: several tiles of each and a part of one, more than two steps of a pipelined loop.
+# Rows at multiples of 16 bytes, as tensor maps and CUDA C++ want them, and others
 ALIGNED_SIZES, UNALIGNED_SIZES = (300, 1032, 520), (300, 1030, 520)
 DRY_RUN_SIZES = (130, 264, 136)  # most of a dry run, which has fewer checks, too
 PEFT_FLAGS = {"gain": True, "bias": True, "dropout": 0.05}
@@ -55,7 +57,8 @@ def run_stage(setting: Setting, found: Found) -> None:
 
 
 def on_poisoned_memory(setting: Setting, backend: str | None, call: Callable[[], object]) -> None:
-    """The call on a backend, or on what is chosen. Memory that kernels make held NaN; a refusal is no failure."""
+    """The call on a backend, or on what is chosen. Memory that kernels make held NaN; a refusal is
+    no failure."""
     c.poison_allocator(setting)
     with setting.backend(backend) if backend else setting.as_dispatched():
         try:
@@ -103,12 +106,14 @@ def group_problems(setting: Setting, adapters: torch.dtype, dropout: float = 0.0
     tokens, n_in, n_out, rank = setting.sizes or (0, 0, 0, 0)
     of = [{"n_out": n_out, "rank": rank}, {"n_out": n_out // 4, "rank": 64, "gain": True, "bias": True}, {"n_out": n_out // 4}]
     shared = {"adapter_dtype": adapters, "dropout": dropout, "device": setting.device}
-    # adapters as training leaves them: beside the library's GEMM those that dominate are rounded once more for each layer
+    # adapters as training leaves them: beside the library's GEMM those that dominate are rounded
+    # once more for each layer
     return [replace(p, b=0.15 * p.b) for p in make_group(of, tokens, n_in, BF16, **shared)]
 
 
 def check_peft_layer(setting: Setting, dora: bool) -> None:
-    """PEFT's default: float32 adapters on a bfloat16 base. Against PEFT's layer in float64, within rounding to bfloat16."""
+    """PEFT's default: float32 adapters on a bfloat16 base. Against PEFT's layer in float64, within
+    rounding to bfloat16."""
     tokens, n_in, n_out, rank = setting.sizes or (0, 0, 0, 0)
     torch.manual_seed(0)
     stock = make_peft_layer(n_in, n_out, rank, BF16, setting.device, use_dora=dora)
@@ -118,7 +123,9 @@ def check_peft_layer(setting: Setting, dora: bool) -> None:
     x, dy = (torch.randn(tokens, n, device=setting.device, dtype=BF16) for n in (n_in, n_out))
     assert_not_reference(lambda: c.trained(ours, x, dy))
     truth, found = c.trained(wide, x.cpu().double(), dy.cpu().double()), c.trained(ours, x, dy)
-    for name in truth:  # what y inherits from its rounding, the gradient of the magnitude, a sum over y, inherits from y
+    # what y inherits from its rounding, the gradient of the magnitude, a sum over y, inherits from
+    # y
+    for name in truth:
         assert_within_rounding(found[name].cpu(), truth[name], BF16, 3 if "magnitude" in name else 1.5, name=name)
 
 

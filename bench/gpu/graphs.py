@@ -36,7 +36,8 @@ def forward(p) -> list[torch.Tensor]:
 def check_graph_replay(call) -> None:
     """Captures, replays, compares, and replays on to see whether memory grows."""
     eager = [t.clone() for t in call()]
-    side = torch.cuda.Stream()  # torch wants its first calls before a capture on another stream than the default one
+    # torch wants its first calls before a capture on another stream than the default one
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -91,10 +92,12 @@ def check_compiled_layer(setting: Setting, use_dora: bool) -> None:
 
 
 def check_compiled_bits(setting: Setting, function, call, near: bool = False) -> None:
-    """Through torch.compile y and the gradients have the same bits. `near`: but for one rounding to bfloat16, because DoRA's
-    m / n is torch's own arithmetic, and inductor divides in another way."""
+    """Through torch.compile y and the gradients have the same bits. `near`: but for one rounding to
+    bfloat16, because DoRA's m / n is torch's own arithmetic, and inductor divides in another
+    way."""
     torch._dynamo.reset()
-    # inductor for the CPU would run the C++ compiler for what surrounds the op, minutes of nothing that a GPU does
+    # inductor for the CPU would run the C++ compiler for what surrounds the op, minutes of nothing
+    # that a GPU does
     how = {"backend": "aot_eager"} if setting.dry else {}
     eager, got = call(function), call(torch.compile(function, fullgraph=True, **how))
     other = exceeds_rounding if near else lambda one, two: bool(any_bit_differs([one], [two]))

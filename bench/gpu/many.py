@@ -16,7 +16,8 @@ RANKS = [1, 8, 16, 40, 64, 17]
 
 
 def check_multi_lora(setting: Setting, rows: int, dtype: torch.dtype, several: bool, by_cuda: bool = False) -> None:
-    """Each row has its adapter or none, or `several` with weights; every second adapter is DoRA's, every third has a bias."""
+    """Each row has its adapter or none, or `several` with weights; every second adapter is DoRA's,
+    every third has a bias."""
     _, n_in, n_out, _ = problem_sizes(setting)
     if by_cuda:  # its rows begin at multiples of 16 bytes
         n_in, n_out = n_in + -n_in % 8, n_out + -n_out % 8
@@ -55,7 +56,8 @@ def _exact_outputs(x, w, bias, names, weights, factors, gains):
             f = factors[name]
             delta = f.scale * f.b.double() @ (f.a.double() @ x[t])
             if f.magnitude is not None:
-                gain = gains[name].cpu().double()  # as the pool computed it: its own error is tested elsewhere
+                # as the pool computed it: its own error is tested elsewhere
+                gain = gains[name].cpu().double()
                 delta = gain * delta + (gain - 1) * z[t]
             if f.bias is not None:
                 delta = delta + f.scale * f.bias.double()

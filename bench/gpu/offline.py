@@ -1,12 +1,16 @@
-"""`bash bench/gpu/offline.sh [FOLDER]`: a folder for one run of bench.gpu on a machine with a GPU and no network.
+"""`bash bench/gpu/offline.sh [FOLDER]`: a folder for one run of bench.gpu on a machine with a GPU
+and no network.
 
-    lib/lora_kernels   the modules _cuda (for --arch alone), _cpu and _ptxsim for --python, by nvcc and the compiler here
-    ptxas.xz           an assembler from 13.3 on: of --ptxas, of a Triton here, or of the wheel nvidia-cuda-nvcc
+    lib/lora_kernels   the modules _cuda (for --arch alone), _cpu and _ptxsim for --python, by nvcc
+                       and the compiler here
+    ptxas.xz           an assembler from 13.3 on: of --ptxas, of a Triton here, or of the wheel
+                       nvidia-cuda-nvcc
     run.sh             what to call there
     manifest.json      versions, sizes, sha256
 
-It wants nvcc, a C++ compiler, a Python of the version that the other machine has, with headers and venv, and a package index
-for pybind11, cmake and ninja. What is missing is said before anything is built, with exit status 2.
+It wants nvcc, a C++ compiler, a Python of the version that the other machine has, with headers and
+venv, and a package index for pybind11, cmake and ninja. What is missing is said before anything is
+built, with exit status 2.
 """
 
 import argparse
@@ -101,7 +105,8 @@ def find_requirements(python: str | None, wanted: str) -> tuple[str, dict[str, s
 
 
 def pythons(wanted: str) -> list[str]:
-    """Where one may be: on PATH, and of pyenv, whose own command runs only the version that was chosen."""
+    """Where one may be: on PATH, and of pyenv, whose own command runs only the version that was
+    chosen."""
     root = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
     places = [shutil.which(f"python{wanted}"), *(str(p) for p in sorted(root.glob(f"versions/{wanted}.*/bin/python")))]
     return [place for place in places if place]
@@ -237,7 +242,8 @@ def tree_size() -> int:
 
 
 def unpack_folder(folder: Path, scratch: Path) -> str:
-    """On the other machine: puts the modules into the package, and the assembler into `scratch`; gives its path, or nothing.
+    """On the other machine: puts the modules into the package, and the assembler into `scratch`;
+    gives its path, or nothing.
 
     Raises:
         Missing: a file, or what the modules were built from, is not what the manifest says.

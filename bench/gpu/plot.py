@@ -1,4 +1,5 @@
-"""The picture beside the JSON file: the time of ours and of each rival over the frozen linear's, and our rate."""
+"""The picture beside the JSON file: the time of ours and of each rival over the frozen linear's,
+and our rate."""
 
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ STYLES = {
 
 
 def draw_picture(result: dict[str, Any], path: Path) -> None:
-    """A panel for each kind and direction (rows) and shape (columns), without dropout but for a timed run. A dry run has no
-    times, which its panels say."""
+    """A panel for each kind and direction (rows) and shape (columns), without dropout but for a
+    timed run. A dry run has no times, which its panels say."""
     rows = [row for row in result["rows"] if row["op"] == "lora_linear" and (result.get("minutes") or not row["dropout"])]
     rows = [row for row in rows if row["r"] == RANK] or rows
     first = {tuple(row[key] for key in ("kind", "what", "K", "N", "M")): row for row in reversed(rows)}
@@ -46,7 +47,8 @@ def draw_picture(result: dict[str, Any], path: Path) -> None:
 
 
 def headline(rows: list[dict[str, Any]]) -> str:
-    """The costliest case in one sentence: DoRA before LoRA, a step before a forward, many tokens before few."""
+    """The costliest case in one sentence: DoRA before LoRA, a step before a forward, many tokens
+    before few."""
     timed = [row for row in rows if "ours / linear" in row["ratios"]]
     if not timed:
         return "Dry run: every stage was tried, nothing was timed"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("torch", "triton", "numpy", "safetensors", "peft", "transformers")
-FIRST_SOUND_PTXAS = (13, 3)  # of the ptxas for sm_90: those before reuse wgmma's registers too early
+# of the ptxas for sm_90: those before reuse wgmma's registers too early
+FIRST_SOUND_PTXAS = (13, 3)
 
 
 def missing(package: str) -> str | None:
@@ -49,8 +50,10 @@ def nvcc_path() -> str | None:
 
 
 def build_cuda_module(seconds: float) -> list[str]:
-    """Builds _cuda for the GPU that is here, without a network, if it is not there and nvcc is; says how that went."""
-    # in a process of its own: a module that could not be imported here would still be missing after its build
+    """Builds _cuda for the GPU that is here, without a network, if it is not there and nvcc is;
+    says how that went."""
+    # in a process of its own: a module that could not be imported here would still be missing after
+    # its build
     asked = "from lora_kernels.ops import launch; print(launch._no_cuda or '')"
     said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False, cwd=ROOT)
     if said.returncode == 0 and not said.stdout.strip():
@@ -82,8 +85,9 @@ def build_cuda_module(seconds: float) -> list[str]:
 
 
 def assemblers() -> dict[str, dict[str, str | None]]:
-    """By name: the environment with which Triton takes its own ptxas for sm_90, and one from FIRST_SOUND_PTXAS on if there
-    is one: that of BENCH_PTXAS or TRITON_PTXAS_PATH, or what Triton has for later GPUs."""
+    """By name: the environment with which Triton takes its own ptxas for sm_90, and one from
+    FIRST_SOUND_PTXAS on if there is one: that of BENCH_PTXAS or TRITON_PTXAS_PATH, or what Triton
+    has for later GPUs."""
     found: dict[str, dict[str, str | None]] = {"bundled": {"TRITON_PTXAS_PATH": None}}
     spec = find_spec("triton")
     places = [os.environ.get("BENCH_PTXAS", ""), os.environ.get("TRITON_PTXAS_PATH", "")]
@@ -94,7 +98,8 @@ def assemblers() -> dict[str, dict[str, str | None]]:
         if number >= FIRST_SOUND_PTXAS:
             found[".".join(map(str, number))] = {"TRITON_PTXAS_PATH": place}
             if spec and tuple(map(int, version("triton").split(".")[:2])) < (3, 7):
-                # from then on Triton itself gives those of CUDA 13 this option, around a fault of theirs
+                # from then on Triton itself gives those of CUDA 13 this option, around a fault of
+                # theirs
                 found[".".join(map(str, number))]["PTXAS_OPTIONS"] = "--regAllocOptLevel=2"
             break
     return found

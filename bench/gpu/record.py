@@ -1,4 +1,5 @@
-"""The JSON file of a run. It is replaced as a whole after each check, so a run that is cut off leaves what it found."""
+"""The JSON file of a run. It is replaced as a whole after each check, so a run that is cut off
+leaves what it found."""
 
 import fcntl
 import hashlib
@@ -20,7 +21,8 @@ def empty_stage() -> dict[str, Any]:
 
 
 def add_to_stage(stage: dict[str, Any], kind: str, value: Any) -> None:
-    """Adds one thing to a stage: a name that passed, why one failed, a note, what did not run and why."""
+    """Adds one thing to a stage: a name that passed, why one failed, a note, what did not run and
+    why."""
     if kind in (PASSED, FAILED):
         stage["checked"] += 1
     if kind == FAILED:
@@ -48,7 +50,8 @@ class Record:
     @contextmanager
     def changed(self) -> Iterator[dict[str, Any]]:
         """What is in the file, to be changed; no other process changes it meanwhile."""
-        # the file itself is another one after each change, and its folder may be where nothing can be locked
+        # the file itself is another one after each change, and its folder may be where nothing can
+        # be locked
         name = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
         with open(Path(tempfile.gettempdir()) / f"bench-gpu-{name}.lock", "w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -57,7 +60,8 @@ class Record:
             self._replace_file(content)
 
     def add_entry(self, stage: str, kind: str, value: Any) -> None:
-        """Adds to a stage what `add_to_stage` knows; a "row"; or what a process is at ("started": its number and the check)."""
+        """Adds to a stage what `add_to_stage` knows; a "row"; or what a process is at ("started":
+        its number and the check)."""
         with self.changed() as content:
             here = content["stages"].setdefault(stage, empty_stage())
             if kind == "row":

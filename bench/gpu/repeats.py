@@ -1,4 +1,5 @@
-"""The same bits every time, on whatever stream, and in a CUDA graph: each op as dispatch chooses it, and by each backend."""
+"""The same bits every time, on whatever stream, and in a CUDA graph: each op as dispatch chooses
+it, and by each backend."""
 
 from dataclasses import replace
 from functools import partial

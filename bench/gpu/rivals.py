@@ -6,7 +6,8 @@ from torch import Tensor
 
 
 class Addmm(torch.autograd.Function):
-    """y = x Wᵀ + s·drop(x) Aᵀ Bᵀ: the adapter first, and the library adds it in its own epilogue (beta 1); dx alike."""
+    """y = x Wᵀ + s·drop(x) Aᵀ Bᵀ: the adapter first, and the library adds it in its own epilogue
+    (beta 1); dx alike."""
 
     @staticmethod
     def forward(ctx, x, w, a, b, scale, p):
@@ -30,7 +31,8 @@ class Addmm(torch.autograd.Function):
 
 
 def lora_by_addmm(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None, p: float) -> Tensor:
-    """By `Addmm`. DoRA with dropout is PEFT's: y = (x - d) Wᵀ + g ⊙ (d Wᵀ + s·d Aᵀ Bᵀ), two products with W."""
+    """By `Addmm`. DoRA with dropout is PEFT's: y = (x - d) Wᵀ + g ⊙ (d Wᵀ + s·d Aᵀ Bᵀ), two
+    products with W."""
     if magnitude is None:
         return Addmm.apply(x, w, a, b, scale, p)
     g = dora_gain(w, a, b, scale, magnitude)

@@ -1,13 +1,15 @@
-"""Rows of speed for few minutes: a layer of 4096×4096 in bfloat16, and a batch of many adapters; what `more` adds stands last.
+"""Rows of speed for few minutes: a layer of 4096×4096 in bfloat16, and a batch of many adapters;
+what `more` adds stands last.
 
-    ours      PEFT's layer after `fuse`, on what dispatch chooses; the row says which backend and candidate that was
+    ours      PEFT's layer after `fuse`, on what dispatch chooses; the row says which backend and
+              candidate that was
     linear    the frozen nn.Linear alone
     peft      PEFT's layer
     addmm     `rivals.lora_by_addmm`
     compile   torch.compile of `rivals.lora_as_written`
 
-The clock is `tune.events`: interleaved rounds in a random order, L2 flushed before each call, the median of 11. A row for which
-the reference ran has failed, and its times are kept.
+The clock is `tune.events`: interleaved rounds in a random order, L2 flushed before each call, the
+median of 11. A row for which the reference ran has failed, and its times are kept.
 """
 
 import functools
@@ -26,7 +28,8 @@ DTYPE = torch.bfloat16
 
 
 class Row(NamedTuple):
-    """One layer and what is done with it. `adapters`: the dtype of A and B, float32 by PEFT's default."""
+    """One layer and what is done with it. `adapters`: the dtype of A and B, float32 by PEFT's
+    default."""
 
     kind: str
     backward: bool
@@ -66,7 +69,8 @@ def run_stage(setting: Setting, found: Found) -> None:
 
 
 def fill_caches(setting: Setting, found: Found) -> None:
-    """Calls what `run_stage` will time, so that Triton's and torch's compilers leave it in their caches."""
+    """Calls what `run_stage` will time, so that Triton's and torch's compilers leave it in their
+    caches."""
     measure(setting, found, speed.run_untimed, kept=False)
 
 
@@ -110,7 +114,8 @@ def add_timed_row(found: Found, made: dict[str, Any], slow: list[str], kept: boo
 
 
 def contenders(setting: Setting, row: Row) -> dict[str, Callable[[], object]]:
-    """What is timed, on one base weight. Those that compute the same thing, without dropout, are held to do so."""
+    """What is timed, on one base weight. Those that compute the same thing, without dropout, are
+    held to do so."""
     device, dora = setting.device, row.kind == "dora"
     torch.manual_seed(0)
     stock = make_peft_layer(row.k, row.n, row.r, DTYPE, device, row.dropout, dora)

@@ -1,4 +1,5 @@
-"""Stages in processes of their own, because an access out of bounds leaves a process without its GPU."""
+"""Stages in processes of their own, because an access out of bounds leaves a process without its
+GPU."""
 
 import os
 import subprocess
@@ -15,13 +16,15 @@ from bench.gpu.record import NOT_RUN, Record
 ROOT = Path(__file__).parents[2]
 # seconds beyond a stage's time that its last check may take, and in the simulator
 GRACE, SIMULATED = 15.0, 60.0
-GPU_LOST_STATUS = 3  # the exit status of a process that lost its GPU: another one goes on behind the check that did it
+# the exit status of a process that lost its GPU: another one goes on behind the check that did it
+GPU_LOST_STATUS = 3
 MAX_RESTARTS = 8  # processes, at most, that go on
 
 
 @dataclass(frozen=True)
 class Work:
-    """A stage as it is run: its name in the file, the module of bench.gpu that has it, which of its forms ("" is the usual)."""
+    """A stage as it is run: its name in the file, the module of bench.gpu that has it, which of its
+    forms ("" is the usual)."""
 
     name: str
     module: str
@@ -49,15 +52,18 @@ def run_in_processes(
     work: Work, record: Record, seconds: float, words: list[str], processes: int = 1,
     environment: Mapping[str, str | None] | None = None, clock: Callable[[], float] = time.monotonic,
 ) -> None:  # fmt: skip
-    """The stage in `processes` that share its checks, each for `seconds`; `words` are the command's for all stages, and an
-    `environment` of None takes a variable away. What dies or does not end has failed, and its checks go on in another."""
+    """The stage in `processes` that share its checks, each for `seconds`; `words` are the command's
+    for all stages, and an `environment` of None takes a variable away. What dies or does not end
+    has failed, and its checks go on in another."""
     began = clock()
     until = began + seconds
     variables = {name: value for name, value in (os.environ | dict(environment or {})).items() if value is not None}
     if work.module != "rows" and work.module != "speed":
-        # torch refuses cuBLAS in its deterministic mode without it; it costs speed, which is therefore not measured under it
+        # torch refuses cuBLAS in its deterministic mode without it; it costs speed, which is
+        # therefore not measured under it
         variables.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    variables.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its helpers would be at work beside what is timed
+    # its helpers would be at work beside what is timed
+    variables.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if processes > 1:
         variables.setdefault("OMP_NUM_THREADS", "1")
 

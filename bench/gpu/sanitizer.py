@@ -1,4 +1,5 @@
-"""NVIDIA's compute-sanitizer over all kernels, or in a timed run over a few; a machine without it says so."""
+"""NVIDIA's compute-sanitizer over all kernels, or in a timed run over a few; a machine without it
+says so."""
 
 import os
 import shutil
@@ -39,7 +40,8 @@ def run_tool(path: str, tool: str, setting: Setting, found: Found, seconds: floa
     """Raises with what the tool said if it found something."""
     flags = {"--quick": setting.quick, "--timed": setting.timed}
     script = [sys.executable, "-m", "bench.gpu", "--once", *(flag for flag, wanted in flags.items() if wanted)]
-    # each tensor in an allocation of its own: what lies beyond it is then out of bounds and not another tensor's
+    # each tensor in an allocation of its own: what lies beyond it is then out of bounds and not
+    # another tensor's
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     words = [path, "--tool", tool, "--error-exitcode", str(ERROR_FOUND_STATUS), *script]
     try:

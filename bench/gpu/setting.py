@@ -19,8 +19,9 @@ from lora_kernels.ops import FallbackWarning, registry
 
 @dataclass(frozen=True)
 class Setting:
-    """A GPU, or with `dry` the simulator of `arch` (90 is sm_90) and CPU tensors. `quick`: less of everything; `tiny`: only to
-    see that it runs; `timed`: for minutes. `sizes`: tokens, in, out, rank where not the usual ones."""
+    """A GPU, or with `dry` the simulator of `arch` (90 is sm_90) and CPU tensors. `quick`: less of
+    everything; `tiny`: only to see that it runs; `timed`: for minutes. `sizes`: tokens, in, out,
+    rank where not the usual ones."""
 
     dry: bool = False
     quick: bool = False
@@ -41,15 +42,16 @@ class Setting:
             if self.dry:
                 stack.enter_context(_simulator(self.arch))
             stack.enter_context(use_backend(name, simulate=self.dry))
-            # before torch 2.13 autograd's own thread, which runs a GPU's backward, would not see what is forced here
+            # before torch 2.13 autograd's own thread, which runs a GPU's backward, would not see
+            # what is forced here
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             warnings.simplefilter("error", FallbackWarning)
             yield
 
     @contextmanager
     def as_dispatched(self) -> Iterator[None]:
-        """What dispatch chooses by itself, as in a user's program; in a dry run what it would choose on the simulated GPU. Who
-        must not get the reference asks `backends_used`."""
+        """What dispatch chooses by itself, as in a user's program; in a dry run what it would
+        choose on the simulated GPU. Who must not get the reference asks `backends_used`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FallbackWarning)
             if not self.dry:
@@ -73,9 +75,10 @@ def _simulator(arch: int) -> Any:
 
 
 def backends_used(call: Callable[[], object]) -> tuple[list[str], list[str]]:
-    """What ran in a call, its backward too: each op with its backend and candidate; and the ops that the reference ran, with
-    why the others did not."""
-    with torch.autograd.set_multithreading_enabled(False):  # autograd's own thread would not see who asks, before torch 2.13
+    """What ran in a call, its backward too: each op with its backend and candidate; and the ops
+    that the reference ran, with why the others did not."""
+    # autograd's own thread would not see who asks, before torch 2.13
+    with torch.autograd.set_multithreading_enabled(False):
         decisions = registry.explain(call).decisions
     ran = [f"{d.op}: {d.chosen.split()[0]}" + (f", {d.plan.winner}" if d.plan else "") for d in decisions]
     slow = [
@@ -93,8 +96,9 @@ class Broken(RuntimeError):
 class Found:
     """What a stage found. It passes if something was checked and nothing failed.
 
-    With a `record` all of it also goes into the file at once. `until`, of time.monotonic, is when no further check begins;
-    `process` says which of several this is: (i, n) takes each n-th check. `skipped` are those that another took.
+    With a `record` all of it also goes into the file at once. `until`, of time.monotonic, is when
+    no further check begins; `process` says which of several this is: (i, n) takes each n-th check.
+    `skipped` are those that another took.
     """
 
     record: Record | None = None
@@ -108,7 +112,8 @@ class Found:
     met: int = 0
 
     def check(self, name: str, call: Callable[[], object]) -> None:
-        """Counts a check, which fails by raising; the next one runs all the same. One that a backend refuses did not run."""
+        """Counts a check, which fails by raising; the next one runs all the same. One that a
+        backend refuses did not run."""
         i, n = self.process
         self.met += 1
         if (self.met - 1) % n != i or name in self.skipped:

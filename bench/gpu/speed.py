@@ -1,4 +1,5 @@
-"""Time and bandwidth of a Llama-3-8B's layers in bfloat16, ours and its rivals on one base weight, in interleaved rounds:
+"""Time and bandwidth of a Llama-3-8B's layers in bfloat16, ours and its rivals on one base weight,
+in interleaved rounds:
 
     linear    nn.Linear alone, frozen: what a merged model costs
     ours      PEFT's layer after `fuse`
@@ -6,8 +7,8 @@
     compile   PEFT's layer through torch.compile, for r = 16
     addmm     `rivals.Addmm`, without DoRA
 
-Bytes are the least that the work can move: each operand once. `tune.events` is the clock: CUDA events, L2 flushed before
-each call, a random order in each round, the median.
+Bytes are the least that the work can move: each operand once. `tune.events` is the clock: CUDA
+events, L2 flushed before each call, a random order in each round, the median.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +31,8 @@ Clock = Callable[[Calls], dict[str, float | None]]
 
 
 def run_stage(setting: Setting, found: Found) -> None:
-    """A row fails if one of its contenders does not run, or ours on the reference; no speed is a failure."""
+    """A row fails if one of its contenders does not run, or ours on the reference; no speed is a
+    failure."""
     clock = run_untimed if setting.dry else median_event_seconds
     with setting.as_dispatched():
         for shape in layer_cases(setting):
@@ -42,7 +44,8 @@ def run_stage(setting: Setting, found: Found) -> None:
 
 
 def run_untimed(calls: Calls) -> dict[str, float | None]:
-    """The clock of a dry run: each call runs, and no time is taken, because a simulator's would be taken for a GPU's."""
+    """The clock of a dry run: each call runs, and no time is taken, because a simulator's would be
+    taken for a GPU's."""
     for call in calls.values():
         call()
     return dict.fromkeys(calls)
@@ -117,8 +120,8 @@ def contenders(
 
 
 def least_bytes(m: int, k: int, n: int, r: int, backward: bool) -> int:
-    """Bytes of a forward: x, W, A, B read and y written. Of a backward: dy, W, x, A, B read and dx, dA, dB written.
-    Without h, which the backward could compute again."""
+    """Bytes of a forward: x, W, A, B read and y written. Of a backward: dy, W, x, A, B read and dx,
+    dA, dB written. Without h, which the backward could compute again."""
     adapter = r * (k + n)
     elements = m * k + n * k + adapter + m * n
     if backward:
@@ -152,7 +155,8 @@ def tensors(setting: Setting, k: int, n: int, r: int) -> list[Tensor]:
 
 
 def measurement_row(setting: Setting, calls: Calls, clock: Clock, moved: int, **what: Any) -> dict[str, Any]:
-    """One measurement as plain values. Without a GPU it has no seconds, and so no ratio and no rate."""
+    """One measurement as plain values. Without a GPU it has no seconds, and so no ratio and no
+    rate."""
     seconds = clock(calls)
     ours = seconds["ours"]
     made: dict[str, Any] = {**what, "dtype": str(DTYPE)[6:], "floor_bytes": moved, "seconds": seconds, "ratios": {}}
@@ -163,7 +167,8 @@ def measurement_row(setting: Setting, calls: Calls, clock: Clock, moved: int, **
             made["ratios"] |= {f"{name} / linear": taken / base for name, taken in rivals.items()}
         made["floor_bytes_per_second"] = moved / ours
         here = torch.empty(0, device=setting.device)
-        on = nearest_chip(launch.architecture(here), launch.multiprocessors(here))  # the nearest that is known
+        # the nearest that is known
+        on = nearest_chip(launch.architecture(here), launch.multiprocessors(here))
         made["share_of_the_vendors_rate"] = moved / ours / on.dram
     return made
 

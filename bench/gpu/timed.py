@@ -2,19 +2,22 @@
 
     s of 480  part        what
          20   ceilings    the library's GEMMs, with torch.addmm and beta 1 too, copies, a launch
-         90   essentials  every kernel at real tile sizes against float64, by every backend that takes it
-         60   witness     a textbook matmul with the register hazard of sm_90, 1000 times, and our ops that had it, by each
-                          assembler: Triton's own, and one from 13.3 on
-        150   rows        eight rows of speed: ours, the frozen linear, PEFT, "addmm" in plain torch, torch.compile
+         90   essentials  every kernel at real tile sizes against float64, by every backend that
+                          takes it
+         60   witness     a textbook matmul with the register hazard of sm_90, 1000 times, and our
+                          ops that had it, by each assembler: Triton's own, and one from 13.3 on
+        150   rows        eight rows of speed: ours, the frozen linear, PEFT, "addmm" in plain
+                          torch, torch.compile
          60   repeats     the same bits again, on other streams, in CUDA graphs
          45   tuned       bench.tune on a few shapes, into sm_<arch>.json beside the JSON file
          25   sanitizer   compute-sanitizer's memcheck on three cases
          30   more        further rows of speed; what is left of the time
 
-A part that ends early leaves its time to those behind it; one that runs out stops between two checks, and the others are "not
-run: time". Where the module _cuda is not there and nvcc is, it is built first. Kernels are compiled by a process for each core:
-the checks of `essentials`, `witness` and `repeats` are shared among so many, and what `rows`, `tuned` and `more` will time is
-called once before.
+A part that ends early leaves its time to those behind it; one that runs out stops between two
+checks, and the others are "not run: time". Where the module _cuda is not there and nvcc is, it is
+built first. Kernels are compiled by a process for each core: the checks of `essentials`, `witness`
+and `repeats` are shared among so many, and what `rows`, `tuned` and `more` will time is called once
+before.
 """
 
 import time
@@ -67,7 +70,8 @@ def run_parts(
     only: list[str] | None = None, each: Callable[..., None] = run_in_processes, clock: Callable[[], float] = time.monotonic,
     drawn: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
-    """The parts in their order. `assemblers`: the environment of each that `witness` tries. `drawn` is called after rows."""
+    """The parts in their order. `assemblers`: the environment of each that `witness` tries. `drawn`
+    is called after rows."""
     parts = tuple(part for part in PARTS if only is None or part.name in only)
     for part, left in schedule(60 * minutes, clock, parts):
         if left is None:

@@ -1,5 +1,5 @@
-"""`bench.tune` on a few shapes, into sm_<arch>.json beside the JSON file of the run: to be looked at, and then copied into
-lora_kernels/ops/tables. The file is written anew after each shape."""
+"""`bench.tune` on a few shapes, into sm_<arch>.json beside the JSON file of the run: to be looked
+at, and then copied into lora_kernels/ops/tables. The file is written anew after each shape."""
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -52,7 +52,8 @@ def measure_problem(setting: Setting, found: Found, p: Problem, measured: dict[P
 
 
 def write_table(measured: dict[Problem, Times], able: tuple[str, ...], folder) -> None:
-    """The table of what was measured so far, by `tune.write_measured_table`, whose clock gives it."""
+    """The table of what was measured so far, by `tune.write_measured_table`, whose clock gives
+    it."""
     here = torch.empty(0, device="cuda")
     arch, stamp = launch.architecture(here), tune.circumstances()
 

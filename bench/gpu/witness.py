@@ -1,8 +1,10 @@
-"""Whether the register hazard of sm_90 (`witness_kernel`) gives wrong numbers on this GPU, by the assembler of this process.
+"""Whether the register hazard of sm_90 (`witness_kernel`) gives wrong numbers on this GPU, by the
+assembler of this process.
 
-Each kind of A runs 1000 times, or in the simulator once. A wrong number is a finding about Triton and ptxas, not about our
-kernels: it is a row of the file and fails nothing. What fails is the kind "plain", whose A comes from shared memory as it was
-loaded, or a kind whose loop is not pipelined; and an op of ours by that assembler.
+Each kind of A runs 1000 times, or in the simulator once. A wrong number is a finding about Triton
+and ptxas, not about our kernels: it is a row of the file and fails nothing. What fails is the kind
+"plain", whose A comes from shared memory as it was loaded, or a kind whose loop is not pipelined;
+and an op of ours by that assembler.
 """
 
 from collections.abc import Callable
@@ -59,7 +61,8 @@ def run_witness(setting: Setting, found: Found, by: str, kind: str, warps: int, 
     tile = TILE_ROWS_BY_WARPS[warps]
     args = {"m": m, "n": n, "k": k, "BM": tile, "BN": 128, "BK": 64, "KIND": kind, "STAGES": stages}
     grid = (m // tile, n // 128)
-    # of a sum of k products of deviation 1, whose rounding is far smaller; a wrong operand is wrong by far more
+    # of a sum of k products of deviation 1, whose rounding is far smaller; a wrong operand is wrong
+    # by far more
     bound = 0.005 * k**0.5
     times = 1 if setting.dry else TIMES
     worst, wrong, said = torch.zeros((), device=setting.device), torch.zeros((), device=setting.device), ""
@@ -77,7 +80,8 @@ def run_witness(setting: Setting, found: Found, by: str, kind: str, warps: int, 
     }  # fmt: skip
     found.add_measurement(row)
     print(f"    {kind:6} {warps} warps, {stages} stages, ptxas {by}: {row['wrong']} of {times} wrong {said[:100]}", flush=True)
-    sound = kind == "plain" or stages == 1  # what the simulator says is in the row, whatever the kind
+    # what the simulator says is in the row, whatever the kind
+    sound = kind == "plain" or stages == 1
     why = "though no register is overwritten there: a fence is missing, or the witness is no good"
     assert said or not sound or not row["wrong"], f"{row['wrong']} of {times} wrong, {why}"
 

@@ -1,7 +1,8 @@
 """A textbook matmul in Triton with something elementwise between the load of A and the product.
 
-On sm_90 A then is a register operand of wgmma, which runs on while the pipelined loop goes round: code that writes those
-registers before the wait is wrong. Triton's own pipeliner (to 3.7) and ptxas before 13.3 make such code.
+On sm_90 A then is a register operand of wgmma, which runs on while the pipelined loop goes round:
+code that writes those registers before the wait is wrong. Triton's own pipeliner (to 3.7) and ptxas
+before 13.3 make such code.
 """
 
 import triton

@@ -1,4 +1,5 @@
-// lora_kernels._cpu: the CPU kernels on tensors. That shapes fit one another is the caller's to check (op.py).
+// lora_kernels._cpu: the CPU kernels on tensors. That shapes fit one another is the caller's to
+// check (op.py).
 #include <pybind11/pybind11.h>
 
 #include <cstring>
@@ -46,8 +47,9 @@ float* floats(const Matrix& m, const char* kernel) {
   return static_cast<float*>(m.data);
 }
 
-// Whether these are x [..., in], w [out, in], a [r, in], b [out, r] and vectors [out] on the CPU, x as w and a as b in
-// dtype, all of them ones that the kernels read. Then _check of ops/lora_linear/op.py, which is slower, raises nothing.
+// Whether these are x [..., in], w [out, in], a [r, in], b [out, r] and vectors [out] on the CPU, x
+// as w and a as b in dtype, all of them ones that the kernels read. Then _check of
+// ops/lora_linear/op.py, which is slower, raises nothing.
 bool valid_lora_linear(py::handle x, py::handle w, py::handle a, py::handle b, py::handle bias, py::handle gain) {
   lk::Tensor t[6];
   const py::handle given[6] = {x, w, a, b, bias, gain};
@@ -71,9 +73,10 @@ uint64_t mix(uint64_t sum, uint64_t value) {
   return sum ^ sum >> 29;
 }
 
-// A number that says whether a matrix and some tensors are still what they were: address, shape, strides and dtype of
-// each, every bit of the tensors, and of the matrix one element of each of 64 rows, its column walking across.
-// None where there is no such number: not on the CPU, or a tensor that is not contiguous.
+// A number that says whether a matrix and some tensors are still what they were: address, shape,
+// strides and dtype of each, every bit of the tensors, and of the matrix one element of each of 64
+// rows, its column walking across. None where there is no such number: not on the CPU, or a tensor
+// that is not contiguous.
 py::object fingerprint(py::handle w, const py::args& tensors) {
   lk::Bytes bytes[8];
   const int count = int(tensors.size());

@@ -1,5 +1,6 @@
-// lora_kernels._cuda: launches the kernels of csrc/<op>/cuda.cu. CUDA's runtime is linked in; it looks for the driver at
-// the first call, so that the module can be imported where there is none. Shapes and dtypes are the callers' to check.
+// lora_kernels._cuda: launches the kernels of csrc/<op>/cuda.cu. CUDA's runtime is linked in; it
+// looks for the driver at the first call, so that the module can be imported where there is none.
+// Shapes and dtypes are the callers' to check.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
@@ -49,7 +50,8 @@ const std::vector<Kernel> kernels = all();
 constexpr int MOST = 1024;      // bytes of a kernel's struct
 constexpr int FREE = 48 << 10;  // bytes of shared memory that need no leave
 
-// A map of a matrix of 16 bits by rows, from which boxes are copied into rows of 128 bytes, their pieces exchanged
+// A map of a matrix of 16 bits by rows, from which boxes are copied into rows of 128 bytes, their
+// pieces exchanged
 py::bytes tensor_map(uintptr_t data, bool bf16, uint64_t rows, uint64_t columns, uint64_t row, uint32_t box_rows,
                      uint32_t box_columns) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -81,7 +83,8 @@ py::bytes tensor_map(uintptr_t data, bool bf16, uint64_t rows, uint64_t columns,
   return py::bytes(reinterpret_cast<const char*>(&map), sizeof map);
 }
 
-// The struct that a kernel takes: None is null, int a pointer or a number of 64 bits, float one of 32 bits, bytes a map.
+// The struct that a kernel takes: None is null, int a pointer or a number of 64 bits, float one of
+// 32 bits, bytes a map.
 struct Packed {
   alignas(64) unsigned char bytes[MOST] = {};
   int count = 0;

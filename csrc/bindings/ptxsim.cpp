@@ -1,4 +1,5 @@
-// lora_kernels._ptxsim: the PTX simulator. The text is decoded in Python (lora_kernels/ptxsim/decode.py).
+// lora_kernels._ptxsim: the PTX simulator. The text is decoded in Python
+// (lora_kernels/ptxsim/decode.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -21,7 +22,8 @@ const Entry& entry_of(const std::string& name) {
   throw std::invalid_argument("no instruction " + name);
 }
 
-// code: (name, operands, immediates, predicate or -1, negated, line); special: where %tid.x and so on lie
+// code: (name, operands, immediates, predicate or -1, negated, line); special: where %tid.x and so
+// on lie
 std::unique_ptr<Program> make(const std::vector<Line>& code, const py::bytes& registers,
                               const std::map<std::string, int32_t>& special, uint32_t shared_bytes,
                               uint32_t local_bytes) {
@@ -63,7 +65,8 @@ std::unique_ptr<Program> make(const std::vector<Line>& code, const py::bytes& re
   return program;
 }
 
-// buffers: (name, address, bytes, writable, poisoned, bytes of an element); before: (name, address, bytes, written)
+// buffers: (name, address, bytes, writable, poisoned, bytes of an element); before: (name, address,
+// bytes, written)
 py::dict run(const Program& program, std::array<uint32_t, 3> grid, std::array<uint32_t, 3> block,
              const py::bytes& parameters,
              const std::vector<std::tuple<std::string, uint64_t, uint64_t, bool, bool, uint32_t>>& buffers,

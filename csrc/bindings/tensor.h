@@ -1,4 +1,5 @@
-// What the kernels are told of a torch tensor, read without torch's headers: one binary serves every torch.
+// What the kernels are told of a torch tensor, read without torch's headers: one binary serves
+// every torch.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -8,8 +9,9 @@
 
 namespace lk {
 
-// Of DLPack 1.x (dlpack.h: DLTensor, DLPackExchangeAPI), which torch gives as Tensor.__dlpack_c_exchange_api__ since
-// 2.10: the C function that fills a DLTensor in some 20 ns, where the Python attributes take 50 ns each.
+// Of DLPack 1.x (dlpack.h: DLTensor, DLPackExchangeAPI), which torch gives as
+// Tensor.__dlpack_c_exchange_api__ since 2.10: the C function that fills a DLTensor in some 20 ns,
+// where the Python attributes take 50 ns each.
 struct Device {
   int32_t type, id;
 };
@@ -45,8 +47,9 @@ struct Matrix : View {
 
 class Reader {
  public:
-  // `capsule` is None where torch has no such function; `describe` then gives the same as a tuple of numbers:
-  // (address, device type, type code, bits, dimensions, sizes and strides of up to two of them)
+  // `capsule` is None where torch has no such function; `describe` then gives the same as a tuple
+  // of numbers: (address, device type, type code, bits, dimensions, sizes and strides of up to two
+  // of them)
   void set(pybind11::object capsule, pybind11::object describe) {
     api_ = capsule.is_none() ? nullptr : capsule.cast<pybind11::capsule>().get_pointer<ExchangeApi>();
     if (api_ && (api_->major != 1 || !api_->tensor_of)) api_ = nullptr;

@@ -47,8 +47,8 @@ LK_INLINE void transpose(__m512i (&r)[16]) {
   }
 }
 
-// One tile of the right operand, [16 pairs of depth, 16 columns, 2]; beyond the matrix it holds zeros.
-// With w [columns, depth], each row of w gives one column:
+// One tile of the right operand, [16 pairs of depth, 16 columns, 2]; beyond the matrix it holds
+// zeros. With w [columns, depth], each row of w gives one column:
 LK_INLINE void pack_rows(const bf16* w, int64_t w_row, int64_t columns, int64_t depth, bf16* to) {
   __m512i r[16];
   LK_UNROLL for (int i = 0; i < 16; i++) r[i] = i < columns ? row_of(w + i * w_row, depth) : _mm512_setzero_si512();
@@ -122,7 +122,8 @@ inline void split(const View& m, int64_t first, int64_t rows, int64_t k, int64_t
   });
 }
 
-// One tile of an operand from 16 rows of 32: a left one as it is, a right one with pairs of columns side by side.
+// One tile of an operand from 16 rows of 32: a left one as it is, a right one with pairs of columns
+// side by side.
 template <bool LEFT>
 LK_INLINE void place(const bf16* rows, bf16* to) {
   LEFT ? (void)std::copy_n(rows, TILE, to) : pack_rows(rows, DEPTH, ROWS, DEPTH, to);

@@ -1,4 +1,5 @@
-// Register-tiled dot products: NR rows of one matrix times MR rows of another, both contiguous along K.
+// Register-tiled dot products: NR rows of one matrix times MR rows of another, both contiguous
+// along K.
 #pragma once
 #include "vec.h"
 

@@ -1,4 +1,5 @@
-// What the kernels share that make tiles of 128 rows and 128 columns by 256 threads, a warp 64 by 32 of it.
+// What the kernels share that make tiles of 128 rows and 128 columns by 256 threads, a warp 64 by
+// 32 of it.
 #pragma once
 #include "tiles.cuh"
 
@@ -8,7 +9,8 @@ constexpr int TILE = 128, COLUMNS = 64, STAGES = 3, THREADS = 256, RANKS = 64;
 
 using Sums = float[4][4][4];  // of a warp: 16 rows, 8 columns, a lane's four
 
-// the row and the column of a tile: `group` rows take their turns side by side, in slabs of `slab` columns, 0 for all
+// the row and the column of a tile: `group` rows take their turns side by side, in slabs of `slab`
+// columns, 0 for all
 __device__ inline void place(int64_t tile, int64_t down, int64_t across, int64_t group, int64_t slab, int64_t& row,
                              int64_t& column) {
   int64_t first = 0;

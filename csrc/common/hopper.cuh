@@ -1,5 +1,6 @@
-// Instructions of sm_90a: warp groups, barriers that count, copies by the tensor memory accelerator. PTX ISA 9.7.13 mbarrier,
-// 9.7.9.27 cp.async.bulk.tensor, 9.7.15 wgmma, 9.7.20 setmaxnreg.
+// Instructions of sm_90a: warp groups, barriers that count, copies by the tensor memory
+// accelerator. PTX ISA 9.7.13 mbarrier, 9.7.9.27 cp.async.bulk.tensor, 9.7.15 wgmma, 9.7.20
+// setmaxnreg.
 #pragma once
 #include <type_traits>
 
@@ -80,8 +81,10 @@ __device__ inline void stmatrix_x4(void* row, uint32_t a, uint32_t b, uint32_t c
                : "memory");
 }
 
-// A tile of wgmma in shared memory whose rows of 128 bytes are exchanged as those of a copied box, at a multiple of 1024 bytes.
-// ACROSS: the rows are those of the depth, and `group` bytes lie between two 64 columns of it; else they run along the depth.
+// A tile of wgmma in shared memory whose rows of 128 bytes are exchanged as those of a copied box,
+// at a multiple of 1024 bytes.
+// ACROSS: the rows are those of the depth, and `group` bytes lie between two 64 columns of it; else
+// they run along the depth.
 template <bool ACROSS>
 __device__ uint64_t wgmma_operand(const void* tile, int group) {
   return uint64_t(shared_address(tile)) >> 4 | uint64_t(ACROSS ? group >> 4 : 1) << 16 | uint64_t(1024 >> 4) << 32 |
@@ -125,7 +128,8 @@ __device__ void wgmma_wait(WgmmaSums& d) {
       : LK_SUMS_16(0), LK_SUMS_16(16), LK_SUMS_16(32), LK_SUMS_16(48), LK_SUMS_16(64), LK_SUMS_16(80), LK_SUMS_16(96), \
         LK_SUMS_16(112)                                                                                                \
       : "l"(a), "l"(b), "r"(int(added)), "n"(int(ACROSS)))
-// d = a b, or d + a b if `added`; issued, not waited for. a [64, 16] by rows, b [16, 256] by columns or, if ACROSS, by rows
+// d = a b, or d + a b if `added`; issued, not waited for. a [64, 16] by rows, b [16, 256] by
+// columns or, if ACROSS, by rows
 template <typename T, bool ACROSS>
 __device__ void wgmma_m64n256k16(WgmmaSums& d, uint64_t a, uint64_t b, bool added) {
   if constexpr (std::is_same<T, __half>::value) {

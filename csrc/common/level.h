@@ -1,4 +1,5 @@
-// One source, compiled once per instruction set into its own namespace; the bindings choose at run time.
+// One source, compiled once per instruction set into its own namespace; the bindings choose at run
+// time.
 //   portable     any CPU                    4 floats
 //   avx2         x86-64-v3: AVX2, FMA, F16C 8 floats
 //   avx512       x86-64-v4                  16 floats

@@ -1,5 +1,5 @@
-// Sums that several blocks make together: each keeps its part of a tile, and whoever comes last to the tile adds the parts up,
-// in their order.
+// Sums that several blocks make together: each keeps its part of a tile, and whoever comes last to
+// the tile adds the parts up, in their order.
 #pragma once
 #include "ptx.cuh"
 
@@ -32,7 +32,8 @@ __device__ void together(float (&sums)[COUNT][4], float* scratch, int64_t first,
   }
 }
 
-// whether this block is the last of `all` to come to a tile; what the others wrote before is seen then
+// whether this block is the last of `all` to come to a tile; what the others wrote before is seen
+// then
 __device__ inline bool last(int* ticket, int all) {
   __shared__ int is;
   __syncthreads();

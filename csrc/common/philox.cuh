@@ -1,4 +1,5 @@
-// The dropout mask of lora_kernels/ops/dropout.py: Philox4x32-10 with key = seed and counter = (column / 4, row, row >> 32, 0).
+// The dropout mask of lora_kernels/ops/dropout.py: Philox4x32-10 with key = seed and counter =
+// (column / 4, row, row >> 32, 0).
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,5 @@
-// Instructions of PTX that CUDA C++ has no words for, named as there. PTX ISA 9.7.9 cp.async, 9.7.13 atom, griddepcontrol,
-// 9.7.14 mma, ldmatrix.
+// Instructions of PTX that CUDA C++ has no words for, named as there. PTX ISA 9.7.9 cp.async,
+// 9.7.13 atom, griddepcontrol, 9.7.14 mma, ldmatrix.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -21,7 +21,8 @@ __device__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
-// adds 1 and gives what was there. What this thread wrote before, and what it has seen, is seen by whoever adds later.
+// adds 1 and gives what was there. What this thread wrote before, and what it has seen, is seen by
+// whoever adds later.
 __device__ inline int atom_inc_acq_rel(int* p) {
   int before;
   asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(p) : "memory");

@@ -1,5 +1,5 @@
-// Tiles in shared memory whose rows are 128 bytes: eight pieces of 16 bytes, exchanged so that the same piece of eight
-// rows lies in eight different places of the banks.
+// Tiles in shared memory whose rows are 128 bytes: eight pieces of 16 bytes, exchanged so that the
+// same piece of eight rows lies in eight different places of the banks.
 #pragma once
 #include <cstring>
 #include <type_traits>
@@ -26,8 +26,9 @@ __device__ inline float2 widen(__half2 v) { return __half22float2(v); }
 
 // four int8 numbers as two pairs of T, exactly
 __device__ inline void widen(uint32_t four, uint32_t& low, uint32_t& high, __half) {
-  const uint32_t biased = four ^ 0x80808080u;                                       // 0 to 255
-  asm("prmt.b32 %0, %1, %2, 0x5150;" : "=r"(low) : "r"(biased), "r"(0x64646464u));  // 1024 + what it was + 128
+  const uint32_t biased = four ^ 0x80808080u;  // 0 to 255
+  // 1024 + what it was + 128
+  asm("prmt.b32 %0, %1, %2, 0x5150;" : "=r"(low) : "r"(biased), "r"(0x64646464u));
   asm("prmt.b32 %0, %1, %2, 0x5352;" : "=r"(high) : "r"(biased), "r"(0x64646464u));
   asm("sub.f16x2 %0, %0, %1;" : "+r"(low) : "r"(0x64806480u));
   asm("sub.f16x2 %0, %0, %1;" : "+r"(high) : "r"(0x64806480u));
@@ -45,7 +46,8 @@ __device__ inline void widen(uint32_t four, uint32_t& low, uint32_t& high, __nv_
   high = __byte_perm(__float_as_uint(f[2]), __float_as_uint(f[3]), 0x7632);
 }
 
-// for eight lanes that read 16 bytes each, of eight rows; for sixteen that read 8, of four rows and their neighbours
+// for eight lanes that read 16 bytes each, of eight rows; for sixteen that read 8, of four rows and
+// their neighbours
 enum class Swap { EIGHT, PAIRS };
 
 template <Swap SWAP = Swap::EIGHT, typename T>
@@ -65,8 +67,8 @@ __device__ void each_sum(Sum (&sums)[COUNT][4], Put&& put) {
   }
 }
 
-// COUNT rows of m [rows, columns] from `row` on, 128 bytes of each from `column` on, by THREADS threads; zeros beyond its
-// edges. The columns are whole pieces.
+// COUNT rows of m [rows, columns] from `row` on, 128 bytes of each from `column` on, by THREADS
+// threads; zeros beyond its edges. The columns are whole pieces.
 template <int THREADS, int COUNT, Swap SWAP = Swap::EIGHT, typename T>
 __device__ void copy_tile(T* tile, const T* m, int64_t stride, int64_t row, int64_t rows, int64_t column,
                           int64_t columns) {
@@ -80,7 +82,8 @@ __device__ void copy_tile(T* tile, const T* m, int64_t stride, int64_t row, int6
   }
 }
 
-// The same of a matrix whose rows cannot be read 16 bytes at a time, or whose columns are `step` numbers apart.
+// The same of a matrix whose rows cannot be read 16 bytes at a time, or whose columns are `step`
+// numbers apart.
 template <int THREADS, int COUNT, Swap SWAP = Swap::EIGHT, typename T>
 __device__ void copy_numbers(T* tile, const T* m, int64_t stride, int64_t step, int64_t row, int64_t rows,
                              int64_t column, int64_t columns) {
@@ -97,7 +100,8 @@ __device__ void copy_numbers(T* tile, const T* m, int64_t stride, int64_t step, 
   }
 }
 
-// 16 rows of b [rows, rank] from `row` on as the left operand of a product, RANK / 16 steps of it; zeros beyond its edges
+// 16 rows of b [rows, rank] from `row` on as the left operand of a product, RANK / 16 steps of it;
+// zeros beyond its edges
 template <int RANK, typename T>
 __device__ void load_rows(uint32_t (&operand)[RANK / 16][4], const T* b, int64_t stride, int64_t row, int64_t rows,
                           int64_t rank) {
@@ -203,8 +207,9 @@ __device__ void load_eight(float (&v)[8], const T* m, int64_t count, bool aligne
   }
 }
 
-// COUNT rows of the sum of m's parts [rows, ranks], which lie `part` numbers apart, from `row` on, ranks `first` to `first +
-// 16 steps`, as a tile of bfloat16; what that leaves of the numbers goes to a second one
+// COUNT rows of the sum of m's parts [rows, ranks], which lie `part` numbers apart, from `row` on,
+// ranks `first` to `first + 16 steps`, as a tile of bfloat16; what that leaves of the numbers goes
+// to a second one
 template <int THREADS, int COUNT, typename T>
 __device__ void split_tile(__nv_bfloat16* tile, __nv_bfloat16* rest, const T* m, int64_t stride, int64_t row,
                            int64_t rows, int64_t first, int64_t ranks, int steps, int64_t parts = 1, int64_t part = 0) {

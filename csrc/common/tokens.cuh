@@ -1,4 +1,5 @@
-// Products in which at most 64 tokens are the narrow side: tiles of 64 rows of a matrix times x, by four warps of 16 rows each.
+// Products in which at most 64 tokens are the narrow side: tiles of 64 rows of a matrix times x, by
+// four warps of 16 rows each.
 #pragma once
 #include "tiles.cuh"
 

@@ -13,7 +13,8 @@ struct f16 {
   uint16_t bits;
 };
 
-// A matrix or, with rows ignored, a vector. Strides are in elements; offsets are computed in 64 bits.
+// A matrix or, with rows ignored, a vector. Strides are in elements; offsets are computed in 64
+// bits.
 struct View {
   void* data = nullptr;
   int64_t row = 0;

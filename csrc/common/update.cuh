@@ -1,5 +1,5 @@
-// W + scale · B A, 64 rows of it: tiles of 64 columns of W and A come by cp.async, and B A is made on tensor cores. A warp has
-// 16 of the rows; their part of B stays in registers.
+// W + scale · B A, 64 rows of it: tiles of 64 columns of W and A come by cp.async, and B A is made
+// on tensor cores. A warp has 16 of the rows; their part of B stays in registers.
 #pragma once
 #include "tiles.cuh"
 
@@ -10,8 +10,9 @@ constexpr int ROWS = 64, COLUMNS = 64, STAGES = 3, THREADS = 128;
 // the rows of a lane's numbers are the warp's first and lane / 4, and eight more
 __device__ inline int first_row() { return threadIdx.x / 32 * 16; }
 
-// Walks over columns `begin` to `end` of the rows from `row` on. each(pair, x, y, half): the two numbers x and y of the row
-// 8 half further down, which W has at `pair` in its tile; after(tile, column) once the warp is through with a tile.
+// Walks over columns `begin` to `end` of the rows from `row` on. each(pair, x, y, half): the two
+// numbers x and y of the row 8 half further down, which W has at `pair` in its tile; after(tile,
+// column) once the warp is through with a tile.
 template <int RANK, typename T, typename P, typename Each, typename After>
 __device__ void walk(const P& p, int64_t row, int64_t begin, int64_t end, Each&& each, After&& after) {
   const T *const w = static_cast<const T*>(p.w), *const a = static_cast<const T*>(p.a);

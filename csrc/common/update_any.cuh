@@ -1,5 +1,6 @@
-// W + scale · B A of any rank and layout, 64 rows of it. B A is made on tensor cores from factors that were packed before: their
-// numbers as bfloat16, and what those leave of them. W is read a number at a time, when its part of B A is complete.
+// W + scale · B A of any rank and layout, 64 rows of it. B A is made on tensor cores from factors
+// that were packed before: their numbers as bfloat16, and what those leave of them. W is read a
+// number at a time, when its part of B A is complete.
 #pragma once
 #include "tiles.cuh"
 
@@ -10,18 +11,21 @@ constexpr int HALF = RANKS * 64, B_TILE = ROWS * 64,
               STAGE = 4 * HALF + B_TILE;  // numbers of 64 columns of A, of B, of both
 
 struct Factors {
-  const __nv_bfloat16 *a, *b;  // [2, rank, a_row] [2, rows, b_row], in whole pieces with zeros beyond the matrix
+  // [2, rank, a_row] [2, rows, b_row], in whole pieces with zeros beyond the matrix
+  const __nv_bfloat16 *a, *b;
   int64_t a_row, b_row, rank;
   float scale;
 };
 
-// Walks over columns `begin` to `end` of the rows from `row` on: each(row, column, x) for each number x of it.
+// Walks over columns `begin` to `end` of the rows from `row` on: each(row, column, x) for each
+// number x of it.
 template <typename T, typename Each>
 __device__ void walk_any(const Factors& p, const T* w, int64_t w_row, int64_t w_column, int64_t row, int64_t rows,
                          int64_t begin, int64_t end, Each&& each) {
   using B = __nv_bfloat16;
   extern __shared__ uint4 memory[];
-  B* const stages = reinterpret_cast<B*>(memory);  // [2], of A twice [2][RANKS][64] and of B [ROWS][RANKS and RANKS]
+  // [2], of A twice [2][RANKS][64] and of B [ROWS][RANKS and RANKS]
+  B* const stages = reinterpret_cast<B*>(memory);
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;
   const int blocks = int((p.rank + RANKS - 1) / RANKS), turns = int((end - begin + COLUMNS - 1) / COLUMNS) * blocks;
   const auto load = [&](int turn) {

@@ -53,7 +53,8 @@ LK_INLINE uint16_t float_to_f16(float v) {
   u &= 0x7fffffff;
   if (u > 0x7f800000) return sign | 0x7e00;
   if (u >= 0x477ff000) return sign | 0x7c00;  // rounds to 65536 or more
-  if (u < 0x38800000) {                       // subnormal: let the float adder round to a multiple of 2^-24
+  // subnormal: let the float adder round to a multiple of 2^-24
+  if (u < 0x38800000) {
     float tiny;
     std::memcpy(&tiny, &u, 4);
     tiny += 0.5f;

@@ -1,8 +1,9 @@
-// y = x Wᵀ with float32 sums, for up to some hundred tokens. x is packed in float32 with its tokens side by side, so that a
-// number of W meets several vectors of them, and the sums of some outputs stay in registers along a block of depth: with
-// AVX-512 6 outputs and 64 tokens, 24 products for 10 loads. The blocks of W and of 64 tokens and their sums fit in the
-// first-level cache. W is read once, and asked for a block ahead; its 16-bit blocks are widened first. Each result is the
-// sum of its blocks' sums, whatever its neighbours are.
+// y = x Wᵀ with float32 sums, for up to some hundred tokens. x is packed in float32 with its tokens
+// side by side, so that a number of W meets several vectors of them, and the sums of some outputs
+// stay in registers along a block of depth: with AVX-512 6 outputs and 64 tokens, 24 products for
+// 10 loads. The blocks of W and of 64 tokens and their sums fit in the first-level cache. W is read
+// once, and asked for a block ahead; its 16-bit blocks are widened first. Each result is the sum of
+// its blocks' sums, whatever its neighbours are.
 #include <omp.h>
 
 #include <algorithm>

@@ -1,5 +1,6 @@
-// The fused forward for few tokens. One parallel region: h = scale · drop(x) Aᵀ, a barrier, then every thread streams
-// its rows of W once. The LoRA term is rank more steps of the same dot product, so it costs no second pass.
+// The fused forward for few tokens. One parallel region: h = scale · drop(x) Aᵀ, a barrier, then
+// every thread streams its rows of W once. The LoRA term is rank more steps of the same dot
+// product, so it costs no second pass.
 #include <omp.h>
 
 #include <algorithm>
@@ -13,15 +14,17 @@ namespace lk::LK_LEVEL {
 
 namespace {
 
-// columns of W a pass: the tile of x, which every group of rows reads again, stays in the first-level cache
+// columns of W a pass: the tile of x, which every group of rows reads again, stays in the
+// first-level cache
 LK_INLINE int64_t block_k(int64_t tokens) {
   constexpr int64_t TILE = 8 << 10, LEAST = 256;
   return tokens * LEAST > TILE ? LEAST : TILE / tokens / 64 * 64;
 }
 
 struct Scratch {
-  int64_t x_row, h_row;          // padded to whole vectors, the padding zero
-  float *x, *x_dropped, *h, *a;  // [tokens, x_row] twice (may be one) [tokens, h_row] [threads, NR * max(x_row, h_row)]
+  int64_t x_row, h_row;  // padded to whole vectors, the padding zero
+  // [tokens, x_row] twice (may be one) [tokens, h_row] [threads, NR * max(x_row, h_row)]
+  float *x, *x_dropped, *h, *a;
 };
 
 // rows of x as floats; dropped rows beside them
@@ -59,8 +62,8 @@ void shrink_row(const ForwardSmall& p, const T* a, const Scratch& s, int64_t j, 
   }
 }
 
-// NROWS outputs of W for every token; b is [NROWS, h_row]. partial, [tokens, NROWS], holds sums between two blocks as
-// vectors, to be added up once at the end; sums is [NROWS, tokens].
+// NROWS outputs of W for every token; b is [NROWS, h_row]. partial, [tokens, NROWS], holds sums
+// between two blocks as vectors, to be added up once at the end; sums is [NROWS, tokens].
 template <int NROWS, typename W, typename Y>
 LK_INLINE void outputs(const ForwardSmall& p, const W* w, const Scratch& s, const float* b, vec* partial, float* sums,
                        Y* y, int64_t n) {
@@ -130,7 +133,8 @@ void stream(const ForwardSmall& p, const W* w, const Scratch& s, float* b, Y* y,
 
 void forward_small(const ForwardSmall& p) {
   Scratch s;
-  // an odd number of cache lines a row: at a power of two the same columns of all rows would share one cache set
+  // an odd number of cache lines a row: at a power of two the same columns of all rows would share
+  // one cache set
   s.x_row = lines(p.n_in);
   if (s.x_row % 32 == 0) s.x_row += 16;
   s.h_row = lines(p.rank);

@@ -1,5 +1,6 @@
-// The four thin passes around a vendor GEMM: shrink, expand, outer and column sums. Each reads its tall operand once,
-// converts and drops it on the way, and splits the work so that no sum depends on the number of threads.
+// The four thin passes around a vendor GEMM: shrink, expand, outer and column sums. Each reads its
+// tall operand once, converts and drops it on the way, and splits the work so that no sum depends
+// on the number of threads.
 #include <omp.h>
 
 #include <algorithm>
@@ -17,7 +18,8 @@ void pack(const View& m, const View& gain, float scale, int64_t row_first, int64
           int64_t to_row) {
   with_type(m, [&](auto* from) {
     if (m.row == 1) {
-      // m is the transpose of what lies in memory: squares of it, so that both are read and written along their rows
+      // m is the transpose of what lies in memory: squares of it, so that both are read and written
+      // along their rows
       constexpr int64_t SIDE = 16;
       float square[SIDE][SIDE];
       for (int64_t j = row_first; j < row_last; j += SIDE) {
@@ -92,7 +94,8 @@ __attribute__((noinline)) void shrink_tile(const float* a, int64_t a_row, const 
   }
 }
 
-constexpr int64_t SHRINK_K = 1024;  // columns of x at a time: the tile and A's block stay in the nearer caches
+// columns of x at a time: the tile and A's block stay in the nearer caches
+constexpr int64_t SHRINK_K = 1024;
 
 }  // namespace
 

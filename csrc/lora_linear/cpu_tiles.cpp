@@ -20,9 +20,11 @@ namespace lk::LK_LEVEL {
 
 namespace {
 
-constexpr int64_t PANEL = 2 * ROWS;        // outputs at a time
-constexpr int64_t DIRECT = 4 * ROWS;       // tokens up to which W goes from memory straight into tiles, read once
-constexpr int64_t CHUNK = 8;               // steps of depth whose panel of W, 16 KiB, stays in the first-level cache
+constexpr int64_t PANEL = 2 * ROWS;  // outputs at a time
+// tokens up to which W goes from memory straight into tiles, read once
+constexpr int64_t DIRECT = 4 * ROWS;
+// steps of depth whose panel of W, 16 KiB, stays in the first-level cache
+constexpr int64_t CHUNK = 8;
 constexpr int64_t PACKED_BYTES = 5 << 18;  // of x: some half of the second-level cache
 constexpr int64_t TOKENS = 512;            // at a time, where x is larger than that,
 constexpr int64_t WIDE = 256;              // with as many outputs: their sums are half of that
@@ -49,15 +51,16 @@ LK_INLINE void store_sums(float* sums) {
   if constexpr (COUNT > 3) _tile_stored(3, sums + 3 * SQUARE, 64);
 }
 
-// tile `sum` += the product of one of W and one of x: [outputs, tokens] forward, [tokens, outputs] backward.
-// A macro, since the intrinsic wants its tiles as literals.
+// tile `sum` += the product of one of W and one of x: [outputs, tokens] forward, [tokens, outputs]
+// backward. A macro, since the intrinsic wants its tiles as literals.
 #define LK_MULTIPLY(sum, w, x)                     \
   do {                                             \
     if constexpr (BACK) _tile_dpbf16ps(sum, x, w); \
     else _tile_dpbf16ps(sum, w, x);                \
   } while (false)
 
-// one step of depth: TM tiles of W, `bytes` a row, times TN tiles of x, `column` apart; sums of tile (j, i) in j·TM + i
+// one step of depth: TM tiles of W, `bytes` a row, times TN tiles of x, `column` apart; sums of
+// tile (j, i) in j·TM + i
 template <bool BACK, int TM, int TN>
 LK_INLINE void step(const bf16* first, const bf16* second, int64_t bytes, const bf16* x, int64_t column) {
   static_assert(TM * TN <= 4 && TM <= 2, "four sums, two tiles of W, two of x");
@@ -233,7 +236,8 @@ template <bool BACK, typename Y>
 void block(const Tiles& p, const Depth& d, const bf16* x, int64_t t, int64_t columns, int64_t n, int64_t outputs,
            const Scratch& s) {
   const int64_t panels = (outputs + PANEL - 1) / PANEL, more = d.more(), all = d.all(), column = d.column();
-  const bool apart = p.dropout.active() || d.x_parts > 1;  // the rank's steps have sums, or tiles, of their own
+  // the rank's steps have sums, or tiles, of their own
+  const bool apart = p.dropout.active() || d.x_parts > 1;
   for (int64_t first = 0, next; first < all; first = next) {
     next = std::min(first + CHUNK, apart && first < more ? more : all);
     const int64_t count = next - first, parts = first < more ? 1 : d.x_parts;
@@ -274,7 +278,8 @@ void run(const Tiles& p) {
   const bool fits = rows / ROWS * column * 2 <= PACKED_BYTES;
   const bool straight = !BACK && p.tokens <= DIRECT;
   const int64_t most = fits || straight ? rows : std::min(rows, TOKENS);  // tokens at a time
-  // outputs at a time: one panel where x stays in the cache, but backward W is read along its outputs
+  // outputs at a time: one panel where x stays in the cache, but backward W is read along its
+  // outputs
   const int64_t wide = !BACK && (fits || straight) ? PANEL : WIDE;
   const Buffer packed(most / ROWS * column / 2 + (p.a.data ? (p.rank + ROWS - 1) / ROWS * a_column / 2 : 0));
   const Buffer gains(BACK && p.gain.data ? d.features * DEPTH : 0);
@@ -288,7 +293,8 @@ void run(const Tiles& p) {
   }
 #pragma omp parallel num_threads(p.threads)
   {
-    static const TileConfig config;  // in memory: GCC's intrinsic says that it reads a pointer's worth of bytes
+    // in memory: GCC's intrinsic says that it reads a pointer's worth of bytes
+    static const TileConfig config;
     _tile_loadconfig(&config);
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     const int64_t held = straight ? std::max(d.more(), CHUNK) : CHUNK;

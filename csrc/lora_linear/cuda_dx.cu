@@ -1,6 +1,6 @@
-// dx = (dy ⊙ gain) W + drop(P A): a block makes a tile of 128 tokens and 128 inputs. dy ⊙ gain is rounded before its product
-// with W. The adapter's product is taken after the loop over the outputs, on the same float32 sums, or where there is dropout
-// on its own, which the mask takes.
+// dx = (dy ⊙ gain) W + drop(P A): a block makes a tile of 128 tokens and 128 inputs. dy ⊙ gain is
+// rounded before its product with W. The adapter's product is taken after the loop over the
+// outputs, on the same float32 sums, or where there is dropout on its own, which the mask takes.
 #include "../common/gemm.cuh"
 #include "../common/kernels.h"
 #include "../common/philox.cuh"
@@ -86,7 +86,8 @@ __device__ inline void adapter(const LoRALinearDx& p, B* memory, Sums& sums, int
   }
 }
 
-// sums += mask ⊙ term. Two lanes look at four neighbours of two rows: each draws for one row and passes on what is not its own.
+// sums += mask ⊙ term. Two lanes look at four neighbours of two rows: each draws for one row and
+// passes on what is not its own.
 __device__ inline void add_kept(const LoRALinearDx& p, Sums& sums, const Sums& term, int64_t row, int64_t column) {
   const uint64_t seed = uint64_t(p.dropout.at ? *p.dropout.at : p.dropout.seed);
   const uint32_t threshold = uint32_t(p.dropout.threshold);
@@ -110,7 +111,8 @@ __device__ inline void add_kept(const LoRALinearDx& p, Sums& sums, const Sums& t
 template <bool GAIN, bool DROPS>
 __device__ void input_gradient(const LoRALinearDx& p) {
   extern __shared__ uint4 shared[];
-  B* const memory = reinterpret_cast<B*>(shared);  // [STAGES], of dy [128][64] and of W twice [64][64]
+  // [STAGES], of dy [128][64] and of W twice [64][64]
+  B* const memory = reinterpret_cast<B*>(shared);
   constexpr int STAGE = TILE * COLUMNS + 2 * HALF;
   int64_t row, column;
   place(blockIdx.x, (p.m + TILE - 1) / TILE, (p.k + TILE - 1) / TILE, p.group, p.slab, row, column);

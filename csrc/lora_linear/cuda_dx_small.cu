@@ -1,10 +1,12 @@
-// dx = (dy ⊙ gain ⊙ w_scale) W + P A for at most 64 tokens and W of int8, which is read once: so dx is the gradient of the
-// numbers that forward multiplies with. Bound by the bytes of W, so tokens are the narrow side of each product.
+// dx = (dy ⊙ gain ⊙ w_scale) W + P A for at most 64 tokens and W of int8, which is read once: so dx
+// is the gradient of the numbers that forward multiplies with. Bound by the bytes of W, so tokens
+// are the narrow side of each product.
 //
-// A block makes 128 columns of dx over a part of the outputs; whoever comes last to a tile adds the parts up. dy with its
-// factors, and P, in float32, count as two of bfloat16, which has the exponents that float16 lacks; int8 is exact in it.
-// A lane of a transposed matrix of 16 bits gets two neighbours of int8: the first of them is a row of the product, the second
-// the row eight further down. The tile of A lies so, too.
+// A block makes 128 columns of dx over a part of the outputs; whoever comes last to a tile adds the
+// parts up. dy with its factors, and P, in float32, count as two of bfloat16, which has the
+// exponents that float16 lacks; int8 is exact in it. A lane of a transposed matrix of 16 bits gets
+// two neighbours of int8: the first of them is a row of the product, the second the row eight
+// further down. The tile of A lies so, too.
 #include "../common/kernels.h"
 #include "../common/parts.cuh"
 #include "../common/tiles.cuh"
@@ -70,7 +72,8 @@ __device__ inline void load_a(const LoRALinearDxSmall& p, B* tiles, int64_t rank
 template <int TOKENS>
 using Sums = float[2][TOKENS / 8][4];  // of a warp: 16 columns of dx, 8 tokens
 
-// sums += columns of W or A (16 times 16 each) · the tokens' numbers, 16 of them from `step` on, in two tiles
+// sums += columns of W or A (16 times 16 each) · the tokens' numbers, 16 of them from `step` on, in
+// two tiles
 template <int TOKENS>
 __device__ void multiply(Sums<TOKENS>& sums, const uint32_t (&f)[2][4], B* tile, B* rest, int step, int tokens) {
   const int lane = threadIdx.x % 32;
@@ -142,7 +145,8 @@ __device__ void store(const LoRALinearDxSmall& p, B* memory, const Sums<TOKENS>&
 template <int TOKENS, int STAGES>
 __device__ void input_gradient(const LoRALinearDxSmall& p) {
   constexpr int STAGE = (STEP + TOKENS) * WIDTH;
-  extern __shared__ uint4 shared[];  // [STAGES], of W [64][128] and of dy [TOKENS][64]; dy with its factors, twice
+  // [STAGES], of W [64][128] and of dy [TOKENS][64]; dy with its factors, twice
+  extern __shared__ uint4 shared[];
   char* const memory = reinterpret_cast<char*>(shared);
   B *const u_tile = reinterpret_cast<B*>(memory + STAGES * STAGE), *const u_rest = u_tile + TOKENS * STEP;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -170,7 +174,8 @@ __device__ void input_gradient(const LoRALinearDxSmall& p) {
     load(step + STAGES - 1);
     char* const stage = memory + step % STAGES * STAGE;
     scale_tile<TOKENS>(reinterpret_cast<B*>(stage + STEP * WIDTH), u_tile, u_rest, factors);
-    load_factors(p, factors, begin + int64_t(step + 1) * STEP, end);  // while the tiles are multiplied
+    // while the tiles are multiplied
+    load_factors(p, factors, begin + int64_t(step + 1) * STEP, end);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < STEP / 16; i++) {

@@ -1,7 +1,8 @@
-// What a GEMM of the library leaves to do: out = [out +] inverse · mask ⊙ (gain ⊙ (z + h bᵀ) - less · z) + bias and z + h bᵀ, with
-// h from cuda_thin.cu or cuda_sides.cu. z is read once, out written once. A block has 128 columns and walks down its rows 64 at
-// a time: h bᵀ is made on tensor cores, put into shared memory in float32, and taken from there eight neighbours at a time. h,
-// in float32, and b count as two of bfloat16 each.
+// What a GEMM of the library leaves to do: out = [out +] inverse · mask ⊙ (gain ⊙ (z + h bᵀ) - less
+// · z) + bias and z + h bᵀ, with h from cuda_thin.cu or cuda_sides.cu. z is read once, out written
+// once. A block has 128 columns and walks down its rows 64 at a time: h bᵀ is made on tensor cores,
+// put into shared memory in float32, and taken from there eight neighbours at a time. h, in
+// float32, and b count as two of bfloat16 each.
 #include "../common/kernels.h"
 #include "../common/philox.cuh"
 #include "../common/tiles.cuh"
@@ -21,10 +22,12 @@ struct LoRALinearExpand {
 };
 
 constexpr int ROWS = 64, COLUMNS = 128, THREADS = 256, RANKS = 32;
-constexpr int PITCH = COLUMNS + 8;  // so that the rows of a matrix instruction's sums lie in different banks
+// so that the rows of a matrix instruction's sums lie in different banks
+constexpr int PITCH = COLUMNS + 8;
 using B = __nv_bfloat16;
 
-// RANKS of b from `rank` on, of the block's columns: the numbers in a row's first four pieces, in the others what those leave
+// RANKS of b from `rank` on, of the block's columns: the numbers in a row's first four pieces, in
+// the others what those leave
 __device__ inline void load_b(const LoRALinearExpand& p, B* tile, int64_t column, int64_t rank) {
   for (int i = threadIdx.x; i < COLUMNS * RANKS / 8; i += THREADS) {
     const int n = i % COLUMNS, c = i / COLUMNS;
@@ -88,7 +91,8 @@ __device__ inline void multiply(float (&sums)[2][4][4], B* h_tile, B* b_tile, in
   }
 }
 
-// eight neighbours of a row from `at` on, of which `count` are there; `whole` where all are and they can be read together
+// eight neighbours of a row from `at` on, of which `count` are there; `whole` where all are and
+// they can be read together
 template <typename T>
 __device__ void take(float (&v)[8], const void* from, int64_t at, int count, bool whole) {
   load_eight(v, static_cast<const T*>(from) + at, count, whole);

@@ -1,13 +1,15 @@
-// part[z] = pᵀ drop(u), the sum over the rows of part z: dA of p = P and u = x, without dropout's factor. u is read once. A
-// block has 256 columns, a warp 64 of them; it walks down its rows 64 at a time. p, in float32, counts as two of bfloat16, and
-// so does u of float16, which has registers for 32 ranks.
+// part[z] = pᵀ drop(u), the sum over the rows of part z: dA of p = P and u = x, without dropout's
+// factor. u is read once. A block has 256 columns, a warp 64 of them; it walks down its rows 64 at
+// a time. p, in float32, counts as two of bfloat16, and so does u of float16, which has registers
+// for 32 ranks.
 #include "../common/kernels.h"
 #include "../common/philox.cuh"
 #include "../common/tiles.cuh"
 
 namespace lk {
 
-// n is a multiple of 8 and rows of u begin at multiples of 16 bytes, but that the kernels `any` take every u
+// n is a multiple of 8 and rows of u begin at multiples of 16 bytes, but that the kernels `any`
+// take every u
 struct LoRALinearOuter {
   const void* u;   // [m, n]
   const float* p;  // [parts, m, r], whose sum counts
@@ -61,8 +63,8 @@ __device__ void load_plain(uint32_t (&g)[4][2], T* tile, int step, int half) {
   }
 }
 
-// The same of drop(u): a lane takes four neighbours of a row, which one call of Philox is for, and they go to four tiles.
-// `row` and `column` are those of the tile in u.
+// The same of drop(u): a lane takes four neighbours of a row, which one call of Philox is for, and
+// they go to four tiles. `row` and `column` are those of the tile in u.
 template <typename T>
 __device__ void load_kept(uint32_t (&g)[4][2], T* tile, int step, int half, uint64_t seed, uint32_t threshold,
                           int64_t row, int64_t column) {

@@ -1,13 +1,16 @@
-// From one read of u, dy of a layer: p = scale · u (gain ⊙ v), in parts by blocks of columns (P, with v = B); part[z] = uᵀ h (dB
-// without gain) and the sums over rows of u and of u ⊙ times (of bias and gain), in parts by blocks of rows; and u ⊙ (gain - less).
-// What is null is left out. A block has 512 columns, or 256 with more ranks, and walks down its rows 64 at a time; u comes in
-// tiles of 64 by 64 by cp.async. v with its gain, and h, in float32, count as two of bfloat16, and so does u of float16.
+// From one read of u, dy of a layer: p = scale · u (gain ⊙ v), in parts by blocks of columns (P,
+// with v = B); part[z] = uᵀ h (dB without gain) and the sums over rows of u and of u ⊙ times (of
+// bias and gain), in parts by blocks of rows; and u ⊙ (gain - less). What is null is left out. A
+// block has 512 columns, or 256 with more ranks, and walks down its rows 64 at a time; u comes in
+// tiles of 64 by 64 by cp.async. v with its gain, and h, in float32, count as two of bfloat16, and
+// so does u of float16.
 #include "../common/kernels.h"
 #include "../common/tiles.cuh"
 
 namespace lk {
 
-// n is a multiple of 8 and rows of u and times begin at multiples of 16 bytes, but that the kernels `any` take every u and times
+// n is a multiple of 8 and rows of u and times begin at multiples of 16 bytes, but that the kernels
+// `any` take every u and times
 struct LoRALinearSides {
   const void *u, *times;           // [m, n] twice
   const float* h;                  // [m, r]
@@ -15,7 +18,8 @@ struct LoRALinearSides {
   void* scaled;                    // [m, n], zeros beyond it
   Matrix v;                        // [n, r]
   Vector gain;                     // [n]
-  int64_t m, n, r, u_row, u_column, times_row, times_column, scaled_row, rows;  // rows of a part, a multiple of 64
+  // rows of a part, a multiple of 64
+  int64_t m, n, r, u_row, u_column, times_row, times_column, scaled_row, rows;
   float scale, less;
 };
 
@@ -47,14 +51,16 @@ __device__ float2 both(uint32_t pair) {
   return make_float2(wide(two[0]), wide(two[1]));
 }
 
-// what a block sums while it walks down its rows, of each of its chunks of columns: a lane's part of it
+// what a block sums while it walks down its rows, of each of its chunks of columns: a lane's part
+// of it
 template <int RANK, int CHUNKS>
 struct Sums {
   float part[CHUNKS][RANK / 8][4] = {};
   float of_u[CHUNKS][2] = {}, of_uv[CHUNKS][2] = {};
 };
 
-// the warp's 16 rows of a tile of u times a chunk of v, and with `split` what bfloat16 leaves of that
+// the warp's 16 rows of a tile of u times a chunk of v, and with `split` what bfloat16 leaves of
+// that
 template <int RANK, typename T>
 __device__ void multiply_v(float (&sums)[RANK / 8][4], T* tile, B* v_tile, B* v_rest, bool splits) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;

@@ -1,10 +1,12 @@
-// y = gain ⊙ z + bias with z = w_scale ⊙ (x Wᵀ) + h Bᵀ and h = scale · x Aᵀ, for at most 64 tokens, in one launch that
-// reads W, A and B once. Bound by the bytes of W, so tokens are the narrow side of each product.
+// y = gain ⊙ z + bias with z = w_scale ⊙ (x Wᵀ) + h Bᵀ and h = scale · x Aᵀ, for at most 64 tokens,
+// in one launch that reads W, A and B once. Bound by the bytes of W, so tokens are the narrow side
+// of each product.
 //
-// A and W are one matrix to the grid: tiles of 64 rows, each shared by blocks that take a part of its depth. Nobody waits
-// for another block. Whoever comes last to a tile ends it: of a tile of A, that is h; of a tile of W, y, for which the last
-// block of A's comes, too. So it does not matter in which order blocks run, or how many of them do at once; and sums are
-// added in the order of the parts, whoever does it.
+// A and W are one matrix to the grid: tiles of 64 rows, each shared by blocks that take a part of
+// its depth. Nobody waits for another block. Whoever comes last to a tile ends it: of a tile of A,
+// that is h; of a tile of W, y, for which the last block of A's comes, too. So it does not matter
+// in which order blocks run, or how many of them do at once; and sums are added in the order of the
+// parts, whoever does it.
 #include "../common/kernels.h"
 #include "../common/parts.cuh"
 #include "../common/tokens.cuh"
@@ -46,8 +48,8 @@ __device__ void copy_tokens(T* tile, const T* x, int64_t stride, int64_t tokens,
   }
 }
 
-// sums [16 rows of a tile][tokens] += tile · tokensᵀ over 32 columns of int8. A column of the product is any number of W's row and the same of x's: a lane takes four
-// that are neighbours
+// sums [16 rows of a tile][tokens] += tile · tokensᵀ over 32 columns of int8. A column of the
+// product is any number of W's row and the same of x's: a lane takes four that are neighbours
 template <typename T, int TOKENS>
 __device__ void multiply_int8(float (&sums)[TOKENS / 8][4], int8_t* w_tile, T* x_tile, int step, int tokens) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
@@ -211,7 +213,8 @@ __device__ void lora_linear_small(const LoRALinearSmall& p) {
     stream<W, T, TOKENS, STAGES>(sums, memory, static_cast<const W*>(p.w), p.w_row, row, p.n, p, begin, end);
   }
   keep<THREADS>(sums, p.scratch, blockIdx.x);
-  // which tiles of W this block ends: its own, or once h is complete those that wait for nothing else
+  // which tiles of W this block ends: its own, or once h is complete those that wait for nothing
+  // else
   int from = tile, until = tile + 1;
   if (is_a) {
     if (!last(p.tickets + tile, a_parts)) return;

@@ -1,7 +1,9 @@
-// y = gain ⊙ z + bias with z = x Wᵀ + h Bᵀ, and dx = dy W + drop(P A), by warp groups of sm_90a with tasks of their own. One
-// thread copies tiles into a ring of stages, two warp groups multiply 64 rows each; a block takes tile after tile, so that the
-// next one's copies run while the sums of one are written. The adapter is some more steps of the same ring before those of
-// the base: 32 ranks of h and of what bfloat16 leaves of it side by side, and of B likewise where it is not bfloat16.
+// y = gain ⊙ z + bias with z = x Wᵀ + h Bᵀ, and dx = dy W + drop(P A), by warp groups of sm_90a
+// with tasks of their own. One thread copies tiles into a ring of stages, two warp groups multiply
+// 64 rows each; a block takes tile after tile, so that the next one's copies run while the sums of
+// one are written. The adapter is some more steps of the same ring before those of the base: 32
+// ranks of h and of what bfloat16 leaves of it side by side, and of B likewise where it is not
+// bfloat16.
 #include "../common/gemm.cuh"
 #include "../common/hopper.cuh"
 #include "../common/kernels.h"
@@ -9,12 +11,14 @@
 
 namespace lk {
 
-constexpr int ROWS = 128, ACROSS = 256, DEPTH = 64, CHUNK = 32, RING = 4;  // of a tile and of a step; ranks of a step
+// of a tile and of a step; ranks of a step
+constexpr int ROWS = 128, ACROSS = 256, DEPTH = 64, CHUNK = 32, RING = 4;
 constexpr int A_BYTES = ROWS * WIDTH, B_BYTES = ACROSS * WIDTH, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int BOX = 64, BOX_BYTES = BOX * WIDTH;  // rows and columns of what is stored at a time
 constexpr int GROUP = 128, SPECIALISED_THREADS = 3 * GROUP;
 
-// x [m, depth], w [n, depth] or for dx [depth, n], h [m, 64 chunks], b as w with the ranks for depth, y and z [m, n]
+// x [m, depth], w [n, depth] or for dx [depth, n], h [m, 64 chunks], b as w with the ranks for
+// depth, y and z [m, n]
 struct LoRALinearSpecialised {
   TensorMap x, w, h, b, y, z;
   Vector bias, gain;  // [n]
@@ -52,7 +56,8 @@ __device__ void each_tile(const LoRALinearSpecialised& p, F&& f) {
   }
 }
 
-// the thread that copies. DX: boxes of W are 64 columns wide, and four of them lie behind one another
+// the thread that copies. DX: boxes of W are 64 columns wide, and four of them lie behind one
+// another
 template <bool DX>
 __device__ void produce(const LoRALinearSpecialised& p, Shared& shared) {
   const int chunks = int((p.r + CHUNK - 1) / CHUNK), steps = int((p.depth + DEPTH - 1) / DEPTH);
@@ -78,7 +83,8 @@ __device__ void produce(const LoRALinearSpecialised& p, Shared& shared) {
   });
 }
 
-// d = mask ⊙ inverse d. Two lanes look at four neighbours of two rows: each draws for one row and passes on what is not its own.
+// d = mask ⊙ inverse d. Two lanes look at four neighbours of two rows: each draws for one row and
+// passes on what is not its own.
 __device__ inline void drop(const LoRALinearSpecialised& p, WgmmaSums& d, int64_t row, int64_t column) {
   const uint64_t seed = uint64_t(p.dropout.at ? *p.dropout.at : p.dropout.seed);
   const uint32_t threshold = uint32_t(p.dropout.threshold);
@@ -158,14 +164,16 @@ __device__ void write(const TensorMap& map, Shared& shared, const WgmmaSums& d, 
 template <typename T, bool DX, bool DROPS>
 __device__ void consume(const LoRALinearSpecialised& p, Shared& shared) {
   const int chunks = int((p.r + CHUNK - 1) / CHUNK), steps = int((p.depth + DEPTH - 1) / DEPTH);
-  const int half = (__shfl_sync(~0u, threadIdx.x / GROUP, 0) - 1) * BOX;  // known to be the same in a warp
+  // known to be the same in a warp
+  const int half = (__shfl_sync(~0u, threadIdx.x / GROUP, 0) - 1) * BOX;
   constexpr uint64_t NEXT_A = WGMMA_STEP<false>, NEXT_B = WGMMA_STEP<DX>;
   Turn turn;
   each_tile(p, [&](int row, int column) {
     WgmmaSums d;
     bool added = false;
     int last = -1;  // the stage that is being read
-    // issue(a, b) of one stage; all but its last group are waited for, so that the stage before it is free
+    // issue(a, b) of one stage; all but its last group are waited for, so that the stage before it
+    // is free
     const auto step = [&](auto&& issue) {
       const unsigned char* const a = shared.stages[turn.stage];
       mbarrier_wait(&shared.full[turn.stage], turn.parity);
@@ -237,7 +245,8 @@ __device__ void specialised(const LoRALinearSpecialised& p) {
   }
 }
 
-// Numbers of a thin matrix as two of bfloat16, 32 ranks and then what those leave; its parts are added up
+// Numbers of a thin matrix as two of bfloat16, 32 ranks and then what those leave; its parts are
+// added up
 struct LoRALinearPairs {
   Matrix from;          // [rows, ranks], the first part
   int64_t parts, part;  // how many, and numbers between them

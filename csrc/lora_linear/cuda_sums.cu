@@ -1,10 +1,12 @@
-// What is left of a backward when the big reads are done: sums of parts, in their order; and the gradients of gains of zero.
+// What is left of a backward when the big reads are done: sums of parts, in their order; and the
+// gradients of gains of zero.
 #include "../common/kernels.h"
 #include "../common/tiles.cuh"
 
 namespace lk {
 
-// out [n, r] = factor · gain ⊙ (Σ part [parts, n, r]) / divisor, left alone where the divisor is zero
+// out [n, r] = factor · gain ⊙ (Σ part [parts, n, r]) / divisor, left alone where the divisor is
+// zero
 struct Job {
   const float* part;
   void* out;
@@ -26,7 +28,8 @@ __device__ inline void put(void* out, int64_t kind, int64_t at, float v) {
   if (kind == 2) static_cast<__half*>(out)[at] = __float2half_rn(v);
 }
 
-// dgain[n] = Σ over tokens of dy[n] · z[n] where gain[n] is zero, which y does not tell. A block looks at one n.
+// dgain[n] = Σ over tokens of dy[n] · z[n] where gain[n] is zero, which y does not tell. A block
+// looks at one n.
 struct LoRALinearZeroGain {
   Matrix dy, x, w, b;    // [m, n] [m, k] [n, k] [n, r]; where it has a scale for each row w is int8
   const float* h;        // [m, r]

@@ -1,6 +1,7 @@
-// h = scale · drop(x) Aᵀ for any number of tokens, in parts: each is the sum over a part of the columns, which whoever reads
-// them adds up in their order. A block has 64 tokens, a warp 16 of them; tiles of 64 columns of x and A come by cp.async, and
-// the mask of dropout is made in registers, from where drop(x) without its factor can be written, too. A in float32 is packed
+// h = scale · drop(x) Aᵀ for any number of tokens, in parts: each is the sum over a part of the
+// columns, which whoever reads them adds up in their order. A block has 64 tokens, a warp 16 of
+// them; tiles of 64 columns of x and A come by cp.async, and the mask of dropout is made in
+// registers, from where drop(x) without its factor can be written, too. A in float32 is packed
 // before: its numbers as bfloat16, and what those leave of them.
 #include "../common/kernels.h"
 #include "../common/philox.cuh"
@@ -10,7 +11,8 @@ namespace lk {
 
 using B = __nv_bfloat16;
 
-// Rows of x and a begin at multiples of 16 bytes and k is a multiple of 8, but that the kernels `any` take every x.
+// Rows of x and a begin at multiples of 16 bytes and k is a multiple of 8, but that the kernels
+// `any` take every x.
 struct LoRALinearShrink {
   const void *x, *a;  // [m, k] [r, k], the latter packed where it was float32 and for `any`
   float* h;           // [parts, m, r]
@@ -58,7 +60,8 @@ __device__ void multiply(float (&sums)[RANK / 8][4], T* x_tile, Factor<T, SPLIT>
   }
 }
 
-// four neighbours of a row; the two of them that a matrix instruction counts far apart are the same on both sides
+// four neighbours of a row; the two of them that a matrix instruction counts far apart are the same
+// on both sides
 template <typename T>
 __device__ uint2 four_of(T* tile, int row, int step) {
   const int at = threadIdx.x % 4;
@@ -107,7 +110,8 @@ __device__ void shrink(const LoRALinearShrink& p) {
   constexpr int STAGES = SPLIT == 2 ? 3 : 4, STAGE = (TOKENS + SPLIT * RANK) * COLUMNS;
   using A = Factor<T, SPLIT>;
   extern __shared__ uint4 shared[];
-  T* const memory = reinterpret_cast<T*>(shared);  // [STAGES], of x [TOKENS][COLUMNS] and of A SPLIT [RANK][COLUMNS]
+  // [STAGES], of x [TOKENS][COLUMNS] and of A SPLIT [RANK][COLUMNS]
+  T* const memory = reinterpret_cast<T*>(shared);
   const int64_t token = int64_t(blockIdx.x) * TOKENS, rank = int64_t(blockIdx.y) * RANK;
   const int64_t begin = int64_t(blockIdx.z) * p.part, end = min(p.k, begin + p.part);
   const int steps = int((end - begin + COLUMNS - 1) / COLUMNS);

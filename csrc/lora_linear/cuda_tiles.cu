@@ -1,6 +1,7 @@
-// y = gain ⊙ z + bias with z = x Wᵀ + h Bᵀ, h from cuda_thin.cu. A block makes a tile of 128 tokens and 128 outputs, a warp 64
-// by 32 of it; tiles of 64 columns of x and W come by cp.async. The adapter's product is taken after the loop over the
-// columns, on the same float32 sums, so y is rounded once.
+// y = gain ⊙ z + bias with z = x Wᵀ + h Bᵀ, h from cuda_thin.cu. A block makes a tile of 128 tokens
+// and 128 outputs, a warp 64 by 32 of it; tiles of 64 columns of x and W come by cp.async. The
+// adapter's product is taken after the loop over the columns, on the same float32 sums, so y is
+// rounded once.
 #include "../common/gemm.cuh"
 #include "../common/kernels.h"
 

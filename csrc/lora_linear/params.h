@@ -1,4 +1,5 @@
-// The questions that lora_linear's CPU kernels answer. Shapes in brackets; every View may have any row stride.
+// The questions that lora_linear's CPU kernels answer. Shapes in brackets; every View may have any
+// row stride.
 #pragma once
 #include "../common/types.h"
 
@@ -8,7 +9,9 @@ namespace lk {
 // For few tokens: bound by the bytes of W.
 struct ForwardSmall {
   View x, w, a, b,
-      y;            // [tokens, in] [out, in] [rank, in] [out, rank] [tokens, out]; y has the type of w, or is float32
+      // [tokens, in] [out, in] [rank, in] [out, rank] [tokens, out]; y has the type of w, or is
+      // float32
+      y;
   View z;           // as y, or no data
   View bias, gain;  // [out], or no data
   float* h;         // [tokens, rank], or null
@@ -18,7 +21,8 @@ struct ForwardSmall {
   int threads;
 };
 
-// y = x Wᵀ, by rows all, y in float32. For some dozens of tokens, which a vendor's GEMM takes longer for.
+// y = x Wᵀ, by rows all, y in float32. For some dozens of tokens, which a vendor's GEMM takes
+// longer for.
 struct BaseProduct {
   View x, w, y;  // [tokens, in] [out, in] [tokens, out]
   int64_t tokens, n_in, n_out;
@@ -37,9 +41,10 @@ struct Shrink {
 
 // to = gain ⊙ (from + mask ⊙ (h b)) + bias, or with mask_from gain ⊙ mask ⊙ (from + h b) + bias
 struct Expand {
-  View from, to, b, gain, bias;  // [tokens, out] twice (may be one; from is float32) [rank, out] (any
-                                 // strides) [out] or no data
-  const float* h;                // [tokens, rank]
+  // [tokens, out] twice (may be one; from is float32) [rank, out] (any
+  View from, to, b, gain, bias;
+  // strides) [out] or no data
+  const float* h;  // [tokens, rank]
   Dropout dropout;
   bool mask_from;
   int64_t tokens, n_out, rank;
@@ -55,7 +60,8 @@ struct Outer {
   int threads;
 };
 
-// sums[n] = Σ over tokens of u[t, n] · v[t, n], or of u[t, n] where v has no data; v has the type of u
+// sums[n] = Σ over tokens of u[t, n] · v[t, n], or of u[t, n] where v has no data; v has the type
+// of u
 struct ColumnSums {
   View u, v;
   float* sums;
@@ -63,11 +69,12 @@ struct ColumnSums {
   int threads;
 };
 
-// y = gain ⊙ z + bias with z = x Wᵀ + h Bᵀ; or back, y = (x ⊙ gain) W + mask ⊙ (h Bᵀ).
-// W is bf16, by rows; x is too, or float32 with any strides; y and z are bf16 or float32, both alike.
-// With a, h = scale · x Aᵀ is computed first, back scale · (x ⊙ gain) Aᵀ; else it is read.
+// y = gain ⊙ z + bias with z = x Wᵀ + h Bᵀ; or back, y = (x ⊙ gain) W + mask ⊙ (h Bᵀ). W is bf16,
+// by rows; x is too, or float32 with any strides; y and z are bf16 or float32, both alike. With a,
+// h = scale · x Aᵀ is computed first, back scale · (x ⊙ gain) Aᵀ; else it is read.
 struct Tiles {
-  View x, w, a, b;  // [tokens, in] [out, in], back [in, out]; [rank, in] or no data [out, rank] (any strides)
+  // [tokens, in] [out, in], back [in, out]; [rank, in] or no data [out, rank] (any strides)
+  View x, w, a, b;
   View y, z;        // [tokens, out] twice; z may have no data
   View bias, gain;  // [out], back [in]; or no data
   float* h;         // [tokens, rank]

@@ -9,8 +9,9 @@ namespace lk::LK_LEVEL {
 
 // Steps of depth, a tile each: first of the rank, then of the features.
 struct Depth {
-  int64_t features, ranks;            // steps
-  int64_t x_parts, a_parts, h_parts;  // bf16 numbers for an element of x and of A, pairs of them for h and B
+  int64_t features, ranks;  // steps
+  // bf16 numbers for an element of x and of A, pairs of them for h and B
+  int64_t x_parts, a_parts, h_parts;
   int64_t more() const { return h_parts * ranks; }
   int64_t all() const { return more() + features; }
   int64_t column() const { return (more() + features * x_parts) * TILE; }  // of packed x: 16 tokens

@@ -1,6 +1,7 @@
-// out[n] = gain[n] (W[n] + scale · B[n] A) for 16-bit W, A, B: W is read once, B A is made on tensor cores a tile at a time,
-// and the result is rounded once. A block has 64 rows, a warp 16 of them, and a part of the columns; tiles of 64 columns come
-// by cp.async, and the result takes their place on its way out. Nobody else reads what a block writes: out may be W.
+// out[n] = gain[n] (W[n] + scale · B[n] A) for 16-bit W, A, B: W is read once, B A is made on
+// tensor cores a tile at a time, and the result is rounded once. A block has 64 rows, a warp 16 of
+// them, and a part of the columns; tiles of 64 columns come by cp.async, and the result takes their
+// place on its way out. Nobody else reads what a block writes: out may be W.
 #include "../common/kernels.h"
 #include "../common/update.cuh"
 

@@ -1,5 +1,5 @@
-// out[n] = gain[n] (W[n] + scale · B[n] A) for 16-bit W, and A and B of any rank, type and layout. Whoever reads a number of W
-// writes that of out: out may be W.
+// out[n] = gain[n] (W[n] + scale · B[n] A) for 16-bit W, and A and B of any rank, type and layout.
+// Whoever reads a number of W writes that of out: out may be W.
 #include "../common/kernels.h"
 #include "../common/update_any.cuh"
 

@@ -1,6 +1,7 @@
-// Many adapters over one base. One parallel region: h = s v · x Aᵀ for the tokens of each adapter, every row of A read once; a
-// barrier; then each thread takes a part of the columns and adds h B for one adapter after the other, every row of B read once.
-// Work and bytes follow the sum of the ranks. What a token gets does not depend on the others.
+// Many adapters over one base. One parallel region: h = s v · x Aᵀ for the tokens of each adapter,
+// every row of A read once; a barrier; then each thread takes a part of the columns and adds h B
+// for one adapter after the other, every row of B read once. Work and bytes follow the sum of the
+// ranks. What a token gets does not depend on the others.
 #include <omp.h>
 
 #include <algorithm>
@@ -102,7 +103,8 @@ void shrink_page(const MultiLora& p, const Segment& s, int64_t token, int64_t pa
       to = !last ? value : factor[t] == 0.f ? 0.f : factor[t] * value;
     };
     const auto x_of = [&](int64_t t) { return x + p.order[s.first + token + t] / p.k * x_row; };
-    if (tokens == 1 && ranks == PAGE) {  // bound by how many lines are on their way: eight rows at once
+    // bound by how many lines are on their way: eight rows at once
+    if (tokens == 1 && ranks == PAGE) {
       const A* rows[PAGE];
       for (int j = 0; j < PAGE; j++) rows[j] = first + j * p.a.row;
       const float* xs[1] = {x_of(0)};
@@ -135,7 +137,8 @@ void shrink_page(const MultiLora& p, const Segment& s, int64_t token, int64_t pa
   }
 }
 
-// VL numbers of a row, of which `left` are there; a branch for the type costs less than a kernel for each
+// VL numbers of a row, of which `left` are there; a branch for the type costs less than a kernel
+// for each
 LK_INLINE vec read(const View& m, int64_t row, int64_t n, int64_t left) {
   vec v = {};
   with_type(m, [&](auto* q) {
@@ -153,12 +156,14 @@ LK_INLINE void write(const View& m, int64_t row, int64_t n, int64_t left, vec v)
 
 // where a token's result goes
 struct Ends {
-  View to;                          // `to` of the question, or what several adapters of a token add, [tokens, out]
+  // `to` of the question, or what several adapters of a token add, [tokens, out]
+  View to;
   const float *gain, *more, *bias;  // [out] each, or null
   bool adds;                        // several adapters: `to` gets what this one adds
 };
 
-// what becomes of the products of a token in columns n to last; not a part of each kernel, which would be 40 of it
+// what becomes of the products of a token in columns n to last; not a part of each kernel, which
+// would be 40 of it
 __attribute__((noinline)) void finish(const MultiLora& p, const Ends& e, int64_t token, float v, const vec* products,
                                       int64_t n, int64_t last) {
   for (; n < last; n += VL, products++) {
@@ -185,9 +190,12 @@ __attribute__((noinline)) void finish(const MultiLora& p, const Ends& e, int64_t
   }
 }
 
-constexpr int CR = LK_VL == 16 ? 6 : 4, CV = LK_VL == 16 ? 4 : 2;  // tokens, vectors of columns in a register tile
-constexpr int ALONE = 8;                                           // vectors of columns for one token
-constexpr int64_t WIDE = ALONE * VL * 4;                           // columns that all tokens of an adapter pass over
+// tokens, vectors of columns in a register tile
+constexpr int CR = LK_VL == 16 ? 6 : 4, CV = LK_VL == 16 ? 4 : 2;
+// vectors of columns for one token
+constexpr int ALONE = 8;
+// columns that all tokens of an adapter pass over
+constexpr int64_t WIDE = ALONE * VL * 4;
 
 // ROWS tokens from `t` on and C vectors of columns: the product h B, then each token's result
 template <int ROWS, int C, typename B>
@@ -216,8 +224,8 @@ LK_INLINE void expand_tile(const MultiLora& p, const Segment& s, const B* b, con
   for (int m = 0; m < ROWS; m++) finish(p, e, p.order[s.first + t + m] / p.k, v[m], products[m], n, n + columns);
 }
 
-// The same for a token that has its adapter for itself: a page of B at a time along all of the columns, whose rows are read in
-// long runs; the sums, [columns], stay in the first cache.
+// The same for a token that has its adapter for itself: a page of B at a time along all of the
+// columns, whose rows are read in long runs; the sums, [columns], stay in the first cache.
 template <typename B>
 void expand_alone(const MultiLora& p, const Segment& s, const B* b, const float* h, const Ends& e, float* sums,
                   Range columns) {
@@ -273,7 +281,8 @@ void multi_lora(const MultiLora& p) {
   const bool wide = p.x.type == DType::f32;
   const int64_t x_row = wide ? p.x.row : lines(p.n_in);
   const Buffer scratch((wide ? 0 : p.tokens * x_row) + work.h + lines(p.n_out));
-  // for several adapters a token: what they add, since they come one after the other and y is rounded once
+  // for several adapters a token: what they add, since they come one after the other and y is
+  // rounded once
   const Buffer more(p.k > 1 ? p.tokens * p.n_out : 0);
   float *x = wide ? static_cast<float*>(p.x.data) : scratch.get(), *h = scratch.get() + (wide ? 0 : p.tokens * x_row);
   float* const bias = p.bias.data ? h + work.h : nullptr;

@@ -1,11 +1,13 @@
-// y[t] = g ⊙ (W x[t] + s B A x[t]) + c + bias with A, B, s, g and c of the adapter of token t, or none, for at most 64 tokens, in
-// one launch that reads W and the factors of each adapter once. Ranks are ragged; work and bytes follow their sum.
+// y[t] = g ⊙ (W x[t] + s B A x[t]) + c + bias with A, B, s, g and c of the adapter of token t, or
+// none, for at most 64 tokens, in one launch that reads W and the factors of each adapter once.
+// Ranks are ragged; work and bytes follow their sum.
 //
-// Tokens come in the order of the plan: those of an adapter are neighbours. They are the narrow side of each product. Blocks
-// take parts of A's tiles, 64 rank rows of one adapter, and of W's, 64 rows of a slice; nobody waits for another block. The sums of
-// A's parts are written as they are. Whoever comes last to a tile of W ends it, once h of its slice is complete, too: the last
-// block of A's counts as one that comes to every tile. So it does not matter in which order blocks run, or how many of them do at
-// once; and sums are added in the order of the parts, whoever does it.
+// Tokens come in the order of the plan: those of an adapter are neighbours. They are the narrow
+// side of each product. Blocks take parts of A's tiles, 64 rank rows of one adapter, and of W's, 64
+// rows of a slice; nobody waits for another block. The sums of A's parts are written as they are.
+// Whoever comes last to a tile of W ends it, once h of its slice is complete, too: the last block
+// of A's counts as one that comes to every tile. So it does not matter in which order blocks run,
+// or how many of them do at once; and sums are added in the order of the parts, whoever does it.
 #include "../common/kernels.h"
 #include "../common/parts.cuh"
 #include "../common/tokens.cuh"
@@ -35,7 +37,7 @@ struct MultiLoRASmall {
   MultiLoRASlice slice[3];
 };
 
-constexpr int RANKS = 64, PAGE = 8, MOST = 64, SLICES = 3;  // ranks of a step of the product with B; tokens
+constexpr int RANKS = 64, PAGE = 8, MOST = 64, SLICES = 3;  // of a step of B; tokens
 
 __device__ inline MultiLoRASlice slice_of(const MultiLoRASmall& p, int g) {
   return g == 0 ? p.slice[0] : g == 1 ? p.slice[1] : p.slice[2];
@@ -92,7 +94,8 @@ __device__ int read_slots(Batch& batch, const MultiLoRASmall& p, const MultiLoRA
   return batch.tiles[MOST - 1];
 }
 
-// What a thread copies of a tile of COUNT rows of 128 bytes: the same piece of every 16th row, from rows where `row_of` says.
+// A thread's copies of a tile of COUNT rows of 128 bytes: the same piece of every 16th row, from
+// where `row_of` says.
 template <typename T, int COUNT>
 struct Copies {
   static constexpr int MINE = COUNT * 8 / THREADS;
@@ -176,7 +179,7 @@ __device__ void part_of_a(char* memory, const Batch& batch, const MultiLoRASmall
   });
 }
 
-// h of all tokens that have ranks from `first` on, as two tiles of bfloat16: the numbers, and what those leave
+// h of all tokens with ranks from `first` on, as two tiles of bfloat16: the numbers and their rest
 template <int TOKENS>
 __device__ void load_h(__nv_bfloat16* tile, __nv_bfloat16* rest, const Batch& batch, const MultiLoRASmall& p, int g,
                        int first, int parts) {
@@ -281,7 +284,7 @@ __device__ void end_of_w(char* memory, const Batch& batch, const MultiLoRASmall&
     load_h<TOKENS>(h_tile, h_rest, batch, p, g, first, a_parts);
     for (int step = 0; step < steps; step++) {
       cp_async_wait<STAGES - 2>();
-      __syncthreads();  // all copies of this stage, and h, are there, and the stage before it has been read
+      __syncthreads();  // this stage and h are there, and the stage before has been read
       load(step + STAGES - 1);
       const int head = heads[step], sixteens = (min(batch.rank[head] - first, RANKS) + 15) / 16;
 #pragma unroll 1
@@ -326,7 +329,7 @@ __device__ void multi_lora_small(const MultiLoRASmall& p) {
   const int of_a = int(p.slices * p.a_blocks), a_parts = int((p.k + p.a_part - 1) / p.a_part),
             w_parts = int((p.k + p.w_part - 1) / p.w_part);
   const bool is_a = int(blockIdx.x) < of_a;
-  const int first = tiles_of(p.slice[0]), second = first + tiles_of(p.slice[1]);  // tiles of W before a slice's
+  const int first = tiles_of(p.slice[0]), second = first + tiles_of(p.slice[1]);  // before a slice's
   int g, block = blockIdx.x;
   if (is_a) {
     g = block / int(p.a_blocks), block %= int(p.a_blocks);
@@ -360,7 +363,7 @@ __device__ void multi_lora_small(const MultiLoRASmall& p) {
     a_tiles = read_slots(batch, p, s);
     if (!last(of_tiles + tile, w_parts + (a_tiles > 0))) return;
   }
-  // which tiles of W this block ends: its own, or once h is complete those that wait for nothing else
+  // the tiles of W that this block ends: its own, or once h is complete all that wait for it alone
   __shared__ int ends[THREADS];
   const int until = is_a ? tiles_of(s) : tile + 1;
   for (int from = is_a ? 0 : tile; from < until; from += THREADS) {
@@ -383,7 +386,7 @@ __device__ void multi_lora_small(const MultiLoRASmall& p) {
 
 }  // namespace lk
 
-// what a stage holds is 8 KiB of W or A and the same columns of x; of B 8 KiB, beside two tiles of h
+// a stage holds 8 KiB of W or A and the same columns of x; or 8 KiB of B beside two tiles of h
 #define LK_SMALL(name, T, TOKENS, STAGES, B_STAGES)                                                                 \
   extern "C" __global__ void __launch_bounds__(lk::THREADS, 2) name(const __grid_constant__ lk::MultiLoRASmall p) { \
     lk::multi_lora_small<T, TOKENS, STAGES, B_STAGES>(p);                                                           \

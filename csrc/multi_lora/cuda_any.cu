@@ -1,5 +1,6 @@
-// Any number of tokens, adapters of a token, and ranks, in any layout, for one slice of W: h of every entry of the plan, then in
-// place y += Σ v ((g - 1) ⊙ z + g ⊙ h Bᵀ + c) + bias, z what stands in y, or that without its bias. Work and bytes follow the
+// Any number of tokens, adapters of a token, and ranks, in any layout, for one slice of W: h of
+// every entry of the plan, then in place y += Σ v ((g - 1) ⊙ z + g ⊙ h Bᵀ + c) + bias, z what
+// stands in y, or that without its bias. Work and bytes follow the
 // ranks: pages are read as far as an adapter has some, once for each block of its tokens.
 #include "../common/kernels.h"
 #include "../common/tiles.cuh"
@@ -14,7 +15,8 @@ struct MultiLoRAShrink {
   const float* scale;                   // [count]
   const int64_t *ids, *order, *starts;  // [entries] [entries] [count + 1]
   float* h;
-  int64_t entries, each, k, count, pages, ranks, x_row, x_column, part;  // columns of a part, a multiple of 64
+  // columns of a part, a multiple of 64
+  int64_t entries, each, k, count, pages, ranks, x_row, x_column, part;
 };
 
 struct MultiLoRAExpand {
@@ -22,11 +24,12 @@ struct MultiLoRAExpand {
   void* y;                                       // [m, n]
   Matrix b;                                      // [rows, n], rank rows in pages of 8
   const int *table, *rank, *flags, *generation;  // [count, pages] [count] three times
-  const float *gain, *more;                      // [rows, n] twice, in row flags >> 2; there if flags have bit 0, bit 1
-  const int64_t *ids, *order;                    // [m, each] [m], or null: as they come
-  const float* weights;                          // [m, each], or null
-  int* error;                                    // [1]
-  Vector bias;                                   // [n]
+  // [rows, n] twice, in row flags >> 2; there if flags have bit 0, bit 1
+  const float *gain, *more;
+  const int64_t *ids, *order;  // [m, each] [m], or null: as they come
+  const float* weights;        // [m, each], or null
+  int* error;                  // [1]
+  Vector bias;                 // [n]
   int64_t m, n, each, count, pages, ranks, parts, y_row, y_column;
   int64_t holds;  // whether y has the bias in it
 };
@@ -41,7 +44,8 @@ __device__ void multi_shrink(const MultiLoRAShrink& p) {
   __shared__ uint4 memory[(ENTRIES + 2 * RANK) * WIDTH / PIECE];
   __shared__ int64_t entry[ENTRIES];
   const int64_t first = blockIdx.x, id = p.ids[p.order[first]], slot = id & 0xffffffff;
-  if (id < 0 || slot >= p.count || (first - p.starts[slot]) % ENTRIES != 0) return;  // another block has it
+  // another block has it
+  if (id < 0 || slot >= p.count || (first - p.starts[slot]) % ENTRIES != 0) return;
   const int count = int(min(p.starts[slot + 1] - first, int64_t(ENTRIES)));
   if (threadIdx.x < count) entry[threadIdx.x] = p.order[first + threadIdx.x];
   __syncthreads();
@@ -123,7 +127,8 @@ __device__ inline void read_slots(Wanted& wanted, const MultiLoRAExpand& p, int6
   wanted.weight[threadIdx.x] = known && p.weights ? p.weights[token * p.each + i] : 1.f;
 }
 
-// delta = h Bᵀ of four tokens and eight columns of a thread, of the tokens that have the adapter in `slot`
+// delta = h Bᵀ of four tokens and eight columns of a thread, of the tokens that have the adapter in
+// `slot`
 __device__ inline void multiply(float (&delta)[MINE][8], float (&hs)[RANK][TOKENS], float (&bs)[RANK][COLUMNS],
                                 const Wanted& wanted, const MultiLoRAExpand& p, int slot, int64_t i, int64_t column) {
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16, rank = p.rank[slot];

@@ -141,7 +141,8 @@ void store(Warp& w, const Instruction& in, Mask mask) {
   const Access access = f.order & (RELAXED | RELEASE) ? Access::atomic : Access::store;
   for (int i = 0; i < LANES; i++) {
     if (!(mask >> i & 1)) continue;
-    if (access == Access::store && f.space <= GLOBAL) w.block->fenced = false;  // an earlier fence does not cover it
+    // an earlier fence does not cover it
+    if (access == Access::store && f.space <= GLOBAL) w.block->fenced = false;
     uint8_t value[64];
     for (int64_t k = 0; k < f.count; k++) {
       std::memcpy(value + k * f.bytes, w.at<uint8_t>(in.at[1 + k]) + i * f.register_bytes, f.bytes);
@@ -199,8 +200,9 @@ uint32_t add_halves(uint32_t x, uint32_t y, float (*from)(uint16_t), uint16_t (*
 }
 uint16_t f16_of(float v) { return to_f16(v); }
 
-// cp.async: the shared address, the global one, how many bytes come from memory; immediates: both offsets, the size,
-// whether the third operand is there, the bytes of the registers that hold the addresses
+// cp.async: the shared address, the global one, how many bytes come from memory; immediates: both
+// offsets, the size, whether the third operand is there, the bytes of the registers that hold the
+// addresses
 void copy_async(Warp& w, const Instruction& in, Mask mask) {
   const int64_t *v = in.with, bytes = v[2];
   const Form to{SHARED, v[0], v[4], 0, 0, false, 0, 0}, from{GLOBAL, v[1], v[5], 0, 0, false, 0, 0};
@@ -241,7 +243,8 @@ void wait_for(Warp& w, size_t left) {
   }
 }
 
-// a shared address in another block of the cluster, which has one: the result, the address, the block's rank
+// a shared address in another block of the cluster, which has one: the result, the address, the
+// block's rank
 template <typename T>
 void mapa(Warp& w, const Instruction& in, Mask mask) {
   const T* x = w.at<T>(in.at[1]);

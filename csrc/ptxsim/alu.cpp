@@ -1,6 +1,6 @@
-// Arithmetic, logic, comparison, selection and conversion: what each lane does by itself.
-// PTX ISA 9.7.1 integer, 9.7.3 floating point, 9.7.4 half precision, 9.7.6 comparison and selection, 9.7.8 logic and
-// shift, 9.7.9 data movement (mov, prmt, cvt).
+// Arithmetic, logic, comparison, selection and conversion: what each lane does by itself. PTX ISA
+// 9.7.1 integer, 9.7.3 floating point, 9.7.4 half precision, 9.7.6 comparison and selection, 9.7.8
+// logic and shift, 9.7.9 data movement (mov, prmt, cvt).
 #include <algorithm>
 
 #include "lanes.h"
@@ -28,7 +28,8 @@ u32 logic(u32 x, u32 y, u32 z, u32 truth) {
   return to;
 }
 
-// `length` bits from `first`; beyond the number there are zeros, for a signed one copies of its sign
+// `length` bits from `first`; beyond the number there are zeros, for a signed one copies of its
+// sign
 template <typename T>
 T extract(T x, u32 first, u32 length) {
   constexpr u32 WIDTH = sizeof(T) * 8;

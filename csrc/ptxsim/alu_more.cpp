@@ -1,5 +1,5 @@
-// Arithmetic that flushes to zero (.ftz) or saturates, on two floats at once, with three sources, and on bytes.
-// PTX ISA 9.7.1 integer, 9.7.3 floating point, 9.7.6 comparison, 9.7.9 cvt.
+// Arithmetic that flushes to zero (.ftz) or saturates, on two floats at once, with three sources,
+// and on bytes. PTX ISA 9.7.1 integer, 9.7.3 floating point, 9.7.6 comparison, 9.7.9 cvt.
 #include "lanes.h"
 
 namespace lk::ptx {
@@ -30,7 +30,8 @@ u32 dot4(u32 x, u32 y, u32 z) {
 
 // ones from a place on: .clamp has them end with the word
 u32 ones_from(u32 first, u32 count) { return first >= 32 ? 0 : (count >= 32 ? ~0u : (1u << count) - 1) << first; }
-// the place of the nth one from `from` on, upwards or, for n < 0, downwards; 0 asks for `from` itself
+// the place of the nth one from `from` on, upwards or, for n < 0, downwards; 0 asks for `from`
+// itself
 u32 nth_one(u32 x, u32 from, s32 n) {
   const int step = n < 0 ? -1 : 1;
   int left = n < 0 ? -n : n == 0 ? 1 : n;

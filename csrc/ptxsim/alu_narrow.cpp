@@ -1,5 +1,6 @@
-// Numbers of 16 bits: comparisons, results that are cut at 0 or 1, two integers at once; and integers of many words.
-// PTX ISA 9.7.1 integer, 9.7.2 extended precision, 9.7.4 half precision, 9.7.7 half precision comparison.
+// Numbers of 16 bits: comparisons, results that are cut at 0 or 1, two integers at once; and
+// integers of many words. PTX ISA 9.7.1 integer, 9.7.2 extended precision, 9.7.4 half precision,
+// 9.7.7 half precision comparison.
 #include "lanes.h"
 
 namespace lk::ptx {
@@ -11,7 +12,8 @@ f32 flushed_f16(u16 v) { return from_f16(v & 0x7c00 ? v : v & 0x8000); }
 u16 cut_f16(f32 v) { return to_f16(saturated(v)); }
 u16 cut_f16_fma(f32 x, f32 y, f32 z) { return to_f16(saturated(from_f16(to_f16_fma(x, y, z)))); }
 
-// the result and its carry from x, y{, z} and a carry, each in `f` as a number that is wider; operands in this order
+// the result and its carry from x, y{, z} and a carry, each in `f` as a number that is wider;
+// operands in this order
 template <typename T, bool THIRD, typename F>
 void carried(Warp& w, const Instruction& in, Mask mask, F&& f) {
   const T *x = w.at<T>(in.at[2]), *y = w.at<T>(in.at[3]), *z = w.at<T>(in.at[THIRD ? 4 : 3]);
@@ -46,7 +48,8 @@ void carried(Warp& w, const Instruction& in, Mask mask, F&& f) {
 #define SHORTS(name, type, T, value) TWO(name "." type "x2", "32=32,32", u32, u32, u32, halves(x, y, 0, [](u16 p, u16 q, u16) { const T x = T(p), y = T(q); return u16(value); }))
 #define CARRY2(name, T, B, value) {name "." #T, #B ",p=" #B "," #B ",p", RUN { carried<T, false>(w, in, mask, [](u128 x, u128 y, u128, u128 carry) { return value; }); }, Flow::none}
 #define CARRY3(name, T, B, value) {name "." #T, #B ",p=" #B "," #B "," #B ",p", RUN { carried<T, true>(w, in, mask, [](u128 x, u128 y, u128 z, u128 carry) { return value; }); }, Flow::none}
-// of a difference the carry is that of x + ~y + 1, none where it borrows: what nvcc's own division of 128 bits relies on
+// of a difference the carry is that of x + ~y + 1, none where it borrows: what nvcc's own division
+// of 128 bits relies on
 #define CARRIES(T, B) CARRY2("add.carry", T, B, x + y + carry), CARRY2("sub.carry", T, B, x + T(~y) + carry), \
   CARRY3("mad.lo.carry", T, B, T(x * y) + z + carry), CARRY3("mad.hi.carry", T, B, (x * y >> B) + z + carry)
 

@@ -1,5 +1,5 @@
-// Arithmetic and conversions that round toward zero, down or up (.rz .rm .rp), and sums and products that saturate.
-// PTX ISA 9.7.3 floating point, 9.7.9 cvt.
+// Arithmetic and conversions that round toward zero, down or up (.rz .rm .rp), and sums and
+// products that saturate. PTX ISA 9.7.3 floating point, 9.7.9 cvt.
 #include <cfenv>
 
 #include "lanes.h"
@@ -8,7 +8,8 @@ namespace lk::ptx {
 
 namespace {
 
-// The host rounds as asked while `f` runs; what it computes is in memory, so the compiler moves nothing past the calls.
+// The host rounds as asked while `f` runs; what it computes is in memory, so the compiler moves
+// nothing past the calls.
 template <typename F>
 void rounding(int mode, F&& f) {
   std::fesetround(mode);

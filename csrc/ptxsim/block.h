@@ -1,4 +1,5 @@
-// A launch, its blocks and their memory, with what is known of each byte: who wrote and read it last, and when.
+// A launch, its blocks and their memory, with what is known of each byte: who wrote and read it
+// last, and when.
 #pragma once
 #include <array>
 #include <map>
@@ -14,21 +15,25 @@ constexpr uint64_t SHARED_WINDOW = 0x7f00000000000000, LOCAL_WINDOW = 0x7e000000
 // a kernel's parameters, whose address it may take
 constexpr uint64_t PARAMETER_WINDOW = 0x7d00000000000000;
 
-// an asynchronous copy will write some bytes, or it has; one will read them, or it has; the same of a wgmma
+// an asynchronous copy will write some bytes, or it has; one will read them, or it has; the same of
+// a wgmma
 enum class Travel : uint8_t { arriving, leaves, left, multiplies, multiplied };
 
 // what is known of some bytes of shared memory
 struct Cell {
   Stamp write, read;
   int32_t readers =
-      -1;  // where there are several warps since the last write: their last reads or atomics, in Block::readers
+      // where there are several warps since the last write: their last reads or atomics, in
+      // Block::readers
+      -1;
   bool ready = false;   // written
   bool atomic = false;  // `read` and `readers` are atomics
   bool arriving = false;
   uint16_t leaving = 0, multiplied = 0;  // copies; wgmma that read it
 };
 
-// 16 bytes, which are accessed as one nearly always; else each byte has a cell of its own, in Block::pieces
+// 16 bytes, which are accessed as one nearly always; else each byte has a cell of its own, in
+// Block::pieces
 struct Chunk {
   static constexpr uint32_t BYTES = 16, PIECE = 1, PIECES = BYTES / PIECE;
   Cell whole;
@@ -55,7 +60,8 @@ struct Shadow {
   uint64_t bytes = 0;
 };
 
-using Clocks = std::map<uint32_t, uint32_t>;  // of each block: up to which clock its accesses come before
+// of each block: up to which clock its accesses come before
+using Clocks = std::map<uint32_t, uint32_t>;
 inline void join(Clocks& into, const Clocks& from) {
   for (const auto& [block, clock] : from) into[block] = std::max(into[block], clock);
 }
@@ -88,12 +94,14 @@ struct MBarrier {
   Past arrived, passed;  // what comes before those who arrived; when the last phase was complete
 };
 
-// up to 16 bytes of shared memory, of which some come from or go to a tensor; the rest, past its end, is zero
+// up to 16 bytes of shared memory, of which some come from or go to a tensor; the rest, past its
+// end, is zero
 struct Piece {
   uint32_t shared, size = 16, skip = 0, bytes = 0;
   uint64_t global = 0;
 };
-// a copy in bulk that is under way: into shared memory until its mbarrier is waited for, out of it until its group is
+// a copy in bulk that is under way: into shared memory until its mbarrier is waited for, out of it
+// until its group is
 struct Bulk {
   std::vector<Piece> pieces;
   uint32_t mbarrier = 0;
@@ -167,8 +175,10 @@ struct Launch {
   Counters counters;
   std::vector<uint64_t> by_opcode;
   std::vector<Finding> findings;
-  std::vector<Before> before;   // of an early launch; each thread waits for it with griddepcontrol.wait
-  bool passes_on = false;       // griddepcontrol.launch_dependents came before that: the next launch may meet them, too
+  // of an early launch; each thread waits for it with griddepcontrol.wait
+  std::vector<Before> before;
+  // griddepcontrol.launch_dependents came before that: the next launch may meet them, too
+  bool passes_on = false;
   std::vector<uint64_t> trace;  // sector · 2 + (a store)
   std::map<uint64_t, Clocks> released;
   std::mt19937_64 random;
@@ -180,12 +190,14 @@ struct Launch {
 
 enum class Access { load, store, atomic };
 
-// the bytes at a shared or global address if a lane may have them, else null; what is wrong is reported
+// the bytes at a shared or global address if a lane may have them, else null; what is wrong is
+// reported
 uint8_t* shared_at(Warp& w, int lane, uint32_t address, uint32_t bytes, Access access, const char* what,
                    const void* value = nullptr);
 uint8_t* global_at(Warp& w, int lane, uint64_t address, uint32_t bytes, Access access, const char* what);
 
-// counted: the sectors of 32 bytes that one request touches; the passes that shared memory takes for it
+// counted: the sectors of 32 bytes that one request touches; the passes that shared memory takes
+// for it
 void count_global(Warp& w, const uint64_t* addresses, Mask mask, uint32_t bytes, bool store);
 void count_span(Warp& w, uint64_t address, uint64_t bytes, bool store);
 void count_shared(Warp& w, const uint32_t* addresses, Mask mask, uint32_t bytes);
@@ -208,7 +220,8 @@ inline uint64_t address_of(const Warp& w, int lane, int32_t at, int64_t offset, 
   if (bytes == 8) return w.at<uint64_t>(at)[lane] + uint64_t(offset);
   return bytes == 4 ? uint32_t(w.at<uint32_t>(at)[lane] + offset) : uint64_t(offset);
 }
-// the mbarrier at an address of shared memory, or null, which is reported; what is known to those who arrive is kept
+// the mbarrier at an address of shared memory, or null, which is reported; what is known to those
+// who arrive is kept
 MBarrier* mbarrier_at(Warp& w, int lane, uint32_t address, const char* what);
 void arrive_at(Warp& w, int lane, MBarrier& m, uint32_t count, const char* what);
 // the copies in bulk that an mbarrier waits for land

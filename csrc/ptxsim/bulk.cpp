@@ -1,7 +1,7 @@
-// Copies in bulk, by the asynchronous proxy, and the maps of tensors that they go by.
-// PTX ISA 9.7.9.25 cp.async.bulk, cp.async.bulk.tensor; 9.7.9.26 tensormap.replace; 5.5 tensors, tiles and swizzles.
-// A copy into shared memory lands when its mbarrier is waited for, one out of it when its group is; else at once
-// (Options::late). Until then its bytes are marked as on their way.
+// Copies in bulk, by the asynchronous proxy, and the maps of tensors that they go by. PTX ISA
+// 9.7.9.25 cp.async.bulk, cp.async.bulk.tensor; 9.7.9.26 tensormap.replace; 5.5 tensors, tiles and
+// swizzles. A copy into shared memory lands when its mbarrier is waited for, one out of it when its
+// group is; else at once (Options::late). Until then its bytes are marked as on their way.
 #include "block.h"
 
 namespace lk::ptx {
@@ -25,11 +25,13 @@ constexpr uint64_t MAGIC = 0x70616d726f736e74;
 enum Field { ADDRESS, RANKS, BOX, SIZES, STRIDES, STEPS, TYPE, INTERLEAVE, SWIZZLE, FILL };
 
 const uint8_t TYPE_BYTES[] = {1, 2, 4, 4, 8, 8, 2,
-                              4, 4, 8, 2, 4, 4};  // u8 u16 u32 s32 u64 s64 f16 f32 ftz f64 bf16 tf32
+                              // u8 u16 u32 s32 u64 s64 f16 f32 ftz f64 bf16 tf32
+                              4, 4, 8, 2, 4, 4};
 
 uint32_t in_shared(uint64_t address) { return uint32_t(address >= SHARED_WINDOW ? address - SHARED_WINDOW : address); }
 
-// tensormap.replace: the address, the value; immediates: offset, bytes of the register, field, ordinal, whether shared
+// tensormap.replace: the address, the value; immediates: offset, bytes of the register, field,
+// ordinal, whether shared
 void replace(Warp& w, const Instruction& in, Mask mask) {
   for (int i = 0; i < LANES; i++) {
     if (!(mask >> i & 1)) continue;
@@ -68,7 +70,8 @@ void replace(Warp& w, const Instruction& in, Mask mask) {
   }
 }
 
-// tensormap.cp_fenceproxy, by the warp: the global address, the shared one; immediates: their offsets and registers' bytes
+// tensormap.cp_fenceproxy, by the warp: the global address, the shared one; immediates: their
+// offsets and registers' bytes
 void publish(Warp& w, const Instruction& in, Mask mask) {
   if (mask != w.live) report(w, -1, "tensormap.cp_fenceproxy: not all lanes of the warp are here");
   const uint64_t to = address_of(w, 0, in.at[0], in.with[0], in.with[1]);
@@ -122,7 +125,8 @@ bool touch(Warp& w, int lane, uint64_t address, uint32_t bytes, uint32_t unit, A
   return true;
 }
 
-// a box of a tensor at some coordinates as pieces of 16 bytes of shared memory; what lies outside of the tensor is zero
+// a box of a tensor at some coordinates as pieces of 16 bytes of shared memory; what lies outside
+// of the tensor is zero
 std::vector<Piece> box_of(Warp& w, int lane, const TensorMap& m, const int32_t (&first)[RANK], uint32_t shared,
                           bool store, const char* what) {
   const uint32_t unit = TYPE_BYTES[m.type], row = m.box[0] * unit;
@@ -186,8 +190,8 @@ std::vector<Piece> line_of(Warp& w, int lane, uint64_t global, uint32_t shared, 
 }
 
 // The operands after the addresses: the coordinates of a tensor's box, or the size of a line.
-// Immediates: offset and register's bytes of the shared address, the same of the global one, the same of the mbarrier,
-// the tensor's rank (0: a line).
+// Immediates: offset and register's bytes of the shared address, the same of the global one, the
+// same of the mbarrier, the tensor's rank (0: a line).
 bool pieces_of(Warp& w, const Instruction& in, int lane, int operand, bool store, const char* what,
                std::vector<Piece>& to) {
   const auto shared = uint32_t(address_of(w, lane, in.at[0], in.with[0], in.with[1]));
@@ -281,7 +285,8 @@ void wait_group(Warp& w, const Instruction& in, Mask mask) {
   }
 }
 
-// cp.async.mbarrier.arrive: the mbarrier; immediates: offset, register's bytes, whether the arrival is among those awaited
+// cp.async.mbarrier.arrive: the mbarrier; immediates: offset, register's bytes, whether the arrival
+// is among those awaited
 void arrive_after_copies(Warp& w, const Instruction& in, Mask mask) {
   for (int i = 0; i < LANES; i++) {
     if (!(mask >> i & 1)) continue;

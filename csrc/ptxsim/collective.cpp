@@ -7,7 +7,8 @@ namespace lk::ptx {
 
 namespace {
 
-// The lanes named in a member mask must be here; a lane that is not would be waited for, forever if it never comes.
+// The lanes named in a member mask must be here; a lane that is not would be waited for, forever if
+// it never comes.
 void need(Warp& w, Mask mask, Mask members, const char* what) {
   members &= w.live;
   if (members & ~mask) report(w, -1, std::string(what) + ": lanes of its member mask are not here");
@@ -30,7 +31,8 @@ void by_members(Warp& w, int32_t at, Mask mask, const char* what, F&& f) {
   }
 }
 
-// shfl.sync: the result, whether the source lane is in range, value, lane or distance, clamp and segment, member mask
+// shfl.sync: the result, whether the source lane is in range, value, lane or distance, clamp and
+// segment, member mask
 enum Mode { UP, DOWN, BUTTERFLY, INDEX };
 template <Mode MODE>
 void shuffle(Warp& w, const Instruction& in, Mask mask) {
@@ -112,7 +114,8 @@ void warp_sync(Warp& w, const Instruction& in, Mask mask) {
   tick(w);
 }
 
-// match.sync: the lanes that have the same value; of all, whether there is one alone. Operands end with value and mask
+// match.sync: the lanes that have the same value; of all, whether there is one alone. Operands end
+// with value and mask
 template <typename T>
 void match_any(Warp& w, const Instruction& in, Mask mask) {
   const T* x = w.at<T>(in.at[1]);
@@ -141,8 +144,9 @@ void match_all(Warp& w, const Instruction& in, Mask mask) {
   p = (p & ~mask) | agree;
 }
 
-// bar: the immediates are the barrier and the threads it waits for, 0 for all; -1 if a register says so
-// bar.red: the first operands are the result and the predicate, the third immediate is what is made of the predicates
+// bar: the immediates are the barrier and the threads it waits for, 0 for all; -1 if a register
+// says so bar.red: the first operands are the result and the predicate, the third immediate is what
+// is made of the predicates
 void barrier(Warp& w, const Instruction& in, Mask mask, bool waits, bool reduces = false) {
   int at = reduces ? 2 : 0;
   const auto number = [&](int i) {
@@ -156,7 +160,8 @@ void barrier(Warp& w, const Instruction& in, Mask mask, bool waits, bool reduces
   arrive(w, int(which), wanted, true, {in.at[0], Reduction::What(in.with[2]), mask, *w.at<Mask>(in.at[1]) & mask});
 }
 
-// 9.7.13.13: the launch before has ended, and what it wrote is there, for who waits and whom it synchronises with
+// 9.7.13.13: the launch before has ended, and what it wrote is there, for who waits and whom it
+// synchronises with
 void wait_for_launch(Warp& w, const Instruction&, Mask mask) {
   if (mask == w.live) w.past.ended = true;
   for (int i = 0; i < LANES && mask != w.live; i++) {

@@ -1,4 +1,5 @@
-// Who runs when: the warps of a block in turn, a few blocks side by side, both in an order drawn from the seed.
+// Who runs when: the warps of a block in turn, a few blocks side by side, both in an order drawn
+// from the seed.
 #include <algorithm>
 #include <climits>
 
@@ -131,7 +132,8 @@ bool waits_for_others(const Warp& w, const Group& group, const Instruction* code
   return (flow == Flow::together || flow == Flow::barrier) && group.lanes != w.live;
 }
 
-// The lanes at the lowest instruction, but those that wait there for others come last: these may arrive, or exit.
+// The lanes at the lowest instruction, but those that wait there for others come last: these may
+// arrive, or exit.
 size_t choose(Warp& w, const Instruction* code) {
   if (w.groups.size() == 1) return 0;
   for (size_t i = 0; w.vain && i < w.groups.size(); i++) {
@@ -144,7 +146,8 @@ size_t choose(Warp& w, const Instruction* code) {
   return 0;
 }
 
-// until it is waited for, a register that wgmma will write is left alone, and one that it reads is not written
+// until it is waited for, a register that wgmma will write is left alone, and one that it reads is
+// not written
 void check_held(Warp& w, const Instruction& in) {
   const Program& program = *w.block->launch->program;
   if (&in == &program.code.back()) return;
@@ -240,7 +243,8 @@ bool ended(const Block& block) {
   return std::all_of(block.warps.begin(), block.warps.end(), [](const auto& w) { return w->live == 0; });
 }
 
-constexpr int IDLE = 1000;  // turns in which all that runs waits at mbarriers and nothing happens: it never will
+// turns in which all that runs waits at mbarriers and nothing happens: it never will
+constexpr int IDLE = 1000;
 
 // a turn for each warp; false if none can go on
 bool turn(Block& block) {

@@ -1,6 +1,7 @@
-// A functional simulator of PTX: what one instruction sees. A warp runs its lanes in lockstep where they are at the same
-// instruction; lanes that diverge run apart, the lowest instruction first, and join where they meet.
-// PTX ISA: https://docs.nvidia.com/cuda/parallel-thread-execution (sections are cited at each instruction).
+// A functional simulator of PTX: what one instruction sees. A warp runs its lanes in lockstep where
+// they are at the same instruction; lanes that diverge run apart, the lowest instruction first, and
+// join where they meet. PTX ISA: https://docs.nvidia.com/cuda/parallel-thread-execution (sections
+// are cited at each instruction).
 #pragma once
 #include <algorithm>
 #include <array>
@@ -14,7 +15,8 @@
 namespace lk::ptx {
 
 constexpr int LANES = 32, WARPS = 32;  // of a warp, of a block
-// whoever copies in bulk, as if they were more warps: one for each mbarrier (those of a block share them if there are more)
+// whoever copies in bulk, as if they were more warps: one for each mbarrier (those of a block share
+// them if there are more)
 constexpr int ENGINE = WARPS, ENGINES = 16;
 using Mask = uint32_t;  // a bit a lane
 constexpr Mask ALL = ~Mask{0};
@@ -24,7 +26,8 @@ struct Instruction;
 using Handler = void (*)(Warp&, const Instruction&, Mask);
 
 // what the counters and the scheduler distinguish
-enum class Flow : uint8_t { none, together, branch, exit, barrier, pause };  // together: lanes wait for one another
+// together: lanes wait for one another
+enum class Flow : uint8_t { none, together, branch, exit, barrier, pause };
 
 struct Instruction {
   Handler run;
@@ -44,10 +47,11 @@ struct Program {
   std::vector<int64_t> immediates;
   std::vector<uint8_t> registers;  // of a warp at its start: constants and zeros
   std::vector<std::string> names;
-  int32_t wgmma = -1;                                            // in it: that of wgmma.mma_async
-  int32_t tid[3], ctaid[3], nctaid[3], ntid[3], laneid, warpid;  // where the special registers lie, or -1
-  uint32_t shared_bytes = 0;                                     // static
-  uint32_t local_bytes = 0;                                      // a thread
+  int32_t wgmma = -1;  // in it: that of wgmma.mma_async
+  // where the special registers lie, or -1
+  int32_t tid[3], ctaid[3], nctaid[3], ntid[3], laneid, warpid;
+  uint32_t shared_bytes = 0;  // static
+  uint32_t local_bytes = 0;   // a thread
 };
 
 // A tensor that the launch may touch.
@@ -59,9 +63,11 @@ struct Buffer {
 };
 
 struct Counters {
-  uint64_t load_sectors = 0, store_sectors = 0, load_bytes = 0, store_bytes = 0;  // global; sectors of 32 bytes
+  // global; sectors of 32 bytes
+  uint64_t load_sectors = 0, store_sectors = 0, load_bytes = 0, store_bytes = 0;
   uint64_t load_requests = 0, store_requests = 0;
-  uint64_t shared_wavefronts = 0, shared_ideal = 0;  // of loads, stores, ldmatrix, stmatrix and cp.async
+  // of loads, stores, ldmatrix, stmatrix and cp.async
+  uint64_t shared_wavefronts = 0, shared_ideal = 0;
   uint64_t mma = 0, barriers = 0, atomics = 0, instructions = 0, blocks = 0;
 };
 
@@ -75,7 +81,8 @@ struct Group {
 
 // a cp.async that has not been waited for
 struct Copy {
-  uint32_t to, bytes, taken;  // shared address, size, how much of it comes from memory (the rest is zero)
+  // shared address, size, how much of it comes from memory (the rest is zero)
+  uint32_t to, bytes, taken;
   uint64_t from;
   int lane;
 };
@@ -142,13 +149,15 @@ struct Warp {
   std::vector<std::vector<Copy>> committed;
   Products products;  // since the last commit
   std::vector<Products> committed_products;
-  std::vector<uint8_t> held;  // Held of each register by its offset in units of 4 bytes; none while nothing multiplies
-  uint64_t seen = 0;          // Block::events when it last waited at an mbarrier in vain
+  // Held of each register by its offset in units of 4 bytes; none while nothing multiplies
+  std::vector<uint8_t> held;
+  uint64_t seen = 0;              // Block::events when it last waited at an mbarrier in vain
   uint64_t done = 0, waited = 0;  // instructions; when it last waited at an mbarrier
   Mask vain = 0;                  // lanes whose last wait there was in vain: others go first
-  int idle = 0;                   // waits at an mbarrier, one after another, between which nothing happened
-  int waiting = -1;               // at this barrier
-  Mask arrived = 0;               // lanes that wait there
+  // waits at an mbarrier, one after another, between which nothing happened
+  int idle = 0;
+  int waiting = -1;  // at this barrier
+  Mask arrived = 0;  // lanes that wait there
   const Instruction* now = nullptr;
 
   template <typename T>
@@ -178,7 +187,8 @@ void report(const Warp& warp, int lane, const std::string& what);
 // how a table of instructions enters the list that the decoder reads
 struct Entry {
   const char* name;
-  const char* operands;  // widths in bits, results before '=': "32=32,32"; p a predicate, a an address, i an immediate
+  // widths in bits, results before '=': "32=32,32"; p a predicate, a an address, i an immediate
+  const char* operands;
   Handler run;
   Flow flow;
 };

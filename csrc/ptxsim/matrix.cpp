@@ -1,5 +1,6 @@
-// The matrix instructions of a warp. PTX ISA 9.7.14: mma, ldmatrix, stmatrix, movmatrix.
-// Lane i has group g = i / 4 and place t = i % 4 in it. A register holds E elements that lie side by side in depth.
+// The matrix instructions of a warp. PTX ISA 9.7.14: mma, ldmatrix, stmatrix, movmatrix. Lane i has
+// group g = i / 4 and place t = i % 4 in it. A register holds E elements that lie side by side in
+// depth.
 #include "block.h"
 #include "numbers.h"
 
@@ -27,7 +28,8 @@ struct F16 {
 struct Tf32 {
   static constexpr int PER = 1;
   using Number = float;
-  static float get(uint32_t r, int) { return bits<float>(r & 0xffffe000u); }  // the low bits are not looked at
+  // the low bits are not looked at
+  static float get(uint32_t r, int) { return bits<float>(r & 0xffffe000u); }
 };
 struct S8 {
   static constexpr int PER = 4;
@@ -51,8 +53,8 @@ struct E5m2 {
   static float get(uint32_t r, int i) { return from_e5m2(uint8_t(r >> (8 * i))); }
 };
 
-// D [16, 8] = A [16, K] B [K, 8] + C; operands D, A, B, C. Sums in the order of k, in the accumulator's type: the tensor
-// cores' own order and rounding are not documented.
+// D [16, 8] = A [16, K] B [K, 8] + C; operands D, A, B, C. Sums in the order of k, in the
+// accumulator's type: the tensor cores' own order and rounding are not documented.
 template <typename A, typename B, int K, bool HALF, bool SATURATES = false>
 void mma(Warp& w, const Instruction& in, Mask mask) {
   using Number = typename A::Number;
@@ -116,8 +118,8 @@ void mma(Warp& w, const Instruction& in, Mask mask) {
   }
 }
 
-// Matrices of 8 rows of 16 bytes, whose addresses are in lanes 8·m to 8·m + 7. Immediates: offset, bytes of the address
-// register, matrices, whether transposed.
+// Matrices of 8 rows of 16 bytes, whose addresses are in lanes 8·m to 8·m + 7. Immediates: offset,
+// bytes of the address register, matrices, whether transposed.
 void row_addresses(const Warp& w, const Instruction& in, int32_t at, uint32_t (&to)[LANES]) {
   for (int i = 0; i < LANES; i++) {
     to[i] = uint32_t((in.with[1] == 8 ? w.at<uint64_t>(at)[i] : w.at<uint32_t>(at)[i]) + in.with[0]);

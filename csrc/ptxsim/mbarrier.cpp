@@ -1,5 +1,6 @@
 // Barriers in shared memory that count arrivals and bytes of copies. PTX ISA 9.7.14.16: mbarrier.
-// The first operand that is no result is the address; the immediates are its offset and the bytes of its register.
+// The first operand that is no result is the address; the immediates are its offset and the bytes
+// of its register.
 #include "block.h"
 
 namespace lk::ptx {
@@ -70,7 +71,8 @@ void expect(Warp& w, const Instruction& in, Mask mask, int64_t sign) {
   });
 }
 
-// whether it is done, the address, the state or the parity of the phase; copies that it waits for land here
+// whether it is done, the address, the state or the parity of the phase; copies that it waits for
+// land here
 template <typename T>
 void wait(Warp& w, const Instruction& in, Mask mask) {
   Mask done = 0;
@@ -160,7 +162,8 @@ void arrive_at(Warp& w, int lane, MBarrier& m, uint32_t count, const char* what)
   join_known(m.arrived, w, lane);
   Reach& known = m.arrived.known;
   known.clock[size_t(w.index)] = std::max(known.clock[size_t(w.index)], w.synced - 1);
-  known.add_lanes(size_t(w.index), w.clock, Mask{1} << lane | ~w.live);  // with all that live all have arrived
+  // with all that live all have arrived
+  known.add_lanes(size_t(w.index), w.clock, Mask{1} << lane | ~w.live);
   m.pending -= count;
   complete(m);
 }

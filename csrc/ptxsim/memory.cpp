@@ -1,4 +1,5 @@
-// Shared and global memory: bounds, alignment, initialisation, races, and the counts of what hardware would move.
+// Shared and global memory: bounds, alignment, initialisation, races, and the counts of what
+// hardware would move.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -20,7 +21,8 @@ bool ordered(const Warp& w, int lane, const Stamp& s) {
   return w.past.known.covers(s) || (w.apart >> lane & 1 && w.of_lanes[size_t(lane)].known.covers(s));
 }
 
-// of two lanes of one warp that read in one interval either stands for both, but not for itself: lane LANES is no lane
+// of two lanes of one warp that read in one interval either stands for both, but not for itself:
+// lane LANES is no lane
 void add_read(Stamp& last, const Warp& w, int lane) {
   const bool both = last.clock >= w.synced && last.lane != lane;
   last = {w.clock, uint16_t(w.index), uint16_t(both ? LANES : lane)};
@@ -132,7 +134,8 @@ void check_global(Warp& w, int lane, size_t buffer, uint64_t address, uint32_t b
     const bool atomic = access == Access::atomic;
     if (atomic ? !e->read.atomic : e->read.atomic || access == Access::store) {
       if (e->read.block && !before(w, lane, e->read)) conflict(e->read, e->read.atomic ? "atomic" : "read");
-      if (access == Access::load) continue;  // after atomics a read is not kept: their mark is where it would be
+      // after atomics a read is not kept: their mark is where it would be
+      if (access == Access::load) continue;
       e->read = {};
     }
     if (access == Access::store) {
@@ -151,7 +154,8 @@ void check_global(Warp& w, int lane, size_t buffer, uint64_t address, uint32_t b
   }
 }
 
-// an early launch leaves alone what the one before writes, and does not write what it reads, until it has waited
+// an early launch leaves alone what the one before writes, and does not write what it reads, until
+// it has waited
 void check_before(Warp& w, int lane, uint64_t address, uint32_t bytes, Access access, const char* what) {
   if (w.past.ended || (w.apart >> lane & 1 && w.of_lanes[size_t(lane)].ended)) return;
   for (const Before& b : w.block->launch->before) {
@@ -230,7 +234,8 @@ uint8_t* shared_at(Warp& w, int lane, uint32_t address, uint32_t bytes, Access a
         return wrong(at, std::string(": shared race with ") + (cell.atomic ? "an atomic" : "a read") + " of warp " +
                              std::to_string(other));
       }
-      if (access == Access::load) return;  // after atomics a read is not kept: their warps' marks are where it would be
+      // after atomics a read is not kept: their warps' marks are where it would be
+      if (access == Access::load) return;
       forget_reads(block, cell);
     }
     if (access != Access::store) {
@@ -296,8 +301,8 @@ void count_span(Warp& w, uint64_t address, uint64_t bytes, bool store) {
   for (uint64_t s = first; launch.options.trace && s <= last; s++) launch.trace.push_back(s * 2 + store);
 }
 
-// Shared memory has 32 banks of 4 bytes and serves one word of each in a pass; a request of more than 128 bytes is cut
-// into halves or quarters of the warp.
+// Shared memory has 32 banks of 4 bytes and serves one word of each in a pass; a request of more
+// than 128 bytes is cut into halves or quarters of the warp.
 void count_shared(Warp& w, const uint32_t* addresses, Mask mask, uint32_t bytes) {
   const int together = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
   uint64_t passes = 0, ideal = 0;

@@ -51,8 +51,9 @@ inline uint16_t to_f16_zero(float v) {
 }
 
 enum class Round { nearest, zero, down, up };
-// A number as E bits of exponent and M of mantissa, rounded once; a long double holds every integer of 64 bits. FINITE is
-// PTX's .satfinite for the types of 8 bits: the largest number instead of infinity, and e4m3 has one more exponent for it.
+// A number as E bits of exponent and M of mantissa, rounded once; a long double holds every integer
+// of 64 bits. FINITE is PTX's .satfinite for the types of 8 bits: the largest number instead of
+// infinity, and e4m3 has one more exponent for it.
 template <int E, int M, bool FINITE = false>
 inline uint16_t narrow(long double v, Round round = Round::nearest) {
   constexpr uint32_t SIGN = 1u << (E + M), INFINITE = SIGN - (1u << M);
@@ -99,7 +100,8 @@ inline uint32_t to_tf32(float v) {
   return std::isfinite(v) ? (u + 0x1000) & 0xffffe000u : v != v ? 0x7fffffffu : u;
 }
 
-// a float as an integer, out of range the nearest one; NaN as 0, or where 64 bits take part as the highest bit alone
+// a float as an integer, out of range the nearest one; NaN as 0, or where 64 bits take part as the
+// highest bit alone
 template <typename T, typename F>
 inline T to_integer(F v) {
   if (v != v) return sizeof(F) < 8 && sizeof(T) < 8 ? T(0) : T(std::make_unsigned_t<T>(1) << (sizeof(T) * 8 - 1));

@@ -1,5 +1,6 @@
-// The matrix instructions of a warp group on sm_90. PTX ISA 9.7.15: wgmma.mma_async, its shared-memory descriptors and
-// swizzles. Each warp computes its own 16 of the 64 rows, when wgmma.wait_group is reached (Options::late) or at once.
+// The matrix instructions of a warp group on sm_90. PTX ISA 9.7.15: wgmma.mma_async, its
+// shared-memory descriptors and swizzles. Each warp computes its own 16 of the 64 rows, when
+// wgmma.wait_group is reached (Options::late) or at once.
 #include "block.h"
 #include "numbers.h"
 
@@ -11,7 +12,8 @@ constexpr int ROWS = 16;  // of a warp
 
 // 64 bits: start address, leading and stride offsets in units of 16 bytes, and the swizzle
 struct Descriptor {
-  uint32_t start, leading, stride, swizzle;  // swizzle: bytes of a row that is exchanged, 0 for none
+  // swizzle: bytes of a row that is exchanged, 0 for none
+  uint32_t start, leading, stride, swizzle;
   explicit Descriptor(uint64_t d)
       : start(uint32_t(d & 0x3fff) * 16),
         leading(uint32_t(d >> 16 & 0x3fff) * 16),
@@ -65,15 +67,18 @@ void read_operand(Warp& w, uint64_t descriptor, bool across, bool bf16, uint32_t
   });
 }
 
-// operands: D (n / 2 registers), A (4 registers or a descriptor), B's descriptor, whether D is added;
-// immediates: n, whether bf16, whether A is in registers, signs of A and B, whether A and B run across
+// operands: D (n / 2 registers), A (4 registers or a descriptor), B's descriptor, whether D is
+// added;
+// immediates: n, whether bf16, whether A is in registers, signs of A and B, whether A and B run
+// across
 struct Product {
   const Instruction* in;
   uint64_t a, b;  // descriptors
   Mask added;
   bool begun = false;  // its bytes of shared memory are marked until it has read them
 
-  // f(whether it is A, descriptor, whether across, first row, rows) for each operand in shared memory
+  // f(whether it is A, descriptor, whether across, first row, rows) for each operand in shared
+  // memory
   template <typename F>
   void each_operand(const Warp& w, F&& f) const {
     if (!in->with[2]) f(true, a, in->with[5] != 0, uint32_t(w.index % 4) * ROWS, uint32_t(ROWS));

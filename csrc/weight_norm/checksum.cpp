@@ -1,4 +1,5 @@
-// A 64-bit checksum of a few byte ranges, at the speed of the nearer caches: the key under which a norm is kept.
+// A 64-bit checksum of a few byte ranges, at the speed of the nearer caches: the key under which a
+// norm is kept.
 #include <cstring>
 
 #include "../common/level.h"
@@ -12,7 +13,8 @@ namespace {
 constexpr int LANES = 16, CHAINS = 4;
 typedef uint32_t lanes __attribute__((vector_size(LANES * 4)));
 
-// the rotation carries a flipped sign bit, which a product alone would leave on top, into the other bits
+// the rotation carries a flipped sign bit, which a product alone would leave on top, into the other
+// bits
 LK_INLINE lanes mix(lanes h, lanes v) {
   const lanes t = h ^ v;
   return ((t << 13) | (t >> 19)) * 0x9E3779B1u;

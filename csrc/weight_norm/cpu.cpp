@@ -34,12 +34,13 @@ LK_INLINE void add_squares(const W* row, int64_t count, vec (&acc)[CHAINS]) {
 }
 LK_INLINE float sum_squares(const vec (&acc)[CHAINS]) { return sum((acc[0] + acc[1]) + (acc[2] + acc[3])); }
 
-// A as floats in blocks of columns, [blocks, rank, block], padded with zeros: rows a power of two apart would share the
-// sets of the first-level cache. gram is A Aᵀ, [rank, r_row].
+// A as floats in blocks of columns, [blocks, rank, block], padded with zeros: rows a power of two
+// apart would share the sets of the first-level cache. gram is A Aᵀ, [rank, r_row].
 struct Factors {
   float *a, *gram;
   int64_t rank, block, r_row;
-  float* at(int64_t j, int64_t k) const { return a + (k * rank + j * block); }  // k a multiple of block
+  // k a multiple of block
+  float* at(int64_t j, int64_t k) const { return a + (k * rank + j * block); }
 };
 
 // ‖row + Σ b[i] · a[i]‖², for a row whose factored form cancels
@@ -58,7 +59,8 @@ float squared_directly(const W* row, const float* b, const Factors& f, int64_t n
   return sum(acc);
 }
 
-// columns of W a pass: A's block, which every row reads again, stays in the first-level cache while it is not too narrow
+// columns of W a pass: A's block, which every row reads again, stays in the first-level cache while
+// it is not too narrow
 LK_INLINE int64_t block_k(int64_t rank) {
   constexpr int64_t BLOCK_BYTES = 24 << 10, LEAST = 256;
   return std::max(LEAST, BLOCK_BYTES / 4 / rank / 64 * 64);
@@ -69,7 +71,8 @@ __attribute__((noinline)) void products(const float* w, int64_t w_row, int rows,
                                         int64_t rank, int64_t count, bool add, vec* partial) {
   for (int64_t j = 0; j < rank;) {
     const int64_t groups = (rank - j + MR - 1) / MR;
-    const int ranks = int((rank - j + groups - 1) / groups);  // 16 as 6 + 5 + 5, for 4 alone would be slower
+    // 16 as 6 + 5 + 5, for 4 alone would be slower
+    const int ranks = int((rank - j + groups - 1) / groups);
     with_count(rows, [&](auto n) {
       with_count(ranks, [&](auto m) {
         if constexpr (n.value <= NR && m.value <= MR) {
@@ -91,12 +94,14 @@ __attribute__((noinline)) void products(const float* w, int64_t w_row, int rows,
 
 struct Scratch {
   vec *products, *squares;  // [ROWS / NR, rank, NR] [ROWS, CHAINS]
-  float *tile, *u, *b;      // [ROWS, block] [ROWS, r_row] twice: W Aᵀ and scale · B, padded with zeros
+  // [ROWS, block] [ROWS, r_row] twice: W Aᵀ and scale · B, padded with zeros
+  float *tile, *u, *b;
 };
 
 LK_INLINE vec magnitude(vec v) { return v > 0.f ? v : -v; }
 
-// The two sums over the rank of NR rows, added: 2 · u[i] · b[i] + b[i] · (A Aᵀ) b[i]; and the same of magnitudes.
+// The two sums over the rank of NR rows, added: 2 · u[i] · b[i] + b[i] · (A Aᵀ) b[i]; and the same
+// of magnitudes.
 LK_INLINE void rank_sums(const Factors& f, const float* u, const float* b, int64_t rank, float* sums, float* sizes) {
   vec sum_of[NR] = {}, size_of[NR] = {};
   for (int64_t j = 0; j < f.r_row; j += VL) {

@@ -1,5 +1,6 @@
-// norm[n] = ‖W[n] + scale · B[n] A‖ for 16-bit W, A, B: W is read once, B A is made on tensor cores a tile at a time and
-// the squares are summed in float32. A block has 64 rows, a warp 16 of them; tiles of 64 columns come by cp.async.
+// norm[n] = ‖W[n] + scale · B[n] A‖ for 16-bit W, A, B: W is read once, B A is made on tensor cores
+// a tile at a time and the squares are summed in float32. A block has 64 rows, a warp 16 of them;
+// tiles of 64 columns come by cp.async.
 #include "../common/kernels.h"
 #include "../common/update.cuh"
 

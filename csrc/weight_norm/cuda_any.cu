@@ -1,4 +1,5 @@
-// norm[n] = ‖W[n] + scale · B[n] A‖, or its square, for 16-bit W, and A and B of any rank, type and layout.
+// norm[n] = ‖W[n] + scale · B[n] A‖, or its square, for 16-bit W, and A and B of any rank, type and
+// layout.
 #include "../common/kernels.h"
 #include "../common/update_any.cuh"
 

@@ -3,7 +3,8 @@
 
 namespace lk {
 
-// norm[n] = ‖W[n] + scale · B[n] A‖. w_squared is ‖W[n]‖² and products A Wᵀ, floats, where known, else no data.
+// norm[n] = ‖W[n] + scale · B[n] A‖. w_squared is ‖W[n]‖² and products A Wᵀ, floats, where known,
+// else no data.
 struct WeightNorm {
   View w, a, b, w_squared, products;  // [out, in] [rank, in] [out, rank] [out] [rank, out]
   float* norm;                        // [out]

@@ -1,4 +1,5 @@
-"""One method in one dtype: stock PEFT against fused, from the first loss to the merged model, with its checks."""
+"""One method in one dtype: stock PEFT against fused, from the first loss to the merged model, with
+its checks."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from rich.console import Console
 def run_comparison(
     method: str, dtype_name: str, quick: bool, steps: int | None, seed: int, out: Path, console: Console
 ) -> dict[str, Any]:
-    """Runs one comparison and returns what summary.json says about it; the adapter is saved in a folder of `out`."""
+    """Runs one comparison and returns what summary.json says about it; the adapter is saved in a
+    folder of `out`."""
     dtype = getattr(torch, dtype_name)
     plan = plans.choose_plan(quick, plans.is_slow(dtype), steps)
     name = f"{method}-{dtype_name}"

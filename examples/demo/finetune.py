@@ -1,11 +1,13 @@
-"""Fine-tunes SmolLM2-135M-Instruct with LoRA and DoRA, with stock PEFT and with `lora_kernels.fuse`, and compares them.
+"""Fine-tunes SmolLM2-135M-Instruct with LoRA and DoRA, with stock PEFT and with
+`lora_kernels.fuse`, and compares them.
 
     python examples/demo/finetune.py            a few minutes on two cores
     python examples/demo/finetune.py --quick    under 90 seconds
 
-Both models start from the same seed and step in turn on the same batches. The run fails (exit status 1) if the two
-loss curves differ by more than rounding, if the held-out loss does not fall, or if the saved adapter does not come
-back equal. Results: demo_out/summary.json, demo_out/summary.png and one adapter folder per comparison.
+Both models start from the same seed and step in turn on the same batches. The run fails (exit
+status 1) if the two loss curves differ by more than rounding, if the held-out loss does not fall,
+or if the saved adapter does not come back equal. Results: demo_out/summary.json,
+demo_out/summary.png and one adapter folder per comparison.
 """
 
 import argparse
@@ -22,11 +24,13 @@ DTYPES = ("float32", "bfloat16")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the demo and returns its exit status: 0 all checks hold, 1 one does not, 2 something needed is missing."""
+    """Runs the demo and returns its exit status: 0 all checks hold, 1 one does not, 2 something
+    needed is missing."""
     start = time.perf_counter()
     options = parse_options(argv)
     console = Console() if sys.stdout.isatty() else Console(width=140)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the weights are local, so no library may look for them elsewhere
+    # the weights are local, so no library may look for them elsewhere
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
     sys.path.append(str(Path(__file__).parents[2]))  # for bench.palette
 

@@ -66,7 +66,8 @@ def build_runs(method: str, dtype: torch.dtype, plan: TrainingPlan, seed: int) -
 
 
 def lora_config(method: str) -> peft.LoraConfig:
-    """r=8 on all linear layers. No dropout: the two runs would draw different masks and could not be compared."""
+    """r=8 on all linear layers. No dropout: the two runs would draw different masks and could not
+    be compared."""
     return peft.LoraConfig(
         r=8,
         lora_alpha=16,
@@ -78,7 +79,8 @@ def lora_config(method: str) -> peft.LoraConfig:
 
 
 def backends_used(model: peft.PeftModel, ids: Tensor) -> Backends:
-    """Which backend each op of a fused model takes, and how many of its adapted layers take ours."""
+    """Which backend each op of a fused model takes, and how many of its adapted layers take
+    ours."""
     with torch.no_grad():
         decisions = explain(model, input_ids=ids, use_cache=False).decisions
     chosen = {op: sorted({d.chosen for d in decisions if d.op == op}) for op in sorted({d.op for d in decisions})}
@@ -97,7 +99,8 @@ def mean_loss(model: torch.nn.Module, rows: Tensor) -> float:
 def train_both(stock: Run, fused: Run, rows: Tensor, steps: int, console: Console, title: str) -> None:
     """Steps both runs in turn, one row each step, the other one first in every second step.
 
-    The first step also measures memory and warms up: it is on the loss curve, but not among the times.
+    The first step also measures memory and warms up: it is on the loss curve, but not among the
+    times.
     """
     columns = (
         TextColumn(title),
@@ -137,8 +140,8 @@ def train_step(run: Run, batch: Tensor) -> float:
 class PeakMemory(TorchDispatchMode):
     """The most bytes held at once by tensors made inside the block.
 
-    Unlike the process's size, this is exact and separates two models in one process. Scratch that a kernel takes
-    for itself without a tensor is not seen.
+    Unlike the process's size, this is exact and separates two models in one process. Scratch that a
+    kernel takes for itself without a tensor is not seen.
     """
 
     def __init__(self) -> None:

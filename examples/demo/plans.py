@@ -11,7 +11,8 @@ from smollm2 import LAYERS, WIDEST_INPUT
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The size of one comparison. Each step takes one row of `tokens`; the learning rate is AdamW's."""
+    """The size of one comparison. Each step takes one row of `tokens`; the learning rate is
+    AdamW's."""
 
     tokens: int
     steps: int
@@ -38,15 +39,18 @@ _SLOW_QUICK = replace(_QUICK, tokens=8, steps=3, note=f"{_SLOW_NOTE}; {_QUICK_NO
 
 
 def choose_plan(quick: bool, slow: bool, steps: int | None = None) -> TrainingPlan:
-    """The plan for a mode; `slow` if torch's own matmul is (see `is_slow`), `steps` overrides the plan's."""
+    """The plan for a mode; `slow` if torch's own matmul is (see `is_slow`), `steps` overrides the
+    plan's."""
     plan = (_SLOW_QUICK if slow else _QUICK) if quick else (_SLOW_FULL if slow else _FULL)
     return plan if steps is None else replace(plan, steps=steps)
 
 
 def is_slow(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of this dtype more than four times slower than float32 ones, as measured.
+    """Whether torch multiplies matrices of this dtype more than four times slower than float32
+    ones, as measured.
 
-    Without native bfloat16, torch's product in the backward pass is up to 100 times slower, and stock PEFT with it.
+    Without native bfloat16, torch's product in the backward pass is up to 100 times slower, and
+    stock PEFT with it.
     """
     return dtype is not torch.float32 and _matmul_seconds(dtype) > 4 * _matmul_seconds(torch.float32)
 
@@ -66,9 +70,10 @@ def rounding_bound(dtype: torch.dtype, loss: float) -> float:
 
         2 · loss · √(2·L) · (u + √K · 2⁻²⁴)
 
-    u is the unit roundoff of `dtype`: 2⁻²⁴ for float32, 2⁻⁸ for bfloat16. Each of the L = 30 layers adds two results
-    to the hidden state, rounded to it. A float32 sum over the longest input, K = 1536, errs by √K · 2⁻²⁴ where its terms
-    come in another order. The 2·L results add up as a random walk, and both runs err: the factor 2.
+    u is the unit roundoff of `dtype`: 2⁻²⁴ for float32, 2⁻⁸ for bfloat16. Each of the L = 30 layers
+    adds two results to the hidden state, rounded to it. A float32 sum over the longest input, K =
+    1536, errs by √K · 2⁻²⁴ where its terms come in another order. The 2·L results add up as a
+    random walk, and both runs err: the factor 2.
     """
     unit = torch.finfo(dtype).eps / 2
     return 2 * loss * math.sqrt(2 * LAYERS) * (unit + math.sqrt(WIDEST_INPUT) * 2**-24)

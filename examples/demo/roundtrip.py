@@ -33,7 +33,8 @@ def run_round_trip(
     tokenizer: Any,
     completion_tokens: int,
 ) -> RoundTrip:
-    """Saves the fused model's adapter, reloads it into stock PEFT, compares, merges; completes `prompt` with both.
+    """Saves the fused model's adapter, reloads it into stock PEFT, compares, merges; completes
+    `prompt` with both.
 
     Leaves `fused` unfused.
     """

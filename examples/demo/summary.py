@@ -22,7 +22,8 @@ def write_summary(result: dict[str, Any], folder: Path) -> None:
 
 
 def draw_picture(result: dict[str, Any], path: Path) -> None:
-    """How far the two losses of each comparison lie apart above, the median step times and the peak memory below."""
+    """How far the two losses of each comparison lie apart above, the median step times and the peak
+    memory below."""
     comparisons = result["comparisons"]
     columns = len(comparisons)
     figure = load_pyplot().figure(figsize=(max(9.0, 3.6 * columns), 7.6), layout="constrained")
@@ -60,7 +61,8 @@ def backends(result: dict[str, Any]) -> list[str]:
 
 
 def _plot_loss_difference(axes: Any, comparison: dict[str, Any]) -> None:
-    """|fused − stock| of the training loss at each step, under what rounding allows; equal bits stand at the bottom."""
+    """|fused − stock| of the training loss at each step, under what rounding allows; equal bits
+    stand at the bottom."""
     from matplotlib.ticker import MaxNLocator
 
     allowed = comparison["rounding_bound"]

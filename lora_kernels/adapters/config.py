@@ -24,7 +24,8 @@ _TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_AN
 _INITS = ("gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "loftq", "lora_ga", "mica")
 _PISSA_NITER = re.compile(r"pissa_niter_[0-9]{1,6}")
 
-# keys that say nothing about the maths of the adapter, or act only while its first weights are drawn
+# keys that say nothing about the maths of the adapter, or act only while its first weights are
+# drawn
 _KEPT = (
     "auto_mapping",
     "corda_config",
@@ -52,15 +53,16 @@ class LoraConfig:
 
         scale = lora_alpha / r,  or lora_alpha / √r with use_rslora
 
-    `target_modules`, `exclude_modules`: a list of names (the whole name of a module, or its end after a dot), or one
-    regular expression for whole names; `target_modules="all-linear"` is every linear layer but the output head.
-    `layers_to_transform`, `layers_pattern`: keep only these layer numbers of what a list of targets selects.
-    `rank_pattern`, `alpha_pattern`: regular expression for the end of a module's name → its r or lora_alpha; the
-    first that matches wins.
-    `bias`: which biases of the base are trained and saved: "none", "all", or "lora_only", those of adapted layers.
-    `modules_to_save`: modules that are copied, trained in full and saved with the adapter.
-    `fan_in_fan_out` only tells how transformers' Conv1D stores its weight; nn.Linear and nn.Embedding ignore it.
-    `extra` keeps the keys of PEFT's file that have no effect here, so that they are written back.
+    `target_modules`, `exclude_modules`: a list of names (the whole name of a module, or its end
+    after a dot), or one regular expression for whole names; `target_modules="all-linear"` is every
+    linear layer but the output head. `layers_to_transform`, `layers_pattern`: keep only these layer
+    numbers of what a list of targets selects. `rank_pattern`, `alpha_pattern`: regular expression
+    for the end of a module's name → its r or lora_alpha; the first that matches wins. `bias`: which
+    biases of the base are trained and saved: "none", "all", or "lora_only", those of adapted
+    layers. `modules_to_save`: modules that are copied, trained in full and saved with the adapter.
+    `fan_in_fan_out` only tells how transformers' Conv1D stores its weight; nn.Linear and
+    nn.Embedding ignore it. `extra` keeps the keys of PEFT's file that have no effect here, so that
+    they are written back.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -147,13 +149,13 @@ class LoraConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], also: Container[str] = ()) -> "LoraConfig":
-        """Reads the keys of adapter_config.json; also takes `peft.LoraConfig(...).to_dict()`. Those in `also` are kept in
-        `extra`: the caller does what they ask for.
+        """Reads the keys of adapter_config.json; also takes `peft.LoraConfig(...).to_dict()`. Those
+        in `also` are kept in `extra`: the caller does what they ask for.
 
         Raises:
             TypeError: a field has the wrong type.
-            AdapterError: it is not a LoRA adapter, a value is outside its range, or a key asks for a computation that
-                these layers do not do; the message names the key.
+            AdapterError: it is not a LoRA adapter, a value is outside its range, or a key asks for
+                a computation that these layers do not do; the message names the key.
         """
         kind = values.get("peft_type", "LORA")
         if str(getattr(kind, "value", kind)) != "LORA":
@@ -174,10 +176,12 @@ class LoraConfig:
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], also: Container[str] = ()) -> "LoraConfig":
-        """Reads adapter_config.json of a local directory; nothing is downloaded. `also` as in from_dict.
+        """Reads adapter_config.json of a local directory; nothing is downloaded. `also` as in
+        from_dict.
 
         Raises:
-            AdapterError: the file is missing, too large, not JSON, or its content is refused; the message names it.
+            AdapterError: the file is missing, too large, not JSON, or its content is refused; the
+                message names it.
         """
         path = Path(directory) / CONFIG_NAME
         file, size = open_file(path)
@@ -218,9 +222,11 @@ def open_file(path: Path) -> tuple[BufferedReader, int]:
 
 
 def write_files(contents: dict[Path, bytes]) -> None:
-    """Writes all files beside their places, then renames each: a place holds the old file, the new one, or none.
+    """Writes all files beside their places, then renames each: a place holds the old file, the new
+    one, or none.
 
-    The last is taken away before the others are replaced, so that it never stands beside files it does not belong to.
+    The last is taken away before the others are replaced, so that it never stands beside files it
+    does not belong to.
     """
     staged = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}") for path in contents}
     try:

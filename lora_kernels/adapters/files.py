@@ -1,7 +1,7 @@
 """Saves and loads adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-The files may come from a stranger. They are read once, never executed, and checked against the model before a tensor
-is allocated or anything in the model is touched.
+The files may come from a stranger. They are read once, never executed, and checked against the
+model before a tensor is allocated or anything in the model is touched.
 """
 
 import math
@@ -71,15 +71,18 @@ def save_adapter(
     *,
     save_embedding_layers: bool = False,
 ) -> None:
-    """Writes the adapter of `model` so that PeftModel.from_pretrained(base, directory) and load_adapter read it.
+    """Writes the adapter of `model` so that PeftModel.from_pretrained(base, directory) and
+    load_adapter read it.
 
-    `config` is needed only if the layers were put in by hand rather than by inject_adapter or load_adapter. Saved are
-    the adapters, the biases that `config.bias` names, the modules to save and, with `save_embedding_layers` (say
-    after a resize of the vocabulary), the base weights of the input and output embeddings. Each file is replaced in
-    one step; if anything fails, a complete older adapter, or none, is in its place.
+    `config` is needed only if the layers were put in by hand rather than by inject_adapter or
+    load_adapter. Saved are the adapters, the biases that `config.bias` names, the modules to save
+    and, with `save_embedding_layers` (say after a resize of the vocabulary), the base weights of
+    the input and output embeddings. Each file is replaced in one step; if anything fails, a
+    complete older adapter, or none, is in its place.
 
     Raises:
-        AdapterError: there is no adapter, `config` does not describe it, or a weight is not finite (a ValueError).
+        AdapterError: there is no adapter, `config` does not describe it, or a weight is not finite
+            (a ValueError).
         OSError: the files cannot be written.
     """
     model = uncompiled_model(model)
@@ -123,20 +126,21 @@ def load_adapter(
 ) -> list[str]:
     """Loads the adapter in a local directory, written by PEFT or by save_adapter, into `model`.
 
-    A plain model first gets the layers that the file's configuration names, all frozen unless `is_trainable`, as in
-    PeftModel.from_pretrained. In a model that has our layers, they must be those of the configuration; their weights
-    are replaced and nothing else. Base weights stay as they are, but for the biases and modules_to_save that belong
-    to the adapter. Where the file repeats the base weights of an embedding, as PEFT writes them beside an adapted
-    one, they must equal the model's, unless `load_embedding_layers` asks to take them.
+    A plain model first gets the layers that the file's configuration names, all frozen unless
+    `is_trainable`, as in PeftModel.from_pretrained. In a model that has our layers, they must be
+    those of the configuration; their weights are replaced and nothing else. Base weights stay as
+    they are, but for the biases and modules_to_save that belong to the adapter. Where the file
+    repeats the base weights of an embedding, as PEFT writes them beside an adapted one, they must
+    equal the model's, unless `load_embedding_layers` asks to take them.
 
-    Only safetensors is read, nothing is downloaded or executed, and all checks come first: if anything raises, the
-    model is as it was.
+    Only safetensors is read, nothing is downloaded or executed, and all checks come first: if
+    anything raises, the model is as it was.
 
     Returns the names of the adapted modules.
 
     Raises:
-        AdapterError: a file is missing, damaged, foreign or does not fit the model; the message names the file and
-            the tensor (a ValueError).
+        AdapterError: a file is missing, damaged, foreign or does not fit the model; the message
+            names the file and the tensor (a ValueError).
     """
     model = uncompiled_model(model)
     refuse_peft(model)
@@ -202,7 +206,8 @@ class Slot:
     dtype: torch.dtype | None = None
     """None: any floating dtype."""
     role: str = "own"
-    """"own": the adapter's, must be there; "base": a base weight that PEFT may repeat; "ignored": PEFT may write it."""
+    """"own": the adapter's, must be there; "base": a base weight that PEFT may repeat; "ignored":
+    PEFT may write it."""
 
 
 def slots_of(model: nn.Module, selection: Selection, config: LoraConfig) -> dict[str, Slot]:
@@ -308,7 +313,8 @@ def check_finite(key: str, tensor: Tensor, where: str) -> None:
 
 
 def read_tensors(path: Path, slots: dict[str, Slot]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, which must be those of `slots`; nothing is allocated before that is known."""
+    """The tensors of a safetensors file, which must be those of `slots`; nothing is allocated
+    before that is known."""
     file, size = open_file(path)
     with file:
         header, start = _read_header(file, size, path, slots)

@@ -30,18 +30,21 @@ _HOOKS = (
 
 
 def inject_adapter(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Replaces the modules that `config` selects by layers with an adapter, in place, and freezes the rest.
+    """Replaces the modules that `config` selects by layers with an adapter, in place, and freezes
+    the rest.
 
-    nn.Linear becomes LoRALinear, or DoRALinear with `use_dora`; nn.Embedding becomes LoRAEmbedding. They share the
-    weights of what they replace, and keep its hooks and its train or eval mode. As after peft.get_peft_model, only the
-    adapters require grad, with the biases that `bias` names and the copies of `modules_to_save`. All or nothing: if
-    anything raises, the model is as it was. "pissa" and "olora" change the base weights, as in PEFT.
+    nn.Linear becomes LoRALinear, or DoRALinear with `use_dora`; nn.Embedding becomes LoRAEmbedding.
+    They share the weights of what they replace, and keep its hooks and its train or eval mode. As
+    after peft.get_peft_model, only the adapters require grad, with the biases that `bias` names and
+    the copies of `modules_to_save`. All or nothing: if anything raises, the model is as it was.
+    "pissa" and "olora" change the base weights, as in PEFT.
 
     Returns the names of the replaced modules.
 
     Raises:
         TypeError: config is not a LoraConfig of this package.
-        AdapterError: a target, name or pattern matches no module, or a module cannot take an adapter (a ValueError).
+        AdapterError: a target, name or pattern matches no module, or a module cannot take an
+            adapter (a ValueError).
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(
@@ -84,12 +87,14 @@ def refuse_peft(model: nn.Module) -> None:
 
 
 def resolved(config: LoraConfig, selection: Selection) -> LoraConfig:
-    """The configuration as a file should hold it: with names in place of what depends on the model."""
+    """The configuration as a file should hold it: with names in place of what depends on the
+    model."""
     return replace(config, target_modules=selection.target_modules, modules_to_save=list(selection.saving) or None)
 
 
 def check_targets(model: nn.Module, selection: Selection, config: LoraConfig) -> None:
-    """Raises if a selected module cannot take the adapter; names all that cannot, each with the reason."""
+    """Raises if a selected module cannot take the adapter; names all that cannot, each with the
+    reason."""
     modules = dict(model.named_modules(remove_duplicate=False))
     reasons = {}
     for target in selection.targets:
@@ -135,7 +140,8 @@ def _refusal(module: nn.Module, parent: nn.Module, config: LoraConfig) -> str | 
 
 
 def build_layers(model: nn.Module, selection: Selection, config: LoraConfig, undo: ExitStack) -> dict[str, nn.Module]:
-    """The new layers, not yet in the model; what building them changes in the base is put back by `undo`."""
+    """The new layers, not yet in the model; what building them changes in the base is put back by
+    `undo`."""
     for parameter in model.parameters():
         undo.callback(parameter.requires_grad_, parameter.requires_grad)
     changes_base = str(config.init_lora_weights).startswith(("pissa", "olora"))
@@ -177,7 +183,8 @@ def install_modules(model: nn.Module, new: dict[str, nn.Module], undo: ExitStack
 
 
 def set_trainable(model: nn.Module, selection: Selection, bias: str, trainable: bool = True) -> None:
-    """Freezes the model but for the adapters, the biases that `bias` names, and the modules to save."""
+    """Freezes the model but for the adapters, the biases that `bias` names, and the modules to
+    save."""
     model.requires_grad_(False)
     if not trainable:
         return
@@ -193,7 +200,8 @@ def set_trainable(model: nn.Module, selection: Selection, bias: str, trainable: 
 
 
 def trained_biases(model: nn.Module, selection: Selection, bias: str) -> dict[str, nn.Parameter]:
-    """The base biases that belong to the adapter, by name; those of modules to save are counted there."""
+    """The base biases that belong to the adapter, by name; those of modules to save are counted
+    there."""
     if bias == "none":
         return {}
     adapted = {target.name for target in selection.targets}

@@ -1,7 +1,8 @@
 """Regular expressions over module names, matched in bounded time.
 
-Patterns come from files of strangers, and a backtracking matcher takes years for some of them. NamePattern walks the
-parsed pattern once with the set of all places where a match may end, kept as the bits of an integer: no backtracking.
+Patterns come from files of strangers, and a backtracking matcher takes years for some of them.
+NamePattern walks the parsed pattern once with the set of all places where a match may end, kept as
+the bits of an integer: no backtracking.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,8 @@ except ImportError:  # Python 3.10
 _MAX_PATTERN = 16_384
 _IGNORECASE, _UNICODE = 2, 32
 _FIRST_STEPS, _STEPS_PER_NAME = 200_000, 2_000
-"""What one pattern may cost: a fifth of a second, and a millisecond for each name. Real ones take tens of steps."""
+"""What one pattern may cost: a fifth of a second, and a millisecond for each name. Real ones take
+tens of steps."""
 
 _CATEGORIES = {
     _constants.CATEGORY_DIGIT: str.isdecimal,
@@ -38,10 +40,12 @@ _OTHERS = (_constants.BRANCH, _constants.SUBPATTERN, _constants.AT)
 class NamePattern:
     """A regular expression over module names, matched in bounded time.
 
-    Takes what `re` takes, but for backreferences, conditionals, atomic groups and inline flags other than (?i).
+    Takes what `re` takes, but for backreferences, conditionals, atomic groups and inline flags
+    other than (?i).
 
     Raises:
-        AdapterError: the pattern is not valid, uses one of these, or costs too much; the message names `field`.
+        AdapterError: the pattern is not valid, uses one of these, or costs too much; the message
+            names `field`.
     """
 
     def __init__(self, pattern: str, field: str) -> None:
@@ -67,7 +71,8 @@ class NamePattern:
         return bool(self._end_mask(name, 1) >> len(name))
 
     def matches_end(self, name: str) -> bool:
-        """Whether the pattern matches all of `name` or its end after a dot, as PEFT's rank_pattern does."""
+        """Whether the pattern matches all of `name` or its end after a dot, as PEFT's rank_pattern
+        does."""
         return bool(self._end_mask(name, suffix_starts(name)) >> len(name))
 
     def match_ends(self, name: str, start: int) -> list[int]:
@@ -125,7 +130,8 @@ class NamePattern:
                 break
             starts = further
         if high is _constants.MAXREPEAT and len(items) == 1 and items[0][0] in _CHARS:
-            # a star over a set of characters: the carry of the sum runs through each stretch of them
+            # a star over a set of characters: the carry of the sum runs through each stretch of
+            # them
             accepted = self._accepted(*items[0])
             return ((starts & accepted) + accepted ^ accepted) | starts
         reached = starts

@@ -45,15 +45,16 @@ class Selection:
     saving: tuple[str, ...]
     """The names that selected them: modules_to_save and the heads of the task."""
     target_modules: list[str] | str
-    """The target_modules to write to a file: "all-linear" and None depend on the model, this does not."""
+    """The target_modules to write to a file: "all-linear" and None depend on the model, this does
+    not."""
 
 
 def select_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Selection:
     """Finds the modules that `config` adapts in `model`, as PEFT does.
 
     Raises:
-        AdapterError: nothing is selected, a pattern is refused, or, if `strict`, some name or pattern matches no
-            module (PEFT ignores it); the message lists near names.
+        AdapterError: nothing is selected, a pattern is refused, or, if `strict`, some name or
+            pattern matches no module (PEFT ignores it); the message lists near names.
     """
     names = [name for name, _ in model.named_modules() if name]
     wanted = _target_modules(model, config)
@@ -97,7 +98,8 @@ def select_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True)
 
 
 class _Matcher:
-    """A list of names, each a whole name or its end after a dot; or one regular expression for whole names."""
+    """A list of names, each a whole name or its end after a dot; or one regular expression for
+    whole names."""
 
     def __init__(self, wanted: list[str] | str, field: str) -> None:
         self._pattern = NamePattern(wanted, field) if isinstance(wanted, str) else None
@@ -115,7 +117,8 @@ class _Matcher:
 
 
 class _Layers:
-    """PEFT's layers_to_transform: the number after the first name in layers_pattern, or the first numbered part."""
+    """PEFT's layers_to_transform: the number after the first name in layers_pattern, or the first
+    numbered part."""
 
     def __init__(self, config: LoraConfig) -> None:
         layers, patterns = config.layers_to_transform, config.layers_pattern
@@ -172,7 +175,8 @@ def _all_linear(model: nn.Module, config: LoraConfig) -> list[str] | str:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" includes this module: nn.Linear, our layers, and transformers' Conv1D."""
+    """Whether "all-linear" includes this module: nn.Linear, our layers, and transformers'
+    Conv1D."""
     return isinstance(module, nn.Linear | LoRALinear) or _is_named(module, "Conv1D", "transformers.")
 
 

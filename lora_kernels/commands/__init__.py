@@ -1,4 +1,5 @@
-"""`python -m lora_kernels`: doctor, bench, tune, serve-demo. Without typer and rich only doctor runs, in plain text."""
+"""`python -m lora_kernels`: doctor, bench, tune, serve-demo. Without typer and rich only doctor
+runs, in plain text."""
 
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ WANTED = "pip install typer rich (or lora_kernels[cli])"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs a command; the exit status: 0, 1 where the command found something wrong, 2 where it could not begin."""
+    """Runs a command; the exit status: 0, 1 where the command found something wrong, 2 where it
+    could not begin."""
     try:
         from lora_kernels.commands.app import run_command
     except ModuleNotFoundError as error:

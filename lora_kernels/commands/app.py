@@ -44,7 +44,8 @@ def options(
 
 @app.command()
 def doctor(json: Annotated[bool, typer.Option("--json", help="For programs, and for bug reports.")] = False) -> None:
-    """What is here, what is missing and how to get it; one checked forward. Exits with 1 if it is wrong."""
+    """What is here, what is missing and how to get it; one checked forward. Exits with 1 if it is
+    wrong."""
     raise typer.Exit(examination.doctor(as_json=json))
 
 
@@ -58,8 +59,8 @@ def bench(
     seconds: Annotated[float, typer.Option(help="For each row of the table.")] = 3.0,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draws a picture, by matplotlib.")] = None,
 ) -> None:
-    """Is it faster for me? PEFT, these kernels and the layer without an adapter, in turn in one process: LoRA and DoRA, forward
-    and step (forward and backward)."""
+    """Is it faster for me? PEFT, these kernels and the layer without an adapter, in turn in one
+    process: LoRA and DoRA, forward and step (forward and backward)."""
     raise typer.Exit(benchmark.bench(what, tokens, rank, dtype, device, seconds, plot))
 
 
@@ -70,7 +71,8 @@ def tune(
     rank: Annotated[int, typer.Option(min=1)] = 16,
     layer: Annotated[list[str] | None, typer.Option(metavar="INxOUT", help="Such a layer; may be repeated.")] = None,
 ) -> None:
-    """Times the ways to compute common layers on the GPU that is here, and keeps the fastest for this user."""
+    """Times the ways to compute common layers on the GPU that is here, and keeps the fastest for
+    this user."""
     raise typer.Exit(tuner.tune(seconds, dtype, rank, layer or []))
 
 
@@ -78,5 +80,6 @@ def tune(
     "serve-demo", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
 )
 def serve_demo(context: typer.Context) -> None:
-    """Many adapters over one model, beside PEFT's ways; needs a checkout of the repository. serve-demo --help: its options."""
+    """Many adapters over one model, beside PEFT's ways; needs a checkout of the repository.
+    serve-demo --help: its options."""
     raise typer.Exit(demo.serve_demo(context.args))

@@ -1,4 +1,5 @@
-"""`bench`: is it faster for me? A layer, or a model, without an adapter, with PEFT's and with ours, on the same weights."""
+"""`bench`: is it faster for me? A layer, or a model, without an adapter, with PEFT's and with ours,
+on the same weights."""
 
 import copy
 import importlib.util
@@ -29,7 +30,8 @@ Times = dict[tuple[str, str], dict[str, float]]
 
 @dataclass(frozen=True)
 class Job:
-    """What is timed: modules that share all weights, and how one is called on an input [tokens, in] that wants its gradient."""
+    """What is timed: modules that share all weights, and how one is called on an input [tokens, in]
+    that wants its gradient."""
 
     name: str
     modules: dict[str, nn.Module]

@@ -1,4 +1,5 @@
-"""`doctor`: what is here, what is missing and how to get it. It runs when things are broken, so it wants nothing but torch."""
+"""`doctor`: what is here, what is missing and how to get it. It runs when things are broken, so it
+wants nothing but torch."""
 
 import importlib.metadata
 import json
@@ -26,7 +27,8 @@ def doctor(as_json: bool = False) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Versions, tools, processor and GPU; each backend and why it is absent; one forward on each device against float64."""
+    """Versions, tools, processor and GPU; each backend and why it is absent; one forward on each
+    device against float64."""
     forwards = [forward(device) for device in ("cpu", "cuda") if device == "cpu" or torch.cuda.is_available()]
     return {
         "lora_kernels": __version__,

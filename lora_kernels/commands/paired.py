@@ -12,10 +12,11 @@ MIN_ROUNDS = 10  # rounds
 def interleaved_medians(
     calls: dict[str, Callable[[], Any]], rounds: int = 31, seconds: float = 1.0, wait: Callable[[], Any] = lambda: None
 ) -> dict[str, float]:
-    """The median seconds of each call over interleaved rounds, at least MIN_ROUNDS; `wait` for a device that runs behind.
+    """The median seconds of each call over interleaved rounds, at least MIN_ROUNDS; `wait` for a
+    device that runs behind.
 
-    Each round has its own random order (the same in every run): what a call leaves behind, in the caches and in the
-    allocator's free memory, must not always meet the same neighbour.
+    Each round has its own random order (the same in every run): what a call leaves behind, in the
+    caches and in the allocator's free memory, must not always meet the same neighbour.
     """
     shuffled = random.Random(0)
     order = list(calls)

@@ -8,7 +8,8 @@ COLOURS = {"base": "#d0d0d0", "PEFT": "#8c8c8c", "ours": "#00857c"}
 
 
 def draw_picture(times: Any, headline: str, title: str, file: Path) -> None:
-    """Bars of each contender's time, the layer without an adapter being 1; written to `file` in the format of its ending."""
+    """Bars of each contender's time, the layer without an adapter being 1; written to `file` in the
+    format of its ending."""
     import matplotlib
 
     matplotlib.use("Agg")

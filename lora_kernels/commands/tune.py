@@ -10,7 +10,8 @@ from lora_kernels.ops.tables import tiles
 
 
 def tune(seconds: float = 60.0, dtype: str = "bfloat16", rank: int = 16, layers: Sequence[str] = ()) -> int:
-    """Times the ways to compute `layers` ("4096x11008"; common ones if none) and keeps the fastest; 2 without a GPU."""
+    """Times the ways to compute `layers` ("4096x11008"; common ones if none) and keeps the fastest;
+    2 without a GPU."""
     sizes = [tuple(map(int, layer.split("x"))) for layer in layers] or tuning.LAYERS
     if not torch.cuda.is_available():
         print("tune: it measures on a GPU, and torch finds none here; nothing was written", file=sys.stderr)

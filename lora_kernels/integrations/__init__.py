@@ -1,4 +1,5 @@
-"""Models of other libraries on our kernels. PEFT is imported only once a model may hold its layers."""
+"""Models of other libraries on our kernels. PEFT is imported only once a model may hold its
+layers."""
 
 import sys
 from importlib.util import find_spec
@@ -17,19 +18,22 @@ __all__ = ["FuseReport", "fuse", "unfuse", "warm_up"]
 def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
     """Runs the LoRA layers of a PEFT model on our kernels, in place, and reports on every layer.
 
-    Each peft.tuners.lora.layer.Linear, over nn.Linear or GPT-2's Conv1D, becomes a subclass that overrides `forward`
-    alone. Parameters, names, hooks and PEFT's methods stay. Each call looks at the state it finds. One active LoRA,
-    rsLoRA or DoRA adapter runs on the kernels, also with dropout, bias, autocast, or adapters in another dtype than the
-    base. Anything else runs in PEFT's own forward: several active adapters, `adapter_names`, merged or disabled adapters,
-    hooks on the inner modules, other variants. The output has PEFT's dtype; dropout masks are drawn by us.
+    Each peft.tuners.lora.layer.Linear, over nn.Linear or GPT-2's Conv1D, becomes a subclass that
+    overrides `forward` alone. Parameters, names, hooks and PEFT's methods stay. Each call looks at
+    the state it finds. One active LoRA, rsLoRA or DoRA adapter runs on the kernels, also with
+    dropout, bias, autocast, or adapters in another dtype than the base. Anything else runs in
+    PEFT's own forward: several active adapters, `adapter_names`, merged or disabled adapters, hooks
+    on the inner modules, other variants. The output has PEFT's dtype; dropout masks are drawn by
+    us.
 
-    Adapters added later to a fused layer are covered too. Modules that become LoRA layers later are PEFT's until `fuse`
-    is called again; calling it twice does no harm. Layers of lora_kernels.nn are reported as fused. All or nothing: if
-    anything raises, the model is as it was.
+    Adapters added later to a fused layer are covered too. Modules that become LoRA layers later are
+    PEFT's until `fuse` is called again; calling it twice does no harm. Layers of lora_kernels.nn
+    are reported as fused. All or nothing: if anything raises, the model is as it was.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
-        ValueError: the model has no LoRA layers, or `strict` and PEFT's own forward would run at least one.
+        ValueError: the model has no LoRA layers, or `strict` and PEFT's own forward would run at
+            least one.
         ImportError: the model has no layers of lora_kernels.nn and PEFT is not installed.
     """
     _check_module("fuse", model)
@@ -59,11 +63,13 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Gives every layer that `fuse` changed PEFT's own class back; does nothing where there is none.
+    """Gives every layer that `fuse` changed PEFT's own class back; does nothing where there is
+    none.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
-        ValueError: a fused layer's class was changed again since (fully_shard and parametrize do); undo that first.
+        ValueError: a fused layer's class was changed again since (fully_shard and parametrize do);
+            undo that first.
     """
     _check_module("unfuse", model)
     peft = _peft_module()

@@ -2,10 +2,11 @@
 
     python -m lora_kernels.integrations.hub FOLDER
 
-writes FOLDER/build/torch-{cpu,cuda}/, each with this package and what `kernels` reads. Then, without a class of one's own,
+writes FOLDER/build/torch-{cpu,cuda}/, each with this package and what `kernels` reads. Then,
+without a class of one's own,
 
-    from kernels import LocalLayerRepository, Mode, kernelize, replace_kernel_forward_from_hub, use_kernel_mapping
-    from peft.tuners.lora.layer import Linear
+    from kernels import LocalLayerRepository, Mode, kernelize, replace_kernel_forward_from_hub,
+    use_kernel_mapping from peft.tuners.lora.layer import Linear
 
     replace_kernel_forward_from_hub(Linear, "LoraLinear")
     repository = LocalLayerRepository(FOLDER, layer_name="LoraLinear")
@@ -30,7 +31,8 @@ from lora_kernels.integrations.peft import Linear, run_fused
 
 BACKENDS = ("cpu", "cuda")
 PACKAGE = Path(__file__).parents[1]
-LEFT_OUT = {"commands", "testing", "vllm", "__main__.py", "__pycache__", "_cuda.pyi", "_ptxsim.pyi"}  # what no layer needs
+# what no layer needs
+LEFT_OUT = {"commands", "testing", "vllm", "__main__.py", "__pycache__", "_cuda.pyi", "_ptxsim.pyi"}
 START = '''"""LoRA and DoRA layers of PEFT on fused kernels: `layers.LoraLinear`, for peft.tuners.lora.layer.Linear."""
 
 import sys
@@ -77,7 +79,8 @@ with another Python or system Triton's kernels or the reference run instead of t
 
 
 class LoraLinear(nn.Module):
-    """The forward of `fuse` for a layer that stays PEFT's. `kernels` binds it to the layer; it has no state, as it demands."""
+    """The forward of `fuse` for a layer that stays PEFT's. `kernels` binds it to the layer; it has
+    no state, as it demands."""
 
     can_torch_compile = True
 

@@ -1,8 +1,8 @@
 """PEFT's LoRA linear layer with a forward on our kernels. Importing this file imports PEFT.
 
-PEFT owns the layer: its parameters, names and methods stay, and any of them may change between two calls. So each call
-reads the state anew, and what the kernels do not cover goes to PEFT's forward. All that is remembered is DoRA's norm,
-under the bits it was computed from.
+PEFT owns the layer: its parameters, names and methods stay, and any of them may change between two
+calls. So each call reads the state anew, and what the kernels do not cover goes to PEFT's forward.
+All that is remembered is DoRA's norm, under the bits it was computed from.
 """
 
 from collections import Counter
@@ -42,7 +42,8 @@ _fallbacks: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
 
 
 class FusedLinear(Linear):
-    """peft.tuners.lora.layer.Linear; a call that the kernels cover runs there, any other in PEFT's own forward."""
+    """peft.tuners.lora.layer.Linear; a call that the kernels cover runs there, any other in PEFT's
+    own forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = run_fused(self, x, args, kwargs)
@@ -50,7 +51,8 @@ class FusedLinear(Linear):
 
 
 def run_fused(layer: Linear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """What the kernels give for a call of PEFT's layer, or None where PEFT's own forward must run; the reason is counted."""
+    """What the kernels give for a call of PEFT's layer, or None where PEFT's own forward must run;
+    the reason is counted."""
     state: Any = "the call has arguments besides the input" if args or kwargs else read_state(layer)
     reason = state if type(state) is str else _input_refusal(layer, x, state)
     if reason is not None:
@@ -63,9 +65,11 @@ def run_fused(layer: Linear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def read_state(layer: Any) -> Any:
-    """What the layer's next call computes with, (w, bias, a, b, scale, dropout, magnitude), or why PEFT must run it.
+    """What the layer's next call computes with, (w, bias, a, b, scale, dropout, magnitude), or why
+    PEFT must run it.
 
-    Reads the modules' own dictionaries: one lookup through nn.Module.__getattr__ costs as much as ten of these checks.
+    Reads the modules' own dictionaries: one lookup through nn.Module.__getattr__ costs as much as
+    ten of these checks.
     """
     if layer._disable_adapters:
         return "the adapters are disabled"
@@ -128,7 +132,8 @@ def read_state(layer: Any) -> Any:
 
 
 def _has_hooks(module: nn.Module) -> Any:
-    """Whether calling the module runs more than its class's forward, which accelerate and `kernels` replace."""
+    """Whether calling the module runs more than its class's forward, which accelerate and `kernels`
+    replace."""
     return (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -139,7 +144,8 @@ def _has_hooks(module: nn.Module) -> Any:
 
 
 def _is_own(module: nn.Module, attribute: str) -> bool:
-    """Whether the instance holds its class's own bound forward: accelerate leaves it there when its hook is removed."""
+    """Whether the instance holds its class's own bound forward: accelerate leaves it there when its
+    hook is removed."""
     held = module.__dict__.get(attribute)
     return type(held) is MethodType and held.__self__ is module and held.__func__ is type(module).forward
 
@@ -149,7 +155,8 @@ def _type_name(thing: Any) -> str:
 
 
 def _input_refusal(layer: Linear, x: Tensor, state: Any) -> str | None:
-    """Why this input goes to PEFT's forward, which also raises its own error where it cannot take it."""
+    """Why this input goes to PEFT's forward, which also raises its own error where it cannot take
+    it."""
     w, a = state[0], state[2]
     if not _compiling():
         if type(x) not in _PLAIN:

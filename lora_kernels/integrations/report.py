@@ -17,8 +17,9 @@ _NAMES_SHOWN = 3
 class FuseReport:
     """Every LoRA layer of a model, by name; `print(report)` shows a summary.
 
-    `fused` maps a layer to the backend that takes its calls. `left` maps a layer to the reason why, as the model stands,
-    PEFT's own forward takes them. `slow` maps each layer on the reference to the reasons of the faster backends.
+    `fused` maps a layer to the backend that takes its calls. `left` maps a layer to the reason why,
+    as the model stands, PEFT's own forward takes them. `slow` maps each layer on the reference to
+    the reasons of the faster backends.
     """
 
     fused: Mapping[str, str]
@@ -27,7 +28,8 @@ class FuseReport:
     _fallbacks: Callable[[], dict[str, dict[str, int]]] = field(default=dict, compare=False)
 
     def fallbacks(self) -> dict[str, dict[str, int]]:
-        """How many calls of each fused layer went to PEFT's forward after all, by layer and reason, up to now."""
+        """How many calls of each fused layer went to PEFT's forward after all, by layer and reason,
+        up to now."""
         return self._fallbacks()
 
     def summary(self) -> str:

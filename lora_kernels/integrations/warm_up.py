@@ -19,27 +19,32 @@ def warm_up(
     model: nn.Module, tokens: SupportsIndex | Sequence[SupportsIndex], *, dtype: torch.dtype | None = None, tune: bool = False,
     seconds: float = 60.0,
 ) -> list[str]:  # fmt: skip
-    """Calls every LoRA layer of a model on zeros, so that Triton compiles, and the GPU loads, what they will run.
+    """Calls every LoRA layer of a model on zeros, so that Triton compiles, and the GPU loads, what
+    they will run.
 
         fuse(model)
         warm_up(model, [1, 64, 4096])
 
-    Layers of lora_kernels.nn and those that `fuse` took over, on a GPU; on the CPU there is nothing to compile. `tokens`: the
-    row counts to expect (batch · sequence), since kernels differ between few rows and many. `dtype`: of the inputs; that of
-    the base weight if not given. Call it as the model will be called: in train or eval mode, under `torch.autocast`, under
-    `torch.no_grad()` or not. In train mode backward runs too, with a gradient of the input and without.
+    Layers of lora_kernels.nn and those that `fuse` took over, on a GPU; on the CPU there is nothing
+    to compile. `tokens`: the row counts to expect (batch · sequence), since kernels differ between
+    few rows and many. `dtype`: of the inputs; that of the base weight if not given. Call it as the
+    model will be called: in train or eval mode, under `torch.autocast`, under `torch.no_grad()` or
+    not. In train mode backward runs too, with a gradient of the input and without.
 
-    With `tune` the ways to compute each of these calls are timed on the GPU (`lora_kernels.ops.tuning`), those of the most rows
-    first, for about `seconds` in all. The fastest is kept in the user's cache directory, and `explain` says "measured here".
-    Without `tune` nothing is timed.
+    With `tune` the ways to compute each of these calls are timed on the GPU
+    (`lora_kernels.ops.tuning`), those of the most rows first, for about `seconds` in all. The
+    fastest is kept in the user's cache directory, and `explain` says "measured here". Without
+    `tune` nothing is timed.
 
-    Parameters, their gradients and torch's random numbers are left as they are; hooks of the layers run, those of their
-    parameters on gradients of zero. It takes the memory of one layer's call; with `tune` of another, and a gigabyte.
+    Parameters, their gradients and torch's random numbers are left as they are; hooks of the layers
+    run, those of their parameters on gradients of zero. It takes the memory of one layer's call;
+    with `tune` of another, and a gigabyte.
 
     Returns the names of the layers that were called.
 
     Raises:
-        TypeError: model is not a torch.nn.Module, tokens are not integers, or dtype is not one of the layers'.
+        TypeError: model is not a torch.nn.Module, tokens are not integers, or dtype is not one of
+            the layers'.
         ValueError: no number of tokens is given, or one is below 1. Nothing has run.
         RuntimeError: `tune`, and the layers are simulated: there is nothing to time.
     """
@@ -76,7 +81,8 @@ def _row_counts(tokens: Any) -> list[int]:
 
 
 def _fused_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, Tensor]]:
-    """Each layer on our kernels: its name, itself, its in_features and its base weight; those of a group as one."""
+    """Each layer on our kernels: its name, itself, its in_features and its base weight; those of a
+    group as one."""
     within: set[nn.Module] = set()
     peft = sys.modules.get("lora_kernels.integrations.peft")
     for name, module in model.named_modules():
@@ -102,7 +108,8 @@ def _problems(layer: nn.Module, x: Tensor) -> Iterator[Problem]:
 
 
 def _call_layer(layer: nn.Module, x: Tensor) -> None:
-    """The layer's call as in an evaluation, or as in a step: for an input that wants its gradient and for one that does not."""
+    """The layer's call as in an evaluation, or as in a step: for an input that wants its gradient
+    and for one that does not."""
     trained = [p for p in layer.parameters() if p.requires_grad]
     if not (layer.training and torch.is_grad_enabled()):
         layer(x)

@@ -1,4 +1,5 @@
-"""What every layer with an adapter has: rank and scale, the adapter on and off, merging into the base weight."""
+"""What every layer with an adapter has: rank and scale, the adapter on and off, merging into the
+base weight."""
 
 import math
 import operator
@@ -14,11 +15,13 @@ from lora_kernels.ops.lora_linear.op import FLOATS
 
 
 class AdapterLayer(nn.Module):
-    """The base of our layers; subclasses say how the adapted weight is computed (`_adapted_weight`).
+    """The base of our layers; subclasses say how the adapted weight is computed
+    (`_adapted_weight`).
 
         scaling = factor · lora_alpha / r,  or factor · lora_alpha / √r with use_rslora
 
-    `factor` is 1 until `set_scale`. Sources: LoRA, arXiv:2106.09685, §4.1; rsLoRA, arXiv:2312.03732, theorem 3.2.
+    `factor` is 1 until `set_scale`. Sources: LoRA, arXiv:2106.09685, §4.1; rsLoRA,
+    arXiv:2312.03732, theorem 3.2.
     """
 
     weight: nn.Parameter
@@ -26,7 +29,8 @@ class AdapterLayer(nn.Module):
     """Whether the adapter takes part; if not, the layer computes what its base does."""
 
     def _set_up(self, weight: nn.Parameter | None, r: int, lora_alpha: float, use_rslora: bool) -> None:
-        """Takes the options, checked, and the base weight, whose owner may be another module too."""
+        """Takes the options, checked, and the base weight, whose owner may be another module
+        too."""
         name = type(self).__name__
         weight = check_weight(name, weight)
         self.r = check_rank(name, r)
@@ -37,14 +41,16 @@ class AdapterLayer(nn.Module):
         self.scaling = self._initial_scaling()
         self.enabled = True
         self.weight = weight
-        # the base weight as it was before merge(); not a buffer, since state_dict() gives it in the place of `weight`
+        # the base weight as it was before merge(); not a buffer, since state_dict() gives it in the
+        # place of `weight`
         self._unmerged: Tensor | None = None
 
     def _initial_scaling(self) -> float:
         return initial_scaling(self.lora_alpha, self.r, self.use_rslora)
 
     def _adapted_weight(self) -> Tensor:
-        """The weight that makes a plain layer compute what this one does in eval mode, rounded once to its dtype."""
+        """The weight that makes a plain layer compute what this one does in eval mode, rounded once
+        to its dtype."""
         raise NotImplementedError
 
     def _base_weight(self) -> Tensor:
@@ -57,11 +63,12 @@ class AdapterLayer(nn.Module):
         return self._unmerged is not None
 
     def merge(self, safe: bool = False) -> None:
-        """Puts the adapter into `weight`: sums in float32 (float64 for float64), one rounding to the weight's dtype.
+        """Puts the adapter into `weight`: sums in float32 (float64 for float64), one rounding to
+        the weight's dtype.
 
-        The weight as it was is kept, so that `unmerge` gives back its very bits; a merged layer therefore holds two
-        tensors of that size. `state_dict` goes on to give the unmerged weight. With `safe`, values that are not
-        finite are refused.
+        The weight as it was is kept, so that `unmerge` gives back its very bits; a merged layer
+        therefore holds two tensors of that size. `state_dict` goes on to give the unmerged weight.
+        With `safe`, values that are not finite are refused.
 
         Raises:
             RuntimeError: the layer is merged already.
@@ -69,7 +76,8 @@ class AdapterLayer(nn.Module):
         """
         if self.merged:
             raise RuntimeError(f"{self._class_name()}: merge() on a merged layer; call unmerge() first")
-        # the merged tensor must be as the weight is: one made in inference mode could never be trained through
+        # the merged tensor must be as the weight is: one made in inference mode could never be
+        # trained through
         with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
             adapted = self._adapted_weight()
         if safe:
@@ -96,7 +104,8 @@ class AdapterLayer(nn.Module):
     def _replace_weight(self, data: Tensor) -> None:
         with torch.inference_mode(self.weight.is_inference()):
             self.weight.data = data
-        # a graph that was built with the other weight must raise in its backward rather than use this one
+        # a graph that was built with the other weight must raise in its backward rather than use
+        # this one
         if not self.weight.is_inference():
             torch.autograd.graph.increment_version(self.weight)
 
@@ -115,7 +124,8 @@ class AdapterLayer(nn.Module):
         self.scaling = factor * self._initial_scaling()
 
     def enable_adapter(self, enabled: bool = True) -> None:
-        """Turns the adapter on or off; off, also when merged, the layer computes exactly what its base does.
+        """Turns the adapter on or off; off, also when merged, the layer computes exactly what its
+        base does.
 
         Raises:
             TypeError: enabled is not True or False.

@@ -14,19 +14,22 @@ from lora_kernels.ops.lora_linear.op import DROPOUT_SEMANTICS
 
 
 class DoRALinear(LoRALinear):
-    """y = gain ⊙ (x Wᵀ + scaling · drop(x) Aᵀ Bᵀ) + bias with gain = m / ‖W + scaling·BA‖, one per output feature.
+    """y = gain ⊙ (x Wᵀ + scaling · drop(x) Aᵀ Bᵀ) + bias with gain = m / ‖W + scaling·BA‖, one per
+    output feature.
 
-    Shapes and parameters as LoRALinear, and lora_magnitude_vector m [out], float32 whatever the layer is cast to
-    (float64 if weight is float64): in 16 bits the steps of an optimizer would round away. m begins as the norm, by the
-    same routine, so that gain is exactly 1. Where the norm is zero, gain is 1 and m gets no gradient.
+    Shapes and parameters as LoRALinear, and lora_magnitude_vector m [out], float32 whatever the
+    layer is cast to (float64 if weight is float64): in 16 bits the steps of an optimizer would
+    round away. m begins as the norm, by the same routine, so that gain is exactly 1. Where the norm
+    is zero, gain is 1 and m gets no gradient.
 
-    `detach_norm`: the norm is a constant in backward, as in the paper (§4.3) and in PEFT; False: the exact gradient.
-    `dropout_semantics`: "peft" also drops the input of the rescaled base; "lora_only" is the formula above, one GEMM
-    cheaper.
+    `detach_norm`: the norm is a constant in backward, as in the paper (§4.3) and in PEFT; False:
+    the exact gradient. `dropout_semantics`: "peft" also drops the input of the rescaled base;
+    "lora_only" is the formula above, one GEMM cheaper.
 
     Raises:
         TypeError: an option has the wrong type, or the weight a dtype that is not supported.
-        ValueError: an option is outside its range, or tensors do not fit; the message names it. Nothing has changed.
+        ValueError: an option is outside its range, or tensors do not fit; the message names it.
+            Nothing has changed.
 
     Source: DoRA, arXiv:2402.09353, eq. 5 and §4.3.
     """
@@ -49,7 +52,8 @@ class DoRALinear(LoRALinear):
     def from_linear(
         cls, linear: nn.Linear, *args: Any, detach_norm: bool = True, dropout_semantics: str = "peft", **options: Any
     ) -> Self:
-        """A layer that shares the parameters of `linear`, which it freezes; other options as LoRALinear.from_linear."""
+        """A layer that shares the parameters of `linear`, which it freezes; other options as
+        LoRALinear.from_linear."""
         cls._check_options(detach_norm, dropout_semantics)
         layer = super().from_linear(linear, *args, **options)
         layer.detach_norm, layer.dropout_semantics = detach_norm, dropout_semantics
@@ -77,7 +81,8 @@ class DoRALinear(LoRALinear):
         """Shapes: x [..., in] → [..., out].
 
         Raises:
-            TypeError, ValueError: x does not fit weight in dtype, shape or device, or weight requires grad.
+            TypeError, ValueError: x does not fit weight in dtype, shape or device, or weight
+            requires grad.
         """
         if not self.enabled:
             return F.linear(x, self._base_weight(), self.bias)

@@ -15,10 +15,11 @@ from lora_kernels.ops import merged_weight
 class LoRAEmbedding(AdapterLayer):
     """y = W[i] + scaling · (Aᵀ)[i] Bᵀ for each index i.
 
-    Shapes: indices [...]; weight W [num_embeddings, dim], lora_embedding_A A [r, num_embeddings], lora_embedding_B B
-    [dim, r]; y [..., dim] in the dtype of weight, summed in float32 (float64 for float64) and rounded once. W is
-    frozen; the adapter is float32, float64 if W is float64. padding_idx, max_norm, norm_type and scale_grad_by_freq act
-    on W and on Aᵀ, as in PEFT; the gradient of A is dense, sparse or not. A is zero at first and B normal; with
+    Shapes: indices [...]; weight W [num_embeddings, dim], lora_embedding_A A [r, num_embeddings],
+    lora_embedding_B B [dim, r]; y [..., dim] in the dtype of weight, summed in float32 (float64 for
+    float64) and rounded once. W is frozen; the adapter is float32, float64 if W is float64.
+    padding_idx, max_norm, norm_type and scale_grad_by_freq act on W and on Aᵀ, as in PEFT; the
+    gradient of A is dense, sparse or not. A is zero at first and B normal; with
     init_lora_weights=False both are normal.
 
     Raises:
@@ -61,7 +62,8 @@ class LoRAEmbedding(AdapterLayer):
         use_rslora: bool = False,
         init_lora_weights: bool = True,
     ) -> Self:
-        """A layer that shares the weight of `embedding`, which it freezes, and its options and train or eval mode."""
+        """A layer that shares the weight of `embedding`, which it freezes, and its options and
+        train or eval mode."""
         if not isinstance(embedding, nn.Embedding) or type(embedding).forward is not nn.Embedding.forward:
             own = " with a forward of its own" if isinstance(embedding, nn.Embedding) else ""
             raise TypeError(f"{cls.__name__}: embedding must be an nn.Embedding, found {type(embedding).__name__}{own}")

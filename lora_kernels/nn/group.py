@@ -15,16 +15,19 @@ _FORWARDS = (LoRALinear.forward, DoRALinear.forward)
 
 
 class GroupedLinear(nn.Module):
-    """(layer_0(x), layer_1(x), …), by `lora_kernels.ops.lora_linear_group`: one op, which reads x once for all.
+    """(layer_0(x), layer_1(x), …), by `lora_kernels.ops.lora_linear_group`: one op, which reads x
+    once for all.
 
         group = GroupedLinear({"q_proj": q, "k_proj": k, "v_proj": v})
         q, k, v = group(x)
 
-    `layers`: LoRALinear and DoRALinear, of one in_features; by name, or in a sequence, which names them "0", "1", …. They stay
-    ordinary layers and submodules under these names: they may be trained, merged, disabled and called alone.
+    `layers`: LoRALinear and DoRALinear, of one in_features; by name, or in a sequence, which names
+    them "0", "1", …. They stay ordinary layers and submodules under these names: they may be
+    trained, merged, disabled and called alone.
 
-    A layer that is merged or has its adapter off, that has hooks or a forward of its own, or that was replaced by another
-    module, is called by itself. Two groups of layers with dropout whose `dropout_semantics` differ are two calls.
+    A layer that is merged or has its adapter off, that has hooks or a forward of its own, or that
+    was replaced by another module, is called by itself. Two groups of layers with dropout whose
+    `dropout_semantics` differ are two calls.
 
     Raises:
         TypeError: a layer is not a LoRALinear or DoRALinear.
@@ -54,7 +57,8 @@ class GroupedLinear(nn.Module):
         """Shapes: x [..., in] → [..., out_i] of each layer, in their order.
 
         Raises:
-            TypeError, ValueError: x does not fit a weight in dtype, shape or device, or a weight requires grad; the message
+            TypeError, ValueError: x does not fit a weight in dtype, shape or device, or a weight
+            requires grad; the message
                 names the member by its index in the call.
         """
         outputs: dict[str, Tensor] = {}

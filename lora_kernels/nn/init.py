@@ -1,4 +1,5 @@
-"""The first values of A and B: PEFT's formulas, which draw the same numbers from torch's generator."""
+"""The first values of A and B: PEFT's formulas, which draw the same numbers from torch's
+generator."""
 
 import math
 import re
@@ -17,7 +18,8 @@ def check_init(layer: str, init: Any, r: int, weight: Tensor, scaling: float) ->
 
     Raises:
         TypeError: init is neither a bool, a name nor a pair of floating tensors.
-        ValueError: there is no such name, or r, scaling or the tensors do not fit; the message says what would.
+        ValueError: there is no such name, or r, scaling or the tensors do not fit; the message says
+            what would.
     """
     if isinstance(init, bool):
         return init
@@ -62,26 +64,30 @@ def _check_pair(layer: str, init: tuple[Any, ...], r: int, weight: Tensor) -> tu
 
 @torch.no_grad()
 def linear_factors(init: Any, r: int, weight: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r] in float32 (float64 if weight is float64), for an `init` that `check_init` returned.
+    """A [r, in] and B [out, r] in float32 (float64 if weight is float64), for an `init` that
+    `check_init` returned.
 
-    | True          | A uniform in ±1/√in (Kaiming, a = √5), B = 0                                           |
-    | False         | A as above, B uniform in ±1/√r                                                         |
-    | "gaussian"    | A normal with deviation 1/r, B = 0                                                     |
-    | "orthogonal"  | A, B from the odd and even rows of one random orthogonal matrix, so that BA = 0 at first |
-    | "pissa"       | W = U S V, B = U_r √(S_r/s), A = √(S_r/s) V_r; weight becomes W - s·BA, in place       |
-    | "pissa_niter_N" | the same by a randomised svd with N iterations                                       |
-    | "olora"       | W = Q R, B = Q_r, A = R_r; weight becomes W - s·BA, in place                           |
+    | True            | A uniform in ±1/√in (Kaiming, a = √5), B = 0                              |
+    | False           | A as above, B uniform in ±1/√r                                            |
+    | "gaussian"      | A normal with deviation 1/r, B = 0                                        |
+    | "orthogonal"    | A, B from odd and even rows of a random orthogonal matrix: BA = 0         |
+    | "pissa"         | W = U S V, B = U_r √(S_r/s), A = √(S_r/s) V_r; weight becomes W - s·BA    |
+    | "pissa_niter_N" | the same by a randomised svd with N iterations                            |
+    | "olora"         | W = Q R, B = Q_r, A = R_r; weight becomes W - s·BA                        |
 
-    As PEFT does, random values are rounded to the dtype of weight. The factors of pissa and olora are not, unlike
-    PEFT's: rounding them would move a 16-bit model away from its base before the first step.
-    Sources: PiSSA, arXiv:2404.02948, eq. 2–4; OLoRA, arXiv:2406.01775, §3; PEFT 0.21.2, tuners/lora/layer.py.
+    The weight changes in place. As PEFT does, random values are rounded to its dtype. The factors
+    of pissa and olora are not, unlike PEFT's: rounding them would move a 16-bit model away from its
+    base before the first step.
+    Sources: PiSSA, arXiv:2404.02948, eq. 2–4; OLoRA, arXiv:2406.01775, §3; PEFT 0.21.2,
+    tuners/lora/layer.py.
     """
     n_out, n_in = weight.shape
     wide = torch.promote_types(weight.dtype, torch.float32)
     if isinstance(init, tuple):
         a, b = (t.detach().to(weight.device, wide, copy=True).contiguous() for t in init)
         return a, b
-    # PEFT makes two nn.Linear first, in torch's default dtype: these draws come before those of any initialisation
+    # PEFT makes two nn.Linear first, in torch's default dtype: these draws come before those of any
+    # initialisation
     a, b = torch.empty(r, n_in), torch.empty(n_out, r)
     nn.init.kaiming_uniform_(a, a=math.sqrt(5))
     nn.init.kaiming_uniform_(b, a=math.sqrt(5))
@@ -102,7 +108,8 @@ def linear_factors(init: Any, r: int, weight: Tensor, scaling: float) -> tuple[T
 
 @torch.no_grad()
 def embedding_factors(init: bool, r: int, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A [r, num_embeddings] and B [dim, r] of an embedding: A = 0, B normal; both normal if `init` is False."""
+    """A [r, num_embeddings] and B [dim, r] of an embedding: A = 0, B normal; both normal if `init`
+    is False."""
     a, b = torch.randn(r, weight.shape[0]), torch.randn(weight.shape[1], r)
     if init:
         nn.init.zeros_(a)

@@ -16,18 +16,21 @@ from lora_kernels.ops.merge import merged_weight
 class LoRALinear(AdapterLayer):
     """y = x Wᵀ + scaling · drop(x) Aᵀ Bᵀ + bias, by `lora_kernels.ops.lora_linear`.
 
-    Shapes: x [..., in]; weight W [out, in], bias [out], lora_A [r, in], lora_B [out, r]; y [..., out] as x.
-    weight and bias are frozen: set requires_grad of bias to train it; weight gets no gradient. lora_A and lora_B
-    are float32, float64 if weight is float64, as PEFT makes them. Dropout acts in training mode only.
+    Shapes: x [..., in]; weight W [out, in], bias [out], lora_A [r, in], lora_B [out, r]; y [...,
+    out] as x. weight and bias are frozen: set requires_grad of bias to train it; weight gets no
+    gradient. lora_A and lora_B are float32, float64 if weight is float64, as PEFT makes them.
+    Dropout acts in training mode only.
 
-    `init_lora_weights`: True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_N" or "olora" as in PEFT (the last
-    three change weight, in place), or a pair of tensors (A, B).
+    `init_lora_weights`: True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_N" or "olora"
+    as in PEFT (the last three change weight, in place), or a pair of tensors (A, B).
 
-    While merged, or with the adapter off, it computes F.linear. Calls from several threads do not disturb one another.
+    While merged, or with the adapter off, it computes F.linear. Calls from several threads do not
+    disturb one another.
 
     Raises:
         TypeError: an option has the wrong type, or the weight a dtype that is not supported.
-        ValueError: an option is outside its range, or tensors do not fit; the message names it. Nothing has changed.
+        ValueError: an option is outside its range, or tensors do not fit; the message names it.
+            Nothing has changed.
 
     Sources: LoRA, arXiv:2106.09685, eq. 3; rsLoRA, arXiv:2312.03732.
     """
@@ -62,7 +65,8 @@ class LoRALinear(AdapterLayer):
         lora_dropout: float = 0.0,
         init_lora_weights: bool | str | tuple[Tensor, Tensor] = True,
     ) -> Self:
-        """A layer that shares the parameters of `linear`, which it freezes, and its train or eval mode."""
+        """A layer that shares the parameters of `linear`, which it freezes, and its train or eval
+        mode."""
         return cls._empty_layer(linear)._add_adapter(linear, r, lora_alpha, use_rslora, lora_dropout, init_lora_weights)
 
     @classmethod
@@ -101,7 +105,8 @@ class LoRALinear(AdapterLayer):
         """Shapes: x [..., in] → [..., out].
 
         Raises:
-            TypeError, ValueError: x does not fit weight in dtype, shape or device, or weight requires grad.
+            TypeError, ValueError: x does not fit weight in dtype, shape or device, or weight
+            requires grad.
         """
         if not self.enabled:
             return F.linear(x, self._base_weight(), self.bias)

@@ -10,8 +10,9 @@ from lora_kernels.ops.lora_linear.op import FLOATS, check_kinds
 def check_adapted_weight(
     op: str, w: Any, a: Any, b: Any, scale: Any, vectors: dict[str, Any], matrices: dict[str, Any] | None = None
 ) -> None:
-    """Raises unless w [out, in], a [r, in], b [out, r], the `vectors` [out] and the `matrices` [out, in] fit in kind, shape,
-    device and dtype. Vectors and matrices may be None. The message names the op and the tensor."""
+    """Raises unless w [out, in], a [r, in], b [out, r], the `vectors` [out] and the `matrices`
+    [out, in] fit in kind, shape, device and dtype. Vectors and matrices may be None. The message
+    names the op and the tensor."""
     others = vectors | (matrices or {})
     check_kinds(op, scale, w=w, a=a, b=b, **others)
     if w.dim() != 2 or a.dim() != 2:

@@ -20,16 +20,18 @@ class Chip:
     l2_rate: float
     """Bytes a second."""
     half: float
-    """Of 16-bit tensor cores with float32 sums and dense operands: operations a second, a product and a sum being two."""
+    """Of 16-bit tensor cores with float32 sums and dense operands: operations a second, a product
+    and a sum being two."""
     tf32: float
     fp32: float
     launch: float = 2.5e-6
     """Seconds from the end of one kernel to the start of the next, in one stream."""
 
 
-# Sources, of NVIDIA: the data sheets "A100 80GB SXM", "A10", "L40S", "H100 SXM" and "HGX B200" (an eighth of it), the white
-# papers "NVIDIA A100", "Ada GPU Architecture", "H100 Tensor Core GPU" and "RTX Blackwell GPU Architecture" (multiprocessors,
-# L2; the RTX 5090's rates). Nobody publishes l2_rate, nor L2 and multiprocessors of the B200: those and `launch` are estimates.
+# Sources, of NVIDIA: the data sheets "A100 80GB SXM", "A10", "L40S", "H100 SXM" and "HGX B200" (an
+# eighth of it), the white papers "NVIDIA A100", "Ada GPU Architecture", "H100 Tensor Core GPU" and
+# "RTX Blackwell GPU Architecture" (multiprocessors, L2; the RTX 5090's rates). Nobody publishes
+# l2_rate, nor L2 and multiprocessors of the B200: those and `launch` are estimates.
 CHIPS = {
     chip.arch: chip
     for chip in (
@@ -44,13 +46,15 @@ CHIPS = {
 
 
 def nearest_architecture(arch: int, known: Collection[int]) -> int:
-    """Of the known architectures one of the same major version, if there is one, and then the nearest number."""
+    """Of the known architectures one of the same major version, if there is one, and then the
+    nearest number."""
     return min(sorted(known), key=lambda other: (other // 10 != arch // 10, abs(other - arch)))
 
 
 @lru_cache
 def nearest_chip(arch: int, multiprocessors: int | None = None) -> Chip:
-    """The known chip that is nearest to this one. What grows with multiprocessors is scaled to theirs; memory is not."""
+    """The known chip that is nearest to this one. What grows with multiprocessors is scaled to
+    theirs; memory is not."""
     known = CHIPS[nearest_architecture(arch, CHIPS)]
     if not multiprocessors or multiprocessors == known.multiprocessors:
         return known

@@ -2,19 +2,25 @@
 
 Forward, y = gain ⊙ (x Wᵀ + h Bᵀ) + bias with h = s·drop(x) Aᵀ:
     two launches    F1 reads x and A and writes h; F2 reads x, W, h and B and writes y
-    one pass        one launch: h is summed beside y in the loop over the depth, anew in every column tile
-    addmm           F1; h Bᵀ is written, and the library's GEMM adds x Wᵀ. With a gain: x Wᵀ, and a pass over y. With a dropped
-                    base: F1 writes drop(x), too; drop(x) Wᵀ; a pass that reads it and writes y; the GEMM adds x Wᵀ
-    cuda            CUDA C++: up to 64 tokens without dropout one launch that reads x, W, A and B; else two
-    specialised     F1; h is written as pairs of bfloat16; F2 by warp groups with tasks of their own, sm_90a
+    one pass        one launch: h is summed beside y in the loop over the depth, anew in every
+                    column tile
+    addmm           F1; h Bᵀ is written, and the library's GEMM adds x Wᵀ. With a gain: x Wᵀ, and a
+                    pass over y. With a dropped base: F1 writes drop(x), too; drop(x) Wᵀ; a pass
+                    that reads it and writes y; the GEMM adds x Wᵀ
+    cuda            CUDA C++: up to 64 tokens without dropout one launch that reads x, W, A and B;
+                    else two
+    specialised     F1; h is written as pairs of bfloat16; F2 by warp groups with tasks of their
+                    own, sm_90a
 Backward, with P = s·(dy ⊙ gain) B:
-    fused           B1 reads dy, h and B (and y, for the gain's gradient) and writes P and dB; B2 reads dy, W, P and A and
-                    writes dx; B3 reads x and P and writes dA
-    addmm           B1, which writes dy ⊙ gain, too; B3; drop(P A) is written, and the library's GEMM adds (dy ⊙ gain) W. With a
-                    dropped base: (dy ⊙ (gain - 1)) W; a pass that adds P A and drops; the GEMM adds dy W. Then the parts' sums
+    fused           B1 reads dy, h and B (and y, for the gain's gradient) and writes P and dB; B2
+                    reads dy, W, P and A and writes dx; B3 reads x and P and writes dA
+    addmm           B1, which writes dy ⊙ gain, too; B3; drop(P A) is written, and the library's
+                    GEMM adds (dy ⊙ gain) W. With a dropped base: (dy ⊙ (gain - 1)) W; a pass that
+                    adds P A and drops; the GEMM adds dy W. Then the parts' sums
 
-A launch takes the longest of: its bytes at the memory's rate, those that the launch before left in L2 at L2's rate, its
-operations at the chip's rate in whole waves of tiles, and the stream of one tile through one multiprocessor. Launches add up.
+A launch takes the longest of: its bytes at the memory's rate, those that the launch before left in
+L2 at L2's rate, its operations at the chip's rate in whole waves of tiles, and the stream of one
+tile through one multiprocessor. Launches add up.
 """
 
 from collections.abc import Mapping
@@ -34,11 +40,14 @@ OFFERED = {CUDA: ("cuda",), SPECIALISED: ("cuda",), LIBRARY: ("triton", "cuda")}
 UNTRIED = (SPECIALISED,)  # taken where they were measured, never by a prediction
 MEMORY_BOUND_ROWS = 64  # rows, up to which bytes decide, and the fused kernels move the fewest
 NAMES = {"forward": (*FORWARD, CUDA, SPECIALISED), "backward": (*BACKWARD, SPECIALISED)}
-MASK = 20  # integer operations for a word of Philox 4x32-10: ten rounds of two wide products and six others make four words
+# integer operations for a word of Philox 4x32-10: ten rounds of two wide products and six others
+# make four words
+MASK = 20
 
 
 class Problem(NamedTuple):
-    """One call: x [m, k] and, for each layer of a group that shares x, W [n, k] and an adapter of rank r."""
+    """One call: x [m, k] and, for each layer of a group that shares x, W [n, k] and an adapter of
+    rank r."""
 
     direction: str
     m: int
@@ -77,7 +86,8 @@ class Step:
     tile: int = 0
     """Bytes that one tile streams through its multiprocessor."""
     again: int = 0
-    """Bytes that tiles read again out of L2, where that is more than a GEMM's own (which is in its efficiency)."""
+    """Bytes that tiles read again out of L2, where that is more than a GEMM's own (which is in its
+    efficiency)."""
     masks: int = 0
     """Elements whose dropout it draws."""
 
@@ -115,7 +125,8 @@ def _forward(p: Problem, arch: int) -> dict[str, list[Step]]:
     thin = tile(
         "shrink", arch, dtype=p.dtype, m=m, k=k, r=max(p.r, default=0), layers=len(p.n), drawing=p.dropout, keeps=False
     )  # fmt: skip
-    ranks, blocks = sum(p.r), _ceil_div(sum(p.r), thin.ranks)  # each block of ranks draws the dropout anew
+    # each block of ranks draws the dropout anew
+    ranks, blocks = sum(p.r), _ceil_div(sum(p.r), thin.ranks)
     shrink = Step(
         "thin", {"x": x, "a": a}, {"h": h}, 2.0 * m * k * ranks, _ceil_div(m, thin.rows) * blocks,
         k * (min(thin.rows, m) + min(thin.ranks, ranks)) * size, masks=drawn * blocks,
@@ -179,18 +190,21 @@ def _forward_by_library(p: Problem, shrink: Step, up: float) -> list[Step]:
 
 
 def split_k_count(tiles: int, k: int) -> int:
-    """How many programs share the depth of a tile, where there are too few tiles for the multiprocessors of a GPU."""
+    """How many programs share the depth of a tile, where there are too few tiles for the
+    multiprocessors of a GPU."""
     return max(1, min(8, 128 // max(1, tiles), k // 256))
 
 
 def tile_order(panel: int, column: int, tile: int, across: int, l2: int) -> tuple[int, int]:
-    """(GROUP, SLAB), the order of a GEMM's tiles that lets L2 save most: GROUP rows of them take their turns side by side, in
-    slabs of SLAB columns of them, 0 for all. In bytes: `panel` is what a row of tiles reads beside W, `column` what a column of
-    them reads of W, `tile` what one writes; `across` is how many columns there are.
+    """(GROUP, SLAB), the order of a GEMM's tiles that lets L2 save most: GROUP rows of them take
+    their turns side by side, in slabs of SLAB columns of them, 0 for all. In bytes: `panel` is what
+    a row of tiles reads beside W, `column` what a column of them reads of W, `tile` what one
+    writes; `across` is how many columns there are.
 
-    Either the part of W of a slab stays in L2 while all rows pass: then each panel is read once a slab. Or GROUP panels stay
-    while W passes: then W is read once for each such group. What is written, and what the programs that run read ahead, pass
-    through L2, too: so only a part of it counts, 0.8 and 0.5. The numbers are from an LRU model of 132 programs.
+    Either the part of W of a slab stays in L2 while all rows pass: then each panel is read once a
+    slab. Or GROUP panels stay while W passes: then W is read once for each such group. What is
+    written, and what the programs that run read ahead, pass through L2, too: so only a part of it
+    counts, 0.8 and 0.5. The numbers are from an LRU model of 132 programs.
     """
     few, most = 4, int(0.5 * l2 / panel) // 4 * 4
     fit = int((0.8 * l2 - few * panel) / (column + few * tile))
@@ -260,7 +274,8 @@ def seconds(name: str, launches: list[Step], p: Problem, chip: Chip, shares: Map
         before = step
     total = sum(times) + len(times) * chip.launch
     if name == "two launches" and chip.arch >= 90 and p.m <= 64:
-        # programmatic dependent launch: F2 streams W while F1 runs, and waits for h only then; we count half of what could hide
+        # programmatic dependent launch: F2 streams W while F1 runs, and waits for h only then; we
+        # count half of what could hide
         total -= 0.5 * min(times)
     return total
 
@@ -268,7 +283,8 @@ def seconds(name: str, launches: list[Step], p: Problem, chip: Chip, shares: Map
 def rooflines(step: Step, before: Step | None, p: Problem, chip: Chip, shares: Mapping[str, float]) -> dict[str, float]:
     """The seconds that each resource needs for one launch; the longest decides."""
     touched = {**before.reads, **before.writes} if before else {}
-    # of a tensor that does not fit beside the others, little is left in L2 by the time that it is read again
+    # of a tensor that does not fit beside the others, little is left in L2 by the time that it is
+    # read again
     warm = sum(size for name, size in step.reads.items() if name in touched and size <= chip.l2 // 2)
     thin, library = step.kind == "thin", step.kind == "library"
     waves = _ceil_div(step.tiles, chip.multiprocessors) * chip.multiprocessors / step.tiles
@@ -331,7 +347,8 @@ def _operand_bytes(p: Problem) -> tuple[int, int, int, int, int, int]:
 
 
 def _parts(m: int, across: int, ranks: int, t: Tile) -> tuple[int, int, int]:
-    """Of a sum over m rows of a matrix [m, across]: the programs, the numbers that one reads, and the blocks of ranks."""
+    """Of a sum over m rows of a matrix [m, across]: the programs, the numbers that one reads, and
+    the blocks of ranks."""
     columns, blocks = _ceil_div(across, t.columns), _ceil_div(ranks, t.ranks)
     rows = part_of_rows(m, columns, t.part)
     return _ceil_div(m, rows) * columns * blocks, min(rows, m) * min(t.columns, across), blocks

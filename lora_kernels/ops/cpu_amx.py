@@ -17,7 +17,8 @@ def product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def product_back(dy: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-    """dy w in float32, or in `out`, float32 or bf16: dy bf16, or float32 with any strides, w [in, out]."""
+    """dy w in float32, or in `out`, float32 or bf16: dy bf16, or float32 with any strides, w [in,
+    out]."""
     return _product(dy, w, True, dy.new_empty(dy.shape[0], w.shape[1], dtype=torch.float32) if out is None else out)
 
 

@@ -12,11 +12,13 @@ from lora_kernels.ops.cpu_amx import on_tiles, product
 BLOCK = 256  # rows of W widened at a time: 4 MiB of float32 at 4096 columns
 PIECE = 4096  # outputs of a float32 piece, where W is read as it is
 PACKED_FROM = 25  # tokens, from which a product with x packed is faster than the kernel for few;
-PACKED = {torch.float32: 64, torch.bfloat16: 256, torch.float16: 256}  # and up to which than the GEMM
+# and up to which than the GEMM
+PACKED = {torch.float32: 64, torch.bfloat16: 256, torch.float16: 256}
 
 
 def fused_token_limit(dtype: torch.dtype) -> int:
-    """Up to how many tokens the fused kernel is faster than the product and passes before and after it."""
+    """Up to how many tokens the fused kernel is faster than the product and passes before and after
+    it."""
     if dtype is torch.bfloat16 and _cpu.has_tiles():
         return 4
     return 64 if dtype is not torch.float32 and _cpu.level() == "portable" else 32

@@ -11,7 +11,8 @@ _CPU, _FLOAT, _BFLOAT = 1, 2, 4  # DLPack's numbers
 
 
 def describe(t: Tensor) -> tuple[int, ...]:
-    """A vector or matrix as numbers: what DLPack's exchange function of torch tells, for a torch that has none."""
+    """A vector or matrix as numbers: what DLPack's exchange function of torch tells, for a torch
+    that has none."""
     code = _BFLOAT if t.dtype is torch.bfloat16 else _FLOAT if t.is_floating_point() else 0
     device = _CPU if t.device.type == "cpu" else 0
     sizes, strides = (*t.shape, 1, 1)[:2], (*t.stride(), 1, 1)[:2]

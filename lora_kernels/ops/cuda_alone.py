@@ -4,8 +4,8 @@ from lora_kernels.ops.registry import forced_backend, missing_backends
 
 
 def stands_alone() -> bool:
-    """Whether Triton's kernels are no choice: CUDA C++ is forced, or Triton is not there. What it may not run, it refuses for
-    its device, and then so does CUDA C++."""
+    """Whether Triton's kernels are no choice: CUDA C++ is forced, or Triton is not there. What it
+    may not run, it refuses for its device, and then so does CUDA C++."""
     return forced_backend() == "cuda" or "triton" in missing_backends()
 
 

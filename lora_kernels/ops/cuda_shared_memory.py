@@ -31,7 +31,8 @@ def shared_of_specialised(t: Tile) -> int:
 
 
 def shared_of_expand(t: Tile) -> int:
-    """Tiles of h and b, as two parts each, and the float32 sums of a tile, whose rows are eight numbers apart."""
+    """Tiles of h and b, as two parts each, and the float32 sums of a tile, whose rows are eight
+    numbers apart."""
     return (t.columns + t.rows) * WIDTH + t.rows * (t.columns + 8) * 4
 
 
@@ -51,5 +52,6 @@ def shared_of_update(t: Tile, ranks: int) -> int:
 
 
 def shared_of_update_any(t: Tile) -> int:
-    """Of csrc/common/update_any.cuh: in each stage A, of two times 64 columns, and B, as two parts."""
+    """Of csrc/common/update_any.cuh: in each stage A, of two times 64 columns, and B, as two
+    parts."""
     return t.stages * (4 * t.ranks + t.rows) * WIDTH

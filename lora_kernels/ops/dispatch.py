@@ -1,13 +1,15 @@
-"""Chooses which of its kernels a GPU backend runs, and says why. It costs a dictionary look-up when a shape comes again.
+"""Chooses which of its kernels a GPU backend runs, and says why. It costs a dictionary look-up when
+a shape comes again.
 
     problem = Problem("forward", m, k, (n,), (r,), x.dtype, gain=gain is not None)
     p = plan(problem, architecture(x), deterministic, multiprocessors(x))
     note(p)                               # for `explain`
     if p.winner == "one pass": ...
 
-What was measured near the shape on that GPU decides (`tables`, filled by `python -m bench.tune`). Where nothing was, many rows
-take the library's GEMM, which is that of a layer without an adapter, since no prediction shows that ours is faster; few rows,
-whose bytes decide, take the least predicted time (`cost`). Nothing is timed at a first call.
+What was measured near the shape on that GPU decides (`tables`, filled by `python -m bench.tune`).
+Where nothing was, many rows take the library's GEMM, which is that of a layer without an adapter,
+since no prediction shows that ours is faster; few rows, whose bytes decide, take the least
+predicted time (`cost`). Nothing is timed at a first call.
 """
 
 from collections.abc import Iterator
@@ -66,12 +68,14 @@ def choose_plan(
     problem: Problem, arch: int, deterministic: bool = False, multiprocessors: int | None = None,
     backends: tuple[str, ...] = ("triton",), gpu: str | None = None, refused: tuple[tuple[str, str], ...] = (),
 ) -> Plan:  # fmt: skip
-    """Decides between the candidates of these backends, "triton" and "cuda". `arch` is 90 for sm_90; one that is not known is
-    taken for the nearest that is. `gpu` is the name of the one that is here, for what was measured on it. `refused`: candidates
-    that cannot take the tensors themselves, and why.
+    """Decides between the candidates of these backends, "triton" and "cuda". `arch` is 90 for
+    sm_90; one that is not known is taken for the nearest that is. `gpu` is the name of the one that
+    is here, for what was measured on it. `refused`: candidates that cannot take the tensors
+    themselves, and why.
 
-    With `deterministic` the choice is that for m = FIXED on the architecture's own chip. So a row's bits depend neither on how
-    many rows come with it nor on the size of the chip. Callers pass `torch.are_deterministic_algorithms_enabled()`.
+    With `deterministic` the choice is that for m = FIXED on the architecture's own chip. So a row's
+    bits depend neither on how many rows come with it nor on the size of the chip. Callers pass
+    `torch.are_deterministic_algorithms_enabled()`.
 
     Raises:
         NotImplementedError: the candidate that `forced_candidate` names refuses.
@@ -115,7 +119,8 @@ def _winner_and_reason(
     able = {c.name: c for c in candidates if c.refused is None}
     if len(able) == 1:
         return next(iter(able)), "the others refuse"
-    # the package's tables are of plain layers; with a gain a forward does as much more in one form as in the other
+    # the package's tables are of plain layers; with a gain a forward does as much more in one form
+    # as in the other
     plain = p.flags if p.direction == "backward" else tuple(flag for flag in p.flags if flag != "gain")
     for where, choices, flags in (("measured here", local, p.flags), ("measured", table.choices, plain)):
         for near in tables.nearest_choice(choices, p.direction, str(p.dtype)[6:], p[1:5], flags):
@@ -143,10 +148,12 @@ def _provenance(p: Problem, arch: int, on: Chip, table: tables.Table, determinis
 
 @contextmanager
 def forced_candidate(name: str) -> Iterator[None]:
-    """Inside it every plan whose direction has a candidate of that name takes it, or raises with its refusal.
+    """Inside it every plan whose direction has a candidate of that name takes it, or raises with
+    its refusal.
 
-    Like `use_backend` it holds for this thread and, from torch 2.13 on, for those in which autograd runs a backward that is
-    called here; before, only with `torch.autograd.set_multithreading_enabled(False)`.
+    Like `use_backend` it holds for this thread and, from torch 2.13 on, for those in which autograd
+    runs a backward that is called here; before, only with
+    `torch.autograd.set_multithreading_enabled(False)`.
 
     Raises:
         ValueError: no candidate has that name.
@@ -165,7 +172,8 @@ def forcing() -> str | None:
 
 @contextmanager
 def tables_from(folder: str | Path) -> Iterator[None]:
-    """Inside it the tables of a folder hold, e.g. those that `python -m bench.tune --out folder` wrote."""
+    """Inside it the tables of a folder hold, e.g. those that `python -m bench.tune --out folder`
+    wrote."""
     with _with_settings(_settings.get()[0], str(folder)):
         yield
 

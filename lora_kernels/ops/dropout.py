@@ -1,8 +1,9 @@
-"""The dropout mask: a function of (seed, row, column), so that it is never stored and every backend draws the same bits.
+"""The dropout mask: a function of (seed, row, column), so that it is never stored and every backend
+draws the same bits.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with key = seed and
-counter = (column // 4, row, row >> 32, 0); element (row, column) takes word `column % 4` of the result. It is kept
-where that word, as an unsigned 32-bit number, is at least p·2³².
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with key =
+seed and counter = (column // 4, row, row >> 32, 0); element (row, column) takes word `column % 4`
+of the result. It is kept where that word, as an unsigned 32-bit number, is at least p·2³².
 """
 
 import torch
@@ -14,7 +15,8 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def draw_seed() -> Tensor:
-    """A fresh seed, int64 [], from torch's default CPU generator: `torch.manual_seed` and checkpointing govern it."""
+    """A fresh seed, int64 [], from torch's default CPU generator: `torch.manual_seed` and
+    checkpointing govern it."""
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 

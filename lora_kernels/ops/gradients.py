@@ -1,6 +1,8 @@
-"""What a backward is asked for, tensor by tensor: `needs`, a list of the numbers below; False and True will do, too.
+"""What a backward is asked for, tensor by tensor: `needs`, a list of the numbers below; False and
+True will do, too.
 
-    a.grad_dtype = torch.float32      # torch's own setting, for a leaf in 16 bits: its gradients come and add up in float32
+    a.grad_dtype = torch.float32      # torch's own setting, for a leaf in 16 bits: its gradients
+                                      come and add up in float32
 """
 
 from collections.abc import Iterable
@@ -8,12 +10,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-NO_GRADIENT, OWN_DTYPE, SUM_DTYPE = 0, 1, 2  # no gradient; one in the tensor's dtype; one in that of the sums, unrounded
+# no gradient; one in the tensor's dtype; one in that of the sums, unrounded
+NO_GRADIENT, OWN_DTYPE, SUM_DTYPE = 0, 1, 2
 _HALVES = (torch.bfloat16, torch.float16)
 
 
 def gradient_kind(t: Tensor | None) -> int:
-    """How the gradient of a tensor is wanted, if it is. A compiled graph rounds: torch does not trace grad_dtype."""
+    """How the gradient of a tensor is wanted, if it is. A compiled graph rounds: torch does not
+    trace grad_dtype."""
     if t is None or t.dtype not in _HALVES or torch.compiler.is_compiling() or not t.is_leaf:
         return OWN_DTYPE
     return SUM_DTYPE if getattr(t, "grad_dtype", t.dtype) is torch.float32 else OWN_DTYPE

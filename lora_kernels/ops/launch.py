@@ -1,4 +1,5 @@
-"""Where a kernel for GPUs runs: on the one that holds its tensors or, if that is asked for, in the simulator."""
+"""Where a kernel for GPUs runs: on the one that holds its tensors or, if that is asked for, in the
+simulator."""
 
 import re
 import sys
@@ -33,8 +34,9 @@ SWIZZLE = 128  # of a `Map`, in bytes
 
 @dataclass(frozen=True)
 class Map:
-    """A field of a struct of CUDA C++ for a `TensorMap` of csrc/common/hopper.cuh: a matrix of 16 bits with rows at multiples
-    of 16 bytes, copied in boxes [rows, columns] of at most 256 by 64."""
+    """A field of a struct of CUDA C++ for a `TensorMap` of csrc/common/hopper.cuh: a matrix of 16
+    bits with rows at multiples of 16 bytes, copied in boxes [rows, columns] of at most 256 by
+    64."""
 
     tensor: Tensor
     box: tuple[int, int]
@@ -78,8 +80,8 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def architecture(t: Tensor) -> int:
-    """90 for sm_90 and so on: of the GPU that holds a tensor or, for one on the CPU, of that which is simulated. AMD's are none
-    of them: 0."""
+    """90 for sm_90 and so on: of the GPU that holds a tensor or, for one on the CPU, of that which
+    is simulated. AMD's are none of them: 0."""
     if t.is_cuda:
         return _gpu_properties(t.device.index)[0]
     simulator = sys.modules.get("lora_kernels.ptxsim.device")
@@ -107,7 +109,8 @@ def _gpu_properties(index: int) -> tuple[int, int, str]:
 def tile_tickets(device: torch.device, count: int) -> Tensor:
     """Counters of programs that share a tile, all zero, int32 [count]; a kernel leaves them zero.
 
-    Kept for each stream, on which launches follow each other. A CUDA graph, which may be replayed on any, gets its own.
+    Kept for each stream, on which launches follow each other. A CUDA graph, which may be replayed
+    on any, gets its own.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
@@ -140,11 +143,13 @@ def launch_triton(
     kernel: Any, grid: tuple[int, ...], args: dict[str, Any], makes: Sequence[Tensor], *, changes: Sequence[Tensor] = (),
     warps: int = 4, stages: int = 3, registers: int | None = None, early: bool = False,
 ) -> None:  # fmt: skip
-    """Runs a `@triton.jit` kernel, which fills the tensors `makes`, may write those in `changes`, and changes no other.
+    """Runs a `@triton.jit` kernel, which fills the tensors `makes`, may write those in `changes`,
+    and changes no other.
 
-    `args` has its parameters by name, those of `tl.constexpr` too. Nothing runs if the grid is empty. `early`: it may start
-    before the launch before it has ended, and waits for that itself (from sm_90). `registers`: of a thread, at most; without a
-    limit ptxas chooses a lower one, for more blocks on a multiprocessor, and may spill for it. AMD has no such option.
+    `args` has its parameters by name, those of `tl.constexpr` too. Nothing runs if the grid is
+    empty. `early`: it may start before the launch before it has ended, and waits for that itself
+    (from sm_90). `registers`: of a thread, at most; without a limit ptxas chooses a lower one, for
+    more blocks on a multiprocessor, and may spill for it. AMD has no such option.
     """
     if 0 in grid:
         return
@@ -153,7 +158,8 @@ def launch_triton(
         recorder.append(one)
         return
     if simulates():
-        from lora_kernels.ptxsim.triton_ptx import simulate_triton  # there where the simulator was built
+        # there where the simulator was built
+        from lora_kernels.ptxsim.triton_ptx import simulate_triton
 
         simulate_triton(kernel, grid, args, [*makes, *changes], poisoned=makes, warps=warps, stages=stages, early=early)
         return
@@ -184,7 +190,8 @@ def _choose_assembler(kernel: Any, index: int) -> None:
 
 
 def refuse_cuda(t: Tensor, source: str) -> str | None:
-    """The same for a kernel of CUDA C++: of the module _cuda, or in the simulator of csrc/`source`."""
+    """The same for a kernel of CUDA C++: of the module _cuda, or in the simulator of
+    csrc/`source`."""
     if simulates():
         if not (CSRC / source).is_file():
             return f"csrc/{source} is not here; a checkout of the repository has it"
@@ -215,13 +222,15 @@ def launch_cuda(
     source: str, kernel: str, grid: tuple[int, ...], threads: int, args: dict[str, Any], makes: Sequence[Tensor], shared: int,
     *, changes: Sequence[Tensor] = (), early: bool = False,
 ) -> None:  # fmt: skip
-    """Runs a kernel with C linkage of csrc/`source`, which fills the tensors `makes`, may write those in `changes`, and changes
-    no other. `args` are the fields of its struct by name and in its order: a tensor or None for a pointer, int for 64 bits,
-    float for 32, a `Map`. The simulator compares them with the source. `shared` is in bytes. Nothing runs if the grid is
-    empty. `early` as in `launch_triton`.
+    """Runs a kernel with C linkage of csrc/`source`, which fills the tensors `makes`, may write
+    those in `changes`, and changes no other. `args` are the fields of its struct by name and in its
+    order: a tensor or None for a pointer, int for 64 bits, float for 32, a `Map`. The simulator
+    compares them with the source. `shared` is in bytes. Nothing runs if the grid is empty. `early`
+    as in `launch_triton`.
 
     Raises:
-        RuntimeError: CUDA refused the launch; the message has the kernel, the launch and the arguments.
+        RuntimeError: CUDA refused the launch; the message has the kernel, the launch and the
+            arguments.
     """
     if 0 in grid:
         return

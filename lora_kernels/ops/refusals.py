@@ -8,7 +8,8 @@ READ = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuse_negated(**tensors: Any) -> str | None:
-    """Names the first tensor whose memory holds the negative of its values, as conj().imag has: the kernels read memory."""
+    """Names the first tensor whose memory holds the negative of its values, as conj().imag has: the
+    kernels read memory."""
     for name, t in tensors.items():
         if t is not None and t.is_neg():
             return f"{name} is a negated view; resolve_neg() makes it a plain tensor"
@@ -38,7 +39,8 @@ def refuse_rows(**tensors: Any) -> str | None:
 
 
 def refuse_factors(w: Any, a: Any, b: Any, most: int) -> str | None:
-    """What the CUDA C++ kernels of W + s·BA do not read: they take 16 bits, up to `most` ranks, rows in pieces of 16 bytes."""
+    """What the CUDA C++ kernels of W + s·BA do not read: they take 16 bits, up to `most` ranks,
+    rows in pieces of 16 bytes."""
     if w.dtype not in READ[1:] or a.dtype is not w.dtype:
         return f"w is {w.dtype} and a {a.dtype}; the kernel reads bfloat16 or float16, the same for both"
     if a.shape[0] > most:

@@ -1,8 +1,9 @@
 """The one place that joins ops to backends; which backend runs is decided here alone.
 
-An op is declared once: the structure of its arguments, a NamedTuple, and its fake (shapes only). A backend adds an
-implementation and a refusal, which says in words why it cannot take some arguments; both get that structure and read it by
-name. A call runs the first backend, in PREFERENCE order, that accepts it.
+An op is declared once: the structure of its arguments, a NamedTuple, and its fake (shapes only). A
+backend adds an implementation and a refusal, which says in words why it cannot take some arguments;
+both get that structure and read it by name. A call runs the first backend, in PREFERENCE order,
+that accepts it.
 """
 
 import os
@@ -22,7 +23,8 @@ from torch import Tensor
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ON_GPU = ("triton", "cuda")
 NONE = "it has no such kernel"
-LEFT_OUT = "=0 when the package was built"  # the end of the note that setup.py leaves where a part was not wanted
+# the end of the note that setup.py leaves where a part was not wanted
+LEFT_OUT = "=0 when the package was built"
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _library = torch.library.Library("lora_kernels", "DEF")
@@ -82,8 +84,9 @@ class Explanation:
 
 
 class Op:
-    """A declared op. Eager calls go straight to the backend; those that something watches (a compiler, a tracer, selective
-    checkpointing, a tensor subclass) go through the dispatcher, whose kernel is this same choice: the same bits."""
+    """A declared op. Eager calls go straight to the backend; those that something watches (a
+    compiler, a tracer, selective checkpointing, a tensor subclass) go through the dispatcher, whose
+    kernel is this same choice: the same bits."""
 
     def __init__(self, name: str, overload: torch._ops.OpOverload) -> None:
         self.name = name
@@ -110,12 +113,13 @@ _modes, _functorch = torch._C._len_torch_dispatch_stack, torch._C._functorch.pee
 def declare(
     name: str, structure: Callable[..., Any], results: str, fake: Callable[[Any], Any], changes: Iterable[str] = ()
 ) -> Op:
-    """Declares an op, whose argument is a `structure`: a NamedTuple, of whose fields torch's schema is made. `results` as in a
-    schema, e.g. "(Tensor y, Tensor h)"; "()" where the op changes the arguments that `changes` names.
+    """Declares an op, whose argument is a `structure`: a NamedTuple, of whose fields torch's schema
+    is made. `results` as in a schema, e.g. "(Tensor y, Tensor h)"; "()" where the op changes the
+    arguments that `changes` names.
 
-    A backend may return None for a result, or in a list of results, that the arguments say nobody wants; traced calls get an
-    empty tensor there.
-    Library.define and impl rather than torch.library.custom_op, which costs several times as much per call.
+    A backend may return None for a result, or in a list of results, that the arguments say nobody
+    wants; traced calls get an empty tensor there. Library.define and impl rather than
+    torch.library.custom_op, which costs several times as much per call.
     """
     gives = results != "()"
 
@@ -175,7 +179,8 @@ def refuses_device(refusal: Callable[[Tensor], str | None]) -> Callable[[Tensor]
 
 
 def load_backends(package: str) -> None:
-    """Imports each backend file of an op; one that is not there or cannot be imported is kept as a reason."""
+    """Imports each backend file of an op; one that is not there or cannot be imported is kept as a
+    reason."""
     for backend in BACKENDS:
         module = f"{package}.{backend}"
         try:
@@ -193,7 +198,8 @@ def _not_built(error: ImportError) -> str:
 
 
 def not_built(note: str, error: ImportError) -> str:
-    """Why an extension is not there: what its build left in a file of the package, or else the error of its import."""
+    """Why an extension is not there: what its build left in a file of the package, or else the
+    error of its import."""
     file = Path(__file__).parent.parent / note
     if file.is_file():
         return f"not built: {file.read_text(encoding='utf-8').strip()}"
@@ -204,12 +210,13 @@ def not_built(note: str, error: ImportError) -> str:
 def use_backend(backend: str, simulate: bool = False) -> Iterator[None]:
     """Runs every op inside the block on one backend, or raises with the reason why it cannot.
 
-    It holds for this thread and, from torch 2.13 on, for a backward that autograd runs for it in its own, a GPU's; `explain`,
-    too. Not for what checkpointing computes anew there: LORA_KERNELS_BACKEND holds everywhere.
+    It holds for this thread and, from torch 2.13 on, for a backward that autograd runs for it in
+    its own, a GPU's; `explain`, too. Not for what checkpointing computes anew there:
+    LORA_KERNELS_BACKEND holds everywhere.
 
-    With `simulate`, the kernels for GPUs ("triton", "cuda") run on CPU tensors: their real PTX, with every check of
-    `lora_kernels.ptxsim` and some thousand times slower than a GPU. `ptxsim.device(...)` around it counts what they do
-    and chooses the architecture.
+    With `simulate`, the kernels for GPUs ("triton", "cuda") run on CPU tensors: their real PTX,
+    with every check of `lora_kernels.ptxsim` and some thousand times slower than a GPU.
+    `ptxsim.device(...)` around it counts what they do and chooses the architecture.
 
     Raises:
         ValueError: no backend has that name, or it has no PTX to simulate.
@@ -241,9 +248,10 @@ def simulates() -> bool:
 def explain(call: Callable[..., Any] | Tensor, *args: Any, **kwargs: Any) -> Explanation:
     """Runs `call(*args, **kwargs)` and says which backend each op took and why the others did not.
 
-    `call` is an op (`lora_linear`), a layer or a whole model. `explain(x, layer)`, the tensor first, is the same as
-    `explain(layer, x)`. Of a backend that has several kernels for one op it also says which one ran: the candidates with
-    their bytes, launches and time, and what decided (`lora_kernels.ops.dispatch`).
+    `call` is an op (`lora_linear`), a layer or a whole model. `explain(x, layer)`, the tensor
+    first, is the same as `explain(layer, x)`. Of a backend that has several kernels for one op it
+    also says which one ran: the candidates with their bytes, launches and time, and what decided
+    (`lora_kernels.ops.dispatch`).
 
     Raises:
         TypeError: there is nothing to call.
@@ -262,8 +270,8 @@ def explain(call: Callable[..., Any] | Tensor, *args: Any, **kwargs: Any) -> Exp
 
 
 def note_plan(plan: Any) -> None:
-    """Called by a backend while it runs: `explain` shows this plan below the decision that led there. It may be a function that
-    makes the plan, which is called if somebody asks."""
+    """Called by a backend while it runs: `explain` shows this plan below the decision that led
+    there. It may be a function that makes the plan, which is called if somebody asks."""
     recorder = _recorder.get()
     if recorder is not None and recorder.decisions:
         made = plan() if callable(plan) else plan
@@ -299,7 +307,8 @@ def choose_implementation(name: str, call: Any) -> Implementation:
     """The implementation that runs a call, a structure as `declare` has it.
 
     Raises:
-        NotImplementedError: the forced backend refuses, or no backend accepts; the message gives each reason.
+        NotImplementedError: the forced backend refuses, or no backend accepts; the message gives
+            each reason.
     """
     implementations = _implementations[name]
     forced = forced_backend()
@@ -339,7 +348,8 @@ def _record_decision(name: str, chosen: str, args: tuple[Any, ...], forced: bool
 
 
 def warn_of_missing() -> None:
-    """Says once, when the package is imported, that the CPU's kernels are not there; nothing if that was asked for."""
+    """Says once, when the package is imported, that the CPU's kernels are not there; nothing if
+    that was asked for."""
     reason = _missing.get("cpu")
     if reason and not reason.endswith(LEFT_OUT):
         _warned.add(("", f"cpu: {reason}"))
@@ -350,7 +360,8 @@ def warn_of_missing() -> None:
 def _warn_of_fallback(name: str, order: tuple[str, ...], args: tuple[Any, ...]) -> None:
     reasons = refusals(name, args)
     reason = "; ".join(f"{b}: {reasons[b]}" for b in order if b != "reference")
-    absent = all(b in _missing for b in order if b != "reference")  # whatever the op and its arguments
+    # whatever the op and its arguments
+    absent = all(b in _missing for b in order if b != "reference")
     key = "" if absent else name, reason
     if key not in _warned:
         _warned.add(key)

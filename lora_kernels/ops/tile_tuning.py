@@ -1,9 +1,11 @@
-"""Times a few tiles around those of the table: the neighbours of each kernel of the fastest candidate of a problem.
+"""Times a few tiles around those of the table: the neighbours of each kernel of the fastest
+candidate of a problem.
 
-A neighbour has one number of the tile doubled, halved, or one stage more or less. It is left out before it is timed where it is
-not sound (the launch takes other warps or stages), where it is another one's launch, and where it does not compile, spills or
-wants more than the GPU has. One that is faster by MARGIN is kept for just those answers, and holds outside of the deterministic
-mode alone, where a row's bits must not depend on m.
+A neighbour has one number of the tile doubled, halved, or one stage more or less. It is left out
+before it is timed where it is not sound (the launch takes other warps or stages), where it is
+another one's launch, and where it does not compile, spills or wants more than the GPU has. One that
+is faster by MARGIN is kept for just those answers, and holds outside of the deterministic mode
+alone, where a row's bits must not depend on m.
 """
 
 import time
@@ -42,7 +44,8 @@ def neighbours(t: Tile) -> Iterator[Tile]:
 
 
 def tune_tiles(winner: str, call: Call, clock: Clock, refuse: Refuse, until: float) -> list[Measured]:
-    """The tiles that are faster than the table's for a call, which runs the candidate `winner`, as far as there is time."""
+    """The tiles that are faster than the table's for a call, which runs the candidate `winner`, as
+    far as there is time."""
     found: list[Measured] = []
     with ExitStack() as better:
         for name in KERNELS.get(winner, ()):
@@ -105,12 +108,14 @@ def _sizes(one: Launch) -> dict[str, Any]:
 
 
 def refuse_on(device: torch.device) -> Refuse:
-    """Why a launch is not to be taken on a GPU: it does not compile, wants more than there is, or spills registers."""
+    """Why a launch is not to be taken on a GPU: it does not compile, wants more than there is, or
+    spills registers."""
 
     def refuse(one: Launch) -> str | None:
         try:
             made = compiled_on(one, device)
-        except Exception as error:  # each compiler has its own, and Triton's are no base class of each other
+        # each compiler has its own, and Triton's are no base class of each other
+        except Exception as error:
             return f"does not compile: {type(error).__name__}: {error}"
         return f"spills {made.n_spills} bytes" if made.n_spills else None
 
@@ -118,7 +123,8 @@ def refuse_on(device: torch.device) -> Refuse:
 
 
 def words(found: Sequence[Measured]) -> list[str]:
-    """A line for each tile: the kernel, what it is for, the tile, and its time beside that of the table's."""
+    """A line for each tile: the kernel, what it is for, the tile, and its time beside that of the
+    table's."""
     lines = []
     for one in found:
         answers = ", ".join(f"{name} {value}" for name, value in one.answers.items() if value not in (False, None))

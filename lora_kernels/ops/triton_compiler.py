@@ -1,15 +1,19 @@
-"""Which loops Triton and the ptxas behind it compile soundly for sm_90 and sm_100: the one place that knows.
+"""Which loops Triton and the ptxas behind it compile soundly for sm_90 and sm_100: the one place
+that knows.
 
-There `wgmma` and `tcgen05` multiply tiles of 64 rows and more while a pipelined loop loads the next. Three faults are public:
+There `wgmma` and `tcgen05` multiply tiles of 64 rows and more while a pipelined loop loads the
+next. Three faults are public:
 
-* wgmma whose first operand lies in registers (a cast, a mask or a gain between load and product): the registers are written
-  before it has read them, by Triton before 3.8 and in loops of two products by later ones, and by ptxas before 13.3 whatever
-  Triton (triton#9433).
-* Tiles that `cp.async` copied are read without a `fence.proxy.async`, by Triton before 3.7.1 (triton#9610, pytorch#181248);
-  those that come through tensor maps need none.
-* tcgen05: two products of one step on the same sums (triton#10821), as `dot_accumulate` makes of float32 operands.
+* wgmma whose first operand lies in registers (a cast, a mask or a gain between load and product):
+  the registers are written before it has read them, by Triton before 3.8 and in loops of two
+  products by later ones, and by ptxas before 13.3 whatever Triton (triton#9433).
+* Tiles that `cp.async` copied are read without a `fence.proxy.async`, by Triton before 3.7.1
+  (triton#9610, pytorch#181248); those that come through tensor maps need none.
+* tcgen05: two products of one step on the same sums (triton#10821), as `dot_accumulate` makes of
+  float32 operands.
 
-None of them is in a loop without stages, and none in `mma.sync`, which Triton takes for fewer rows or for two warps.
+None of them is in a loop without stages, and none in `mma.sync`, which Triton takes for fewer rows
+or for two warps.
 """
 
 import ctypes
@@ -41,17 +45,18 @@ def sound_schedule(
     u: Tensor, vs: Sequence[Tensor | None], precision: str, rows: int, warps: int, stages: int, *, changed: bool = False,
     mapped: bool = False, narrow: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
-    """Warps and stages of a loop of products `dot_accumulate(u, v, …, precision)`, as wanted where that is sound; tiles of u
-    have `rows` rows.
+    """Warps and stages of a loop of products `dot_accumulate(u, v, …, precision)`, as wanted where
+    that is sound; tiles of u have `rows` rows.
 
-    `changed`: they are changed between load and product. `mapped`: all tiles come through tensor maps. `narrow`: two warps will
-    do, so that products are mma.sync; else there is one stage.
+    `changed`: they are changed between load and product. `mapped`: all tiles come through tensor
+    maps. `narrow`: two warps will do, so that products are mma.sync; else there is one stage.
     """
     major = architecture(u) // 10
     if major not in (WGMMA, TCGEN05) or precision == "ieee" or rows < ROWS or warps % 4:
         return warps, stages
     chained = precision.startswith("bf16x") or any(v is not None and v.dtype is not u.dtype for v in vs)
-    # bfloat16 is multiplied as it is by both halves of a float32; anything else is split or widened first
+    # bfloat16 is multiplied as it is by both halves of a float32; anything else is split or widened
+    # first
     registers = changed or (chained and u.dtype is not torch.bfloat16)
     if not (registers if major == WGMMA else chained) and (mapped or has_fences()):
         return warps, stages
@@ -59,13 +64,14 @@ def sound_schedule(
 
 
 def rank_stages(u: Tensor, precision: str, rows: int, warps: int) -> int | None:
-    """Stages of a loop over ranks, whose products take float32 sums with B or A: none where that is faulty, else None, which
-    stands for those of the launch."""
+    """Stages of a loop over ranks, whose products take float32 sums with B or A: none where that is
+    faulty, else None, which stands for those of the launch."""
     return 1 if sound_schedule(u, [_H], precision, rows, warps, 2, changed=True)[1] == 1 else None
 
 
 def has_fences() -> bool:
-    """Whether this Triton puts a fence between `cp.async` and the product that reads what it copied."""
+    """Whether this Triton puts a fence between `cp.async` and the product that reads what it
+    copied."""
     return version() >= FENCED
 
 
@@ -78,8 +84,9 @@ def version() -> tuple[int, ...]:
 
 
 def assembler(arch: int) -> str:
-    """The ptxas for our kernels: the one that Triton takes, which the user may have named (TRITON_PTXAS_PATH). On sm_90, where
-    Triton's own is before SOUND, it is the later one that Triton carries for other GPUs, if that is not."""
+    """The ptxas for our kernels: the one that Triton takes, which the user may have named
+    (TRITON_PTXAS_PATH). On sm_90, where Triton's own is before SOUND, it is the later one that
+    Triton carries for other GPUs, if that is not."""
     from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -103,7 +110,8 @@ def ptxas_release(arch: int) -> str:
 
 @contextmanager
 def assembling(arch: int) -> Iterator[None]:
-    """Inside it Triton compiles with `assembler(arch)`, and looks for what it compiled with that one before."""
+    """Inside it Triton compiles with `assembler(arch)`, and looks for what it compiled with that
+    one before."""
     from triton import knobs
     from triton.backends.nvidia import compiler
 
@@ -122,14 +130,16 @@ def assembling(arch: int) -> Iterator[None]:
 
 
 def _clear_ptxas_caches(compiler: Any) -> None:
-    """Drops what Triton remembers of its ptxas: the key of its cache, and the PTX that ptxas knows."""
+    """Drops what Triton remembers of its ptxas: the key of its cache, and the PTX that ptxas
+    knows."""
     for remembered in (compiler.get_ptxas_version, compiler.get_features):
         remembered.cache_clear()
 
 
 def choose_assembler(kernel: Any, device: int, arch: int) -> None:
-    """Has a `@triton.jit` kernel of ours assembled by `assembler(arch)` when a launch compiles it, and leaves those of others
-    alone. Once for each GPU, since Triton sets up a kernel anew for each. In Triton's interpreter a kernel is not compiled."""
+    """Has a `@triton.jit` kernel of ours assembled by `assembler(arch)` when a launch compiles it,
+    and leaves those of others alone. Once for each GPU, since Triton sets up a kernel anew for
+    each. In Triton's interpreter a kernel is not compiled."""
     if not hasattr(kernel, "device_caches"):
         return
     usual = getattr(kernel, "compile", None)

@@ -8,9 +8,11 @@ from lora_kernels.ops.dropout import threshold
 
 @triton.jit
 def dropout_mask(low, high, rows, first, limit, BM: tl.constexpr, BK: tl.constexpr):
-    """Whether dropout keeps elements `first` and on of these rows, [BM, BK]: ops/dropout.py's Philox, a word an element.
+    """Whether dropout keeps elements `first` and on of these rows, [BM, BK]: ops/dropout.py's
+    Philox, a word an element.
 
-    The seed is what `low` points to, or its halves are in `low` and `high` as `dropout_args` packs them.
+    The seed is what `low` points to, or its halves are in `low` and `high` as `dropout_args` packs
+    them.
     """
     if low.dtype.is_ptr():
         seed = tl.load(low)
@@ -24,13 +26,14 @@ def dropout_mask(low, high, rows, first, limit, BM: tl.constexpr, BK: tl.constex
 
 
 def odd_word(word):
-    """A word as an argument: always 64 bits and odd, since Triton compiles anew for a narrow one and for a multiple of 16."""
+    """A word as an argument: always 64 bits and odd, since Triton compiles anew for a narrow one
+    and for a multiple of 16."""
     return 2**33 + 2 * (word & 0xFFFFFFFF) + 1
 
 
 def dropout_args(drops):
-    """The arguments `lows`, `highs`, `limits` of a kernel, for a (dropout, seed) of each layer. A seed on the CPU is passed by
-    value: no copy to the device."""
+    """The arguments `lows`, `highs`, `limits` of a kernel, for a (dropout, seed) of each layer. A
+    seed on the CPU is passed by value: no copy to the device."""
     lows, highs, limits = [], [], []
     for dropout, seed in drops:
         drops_any = seed is not None and dropout > 0

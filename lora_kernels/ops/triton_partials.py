@@ -1,5 +1,5 @@
-"""Triton: sums of what several programs left in parts, in the order of the parts; in a launch of its own or in another's last
-programs."""
+"""Triton: sums of what several programs left in parts, in the order of the parts; in a launch of
+its own or in another's last programs."""
 
 import triton
 import triton.language as tl
@@ -10,8 +10,9 @@ from lora_kernels.ops.tables.tiles import tile
 
 @triton.jit
 def reduce_partials(block, parts, gains, divisors, outs, factors, counts, ns, rs, BLOCK: tl.constexpr):
-    """outs[j] [n, r] = factor · gain ⊙ Σ parts[j] [count, n, r] / divisor in the order of the parts, but where the divisor is
-    zero; `block` counts the blocks of all. What is left of it comes back."""
+    """outs[j] [n, r] = factor · gain ⊙ Σ parts[j] [count, n, r] / divisor in the order of the
+    parts, but where the divisor is zero; `block` counts the blocks of all. What is left of it comes
+    back."""
     for j in tl.static_range(len(parts)):
         size = tl.cast(ns[j], tl.int64) * rs[j]
         blocks = tl.cdiv(size, BLOCK).to(tl.int32)
@@ -38,15 +39,16 @@ def reduce_partials_kernel(parts, gains, divisors, outs, factors, counts, ns, rs
 
 
 class Sums:
-    """What is to be added up: the arguments of `reduce_partials`, for its own launch or for another kernel's last programs."""
+    """What is to be added up: the arguments of `reduce_partials`, for its own launch or for another
+    kernel's last programs."""
 
     def __init__(self, on):
         """`on`: a tensor of the GPU where it is done."""
         self.jobs, self.tile = [], tile("add_up", on)
 
     def add_job(self, part, out, factor=1.0, gain=None, divisor=None):
-        """out [n, r] (r = 1 for a vector) = factor · gain ⊙ Σ part [parts, n, r] / divisor; out is contiguous, and left alone
-        where the divisor is zero."""
+        """out [n, r] (r = 1 for a vector) = factor · gain ⊙ Σ part [parts, n, r] / divisor; out is
+        contiguous, and left alone where the divisor is zero."""
         n, r = part.shape[1], part.shape[2] if part.dim() == 3 else 1
         self.jobs.append((part, gain, divisor, out, float(factor), len(part), n, r))
 

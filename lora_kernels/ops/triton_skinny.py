@@ -1,7 +1,8 @@
 """What the Triton kernels share: tiles, products, and products of a big matrix with thin ones.
 
-Sums are float32 in a fixed order; there are no atomics on them. Offsets are 64 bits. What several programs add to is kept in
-parts, which whoever reads them adds up in their order. Kernels take tuples where several layers share a tensor.
+Sums are float32 in a fixed order; there are no atomics on them. Offsets are 64 bits. What several
+programs add to is kept in parts, which whoever reads them adds up in their order. Kernels take
+tuples where several layers share a tensor.
 """
 
 import torch
@@ -36,9 +37,11 @@ def load_sum(part, rows, ranks, parts, m, r):
 
 @triton.jit
 def dot_accumulate(u, v, sums, PRECISION: tl.constexpr):
-    """sums + u v. "half": 16-bit tensor cores, where a float32 operand counts with its first 16 digits."""
+    """sums + u v. "half": 16-bit tensor cores, where a float32 operand counts with its first 16
+    digits."""
     if PRECISION != "half":
-        # step by step, so that errors add up over the steps and not over all of the depth; an addition would be folded back
+        # step by step, so that errors add up over the steps and not over all of the depth; an
+        # addition would be folded back
         step = tl.dot(u.to(tl.float32), v.to(tl.float32), input_precision=PRECISION)
         return tl.fma(step, tl.full(step.shape, 1.0, tl.float32), sums)
     elif u.dtype == v.dtype and u.dtype != tl.float32:
@@ -63,8 +66,8 @@ def shrink_kernel(
     u, vs, outs, dropped, lows, highs, limits, scales, m, k, rs, u0, u1, v0s, v1s, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """outs[g] [part, m, r_g] = scale · drop(u) v_gᵀ over columns SPLIT·part and on; u [m, k] is read once for all v_g [r_g, k].
-    dropped[g] [m, k]: u where the mask keeps it.
+    """outs[g] [part, m, r_g] = scale · drop(u) v_gᵀ over columns SPLIT·part and on; u [m, k] is
+    read once for all v_g [r_g, k]. dropped[g] [m, k]: u where the mask keeps it.
 
     EARLY: what comes next may start meanwhile, and waits before it reads.
     """
@@ -100,7 +103,8 @@ def one_side(
     u, v, gain, h, times, p, part, of_u, of_uv, scaled, less, scale, column, m, n, r, u0, u1, v0, v1, t0, t1,
     ROWS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """One program of `both_sides_kernel`: u [m, n], v [n, r], h [m, r]; from row ROWS·program_id(2) and column BN·column on."""
+    """One program of `both_sides_kernel`: u [m, n], v [n, r], h [m, r]; from row ROWS·program_id(2)
+    and column BN·column on."""
     columns = tl.cast(column, tl.int64) * BN + tl.arange(0, BN)
     ranks = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     z, first_ranks = tl.program_id(2).to(tl.int64), tl.program_id(0) == 0
@@ -115,7 +119,8 @@ def one_side(
         rows = z * ROWS + first + tl.arange(0, BM)
         us = load_tile(u, rows, columns, u0, u1, m, n)  # [BM, BN]
         if p is not None:
-            ps = scale * dot_accumulate(us, vs, tl.zeros((BM, BR), tl.float32), PRECISION)  # [BM, BR]
+            # [BM, BR]
+            ps = scale * dot_accumulate(us, vs, tl.zeros((BM, BR), tl.float32), PRECISION)
             at = p + (tl.cast(column, tl.int64) * m + rows)[:, None] * r + ranks[None, :]
             tl.store(at, ps, mask=(rows < m)[:, None] & (ranks < r)[None, :])
         if scaled is not None:
@@ -126,7 +131,8 @@ def one_side(
             sum_u += tl.sum(us.to(tl.float32), 0)
         if of_uv is not None:
             ts = load_tile(times, rows, columns, t0, t1, m, n)  # [BM, BN]
-            # a product that goes straight into a sum is fused with its first addition, in each lane its own: lanes would differ
+            # a product that goes straight into a sum is fused with its first addition, in each lane
+            # its own: lanes would differ
             sum_uv += tl.sum(tl.where((rows < m)[:, None], us.to(tl.float32) * ts.to(tl.float32), 0.0), 0)
         if part is not None:
             hs = load_tile(h, rows, ranks, r, 1, m, r)  # [BM, BR]
@@ -145,9 +151,9 @@ def both_sides_kernel(
     us, vs, gains, hs, times, ps, parts, of_us, of_uvs, scaleds, lesses, scales, m, ns, rs, u0s, u1s, v0s, v1s, t0s, t1s,
     ROWS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Of each u_g [m, n_g], read once: p [column block, m, r] = scale · u (gain ⊙ v) in parts; part [z, n, r] = uᵀ h over rows
-    ROWS·z and on. Over those rows also the sums of u and of u ⊙ times, [z, n]. scaled [m, n] = u ⊙ (gain - less). What is None
-    is left out."""
+    """Of each u_g [m, n_g], read once: p [column block, m, r] = scale · u (gain ⊙ v) in parts; part
+    [z, n, r] = uᵀ h over rows ROWS·z and on. Over those rows also the sums of u and of u ⊙ times,
+    [z, n]. scaled [m, n] = u ⊙ (gain - less). What is None is left out."""
     column = tl.program_id(1)
     for g in tl.static_range(len(us)):
         blocks = tl.cdiv(ns[g], BN)
@@ -164,8 +170,8 @@ def outer_kernel(
     u, ps, wholes, parts, lows, highs, limits, counts, m, n, rs, u0, u1,
     ROWS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """parts[g] [z, r_g, n] = (drop(u)ᵀ p_g)ᵀ over rows ROWS·z and on, p_g the sum of ps[g] [counts[g], m, r_g], which goes to
-    wholes[g] [m, r_g]; u [m, n] is read once."""
+    """parts[g] [z, r_g, n] = (drop(u)ᵀ p_g)ᵀ over rows ROWS·z and on, p_g the sum of ps[g]
+    [counts[g], m, r_g], which goes to wholes[g] [m, r_g]; u [m, n] is read once."""
     ranks = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     columns = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
     z = tl.program_id(2).to(tl.int64)
@@ -192,14 +198,16 @@ def outer_kernel(
 
 
 def precision(t):
-    """How products with t are taken: the tensor cores' own for 16 bits; else float32 unless torch is told TF32 will do."""
+    """How products with t are taken: the tensor cores' own for 16 bits; else float32 unless torch
+    is told TF32 will do."""
     if t.dtype in HALVES:
         return "half"
     return "tf32" if t.is_cuda and _takes_tf32() else "ieee"
 
 
 def _takes_tf32():
-    """Whether torch is told so, by either of its interfaces: to read the older raises where the newer was used."""
+    """Whether torch is told so, by either of its interfaces: to read the older raises where the
+    newer was used."""
     chosen = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
     return chosen == "tf32" if chosen != "none" else torch.backends.cuda.matmul.allow_tf32
 
@@ -214,11 +222,13 @@ def product_precision(u, exact):
 
 
 def shrink(u, vs, scales, drops=None, *, dropped=None, exact=False, early=False, fixed=True):
-    """For each v [r, k] the parts of scale · drop(u) vᵀ, [parts, m, r] in float32, with u [m, k]; `exact`: never TF32.
+    """For each v [r, k] the parts of scale · drop(u) vᵀ, [parts, m, r] in float32, with u [m, k];
+    `exact`: never TF32.
 
     `dropped`: for each v a tensor [m, k] that gets u where the mask keeps it, or None.
 
-    `fixed`: how k is split depends on k and r alone, so that a row's sum does not depend on how many rows there are.
+    `fixed`: how k is split depends on k and r alone, so that a row's sum does not depend on how
+    many rows there are.
     """
     (m, k), ranks = u.shape, [len(v) for v in vs]
     drops = drops or [(0.0, None)] * len(vs)
@@ -248,8 +258,8 @@ def shrink(u, vs, scales, drops=None, *, dropped=None, exact=False, early=False,
 
 
 class Side:
-    """What `both_sides` makes of one u [m, n]: p if v [n, r] is there, part if h [m, r] is, of_u and of_uv if asked, and into
-    `scaled` [m, n], if that is there, u ⊙ (gain - less)."""
+    """What `both_sides` makes of one u [m, n]: p if v [n, r] is there, part if h [m, r] is, of_u
+    and of_uv if asked, and into `scaled` [m, n], if that is there, u ⊙ (gain - less)."""
 
     def __init__(self, u, r, *, v=None, gain=None, h=None, times=None, scale=1.0, sums=False, scaled=None, less=0.0):
         self.u, self.r, self.v, self.gain, self.h, self.times, self.scale, self.sums = u, r, v, gain, h, times, scale, sums
@@ -258,8 +268,8 @@ class Side:
 
 
 def both_sides(sides, *, exact=False):
-    """Reads each u once and fills the sides: p [parts, m, r] = scale · u (gain ⊙ v) and part [parts, n, r] = uᵀ h. The sums
-    of u's columns are of_u [parts, n], those of u ⊙ times of_uv."""
+    """Reads each u once and fills the sides: p [parts, m, r] = scale · u (gain ⊙ v) and part
+    [parts, n, r] = uᵀ h. The sums of u's columns are of_u [parts, n], those of u ⊙ times of_uv."""
     first = sides[0].u
     m, ns = len(first), [side.u.shape[1] for side in sides]
     # more than one product a tile, or sums beside them
@@ -299,8 +309,8 @@ def both_sides(sides, *, exact=False):
 
 
 def outer_product(u, ps, drops=None, *, keep=False, exact=False):
-    """For each p [count, m, r], whose parts are added up, the parts of pᵀ drop(u), [parts, r, n] without drop's factor, with
-    u [m, n]; and with `keep` the sums of p [m, r]."""
+    """For each p [count, m, r], whose parts are added up, the parts of pᵀ drop(u), [parts, r, n]
+    without drop's factor, with u [m, n]; and with `keep` the sums of p [m, r]."""
     (m, n), ranks = u.shape, [p.shape[2] for p in ps]
     drawing, share = any(seed is not None for _, seed in drops or []), power_of_two(len(ps), least=1)
     t = tile("outer", u, dtype=u.dtype, m=m, n=n, r=max(ranks), layers=len(ps), drawing=drawing)

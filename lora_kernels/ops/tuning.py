@@ -1,7 +1,9 @@
-"""Times the candidates of lora_kernels.ops.dispatch, and then a few tiles of the fastest one, on the GPU that is here.
+"""Times the candidates of lora_kernels.ops.dispatch, and then a few tiles of the fastest one, on
+the GPU that is here.
 
-`tune` keeps what it finds in the user's cache directory, by the GPU's name and the versions of what runs on it, where every
-later process finds it: `explain` then says "measured here". `python -m bench.tune` writes the package's own tables with it.
+`tune` keeps what it finds in the user's cache directory, by the GPU's name and the versions of what
+runs on it, where every later process finds it: `explain` then says "measured here". `python -m
+bench.tune` writes the package's own tables with it.
 """
 
 import random
@@ -22,7 +24,8 @@ from lora_kernels.ops.registry import explain, refusals, use_backend
 from lora_kernels.ops.tables.tiles import Measured, as_row
 
 ROUNDS = 11
-FLUSH = 2**30  # bytes: more than any L2, and long enough to write for the host to be ahead with the launches
+# bytes: more than any L2, and long enough to write for the host to be ahead with the launches
+FLUSH = 2**30
 TOKENS = (1, 16, 64, 512, 4096)
 LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024))  # in × out: Llama-3-8B
 
@@ -34,11 +37,13 @@ def tune(
     problems: Iterable[Problem], device: torch.device | str = "cuda", seconds: float = 60.0,
     clock: Callable[[Calls], Times] | None = None, refuse: tile_tuning.Refuse | None = None,
 ) -> list[tables.Choice]:  # fmt: skip
-    """Times the candidates of each problem that has several, in their order, then tiles of the fastest, until `seconds` have
-    passed. The fastest are kept in the user's cache directory beside what is there already. Gives the candidates. Beside the
-    operands of one call it takes a gigabyte of the GPU's memory. No tiles in the deterministic mode, which would not take them.
+    """Times the candidates of each problem that has several, in their order, then tiles of the
+    fastest, until `seconds` have passed. The fastest are kept in the user's cache directory beside
+    what is there already. Gives the candidates. Beside the operands of one call it takes a gigabyte
+    of the GPU's memory. No tiles in the deterministic mode, which would not take them.
 
-    `refuse` says why a launch is not to be timed; by default what does not compile, fit or spills on the GPU.
+    `refuse` says why a launch is not to be timed; by default what does not compile, fit or spills
+    on the GPU.
 
     Raises:
         RuntimeError: there is no GPU.
@@ -104,7 +109,8 @@ def common_problems(dtype: torch.dtype, r: int, layers: Sequence[tuple[int, ...]
 
 
 def candidate_calls(p: Problem, device: torch.device | str) -> Calls:
-    """A call for each candidate of a problem that runs here, each checked once to be what its name says."""
+    """A call for each candidate of a problem that runs here, each checked once to be what its name
+    says."""
     name, args = operands(p, device)
     op = getattr(torch.ops.lora_kernels, name).default
     arch, count = launch.architecture(args[0]), launch.multiprocessors(args[0])
@@ -131,7 +137,8 @@ def _run_candidate(op: Any, args: tuple[Any, ...], name: str, backends: tuple[st
 
 
 def checked(name: str, call: Callable[[], object]) -> Callable[[], object]:
-    """The call, that first makes sure that the candidate runs by that name: the times of another would be filed under it."""
+    """The call, that first makes sure that the candidate runs by that name: the times of another
+    would be filed under it."""
     sure = False
 
     def run() -> object:
@@ -174,7 +181,8 @@ def operands(p: Problem, device: torch.device | str) -> tuple[str, tuple[Any, ..
 
 
 def median_event_seconds(calls: Calls) -> Times:
-    """The median seconds of each call on the GPU, by CUDA events, over interleaved rounds with L2 flushed."""
+    """The median seconds of each call on the GPU, by CUDA events, over interleaved rounds with L2
+    flushed."""
     flush = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
     shuffled, order = random.Random(0), list(calls)
     marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}

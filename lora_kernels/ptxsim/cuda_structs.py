@@ -1,4 +1,5 @@
-"""The fields of the struct that a kernel of CUDA C++ takes, as its source declares them: what a launch names must be them."""
+"""The fields of the struct that a kernel of CUDA C++ takes, as its source declares them: what a
+launch names must be them."""
 
 import re
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ _MACRO = re.compile(r"#define (\w+)\(([^)]*)\)((?:.*\\\n)*.*)")
 
 @cache
 def struct_fields(source: Path, kernel: str) -> tuple[str, ...]:
-    """The names in the order of the memory: "x", of a struct within "bias.kind", of an array "jobs[0].part".
+    """The names in the order of the memory: "x", of a struct within "bias.kind", of an array
+    "jobs[0].part".
 
     Raises:
         ValueError: the source has no such kernel.
@@ -26,7 +28,8 @@ def struct_fields(source: Path, kernel: str) -> tuple[str, ...]:
 
 
 def check_fields(source: Path, kernel: str, given: tuple[str, ...]) -> None:
-    """Raises TypeError, with both lists, where a launch names other fields than the source, or in another order."""
+    """Raises TypeError, with both lists, where a launch names other fields than the source, or in
+    another order."""
     wanted = struct_fields(source, kernel)
     if given != wanted:
         raise TypeError(f"{kernel}: its struct in {source.name} has the fields {' '.join(wanted)}, found {' '.join(given)}")

@@ -1,8 +1,10 @@
-"""One kernel's PTX as the simulator's instructions: opcodes by their meaning, operands by their place in a warp's registers.
+"""One kernel's PTX as the simulator's instructions: opcodes by their meaning, operands by their
+place in a warp's registers.
 
-The simulator's table (csrc/ptxsim) gives the widths of most opcodes' operands. What PTX writes in many ways becomes one:
-`mov.u32`, `mov.f32` and `mov.b32` are `mov.b32`; hints for caches and alignment are dropped. A rounding, a saturation or
-a flush to zero that the table does not have is not dropped: it is `Unsupported`.
+The simulator's table (csrc/ptxsim) gives the widths of most opcodes' operands. What PTX writes in
+many ways becomes one: `mov.u32`, `mov.f32` and `mov.b32` are `mov.b32`; hints for caches and
+alignment are dropped. A rounding, a saturation or a flush to zero that the table does not have is
+not dropped: it is `Unsupported`.
 """
 
 import re
@@ -34,7 +36,8 @@ NOTHING = ("prefetch", "prefetchu", "discard", "applypriority")
 
 
 class Decoded:
-    """A kernel that can be launched: `program` is the simulator's, `parameters` say where the arguments go."""
+    """A kernel that can be launched: `program` is the simulator's, `parameters` say where the
+    arguments go."""
 
     def __init__(self, text: str, entry: str | None = None) -> None:
         self.kernel = parse(text, entry)
@@ -271,7 +274,8 @@ class _Decoder(Hopper, Values):
     def _cvta(self, parts: list[str], operands: list[str]) -> None:
         space = next(each for each in parts[1:] if each in SPACES)
         if space == "param" and "to" not in parts:
-            # Triton 3.9 takes a parameter's address in 32 bits, which leaves its place among the parameters
+            # Triton 3.9 takes a parameter's address in 32 bits, which leaves its place among the
+            # parameters
             return self.plain("or.b64", [*operands, str(PARAMETER_WINDOW)])
         name = (
             "mov.b64"

@@ -24,19 +24,21 @@ class Device:
     by_opcode: Counter[str] = field(default_factory=Counter)
     trace: bytearray = field(default_factory=bytearray)
     before: list[tuple[str, int, int, bool]] = field(default_factory=list)
-    """What an early launch may still meet: name, address, bytes of what the last one touched, and whether it writes it."""
+    """What an early launch may still meet: name, address, bytes of what the last one touched, and
+    whether it writes it."""
     ends: list[int] = field(default_factory=list)
     """Where in `trace` each launch ends."""
 
     def dram(self, cache: int = 50 * MIB, line: int = 128, apart: bool = False) -> tuple[int, int]:
-        """Bytes read from and written to memory behind a second-level cache of `cache` bytes, from the trace of all
-        launches in their order; `device(trace=True)` keeps it. 50 MiB is an H100's, 40 an A100's.
+        """Bytes read from and written to memory behind a second-level cache of `cache` bytes, from
+        the trace of all launches in their order; `device(trace=True)` keeps it. 50 MiB is an
+        H100's, 40 an A100's.
 
-        The least recently used line of `line` bytes goes. A load reads the sectors of 32 bytes that are not there. A store
-        reads nothing and is written once, when its line goes or at the end.
+        The least recently used line of `line` bytes goes. A load reads the sectors of 32 bytes that
+        are not there. A store reads nothing and is written once, when its line goes or at the end.
 
-        `apart`: each launch finds the cache empty. Blocks pass in the order in which they ran: `shuffle=False` keeps that of
-        their numbers, and `resident` says how many run side by side.
+        `apart`: each launch finds the cache empty. Blocks pass in the order in which they ran:
+        `shuffle=False` keeps that of their numbers, and `resident` says how many run side by side.
 
         Raises:
             ValueError: there is no trace, or a line is not a multiple of 32 bytes up to 1024.
@@ -56,7 +58,8 @@ current: ContextVar[Device | None] = ContextVar("device", default=None)
 
 @contextmanager
 def device(arch: int = 80, **options: Any) -> Iterator[Device]:
-    """Collects the counters of every launch inside the block; `options` are defaults of `Kernel.launch` there.
+    """Collects the counters of every launch inside the block; `options` are defaults of
+    `Kernel.launch` there.
 
     `arch` is what kernels that are compiled inside the block are compiled for: 80 is sm_80.
     """

@@ -1,4 +1,5 @@
-"""What came with sm_90: products of a warp group, barriers in shared memory that count, copies in bulk, maps of tensors."""
+"""What came with sm_90: products of a warp group, barriers in shared memory that count, copies in
+bulk, maps of tensors."""
 
 import re
 
@@ -54,7 +55,8 @@ class Hopper(Emitter):
             return self.emit("mbarrier.arrive", places, form)
         if kind in ("test_wait", "try_wait") and rest in ([], ["parity"]):
             width = 32 if rest else 64
-            places = [self.slot(results[0], 1), base, self.slot(values[0], width)]  # the time to wait at most is dropped
+            # the time to wait at most is dropped
+            places = [self.slot(results[0], 1), base, self.slot(values[0], width)]
             return self.emit(".".join(["mbarrier.wait", *rest]), places, form)
         raise self.unsupported(".".join(parts))
 
@@ -87,7 +89,8 @@ class Hopper(Emitter):
         self.emit("tensormap.replace", [base, value], [*form, field, ordinal, int("shared::cta" in parts)])
 
     def bulk(self, parts: list[str], operands: list[str]) -> None:
-        """cp.async.bulk{.tensor}: [to], [from]{, size}{, [mbarrier]}; a tensor's side is [map, {coordinates}]."""
+        """cp.async.bulk{.tensor}: [to], [from]{, size}{, [mbarrier]}; a tensor's side is [map,
+        {coordinates}]."""
         rest = [each for each in parts[3:] if each not in HINTS and "cache_hint" not in each]
         if rest[:1] == ["commit_group"]:
             return self.emit("cp.async.bulk.commit_group", [], [])

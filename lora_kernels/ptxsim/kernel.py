@@ -24,14 +24,15 @@ _FORMATS = {"f32": "<f", "f64": "<d"}
 GRID, BLOCK = (2**31 - 1, 65535, 65535), (1024, 1024, 64)
 _KIB = 1024
 SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
-"""KiB that a block may have by opting in, by architecture: "Technical Specifications per Compute Capability", CUDA C++
-Programming Guide."""
+"""KiB that a block may have by opting in, by architecture: "Technical Specifications per Compute
+Capability", CUDA C++ Programming Guide."""
 DEPENDENT = 90  # from which architecture on launches may overlap
 STEPS = 200_000_000  # instructions of one block after which a launch is given up
 
 
 class SimulationError(AssertionError):
-    """The kernel did what a GPU might not forgive; the message lists each finding with its line of the PTX."""
+    """The kernel did what a GPU might not forgive; the message lists each finding with its line of
+    the PTX."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Run:
 
     errors: list[str]
     counters: dict[str, int]
-    """Sectors of 32 bytes, bytes, requests, passes of shared memory and their ideal, mma, barriers, atomics, instructions."""
+    """Sectors of 32 bytes, bytes, requests, passes of shared memory and their ideal, mma, barriers,
+    atomics, instructions."""
     by_opcode: dict[str, int]
     """Instructions that warps executed, by opcode."""
     trace: bytes
@@ -51,7 +53,8 @@ class Kernel:
     """One kernel of a PTX text.
 
     Raises:
-        Unsupported: it holds an instruction that the simulator does not know; the message names the line.
+        Unsupported: it holds an instruction that the simulator does not know; the message names the
+            line.
         ValueError: the text has no such kernel.
     """
 
@@ -75,25 +78,29 @@ class Kernel:
     ) -> Run:
         """Runs the kernel.
 
-        `args` stand for its parameters in order: a CPU tensor for a pointer, numbers, a `TensorMap`. For a struct they are its
-        bytes or a tuple of its fields: tensors, None for null, int for numbers of 64 bits, float for those of 32, a
-        `TensorMap`. It may touch only these tensors and change only those in `writes`. Of those in `poisoned`, which are filled
-        with NaN, it may read only what it wrote itself. The text's own variables begin with their initial values each time.
-        `shared` is the dynamic shared memory in bytes.
+        `args` stand for its parameters in order: a CPU tensor for a pointer, numbers, a
+        `TensorMap`. For a struct they are its bytes or a tuple of its fields: tensors, None for
+        null, int for numbers of 64 bits, float for those of 32, a `TensorMap`. It may touch only
+        these tensors and change only those in `writes`. Of those in `poisoned`, which are filled
+        with NaN, it may read only what it wrote itself. The text's own variables begin with their
+        initial values each time. `shared` is the dynamic shared memory in bytes.
 
         Options, which `device()` sets for many launches:
             check (True): look for races and for memory that nobody wrote
             late (True): a cp.async lands when it is waited for, else as soon as it is issued
-            shuffle (True), seed (0): blocks and warps take their turns in an order drawn from the seed
+            shuffle (True), seed (0): blocks and warps take their turns in an order drawn from the
+            seed
             resident (8): blocks that run side by side
             trace (False): keep every sector that was touched
             tolerant (False): give back what was found in `errors` instead of raising it
-            early (False): it may start while the launch before it in `device()` runs, from sm_90 on; what that writes is there,
-                and what it reads may be written, only after griddepcontrol.wait (programmatic dependent launch)
+            early (False): it may start while the launch before it in `device()` runs, from sm_90
+                on; what that writes is there, and what it reads may be written, only after
+                griddepcontrol.wait (programmatic dependent launch)
 
         Raises:
             SimulationError: something was found.
-            TypeError, ValueError: the arguments do not fit the parameters; no GPU takes such a grid, block or size of shared
+            TypeError, ValueError: the arguments do not fit the parameters; no GPU takes such a
+            grid, block or size of shared
                 memory; there is no such option or it has no such value.
         """
         tensors: dict[int, tuple[str, int, int]] = {}
@@ -123,7 +130,8 @@ class Kernel:
         blocks, size = [*grid, 1, 1][:3], [*block, 1, 1][:3]
         self._check_limits(blocks, size, shared)
         o = self._options(options)
-        for t in poisoned:  # what is left unwritten shall not hold what was there, which may be right
+        # what is left unwritten shall not hold what was there, which may be right
+        for t in poisoned:
             if t.dtype in _NAN:
                 t.fill_(float("nan"))
         sim = current.get()
@@ -179,8 +187,8 @@ def _bytes_from(t: Tensor) -> int:
 
 
 def struct_of(fields: tuple[Any, ...]) -> bytes:
-    """A struct as C++ lays it out: pointers and integers of 64 bits, floats of 32, each at a multiple of its size; maps of
-    tensors at multiples of 64."""
+    """A struct as C++ lays it out: pointers and integers of 64 bits, floats of 32, each at a
+    multiple of its size; maps of tensors at multiples of 64."""
     made, most = bytearray(), 8
     for value in fields:
         if isinstance(value, TensorMap):

@@ -1,4 +1,5 @@
-"""What a PTX text has outside of its kernels: variables with their initial values, and functions. PTX ISA §5.4 and §7."""
+"""What a PTX text has outside of its kernels: variables with their initial values, and functions.
+PTX ISA §5.4 and §7."""
 
 import re
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ class Unsupported(NotImplementedError):
 
 @dataclass
 class Variable:
-    """A module's variable in `.global` or `.const`, at an address of this process; each launch starts from `image`."""
+    """A module's variable in `.global` or `.const`, at an address of this process; each launch
+    starts from `image`."""
 
     name: str
     constant: bool
@@ -84,7 +86,8 @@ def variables(text: str, body: str) -> dict[str, Variable]:
 def _declarations(text: str) -> Iterator[tuple[str, tuple[int, str, re.Match[str]]]]:
     for each in _VARIABLE.finditer(text):
         found = _DECLARED.fullmatch(each[2].rstrip())
-        if found and found[3] in WIDTH:  # others are textures and the like: unknown where they are named
+        # others are textures and the like: unknown where they are named
+        if found and found[3] in WIDTH:
             yield found[4], (text.count("\n", 0, each.start(1)) + 1, each[1], found)
 
 

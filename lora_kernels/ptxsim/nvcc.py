@@ -1,4 +1,5 @@
-"""CUDA C++ to PTX and binaries without a GPU, by nvcc from its wheel, from CUDA_HOME or from PATH."""
+"""CUDA C++ to PTX and binaries without a GPU, by nvcc from its wheel, from CUDA_HOME or from
+PATH."""
 
 import functools
 import importlib.util
@@ -34,13 +35,15 @@ def find_nvcc() -> Path | None:
 
 
 def source_architecture(arch: str) -> str:
-    """The architecture that the sources see for a chip: 80 or 90, as in cmake/cuda.cmake; of a name with a letter, its own."""
+    """The architecture that the sources see for a chip: 80 or 90, as in cmake/cuda.cmake; of a name
+    with a letter, its own."""
     number = arch.removeprefix("sm_")
     return number if number[-1].isalpha() else "90" if int(number) >= 90 else "80"
 
 
 def own(source: Path) -> str | None:
-    """The one architecture that a file is for, as in cmake/cuda.cmake: sm_90a of cuda_x_sm90a.cu."""
+    """The one architecture that a file is for, as in cmake/cuda.cmake: sm_90a of
+    cuda_x_sm90a.cu."""
     found = re.search(r"_sm(\d+a)$", source.stem)
     return f"sm_{found[1]}" if found else None
 
@@ -58,7 +61,8 @@ def compile_ptx(source: Path, arch: str = "sm_80", *options: str) -> str:
 
 @functools.cache
 def compile_cubin(source: Path, arch: str = "sm_80", *options: str) -> bytes:
-    """The binary for one chip, such as sm_120, that nvcc -O3 makes of a file, as in the module that is shipped: see `front`.
+    """The binary for one chip, such as sm_120, that nvcc -O3 makes of a file, as in the module that
+    is shipped: see `front`.
 
     Raises:
         FileNotFoundError: there is no nvcc.
@@ -72,8 +76,9 @@ def simulate_cuda(
     source: Path, kernel: str, grid: Sequence[int], threads: int, args: Sequence[Any], writes: Sequence[Tensor], shared: int,
     *, poisoned: Sequence[Tensor] | None = None, early: bool = False,
 ) -> Run:  # fmt: skip
-    """Runs a kernel of a file on CPU tensors; `writes` are those it changes, of which it fills `poisoned`, or else all. For the
-    architecture of `ptxsim.device`, else sm_80. `early` as for `ptxsim.Kernel.launch`.
+    """Runs a kernel of a file on CPU tensors; `writes` are those it changes, of which it fills
+    `poisoned`, or else all. For the architecture of `ptxsim.device`, else sm_80. `early` as for
+    `ptxsim.Kernel.launch`.
 
     Raises:
         FileNotFoundError: there is no nvcc.

@@ -1,4 +1,5 @@
-"""Where each operand of a kernel lies among a warp's registers: registers, constants, special registers, addresses."""
+"""Where each operand of a kernel lies among a warp's registers: registers, constants, special
+registers, addresses."""
 
 import re
 import struct
@@ -20,7 +21,8 @@ ALIASES = {f"%{n}clusterid.{axis}": f"%{n}ctaid.{axis}" for n in ("", "n") for a
 
 
 class Places:
-    """The registers of a warp at its start, `image`, and what lies where in it; all lanes of a register side by side."""
+    """The registers of a warp at its start, `image`, and what lies where in it; all lanes of a
+    register side by side."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -96,7 +98,8 @@ class Places:
         raise self.unsupported(f"the operand {operand}")
 
     def address(self, operand: str) -> tuple[int, int, int]:
-        """(place of the register, offset, its bytes) of `[%rd1+16]`; without a register all is offset."""
+        """(place of the register, offset, its bytes) of `[%rd1+16]`; without a register all is
+        offset."""
         found = re.fullmatch(r"\[\s*([%\w$.@]+)\s*(?:\+\s*(-?\w+))?\s*\]", operand)
         if not found:
             raise self.unsupported(f"the address {operand}")

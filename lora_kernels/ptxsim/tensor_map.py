@@ -1,4 +1,5 @@
-"""The map of a tensor, 128 bytes by which copies in bulk (TMA) go: what the driver's cuTensorMapEncodeTiled makes."""
+"""The map of a tensor, 128 bytes by which copies in bulk (TMA) go: what the driver's
+cuTensorMapEncodeTiled makes."""
 
 import struct
 from collections.abc import Sequence
@@ -18,9 +19,11 @@ SWIZZLES = (0, 32, 64, 128)
 
 @dataclass(frozen=True)
 class TensorMap:
-    """An argument of a launch for a `CUtensorMap`: boxes of `box` elements of `tensor`, both with the innermost dimension last.
+    """An argument of a launch for a `CUtensorMap`: boxes of `box` elements of `tensor`, both with
+    the innermost dimension last.
 
-    `swizzle`: bytes of a row within which pieces of 16 bytes are exchanged in shared memory: 0, 32, 64 or 128.
+    `swizzle`: bytes of a row within which pieces of 16 bytes are exchanged in shared memory: 0, 32,
+    64 or 128.
     """
 
     tensor: Tensor

@@ -1,4 +1,5 @@
-"""PTX text as statements: registers, memory, parameters, labels and instructions of one kernel. PTX ISA §4 and §5."""
+"""PTX text as statements: registers, memory, parameters, labels and instructions of one kernel. PTX
+ISA §4 and §5."""
 
 import re
 from dataclasses import dataclass, field
@@ -9,7 +10,8 @@ __all__ = ["WIDTH", "Kernel", "Parameter", "Statement", "Unsupported", "parse", 
 
 @dataclass
 class Statement:
-    """One instruction: `@!%p add.s32 %r1, %r2, 3` is guard "!%p", opcode "add.s32" and three operands."""
+    """One instruction: `@!%p add.s32 %r1, %r2, 3` is guard "!%p", opcode "add.s32" and three
+    operands."""
 
     line: int
     guard: str | None
@@ -65,7 +67,8 @@ def parse(text: str, entry: str | None = None) -> Kernel:
         r"(?m)^\s*(?:\.(?:visible|weak|extern|common)\s+)*(\.shared\b[^;]*);", clean[: head.start()]
     ):
         name = re.search(r"([\w$.]+)(?:\[\d*\])*\s*$", found.group(1))
-        if name and re.search(rf"(?<![\w$.]){re.escape(name[1])}(?![\w$])", body):  # others are another kernel's
+        # others are another kernel's
+        if name and re.search(rf"(?<![\w$.]){re.escape(name[1])}(?![\w$])", body):
             _variable(kernel, found.group(1), dynamic, clean.count("\n", 0, found.start(1)) + 1)
     limit = re.search(r"\.(?:max|req)ntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", head.group(3))
     if limit:
@@ -139,7 +142,8 @@ def _variable(kernel: Kernel, text: str, dynamic: list[str], line: int) -> None:
 
 
 class _Body:
-    """The statements between the braces of a kernel. Inner braces make a scope: its registers get names of their own."""
+    """The statements between the braces of a kernel. Inner braces make a scope: its registers get
+    names of their own."""
 
     def __init__(self, kernel: Kernel, dynamic: list[str], text: str, called: dict[str, Function]) -> None:
         self.kernel, self.dynamic, self.text, self.called = kernel, dynamic, text, called
@@ -205,7 +209,8 @@ class _Body:
             self.kernel.statements.append(Statement(line, guard, opcode, [self._renamed(each) for each in operands]))
 
     def _call(self, line: int, guard: str | None, name: str, given: list[str]) -> None:
-        """The function's body in place of its call, PTX ISA §7.1: its parameters are the caller's memory for them."""
+        """The function's body in place of its call, PTX ISA §7.1: its parameters are the caller's
+        memory for them."""
         function, given = self.called[name], [each for part in given for each in split(part[1:-1])]
         wanted = [*function.results, *function.parameters]
         if name in self.inside or len(given) != len(wanted) or not set(given) <= set(self.kernel.local):

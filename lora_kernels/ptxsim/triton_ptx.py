@@ -34,16 +34,19 @@ class Compiled:
     arguments: tuple[tuple[Any, ...], ...]
     """The parameters that are left at run time: ("x",), or ("ws", 1) for one of a tuple."""
     scratch: int = 0
-    """Bytes of global memory that each block needs beside its arguments, for the maps of tensors."""
+    """Bytes of global memory that each block needs beside its arguments, for the maps of
+    tensors."""
     maps: tuple[Any, ...] = ()
-    """What Triton says of each tensor descriptor among the arguments; nothing where they are not maps."""
+    """What Triton says of each tensor descriptor among the arguments; nothing where they are not
+    maps."""
     cubin: bytes = b""
     amdgcn: str = ""
     columns: int = 0
     """Of tensor memory, on sm_100."""
 
     def launch_arguments(self, args: dict[str, Any], kernel: Kernel, scratch: Any = 0) -> list[Any]:
-        """The arguments of a launch; Triton adds pointers to scratch memory, which are null where there is none."""
+        """The arguments of a launch; Triton adds pointers to scratch memory, which are null where
+        there is none."""
         values, maps = [], iter(self.maps)
         for name, *place in self.arguments:
             value = args[name][place[0]] if place else args[name]
@@ -70,9 +73,10 @@ def compile_triton(
 ) -> Compiled:
     """Compiles a `@triton.jit` function for these arguments, as a launch with them would.
 
-    Tensors and numbers are arguments at run time, whose divisibility by 16 is known to the compiler as in a launch. The
-    number 1, None and what is annotated `tl.constexpr` are constants. Of parameters in `do_not_specialize` only the type
-    is known. A tuple is so many arguments. `arch` is 80 for sm_80 and so on, or "gfx942", where `registers` says nothing.
+    Tensors and numbers are arguments at run time, whose divisibility by 16 is known to the compiler
+    as in a launch. The number 1, None and what is annotated `tl.constexpr` are constants. Of
+    parameters in `do_not_specialize` only the type is known. A tuple is so many arguments. `arch`
+    is 80 for sm_80 and so on, or "gfx942", where `registers` says nothing.
     """
     names = [parameter.name for parameter in function.params]
     if missing := [name for name in names if name not in args]:
@@ -95,7 +99,8 @@ def compile_triton(
 
 
 def _argument_type(value: Any, constant: bool, special: bool) -> tuple[str, bool]:
-    """Triton's name of what a launch would pass, and whether its divisibility by 16 is told to the compiler."""
+    """Triton's name of what a launch would pass, and whether its divisibility by 16 is told to the
+    compiler."""
     if constant or value is None or (special and type(value) is int and value == 1):
         return "constexpr", False
     if isinstance(value, Tensor):
@@ -145,7 +150,8 @@ def simulate_triton(
     function: Any, grid: tuple[int, ...], args: dict[str, Any], writes: Any, *, arch: int | None = None, warps: int = 4,
     stages: int = 3, **options: Any,
 ) -> Run:  # fmt: skip
-    """Runs a Triton kernel's real PTX on CPU tensors; `options` are those of `ptxsim.Kernel.launch`.
+    """Runs a Triton kernel's real PTX on CPU tensors; `options` are those of
+    `ptxsim.Kernel.launch`.
 
     `arch` is by default that of `ptxsim.device`, and 80 outside of one.
     """

@@ -35,8 +35,8 @@ class Values(Emitter):
         return ".".join([base, *rest])
 
     def _setp(self, parts: list[str], operands: list[str]) -> None:
-        """setp.cmp{.bool}.type p{|q}, a, b{, c}: p = (a cmp b) bool c, q = not (a cmp b) bool c; of two halves q is that of
-        the upper ones."""
+        """setp.cmp{.bool}.type p{|q}, a, b{, c}: p = (a cmp b) bool c, q = not (a cmp b) bool c; of
+        two halves q is that of the upper ones."""
         joins = [each for each in parts[2:-1] if each in ("and", "or", "xor")]
         targets, guard, values = operands[0].split("|"), self.guard, []
         if len(operands) != 3 + len(joins):
@@ -63,7 +63,8 @@ class Values(Emitter):
                 self.emit("mov.pred", [self.slot(target, 1), value], [])
 
     def compared(self, compare: str, how: list[str], operands: list[str]) -> list[int]:
-        """The predicates of a comparison: one, or of numbers that lie two in a register those of the lower and upper."""
+        """The predicates of a comparison: one, or of numbers that lie two in a register those of
+        the lower and upper."""
         kind = how[-1]
         unsigned = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
         kind = f"u{WIDTH[kind]}" if kind in ("b16", "b32", "b64") else kind
@@ -96,7 +97,8 @@ class Values(Emitter):
             self.emit("pack.b32.b16", [self.slot(operands[0], 32), *places], [])
 
     def with_carry(self, parts: list[str], operands: list[str]) -> None:
-        """add.cc, addc, sub.cc, subc, mad.cc, madc: the carry is a predicate that nothing else names. PTX ISA 9.7.2."""
+        """add.cc, addc, sub.cc, subc, mad.cc, madc: the carry is a predicate that nothing else
+        names. PTX ISA 9.7.2."""
         base, kind = parts[0], parts[-1]
         takes = base in ("addc", "subc", "madc")
         which = [base[:3], *(each for each in parts[1:-1] if each != "cc")]
@@ -125,7 +127,8 @@ class Values(Emitter):
         if to.endswith("x2"):
             return self.plain(".".join(parts), operands)
         if source in INTEGERS and to not in INTEGERS:
-            how = [each for each in how if each not in ("rn", "ftz")]  # an integer is never so small
+            # an integer is never so small
+            how = [each for each in how if each not in ("rn", "ftz")]
         if to in INTEGERS and source not in INTEGERS:  # which saturates in any case
             how = [each for each in how if each != "sat"]
         if to == source and to not in INTEGERS and not how:

@@ -1,10 +1,12 @@
-"""Many adapters over one base model: a pool of them, and layers that take one for each sequence of a batch."""
+"""Many adapters over one base model: a pool of them, and layers that take one for each sequence of
+a batch."""
 
 from lora_kernels.ops.multi_lora import BatchPlan, Slots
 from lora_kernels.serving.adapter import Adapter, Factors, adapter_of, read_adapter
 from lora_kernels.serving.batch import Batch
 from lora_kernels.serving.layer import MultiLoRAEmbedding, MultiLoRALinear, serve, unserve
-from lora_kernels.serving.pool import AdapterPool, PoolFullError, PoolStats
+from lora_kernels.serving.pool import AdapterPool
+from lora_kernels.serving.residents import PoolFullError, PoolStats
 from lora_kernels.serving.size import PoolSize
 
 __all__ = [

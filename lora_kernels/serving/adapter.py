@@ -1,4 +1,5 @@
-"""An adapter as the pool takes it: its factors, module by module, from PEFT's files or PEFT's tensors."""
+"""An adapter as the pool takes it: its factors, module by module, from PEFT's files or PEFT's
+tensors."""
 
 import os
 from collections.abc import Mapping
@@ -20,13 +21,15 @@ _ALSO = ("lora_bias",)  # keys of the configuration that LoraConfig leaves to us
 
 
 def vectors_of(gain: bool, bias: bool) -> int:
-    """How many float32 rows an adapter takes beside its ranks: the bias lies below the gain, whether there is one or not."""
+    """How many float32 rows an adapter takes beside its ranks: the bias lies below the gain,
+    whether there is one or not."""
     return 2 if bias else int(gain)
 
 
 @dataclass(frozen=True)
 class Factors:
-    """What an adapter does to one module: y = m / ‖W + s·BA‖ ⊙ (W x + s B A x) + s c. The x of an embedding is one-hot."""
+    """What an adapter does to one module: y = m / ‖W + s·BA‖ ⊙ (W x + s B A x) + s c. The x of an
+    embedding is one-hot."""
 
     a: Tensor
     """[r, in]."""
@@ -45,7 +48,8 @@ class Factors:
 
     @property
     def vectors(self) -> int:
-        """How many float32 rows [out] a pool keeps beside the ranks: the gain of DoRA, and the bias with room for a gain."""
+        """How many float32 rows [out] a pool keeps beside the ranks: the gain of DoRA, and the bias
+        with room for a gain."""
         return vectors_of(self.magnitude is not None, self.bias is not None)
 
 
@@ -70,12 +74,13 @@ class Adapter:
 
 
 def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter:
-    """The adapter in a local directory in PEFT's format, checked against `model` before a tensor is allocated: LoRA, rsLoRA,
-    DoRA, rank_pattern, alpha_pattern and lora_bias. Nothing is downloaded or executed.
+    """The adapter in a local directory in PEFT's format, checked against `model` before a tensor is
+    allocated: LoRA, rsLoRA, DoRA, rank_pattern, alpha_pattern and lora_bias. Nothing is downloaded
+    or executed.
 
     Raises:
-        AdapterError: a file is missing, damaged, foreign or does not fit the model, or asks for what a batch cannot do: biases
-            of the base, modules_to_save, embeddings with DoRA.
+        AdapterError: a file is missing, damaged, foreign or does not fit the model, or asks for
+            what a batch cannot do: biases of the base, modules_to_save, embeddings with DoRA.
     """
     folder = Path(directory)
     if not folder.is_dir():
@@ -91,7 +96,8 @@ def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
 
 
 def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> Adapter:
-    """The adapter of tensors by PEFT's names, as peft.get_peft_model_state_dict gives them, and of PEFT's or our LoraConfig.
+    """The adapter of tensors by PEFT's names, as peft.get_peft_model_state_dict gives them, and of
+    PEFT's or our LoraConfig.
 
     Raises:
         AdapterError: as `read_adapter`.
@@ -112,8 +118,8 @@ def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> 
 
 
 def check_base(model: nn.Module, slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raises AdapterError where an adapter repeats a weight of its base, as PEFT does of an adapted embedding, and the model
-    has another: the adapter is not for it."""
+    """Raises AdapterError where an adapter repeats a weight of its base, as PEFT does of an adapted
+    embedding, and the model has another: the adapter is not for it."""
     for key in slots.keys() & tensors.keys():
         if slots[key].role == "base":
             weight = uncompiled_model(model).get_submodule(slots[key].owner).weight.detach()  # type: ignore[operator]

@@ -14,10 +14,12 @@ Wanted = str | None | Sequence[str]
 
 
 class Batch:
-    """The adapters of a batch, from `AdapterPool.batch`; a context, inside which the layers of this thread use them.
+    """The adapters of a batch, from `AdapterPool.batch`; a context, inside which the layers of this
+    thread use them.
 
-    A layer with as many rows of x as there are requests, or a multiple of that (tokens of a sequence, beams), gives each
-    request its share of neighbouring rows. Leaving it raises LookupError if a kernel met an id that the pool no longer has.
+    A layer with as many rows of x as there are requests, or a multiple of that (tokens of a
+    sequence, beams), gives each request its share of neighbouring rows. Leaving it raises
+    LookupError if a kernel met an id that the pool no longer has.
     """
 
     def __init__(

@@ -17,10 +17,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class MultiLoRALinear(nn.Linear):
-    """y = W x + bias, and for each row what the adapters of the current batch add (`lora_kernels.multi_lora`).
+    """y = W x + bias, and for each row what the adapters of the current batch add
+    (`lora_kernels.multi_lora`).
 
-    It has the parameters of the layer that it replaces. Outside a batch, and where no row has an adapter, it is that layer.
-    Inside, it serves: gradients flow only if tensors of `slots` require them.
+    It has the parameters of the layer that it replaces. Outside a batch, and where no row has an
+    adapter, it is that layer. Inside, it serves: gradients flow only if tensors of `slots` require
+    them.
     """
 
     slots: Slots
@@ -53,7 +55,8 @@ class MultiLoRALinear(nn.Linear):
 class MultiLoRAEmbedding(nn.Embedding):
     """y = W[i], and for each row what the adapters of the current batch add: s · B A[:, i].
 
-    It has the parameters of the embedding that it replaces, and serves as `MultiLoRALinear` does, without gradients.
+    It has the parameters of the embedding that it replaces, and serves as `MultiLoRALinear` does,
+    without gradients.
     """
 
     site: EmbeddingSite
@@ -92,8 +95,9 @@ def serve(model: Model, pool: AdapterPool) -> Model:
 
         model(input_ids, adapters=["customer-7", None]);  model.generate(input_ids, adapters=[...])
 
-    One entry for each sequence: a name of the pool, None for the base, or several names. Without `adapters`, or inside
-    `pool.batch(...)`, nothing changes in how it is called. The layers are those of the pool; `unserve` puts the old ones back.
+    One entry for each sequence: a name of the pool, None for the base, or several names. Without
+    `adapters`, or inside `pool.batch(...)`, nothing changes in how it is called. The layers are
+    those of the pool; `unserve` puts the old ones back.
 
     Raises:
         ValueError: the pool is another model's, or the model is served already.

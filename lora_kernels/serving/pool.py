@@ -1,10 +1,10 @@
-"""Adapters in a fixed amount of memory, ready for `multi_lora`: loaded, evicted, exchanged while others run."""
+"""Adapters in a fixed amount of memory, ready for `multi_lora`: loaded, evicted, exchanged while
+others run."""
 
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,66 +15,35 @@ from lora_kernels.adapters.inject import first_names, uncompiled_model
 from lora_kernels.ops.multi_lora.plan import BASE, PAGE, id_of
 from lora_kernels.serving.adapter import Adapter, adapter_of, read_adapter
 from lora_kernels.serving.batch import Batch, Wanted, requests_of
+from lora_kernels.serving.residents import PoolFullError, PoolStats, Resident
 from lora_kernels.serving.site import Prepared, pages_of, site_of
 from lora_kernels.serving.size import MIB, PoolSize, layers_of, size_for, size_of
-
-
-class PoolFullError(AdapterError):
-    """There is no room that an adapter in use would not have to leave; nothing has changed."""
-
-
-@dataclass
-class Resident:
-    """An adapter in a slot."""
-
-    name: str | None
-    """None once its name stands for another, or for none."""
-    slot: int
-    id: int
-    adapter: Adapter
-    pinned: bool
-    users: int = 0
-
-
-@dataclass
-class PoolStats:
-    """What a pool did so far, and what it holds; bytes."""
-
-    loads: int = 0
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    updates: int = 0
-    failures: int = 0
-    residents: int = 0
-    slots: int = 0
-    in_use: int = 0
-    on_host: int = 0
-    bytes_on_host: int = 0
-    pages_free: int = field(default=0)
-    """Of the module that has the fewest."""
 
 
 class AdapterPool:
     """Slots and pages for the adapters of the layers of `model`, all allocated here and never more.
 
         pool = AdapterPool(model, capacity_bytes=1 << 30, slots=64)
-        pool.load("customer-7", "path/to/adapter")                # PEFT's files: LoRA, rsLoRA, DoRA, patterns, lora_bias
-        with pool.batch(["customer-7", None]): ...                # adapters that run are never evicted
+        pool.load("customer-7", "path/to/adapter")   # PEFT's files, of any kind that adds B A
+        with pool.batch(["customer-7", None]): ...   # adapters that run are never evicted
 
-    Rank rows lie in pages of 8, so ranks from 1 to `max_rank` share the memory without padding to the largest; gains of DoRA
-    and biases lie in pages, too, which adapters share. `capacity_bytes` covers pages and tables, on the device of the weights,
-    in their dtype; each module gets as many pages. `sizing` says how many bytes some ranks need, `size` what this pool holds.
-    `host_bytes` of the host's memory keep adapters that were evicted (pinned, with a GPU), and `batch` brings them back.
-    `modules` are the names of the layers that adapters may change: nn.Linear, the head among them, and nn.Embedding (LoRA
-    alone). If not given all nn.Linear, since the pages of an embedding have as many columns as it has entries.
+    Rank rows lie in pages of 8, so ranks from 1 to `max_rank` share the memory without padding to
+    the largest; gains of DoRA and biases lie in pages, too, which adapters share. `capacity_bytes`
+    covers pages and tables, on the device of the weights, in their dtype; each module gets as many
+    pages. `sizing` says how many bytes some ranks need, `size` what this pool holds. `host_bytes`
+    of the host's memory keep adapters that were evicted (pinned, with a GPU), and `batch` brings
+    them back. `modules` are the names of the layers that adapters may change: nn.Linear, the head
+    among them, and nn.Embedding (LoRA alone). If not given all nn.Linear, since the pages of an
+    embedding have as many columns as it has entries.
 
-    A load is all or nothing. The gain of DoRA is computed then, in one pass over the weight. Evicted is whoever was not used
-    for longest and is not in use or pinned; what was in its pages is overwritten with zeros. All methods may be called from
-    several threads; on a GPU all of it, the batches' kernels too, must be on one stream, which orders them.
+    A load is all or nothing. The gain of DoRA is computed then, in one pass over the weight.
+    Evicted is whoever was not used for longest and is not in use or pinned; what was in its pages
+    is overwritten with zeros. All methods may be called from several threads; on a GPU all of it,
+    the batches' kernels too, must be on one stream, which orders them.
 
     Raises:
-        TypeError, ValueError: a module is neither, has a dtype that is not supported, or the capacity holds no page.
+        TypeError, ValueError: a module is neither, has a dtype that is not supported, or the
+        capacity holds no page.
     """
 
     def __init__(
@@ -91,7 +60,8 @@ class AdapterPool:
         self._generations = [0] * slots
         self._free = list(range(slots))
         self._names: dict[str, Resident] = {}
-        self._residents: OrderedDict[int, Resident] = OrderedDict()  # by slot, the one used last at the end
+        # by slot, the one used last at the end
+        self._residents: OrderedDict[int, Resident] = OrderedDict()
         self._host: OrderedDict[str, Adapter] = OrderedDict()
         self._stats = PoolStats(slots=slots)
         self._lock = threading.RLock()
@@ -101,17 +71,19 @@ class AdapterPool:
         model: nn.Module, ranks: Iterable[int] | None = None, *, capacity_bytes: int | None = None, dora: bool = False,
         lora_bias: bool = False, slots: int | None = None, max_rank: int = 512, modules: Iterable[str] | None = None,
     ) -> PoolSize:  # fmt: skip
-        """What a pool needs to hold adapters of these ranks at once, in as many slots if `slots` are not given:
+        """What a pool needs to hold adapters of these ranks at once, in as many slots if `slots`
+        are not given:
 
             size = AdapterPool.sizing(model, [16] * 32, dora=True)
             pool = AdapterPool(model, capacity_bytes=size.capacity_bytes, slots=size.slots)
 
-        Or, without ranks, what `capacity_bytes` with `slots` (64) give: `sizing(model, capacity_bytes=1 << 30).holds(16)`.
-        Nothing is allocated: of the model shapes and dtypes are read, and it may be on the meta device.
+        Or, without ranks, what `capacity_bytes` with `slots` (64) give: `sizing(model,
+        capacity_bytes=1 << 30).holds(16)`. Nothing is allocated: of the model shapes and dtypes are
+        read, and it may be on the meta device.
 
         Raises:
-            ValueError: neither or both are given, a rank is below 1 or above max_rank, slots are fewer than ranks, or the
-                capacity holds no page.
+            ValueError: neither or both are given, a rank is below 1 or above max_rank, slots are
+                fewer than ranks, or the capacity holds no page.
         """
         layers = layers_of(uncompiled_model(model), modules).values()
         if (ranks is None) == (capacity_bytes is None):
@@ -128,13 +100,14 @@ class AdapterPool:
         self, name: str, source: str | os.PathLike[str] | Adapter | tuple[Any, Mapping[str, Tensor]], *, replace: bool = False,
         pinned: bool = False,
     ) -> int:  # fmt: skip
-        """Puts an adapter into a slot under a name, and returns its id. `source`: a directory in PEFT's format, an `Adapter`,
-        or (LoraConfig, tensors by PEFT's names). With `replace` the name may be taken: batches that began keep what they have,
-        later ones get the new one, and the old slot is freed when nobody uses it. A `pinned` adapter is not evicted.
+        """Puts an adapter into a slot under a name, and returns its id. `source`: a directory in
+        PEFT's format, an `Adapter`, or (LoraConfig, tensors by PEFT's names). With `replace` the
+        name may be taken: batches that began keep what they have, later ones get the new one, and
+        the old slot is freed when nobody uses it. A `pinned` adapter is not evicted.
 
         Raises:
-            AdapterError: the adapter is damaged, does not fit the model, or has a rank over `max_rank` or more than the pool
-                holds; nothing has changed.
+            AdapterError: the adapter is damaged, does not fit the model, or has a rank over
+                `max_rank` or more than the pool holds; nothing has changed.
             PoolFullError: everything in the way is in use or pinned; nothing has changed.
             ValueError: the name is taken.
         """
@@ -152,8 +125,9 @@ class AdapterPool:
             raise
 
     def update(self, name: str, source: str | os.PathLike[str] | Adapter | tuple[Any, Mapping[str, Tensor]]) -> None:
-        """Writes other weights into the slot of an adapter, in place: its id stays, and a CUDA graph needs no second capture.
-        For weights that come from a trainer. Ranks may change as far as there are pages.
+        """Writes other weights into the slot of an adapter, in place: its id stays, and a CUDA
+        graph needs no second capture. For weights that come from a trainer. Ranks may change as far
+        as there are pages.
 
         Raises:
             AdapterError, PoolFullError, LookupError: as `load` and `batch`; nothing has changed.
@@ -197,8 +171,8 @@ class AdapterPool:
                 self._release(resident)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Brings adapters from the host's memory into slots, as `batch` would when it wants them; copies from pinned memory run
-        beside the host.
+        """Brings adapters from the host's memory into slots, as `batch` would when it wants them;
+        copies from pinned memory run beside the host.
 
         Raises:
             LookupError, PoolFullError: as `batch`.
@@ -208,8 +182,9 @@ class AdapterPool:
                 self._activate(name)
 
     def batch(self, adapters: Sequence[Wanted], weights: Sequence[Any] | None = None) -> Batch:
-        """A context in which the layers of `serve` use `adapters`: for each sequence (or token) a name, None for the base, or
-        several names, whose `weights` are then given likewise (1 if not). Adapters in it stay until it ends.
+        """A context in which the layers of `serve` use `adapters`: for each sequence (or token) a
+        name, None for the base, or several names, whose `weights` are then given likewise (1 if
+        not). Adapters in it stay until it ends.
 
         Raises:
             LookupError: a name is not known; the others are not held.
@@ -378,7 +353,8 @@ class AdapterPool:
         return self._names[name]
 
     def _activate(self, name: str) -> Resident:
-        """The adapter in a slot, brought there from the host's memory if it must be; it is the one used last now."""
+        """The adapter in a slot, brought there from the host's memory if it must be; it is the one
+        used last now."""
         if name not in self._names and name in self._host:
             self._stats.misses += 1
             self._host.move_to_end(name)

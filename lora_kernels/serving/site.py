@@ -57,10 +57,12 @@ class Prepared:
 
 
 class Pages:
-    """Slots for the adapters of one matrix [out, in], and who has which page. Its owner calls it from one thread at a time.
+    """Slots for the adapters of one matrix [out, in], and who has which page. Its owner calls it
+    from one thread at a time.
 
-    Gains and biases are float32 rows in pages that several adapters share: memory of b read as float32. With `own_vectors`
-    each slot has memory of its own for both, whether its adapter wants it or not.
+    Gains and biases are float32 rows in pages that several adapters share: memory of b read as
+    float32. With `own_vectors` each slot has memory of its own for both, whether its adapter wants
+    it or not.
     """
 
     def __init__(
@@ -98,8 +100,8 @@ class Pages:
         return {first // self._per_page for first, _ in self._vectors.values()}
 
     def short_of(self, ranks: int, vectors: int, without: Collection[int] = ()) -> int:
-        """How many pages are missing for an adapter of so many ranks and vectors, once the slots `without` were cleared; not
-        above 0 if it fits."""
+        """How many pages are missing for an adapter of so many ranks and vectors, once the slots
+        `without` were cleared; not above 0 if it fits."""
         free = len(self.free) + sum(len(self.held.get(slot, ())) for slot in without)
         left = {slot: rows for slot, rows in self._vectors.items() if slot not in without}
         free += len(self.shared) - len({first // self._per_page for first, _ in left.values()})
@@ -129,7 +131,8 @@ class Pages:
         return len(self.held.get(slot, ())), self._vectors.get(slot, (0, 0))[1]
 
     def write_slot(self, slot: int, prepared: Prepared) -> None:
-        """Writes an adapter into a slot that holds none here, or one of as many pages and vectors."""
+        """Writes an adapter into a slot that holds none here, or one of as many pages and
+        vectors."""
         r, held = len(prepared.a), self.held.get(slot)
         if held is None:
             held = self.held[slot] = [self.free.pop() for _ in range(pages_of(r))]
@@ -168,7 +171,8 @@ class Pages:
 
 
 class Site(Pages):
-    """The adapters of one linear layer, W [out, in]. Nobody but the pool calls it, under its lock."""
+    """The adapters of one linear layer, W [out, in]. Nobody but the pool calls it, under its
+    lock."""
 
     def __init__(self, module: nn.Linear, generation: Tensor, pages: int, max_rank: int) -> None:
         self.shape = _matrix_shape(module)
@@ -191,8 +195,9 @@ class Site(Pages):
 
 
 class EmbeddingSite(Pages):
-    """The adapters of one embedding, W [entries, dim]: y = W[i] + s · B A[:, i]. A token's column of A is looked up; it is then
-    the x of a linear layer with this B, whose own A is the first rows of the identity."""
+    """The adapters of one embedding, W [entries, dim]: y = W[i] + s · B A[:, i]. A token's column
+    of A is looked up; it is then the x of a linear layer with this B, whose own A is the first rows
+    of the identity."""
 
     def __init__(self, module: nn.Embedding, generation: Tensor, pages: int, max_rank: int) -> None:
         self.shape = _matrix_shape(module)
@@ -233,8 +238,8 @@ class EmbeddingSite(Pages):
         super().clear_slot(slot)
 
     def looked_up(self, ids: Tensor, entries: Tensor) -> Tensor:
-        """The column of A for each token, [tokens, ranks]: of the adapter `ids` [tokens] at `entries` [tokens]; zeros where it
-        has no ranks, or the id is not known."""
+        """The column of A for each token, [tokens, ranks]: of the adapter `ids` [tokens] at
+        `entries` [tokens]; zeros where it has no ranks, or the id is not known."""
         s, j = self.slots, torch.arange(self.slots.a.shape[1], device=ids.device)
         slot, known = slots_of(ids, s.generation)
         there = known[:, None] & (j < s.rank[slot][:, None])

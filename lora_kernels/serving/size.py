@@ -17,8 +17,9 @@ MIB = 1 << 20
 class PoolSize:
     """What a pool for certain modules takes; bytes.
 
-    Each module gets as many pages, of 8 rows of A and of B. An adapter of rank r takes ⌈r / 8⌉ pages of each module that it
-    changes; the gain of DoRA takes 1/4 of one beside them in 16 bits (1/8 in float32), gain and lora_bias twice as much.
+    Each module gets as many pages, of 8 rows of A and of B. An adapter of rank r takes ⌈r / 8⌉
+    pages of each module that it changes; the gain of DoRA takes 1/4 of one beside them in 16 bits
+    (1/8 in float32), gain and lora_bias twice as much.
     """
 
     slots: int
@@ -75,7 +76,8 @@ def size_for(
     """The least that holds adapters of these ranks at once, all with a gain or a bias if asked for.
 
     Raises:
-        ValueError: there is no rank, one is below 1 or above max_rank, or slots are fewer than ranks.
+        ValueError: there is no rank, one is below 1 or above max_rank, or slots are fewer than
+            ranks.
     """
     ranks = list(ranks)
     if not ranks or min(ranks) < 1 or max(ranks) > max_rank:

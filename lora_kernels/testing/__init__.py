@@ -1,4 +1,5 @@
-"""What the tests of this package are made of, public so that a new backend can be held to the same figures."""
+"""What the tests of this package are made of, public so that a new backend can be held to the same
+figures."""
 
 from lora_kernels.testing.check import assert_group, assert_problem, member, run, run_group
 from lora_kernels.testing.exact import Problem, exact, make_group, make_problem

@@ -1,4 +1,5 @@
-"""One call that runs a problem forward and backward and holds every result to the figures of `tolerances`."""
+"""One call that runs a problem forward and backward and holds every result to the figures of
+`tolerances`."""
 
 from collections.abc import Sequence
 
@@ -18,8 +19,8 @@ def run(problem: Problem) -> dict[str, Tensor]:
 
 
 def assert_problem(problem: Problem) -> dict[str, Tensor]:
-    """Runs the problem; y and all gradients must have the right dtype and be within rounding of the exact ones. On any
-    device."""
+    """Runs the problem; y and all gradients must have the right dtype and be within rounding of the
+    exact ones. On any device."""
     results, truth, terms = run(problem), exact(problem), problem.terms()
     for name, actual in results.items():
         _assert_result(name, actual, problem, truth, terms[name])
@@ -32,8 +33,8 @@ def member(problem: Problem) -> Member:
 
 
 def run_group(problems: Sequence[Problem]) -> list[dict[str, Tensor]]:
-    """What `run` gives of each problem, from one call of `lora_linear_group`. All x must be one tensor, and so is its gradient,
-    the sum over the problems."""
+    """What `run` gives of each problem, from one call of `lora_linear_group`. All x must be one
+    tensor, and so is its gradient, the sum over the problems."""
     first = problems[0]
     assert all(p.x is first.x and p.dropout_semantics == first.dropout_semantics for p in problems)
     leaves = [p.require_grad() for p in problems]
@@ -47,8 +48,9 @@ def run_group(problems: Sequence[Problem]) -> list[dict[str, Tensor]]:
 
 
 def assert_group(problems: Sequence[Problem]) -> list[dict[str, Tensor]]:
-    """Runs the group; every y and all gradients are held to what `assert_problem` holds them to. The gradient of x must be
-    within rounding of the exact sum: one rounding, however many members."""
+    """Runs the group; every y and all gradients are held to what `assert_problem` holds them to.
+    The gradient of x must be within rounding of the exact sum: one rounding, however many
+    members."""
     results, truths = run_group(problems), [exact(p) for p in problems]
     for result, problem, truth in zip(results, problems, truths, strict=True):
         terms = problem.terms()

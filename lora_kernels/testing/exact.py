@@ -1,4 +1,5 @@
-"""lora_linear in float64 by autograd, from the formula alone: what every backend is compared with."""
+"""lora_linear in float64 by autograd, from the formula alone: what every backend is compared
+with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -71,7 +72,8 @@ class Exact:
     values: dict[str, Tensor] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     dgain_terms: Tensor | None = None
-    """√Σ (dy·z)² over the tokens, z being what gain multiplies: gain's gradient is the sum of these terms."""
+    """√Σ (dy·z)² over the tokens, z being what gain multiplies: gain's gradient is the sum of these
+    terms."""
 
 
 def make_problem(
@@ -89,7 +91,8 @@ def make_problem(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Problem:
-    """A random problem with values of both signs, of the sizes of a trained layer. `tokens` () makes x a vector.
+    """A random problem with values of both signs, of the sizes of a trained layer. `tokens` ()
+    makes x a vector.
 
     The values are the same on every device; the seed of the dropout stays on the CPU.
     """
@@ -124,15 +127,18 @@ def make_group(
     seed: int = 0,
     **shared: Any,
 ) -> list[Problem]:
-    """Problems with one x. Each member, and `shared` for all of them, says what `make_problem` takes: n_out, rank, bias, …"""
+    """Problems with one x. Each member, and `shared` for all of them, says what `make_problem`
+    takes: n_out, rank, bias, …"""
     problems = [make_problem(tokens, n_in, dtype=dtype, seed=seed + 101 * i, **shared | m) for i, m in enumerate(members)]
     return [replace(p, x=problems[0].x) for p in problems]
 
 
 def exact(problem: Problem) -> Exact:
-    """y and the gradients that `problem.dy` sends to x, a, b, bias, gain and a tensor scale, on the CPU.
+    """y and the gradients that `problem.dy` sends to x, a, b, bias, gain and a tensor scale, on the
+    CPU.
 
-    A problem on a GPU is brought over first: no product of that GPU has a part in what its kernels are compared with.
+    A problem on a GPU is brought over first: no product of that GPU has a part in what its kernels
+    are compared with.
     """
     out = Exact()
     for absolute, into in ((False, out.values), (True, out.magnitudes)):

@@ -9,10 +9,12 @@ import torch
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside the block every `torch.empty`, `new_empty` and `empty_like` on any device comes filled with NaN.
+    """Inside the block every `torch.empty`, `new_empty` and `empty_like` on any device comes filled
+    with NaN.
 
-    A kernel that leaves an output element unwritten, or reads one before it wrote it, then gives NaN instead of a
-    plausible number. Takes effect process-wide: it switches PyTorch's deterministic mode on.
+    A kernel that leaves an output element unwritten, or reads one before it wrote it, then gives
+    NaN instead of a plausible number. Takes effect process-wide: it switches PyTorch's
+    deterministic mode on.
     """
     mode = torch.get_deterministic_debug_mode()
     settings: Any = torch.utils.deterministic  # a module whose class has the property

@@ -1,8 +1,10 @@
-"""`python -m lora_kernels.testing.tile KERNEL [--arch 90]`: what a row of lora_kernels/ops/tables/tiles.json does.
+"""`python -m lora_kernels.testing.tile KERNEL [--arch 90]`: what a row of
+lora_kernels/ops/tables/tiles.json does.
 
-For one kernel on one architecture, after an edit of its rows: the tiles, and which row each number is from; the gates, compiled
-where the launch is another one than that of tests/gates/table.json; results in the simulator against float64; and the cost
-model's prediction. It writes nothing. Ends with 1 where a gate is broken or a result wrong. `--list` names the kernels.
+For one kernel on one architecture, after an edit of its rows: the tiles, and which row each number
+is from; the gates, compiled where the launch is another one than that of tests/gates/table.json;
+results in the simulator against float64; and the cost model's prediction. It writes nothing. Ends
+with 1 where a gate is broken or a result wrong. `--list` names the kernels.
 """
 
 import argparse
@@ -175,13 +177,15 @@ def simulated(kernel: str, arch: int) -> tuple[str, bool]:
         sim = inside.enter_context(device(arch))
         try:
             simulation(kernel)()
-        except Exception as error:  # a race, an access out of bounds, a wrong number: each is the answer
+        # a race, an access out of bounds, a wrong number: each is the answer
+        except Exception as error:
             return f"WRONG: {type(error).__name__}: {error}"[:1500], False
     return f"right, {sim.launches} launches in {time.monotonic() - start:.0f} s", True
 
 
 def predicted(kernel: str, arch: int) -> list[str]:
-    """The cost model's prediction for two sizes of a layer of Llama-3-8B, and what bounds the kernel there."""
+    """The cost model's prediction for two sizes of a layer of Llama-3-8B, and what bounds the
+    kernel there."""
     if kernel not in PLACES:
         return ["the cost model has the kernels of lora_linear's candidates alone"]
     (direction, candidate, place), lines = PLACES[kernel], []

@@ -1,7 +1,9 @@
-"""The error figures that every kernel is held to. Each compares with the float64 result of the given-dtype inputs.
+"""The error figures that every kernel is held to. Each compares with the float64 result of the
+given-dtype inputs.
 
-None is a fixed number: each scales with the rounding of the output's dtype, the length of the sums, or the error of
-PyTorch itself, so that one rule serves every dtype and size and leaves no room for a wrong term.
+None is a fixed number: each scales with the rounding of the output's dtype, the length of the sums,
+or the error of PyTorch itself, so that one rule serves every dtype and size and leaves no room for
+a wrong term.
 """
 
 import math
@@ -18,7 +20,8 @@ def rms(t: Tensor) -> float:
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """The largest relative error of one rounding to `dtype`: 2⁻⁸ of bfloat16, 2⁻¹¹ of float16, 2⁻²⁴ of float32."""
+    """The largest relative error of one rounding to `dtype`: 2⁻⁸ of bfloat16, 2⁻¹¹ of float16, 2⁻²⁴
+    of float32."""
     return torch.finfo(dtype).eps / 2
 
 
@@ -30,13 +33,15 @@ def assert_within_rounding(
     inherited: float = 0.0,
     name: str = "result",
 ) -> None:
-    """rms(actual - exact) is at most `ideal_ratio` times that of `exact`, correctly rounded to `dtype`.
+    """rms(actual - exact) is at most `ideal_ratio` times that of `exact`, correctly rounded to
+    `dtype`.
 
-    For 16-bit results; the error of a float32 one is that of its sums (`assert_componentwise`). `dtype` is the lowest
-    precision that anything on the way may have. `inherited` is the rms error that a correctly rounded operand brings
-    into a sum, where a result is defined on one; the larger of the two yardsticks counts. The rms of n < 1024 errors
-    is itself uncertain by about 1/√n, which is allowed twice, and the yardstick is then at least that of evenly spread
-    errors, ulp/√12.
+    For 16-bit results; the error of a float32 one is that of its sums (`assert_componentwise`).
+    `dtype` is the lowest precision that anything on the way may have. `inherited` is the rms error
+    that a correctly rounded operand brings into a sum, where a result is defined on one; the larger
+    of the two yardsticks counts. The rms of n < 1024 errors is itself uncertain by about 1/√n,
+    which is allowed twice, and the yardstick is then at least that of evenly spread errors,
+    ulp/√12.
     """
     actual, exact = actual.detach().double(), exact.detach().double()
     _assert_comparable(actual, exact, name)
@@ -64,11 +69,12 @@ def assert_componentwise(
     sums: torch.dtype | None = None,
     name: str = "result",
 ) -> None:
-    """|actual - exact| <= u·|exact| + (roundings - 1)·u·magnitude + terms·u_s·magnitude for each element.
+    """|actual - exact| <= u·|exact| + ((roundings - 1)·u + terms·u_s)·magnitude for each element.
 
-    `magnitude` is the formula with every input replaced by its absolute value, e.g. |x||Wᵀ| + s|x||Aᵀ||Bᵀ|. `terms` is
-    the total length of the nested sums. u is the unit roundoff of `dtype`, u_s that of `sums` (float32, or float64 for
-    float64). With `roundings` = 1 nothing on the way may be kept in `dtype`.
+    `magnitude` is the formula with every input replaced by its absolute value, e.g. |x||Wᵀ| +
+    s|x||Aᵀ||Bᵀ|. `terms` is the total length of the nested sums. u is the unit roundoff of `dtype`,
+    u_s that of `sums` (float32, or float64 for float64). With `roundings` = 1 nothing on the way
+    may be kept in `dtype`.
     """
     actual, exact, magnitude = (t.detach().double() for t in (actual, exact, magnitude))
     _assert_comparable(actual, exact, name)
@@ -84,7 +90,8 @@ def assert_componentwise(
 
 
 def assert_no_worse_than_torch(actual: Tensor, exact: Tensor, torch_result: Tensor, name: str = "result") -> None:
-    """FlashAttention's rule: max error <= 2 · that of PyTorch's unfused result in the same dtype + 2 · noise floor.
+    """FlashAttention's rule: max error <= 2 · that of PyTorch's unfused result in the same dtype +
+    2 · noise floor.
 
     The noise floor is what adding and subtracting 0.3 in that dtype does to the exact result.
     """

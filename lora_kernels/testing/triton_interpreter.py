@@ -1,19 +1,21 @@
-"""Triton's interpreter, mended and strict: the meaning of a kernel, tile by tile, without a compiler.
+"""Triton's interpreter, mended and strict: the meaning of a kernel, tile by tile, without a
+compiler.
 
-Mended, since the stock interpreter multiplies the bit patterns of bfloat16 and knows no TF32 (triton-lang/triton #11584):
-bfloat16 arithmetic, casts, constants, atomics and dots; TF32 dots truncate their operands; dots of float32 in parts of
-bfloat16. A dot adds in the order of the depth, in float32, so that a row's bits do not depend on what other rows are there.
-Strict: every access lies inside a tensor that was given, only those in `writes` change, int32 arithmetic does not
-overflow, and no two programs touch one element, one of them writing, unless an atomic orders them.
-Not seen, since programs run one after another and have no threads: what needs a barrier inside a program, the number of
-warps and stages, shared memory. The simulator (ptxsim) sees those.
-Tried with Triton 3.6 to 3.9; triton_versions.py has what differs between them, and refuses others.
+Mended, since the stock interpreter multiplies the bit patterns of bfloat16 and knows no TF32
+(triton-lang/triton #11584): bfloat16 arithmetic, casts, constants, atomics and dots; TF32 dots
+truncate their operands; dots of float32 in parts of bfloat16. A dot adds in the order of the depth,
+in float32, so that a row's bits do not depend on what other rows are there.
+Strict: every access lies inside a tensor that was given, only those in `writes` change, int32
+arithmetic does not overflow, and no two programs touch one element, one of them writing, unless an
+atomic orders them. Not seen, since programs run one after another and have no threads: what needs a
+barrier inside a program, the number of warps and stages, shared memory. The simulator (ptxsim) sees
+those. Tried with Triton 3.6 to 3.9; triton_versions.py has what differs between them, and refuses
+others.
 """
 
 import contextlib
 import dataclasses
 import inspect
-import mmap
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,25 +30,23 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter as stock
 from triton.runtime.jit import JITFunction
 
+from lora_kernels.testing.interpreter_memory import InterpreterMemory, InterpreterViolation
 from lora_kernels.testing.triton_versions import EXPECTED, SINCE_3_9, check_version
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 Handle = stock.TensorHandle
 
 
-class InterpreterViolation(AssertionError):
-    """The kernel did what it must not; the message names the tensor, the element and the program."""
-
-
 def interpret(
     kernel: Any, grid: tuple[int, ...], args: dict[str, Any], writes: Sequence[Tensor], *, seed: int | None = None,
     overflow: bool = True, programs: Sequence[tuple[int, int, int]] | None = None,
 ) -> None:  # fmt: skip
-    """Runs a `@triton.jit` function on CPU tensors. Programs run in order, or in an order drawn from `seed`; or only
-    `programs`, for grids and tensors that are too big for all of them.
+    """Runs a `@triton.jit` function on CPU tensors. Programs run in order, or in an order drawn
+    from `seed`; or only `programs`, for grids and tensors that are too big for all of them.
 
     Raises:
-        InterpreterViolation: an access, a race or an overflow as above, or a `tl.device_assert` that fails.
+        InterpreterViolation: an access, a race or an overflow as above, or a `tl.device_assert`
+            that fails.
         RuntimeError: this version of Triton has another interpreter than those that are mended.
     """
     check_version()
@@ -56,7 +56,7 @@ def interpret(
         random.Random(seed).shuffle(places)
     function = stock.InterpretedFunction(kernel.fn).rewrite()
     constants = {p.name for p in kernel.params if p.is_constexpr}
-    memory = _Memory(_tensors(args), writes)
+    memory = InterpreterMemory(_tensors(args), writes)
     with _mended_interpreter(memory, overflow) as builder, _interpreted_language(function):
         given = {name: value if name in constants else stock._implicit_cvt(value) for name, value in args.items()}
         try:
@@ -67,12 +67,14 @@ def interpret(
                 function(**given)
         except InterpreterViolation:
             raise
-        except AssertionError as error:  # Triton's own: its sanitizer of overflow, device_assert, a descriptor's alignment
+        # Triton's own: its sanitizer of overflow, device_assert, a descriptor's alignment
+        except AssertionError as error:
             raise InterpreterViolation(f"program {memory.program}: {error}") from error
 
 
 def _tensors(args: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors among the arguments and in tuples there; that of a TensorDescriptor is its base."""
+    """The tensors among the arguments and in tuples there; that of a TensorDescriptor is its
+    base."""
     flat: dict[str, Any] = {}
     for name, value in args.items():
         flat |= {f"{name}[{i}]": each for i, each in enumerate(value)} if isinstance(value, tuple) else {name: value}
@@ -80,108 +82,10 @@ def _tensors(args: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in bases.items() if isinstance(value, Tensor)}
 
 
-class _Memory:
-    """The tensors of a launch, and which program wrote and read each element last."""
-
-    def __init__(self, tensors: dict[str, Tensor], writes: Sequence[Tensor]) -> None:
-        changed = {t.data_ptr() for t in writes}
-        spans = [(t.data_ptr(), _byte_span(t), name, t.element_size()) for name, t in tensors.items() if t.numel()]
-        self.spans = sorted({span[0]: span for span in spans}.values())
-        self.first = np.array([at for at, *_ in self.spans], np.uint64)
-        self.last = np.array([at + size for at, size, *_ in self.spans], np.uint64)
-        self.writable = [at in changed for at, *_ in self.spans]
-        # the program that wrote or read, as a number and 1, and its clock then; MANY programs for reads
-        self.wrote, self.read = [], []
-        for (_, size, _, unit), writable in zip(self.spans, self.writable, strict=True):
-            count = size // unit if writable else 0
-            self.wrote.append(_access_marks(count))
-            self.read.append(_access_marks(count))
-        self._numbers: dict[tuple[int, int, int], int] = {}
-        self._clocks: dict[int, int] = {}
-        self._known: dict[int, dict[int, int]] = {}
-        self._released: dict[int, dict[int, int]] = {}
-        self.program = (0, 0, 0)
-
-    MANY = -1
-
-    def raise_violation(self, text: str) -> None:
-        raise InterpreterViolation(f"program {self.program}: {text}")
-
-    def check_access(
-        self, pointers: np.ndarray, mask: np.ndarray, size: int, kind: str, values: np.ndarray | None = None
-    ) -> None:
-        """Checks one tile's access; kind is load, store, atomic or atomic load."""
-        used = np.broadcast_to(mask, pointers.shape).astype(bool)  # the product of masks may be an integer
-        at = pointers[used].astype(np.uint64)
-        if not at.size:
-            return
-        which = np.searchsorted(self.first, at, side="right").astype(np.int64) - 1
-        outside = (which < 0) | (at + np.uint64(size) > self.last[np.maximum(which, 0)])
-        if outside.any():
-            i = int(np.argmax(outside))
-            place = int(at[i])
-            base, span, name, _ = min(self.spans, key=lambda s: s[0] - place if place < s[0] else max(place - s[0] - s[1], 0))
-            self.raise_violation(
-                f"{kind} out of bounds, {name}{place - base:+d} of {span} bytes ({int(outside.sum())} elements)"
-            )
-        me = self._numbers.setdefault(self.program, len(self._numbers) + 1)
-        for i in np.unique(which):
-            base, _, name, unit = self.spans[i]
-            if kind in ("store", "atomic") and not self.writable[i]:
-                self.raise_violation(f"{kind} to {name}, which is not among the tensors it writes")
-            if not self.writable[i]:
-                continue
-            elements = ((at[which == i] - np.uint64(base)) // np.uint64(unit)).astype(np.int64)
-            if kind == "store" and values is not None:
-                self._same_values(name, elements, np.broadcast_to(values, pointers.shape)[used][which == i])
-            if kind in ("load", "store"):
-                self._ordered(self.wrote[i], elements, me, f"{kind} of {name}", "written")
-            if kind == "store":
-                self._ordered(self.read[i], elements, me, f"store of {name}", "read")
-                self.wrote[i][elements] = (me, self._clocks.get(me, 0))
-                self.read[i][elements] = 0
-            elif kind == "load":
-                before = self.read[i][elements, 0]
-                self.read[i][elements, 0] = np.where((before == 0) | (before == me), me, self.MANY)
-                self.read[i][elements, 1] = self._clocks.get(me, 0)
-
-    def _same_values(self, name: str, elements: np.ndarray, values: np.ndarray) -> None:
-        order = np.argsort(elements, kind="stable")
-        elements, values = elements[order], np.ascontiguousarray(values[order]).view(f"u{values.itemsize}")
-        twice = (elements[1:] == elements[:-1]) & (values[1:] != values[:-1])
-        if twice.any():
-            self.raise_violation(f"stores two values to element {int(elements[1:][twice][0])} of {name} at once")
-
-    def _ordered(self, marks: np.ndarray, elements: np.ndarray, me: int, what: str, how: str) -> None:
-        others = marks[elements]
-        suspect = (others[:, 0] != 0) & (others[:, 0] != me)
-        for (other, clock), element in zip(others[suspect], elements[suspect], strict=True):
-            if other == self.MANY or self._known.get(me, {}).get(int(other), -1) < clock:
-                names = {number: program for program, number in self._numbers.items()}
-                by = "several programs" if other == self.MANY else f"program {names[int(other)]}"
-                self.raise_violation(f"{what} element {int(element)}: a race, it is {how} by {by}")
-
-    def synchronise(self, pointers: np.ndarray, mask: np.ndarray, order: Any, *, replaces: bool = False) -> None:
-        """An atomic passes on what its program did before, and brings what was passed on there."""
-        me = self._numbers.setdefault(self.program, len(self._numbers) + 1)
-        known = self._known.setdefault(me, {})
-        for address in pointers[np.broadcast_to(mask, pointers.shape).astype(bool)].ravel().tolist():
-            if replaces:  # a store, not a read and a write: what was passed on before is gone
-                self._released[int(address)] = {}
-            there = self._released.setdefault(int(address), {})
-            if order in (ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE):
-                for program, clock in there.items():
-                    known[program] = max(known.get(program, -1), clock)
-            if order in (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE):
-                clock = self._clocks.get(me, 0)
-                for program, seen in {**known, me: clock}.items():
-                    there[program] = max(there.get(program, -1), seen)
-                self._clocks[me] = clock + 1
-
-
 @contextmanager
 def _interpreted_language(function: Any) -> Iterator[None]:
-    """Inside it tl's functions are the interpreter's, also those that are jit functions themselves."""
+    """Inside it tl's functions are the interpreter's, also those that are jit functions
+    themselves."""
     stack = contextlib.ExitStack()
 
     def patch_function(function: Any) -> Any:
@@ -209,19 +113,6 @@ def _interpreted_language(function: Any) -> Iterator[None]:
         yield
 
 
-def _byte_span(t: Tensor) -> int:
-    return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size()
-
-
-def _access_marks(count: int) -> np.ndarray:
-    """Zeros [count, 2], of which only what is touched takes memory."""
-    if count < 2**28:
-        return np.zeros((count, 2), np.int64)
-    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python before 3.13 has no name for; Triton is for Linux alone
-    held = mmap.mmap(-1, 16 * count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
-    return np.frombuffer(held, np.int64).reshape(count, 2)
-
-
 def _multiply(x: np.ndarray, y: np.ndarray, sums: np.ndarray) -> np.ndarray:
     for k in range(x.shape[-1]):
         sums = sums + x[..., :, k, None] * y[..., k, None, :]
@@ -229,7 +120,8 @@ def _multiply(x: np.ndarray, y: np.ndarray, sums: np.ndarray) -> np.ndarray:
 
 
 def _in_parts(x: np.ndarray, y: np.ndarray, count: int) -> np.ndarray:
-    """x y as Triton takes it in `count` parts of bfloat16 each, the small products first; NaN of an infinity's rest is 0."""
+    """x y as Triton takes it in `count` parts of bfloat16 each, the small products first; NaN of an
+    infinity's rest is 0."""
     parts: list[list[np.ndarray]] = []
     for value in (x, y):
         parts.append([])
@@ -260,7 +152,7 @@ def _by_name(method: Any, stock_method: Any) -> Any:
 
 
 @contextmanager
-def _mended_interpreter(memory: _Memory, overflow: bool) -> Iterator[Any]:
+def _mended_interpreter(memory: InterpreterMemory, overflow: bool) -> Iterator[Any]:
     """Inside it the interpreter computes in bfloat16 and asks `memory` about every access."""
     builder, cls = stock.interpreter_builder, stock.InterpreterBuilder
     original = {name: cls.__dict__[name] for name in EXPECTED}

@@ -1,4 +1,5 @@
-"""The versions of Triton whose interpreter triton_interpreter.py mends, and what differs between them.
+"""The versions of Triton whose interpreter triton_interpreter.py mends, and what differs between
+them.
 
 `make test-slow` runs the tests with each of them.
 """
@@ -10,8 +11,8 @@ import triton
 from triton.runtime import interpreter as stock
 
 TRIED = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
-# 3.9 has one parameter for both hints of a cache, and new atomics. What 3.6 has otherwise: `__index__` in
-# triton_interpreter.py
+# 3.9 has one parameter for both hints of a cache, and new atomics. What 3.6 has otherwise:
+# `__index__` in triton_interpreter.py
 SINCE_3_9 = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9)
 _HINTS = ("cache_policy",) if SINCE_3_9 else ("cache_modifier", "eviction_policy")
 # what is replaced, with the parameters that it has
@@ -37,7 +38,8 @@ _TOUCHES = {"load", "store", "atomic_rmw", "atomic_cas"}
 
 
 def check_version() -> None:
-    """Raises RuntimeError, naming the version, if Triton's interpreter is not one that triton_interpreter.py mends."""
+    """Raises RuntimeError, naming the version, if Triton's interpreter is not one that
+    triton_interpreter.py mends."""
     for problem in _problems():
         raise RuntimeError(f"triton {triton.__version__}: {problem}")
 

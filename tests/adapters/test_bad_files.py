@@ -1,4 +1,5 @@
-"""A file that is damaged, foreign or does not fit is refused by name, and the model is bitwise as it was."""
+"""A file that is damaged, foreign or does not fit is refused by name, and the model is bitwise as
+it was."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""LoraConfig: its values, its JSON in both directions with PEFT, what it refuses; and the matching of its patterns."""
+"""LoraConfig: its values, its JSON in both directions with PEFT, what it refuses; and the matching
+of its patterns."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Matching and injection: the same modules, ranks, scales and trainable parameters as PEFT's; all or nothing."""
+"""Matching and injection: the same modules, ranks, scales and trainable parameters as PEFT's; all
+or nothing."""
 
 import copy
 import re
@@ -51,7 +52,8 @@ def small(kind):
 
 
 def pefts(model, values):
-    """PEFT's layers {name: (r, alpha, scaling, dora)} and the names of what it trains, in our names."""
+    """PEFT's layers {name: (r, alpha, scaling, dora)} and the names of what it trains, in our
+    names."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**values))

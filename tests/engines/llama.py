@@ -1,4 +1,5 @@
-"""A small Llama, adapters of every kind for it as PEFT saves them, and what PEFT itself generates with each."""
+"""A small Llama, adapters of every kind for it as PEFT saves them, and what PEFT itself generates
+with each."""
 
 import json
 from pathlib import Path

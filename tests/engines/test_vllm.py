@@ -97,7 +97,8 @@ def generate(llm, jobs):
 
 
 def test_every_kind_in_one_batch_equals_peft(llm, folder, wanted):
-    """LoRA, odd ranks, rsLoRA, patterns, DoRA, lora_bias and the base; twice, so that prefill and decode of both mix."""
+    """LoRA, odd ranks, rsLoRA, patterns, DoRA, lora_bias and the base; twice, so that prefill and
+    decode of both mix."""
     adapters = {kind: request(folder, kind) for kind in KINDS}
     for prompts in (llama.PROMPTS[:2], llama.PROMPTS[2:]):
         jobs = [(kind, prompt) for prompt in prompts for kind in KINDS]
@@ -165,7 +166,8 @@ def test_an_adapter_is_exchanged_in_place(llm, folder, wanted, tmp_path):
     place.symlink_to(llama.spoil(folder, "nan"))
     with pytest.raises(VLLMValidationError, match="cannot be served: .* values that are not finite"):
         generate(llm, [(again, llama.PROMPTS[2])])
-    check(generate(llm, [(adapter, llama.PROMPTS[1])])[0], wanted("dora_some", llama.PROMPTS[1]))  # what was there stays
+    # what was there stays
+    check(generate(llm, [(adapter, llama.PROMPTS[1])])[0], wanted("dora_some", llama.PROMPTS[1]))
 
 
 def test_a_number_that_another_adapter_has(llm, folder):
@@ -218,7 +220,8 @@ def test_a_layer_is_traced_whole(llm, folder):
     slots = [slot for slot, number in enumerate(manager.lora_index_to_id) if number is not None]
     layer = layers_of(llm)["model.layers.0.self_attn.qkv_proj"]
     layer._step.set_slots(torch.tensor([slots[-1], -1, slots[0], slots[-1], -1]), False)
-    x, y = torch.randn(6, llama.HIDDEN), torch.randn(6, sum(layer.output_slices))  # one row more, which pads the step
+    # one row more, which pads the step
+    x, y = torch.randn(6, llama.HIDDEN), torch.randn(6, sum(layer.output_slices))
     with torch.inference_mode():
         eager = layer._apply_lora_to_output(x, y.clone())
         compiled = torch.compile(layer._apply_lora_to_output, fullgraph=True, backend="aot_eager")(x, y.clone())
@@ -226,7 +229,8 @@ def test_a_layer_is_traced_whole(llm, folder):
 
 
 def test_two_ranks_and_a_server(folder, wanted):
-    """Tensor parallelism: shards of W, A, B, magnitudes and biases; the server's engine, in processes of its own."""
+    """Tensor parallelism: shards of W, A, B, magnitudes and biases; the server's engine, in
+    processes of its own."""
 
     async def one(engine, kind, adapter, prompt):
         name, tokens = f"{kind}-{next(NUMBERS)}", TokensPrompt(prompt_token_ids=prompt)
@@ -285,7 +289,8 @@ def test_dora_where_vllm_has_its_own_layer_is_refused():
     ("model.a.o_proj.base_layer", {}, True),
 ])  # fmt: skip
 def test_which_names_the_model_has(name, more, there):
-    """Packed ones, those of pooling models without their first part, and experts, which vLLM checks itself."""
+    """Packed ones, those of pooling models without their first part, and experts, which vLLM checks
+    itself."""
     manager = fake_manager(["model.a.qkv_proj", "model.a.o_proj"], {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}, **more)
     manager.modules = {}
     with nullcontext() if there else pytest.raises(AdapterError, match="modules that the model does not have"):
@@ -293,7 +298,8 @@ def test_which_names_the_model_has(name, more, there):
 
 
 def test_stale_ids_are_found():
-    """A slot that changes hands after a step was planned: its tokens get the base, and the next step says so."""
+    """A slot that changes hands after a step was planned: its tokens get the base, and the next
+    step says so."""
     step = Step(2, 8, torch.device("cpu"))
     pages = Pages(4, 6, torch.float32, step.generation, 4, 8)
     pages.write_slot(1, Prepared(torch.ones(3, 6), torch.ones(3, 4), 1.0))

@@ -36,8 +36,8 @@ def linear(
     m: int, r: int, dtype: torch.dtype = BF16, gain: bool = False, dropout: float = 0.0, semantics: str = "peft",
     form: str = "two launches", dx: bool = True, adapters: torch.dtype | None = None,
 ) -> Callable[[], None]:  # fmt: skip
-    """A forward and a backward of one layer; nothing is computed but the library's products, which are small. Up to 64 tokens
-    in one pass."""
+    """A forward and a backward of one layer; nothing is computed but the library's products, which
+    are small. Up to 64 tokens in one pass."""
     library = form == "addmm"
     wide = 512 if library else WIDE
     form = "one pass" if m <= 64 and not library else form
@@ -102,7 +102,8 @@ def merge(r: int, dtype: torch.dtype = BF16, adapters: torch.dtype | None = None
 def multi(
     tokens: int, outs: Sequence[int] = (WIDE,), each: int = 1, adds: bool = False, dtype: torch.dtype = BF16, most: int = 512
 ) -> Call:
-    """Many adapters over one base; `each`: adapters of a token, `adds`: on a product that is there, `most`: largest rank."""
+    """Many adapters over one base; `each`: adapters of a token, `adds`: on a product that is there,
+    `most`: largest rank."""
 
     def call() -> None:
         count, pages = 64, most // 8

@@ -1,4 +1,5 @@
-"""What the gates compile: the ops' kernels as their launchers choose them (ops.py, weights.py), and the simulator's corpus."""
+"""What the gates compile: the ops' kernels as their launchers choose them (ops.py, weights.py), and
+the simulator's corpus."""
 
 from pathlib import Path
 
@@ -121,7 +122,8 @@ def cuda_sides(kind: str, times: str, ranks: int) -> Cuda:
 
 
 def cuda_outer(name: str) -> Cuda:
-    tile = compiled("lora_linear_outer.cu", dtype=HALF, r=16, pieces=True)  # whatever it is, but for its ranks
+    # whatever it is, but for its ranks
+    tile = compiled("lora_linear_outer.cu", dtype=HALF, r=16, pieces=True)
     return cuda_op("lora_linear/cuda_outer.cu", f"lora_linear_outer_{name}", tile, cuda_shared_memory.shared_of_outer(tile))
 
 

@@ -134,7 +134,8 @@ def test_amdgcn():
     ("sm_80", 32, 0, 0, 1024, 0, (2, "threads, registers")),  # 2048 / 1024
     ("sm_86", 32, 0, 0, 1024, 0, (1, "threads")),  # 1536 / 1024
     ("sm_89", 16, 0, 0, 32, 0, (24, "blocks")),
-    ("sm_80", 32, 1024, 80 * 1024, 128, 0, (2, "shared memory")),  # 164 / (1 + 80 + 1 of the driver)
+    # 164 / (1 + 80 + 1 of the driver)
+    ("sm_80", 32, 1024, 80 * 1024, 128, 0, (2, "shared memory")),
     ("sm_80", 32, 1024, 82 * 1024, 128, 0, (1, "shared memory")),
     ("sm_120", 32, 0, 99 * 1024, 128, 0, (1, "shared memory")),
     ("sm_120", 32, 0, 99 * 1024 + 1, 128, 0, (0, "shared memory")),
@@ -256,7 +257,8 @@ def test_a_row_of_another_triton_goes_stale():
 
 
 def test_another_triton_compiles_in_a_process_of_its_own(monkeypatch, tmp_path):
-    """Here the installed one stands for it; a folder with another version is not taken for the one that was asked for."""
+    """Here the installed one stands for it; a folder with another version is not taken for the one
+    that was asked for."""
     if CORPUS[0].kernel.missing("sm_90"):
         pytest.skip(CORPUS[0].kernel.missing("sm_90"))
     import triton

@@ -1,4 +1,5 @@
-"""What the walk finds in SASS: each way in which a register of A, of the sums, or shared memory is touched too early."""
+"""What the walk finds in SASS: each way in which a register of A, of the sums, or shared memory is
+touched too early."""
 
 import re
 import subprocess
@@ -26,7 +27,8 @@ def test_a_register_of_a():
     assert found(f"{RS}, gsb0", WAIT, "LDS.64 R88, [R2]", "EXIT") == []
     assert found(f"{RS}, gsb0", "LDS.64 R88, [R2]", WAIT, "EXIT") == early
     assert found(f"{RS}, gsb0", "@P0 LDS.64 R88, [R2]", WAIT, "EXIT") == early
-    assert found(RS, WAIT, "LDS.64 R88, [R2]", "EXIT") == early  # in no group that could be waited for
+    # in no group that could be waited for
+    assert found(RS, WAIT, "LDS.64 R88, [R2]", "EXIT") == early
     assert found(f"{RS}, gsb0", f"@P0 {WAIT}", "LDS.64 R88, [R2]", "EXIT") == early
     assert found(f"{RS}, gsb0", "STS [R88], R89", "FADD R2, R88, R91", "ISETP.GE.AND P0, PT, R90, RZ, PT", WAIT, "EXIT") == []
 
@@ -40,7 +42,8 @@ def test_the_last_groups_may_be_left():
 
 
 def test_the_next_round_of_a_loop():
-    """The wait for a round stands in the next one, after the registers are written: as ptxas 12.9 does it."""
+    """The wait for a round stands in the next one, after the registers are written: as ptxas 12.9
+    does it."""
     loop = [".L_loop:", "{}", "{}", RS + ", gsb0", "@P0 BRA `(.L_loop)", WAIT, "EXIT"]
     text = "\n".join(loop)
     assert hazards(code(text.format(WAIT, "SHF.R.U32.HI R91, RZ, 0x10, R2"))) == []
@@ -119,7 +122,8 @@ def test_what_is_not_known_is_refused():
         found("HGMMA.64x64x16.F32 UR4, gdesc[UR4], R24", "EXIT")
     with pytest.raises(ValueError, match="no label .L_gone"):
         found(f"{SS}, gsb0", "@P0 BRA `(.L_gone)", "EXIT")
-    assert hazards(code("@P0 BRA `(.L_gone)\nEXIT")) == []  # of code without such products nothing is asked
+    # of code without such products nothing is asked
+    assert hazards(code("@P0 BRA `(.L_gone)\nEXIT")) == []
 
 
 def made(kernel, arch, **args):
@@ -150,7 +154,8 @@ CAST = {"x": torch.float32, "w": torch.bfloat16, "y": torch.float32}
 
 
 def test_registers_of_a_in_a_pipelined_loop(tmp_path):
-    """The PTX is right, and ptxas 12.9 takes the registers of A too early; 13.3 does not, nor 12.9 in a loop of one stage."""
+    """The PTX is right, and ptxas 12.9 takes the registers of A too early; 13.3 does not, nor 12.9
+    in a loop of one stage."""
     pipelined = made("cast_dot", 90, **CAST, STAGES=3)
     assert version("ptxas") < (13, 3) <= version("ptxas-blackwell")
     found = assembled(tmp_path, *pipelined, 90)

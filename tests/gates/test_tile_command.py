@@ -1,4 +1,5 @@
-"""`python -m lora_kernels.testing.tile`: what it says of a row, and that it ends with 1 where something is wrong."""
+"""`python -m lora_kernels.testing.tile`: what it says of a row, and that it ends with 1 where
+something is wrong."""
 
 import re
 from dataclasses import replace
@@ -30,7 +31,8 @@ def test_it_says_rows_gates_simulator_and_cost(monkeypatch, capsys):
     status, said = run(monkeypatch, capsys, "forward", one("forward"))
     assert status == 0
     assert said.startswith("forward on sm_90 asks for dtype, m, k, n, layers") and '{"arch": "90-99"' in said
-    assert '"100-109"' not in said.partition("gates")[0].replace('"0,100-109"', "")  # rows of another architecture
+    # rows of another architecture
+    assert '"100-109"' not in said.partition("gates")[0].replace('"0,100-109"', "")
     assert re.search(r"passes \((as in the table|compiled)\): forward, bf16, r=8: BM 128 BN 128 BK 64", said)
     assert "simulator\n    right, " in said
     assert "forward m 8192, k 4096, n 4096, r 16, bfloat16: forward " in said and "H100, predicted, not measured" in said

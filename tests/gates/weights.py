@@ -1,4 +1,5 @@
-"""The configurations of the Triton kernels whose work is on the weight, and the budgets of a person."""
+"""The configurations of the Triton kernels whose work is on the weight, and the budgets of a
+person."""
 
 from lora_kernels.testing.gates import Budget
 from tests.gates.calls import BF16, F32, dora, merge, norm, on_chips

@@ -1,4 +1,5 @@
-"""What the tests of fuse share: small PEFT models, stock and fused, and what "equal within rounding" means."""
+"""What the tests of fuse share: small PEFT models, stock and fused, and what "equal within
+rounding" means."""
 
 import copy
 
@@ -23,7 +24,8 @@ class Net(nn.Module):
 
 
 def model(dtype=torch.float32, net=Net, adapter_dtype=True, **values):
-    """A PEFT model over `net` with a random adapter; `adapter_dtype`: 16-bit adapters become float32, PEFT's default."""
+    """A PEFT model over `net` with a random adapter; `adapter_dtype`: 16-bit adapters become
+    float32, PEFT's default."""
     torch.manual_seed(0)
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["a", "b"]} | values)
     made = peft.get_peft_model(net().to(dtype), config, autocast_adapter_dtype=adapter_dtype)
@@ -92,9 +94,10 @@ def worst_error(found, exact):
 def errs_as_stock(fused, stock, exact, times=8):
     """Each tensor of the fused model is as right as stock PEFT's worst one, up to a factor.
 
-    Both sum in one dtype but in another order, so each rounding is another draw of the same size. Through a model the
-    first layers' draws decide the error of all gradients: over 36 seeds of three models the quotient of the two errors
-    was 0.13 to 2, median 0.8, and would be 0.5 to 8 with the roles exchanged; hence 8. One layer averages many draws.
+    Both sum in one dtype but in another order, so each rounding is another draw of the same size.
+    Through a model the first layers' draws decide the error of all gradients: over 36 seeds of
+    three models the quotient of the two errors was 0.13 to 2, median 0.8, and would be 0.5 to 8
+    with the roles exchanged; hence 8. One layer averages many draws.
     """
     assert fused.keys() == stock.keys() == exact.keys()
     assert [t.dtype for t in fused.values()] == [t.dtype for t in stock.values()]

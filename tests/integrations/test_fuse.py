@@ -1,4 +1,5 @@
-"""fuse: PEFT's outputs, gradients and training, in every state that PEFT's own API can put a model into."""
+"""fuse: PEFT's outputs, gradients and training, in every state that PEFT's own API can put a model
+into."""
 
 import copy
 import warnings

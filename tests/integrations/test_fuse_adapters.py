@@ -1,4 +1,5 @@
-"""Adapters that come, change and go under a fused model: hot swap, load, add, weighted sums, delete."""
+"""Adapters that come, change and go under a fused model: hot swap, load, add, weighted sums,
+delete."""
 
 import copy
 
@@ -34,7 +35,8 @@ def both(stock, fused, act):
 
 
 def swap(one, path):
-    """peft.utils.hotswap.hotswap_adapter; for DoRA its inner half, since it misspells the magnitude's name (peft 0.21)."""
+    """peft.utils.hotswap.hotswap_adapter; for DoRA its inner half, since it misspells the
+    magnitude's name (peft 0.21)."""
     config = peft.LoraConfig.from_pretrained(path)
     if not config.use_dora:
         return hotswap_adapter(one, path, "default", torch_device="cpu")
@@ -47,7 +49,8 @@ def swap(one, path):
 @ranks
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_a_hot_swapped_adapter(use_dora, r, grad, tmp_path):
-    """Hot swap writes through .data, which no version counter sees: a DoRA norm kept from before would be stale."""
+    """Hot swap writes through .data, which no version counter sees: a DoRA norm kept from before
+    would be stale."""
     stock, fused = pair(use_dora=use_dora)
     # the scaling of the same rank stays too, so that nothing but weights changes
     path = saved(tmp_path, use_dora=use_dora, r=r, lora_alpha=6 if r == 4 else 3)

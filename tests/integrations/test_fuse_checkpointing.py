@@ -1,4 +1,5 @@
-"""Gradient checkpointing of fused models: the recomputed forward draws the same masks, the gradients keep their bits."""
+"""Gradient checkpointing of fused models: the recomputed forward draws the same masks, the
+gradients keep their bits."""
 
 import copy
 

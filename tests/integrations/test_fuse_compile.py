@@ -1,4 +1,5 @@
-"""torch.compile of fused models: one graph, the bits of eager, and every later change of the adapter is seen."""
+"""torch.compile of fused models: one graph, the bits of eager, and every later change of the
+adapter is seen."""
 
 import copy
 
@@ -63,7 +64,8 @@ def test_a_compiled_model_gives_the_bits_of_eager(kind, dtype):
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_inductor_gives_the_bits_of_eager(use_dora):
-    # one layer, all of it our ops and DoRA's division: elsewhere inductor's own functions may round another way
+    # one layer, all of it our ops and DoRA's division: elsewhere inductor's own functions may round
+    # another way
     layer = pair(use_dora=use_dora)[1].base_model.model.a
     assert equal(results(compiled(layer, "inductor"), layer, inputs()), results(layer, layer, inputs()))
 

@@ -1,4 +1,5 @@
-"""16-bit, float64 and autocast: the dtypes of PEFT's outputs and gradients, and values within what rounding allows."""
+"""16-bit, float64 and autocast: the dtypes of PEFT's outputs and gradients, and values within what
+rounding allows."""
 
 import copy
 
@@ -20,13 +21,15 @@ def layers(dtype, use_dora, **values):
 
 
 def allowed(layer, x, dtype):
-    """By how much two evaluations of the layer may differ, for each output, if `dtype` is what values are rounded to.
+    """By how much two evaluations of the layer may differ, for each output, if `dtype` is what
+    values are rounded to.
 
-    Rounding multiplies a value by 1 + δ, |δ| ≤ u. On its way to y no value is rounded more often than LoRA: A, h, B,
-    hB, its scaling, the base, the sum and y, once more for the other evaluation; and no value is larger than `size`,
-    the formula with every sign made positive. Sums of k products, in float32 at least, add k of its roundings.
-    DoRA's gain m/n: n is rounded as A, B, BA, its scaling, W + BA and n itself, where cancellation in W + BA magnifies
-    by `condition`; m, m/n, gain - 1, the products and the sums add six more.
+    Rounding multiplies a value by 1 + δ, |δ| ≤ u. On its way to y no value is rounded more often
+    than LoRA: A, h, B, hB, its scaling, the base, the sum and y, once more for the other
+    evaluation; and no value is larger than `size`, the formula with every sign made positive. Sums
+    of k products, in float32 at least, add k of its roundings. DoRA's gain m/n: n is rounded as A,
+    B, BA, its scaling, W + BA and n itself, where cancellation in W + BA magnifies by `condition`;
+    m, m/n, gain - 1, the products and the sums add six more.
     """
     u, wide = torch.finfo(dtype).eps / 2, torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
     w, a, b, x = (t.detach().double() for t in (layer.base_layer.weight, *adapter(layer), x))

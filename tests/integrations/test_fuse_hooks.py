@@ -1,4 +1,5 @@
-"""accelerate's hooks on the layers of a fused model: they run, fuse and unfuse keep them, and they can be removed."""
+"""accelerate's hooks on the layers of a fused model: they run, fuse and unfuse keep them, and they
+can be removed."""
 
 import copy
 
@@ -70,7 +71,8 @@ def test_a_hook_on_the_layer_wraps_the_fused_forward(first, use_dora):
 
 
 def test_a_hook_that_came_and_went_leaves_no_fused_forward_behind():
-    """accelerate leaves the bound forward on the layer; kept through unfuse, it would be one of another class."""
+    """accelerate leaves the bound forward on the layer; kept through unfuse, it would be one of
+    another class."""
     stock, fused = pair()
     hook(fused)
     remove_hook_from_module(layer(fused))

@@ -1,4 +1,5 @@
-"""Models that hold more than plain LoRA layers: what is not ours stays PEFT's, works, and is named with a reason."""
+"""Models that hold more than plain LoRA layers: what is not ours stays PEFT's, works, and is named
+with a reason."""
 
 import copy
 

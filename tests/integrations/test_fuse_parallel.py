@@ -1,4 +1,5 @@
-"""Fused models in FSDP (fully_shard) and DDP: PEFT's losses, every layer on the kernels. A DTensor is left to PEFT."""
+"""Fused models in FSDP (fully_shard) and DDP: PEFT's losses, every layer on the kernels. A DTensor
+is left to PEFT."""
 
 import sys
 
@@ -48,7 +49,8 @@ WRAPPERS = {"fsdp": sharded, "ddp": DistributedDataParallel}
 
 
 def train(wrapper, use_dora):
-    """Fails unless the fused model in a wrapper has the losses of stock PEFT alone, without a call that fell back."""
+    """Fails unless the fused model in a wrapper has the losses of stock PEFT alone, without a call
+    that fell back."""
     stock, fused = losses(model(use_dora)), model(use_dora)
     report = fuse(fused, strict=True)
     found = losses(WRAPPERS[wrapper](fused))

@@ -39,13 +39,15 @@ modules = pytest.mark.parametrize("kind", MODULES)
 
 
 def inputs(number, requires_grad=False):
-    """Another number of rows each time, so that threads sharing a buffer would see another's shape or values."""
+    """Another number of rows each time, so that threads sharing a buffer would see another's shape
+    or values."""
     generator = torch.Generator().manual_seed(number)
     return torch.randn(1 + 7 * (number % 9), 96, generator=generator).requires_grad_(requires_grad)
 
 
 def in_threads(work):
-    """work(thread, number) for every number in every thread, all starting at once: the results, by thread."""
+    """work(thread, number) for every number in every thread, all starting at once: the results, by
+    thread."""
     start = Barrier(THREADS)
 
     def run(thread):

@@ -1,4 +1,5 @@
-"""Training a fused Llama: the losses of some AdamW steps, of transformers.Trainer too, and what is saved, are PEFT's."""
+"""Training a fused Llama: the losses of some AdamW steps, of transformers.Trainer too, and what is
+saved, are PEFT's."""
 
 import copy
 
@@ -70,8 +71,8 @@ def test_losses_and_saved_adapter(kind, tmp_path):
 
 
 def close(ours, theirs, exact):
-    """Stock's worst error, or the last bit of a float32 loss, which is all of it where training adds nothing; 8 times
-    as errs_as_stock."""
+    """Stock's worst error, or the last bit of a float32 loss, which is all of it where training
+    adds nothing; 8 times as errs_as_stock."""
     last_bit = 2**-23 * float(exact.max())
     assert (ours - exact).abs().max() <= 8 * max((theirs - exact).abs().max(), last_bit)
 

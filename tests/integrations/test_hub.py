@@ -1,4 +1,5 @@
-"""The repository for Hugging Face's `kernels`: its layout, its layer, and that it computes what `fuse` does."""
+"""The repository for Hugging Face's `kernels`: its layout, its layer, and that it computes what
+`fuse` does."""
 
 import inspect
 import json
@@ -60,7 +61,8 @@ def test_layout(repository):
 
 
 def test_the_layer_is_as_kernels_demands():
-    """No constructor, no members beside what says what it can do, and the parameters of the forward that it replaces."""
+    """No constructor, no members beside what says what it can do, and the parameters of the forward
+    that it replaces."""
     layer = hub.LoraLinear
     assert layer.__init__ is nn.Module.__init__
     members = {name for name, _ in inspect.getmembers(layer)} - {name for name, _ in inspect.getmembers(nn.Module)}
@@ -142,7 +144,8 @@ def test_another_version_that_is_there_is_told(tmp_path):
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_kernelize_loads_the_local_repository(repository, use_dora):
     kernels = pytest.importorskip("kernels", reason=MISSING)
-    if not hasattr(kernels, "LocalLayerRepository"):  # a folder of another test on the path, which has that name
+    # a folder of another test on the path, which has that name
+    if not hasattr(kernels, "LocalLayerRepository"):
         pytest.skip(MISSING)
     fused, bound = model(use_dora), model(use_dora)
     fuse(fused, strict=True)

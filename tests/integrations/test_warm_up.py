@@ -1,4 +1,5 @@
-"""warm_up on simulated kernels: what is called later is compiled by then, and the model is left as it was."""
+"""warm_up on simulated kernels: what is called later is compiled by then, and the model is left as
+it was."""
 
 import copy
 import itertools

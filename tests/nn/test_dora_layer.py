@@ -1,4 +1,5 @@
-"""What DoRALinear has beyond LoRALinear: its magnitude, its norm, which is never stale, and its options."""
+"""What DoRALinear has beyond LoRALinear: its magnitude, its norm, which is never stale, and its
+options."""
 
 import pytest
 import torch

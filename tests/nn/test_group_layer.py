@@ -1,4 +1,5 @@
-"""GroupedLinear beside its layers called one by one: outputs, gradients, states of the layers, what it refuses."""
+"""GroupedLinear beside its layers called one by one: outputs, gradients, states of the layers, what
+it refuses."""
 
 import copy
 
@@ -46,7 +47,8 @@ def results(group, call, tokens=(2, 9), dtype=torch.float32, seed=2):
 
 
 def assert_same(group, dtype=torch.float32, **more):
-    """The group computes what its layers do: outputs and adapters' gradients bit for bit, x's rounded once."""
+    """The group computes what its layers do: outputs and adapters' gradients bit for bit, x's
+    rounded once."""
     ys, (dx, *grads) = results(group, group, dtype=dtype, **more)
     wanted, (dx_wanted, *grads_wanted) = results(group, lambda x: one_by_one(group, x), dtype=dtype, **more)
     assert all(y.equal(w) for y, w in zip(ys, wanted, strict=True))

@@ -1,4 +1,5 @@
-"""Merging: the adapted weight rounded once, the base bits back afterwards, no merged weight in a state_dict."""
+"""Merging: the adapted weight rounded once, the base bits back afterwards, no merged weight in a
+state_dict."""
 
 import copy
 import pickle

@@ -16,8 +16,8 @@ def poisoned_memory():
 
 @pytest.fixture
 def planted(tmp_path, monkeypatch):
-    """Puts a bug into a file of CUDA C++ or into what it includes, and of its kernels keeps one, which is quicker to compile;
-    with nothing to replace the kernel is as it was."""
+    """Puts a bug into a file of CUDA C++ or into what it includes, and of its kernels keeps one,
+    which is quicker to compile; with nothing to replace the kernel is as it was."""
     monkeypatch.setattr(launch, "_tickets", {})  # a bug may leave them as they must not be
 
     def plant(source, old, new, keep, times=1):

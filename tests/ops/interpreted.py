@@ -1,4 +1,5 @@
-"""The ops' Triton kernels in the mended interpreter: numpy, no compiler, so that many sizes can be tried."""
+"""The ops' Triton kernels in the mended interpreter: numpy, no compiler, so that many sizes can be
+tried."""
 
 import math
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ from lora_kernels.testing.triton_interpreter import interpret
 
 @contextmanager
 def interpreted(arch=80, seed=None, last=None, poison=True):
-    """Inside it the kernels of the ops run in the interpreter, and what they make is NaN before. `seed`: programs in another
-    order. `last`: only so many programs at the end of each launch. Yields the names of the kernels that ran."""
+    """Inside it the kernels of the ops run in the interpreter, and what they make is NaN before.
+    `seed`: programs in another order. `last`: only so many programs at the end of each launch.
+    Yields the names of the kernels that ran."""
     names = []
 
     def run(kernel, grid, args, writes, *, poisoned=(), warps, stages, early):

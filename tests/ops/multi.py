@@ -22,7 +22,8 @@ def make_slots(n_in, outs, ranks, dtype, *, dora=(), biased=(), seed=0):
                 a[page * PAGE : page * PAGE + rows] = torch.randn(rows, n_in) * n_in**-0.5
                 b[page * PAGE : page * PAGE + rows] = torch.randn(rows, n_out) * r**-0.5
         flags = torch.tensor([(i in dora) + 2 * (i in biased) for i in range(len(ranks))], dtype=torch.int32)
-        row = torch.randperm(len(ranks) + 2, dtype=torch.int32)[: len(ranks)]  # in another order than the slots
+        # in another order than the slots
+        row = torch.randperm(len(ranks) + 2, dtype=torch.int32)[: len(ranks)]
         gain, bias = (torch.randn(len(ranks) + each, n_out) for each in (2, 3))
         gain[sorted({*range(len(gain))} - {*row[flags & 1 == 1].tolist()})] = torch.nan
         bias[sorted({*range(len(bias))} - {*row[flags & 2 == 2].tolist()})] = torch.nan
@@ -39,8 +40,8 @@ def ids_of(slot, slots):
 
 
 def with_wrong_ids(slots, slot):
-    """The ids of slots [12, k] of three adapters, in the last column some that nobody gave: negative, out of range, stale. And
-    the slots that are left, those gone."""
+    """The ids of slots [12, k] of three adapters, in the last column some that nobody gave:
+    negative, out of range, stale. And the slots that are left, those gone."""
     ids, slot = ids_of(slot, slots), slot.clone()
     for t, each in {0: -2, 3: 1 << 40, 5: 3, 7: int(ids_of(torch.tensor(1), slots)) + (1 << 32), 8: -(1 << 62)}.items():
         ids[t, -1], slot[t, -1] = each, -1
@@ -48,7 +49,8 @@ def with_wrong_ids(slots, slot):
 
 
 def exact(x, w, slots, slot, weights=None, bias=None, size=False):
-    """The formula in float64, token by token: slot [tokens, k]; or its size, that of the absolute values of all terms."""
+    """The formula in float64, token by token: slot [tokens, k]; or its size, that of the absolute
+    values of all terms."""
     wide = (lambda t: t.double().abs()) if size else (lambda t: t.double())
     rows = [x.new_zeros(0, len(w)).double()]
     for t, row in enumerate(wide(x)):

@@ -1,4 +1,5 @@
-"""The library's GEMM with thin kernels around it ("addmm"), in the simulator: values, gradients, bytes, launches, bits."""
+"""The library's GEMM with thin kernels around it ("addmm"), in the simulator: values, gradients,
+bytes, launches, bits."""
 
 import dataclasses
 
@@ -34,7 +35,8 @@ def by_library():
 
 
 def peft(problem):
-    """What `run` gives, by PEFT's formula in plain PyTorch, each step in the dtypes that PEFT has."""
+    """What `run` gives, by PEFT's formula in plain PyTorch, each step in the dtypes that PEFT
+    has."""
     p = dataclasses.replace(problem)
     leaves = p.require_grad()
     dropped = p.x if not p.dropout else p.x * mask(p.seed, p.dropout, *p.x.shape, p.x.dtype, p.x.device)
@@ -69,7 +71,8 @@ def test_float32_adapters(dtype, flags):
     (BF16, F32, "dropped_base"), (F16, F16, "dropped_base"),
 ])  # fmt: skip
 def test_no_worse_than_peft(dtype, kind, flags):
-    """y and dx, which this form makes, for an adapter as training leaves it, a tenth of the base; 2 % are chance."""
+    """y and dx, which this form makes, for an adapter as training leaves it, a tenth of the base; 2
+    % are chance."""
     p = make_problem(128, 128, 160, 16, dtype, kind, **FLAGS[flags])
     p.b, p.gain = p.b * 0.15, None if p.gain is None else 1 + (p.gain - 1) * 0.1
     ours, theirs = error(run(p), p), error(peft(p), p)
@@ -77,7 +80,8 @@ def test_no_worse_than_peft(dtype, kind, flags):
 
 
 def test_an_adapter_that_dominates():
-    """It is rounded before it is added, so that two roundings of y's size are the most: √2 of one."""
+    """It is rounded before it is added, so that two roundings of y's size are the most: √2 of
+    one."""
     p = make_problem(128, 128, 160, 16, BF16)
     p.b = p.b * 40
     found, truth = error(run(p), p), exact(p).values
@@ -88,7 +92,8 @@ def test_an_adapter_that_dominates():
 
 @pytest.mark.parametrize(("gain", "flags"), [(False, {}), (True, {}), (True, {"dropout": 0.3})])
 def test_group(gain, flags):
-    """Three layers that share x; dx is rounded after each GEMM, but the widest comes last. dy ⊙ gain is rounded, too."""
+    """Three layers that share x; dx is rounded after each GEMM, but the widest comes last. dy ⊙
+    gain is rounded, too."""
     members = [{"n_out": 96, "gain": gain}, {"n_out": 40, "rank": 20}, {"n_out": 72, "gain": gain, "bias": True}]
     problems = [dataclasses.replace(p, b=0.15 * p.b) for p in make_group(members, 40, 72, BF16, **flags)]
     results = run_group(problems)
@@ -133,7 +138,8 @@ def test_bits():
 
 @pytest.mark.parametrize("flags", ["lora", "dora_bias", "dropped_base"])
 def test_bytes_and_launches(flags):
-    """What is written and read beside the library's GEMMs: each big tensor once where it must be, nothing twice."""
+    """What is written and read beside the library's GEMMs: each big tensor once where it must be,
+    nothing twice."""
     m, k, n, r = 256, 256, 256, 16
     p = make_problem(m, k, n, r, BF16, **FLAGS[flags])
     x, dy, h = 2 * m * k, 2 * m * n, 4 * m * r

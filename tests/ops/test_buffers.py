@@ -1,4 +1,5 @@
-"""How the C++ kernels read tensors: by torch's DLPack function, or without it by a Python one, and never what they cannot."""
+"""How the C++ kernels read tensors: by torch's DLPack function, or without it by a Python one, and
+never what they cannot."""
 
 from importlib import import_module
 from unittest import mock
@@ -118,7 +119,8 @@ def calls(draw):
 @given(calls())
 @settings(max_examples=600, deadline=None)
 def test_the_fast_check_implies_the_other(args):
-    """Each way of `_check` accepts what the C++ one accepts: there is one truth of what is valid."""
+    """Each way of `_check` accepts what the C++ one accepts: there is one truth of what is
+    valid."""
     op = import_module("lora_kernels.ops.lora_linear.op")
     x, w, a, b, bias, gain = args
     if _cpu.valid_lora_linear(*args):

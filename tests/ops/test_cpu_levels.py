@@ -1,4 +1,5 @@
-"""Every instruction set that the CPU kernels are compiled for, not only the one that this processor would choose."""
+"""Every instruction set that the CPU kernels are compiled for, not only the one that this processor
+would choose."""
 
 import os
 import subprocess

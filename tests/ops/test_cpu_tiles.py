@@ -1,4 +1,5 @@
-"""bf16 products on AMX tiles against float64, with odd shapes, strides, and NaN wherever nothing may be read or written."""
+"""bf16 products on AMX tiles against float64, with odd shapes, strides, and NaN wherever nothing
+may be read or written."""
 
 import math
 from pathlib import Path

@@ -1,5 +1,6 @@
-"""The backward of lora_linear in CUDA C++ in the deterministic mode, where dx is made by a kernel of ours, in the simulator:
-gradients, bits, what it reads, and that its waits are needed. test_cuda_library.py has what the library's GEMM does."""
+"""The backward of lora_linear in CUDA C++ in the deterministic mode, where dx is made by a kernel
+of ours, in the simulator: gradients, bits, what it reads, and that its waits are needed.
+test_cuda_library.py has what the library's GEMM does."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,7 +28,8 @@ FLAGS = {
     "lora": {}, "bias": {"bias": True}, "dora": {"gain": True}, "dora, bias": {"gain": True, "bias": True},
     "dropout": {"dropout": 0.3}, "dora, dropout": {"dropout": 0.3, "gain": True, "dropout_semantics": "lora_only"},
 }  # fmt: skip
-# tokens, in, out, r: edges of tiles and of parts, ranks of both widths and in several blocks of them, blocks of columns
+# tokens, in, out, r: edges of tiles and of parts, ranks of both widths and in several blocks of
+# them, blocks of columns
 SHAPES = [(64, 64, 64, 16), (130, 136, 200, 33), (5, 72, 600, 3), (300, 328, 72, 70), (0, 16, 16, 4), (1, 8, 8, 1)]
 
 
@@ -46,7 +48,8 @@ def test_gradients(simulated, shape, flags):
 
 
 def test_launches(simulated):
-    """B1, B3, dx and what is left to add up; one more for DoRA without a bias, which looks for gains of zero."""
+    """B1, B3, dx and what is left to add up; one more for DoRA without a bias, which looks for
+    gains of zero."""
     for flags, launches in (({}, 4), ({"gain": True}, 5), ({"gain": True, "bias": True}, 4), ({"dropout": 0.5}, 4)):
         p = make_problem(70, 64, 64, 16, BF16, dropout_semantics="lora_only", **flags)
         leaves = p.require_grad()
@@ -170,7 +173,8 @@ def test_other_architectures(simulated, arch):
 def test_planted_bugs(planted, monkeypatch, simulated, source, old, new):
     keep = {skinny.SIDES: "sides_times_bf16_16", skinny.OUTER: "outer_drop_bf16_16", cuda.DX: "dx_gain_drop"}
     planted(source, old, new, keep=f"lora_linear_{keep.get(source, 'none')}")
-    monkeypatch.setattr(skinny, "part_of_rows", lambda *_: 128)  # several steps of a block, and two parts
+    # several steps of a block, and two parts
+    monkeypatch.setattr(skinny, "part_of_rows", lambda *_: 128)
     p = make_problem(200, 136, 200, 13, BF16, gain=True, bias=None, dropout=0.3, dropout_semantics="lora_only")
     with torch.no_grad():
         p.gain[[3, 150]] = 0

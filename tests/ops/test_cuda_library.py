@@ -1,5 +1,5 @@
-"""lora_linear in CUDA C++ around the library's GEMM, in the simulator: every flag, dtype and layout, its error beside PEFT's,
-and that its waits and masks are needed."""
+"""lora_linear in CUDA C++ around the library's GEMM, in the simulator: every flag, dtype and
+layout, its error beside PEFT's, and that its waits and masks are needed."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -50,7 +50,8 @@ def test_values_and_gradients(simulated, kind, flags):
     assert sim.counters["shared_wavefronts"] <= 1.05 * sim.counters["shared_ideal"]
 
 
-# tokens, in, out, r: parts of x's columns, several blocks of ranks, few tokens, nothing, numbers that fill no piece
+# tokens, in, out, r: parts of x's columns, several blocks of ranks, few tokens, nothing, numbers
+# that fill no piece
 SHAPES = [(130, 2056, 40, 5), (300, 72, 136, 130), (3, 64, 64, 16), (0, 16, 16, 4), (67, 75, 61, 5), (1, 7, 9, 70)]
 
 
@@ -92,7 +93,8 @@ def test_the_same_bits_in_any_order(simulated):
 
 
 def test_launches(simulated):
-    """Beside the library's GEMMs: A packed where it is float32, h, what is elementwise; then B1, B3, dx's share, the sums."""
+    """Beside the library's GEMMs: A packed where it is float32, h, what is elementwise; then B1,
+    B3, dx's share, the sums."""
     for kind, flags, counts in (((BF16, None), {}, (2, 4)), ((BF16, F32), {"gain": True}, (3, 5)), ((F16, None), {}, (2, 4))):
         p = make_problem(70, 64, 64, 16, *kind, **flags)
         leaves = p.require_grad()
@@ -118,7 +120,8 @@ MEMBERS = [
 @pytest.mark.parametrize("kind", [(BF16, F32), (F16, None)], ids=short)
 @pytest.mark.parametrize("count", [2, 4])
 def test_groups(simulated, kind, count):
-    """x's gradient is rounded once for each of its terms, as PEFT's is; assert_group wants one rounding."""
+    """x's gradient is rounded once for each of its terms, as PEFT's is; assert_group wants one
+    rounding."""
     problems = make_group(MEMBERS[:count], 70, 72, kind[0], adapter_dtype=kind[1])
     found, _ = values_of(problems)
     for p, of in zip(problems, found, strict=True):
@@ -160,8 +163,9 @@ def sum_of_rounded(terms, dtype):
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_error_beside_that_of_peft(simulated, dtype):
-    """h Bᵀ is rounded before the GEMM adds to it. Of a trained adapter, whose term is small beside the base's, that is nothing
-    to see; PEFT rounds h, h Bᵀ and the base, too. Where the adapter is all there is, it is one more rounding."""
+    """h Bᵀ is rounded before the GEMM adds to it. Of a trained adapter, whose term is small beside
+    the base's, that is nothing to see; PEFT rounds h, h Bᵀ and the base, too. Where the adapter is
+    all there is, it is one more rounding."""
     p = make_problem(200, 256, 264, 16, dtype)
     small, alone = replace(p, b=0.1 * p.b), replace(p, w=1e-3 * p.w, b=8 * p.b)
     for q, ratio in ((small, 1.03), (alone, 1.02 * 2**0.5)):
@@ -193,7 +197,8 @@ def test_expand(simulated, dtype, of_b, n):
     skinny.expand(out, [term], less=1, bias=bias, z_out=z_out)
     assert_within_rounding(out, wanted, dtype, 1.02)
     assert_within_rounding(z_out, s, dtype, 1.02)
-    skinny.expand(term.z, [term, term._replace(drop=(0.0, None), z=None)], less=1, bias=bias)  # in place, and one more
+    # in place, and one more
+    skinny.expand(term.z, [term, term._replace(drop=(0.0, None), z=None)], less=1, bias=bias)
     more = term.gain.double() * (term.h.double().sum(0) @ term.b.double().T)
     assert_within_rounding(term.z, out.double() + more, dtype, 1.02)
 
@@ -227,7 +232,8 @@ def test_what_expand_moves(simulated):
 ])  # fmt: skip
 def test_planted_bugs_of_expand(planted, monkeypatch, simulated, source, old, new):
     planted(source, old, new, keep="lora_linear_expand_bf16")
-    monkeypatch.setattr(skinny, "part_of_rows", lambda *_, **__: 128)  # so that a block walks down two steps
+    # so that a block walks down two steps
+    monkeypatch.setattr(skinny, "part_of_rows", lambda *_, **__: 128)
     term, bias, wanted, s = expanded()
     with pytest.raises((SimulationError, AssertionError)) if old else nullcontext():
         for seed in range(2):

@@ -1,4 +1,5 @@
-"""The CUDA C++ kernels of lora_linear in the simulator: numbers, bits, what they read, and that their waits are needed."""
+"""The CUDA C++ kernels of lora_linear in the simulator: numbers, bits, what they read, and that
+their waits are needed."""
 
 from contextlib import nullcontext
 
@@ -21,7 +22,8 @@ if find_nvcc() is None:
 
 EXACT = 1.02  # of the error of rounding y: h is not rounded
 HALVES = [torch.bfloat16, torch.float16]
-# m, k, n, r: each width of the product, edges of tiles and of parts, several tiles of A, ranks that are no multiple of 8
+# m, k, n, r: each width of the product, edges of tiles and of parts, several tiles of A, ranks that
+# are no multiple of 8
 SMALL = [
     (1, 64, 64, 16), (5, 264, 136, 17), (8, 2056, 72, 8), (9, 512, 65, 33), (16, 1096, 200, 64), (31, 320, 203, 80),
     (33, 128, 64, 129), (64, 776, 130, 5),
@@ -43,7 +45,8 @@ def exact(x, w, a, b, scale, bias=None, gain=None):
 
 @pytest.fixture
 def simulated():
-    """Not deterministic, so that W is read in parts; the memory of all tests is poisoned, which switches that on."""
+    """Not deterministic, so that W is read in parts; the memory of all tests is poisoned, which
+    switches that on."""
     with use_backend("cuda", simulate=True), deterministic(False):
         yield
 
@@ -174,7 +177,8 @@ def test_parts_come_in_any_order(simulated, short_parts, dtype):
 
 @pytest.mark.parametrize("m", [64, 130])
 def test_a_row_among_others(simulated, m):
-    """In the deterministic mode a row's bits do not depend on how many come with it; NaN in one stays there."""
+    """In the deterministic mode a row's bits do not depend on how many come with it; NaN in one
+    stays there."""
     x, w, a, b = draw(m, 520, 136, 20, torch.bfloat16)
     bias, gain = torch.randn(136), torch.randn(136)
     x[50] = float("nan")
@@ -186,8 +190,9 @@ def test_a_row_among_others(simulated, m):
 
 
 def test_bits_of_triton():
-    """bfloat16 on sm_80, without dropout. (In float16 Triton adds h Bᵀ of 16 ranks up before it adds it to the sum; with
-    dropout our lanes take neighbours, which are added in another order.)"""
+    """bfloat16 on sm_80, without dropout. (In float16 Triton adds h Bᵀ of 16 ranks up before it
+    adds it to the sum; with dropout our lanes take neighbours, which are added in another
+    order.)"""
     for shape in ((3, 192, 128, 5), (33, 1280, 64, 40), (5, 2304, 64, 16), (130, 1096, 136, 33)):
         args, vectors = draw(*shape, torch.bfloat16), (torch.randn(shape[2]), torch.randn(shape[2]))
         with use_backend("triton", simulate=True), deterministic(True):
@@ -225,7 +230,8 @@ def test_what_is_read_for_many_tokens(fixed):
     shrink = size["x"] + 256 // 64 * size["a"]
     tiles = tiles_of_x * (size["x"] + h) + tiles_of_w * (size["w"] + size["b"])
     assert sim.counters["load_bytes"] == shrink + tiles
-    assert sim.counters["load_sectors"] * 32 <= 1.05 * sim.counters["load_bytes"]  # h in two halves of each sector
+    # h in two halves of each sector
+    assert sim.counters["load_sectors"] * 32 <= 1.05 * sim.counters["load_bytes"]
 
 
 @pytest.mark.parametrize(("old", "new"), [
@@ -247,7 +253,8 @@ def test_what_is_read_for_many_tokens(fixed):
     ("", ""),
 ])  # fmt: skip
 def test_planted_bugs(planted, simulated, short_parts, old, new):
-    """Races, waits and bounds are named; a missing swizzle shows in the passes of shared memory, others in the numbers."""
+    """Races, waits and bounds are named; a missing swizzle shows in the passes of shared memory,
+    others in the numbers."""
     planted(cuda.SMALL, old, new, keep="lora_linear_small_bf16_16")
     args = draw(13, 1032, 136, 70, torch.bfloat16)
     if "isinf" in old:

@@ -1,4 +1,5 @@
-"""The CUDA C++ kernel of merge in the simulator: numbers, what it reads, and that its barriers and waits are needed."""
+"""The CUDA C++ kernel of merge in the simulator: numbers, what it reads, and that its barriers and
+waits are needed."""
 
 from contextlib import nullcontext
 

@@ -1,4 +1,5 @@
-"""The module _cuda and what calls it, where there is no GPU: its kernels, how it refuses, what it says of an error."""
+"""The module _cuda and what calls it, where there is no GPU: its kernels, how it refuses, what it
+says of an error."""
 
 import re
 from types import SimpleNamespace
@@ -44,7 +45,8 @@ def test_a_kernel_that_is_not_there():
 
 def test_numbers_of_a_struct():
     assert _cuda.pack((1, None, 0.5)) == 24 and _cuda.pack((0.5, 0.5, 1)) == 16 and _cuda.pack(()) == 0
-    assert _cuda.pack((1, bytes(128), 0.5)) == 256 and _cuda.pack((bytes(128), 1)) == 192  # of a map, at multiples of 64
+    # of a map, at multiples of 64
+    assert _cuda.pack((1, bytes(128), 0.5)) == 256 and _cuda.pack((bytes(128), 1)) == 192
     with pytest.raises(TypeError):
         _cuda.pack(("x",))
     with pytest.raises(OverflowError):

@@ -1,4 +1,5 @@
-"""The warp groups of sm_90a in the simulator: y and dx against float64, at tiles of their real size."""
+"""The warp groups of sm_90a in the simulator: y and dx against float64, at tiles of their real
+size."""
 
 import subprocess
 from types import SimpleNamespace
@@ -150,7 +151,8 @@ def test_it_is_timed_with_the_others(direction):
 
 
 def test_beside_triton(monkeypatch, tmp_path):
-    """CUDA C++ comes first and leaves a call to Triton's kernels, unless this was measured to be the fastest."""
+    """CUDA C++ comes first and leaves a call to Triton's kernels, unless this was measured to be
+    the fastest."""
     monkeypatch.setattr(cuda, "stands_alone", lambda: False)
     monkeypatch.setattr(cuda, "refuse_beside_triton", lambda why: why)
     given = *layer(), 0.5, None, None, 0.0, None, False
@@ -204,7 +206,8 @@ def test_layouts_of_thin_matrices():
 
 
 def test_rows_of_which_no_map_can_be_made():
-    """They overlap, or there is one and the next would begin anywhere; the address of each is a multiple of 16 bytes."""
+    """They overlap, or there is one and the next would begin anywhere; the address of each is a
+    multiple of 16 bytes."""
     x, w, *_ = layer()
     with deterministic(True):
         for t in (x[:1].expand(70, 72), torch.empty(70, 73, dtype=BF16)[:1, :72]):
@@ -223,7 +226,8 @@ def test_a_gradient_that_is_one_number():
 
 
 def test_each_byte_once():
-    """Behind a cache each launch reads and writes what `cost` says, and a wgmma a step of 16 is all that multiplies."""
+    """Behind a cache each launch reads and writes what `cost` says, and a wgmma a step of 16 is all
+    that multiplies."""
     m, k, n, r = 256, 512, 512, 16
     p = cost.Problem("forward", m, k, (n,), (r,), BF16)
     _, pairs, gemm = cost.candidate_launches(p)["specialised"]
@@ -231,7 +235,8 @@ def test_each_byte_once():
         y_and_z(m, k, n, r, BF16, BF16)
     assert sum(sim.dram(apart=True)) == pairs.bytes_moved + gemm.bytes_moved
     products = k // 16 + 2  # and h, and what is left of h, times b
-    assert sim.by_opcode["wgmma.mma_async"] == 2 * 2 * products * 8  # of tiles, and of warps that multiply one
+    # of tiles, and of warps that multiply one
+    assert sim.by_opcode["wgmma.mma_async"] == 2 * 2 * products * 8
     steps = k // 64 + 1
     assert sim.by_opcode["cp.async.bulk.load"] == 2 * 2 * steps * 2
 
@@ -322,7 +327,8 @@ def test_planted_bugs(planted, bug):
 
 @pytest.mark.slow
 def test_ptxas_changes_nothing(tmp_path):
-    """It would say so (C7510 to C7519) where it made products wait for each other or put fences in."""
+    """It would say so (C7510 to C7519) where it made products wait for each other or put fences
+    in."""
     source, gpu = str(launch.CSRC / specialised.SOURCE), ("-gencode", "arch=compute_90a,code=sm_90a")
     command = [str(find_nvcc()), *OPTIONS, "-cubin", *gpu, "-Xptxas", "-v", source, "-o", str(tmp_path / "cubin")]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr

@@ -1,4 +1,5 @@
-"""What a launch names of a kernel's struct is what its source declares; every simulated launch is compared."""
+"""What a launch names of a kernel's struct is what its source declares; every simulated launch is
+compared."""
 
 import re
 
@@ -66,7 +67,8 @@ def test_other_fields_are_refused(source, given):
 
 
 def test_every_kernel_has_a_struct():
-    """All fields of pointers and numbers: what the parser does not know of, a launch could not name."""
+    """All fields of pointers and numbers: what the parser does not know of, a launch could not
+    name."""
     for path in launch.CSRC.glob("*/cuda*.cu"):
         text = path.read_text()
         kernels = re.findall(r"LK_KERNEL(?:_OF)?\((\w+)", text)

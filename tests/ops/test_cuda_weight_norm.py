@@ -1,4 +1,5 @@
-"""CUDA C++ kernels in the simulator: numbers, what they read, and that their barriers and waits are needed."""
+"""CUDA C++ kernels in the simulator: numbers, what they read, and that their barriers and waits are
+needed."""
 
 import pytest
 import torch
@@ -72,7 +73,8 @@ def test_offsets_of_64_bits(simulated, name):
     ("load(step + STAGES - 1)", "load(step + STAGES)"),
 ])  # fmt: skip
 def test_planted_bugs(planted, simulated, old, new):
-    """Races, waits, bounds are named; a missing swizzle shows in the passes of shared memory, missing zeros in the numbers."""
+    """Races, waits, bounds are named; a missing swizzle shows in the passes of shared memory,
+    missing zeros in the numbers."""
     planted("weight_norm/cuda.cu", old, new, keep="weight_norm_bf16_16")
     w, a, b, wanted = draw(100, 328, 5, torch.bfloat16)
     if "0 : 0" in new:

@@ -1,4 +1,5 @@
-"""Which kernel is chosen for a shape: bytes against figures worked out by hand, refusals, tables, what it says of itself."""
+"""Which kernel is chosen for a shape: bytes against figures worked out by hand, refusals, tables,
+what it says of itself."""
 
 import json
 from pathlib import Path
@@ -60,7 +61,8 @@ def test_bytes_and_launches_of_a_square_layer():
         "fused": (b1 + grow + b3, 3),
         "addmm": (b1 + b3 + expand + 64 + gemm + sums, 5),
     }
-    assert megabytes(backward(gain=True))["fused"][0] == b1 + 64 + grow + b3  # y, for the gain's gradient
+    # y, for the gain's gradient
+    assert megabytes(backward(gain=True))["fused"][0] == b1 + 64 + grow + b3
     assert megabytes(backward(gain=True))["addmm"] == (b1 + 64 + 64 + b3 + expand + 64 + gemm + sums, 5)
     dropped = dropped._replace(direction="backward")
     assert megabytes(dropped)["addmm"] == (b1 + 64 + 64 + b3 + gemm + 64 + expand + 64 + gemm + sums, 6)
@@ -71,7 +73,8 @@ def test_bytes_of_other_shapes():
     assert megabytes(forward(n=14336))["two launches"][0] == (64 + 1 / 8 + 1 / 2) + (64 + 112 + 1 / 2 + 7 / 16 + 224)
     # float32, a token: x and y 16 KiB, W 64 MiB, A and B 256 KiB
     assert found(forward(1, dtype=F32))["one pass"].bytes == 2 * 16384 + 64 * MIB + 2 * 262144
-    # q, k and v, which share x: 64 once a launch; W 32 + 8 + 8; y 64 + 16 + 16; h 24 ranks; B of each by its own rank
+    # q, k and v, which share x: 64 once a launch; W 32 + 8 + 8; y 64 + 16 + 16; h 24 ranks; B of
+    # each by its own rank
     group = Problem("forward", 8192, 4096, (4096, 1024, 1024), (16, 8, 0), BF16)
     h, b = 8192 * 24 * 4 / MIB, (4096 * 16 + 1024 * 8) * 2 / MIB
     shrink = 64 + 24 * 4096 * 2 / MIB + h
@@ -108,7 +111,8 @@ def test_dropout_is_drawn_where_a_candidate_needs_it():
     drawn = {"two launches": [x, 0], "one pass": [x * 64], "addmm": [x, 0, 0], "cuda": [x, 0], "specialised": [x, 0, 0]}
     assert masks(forward(64, dropout=True)) == drawn
     assert masks(forward(64, dropout=True, drop_base=True))["two launches"] == [x, x * 64]
-    assert masks(forward(64, r=65, dropout=True))["two launches"] == [2 * x, 0]  # a block of 64 ranks at a time
+    # a block of 64 ranks at a time
+    assert masks(forward(64, r=65, dropout=True))["two launches"] == [2 * x, 0]
     assert masks(forward(64, dropout=True, drop_base=True))["addmm"] == [x, 0, 0, 0]
     again = {"fused": [0, x, x], "addmm": [0, x, x, 0, 0], "specialised": [0, x, 0, x, 0]}
     assert masks(backward(64, dropout=True)) == again
@@ -121,7 +125,8 @@ def test_the_first_launch_hides_where_launches_may_overlap():
             nearest_chip(arch),
             tables.table_for(arch).efficiencies(True, m),
         )
-        apart = cost.seconds("addmm", steps, forward(m), on, shares)  # another name: nothing overlaps
+        # another name: nothing overlaps
+        apart = cost.seconds("addmm", steps, forward(m), on, shares)
         return apart - cost.seconds("two launches", steps, forward(m), on, shares)
 
     assert hidden(90, 16) > 0 and hidden(100, 16) > 0 and hidden(80, 16) == 0 and hidden(90, 65) == 0
@@ -136,7 +141,8 @@ def test_more_never_costs_less(p, what, arch):
         cost.candidate_launches(p).items(), cost.candidate_launches(more).items(), strict=True
     ):
         assert sum(s.bytes_moved for s in greater) >= sum(s.bytes_moved for s in less)
-        if what != "m" and p.m > 64:  # else tiles, efficiency, or how many programs share a depth may change
+        # else tiles, efficiency, or how many programs share a depth may change
+        if what != "m" and p.m > 64:
             assert cost.seconds(name, greater, more, on, shares) >= cost.seconds(name, less, p, on, shares) * (1 - 1e-9) > 0
 
 
@@ -188,7 +194,8 @@ def test_a_chip_with_fewer_multiprocessors():
 
 
 def test_known_choices_of_the_model():
-    """DESIGN's: one launch for few rows; for many the library's GEMM until a GPU has shown another to be faster."""
+    """DESIGN's: one launch for few rows; for many the library's GEMM until a GPU has shown another
+    to be faster."""
     assert choose_plan(forward(1), 90).winner == choose_plan(forward(16), 90).winner == "one pass"
     assert choose_plan(backward(16), 90).winner == "fused"
 
@@ -197,7 +204,8 @@ def test_known_choices_of_the_model():
     ({}, "1.20"), ({"gain": True, "dropout": True, "drop_base": True}, "2.41"),
 ])  # fmt: skip
 def test_a_step_by_the_model_is_what_the_docs_say(flags, ratio):
-    """8192×4096×4096 on an H100 with the 0.81 of its peak that cuBLAS was seen at, over the frozen layer's two GEMMs."""
+    """8192×4096×4096 on an H100 with the 0.81 of its peak that cuBLAS was seen at, over the frozen
+    layer's two GEMMs."""
     on, shares = nearest_chip(90), tables.table_for(90).efficiencies(True, 8192) | {"library": 0.81}
     both = [forward(**flags), backward(**flags)]
     ours = sum(cost.seconds("addmm", cost.candidate_launches(p)["addmm"], p, on, shares) for p in both)
@@ -241,7 +249,8 @@ def test_a_measured_choice_beats_the_prediction(tmp_path):
             assert "measured at" not in choose_plan(forward(**{name: size}), 90).why
         for other in (backward(), forward(dtype=torch.float16), forward(dropout=True)):
             assert "measured at" not in choose_plan(other, 90).why
-        assert choose_plan(forward(m=20000, k=1024), 90).why == "least predicted time"  # by efficiencies that were measured
+        # by efficiencies that were measured
+        assert choose_plan(forward(m=20000, k=1024), 90).why == "least predicted time"
         unknown = choose_plan(forward(dtype=F32), 90)
         assert "not measured" in unknown.source and unknown.winner == "addmm"
         with forced_candidate("addmm"):
@@ -257,7 +266,8 @@ def test_the_nearest_measured_choice_that_can_run_decides(tmp_path):
             choose_plan(forward(256, r=64), 90).winner == "one pass"
             and choose_plan(forward(256, r=32), 90).winner == "two launches"
         )
-        assert choose_plan(forward(256, r=66), 90).winner == "two launches"  # one pass, which is nearer, refuses
+        # one pass, which is nearer, refuses
+        assert choose_plan(forward(256, r=66), 90).winner == "two launches"
         assert choose_plan(forward(256, r=65, gain=True, drop_base=True), 90, True).why == "the others refuse"
 
 
@@ -369,7 +379,8 @@ def test_where_a_tensor_is():
 @pytest.mark.parametrize(("k", "n", "wanted"), [
     (4096, 4096, (4, 0)),  # W of 32 MiB stays in L2
     (4096, 6144, (4, 24)),  # 48 MiB: its halves do, and x is read twice
-    (4096, 28672, (4, 32)),  # seven parts of 224 MiB, where the rows that stay would have it read three times
+    # seven parts of 224 MiB, where the rows that stay would have it read three times
+    (4096, 28672, (4, 32)),
     (28672, 4096, (4, 0)),  # rows of 7 MiB: a few stay, and W is read for each few
 ])  # fmt: skip
 def test_the_order_of_tiles(k, n, wanted):

@@ -1,4 +1,5 @@
-"""The candidate "specialised": taken where it was measured, or by force, and never by prediction; what it refuses."""
+"""The candidate "specialised": taken where it was measured, or by force, and never by prediction;
+what it refuses."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""dora_linear: y and the norm against float64 on every backend, and one read of W in Triton's kernel."""
+"""dora_linear: y and the norm against float64 on every backend, and one read of W in Triton's
+kernel."""
 
 import pytest
 import torch
@@ -68,7 +69,8 @@ class TestTriton:
         size = {name: getattr(p, name).numel() * 2 for name in "xwab"}
         blocks = 256 // 32
         assert sim.launches == 1
-        others = size["b"] + blocks * (size["x"] + size["a"]) + 4 * 256  # some of them by several warps
+        # some of them by several warps
+        others = size["b"] + blocks * (size["x"] + size["a"]) + 4 * 256
         assert sim.counters["load_bytes"] <= size["w"] + 1.2 * others
         read, written = sim.dram()
         assert read <= 1.03 * sum(size.values()) + 4 * 256 and written == 2 * 16 * 256 + 4 * 256

@@ -1,4 +1,5 @@
-"""The dropout mask: its generator, its rate, its seed, and that every backend draws the same bits."""
+"""The dropout mask: its generator, its rate, its seed, and that every backend draws the same
+bits."""
 
 from dataclasses import replace
 
@@ -84,7 +85,8 @@ def test_rate(p):
     kept = mask(torch.tensor(20240517), p, 512, 512, torch.float32, torch.device("cpu")).ne(0)
     deviation = (p * (1 - p)) ** 0.5
     assert abs(kept.float().mean().item() - (1 - p)) <= 5 * deviation / n**0.5
-    for rows in (kept.float().mean(0), kept.float().mean(1)):  # neither rows nor columns are favoured
+    # neither rows nor columns are favoured
+    for rows in (kept.float().mean(0), kept.float().mean(1)):
         assert (rows - (1 - p)).abs().max() <= 6 * deviation / 512**0.5
     assert abs(kept.float().mean(1).mean().item() - (1 - threshold(p) / 2**32)) <= 5 * deviation / n**0.5
 

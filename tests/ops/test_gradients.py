@@ -1,4 +1,5 @@
-"""Gradients in float32 of adapters in 16 bits, where torch is told so: `a.grad_dtype = torch.float32`."""
+"""Gradients in float32 of adapters in 16 bits, where torch is told so: `a.grad_dtype =
+torch.float32`."""
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ def any_backend(request):
 
 
 def leaves(p, wide=NAMES):
-    """The problem with all that is trained in the dtype of x, and of `wide` the gradients in float32."""
+    """The problem with all that is trained in the dtype of x, and of `wide` the gradients in
+    float32."""
     for name in NAMES:
         leaf = getattr(p, name).to(p.x.dtype).requires_grad_()
         if name in wide:

@@ -31,7 +31,8 @@ def wide(x, w, a, b, w_scale):
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
 @pytest.mark.filterwarnings("ignore:.*slow reference")
 def test_values_and_gradients(dtype):
-    """Those of the layer whose weight is W: dx is that of the numbers that forward multiplies with."""
+    """Those of the layer whose weight is W: dx is that of the numbers that forward multiplies
+    with."""
     x, w, a, b, w_scale = draw(5, 48, 24, 3, dtype)
     gain, bias, dy = torch.randn(24), torch.randn(24), torch.randn(5, 24)
     flags = {"dropout": 0.2, "seed": torch.tensor(1)}
@@ -151,7 +152,8 @@ def test_planted_bugs(planted, old, new, times):
 
 
 def gradients(args, gain=None, bias=None, dy=None, backend="cuda"):
-    """Those of x, a, b and of gain and bias, if they are there: of `args` in float64 if there is no backend."""
+    """Those of x, a, b and of gain and bias, if they are there: of `args` in float64 if there is no
+    backend."""
     x, w, a, b, w_scale = args
     if backend is None:
         x, w, a, b = wide(*args)

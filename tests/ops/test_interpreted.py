@@ -1,6 +1,6 @@
-"""The ops' Triton kernels against float64 over a wide space of sizes, dtypes, flags and layouts, in the mended interpreter;
-with programs in any order the same bits. No race, no access out of bounds, no overflow: the interpreter raises. The slow
-part is the same sweep with many more examples."""
+"""The ops' Triton kernels against float64 over a wide space of sizes, dtypes, flags and layouts, in
+the mended interpreter; with programs in any order the same bits. No race, no access out of bounds,
+no overflow: the interpreter raises. The slow part is the same sweep with many more examples."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -128,7 +128,8 @@ def test_ranks(rank, dtype, kind):
 @pytest.mark.parametrize("form", ["one pass", "two launches", "addmm"])
 @pytest.mark.parametrize(("dtype", "kind"), [(BF16, BF16), (F32, F32)], ids=str)
 def test_a_shared_depth(dtype, kind, form):
-    """Few rows: several programs share a tile's depth, and the last of them to come adds up, whichever it is."""
+    """Few rows: several programs share a tile's depth, and the last of them to come adds up,
+    whichever it is."""
     problem = make_problem(5, 1100, 70, 9, dtype, kind, bias=True)
     with interpreted(90), forced_candidate(form), deterministic(False):
         results = assert_problem(problem)

@@ -1,4 +1,5 @@
-"""lora_linear: y and every gradient against float64, on every backend, over sizes, dtypes, layouts and flags."""
+"""lora_linear: y and every gradient against float64, on every backend, over sizes, dtypes, layouts
+and flags."""
 
 import mmap
 from dataclasses import replace
@@ -208,7 +209,8 @@ def test_autocast(backend, dtype, tokens):
         assert one.dtype is two.dtype is leaf.dtype and one.equal(two), name
         assert_within_rounding(one, truth.values[name], cast, name=name)
     if backend == "reference":
-        assert outside[2].double().sub(truth.values["b"]).norm() < 1e-4 * truth.values["b"].norm()  # float32 sums
+        # float32 sums
+        assert outside[2].double().sub(truth.values["b"]).norm() < 1e-4 * truth.values["b"].norm()
 
 
 def test_autocast_leaves_float64_alone():

@@ -1,4 +1,5 @@
-"""lora_linear and autograd: gradcheck, who gets a gradient, second derivatives, saved tensors, threads."""
+"""lora_linear and autograd: gradcheck, who gets a gradient, second derivatives, saved tensors,
+threads."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +53,8 @@ def test_cpu_refuses_float64_in_words():
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 @pytest.mark.parametrize("tokens", [3, 80])
 def test_finite_differences(backend, flags, tokens):
-    # the objective <y, dy> is linear in each tensor alone: a central difference has no error but rounding
+    # the objective <y, dy> is linear in each tensor alone: a central difference has no error but
+    # rounding
     p = make_problem(tokens, 40, 30, 4, **flags)
     grads = {k: v.double() for k, v in run(p).items() if k != "y"}
     generator = torch.Generator().manual_seed(3)

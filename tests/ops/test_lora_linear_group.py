@@ -1,4 +1,5 @@
-"""lora_linear_group: values and gradients against float64 and against the single op, over sizes, dtypes, layouts and flags."""
+"""lora_linear_group: values and gradients against float64 and against the single op, over sizes,
+dtypes, layouts and flags."""
 
 from dataclasses import replace
 

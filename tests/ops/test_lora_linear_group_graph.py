@@ -1,4 +1,5 @@
-"""lora_linear_group, autograd and compilers: gradcheck, who gets a gradient, what is saved, opcheck, compiled bits."""
+"""lora_linear_group, autograd and compilers: gradcheck, who gets a gradient, what is saved,
+opcheck, compiled bits."""
 
 from dataclasses import replace
 

@@ -1,4 +1,5 @@
-"""Tiles that come through maps of tensors on sm_90 and later: the values and bits of pointers, and where they are used."""
+"""Tiles that come through maps of tensors on sm_90 and later: the values and bits of pointers, and
+where they are used."""
 
 import dataclasses
 
@@ -70,7 +71,8 @@ def test_by_architecture(arch):
         ((True, False), {"dtype": F16, "gain": True}),
         ((False, False), {"dropout": 0.3, "gain": True}),  # two products in one loop
         ((True, True), {"dropout": 0.3}),
-        ((True, False), {"dropout": 0.3, "gain": True, "dropout_semantics": "lora_only"}),  # dy ⊙ gain is in registers
+        # dy ⊙ gain is in registers
+        ((True, False), {"dropout": 0.3, "gain": True, "dropout_semantics": "lora_only"}),
     ],
     ids=str,
 )

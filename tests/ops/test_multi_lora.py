@@ -1,4 +1,5 @@
-"""multi_lora: values, what a token's neighbours may not do, ids that nobody gave, and what does not fit."""
+"""multi_lora: values, what a token's neighbours may not do, ids that nobody gave, and what does not
+fit."""
 
 from dataclasses import replace
 
@@ -35,7 +36,8 @@ def planned(slots, slot, weights=None):
 
 
 def assert_exact(y, args, roundings=1):
-    """Every number within the roundings of its dtype and those of float32 sums; of 16 bits as if rounded once."""
+    """Every number within the roundings of its dtype and those of float32 sums; of 16 bits as if
+    rounded once."""
     x, w, slots, slot, weights, bias = args
     wanted = exact(*args)
     terms = x.shape[1] + (int(slots[0].rank.max()) + 8) * slot.shape[1]
@@ -111,7 +113,8 @@ def test_any_strides(dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("k", [1, 3])
 def test_neighbours_do_not_matter(backend, k):
-    """The bits of a token are those it has alone, whoever is in the batch; also beside an adapter of NaN."""
+    """The bits of a token are those it has alone, whoever is in the batch; also beside an adapter
+    of NaN."""
     x, w, slots, slot, weights, bias = draw(90, 72, [56], [8, 3, 16, 40], k, torch.bfloat16)
     base = (x.float() @ w.float().T).bfloat16()
 
@@ -189,7 +192,8 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.lora_kernels.multi_lora_add.default, (x @ w.T, x, flat, *plan.tensors, bias))
     compiled = torch.compile(lambda x: multi_lora(x, w, slots, plan, bias), fullgraph=True, backend="aot_eager")
     assert compiled(x).equal(multi_lora(x, w, slots, plan, bias))
-    fresh = [replace(s) for s in slots]  # nothing of it is cached, and the plan is made in the graph
+    # nothing of it is cached, and the plan is made in the graph
+    fresh = [replace(s) for s in slots]
     made = lambda x, ids: multi_lora(x, w, fresh, BatchPlan.build(ids, len(plan.starts) - 1, plan.weights), bias)  # noqa: E731
     assert torch.compile(made, fullgraph=True, backend="aot_eager")(x, plan.ids).equal(multi_lora(x, w, slots, plan, bias))
 

@@ -1,4 +1,5 @@
-"""multi_lora's CUDA C++ kernel in the simulator: numbers, bits, what it reads, and that its waits are needed."""
+"""multi_lora's CUDA C++ kernel in the simulator: numbers, bits, what it reads, and that its waits
+are needed."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,8 +22,8 @@ if find_nvcc() is None:
     pytest.skip(f"{MISSING} (requirements-dev.txt has it for Linux on x86-64)", allow_module_level=True)
 
 BF16, F16 = torch.bfloat16, torch.float16
-# tokens, in, out of the slices, ranks: one token, edges of tiles and parts, several tiles of an adapter, ragged ranks, no rank,
-# q, k and v, more tokens than one adapter has
+# tokens, in, out of the slices, ranks: one token, edges of tiles and parts, several tiles of an
+# adapter, ragged ranks, no rank, q, k and v, more tokens than one adapter has
 CASES = [
     (1, 64, [64], [8]), (5, 72, [40], [8, 3, 16]), (16, 1096, [64, 32, 32], [8, 16, 0, 33]), (13, 264, [136], [70, 1]),
     (33, 520, [72], [5, 64, 130, 17, 9]), (64, 2056, [128, 8], [16]), (64, 136, [64], list(range(1, 40))),
@@ -107,7 +108,8 @@ def test_parts_come_in_any_order(simulated, monkeypatch):
 
 
 def test_neighbours_do_not_matter():
-    """In the deterministic mode: neither who they are nor how many there are, nor that one has an adapter of NaN."""
+    """In the deterministic mode: neither who they are nor how many there are, nor that one has an
+    adapter of NaN."""
     x, w, slots, slot, _, bias = draw(40, 1096, [56], [8, 3, 16, 70], 1, BF16)
     slot[:4, 0] = torch.arange(-1, 3)
 
@@ -128,7 +130,8 @@ def test_neighbours_do_not_matter():
 
 @pytest.mark.parametrize("case", [(5, 200, [64], [8, 16, 40]), (33, 2056, [72], [5, 70]), (64, 1280, [40, 24], [16])], ids=str)
 def test_bits_of_triton(case):
-    """bfloat16 on sm_80, in the deterministic mode: a row has them among 64 tokens and among more."""
+    """bfloat16 on sm_80, in the deterministic mode: a row has them among 64 tokens and among
+    more."""
     if "triton" in missing_backends():
         pytest.skip(missing_backends()["triton"])
     x, w, slots, slot, _, bias = draw(*case, 1, BF16)

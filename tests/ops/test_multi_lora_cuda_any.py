@@ -1,4 +1,5 @@
-"""multi_lora's CUDA C++ kernels for any number of tokens, adapters, slices and ranks, in the simulator."""
+"""multi_lora's CUDA C++ kernels for any number of tokens, adapters, slices and ranks, in the
+simulator."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,8 +21,9 @@ if find_nvcc() is None:
     pytest.skip(f"{MISSING} (requirements-dev.txt has it for Linux on x86-64)", allow_module_level=True)
 
 BF16, F16 = torch.bfloat16, torch.float16
-# tokens, in, out of the slices, ranks, adapters of a token: edges of tiles, parts of the depth, many ranks and adapters, four
-# slices, no rank, few tokens with several adapters, none at all, numbers that fill no piece
+# tokens, in, out of the slices, ranks, adapters of a token: edges of tiles, parts of the depth,
+# many ranks and adapters, four slices, no rank, few tokens with several adapters, none at all,
+# numbers that fill no piece
 CASES = [
     (70, 72, [40, 24], [8, 3, 16], 1), (5, 2067, [41], [8, 3, 70], 2), (80, 72, [24, 8, 8, 16], list(range(1, 14)), 1),
     (90, 64, [136], [5, 64, 0], 3), (66, 24, [8], [4], 0),

@@ -1,4 +1,5 @@
-"""Gradients of a batch with several adapters: those of the formula, and bit for bit those of each adapter alone."""
+"""Gradients of a batch with several adapters: those of the formula, and bit for bit those of each
+adapter alone."""
 
 from dataclasses import replace
 

@@ -1,4 +1,5 @@
-"""multi_lora's Triton kernels: in the interpreter all cases, in the simulator what they read, launch and wait for."""
+"""multi_lora's Triton kernels: in the interpreter all cases, in the simulator what they read,
+launch and wait for."""
 
 import importlib.util
 from contextlib import nullcontext
@@ -72,7 +73,8 @@ def test_values_of_two_launches(case, two_launches):
 
 
 def test_tickets_are_there_before_h_is_launched(two_launches, monkeypatch):
-    """In a CUDA graph they are filled by a launch of their own, and y is to start while h is made."""
+    """In a CUDA graph they are filled by a launch of their own, and y is to start while h is
+    made."""
     order, tickets, launch = [], backend.tile_tickets, backend.launch_triton
     monkeypatch.setattr(backend, "tile_tickets", lambda *args: order.append("tickets") or tickets(*args))
     monkeypatch.setattr(
@@ -108,12 +110,14 @@ def test_values_simulated(simulated, case, arch):
     assert_exact(y, args)
     assert_exact(added, args, roundings=2)
     few = case[0] <= (64 if case[4] == 1 else 16)
-    assert launches == (1 if few else 2) and sim.launches == launches + 2  # for all slices; h, then y where y is there already
+    # for all slices; h, then y where y is there already
+    assert launches == (1 if few else 2) and sim.launches == launches + 2
 
 
 @pytest.mark.parametrize("tokens", [5, 70])
 def test_nothing_to_add(tokens):
-    """No adapter for any token, and none that could be; a weight without columns. The tickets stay zero."""
+    """No adapter for any token, and none that could be; a weight without columns. The tickets stay
+    zero."""
     x, w, slots, _, _, bias = draw(tokens, 40, [24, 9], [8, 3], 1, BF16)
     plan, wanted = planned(slots, torch.zeros(tokens, 0, dtype=torch.int64)), x.double() @ w.double().T + bias.double()
     empty = [replace(s, table=s.table[:, :0], rank=torch.zeros_like(s.rank)) for s in slots]
@@ -144,7 +148,8 @@ def test_float16(simulated):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_neighbours_do_not_matter(k):
-    """Neither who they are nor how many there are, in the deterministic mode; nor that one has an adapter of NaN."""
+    """Neither who they are nor how many there are, in the deterministic mode; nor that one has an
+    adapter of NaN."""
     x, w, slots, slot, weights, bias = draw(40, 72, [56], [8, 3, 16, 40], k, BF16)
 
     def run(rows, slots):
@@ -197,14 +202,16 @@ def test_what_is_read(simulated):
             multi_lora_add_(y.clone(), x, sites, planned(sites, slot))
         read[dora], _ = sim.dram()
     thin = sum(ranks) * (n_in + n_out) * 2
-    others = (x.numel() + y.numel()) * 2 + 12 * 4 * sum(ranks) + 12 * (8 * 4 + 64 * 4)  # h, ids, tables
+    # h, ids, tables
+    others = (x.numel() + y.numel()) * 2 + 12 * 4 * sum(ranks) + 12 * (8 * 4 + 64 * 4)
     assert thin <= read[False] <= 1.05 * (thin + others)
     assert 0 < read[True] - read[False] <= 1.05 * 3 * n_out * 4 and 3 * n_out * 4 <= 0.07 * thin
 
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_one_launch_reads_each_number_once(simulated, dora):
-    """W once, and of A and B as many bytes as there are ranks; tiles of y beside them, which other programs have summed up."""
+    """W once, and of A and B as many bytes as there are ranks; tiles of y beside them, which other
+    programs have summed up."""
     ranks, n_in, n_out = [8, 16, 32, 64] * 3, 1024, 512
     slots = make_slots(n_in, [n_out], ranks, BF16, dora=(0, 1, 2) if dora else ())
     x, w, slot = torch.randn(12, n_in).bfloat16(), torch.randn(n_out, n_in).bfloat16(), torch.randperm(12)[:, None]
@@ -230,12 +237,14 @@ def test_one_launch_or_two_give_the_same_bits(simulated, monkeypatch):
 
 
 def plant(old, new, monkeypatch, tmp_path):
-    """The kernels of a changed copy of the file instead of its own, and tickets which they alone count."""
+    """The kernels of a changed copy of the file instead of its own, and tickets which they alone
+    count."""
     monkeypatch.setattr("lora_kernels.ops.launch._tickets", {})
     text = Path(triton_kernels.__file__).read_text()
     assert not old or text.count(old) == 1, old
     copy = tmp_path / "planted_kernels.py"
-    text = text.replace("PATIENCE = tl.constexpr(64)", "PATIENCE = tl.constexpr(2)")  # for the sake of time
+    # for the sake of time
+    text = text.replace("PATIENCE = tl.constexpr(64)", "PATIENCE = tl.constexpr(2)")
     copy.write_text(text.replace(old, new) if old else text)
     spec = importlib.util.spec_from_file_location("planted_kernels", copy)
     module = importlib.util.module_from_spec(spec)
@@ -265,7 +274,8 @@ def test_planted_bugs(old, new, launches, monkeypatch, tmp_path):
     x, w, slots, slot, weights, bias = draw(40, 48, [56], [8, 3, 16, 40], k, BF16)
     ids = ids_of(slot, slots)
     if k == 1:
-        ids[0, 0], ids[1, 0] = int(ids_of(torch.tensor(1), slots)) + (1 << 32), 4 + (9 << 32)  # stale, out of range
+        # stale, out of range
+        ids[0, 0], ids[1, 0] = int(ids_of(torch.tensor(1), slots)) + (1 << 32), 4 + (9 << 32)
         slot[:2, 0] = -1
     plan = BatchPlan.build(ids, 4, weights)
     with pytest.raises(AssertionError) if old else nullcontext():
@@ -311,8 +321,8 @@ def test_planted_bugs(old, new, launches, monkeypatch, tmp_path):
     ("", ""),
 ])  # fmt: skip
 def test_planted_bugs_of_one_launch(old, new, monkeypatch, tmp_path):
-    """Where slices, tiles and parts are several, for one adapter a token and two; first with the programs of h before the
-    others. A run finds the tickets that the one before left."""
+    """Where slices, tiles and parts are several, for one adapter a token and two; first with the
+    programs of h before the others. A run finds the tickets that the one before left."""
     plant(old, new, monkeypatch, tmp_path)
     cases = [draw(5, 1100, [70, 8, 9], [8, 24, 3], k, BF16) for k in (1, 2)]
     with pytest.raises(AssertionError) if old else nullcontext(), deterministic(False):

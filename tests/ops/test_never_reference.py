@@ -1,5 +1,6 @@
-"""On a GPU from sm_80 with a 16-bit base, no op of a layer is left to the reference, whatever adapters, flags and sizes, with
-Triton and without it. Nothing is computed: the backends are asked."""
+"""On a GPU from sm_80 with a 16-bit base, no op of a layer is left to the reference, whatever
+adapters, flags and sizes, with Triton and without it. Nothing is computed: the backends are
+asked."""
 
 from itertools import product
 

@@ -1,4 +1,5 @@
-"""Offsets of the Triton kernels are 64 bits: tensors whose elements lie further apart than 2^31, of which few are touched."""
+"""Offsets of the Triton kernels are 64 bits: tensors whose elements lie further apart than 2^31, of
+which few are touched."""
 
 from dataclasses import replace
 
@@ -70,7 +71,8 @@ def test_a_planted_offset_of_32_bits_is_found(tool, monkeypatch):
     """The interpreter reports the overflow of the arithmetic, the simulator the access."""
     problem = make_problem(3, 20, 3, 3, torch.bfloat16)
     x = far(problem.x)
-    fresh = triton.jit(triton_skinny.shrink_kernel.fn)  # that has not been compiled: Triton keeps what it found in the globals
+    # that has not been compiled: Triton keeps what it found in the globals
+    fresh = triton.jit(triton_skinny.shrink_kernel.fn)
     monkeypatch.setattr(triton_skinny, "shrink_kernel", fresh)
     monkeypatch.setattr(triton_skinny, "load_tile", narrow_tile)
     with where(tool), pytest.raises((InterpreterViolation, SimulationError), match="overflow|out of bounds"):

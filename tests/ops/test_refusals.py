@@ -1,4 +1,5 @@
-"""On a machine without a GPU that is the reason, of every op: not a dtype, which nobody could cure there."""
+"""On a machine without a GPU that is the reason, of every op: not a dtype, which nobody could cure
+there."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""The choice of a backend: by preference, by force, by environment; and what it says of its reasons."""
+"""The choice of a backend: by preference, by force, by environment; and what it says of its
+reasons."""
 
 import os
 import subprocess
@@ -23,7 +24,8 @@ class Call(NamedTuple):
 
 @pytest.fixture
 def op(monkeypatch):
-    """An op with a reference that doubles and a cpu backend that refuses vectors of more than three."""
+    """An op with a reference that doubles and a cpu backend that refuses vectors of more than
+    three."""
     name = "op_of_the_registry_test"
     if name not in registry._implementations:
         call = declare(name, Call, "Tensor", lambda call: call.x.new_empty(call.x.shape))
@@ -117,7 +119,8 @@ def test_use_backend_nests_and_restores():
 
 
 class Deep(torch.autograd.Function):
-    """Its backward starts another one, and so on; after 60 autograd goes on in a thread of its own, as it does for a GPU."""
+    """Its backward starts another one, and so on; after 60 autograd goes on in a thread of its own,
+    as it does for a GPU."""
 
     @staticmethod
     def forward(ctx, x, depth, last):

@@ -1,5 +1,5 @@
-"""Triton's kernels in the simulator, end to end: ops, gradients, layers, what they read and write. `make test-slow` runs all
-tests of the ops on them."""
+"""Triton's kernels in the simulator, end to end: ops, gradients, layers, what they read and write.
+`make test-slow` runs all tests of the ops on them."""
 
 import dataclasses
 
@@ -76,8 +76,8 @@ def test_half_a_base_and_float32_adapters():
     ("form", "gain", "tokens"), [("two launches", False, 128), ("two launches", True, 128), ("one pass", True, 48)]
 )
 def test_h_p_and_gain_keep_their_digits(form, gain, tokens):
-    """None of them is rounded to 16 bits before a product: y has one rounding, and so has dx without a gain; what is kept in
-    float32 has the digits of its two halves."""
+    """None of them is rounded to 16 bits before a product: y has one rounding, and so has dx
+    without a gain; what is kept in float32 has the digits of its two halves."""
     p = make_problem(tokens, 200, 136, 16, BF16, F32, gain=gain)
     p.b = 3 * p.b  # so that the adapter's digits count
     with forced_candidate(form):
@@ -100,7 +100,8 @@ def check_norm(n_out, n_in, rank, dtype):
     w, a, b = w.to(dtype), a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()
     with torch.no_grad():
         b[3] = 0
-        b[5] = -torch.linalg.lstsq(a.float().T, 2 * w[5].float()[:, None]).solution[:, 0].to(dtype)  # cancels if it can
+        # cancels if it can
+        b[5] = -torch.linalg.lstsq(a.float().T, 2 * w[5].float()[:, None]).solution[:, 0].to(dtype)
     norm = weight_norm(w, a, b, 0.5)
     wide = [t.detach().double().requires_grad_() for t in (a, b)]
     wanted = (w.double() + 0.5 * wide[1] @ wide[0]).square().sum(1).sqrt()
@@ -143,7 +144,8 @@ def check_merge(n_out, n_in, rank, dtype, kind, layout="contiguous"):
 @pytest.mark.parametrize(("dtype", "kind", "columns"), [(BF16, BF16, 64), (BF16, F32, 32), (F32, F32, 32)], ids=str)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_merge_reads_and_writes_once(dtype, kind, columns, in_place):
-    """W, A and B come from memory once and the result goes there once; W moves once between the cache and the blocks too."""
+    """W, A and B come from memory once and the result goes there once; W moves once between the
+    cache and the blocks too."""
     n, k, r = 128, 256, 80  # more ranks than a step takes
     p = make_problem(0, k, n, r, dtype, kind)
     with device(trace=True) as sim:
@@ -205,7 +207,8 @@ def test_bits():
 
 
 def test_what_is_read_and_written():
-    """Two launches forward; x twice, W, A and B for each block of rows, y once: as the tiles of 128 say."""
+    """Two launches forward; x twice, W, A and B for each block of rows, y once: as the tiles of 128
+    say."""
     m, k, n, r = 256, 256, 256, 16
     p = make_problem(m, k, n, r, BF16)
     with device(trace=True) as sim:
@@ -322,7 +325,8 @@ def test_infinities_and_negated_views():
     y = lora_linear(*p.arguments())
     assert torch.equal(y.isfinite(), wanted.isfinite())
     positive = dataclasses.replace(p, a=p.a.abs(), b=p.b.abs(), w=p.w.abs())
-    assert (lora_linear(*positive.arguments())[1] == float("inf")).all()  # what an infinite h leaves is no NaN
+    # what an infinite h leaves is no NaN
+    assert (lora_linear(*positive.arguments())[1] == float("inf")).all()
     negated = torch.complex(torch.zeros(4, 32), torch.ones(4, 32)).conj().imag
     q = make_problem(4, 32, 16, 4, F32)
     with pytest.raises(NotImplementedError, match="x is a negated view; resolve_neg"):

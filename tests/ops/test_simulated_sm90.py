@@ -1,5 +1,6 @@
-"""Triton's kernels on a simulated sm_90, with the tiles that large layers get, and more steps than a loop has stages: what
-`wgmma` reads must stay as it is until it was read, and be fenced (lora_kernels/ops/triton_compiler.py)."""
+"""Triton's kernels on a simulated sm_90, with the tiles that large layers get, and more steps than
+a loop has stages: what `wgmma` reads must stay as it is until it was read, and be fenced
+(lora_kernels/ops/triton_compiler.py)."""
 
 import dataclasses
 
@@ -34,7 +35,8 @@ def simulated():
 
 @pytest.fixture(autouse=True)
 def form(monkeypatch):
-    """What `assert_problem` and `assert_group` run: forward as the only element says, backward fused."""
+    """What `assert_problem` and `assert_group` run: forward as the only element says, backward
+    fused."""
     chosen = ["two launches"]
 
     def as_chosen(op):
@@ -51,8 +53,8 @@ def form(monkeypatch):
 
 
 def problem(rank=16, dtype=BF16, adapters=None, tokens=130, n_in=320, n_out=272, **flags):
-    """Two tiles or more each way, and five steps of the loops over n_in and n_out, which are multiples of 16 as in most layers:
-    else Triton copies otherwise."""
+    """Two tiles or more each way, and five steps of the loops over n_in and n_out, which are
+    multiples of 16 as in most layers: else Triton copies otherwise."""
     return make_problem(tokens, n_in, n_out, rank, dtype, adapters, **flags)
 
 

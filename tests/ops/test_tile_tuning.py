@@ -1,5 +1,5 @@
-"""Which tiles are tried around the table's, which are kept, and where they hold: without a GPU, with a clock that reads planted
-times."""
+"""Which tiles are tried around the table's, which are kept, and where they hold: without a GPU,
+with a clock that reads planted times."""
 
 import json
 
@@ -36,7 +36,8 @@ def here(tmp_path, monkeypatch):
 
 
 def clock_of(words, winner="two launches", timed=None):
-    """To it `winner` is the fastest candidate, and a tile whose words have these is the fastest tile."""
+    """To it `winner` is the fastest candidate, and a tile whose words have these is the fastest
+    tile."""
 
     def clock(calls):
         if timed is not None:
@@ -91,7 +92,8 @@ def test_explain_says_the_tile():
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_every_kernel_of_the_winner_is_tried_and_gives_the_same(direction):
-    """With all numbers of all neighbours: the results are those of the table's tiles, but for the order of sums."""
+    """With all numbers of all neighbours: the results are those of the table's tiles, but for the
+    order of sums."""
     p, timed = PLAIN._replace(m=20, direction=direction), []
     winner = "two launches" if direction == "forward" else "fused"
     with interpreted(80):
@@ -133,7 +135,8 @@ def test_what_is_refused_is_not_timed():
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_an_unsound_tile_is_not_timed(arch):
-    """On sm_90 a register operand of wgmma has no stages: of dx with gain the launch takes one, whatever is asked."""
+    """On sm_90 a register operand of wgmma has no stages: of dx with gain the launch takes one,
+    whatever is asked."""
     p = Problem("backward", 200, 128, (128,), (4,), BF16, gain=True)
     timed, names = [], []
     with interpreted(arch):
@@ -147,7 +150,8 @@ def test_an_unsound_tile_is_not_timed(arch):
         with recorded() as found:
             call()
     assert next(one.stages for one in found if one.name == "input_gradient_kernel") == (1 if arch == 90 else 4)
-    of_dx = [text for calls in timed for text in calls if "depth" in text]  # the thin kernels have none
+    # the thin kernels have none
+    of_dx = [text for calls in timed for text in calls if "depth" in text]
     assert bool(of_dx) == ("input_gradient_kernel" in names) == (arch == 80)
     assert "both_sides_kernel" in names and "outer_kernel" in names
 

@@ -1,5 +1,5 @@
-"""The table of tiles: how a row is found, that it is what launches, the cost model and the CUDA sources take, and what must
-hold of each row whoever changes it."""
+"""The table of tiles: how a row is found, that it is what launches, the cost model and the CUDA
+sources take, and what must hold of each row whoever changes it."""
 
 import itertools
 import json
@@ -90,7 +90,8 @@ def answers(kernel: Kernel):
 
 @pytest.mark.parametrize("name", read())
 def test_each_tile_is_whole_and_each_row_counts(name):
-    """Every case has a warp, a stage and the numbers of its kernel, and no row stands where others hide it."""
+    """Every case has a warp, a stage and the numbers of its kernel, and no row stands where others
+    hide it."""
     kernel, used = read()[name], set()
     for given in answers(kernel):
         given |= {"deterministic": False}
@@ -108,7 +109,8 @@ def test_each_tile_is_whole_and_each_row_counts(name):
 @pytest.mark.parametrize("arch", [0, 80, 90, 100, 120])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_depth_of_a_step_does_not_depend_on_m(arch, dtype):
-    """In the deterministic mode, which asks for 64 rows at least: wgmma and tcgen05 sum by steps."""
+    """In the deterministic mode, which asks for 64 rows at least: wgmma and tcgen05 sum by
+    steps."""
     for name in ("forward", "input_gradient", "shrink", "multi_lora", "multi_small", "multi_shrink"):
         kernel, kept = read()[name], {}
         for given in answers(kernel):

@@ -22,7 +22,8 @@ KIB, MIB = 1024, 2**20
 @pytest.fixture(autouse=True)
 def simulated():
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)  # the memory of all tests is poisoned, which switches that on
+    # the memory of all tests is poisoned, which switches that on
+    torch.use_deterministic_algorithms(False)
     with use_backend("triton", simulate=True):
         yield
     torch.use_deterministic_algorithms(before)
@@ -40,7 +41,8 @@ CACHE = 2 * MIB  # holds W and a GROUP of row blocks but not x, as 50 MiB do at 
 
 @pytest.fixture
 def scaled(monkeypatch):
-    """As many rows a part as on the whole grid, where fewer programs would leave multiprocessors without work."""
+    """As many rows a part as on the whole grid, where fewer programs would leave multiprocessors
+    without work."""
     monkeypatch.setattr(triton_skinny, "part_of_rows", lambda *_: 512)
     monkeypatch.setattr(backend, "_tile_order", lambda *sizes: {"GROUP": 8, "SLAB": 0})
 
@@ -56,28 +58,33 @@ def counted(layer, *args):
 
 
 def test_a_step_reads_each_tensor_once(scaled):
-    """2MK + 1MN more than the frozen layer (F1 and dA read x, B1 reads dy), and a tenth for what is kept in parts; behind a
-    cache a quarter, for the tiles that are read again."""
+    """2MK + 1MN more than the frozen layer (F1 and dA read x, B1 reads dy), and a tenth for what is
+    kept in parts; behind a cache a quarter, for the tiles that are read again."""
     x, w, a, b = tensors(M, K, K, R)
     sim, launches = counted(lambda: [lora_linear(x, w, a, b, 0.5, None, None, 0.1)])
     mk, nk = 2 * M * K, 2 * K * K
     assert launches == (2, 3)
     least = (mk + nk + mk) + (mk + nk + mk) + 3 * mk
-    assert least <= sum(sim.dram(apart=True)) <= 1.12 * least  # no less than is possible: the count counts
-    # tensors on the CPU begin at multiples of 64 bytes, a GPU's of 256: in lines of 128 their places would count
+    # no less than is possible: the count counts
+    assert least <= sum(sim.dram(apart=True)) <= 1.12 * least
+    # tensors on the CPU begin at multiples of 64 bytes, a GPU's of 256: in lines of 128 their
+    # places would count
     assert least <= sum(sim.dram(CACHE, line=64)) <= 1.25 * least
 
 
 def thin_bytes(m, k, ns, r, rows, rows_of_x):
-    """Of h, P and the parts of the gradients, for a group in the order of its launches; h is in one part."""
+    """Of h, P and the parts of the gradients, for a group in the order of its launches; h is in one
+    part."""
     layers, blocks = len(ns), sum(-(-n // 512) for n in ns)
-    passes = 2 * layers + layers + 2 * blocks + 2 * layers  # F1, F2: h; B1: h, P; dA: P, its sum; dx: that
+    # F1, F2: h; B1: h, P; dA: P, its sum; dx: that
+    passes = 2 * layers + layers + 2 * blocks + 2 * layers
     parts = -(-m // rows) * sum(ns) + -(-m // rows_of_x) * layers * k
     return 4 * m * r * passes + 2 * 4 * r * parts
 
 
 def test_a_group_reads_x_once_for_all(scaled):
-    """q, k, v of Llama-3's ratios: 8.5 MK and the thin tensors, beside the weights; three layers without an adapter take 16."""
+    """q, k, v of Llama-3's ratios: 8.5 MK and the thin tensors, beside the weights; three layers
+    without an adapter take 16."""
     x = torch.randn(M, K).to(BF16).requires_grad_()
     ns = (K, K // 4, K // 4)
     members = [Member(*tensors(1, K, n, R)[1:], 0.5) for n in ns]
@@ -88,7 +95,8 @@ def test_a_group_reads_x_once_for_all(scaled):
 
 
 def test_a_group_at_full_size():
-    """By the launches that would be made: the thin tensors take less than the half MK that is left of 9."""
+    """By the launches that would be made: the thin tensors take less than the half MK that is left
+    of 9."""
     m, k, ns = 8192, 4096, (4096, 1024, 1024)
     x = torch.empty(m, k, dtype=BF16).requires_grad_()
     members = [Member(*(torch.empty(s, dtype=BF16).requires_grad_(s[1] == R or s[0] == R) for s in ((n, k), (R, k), (n, R))))
@@ -139,8 +147,9 @@ def test_what_is_kept_for_backward(dropout, gain):
 
 @pytest.mark.parametrize(("arch", "dtype"), [(80, BF16), (90, BF16), (80, torch.float32)], ids=str)
 def test_bits_in_the_deterministic_mode(arch, dtype):
-    """Rows alone as among others, also where dispatch would choose other forms, and shares of the depth, for few rows. Rounding
-    to 16 bits hides most of another order of the sums; float32 shows it."""
+    """Rows alone as among others, also where dispatch would choose other forms, and shares of the
+    depth, for few rows. Rounding to 16 bits hides most of another order of the sums; float32 shows
+    it."""
     x, w, a, b = (t.detach() for t in tensors(70, 600, 80, 8, dtype))
     torch.use_deterministic_algorithms(True)
     try:

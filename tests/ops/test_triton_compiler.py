@@ -49,10 +49,12 @@ def test_the_rule(monkeypatch, version):
         for sound_everywhere in ({"rows": 32}, {"warps": 2}, {"dtype": F32, "precision": "ieee"}):
             assert of(arch, changed=True, **sound_everywhere) == (sound_everywhere.get("warps", 4), 3)
     for narrow, wanted in ((False, (4, 1)), (True, (2, 3))):
-        assert of(90, changed=True, mapped=True, narrow=narrow) == wanted  # wgmma takes u from registers
+        # wgmma takes u from registers
+        assert of(90, changed=True, mapped=True, narrow=narrow) == wanted
         assert of(90, F16, F32, mapped=True, narrow=narrow) == wanted
         assert of(90, F32, precision="bf16x6", mapped=True, narrow=narrow) == wanted
-        assert of(100, BF16, F32, mapped=True, narrow=narrow) == wanted  # two products on the same sums
+        # two products on the same sums
+        assert of(100, BF16, F32, mapped=True, narrow=narrow) == wanted
         assert of(100, F32, precision="bf16x6", mapped=True, narrow=narrow) == wanted
     assert of(90, BF16, F32, mapped=True) == of(100, changed=True, mapped=True) == (4, 3)
     for arch in (80, 86, 89, 120):
@@ -85,7 +87,8 @@ def copies(x, y, N: tl.constexpr):
 
 
 def compiled(n):
-    """Triton's key of what it made for sm_90, and the version of its PTX, which is that of its ptxas."""
+    """Triton's key of what it made for sm_90, and the version of its PTX, which is that of its
+    ptxas."""
     source = ASTSource(fn=copies, signature={"x": "*fp32", "y": "*fp32", "N": "constexpr"}, constexprs={(2,): n})
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     return made.metadata.hash, next(line for line in made.asm["ptx"].splitlines() if line.startswith(".version"))
@@ -96,7 +99,8 @@ def release(path):
 
 
 def test_the_assembler(monkeypatch):
-    """The latest that Triton carries, where that makes sm_90 sound; what the user names goes before."""
+    """The latest that Triton carries, where that makes sm_90 sound; what the user names goes
+    before."""
     carried = [nvidia.get_ptxas(90), knobs.nvidia.ptxas_blackwell]
     later = [tool.path for tool in carried if release(tool.path) >= (13, 3)]
     assert assembler(90) == (later[0] if later else carried[0].path)
@@ -109,8 +113,8 @@ def test_the_assembler(monkeypatch):
 
 
 def test_only_what_is_ours_is_assembled_by_it(monkeypatch):
-    """A kernel that is prepared is compiled by the later ptxas and kept under another key; all others, before, meanwhile and
-    after, by Triton's."""
+    """A kernel that is prepared is compiled by the later ptxas and kept under another key; all
+    others, before, meanwhile and after, by Triton's."""
     monkeypatch.setattr(triton_compiler, "driver_version", lambda: 13000)
     before = compiled(64)
     usual = release(nvidia.get_ptxas(90).path)

@@ -1,4 +1,5 @@
-"""What a user's GPU is timed for, and what is made of it: without a GPU, with a clock that reads planted times."""
+"""What a user's GPU is timed for, and what is made of it: without a GPU, with a clock that reads
+planted times."""
 
 import json
 

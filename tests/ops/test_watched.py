@@ -1,4 +1,5 @@
-"""Calls that something watches, and tensors that are not what they seem: the same values, or an error, never other ones."""
+"""Calls that something watches, and tensors that are not what they seem: the same values, or an
+error, never other ones."""
 
 from functools import partial
 

@@ -1,4 +1,5 @@
-"""weight_norm, dora_gain and row_norm_squared against float64, with the rows in which the terms cancel."""
+"""weight_norm, dora_gain and row_norm_squared against float64, with the rows in which the terms
+cancel."""
 
 import mmap
 
@@ -97,7 +98,8 @@ def test_rows_that_cancel(backend, dtype, noise, scale):
 
 @dtypes
 def test_the_condition_sweeps_over_the_guard(backend, dtype):
-    # one row per condition, from 1 to 10⁶: the error must stay below the limit on both sides of the switch
+    # one row per condition, from 1 to 10⁶: the error must stay below the limit on both sides of the
+    # switch
     w, a, b = draw(256, 256, 8, dtype, torch.float32, b_size=1.0)
     update = b.double() @ a.double()
     mix = torch.linspace(0, -1, 256, dtype=torch.float64)[:, None]
@@ -175,7 +177,8 @@ def test_gradients_where_rows_cancel(backend):
 
 
 def test_the_norm_of_dora_does_not_see_the_length_of_a_row():
-    # with the exact gradient, gain = m/n makes the layer blind to the length of a row: at W = 0, Σ dB ⊙ B is zero
+    # with the exact gradient, gain = m/n makes the layer blind to the length of a row: at W = 0, Σ
+    # dB ⊙ B is zero
     a, b = torch.randn(4, 30, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64, requires_grad=True)
     w = torch.zeros(20, 30, dtype=torch.float64)
     with use_backend("reference"):
@@ -356,5 +359,6 @@ def test_anything(data):
                 exact_norm(w, a, b, scale),
                 w.double().abs() + abs(scale) * (b.double().abs() @ a.double().abs()),
             )
-            # relative to n wherever n is not the difference of much larger terms, which float32 inputs cannot resolve
+            # relative to n wherever n is not the difference of much larger terms, which float32
+            # inputs cannot resolve
             assert ((n.double() - truth).abs() <= LIMIT[dtype] * truth + 1e-6 * terms.square().sum(1).sqrt()).all()

@@ -1,7 +1,9 @@
-"""Planted bugs, and what sees each of them; `python -m tests.ptxsim.bugs` writes BUGS.md from this table.
+"""Planted bugs, and what sees each of them; `python -m tests.ptxsim.bugs` writes BUGS.md from this
+table.
 
-Each is one text exchanged for another, in the source of a kernel or in the PTX that Triton made of it. The verdicts are
-those of corpus.judge; test_bugs.py runs every tool on every bug and compares, so that none is claimed and none forgotten.
+Each is one text exchanged for another, in the source of a kernel or in the PTX that Triton made of
+it. The verdicts are those of corpus.judge; test_bugs.py runs every tool on every bug and compares,
+so that none is claimed and none forgotten.
 """
 
 import re

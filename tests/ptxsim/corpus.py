@@ -57,7 +57,8 @@ class Case:
 
     @property
     def interpreted(self) -> bool:
-        """Whether it is for Triton's interpreters, too, which know nothing of what came with sm_90."""
+        """Whether it is for Triton's interpreters, too, which know nothing of what came with
+        sm_90."""
         return not self.cuda and self.arch < 90
 
 
@@ -122,7 +123,8 @@ def edited(text: str, old: str, new: str) -> str:
     return text.replace(old, new)
 
 
-_folder = tempfile.TemporaryDirectory()  # Triton and tracebacks read a kernel's source from its file
+# Triton and tracebacks read a kernel's source from its file
+_folder = tempfile.TemporaryDirectory()
 
 
 def _written(text: str, ending: str) -> Path:
@@ -161,7 +163,8 @@ def cuda_kernel(
 
 @np.errstate(all="ignore")  # an interpreter's overflow shows in its numbers
 def judge(case: Case, run: Callable[[Problem, Any], dict[str, int] | None], orders: tuple[Any, ...]) -> tuple[str, str]:
-    """The verdict, and what was said. `run` gives counters, if it has any; `orders` of blocks are tried one after another."""
+    """The verdict, and what was said. `run` gives counters, if it has any; `orders` of blocks are
+    tried one after another."""
     verdict, said, bits = MISSED, "", []
     for order in orders:
         torch.manual_seed(case.numbers)
@@ -240,7 +243,8 @@ def by_mended_interpreter(case: Case, *edit: str) -> tuple[str, str]:
 
 
 def by_plain_interpreter(case: Case, *edit: str) -> tuple[str, str]:
-    """Triton's own, in a process with TRITON_INTERPRET=1: the loop of its GridExecutor, without its copies of all tensors."""
+    """Triton's own, in a process with TRITON_INTERPRET=1: the loop of its GridExecutor, without its
+    copies of all tensors."""
     from triton.runtime import interpreter as stock
 
     kernel = triton_kernel(case.kernel, *edit)

@@ -1,4 +1,5 @@
-"""One instruction on a warp of inputs: a kernel that loads them, runs it and stores what it gives."""
+"""One instruction on a warp of inputs: a kernel that loads them, runs it and stores what it
+gives."""
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ def kernel_text(body, registers, parameters, target="sm_80"):
 
 
 def run_lanes(lines, inputs, out, threads=32, **options):
-    """Each input is a numpy array [threads], in `lines` %a, %b, … of 16, 32 or 64 bits; the result is %out."""
+    """Each input is a numpy array [threads], in `lines` %a, %b, … of 16, 32 or 64 bits; the result
+    is %out."""
     names = "abcdefgh"[: len(inputs)]
     width = {name: value.dtype.itemsize * 8 for name, value in zip(names, inputs, strict=True)}
     bits = np.dtype(out).itemsize * 8

@@ -1,4 +1,5 @@
-"""What Triton's interpreter sees: run with TRITON_INTERPRET=1, which must be set before triton is imported."""
+"""What Triton's interpreter sees: run with TRITON_INTERPRET=1, which must be set before triton is
+imported."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""The numbers that the corpus of kernels is tried on: arguments, and in float64 what must come out."""
+"""The numbers that the corpus of kernels is tried on: arguments, and in float64 what must come
+out."""
 
 import mmap
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ class Problem:
 
 
 def held(t: Tensor) -> Tensor:
-    """The tensor between random numbers, as in a full memory: what is touched beside it does not fault."""
+    """The tensor between random numbers, as in a full memory: what is touched beside it does not
+    fault."""
     margin = (torch.randn(MARGIN) if t.is_floating_point() else torch.randint(0, 3, (MARGIN,))).to(t.dtype)
     return torch.cat([margin, t.reshape(-1), margin])[MARGIN : MARGIN + t.numel()].view(t.shape)
 
@@ -125,7 +127,8 @@ def ticket(m: int, n: int, k: int, parts: int, tiles: int) -> Problem:
 
 
 def gather(which: list[int], k: int, adapters: int, huge: bool = False) -> Problem:
-    """h of an adapter that is not there is zero. `huge`: a has more than 2³¹ elements, whose pages exist where touched."""
+    """h of an adapter that is not there is zero. `huge`: a has more than 2³¹ elements, whose pages
+    exist where touched."""
     x, h = random(len(which), k), unwritten(len(which), 16)
     a = _huge(adapters, k) if huge else random(adapters, 16, k)
     wanted = torch.zeros(len(which), 16, dtype=torch.float64)
@@ -141,7 +144,8 @@ def gather(which: list[int], k: int, adapters: int, huge: bool = False) -> Probl
 def _huge(adapters: int, k: int) -> Tensor:
     # room before and behind for offsets that wrap, which a plain interpreter reads without a word
     size, room = adapters * 16 * k * 2, 1 << 33
-    memory = mmap.mmap(-1, size + 2 * room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # no reserve
+    # no reserve
+    memory = mmap.mmap(-1, size + 2 * room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
     return torch.frombuffer(memory, dtype=torch.float16, offset=room, count=size // 2).view(adapters, 16, k)
 
 

@@ -1,4 +1,5 @@
-"""Every arithmetic instruction against numpy, lane by lane, with the edges of each type among the inputs."""
+"""Every arithmetic instruction against numpy, lane by lane, with the edges of each type among the
+inputs."""
 
 import math
 
@@ -216,7 +217,8 @@ def test_floats(kind):
 
 def test_fma_rounds_once():
     x, y, z = (np.float32(values("f32", seed)) for seed in (3, 4, 5))
-    x[0], y[0], z[0] = 1 + 2.0**-12, 1 + 2.0**-12, -1 - 2.0**-11  # 2⁻²⁴, which rounding the product would lose
+    # 2⁻²⁴, which rounding the product would lose
+    x[0], y[0], z[0] = 1 + 2.0**-12, 1 + 2.0**-12, -1 - 2.0**-11
     with np.errstate(all="ignore"):
         exact = x.astype(np.float64) * y + z.astype(np.float64)  # the product is exact there
         check("fma.rn.f32", None, "f32", lambda *_: exact.astype(np.float32), [x, y, z])

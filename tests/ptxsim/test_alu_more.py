@@ -1,4 +1,5 @@
-"""Arithmetic that flushes or saturates, on two floats at once, with three sources and on bytes, against numpy."""
+"""Arithmetic that flushes or saturates, on two floats at once, with three sources and on bytes,
+against numpy."""
 
 import numpy as np
 import pytest

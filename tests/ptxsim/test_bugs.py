@@ -1,4 +1,5 @@
-"""What each tool sees of each planted bug is what bugs.py says, and none of them sees anything in the kernels without it."""
+"""What each tool sees of each planted bug is what bugs.py says, and none of them sees anything in
+the kernels without it."""
 
 import dataclasses
 import json
@@ -24,7 +25,8 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain():
-    """The verdicts of Triton's own interpreter, from a process of its own: it takes effect where triton is imported."""
+    """The verdicts of Triton's own interpreter, from a process of its own: it takes effect where
+    triton is imported."""
     command, environment = [sys.executable, "-m", "tests.ptxsim.plain"], {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

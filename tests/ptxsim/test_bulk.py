@@ -56,7 +56,8 @@ def clipped(x, at, box):
 
 
 def swizzled(rows, span):
-    """The bytes of a box as they lie in shared memory: piece j of row r of 128 bytes at j xor r, over `span` bytes."""
+    """The bytes of a box as they lie in shared memory: piece j of row r of 128 bytes at j xor r,
+    over `span` bytes."""
     held = np.ascontiguousarray(rows).view(np.uint8).reshape(-1)
     if not span:
         return held
@@ -67,7 +68,8 @@ def swizzled(rows, span):
 
 
 def test_maps_in_a_struct():
-    """They lie at multiples of 64 bytes, which the struct's size is one of, too; y comes between them."""
+    """They lie at multiples of 64 bytes, which the struct's size is one of, too; y comes between
+    them."""
     x, y = numbers(16, 16), torch.zeros(64)
     start = [line.replace("map;", "both;").replace("[y]", "[both + 8]") for line in START]
     lines = ["add.u64 %rd0, %rd0, 64;", *INIT, expect(256), load("8, 0"), *WAIT, *OUT]
@@ -227,7 +229,8 @@ def test_bytes_in_a_row():
 
 
 def test_states_counts_and_bytes():
-    """arrive gives the phase, test_wait takes it; expect_tx and complete_tx by themselves; several arrivals."""
+    """arrive gives the phase, test_wait takes it; expect_tx and complete_tx by themselves; several
+    arrivals."""
     lines = [
         "@%p0 mbarrier.init.shared::cta.b64 [full], 66;", "bar.sync 0;",
         "mbarrier.arrive.shared::cta.b64 %rd4, [full];", "mov.u32 %r5, 2;",
@@ -268,7 +271,8 @@ def test_two_stores_from_one_buffer():
 
 
 def test_values_passed_on_by_an_mbarrier():
-    """One warp writes and arrives, the other waits and reads: ordered; not ordered if nobody waits."""
+    """One warp writes and arrives, the other waits and reads: ordered; not ordered if nobody
+    waits."""
     lines = [
         "@%p0 mbarrier.init.shared::cta.b64 [full], 32;", "bar.sync 0;", "setp.lt.u32 %p2, %r0, 32;", *SEND,
         "@%p2 mbarrier.arrive.shared::cta.b64 _, [full];", "@%p2 bra $E;", *WAIT, "xor.b32 %r1, %r1, 128;", *OUT, "$E:",

@@ -13,7 +13,8 @@ HEAD = [
     ".reg .pred %p<8>; .reg .b32 %r<32>; .reg .b64 %rd<16>; .reg .f32 %f<8>;",
     ".shared .align 16 .b8 buffer[4096];",
 ]
-# %r0 thread, %r1 its 4 bytes in shared memory, %r2 block; %rd0 x, %rd1 y, %rd2 and %rd3 this thread's element of each
+# %r0 thread, %r1 its 4 bytes in shared memory, %r2 block; %rd0 x, %rd1 y, %rd2 and %rd3 this
+# thread's element of each
 START = [
     "mov.u32 %r0, %tid.x;", "mov.u32 %r2, %ctaid.x;", "mov.u32 %r31, buffer;", "mad.lo.u32 %r1, %r0, 4, %r31;",
     "ld.param.u64 %rd0, [x];", "ld.param.u64 %rd1, [y];", "mad.wide.u32 %rd2, %r0, 4, %rd0;",
@@ -217,7 +218,8 @@ def test_own_reads_are_no_race():
     ]  # fmt: skip
     for seed in range(4):
         launch(lines, seed=seed)
-    launch(["add.u32 %r3, %r0, %r31;", "st.shared.u8 [%r3], %r0;"], threads=128)  # bytes of one word
+    # bytes of one word
+    launch(["add.u32 %r3, %r0, %r31;", "st.shared.u8 [%r3], %r0;"], threads=128)
 
 
 def test_early_exits():
@@ -253,7 +255,8 @@ def test_races_on_global_memory():
 
 
 def ticket(fences):
-    """Each block leaves a value; the last one, which the counter y[255] tells, adds them up into y[100]."""
+    """Each block leaves a value; the last one, which the counter y[255] tells, adds them up into
+    y[100]."""
     fence = ["membar.gl;"] if fences else []
     return [
         "setp.ne.u32 %p0, %r0, 0;", "@%p0 bra $END;", "mad.wide.u32 %rd5, %r2, 4, %rd1;", "mov.f32 %f0, 0f3F800000;",
@@ -286,7 +289,8 @@ def test_blocks_run_side_by_side():
 
 
 def test_results_that_depend_on_the_order_of_blocks():
-    # the last block to come wins: a race by the check, and without it another result from another seed
+    # the last block to come wins: a race by the check, and without it another result from another
+    # seed
     lines = ["cvt.rn.f32.u32 %f0, %r2;", "setp.eq.u32 %p0, %r0, 0;", "@%p0 st.global.f32 [%rd1], %f0;"]
     finds("race on y", lines, grid=8)
     assert len({launch(lines, grid=8, threads=32, seed=seed, check=False)[0][0].item() for seed in range(8)}) > 1

@@ -1,4 +1,5 @@
-"""CUDA C++ as nvcc compiles it, in shapes with ragged edges: right numbers, the same bits each time, no finding."""
+"""CUDA C++ as nvcc compiles it, in shapes with ragged edges: right numbers, the same bits each
+time, no finding."""
 
 import pytest
 import torch
@@ -76,7 +77,8 @@ def test_counters_are_what_the_tiles_say():
     assert counters["mma"] == m * n * k // (16 * 8 * 16)
     assert counters["load_bytes"] == blocks * steps * 2 * 64 * 32 * 2
     assert counters["load_sectors"] == counters["load_bytes"] // 32
-    # a lane stores 4 bytes and four of them half a sector, eight times a row: each sector is touched twice
+    # a lane stores 4 bytes and four of them half a sector, eight times a row: each sector is
+    # touched twice
     assert counters["store_bytes"] == m * n * 2 and counters["store_sectors"] == m * n * 2 // 16
     assert counters["barriers"] == blocks * 4 * 2 * steps  # warps, twice a step
     assert counters["shared_wavefronts"] == counters["shared_ideal"]

@@ -24,7 +24,8 @@ def test_launches_add_up():
     assert sim.launches == 2
     assert sim.counters == {name: 2 * value for name, value in one.counters.items()}
     assert sim.by_opcode["ld"] == 2 * one.by_opcode["ld"]
-    assert sim.dram() == (4096, 4096)  # the second launch finds x in the cache, and y is written once
+    # the second launch finds x in the cache, and y is written once
+    assert sim.dram() == (4096, 4096)
     assert sim.dram(cache=1024) == (8192, 8192)
 
 

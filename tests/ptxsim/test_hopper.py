@@ -1,4 +1,5 @@
-"""What Triton makes for sm_90: copies in bulk, warps that are specialised, wgmma; and what a removed line does to it."""
+"""What Triton makes for sm_90: copies in bulk, warps that are specialised, wgmma; and what a
+removed line does to it."""
 
 import math
 import re

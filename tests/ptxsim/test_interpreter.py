@@ -1,4 +1,5 @@
-"""Triton's interpreter, mended: the same kernels as the simulator's, right numbers in every dtype, and what it finds."""
+"""Triton's interpreter, mended: the same kernels as the simulator's, right numbers in every dtype,
+and what it finds."""
 
 import pytest
 import torch

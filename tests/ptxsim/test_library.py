@@ -25,7 +25,8 @@ def erf(x):
     return np.array([math.erf(v) for v in x])
 
 
-# float64's value, and how many of the last places it may be off: CUDA's own bound (its programming guide, appendix) and ours
+# float64's value, and how many of the last places it may be off: CUDA's own bound (its programming
+# guide, appendix) and ours
 SINGLE = {
     "exp": (np.exp, 2), "exp2": (np.exp2, 2), "expm1": (np.expm1, 2), "log": (np.log, 2), "log2": (np.log2, 2),
     "log1p": (np.log1p, 2), "sin": (np.sin, 2), "cos": (np.cos, 2), "tan": (np.tan, 4), "tanh": (np.tanh, 2),

@@ -11,7 +11,8 @@ RNG = np.random.default_rng(0)
 
 
 def run_registers(lines, inputs, outputs, head=()):
-    """`lines` turn registers %i0… (each an array [32] of uint32) into %o0…; gives those [outputs, 32]."""
+    """`lines` turn registers %i0… (each an array [32] of uint32) into %o0…; gives those [outputs,
+    32]."""
     registers = [f".reg .b32 %t, %i<{len(inputs) + 1}>, %o<{outputs + 1}>, %s; .reg .b64 %a, %b, %c, %d;", *head]
     body = ["mov.u32 %t, %tid.x;", "ld.param.u64 %a, [x];", "ld.param.u64 %b, [y];", "mad.wide.u32 %c, %t, 4, %a;",
             "mad.wide.u32 %d, %t, 4, %b;"]  # fmt: skip
@@ -29,7 +30,8 @@ def braces(name, first, count):
 
 
 def fragment(matrix, per):
-    """A [16, K] or B [K, 8] transposed: registers [count, 32], `per` elements side by side in depth, as whole numbers."""
+    """A [16, K] or B [K, 8] transposed: registers [count, 32], `per` elements side by side in
+    depth, as whole numbers."""
     rows, depth = matrix.shape
     width = 32 // per
     found = []
@@ -191,7 +193,8 @@ def test_movmatrix():
 
 @pytest.mark.parametrize(("stride", "passes"), [(16, 1), (32, 2), (64, 4), (128, 8), (144, 1)])
 def test_bank_conflicts_are_counted(stride, passes):
-    """8 rows of 16 bytes, `stride` apart: rows whose distance is a multiple of 128 bytes share banks."""
+    """8 rows of 16 bytes, `stride` apart: rows whose distance is a multiple of 128 bytes share
+    banks."""
     text = kernel_text(
         ["mov.u32 %t, %tid.x;", "mov.u32 %s, tile;", f"mad.lo.u32 %u, %t, {stride}, %s;", "mov.u32 %z, 0;",
          "st.shared.v4.b32 [%u], {%z, %z, %z, %z};", "bar.sync 0;",

@@ -1,4 +1,5 @@
-"""Who learns what at an mbarrier: a lane, a warp, those who wait for one copy and not for another."""
+"""Who learns what at an mbarrier: a lane, a warp, those who wait for one copy and not for
+another."""
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ def passed_on(before=SYNC, waits=WAIT, after=None):
 
 
 def given_back(before=SYNC):
-    """The first warp reads and its lane 0 arrives; the second one waits and writes where it read."""
+    """The first warp reads and its lane 0 arrives; the second one waits and writes where it
+    read."""
     return [*WARPS, *SEND, "bar.sync 0;", "@!%p2 bra $S;", *READ, *([before] if before else []), ARRIVE, "bra $E;", "$S:",
             *WAIT, "st.shared.f32 [%r1], %f1;", "$E:"]  # fmt: skip
 
@@ -105,7 +107,8 @@ def test_values_arrive(late):
 
 
 def test_work_between_waits_is_no_deadlock():
-    """The second warp looks 3000 times in vain, with a little work between, before it arrives itself."""
+    """The second warp looks 3000 times in vain, with a little work between, before it arrives
+    itself."""
 
     def work(label, times, look=()):
         return [f"mov.u32 %r9, {times};", f"{label}: sub.u32 %r9, %r9, 1;", *look, *["add.u32 %r10, %r10, 1;"] * 10,

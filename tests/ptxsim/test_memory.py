@@ -1,4 +1,5 @@
-"""Loads, stores, atomics and addresses against what PTX ISA 9.7.9 and 9.7.13 say, and what they are counted as."""
+"""Loads, stores, atomics and addresses against what PTX ISA 9.7.9 and 9.7.13 say, and what they are
+counted as."""
 
 from operator import add, and_, or_, xor
 
@@ -13,7 +14,8 @@ U32 = np.arange(32, dtype=np.uint32)
 
 
 def run(lines, x, y, registers=(), threads=32, grid=1, **options):
-    """`lines` see %t the thread, %x and %y the tensors' addresses, %r, %s, %f, %d registers of 32, 16, 32 and 64 bits."""
+    """`lines` see %t the thread, %x and %y the tensors' addresses, %r, %s, %f, %d registers of 32,
+    16, 32 and 64 bits."""
     head = [".reg .b32 %t, %r<16>; .reg .b16 %s<8>; .reg .f32 %f<8>; .reg .b64 %x, %y, %d<8>; .reg .pred %p<4>;", *registers]
     body = ["mov.u32 %t, %tid.x;", "ld.param.u64 %x, [x];", "ld.param.u64 %y, [y];", *lines]
     kernel = Kernel(kernel_text(body, head, [("x", "u64"), ("y", "u64")]))

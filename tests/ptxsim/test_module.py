@@ -1,4 +1,5 @@
-"""Variables of a module with their initial values, and functions that are called: PTX ISA 5.4, 7.1."""
+"""Variables of a module with their initial values, and functions that are called: PTX ISA 5.4,
+7.1."""
 
 import re
 

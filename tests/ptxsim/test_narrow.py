@@ -1,4 +1,5 @@
-"""Numbers of 16 and 8 bits: comparisons, conversions, what is cut; two integers at once; integers of many words."""
+"""Numbers of 16 and 8 bits: comparisons, conversions, what is cut; two integers at once; integers
+of many words."""
 
 import math
 

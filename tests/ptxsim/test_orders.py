@@ -1,4 +1,5 @@
-"""The package's own kernels with one order between programs or launches taken away: each is found, whatever the values."""
+"""The package's own kernels with one order between programs or launches taken away: each is found,
+whatever the values."""
 
 import importlib.util
 import sys
@@ -27,7 +28,8 @@ LORA, MULTI = (sys.modules[f"lora_kernels.ops.{op}.triton"] for op in ("lora_lin
 
 @pytest.fixture
 def plant(monkeypatch, tmp_path):
-    """Puts kernels from a changed copy of their file in the place of their own, with tickets that they alone count."""
+    """Puts kernels from a changed copy of their file in the place of their own, with tickets that
+    they alone count."""
 
     def planted(module, backend, names, old, new):
         text = Path(module.__file__).read_text()

@@ -81,7 +81,8 @@ def test_shared_memory_of_a_block():
 
 
 def test_two_arguments_from_one_address():
-    """The longer one counts, whichever comes first, and what may be written of either may be written."""
+    """The longer one counts, whichever comes first, and what may be written of either may be
+    written."""
     read = ["ld.param.u64 %rd0, [x0];", "ld.param.u64 %rd1, [x1];", "ld.global.f32 %f0, [%rd0+28];",
             "st.global.f32 [%rd1], %f0;"]  # fmt: skip
     w = torch.arange(8.0)

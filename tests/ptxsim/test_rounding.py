@@ -19,7 +19,8 @@ def sign_of(value):
 
 
 def directed(kind, mode, guess, past):
-    """The number below or above an exact one, `past(c)` the sign of c minus it; `guess` is near it."""
+    """The number below or above an exact one, `past(c)` the sign of c minus it; `guess` is near
+    it."""
     dtype = KIND[kind]
     low = dtype(min(max(guess, -float(np.finfo(dtype).max)), float(np.finfo(dtype).max)))
 

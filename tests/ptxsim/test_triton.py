@@ -1,4 +1,5 @@
-"""Kernels as Triton compiles them for sm_80: right numbers, no finding, and what is wrong is found."""
+"""Kernels as Triton compiles them for sm_80: right numbers, no finding, and what is wrong is
+found."""
 
 import re
 

@@ -1,4 +1,5 @@
-"""What lanes and warps do together, what ends a kernel, and what a thread may ask of its place. PTX ISA 9.7.13, 10."""
+"""What lanes and warps do together, what ends a kernel, and what a thread may ask of its place. PTX
+ISA 9.7.13, 10."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""Triton kernels of the kinds that this project needs, to try the simulator on what Triton makes of them."""
+"""Triton kernels of the kinds that this project needs, to try the simulator on what Triton makes of
+them."""
 
 import triton
 import triton.language as tl
@@ -15,7 +16,8 @@ def vector_add(x, z, y, n, B: tl.constexpr):
 
 @triton.jit
 def lora(x, w, a, b, y, m, n, k, r, scale, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """y = x wᵀ + scale · x aᵀ bᵀ: the product with a in the same loop; the rank r is padded to R."""
+    """y = x wᵀ + scale · x aᵀ bᵀ: the product with a in the same loop; the rank r is padded to
+    R."""
     rows, columns = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     depth, ranks = tl.arange(0, BK), tl.arange(0, R)
     sums = tl.zeros((BM, BN), tl.float32)
@@ -82,7 +84,8 @@ def split_k(x, w, y, m, n, k, ATOMIC: tl.constexpr, PARTS: tl.constexpr, B: tl.c
 
 @triton.jit
 def split_k_ticket(x, w, y, parts, counter, m, n, k, PARTS: tl.constexpr, B: tl.constexpr):
-    """y = x wᵀ: the last program of a tile to come adds the parts, always in one order; it leaves its counter at zero."""
+    """y = x wᵀ: the last program of a tile to come adds the parts, always in one order; it leaves
+    its counter at zero."""
     rows, columns, depth = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1) * B + tl.arange(0, B), tl.arange(0, B)
     part, sums = tl.program_id(2), tl.zeros((B, B), tl.float32)
     for first in range(part * B, k, B * PARTS):
@@ -159,7 +162,8 @@ def through_memory(x, scratch, y, n, B: tl.constexpr, BARRIER: tl.constexpr):
 
 @triton.jit
 def descriptors(x, w, y, m, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """y = x wᵀ, every access by a descriptor, which masks what is outside [m, k], [n, k] or [m, n]."""
+    """y = x wᵀ, every access by a descriptor, which masks what is outside [m, k], [n, k] or [m,
+    n]."""
     xs = tl.make_tensor_descriptor(x, [m, k], [k, 1], [BM, BK])
     ws = tl.make_tensor_descriptor(w, [n, k], [k, 1], [BN, BK])
     ys = tl.make_tensor_descriptor(y, [m, n], [n, 1], [BM, BN])
@@ -172,7 +176,8 @@ def descriptors(x, w, y, m, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.con
 
 @triton.jit
 def cast_dot(x, w, y, m, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
-    """y = x w with w [k, n] in 16 bits, to which x is rounded: on sm_90 that operand of wgmma is in registers."""
+    """y = x w with w [k, n] in 16 bits, to which x is rounded: on sm_90 that operand of wgmma is in
+    registers."""
     rows, columns = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     sums = tl.zeros((BM, BN), tl.float32)
     for first in tl.range(0, k, BK, num_stages=STAGES):
@@ -185,7 +190,8 @@ def cast_dot(x, w, y, m, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.conste
 
 @triton.jit
 def handed_on(x, held, y, n, B: tl.constexpr):
-    """y = x + held, which each launch sets to zero for the next; that begins meanwhile, and waits (from sm_90)."""
+    """y = x + held, which each launch sets to zero for the next; that begins meanwhile, and waits
+    (from sm_90)."""
     tl.extra.cuda.gdc_launch_dependents()
     at = tl.program_id(0) * B + tl.arange(0, B)
     inside = at < n

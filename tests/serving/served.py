@@ -1,4 +1,5 @@
-"""What the tests of serving share: a small Llama, and adapters of every kind that PEFT has for it."""
+"""What the tests of serving share: a small Llama, and adapters of every kind that PEFT has for
+it."""
 
 import peft
 import torch

@@ -85,7 +85,8 @@ def test_a_pool_holds_as_many_as_its_size_says(flags):
 
 
 def test_gains_share_a_page_and_leave_it():
-    """Four adapters' gains in one page of 16 bits; it is free once the last has left, and full again for another's ranks."""
+    """Four adapters' gains in one page of 16 bits; it is free once the last has left, and full
+    again for another's ranks."""
     pool = AdapterPool(net(torch.bfloat16), capacity_bytes=40_000, slots=8, max_rank=64)
     pages = pool.stats().pages_free
     for i in range(4):
@@ -103,7 +104,8 @@ def test_gains_share_a_page_and_leave_it():
 
 
 def test_whoever_must_leave_for_a_gain_leaves():
-    """No page is free for a gain, though a slot is: the longest unused goes, or nobody and nothing changes."""
+    """No page is free for a gain, though a slot is: the longest unused goes, or nobody and nothing
+    changes."""
     model = net(torch.bfloat16)
     size = AdapterPool.sizing(model, [8, 8], slots=4, max_rank=16)
     pool = AdapterPool(model, capacity_bytes=size.capacity_bytes, slots=4, max_rank=16)
@@ -157,7 +159,8 @@ def test_sizes_that_cannot_be(ranks, slots, message):
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
 def test_every_backend_reads_them_from_the_pages(backend):
-    """Gains and biases of six adapters in shared pages, the rest of which is NaN; also where y is there already."""
+    """Gains and biases of six adapters in shared pages, the rest of which is NaN; also where y is
+    there already."""
     if backend in missing_backends():
         pytest.skip(missing_backends()[backend])
     model = net(torch.bfloat16)

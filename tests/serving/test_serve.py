@@ -101,7 +101,8 @@ def test_a_batch_for_several_calls_and_threads(served):
 
 
 def trained_embeddings():
-    """PEFT models that adapt the embedding, one of them the head, too, and the same adapter without the embedding."""
+    """PEFT models that adapt the embedding, one of them the head, too, and the same adapter without
+    the embedding."""
     models = {}
     for i, (name, targets) in enumerate({"both": ["embed_tokens", "lm_head", "q_proj"], "embedding": ["embed_tokens"]}.items()):
         torch.manual_seed(0)
@@ -116,7 +117,8 @@ def trained_embeddings():
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_embeddings(saved, tmp_path, backend):
-    """Beside layers' adapters and the base; several for one sequence add up; exchanged, evicted, and back."""
+    """Beside layers' adapters and the base; several for one sequence add up; exchanged, evicted,
+    and back."""
     model, models = base(), trained_embeddings()
     modules = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
     pool = AdapterPool(model, capacity_bytes=8 << 20, slots=4, max_rank=16, modules=modules)
@@ -164,7 +166,8 @@ def test_embeddings_in_16_bits_and_stale_ids(tmp_path):
 
 
 def test_embeddings_by_whom_they_are_called(tmp_path):
-    """Positions that all sequences share are refused where the batch adapts them, and else left alone; no tokens are none."""
+    """Positions that all sequences share are refused where the batch adapts them, and else left
+    alone; no tokens are none."""
     model = base()
     pool = AdapterPool(model, capacity_bytes=8 << 20, slots=2, max_rank=16, modules=["model.embed_tokens", "lm_head"])
     for name, each in trained_embeddings().items():

@@ -1,14 +1,16 @@
-"""vLLM's LoRA layers on `multi_lora`, as a plugin: `pip install lora_kernels` beside vLLM is all, vLLM finds `register`.
+"""vLLM's LoRA layers on `multi_lora`, as a plugin: `pip install lora_kernels` beside vLLM is all,
+vLLM finds `register`.
 
-What changes: DoRA and lora_bias are served, beside LoRA, rsLoRA and patterns and mixed with them and with base requests; an
-adapter is read as far as it has ranks, without padding to max_lora_rank (for which memory is kept, as in vLLM); an adapter that
-is damaged or does not fit fails the request that names it first, with the reason, before the engine has it in a batch. Each of
-vLLM's linear layers keeps its base product, quantised or not, and `multi_lora_add_` corrects it in place. Shards (tensor
-parallelism) follow vLLM's: see `layers`.
+What changes: DoRA and lora_bias are served, beside LoRA, rsLoRA and patterns and mixed with them
+and with base requests; an adapter is read as far as it has ranks, without padding to max_lora_rank
+(for which memory is kept, as in vLLM); an adapter that is damaged or does not fit fails the request
+that names it first, with the reason, before the engine has it in a batch. Each of vLLM's linear
+layers keeps its base product, quantised or not, and `multi_lora_add_` corrects it in place. Shards
+(tensor parallelism) follow vLLM's: see `layers`.
 
-What does not: scheduling, the API, adapters on experts, embeddings and the head, and column and row parallel layers under
-fully_sharded_loras, which stay vLLM's own; DoRA or lora_bias there is refused in words. `LORA_KERNELS_VLLM=0`, or VLLM_PLUGINS
-without our name, leaves vLLM as it is.
+What does not: scheduling, the API, adapters on experts, embeddings and the head, and column and row
+parallel layers under fully_sharded_loras, which stay vLLM's own; DoRA or lora_bias there is refused
+in words. `LORA_KERNELS_VLLM=0`, or VLLM_PLUGINS without our name, leaves vLLM as it is.
 """
 
 import logging
@@ -22,8 +24,8 @@ _registered = False
 
 
 def register() -> None:
-    """Entry point `vllm.general_plugins`; vLLM calls it in each of its processes. A vLLM that is not one that we know stays as
-    it is, and the log says why."""
+    """Entry point `vllm.general_plugins`; vLLM calls it in each of its processes. A vLLM that is
+    not one that we know stays as it is, and the log says why."""
     global _registered
     if _registered:
         return

@@ -35,7 +35,8 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def parse_name(name: str, weights_mapper: Any = None) -> tuple[str, bool]:
-    """vLLM's parse_fine_tuned_lora_name, which knows magnitudes and biases too: (module, whether it is A)."""
+    """vLLM's parse_fine_tuned_lora_name, which knows magnitudes and biases too: (module, whether it
+    is A)."""
     found = split_name(name)
     return parse_fine_tuned_lora_name(name if found is None else found[0], weights_mapper)
 

@@ -1,4 +1,5 @@
-"""Whether an adapter fits a model of vLLM; known before vLLM keeps it, or lets another go for it. Every rank finds the same."""
+"""Whether an adapter fits a model of vLLM; known before vLLM keeps it, or lets another go for it.
+Every rank finds the same."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,9 +16,11 @@ EXTRAS = ("magnitude", "bias")
 
 
 def check_adapter(manager: Any, adapter: Any) -> None:
-    """Raises AdapterError unless every module of the adapter is one of the model's, and its tensors fit there and are finite.
+    """Raises AdapterError unless every module of the adapter is one of the model's, and its tensors
+    fit there and are finite.
 
-    What vLLM leaves out of an adapter (a vision tower, say) it leaves out still, unless DoRA or lora_bias is there.
+    What vLLM leaves out of an adapter (a vision tower, say) it leaves out still, unless DoRA or
+    lora_bias is there.
     """
     whole = not any(isinstance(module, PPMissingLayer) for module in manager.model.modules())
     there = {name for name, _ in manager.model.named_modules()}
@@ -53,7 +56,8 @@ def extras_by_layer(manager: Any, adapter: Any) -> Iterator[tuple[str, OnMultiLo
 
 
 def _packed_values(manager: Any, name: str, parts: list[Any], what: str) -> Any:
-    """An attribute of the parts of a layer as vLLM packs B: a list if the layer is packed; None if no part has it."""
+    """An attribute of the parts of a layer as vLLM packs B: a list if the layer is packed; None if
+    no part has it."""
     values = [getattr(part, what, None) for part in parts]
     if all(value is None for value in values):
         return None
@@ -74,8 +78,8 @@ def _extra_of_part(manager: Any, adapter: Any, part: str) -> Extra | None:
 
 
 def _has_module(manager: Any, there: set[str], name: str) -> bool:
-    """Whether the model, whose modules are `there`, has one that an adapter calls so, wrapped or not. Names of experts are
-    vLLM's to check."""
+    """Whether the model, whose modules are `there`, has one that an adapter calls so, wrapped or
+    not. Names of experts are vLLM's to check."""
     if ".experts" in name:
         return True
     for full in [name, f"model.{name}"] if manager.is_pooling_model else [name]:

@@ -1,4 +1,5 @@
-"""Where the plugin takes hold of vLLM: classes it looks up in a table, and methods that we call around."""
+"""Where the plugin takes hold of vLLM: classes it looks up in a table, and methods that we call
+around."""
 
 import functools
 import inspect
@@ -25,7 +26,8 @@ from lora_kernels.integrations.vllm.step import Step, set_step, step_of
 
 
 def check_vllm() -> None:
-    """Raises AttributeError or TypeError unless vLLM is as we know it; the message names what is not."""
+    """Raises AttributeError or TypeError unless vLLM is as we know it; the message names what is
+    not."""
     wanted: list[tuple[Any, str, set[str]]] = [
         (LoRAModelManager, "_init_punica_wrapper", set()), (LoRAModelManager, "_create_lora_modules", set()),
         (LoRAModelManager, "activate_adapter", {"lora_id"}), (LoRAModelManager, "remove_all_adapters", set()),
@@ -121,7 +123,8 @@ def _with_norms_forgotten(original: Any, manager: Any) -> None:
 
 
 def _with_extras(original: Any, manager: Any, lora_id: int) -> bool:
-    """After vLLM has put A and B into a slot: the gains and biases. A slot is either right or empty."""
+    """After vLLM has put A and B into a slot: the gains and biases. A slot is either right or
+    empty."""
     if lora_id in manager._active_adapters:
         return original(manager, lora_id)
     wrong: list[Exception] = []
@@ -140,7 +143,8 @@ def _with_extras(original: Any, manager: Any, lora_id: int) -> bool:
         slot = manager.lora_index_to_id.index(lora_id)
         for wrapper in set(manager.punica_wrapper_mapping.values()):
             step_of(wrapper).occupy(slot)
-        manager._last_mapping = None  # the slot may hold the same adapter as before, anew: ids from before are stale
+        # the slot may hold the same adapter as before, anew: ids from before are stale
+        manager._last_mapping = None
         wrong += filter(None, [layer.complete(slot, name, *values) for name, layer, *values in found])
     if wrong:
         manager.deactivate_adapter(lora_id)

@@ -1,13 +1,16 @@
-"""vLLM's linear layers with LoRA, their adapters in pages and `multi_lora_add_` after the base product.
+"""vLLM's linear layers with LoRA, their adapters in pages and `multi_lora_add_` after the base
+product.
 
 Each class is one of vLLM's, from which it keeps what is said of shards:
 
     column parallel (q, k, v, gate, up)   W, B, m, c by rows of W;  A whole;     y = its rows
-    row parallel (o, down)                W, A by columns of W;     B, m whole;  y = a part of a sum over the ranks
+    row parallel (o, down)                W, A by columns of W;     B, m whole;  y = a part of a sum
+                                          over the ranks
     replicated                            all whole
 
-The gain of DoRA scales a row of W, so it may scale each part of that sum; the norm in it is that of the whole row, for which
-the ranks add their squares once, when an adapter is put into a slot. lora_bias and the bias of the base are added by rank 0.
+The gain of DoRA scales a row of W, so it may scale each part of that sum; the norm in it is that of
+the whole row, for which the ranks add their squares once, when an adapter is put into a slot.
+lora_bias and the bias of the base are added by rank 0.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +31,8 @@ from lora_kernels.ops.multi_lora.plan import BIAS, GAIN, rows_of
 from lora_kernels.serving.site import Pages, Prepared, pages_of
 
 Parts = Tensor | Sequence[Tensor | None]
-"""A tensor of the whole layer, or one of each module that vLLM packed into it (None: the adapter leaves that alone)."""
+"""A tensor of the whole layer, or one of each module that vLLM packed into it (None: the adapter
+leaves that alone)."""
 IDENTITY_ROWS = 256
 """Rows of the identity at a time, when W is asked for through its product."""
 
@@ -54,7 +58,8 @@ class OnMultiLora:
         self._pages: list[Pages] = []
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
-        """Only remembers; `set_mapping` follows, and knows the step whose generations the slots share."""
+        """Only remembers; `set_mapping` follows, and knows the step whose generations the slots
+        share."""
         self.lora_config, self._max_loras = lora_config, max_loras
         if self.n_slices == 1:
             self.output_slices = (self.output_size,)
@@ -76,7 +81,8 @@ class OnMultiLora:
         self.lora_b_stacked = tuple(s.b.T[None, None] for s in self._slots)
 
     def check_factors(self, name: str, lora_a: Parts, lora_b: Parts, magnitude: Parts | None, bias: Parts | None) -> None:
-        """Raises AdapterError unless an adapter fits the layer and is finite. It sees all of it, so all ranks find the same."""
+        """Raises AdapterError unless an adapter fits the layer and is finite. It sees all of it, so
+        all ranks find the same."""
         for what, parts in (("A", lora_a), ("B", lora_b), ("magnitude", magnitude), ("bias", bias)):
             for t in [parts] if isinstance(parts, Tensor) else parts or ():
                 if t is not None and not bool(t.to(self._slots[0].a.dtype).isfinite().all()):
@@ -101,7 +107,8 @@ class OnMultiLora:
             pages.clear_slot(index)
 
     def set_lora(self, index: int, lora_a: Parts, lora_b: Parts) -> None:
-        """Puts A and B, which vLLM has scaled, into a slot; `complete` follows for DoRA and lora_bias."""
+        """Puts A and B, which vLLM has scaled, into a slot; `complete` follows for DoRA and
+        lora_bias."""
         self.reset_lora(index)
         for pages, a, b in zip(self._pages, *self._factors_of_this_rank(lora_a, lora_b), strict=True):
             if a is not None and b is not None:
@@ -113,8 +120,9 @@ class OnMultiLora:
         self._squared = [None] * len(self._pages)
 
     def complete(self, index: int, name: str, magnitude: Parts | None, bias: Parts | None) -> Exception | None:
-        """Puts the gain of DoRA and s times lora_bias beside the factors of a slot. Returns what is wrong with the gain: each
-        rank has its own part of it, and all must go through all layers."""
+        """Puts the gain of DoRA and s times lora_bias beside the factors of a slot. Returns what is
+        wrong with the gain: each rank has its own part of it, and all must go through all
+        layers."""
         wrong: Exception | None = None
         for i, m in enumerate(() if magnitude is None else self._factors_of_this_rank(None, _columns(magnitude))[1]):
             if m is not None:
@@ -143,7 +151,8 @@ class OnMultiLora:
         if step.all_base and not torch.compiler.is_compiling() and not _capturing(x):
             return output
         rows = output if output.dim() == 2 else output.view(-1, output.shape[-1])
-        x = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).to(output.dtype)  # a router's output may be float32
+        # a router's output may be float32
+        x = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).to(output.dtype)
         layer = self.base_layer
         bias = None if self._is_later_part or layer.skip_bias_add else layer.bias
         multi_lora_add_(rows, x, self._slots, step.plan(x.shape[0]), bias)
@@ -161,7 +170,8 @@ class OnMultiLora:
     def _rows_of_slices(self) -> list[int]:
         """Rows of W of each slice, of all ranks together."""
         layer = self.base_layer
-        if isinstance(layer, QKVParallelLinear):  # its own sizes count k and v once for each rank that has a copy
+        # its own sizes count k and v once for each rank that has a copy
+        if isinstance(layer, QKVParallelLinear):
             heads = (layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads)
             sizes = [count * layer.head_size for count in heads]
         else:
@@ -171,7 +181,8 @@ class OnMultiLora:
     def _factors_of_all_ranks(
         self, lora_a: Parts | None, lora_b: Parts, name: str
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """A and B of each slice, of all ranks together; B is whatever has a row for each row of W."""
+        """A and B of each slice, of all ranks together; B is whatever has a row for each row of
+        W."""
         try:
             if isinstance(lora_b, Tensor):
                 parts = [lora_b] if self.n_slices == 1 else list(lora_b.split(self._rows_of_slices()))
@@ -222,10 +233,12 @@ class OnMultiLora:
         return w.detach() if isinstance(w, Tensor) and w.dtype in FLOATS and tuple(w.shape) == shape else None
 
     def _columns_of_weight(self, rows: slice) -> Iterator[tuple[int, Tensor]]:
-        """Wᵀ, IDENTITY_ROWS of its rows at a time, and which is the first: the products of unit vectors.
+        """Wᵀ, IDENTITY_ROWS of its rows at a time, and which is the first: the products of unit
+        vectors.
 
         Raises:
-            AdapterError: they do not grow as their inputs do: those are quantised with a scale of their own.
+            AdapterError: they do not grow as their inputs do: those are quantised with a scale of
+                their own.
         """
         for first in range(0, self.input_size, IDENTITY_ROWS):
             units = torch.zeros(min(IDENTITY_ROWS, self.input_size - first), self.input_size)

@@ -1,8 +1,10 @@
-"""A request whose adapter cannot be served fails alone, and first: in a step it would take the engine with it.
+"""A request whose adapter cannot be served fails alone, and first: in a step it would take the
+engine with it.
 
-An adapter that is new is loaded and checked by every worker, then put into a slot by every worker, each time by a call whose
-answer is a reason or None. An exception would leave the answers of other ranks in their queues, where vLLM takes them for those
-of the next call; and a rank that goes on alone would wait in a sum for one that has given up.
+An adapter that is new is loaded and checked by every worker, then put into a slot by every worker,
+each time by a call whose answer is a reason or None. An exception would leave the answers of other
+ranks in their queues, where vLLM takes them for those of the next call; and a rank that goes on
+alone would wait in a sum for one that has given up.
 """
 
 import functools
@@ -22,8 +24,8 @@ TRY = "lora_kernels_try_lora"
 
 
 def try_lora(worker: Any, fields: Sequence[Any], stage: str) -> str | None:
-    """A method of each worker. Stages: "load" and check, keeping the adapter aside; "drop" it; "add" it to the engine, as
-    vLLM's add_lora; "remove" it again. Returns why that failed."""
+    """A method of each worker. Stages: "load" and check, keeping the adapter aside; "drop" it;
+    "add" it to the engine, as vLLM's add_lora; "remove" it again. Returns why that failed."""
     request = LoRARequest(*fields)
     try:
         manager = worker.model_runner.lora_manager
@@ -90,8 +92,8 @@ def with_proof_async(original: Any) -> Callable[..., Any]:
 
 
 def _proof_stages(engine: Any, request: Any, sleeps: bool) -> Generator[str, Any, None]:
-    """The stages to ask all workers for; takes their answers, and raises with the first reason. While the engine sleeps its
-    slots may have no memory, so the adapter is only loaded."""
+    """The stages to ask all workers for; takes their answers, and raises with the first reason.
+    While the engine sleeps its slots may have no memory, so the adapter is only loaded."""
     for stage in ("load",) if sleeps else ("load", "add"):
         reason = next((reason for reason in (yield stage) if reason is not None), None)
         if reason is not None:

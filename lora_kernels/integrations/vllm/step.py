@@ -1,4 +1,5 @@
-"""Which adapter each token of an engine's step wants, in buffers whose addresses stay, as CUDA graphs need."""
+"""Which adapter each token of an engine's step wants, in buffers whose addresses stay, as CUDA
+graphs need."""
 
 import torch
 from torch import Tensor
@@ -7,7 +8,8 @@ from lora_kernels.ops.multi_lora.plan import BASE, BatchPlan, id_of
 
 
 class Step:
-    """The slots' generations and the current plan, for all layers that one punica wrapper of vLLM serves."""
+    """The slots' generations and the current plan, for all layers that one punica wrapper of vLLM
+    serves."""
 
     def __init__(self, slots: int, tokens: int, device: torch.device) -> None:
         self.generation = torch.zeros(slots, dtype=torch.int32, device=device)
@@ -26,17 +28,20 @@ class Step:
         self.generation[slot] = (self.generation[slot] + 1) & 0x7FFFFFFF
 
     def set_slots(self, slots: Tensor, all_base: bool) -> None:
-        """The slot of each token of the next step, [tokens] int64, -1 for the base; and whether all are -1.
+        """The slot of each token of the next step, [tokens] int64, -1 for the base; and whether all
+        are -1.
 
         Raises:
-            LookupError: a kernel of an earlier step met an id that was out of range or stale: our own bookkeeping is wrong.
+            LookupError: a kernel of an earlier step met an id that was out of range or stale: our
+                own bookkeeping is wrong.
             ValueError: there are more tokens than there is room for.
         """
         if int(self._seen):
             self._seen.zero_()
             self._error.zero_()
             raise LookupError("lora_kernels: a kernel met an adapter's id that is out of range or stale")
-        self._seen.copy_(self._error, non_blocking=True)  # known at the next step, so none waits for the device
+        # known at the next step, so none waits for the device
+        self._seen.copy_(self._error, non_blocking=True)
         count, room = len(slots), len(self._ids)
         if count > room:
             raise ValueError(f"lora_kernels: a step may have {room} tokens, found {count}")
@@ -51,8 +56,9 @@ class Step:
         self._filled = count
 
     def plan(self, tokens: int) -> BatchPlan:
-        """The plan of a step of that many tokens; those beyond the step's own, which pad it, want the base. The order of the
-        step holds for a longer one, since base tokens come last in it, by their number."""
+        """The plan of a step of that many tokens; those beyond the step's own, which pad it, want
+        the base. The order of the step holds for a longer one, since base tokens come last in it,
+        by their number."""
         if torch.compiler.is_compiling():
             return self._plan_view(tokens)
         if tokens < self._filled:

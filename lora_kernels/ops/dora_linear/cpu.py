@@ -1,4 +1,5 @@
-"""CPU: the kernels of weight_norm and lora_linear one after the other: a core has too few registers to serve both at once."""
+"""CPU: the kernels of weight_norm and lora_linear one after the other: a core has too few registers
+to serve both at once."""
 
 from lora_kernels.ops.dora_linear.two_ops import norm_then_linear
 from lora_kernels.ops.registry import implements

@@ -1,4 +1,5 @@
-"""CUDA C++: the kernels of weight_norm and lora_linear one after the other, where Triton's one launch does not run."""
+"""CUDA C++: the kernels of weight_norm and lora_linear one after the other, where Triton's one
+launch does not run."""
 
 from lora_kernels.ops.cuda_alone import refuse_beside_triton
 from lora_kernels.ops.dora_linear.two_ops import norm_then_linear

@@ -1,6 +1,7 @@
 """DoRA with its norm, from one read of W where few rows ask for it:
 
-    n = ‖W + scale·BA‖ over the input dimension,   y = (m / n) ⊙ (x Wᵀ + scale · x Aᵀ Bᵀ) + bias       (1)
+    n = ‖W + scale·BA‖ over the input dimension,   y = (m / n) ⊙ (x Wᵀ + scale · x Aᵀ Bᵀ) + bias
+                                                   (1)
 
 Source: DoRA, arXiv:2402.09353, eq. 5.
 """
@@ -17,12 +18,14 @@ from lora_kernels.ops.registry import declare
 def dora_linear(
     x: Tensor, w: Tensor, a: Tensor, b: Tensor, magnitude: Tensor, scale: float = 1.0, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """y [..., out] in the dtype of x and the norm n [out] in float32 (float64 for float64) of formula (1).
+    """y [..., out] in the dtype of x and the norm n [out] in float32 (float64 for float64) of
+    formula (1).
 
-    Shapes: x [..., in], w [out, in], a [r, in], b [out, r], magnitude and bias [out]; dtypes as in `lora_linear`. Sums are
-    float32 and y is rounded once. Where n is zero the gain m / n is 1, as in `dora_gain`. No gradients: it runs as under
-    `torch.no_grad()`. On a GPU up to 64 rows with a rank up to 64 take one launch that reads W once. Else it is `weight_norm`
-    and `lora_linear`. Where the norm is known, call those.
+    Shapes: x [..., in], w [out, in], a [r, in], b [out, r], magnitude and bias [out]; dtypes as in
+    `lora_linear`. Sums are float32 and y is rounded once. Where n is zero the gain m / n is 1, as
+    in `dora_gain`. No gradients: it runs as under `torch.no_grad()`. On a GPU up to 64 rows with a
+    rank up to 64 take one launch that reads W once. Else it is `weight_norm` and `lora_linear`.
+    Where the norm is known, call those.
 
     Raises:
         TypeError, ValueError: as `lora_linear`; magnitude is checked as its gain.

@@ -1,4 +1,5 @@
-"""Triton: base, adapter, norm, gain and bias from one read of W, for few rows; else weight_norm and lora_linear."""
+"""Triton: base, adapter, norm, gain and bias from one read of W, for few rows; else weight_norm and
+lora_linear."""
 
 import torch
 import triton
@@ -18,7 +19,8 @@ def dora_kernel(
     x, w, a, b, bias, magnitude, y, norm, scale, m, n, k, r, x0, x1, w0, w1, a0, a1, b0, b1,
     PRECISION: tl.constexpr, OF_B_A: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """norm [n] = ‖w + scale · b a‖, y [m, n] = magnitude / norm ⊙ (x wᵀ + scale · x aᵀ bᵀ) + bias; m to BM, r to BR.
+    """norm [n] = ‖w + scale · b a‖, y [m, n] = magnitude / norm ⊙ (x wᵀ + scale · x aᵀ bᵀ) + bias;
+    m to BM, r to BR.
 
     Each tile of w serves the product and the norm, each tile of a h and the norm.
     """

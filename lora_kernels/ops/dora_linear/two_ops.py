@@ -1,4 +1,5 @@
-"""weight_norm and lora_linear one after the other, for the backends and the sizes that have no kernel of both."""
+"""weight_norm and lora_linear one after the other, for the backends and the sizes that have no
+kernel of both."""
 
 from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.ops.weight_norm import dora_gain, weight_norm

@@ -1,7 +1,9 @@
-"""The arguments of lora_linear's ops, built once in op.py and group.py and read by name in every backend.
+"""The arguments of lora_linear's ops, built once in op.py and group.py and read by name in every
+backend.
 
-A field stands here and nowhere else: the schema that torch sees is made of these (`registry.declare`), and so is what autograd
-says and wants of each argument. A new field has a default, since calls from elsewhere are older.
+A field stands here and nowhere else: the schema that torch sees is made of these
+(`registry.declare`), and so is what autograd says and wants of each argument. A new field has a
+default, since calls from elsewhere are older.
 """
 
 from collections.abc import Iterator
@@ -21,7 +23,8 @@ class Needs(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """One layer: y = gain ⊙ (x Wᵀ + scale · drop(x) Aᵀ Bᵀ) + bias, shapes as in `lora_linear`, x [tokens, in]."""
+    """One layer: y = gain ⊙ (x Wᵀ + scale · drop(x) Aᵀ Bᵀ) + bias, shapes as in `lora_linear`, x
+    [tokens, in]."""
 
     x: Tensor
     w: Tensor
@@ -124,5 +127,6 @@ def drops_base(drop_base: bool, gain: Tensor | None, dropout: float) -> bool:
 
 
 def keeps_z(bias: Tensor | None, gain: Tensor | None, drop_base: bool) -> bool:
-    """Whether gain's gradient needs z: y does not give it back once a bias is added (cancellation) or the base dropped."""
+    """Whether gain's gradient needs z: y does not give it back once a bias is added (cancellation)
+    or the base dropped."""
     return gain is not None and (bias is not None or drop_base)

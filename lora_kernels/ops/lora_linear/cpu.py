@@ -1,10 +1,12 @@
-"""CPU: for few tokens one C++ kernel that streams W once; above, a GEMM between thin C++ passes in place: for up to 64 tokens
-in float32 and 256 in 16 bits our own, which packs x alone, else the vendor's.
+"""CPU: for few tokens one C++ kernel that streams W once; above, a GEMM between thin C++ passes in
+place: for up to 64 tokens in float32 and 256 in 16 bits our own, which packs x alone, else the
+vendor's.
 
-The vendor's 16-bit GEMM rounds its result before the adapter's term is added, which costs 1.4 to 1.9 times the error of
-one rounding; without native support it is up to 100 times slower, and with AMX a NaN can reach other rows. So 16-bit
-products are ours: on AMX tiles where there are any, else W is widened block by block: where x is packed by that kernel, else
-into a float32 scratch that stays in the cache, in both directions. Sums are float32 and y is rounded once.
+The vendor's 16-bit GEMM rounds its result before the adapter's term is added, which costs 1.4 to
+1.9 times the error of one rounding; without native support it is up to 100 times slower, and with
+AMX a NaN can reach other rows. So 16-bit products are ours: on AMX tiles where there are any, else
+W is widened block by block: where x is packed by that kernel, else into a float32 scratch that
+stays in the cache, in both directions. Sums are float32 and y is rounded once.
 """
 
 from functools import partial
@@ -21,7 +23,8 @@ from lora_kernels.ops.lora_linear.loop import backward_each, forward_each, refus
 from lora_kernels.ops.refusals import READ, refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 
-OUTER_TOKENS = 64  # tokens, up to which a pass in float32 vectors is faster than tiles and a transposing copy
+# tokens, up to which a pass in float32 vectors is faster than tiles and a transposing copy
+OUTER_TOKENS = 64
 
 
 def refusal(call):
@@ -200,7 +203,8 @@ def group_backward(call):
 
 
 def _input_gradient(dtype, dy, w, a, gain, p, drop, drop_base):
-    """(dy ⊙ gain) W + mask ⊙ (p A), or for a dropped base dy W + mask ⊙ ((dy ⊙ (gain - 1)) W + p A)."""
+    """(dy ⊙ gain) W + mask ⊙ (p A), or for a dropped base dy W + mask ⊙ ((dy ⊙ (gain - 1)) W + p
+    A)."""
     if drop_base:
         wide = _times_weight(dy * (gain - 1), w)
         _add_adapter(wide, wide, a, p, mask=drop, mask_from=True)
@@ -230,7 +234,8 @@ def _column_sums(u, v):
 
 
 def _add_adapter(source, target, b, h, *, gain=None, bias=None, mask=None, mask_from=False):
-    """target = gain ⊙ (source + mask ⊙ (h b)) + bias, b [rank, out]; with mask_from the mask is on both terms."""
+    """target = gain ⊙ (source + mask ⊙ (h b)) + bias, b [rank, out]; with mask_from the mask is on
+    both terms."""
     _cpu.expand(source, target, b, gain, bias, h, mask, mask_from, torch.get_num_threads())
 
 

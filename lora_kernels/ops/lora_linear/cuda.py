@@ -1,7 +1,9 @@
-"""CUDA C++. Up to 64 tokens with 16-bit A and B, without dropout: one launch, csrc/lora_linear/cuda_small.cu, with W in 16 bits
-or int8. Else the library's GEMM with thin kernels around it, cuda_layers.py; in the deterministic mode, where a row's bits must
-not depend on the other rows, or where that was measured to be faster, h = s·drop(x) Aᵀ and csrc/lora_linear/cuda_tiles.cu, if
-they take it (`refuse_fused`). On sm_90, where that was measured to be the fastest, cuda_specialised.py."""
+"""CUDA C++. Up to 64 tokens with 16-bit A and B, without dropout: one launch,
+csrc/lora_linear/cuda_small.cu, with W in 16 bits or int8. Else the library's GEMM with thin kernels
+around it, cuda_layers.py; in the deterministic mode, where a row's bits must not depend on the
+other rows, or where that was measured to be faster, h = s·drop(x) Aᵀ and
+csrc/lora_linear/cuda_tiles.cu, if they take it (`refuse_fused`). On sm_90, where that was measured
+to be the fastest, cuda_specialised.py."""
 
 import torch
 
@@ -81,7 +83,8 @@ def refuse_fused(call):
 
 
 def _refuse_beside_triton(call):
-    """Why Triton's kernels are the better choice, if they run here and this backend is not forced."""
+    """Why Triton's kernels are the better choice, if they run here and this backend is not
+    forced."""
     if stands_alone():
         return None
     reason = refuse_fused(call)

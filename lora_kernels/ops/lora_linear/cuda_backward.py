@@ -1,8 +1,9 @@
 """CUDA C++: the backward of layers that share x.
 
-B1 reads dy once, for P = s·(dy ⊙ gain) B, dB, the sums of dy and, where dx wants it, dy ⊙ gain; B3 reads x once for dA; then dx
-by the library's GEMM, in the deterministic mode by csrc/lora_linear/cuda_dx.cu, with W in int8 by cuda_dx_small.cu, or where
-that is the choice by cuda_specialised.py; and what is left to add up.
+B1 reads dy once, for P = s·(dy ⊙ gain) B, dB, the sums of dy and, where dx wants it, dy ⊙ gain; B3
+reads x once for dA; then dx by the library's GEMM, in the deterministic mode by
+csrc/lora_linear/cuda_dx.cu, with W in int8 by cuda_dx_small.cu, or where that is the choice by
+cuda_specialised.py; and what is left to add up.
 """
 
 import torch
@@ -30,7 +31,8 @@ DX, DX_SMALL = (f"lora_linear/cuda_{name}.cu" for name in ("dx", "dx_small"))
 
 
 def backward(x, dys, layers, hs, ys, zs, needs, w_scale=None, specialised=False):
-    """dx, and da, db, dbias, dgain of each layer, as far as they are wanted: `needs` has a `Needs` of each."""
+    """dx, and da, db, dbias, dgain of each layer, as far as they are wanted: `needs` has a `Needs`
+    of each."""
     needs_dx = needs[0].x
     own = needs_dx and w_scale is None and (specialised or len(layers) > 1 or not takes_dx(dys[0], layers[0]))
     ps, scaled, grads = [], [], []
@@ -79,7 +81,8 @@ def backward(x, dys, layers, hs, ys, zs, needs, w_scale=None, specialised=False)
 
 
 def takes_dx(dy, layer):
-    """Whether dx is to be made by a kernel of ours, whose bits in a row do not depend on other rows, and it takes this."""
+    """Whether dx is to be made by a kernel of ours, whose bits in a row do not depend on other
+    rows, and it takes this."""
     return (
         torch.are_deterministic_algorithms_enabled()
         and dy.dtype is layer.a.dtype is torch.bfloat16

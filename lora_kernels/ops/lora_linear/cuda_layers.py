@@ -1,4 +1,5 @@
-"""CUDA C++: layers that share x, by the library's GEMMs (library.py) with thin kernels around them (cuda_skinny.py)."""
+"""CUDA C++: layers that share x, by the library's GEMMs (library.py) with thin kernels around them
+(cuda_skinny.py)."""
 
 import torch
 

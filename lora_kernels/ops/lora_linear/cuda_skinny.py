@@ -1,5 +1,6 @@
-"""CUDA C++: products of a big matrix with thin ones, and what is elementwise beside a GEMM of the library. x, dy and W are in
-16 bits, A and B in those or in float32, each with any strides; rows that are not in pieces of 16 bytes take slower kernels.
+"""CUDA C++: products of a big matrix with thin ones, and what is elementwise beside a GEMM of the
+library. x, dy and W are in 16 bits, A and B in those or in float32, each with any strides; rows
+that are not in pieces of 16 bytes take slower kernels.
 
 No atomics: what several blocks add to is kept in parts, whose sum is taken in their order.
 """
@@ -47,7 +48,8 @@ def padded_matrix(t, m, n):
 
 
 def split_bf16(a):
-    """a [r, k] in bfloat16, [2, r, k in whole pieces]: its numbers, and what those leave of them."""
+    """a [r, k] in bfloat16, [2, r, k in whole pieces]: its numbers, and what those leave of
+    them."""
     r, k = a.shape
     out = a.new_empty(2, r, 8 * ceil_div(k, 8), dtype=torch.bfloat16)
     args = {**matrix_fields("a", a), "out": out, "r": r, "k": k, "out_row": out.shape[2]}
@@ -66,9 +68,11 @@ def factors(a, b, scale):
 
 
 def shrink(x, a, scale, drop=(0.0, None), *, fixed=True, keep=False):
-    """The parts of scale · drop(x) aᵀ, [parts, m, r] in float32, and with `keep` x where the mask keeps it, else zeros.
+    """The parts of scale · drop(x) aᵀ, [parts, m, r] in float32, and with `keep` x where the mask
+    keeps it, else zeros.
 
-    `fixed`: how k is split depends on k and r alone, so that a row's sum does not depend on how many rows there are.
+    `fixed`: how k is split depends on k and r alone, so that a row's sum does not depend on how
+    many rows there are.
     """
     (m, k), r, drops, whole = x.shape, len(a), drop[1] is not None, in_pieces(x)
     split = a.dtype is not x.dtype or not whole
@@ -101,7 +105,8 @@ def _part_of_a(arch, dtype, r):
 
 
 def expand(out, terms, *, less=0, bias=None, z_out=None):
-    """out [m, n] = Σ terms + bias, one launch a term; see `library.Expand`. out, z and z_out have rows without gaps."""
+    """out [m, n] = Σ terms + bias, one launch a term; see `library.Expand`. out, z and z_out have
+    rows without gaps."""
     (m, n), t = out.shape, compiled("lora_linear_expand.cu")
     rows = part_of_rows(m, ceil_div(n, t.columns), t.part)
     for i, (h, b, z, gain, drop) in enumerate(terms):
@@ -119,8 +124,9 @@ def expand(out, terms, *, less=0, bias=None, z_out=None):
 
 
 def both_sides(u, v, h, times, gain, scale, sums_u, r, less=None):
-    """One read of u [m, n] gives p [blocks, m, r] = scale · u (gain ⊙ v) and part [parts, n, r] of uᵀ h. Beside them the sums
-    of u's columns and of u ⊙ times, [parts, n]; and with `less` u ⊙ (gain - less)."""
+    """One read of u [m, n] gives p [blocks, m, r] = scale · u (gain ⊙ v) and part [parts, n, r] of
+    uᵀ h. Beside them the sums of u's columns and of u ⊙ times, [parts, n]; and with `less` u ⊙
+    (gain - less)."""
     m, n = u.shape
     whole = in_pieces(u) and (times is None or in_pieces(times))
     t = compiled("lora_linear_sides.cu", r=r, times=times is not None or not whole, pieces=whole)
@@ -173,7 +179,8 @@ def outer_product(u, p, drop, keep):
 
 
 def reduce_partials(jobs):
-    """Each out [n, r] = factor · gain ⊙ Σ part [parts, n, r] / divisor, of jobs (part, out, gain, divisor, n, r, factor)."""
+    """Each out [n, r] = factor · gain ⊙ Σ part [parts, n, r] / divisor, of jobs (part, out, gain,
+    divisor, n, r, factor)."""
     t = compiled("lora_linear_sums.cu")
     for first in range(0, len(jobs), JOBS):
         some = jobs[first : first + JOBS]

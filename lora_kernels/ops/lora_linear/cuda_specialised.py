@@ -1,7 +1,9 @@
-"""CUDA C++ for sm_90a: y and dx of many rows by specialised warp groups, csrc/lora_linear/cuda_specialised_sm90a.cu.
+"""CUDA C++ for sm_90a: y and dx of many rows by specialised warp groups,
+csrc/lora_linear/cuda_specialised_sm90a.cu.
 
-The adapter's product is taken on the base's float32 sums, with h or P as a number of bfloat16 and what that leaves; B or A of
-another type than bfloat16 likewise. Which block makes a tile decides nothing about its bits.
+The adapter's product is taken on the base's float32 sums, with h or P as a number of bfloat16 and
+what that leaves; B or A of another type than bfloat16 likewise. Which block makes a tile decides
+nothing about its bits.
 """
 
 import torch
@@ -30,7 +32,8 @@ BOX = 64  # rows and columns of what is stored at a time, as in the source
 
 
 def refusal(x, w, drop_base, left):
-    """Why it cannot compute y or dx. `left`: by its name the factor of w, if it is read as it lies."""
+    """Why it cannot compute y or dx. `left`: by its name the factor of w, if it is read as it
+    lies."""
     arch = architecture(x)
     if arch != 90:
         return f"its code is for sm_90a, found sm_{arch}"
@@ -50,7 +53,8 @@ def refusal(x, w, drop_base, left):
 
 
 def forward(call, h, y, z, whole):
-    """Fills y = gain ⊙ (x wᵀ + h bᵀ) + bias, z without gain and bias, and the sum of h's parts; the last two may be None."""
+    """Fills y = gain ⊙ (x wᵀ + h bᵀ) + bias, z without gain and bias, and the sum of h's parts; the
+    last two may be None."""
     x, w, b = call.x, call.w, call.b
     (m, k), n = x.shape, len(w)
     hs = pairs(h, whole)
@@ -87,13 +91,15 @@ def _splits(t):
 
 
 def _has_map(t):
-    """Whether rows that begin at multiples of 16 bytes are as far apart as a map wants them, a single one too."""
+    """Whether rows that begin at multiples of 16 bytes are as far apart as a map wants them, a
+    single one too."""
     return t.stride(0) >= t.shape[1] and t.stride(0) % 8 == 0
 
 
 def pairs(parts, whole=None, across=False):
-    """The sum of parts [parts, rows, ranks] as numbers of bfloat16: of 32 ranks each the numbers, then what those leave, then
-    those of the next. [rows, 64 chunks], or its transpose if `across`. `whole` gets the sum."""
+    """The sum of parts [parts, rows, ranks] as numbers of bfloat16: of 32 ranks each the numbers,
+    then what those leave, then those of the next. [rows, 64 chunks], or its transpose if `across`.
+    `whole` gets the sum."""
     t, chunk = compiled("lora_linear_pairs.cu"), compiled(GEMM).ranks
     (count, rows, ranks), chunks = parts.shape, ceil_div(parts.shape[2], chunk)
     shape = rows, chunks * 2 * chunk

@@ -1,9 +1,11 @@
-"""Several frozen linear layers with LoRA adapters that read one input (q, k and v; gate and up), as one op:
+"""Several frozen linear layers with LoRA adapters that read one input (q, k and v; gate and up), as
+one op:
 
     y_i = gain_i ⊙ (x W_iᵀ + scale_i · drop_i(x) A_iᵀ B_iᵀ) + bias_i
 
-so that a kernel reads x once, and its gradient, the sum over the members, is summed in float32 and written once; but by the
-library's GEMM, which adds one member after another to what was rounded ("addmm" in `explain`).
+so that a kernel reads x once, and its gradient, the sum over the members, is summed in float32 and
+written once; but by the library's GEMM, which adds one member after another to what was rounded
+("addmm" in `explain`).
 """
 
 import math
@@ -21,7 +23,8 @@ from lora_kernels.ops.registry import declare
 
 
 class Member(NamedTuple):
-    """One layer of a group: what `lora_linear` takes besides x and dropout, in its shapes and dtypes."""
+    """One layer of a group: what `lora_linear` takes besides x and dropout, in its shapes and
+    dtypes."""
 
     w: Tensor
     a: Tensor
@@ -42,24 +45,25 @@ def lora_linear_group(
 
         y_i = gain_i ⊙ (x W_iᵀ + scale_i · drop_i(x) A_iᵀ B_iᵀ) + bias_i
 
-    Shapes: x [..., in]; of member i w [out_i, in], a [r_i, in], b [out_i, r_i], bias and gain [out_i]; y_i [..., out_i] in
-    the dtype of x. Widths, ranks, dtypes of the adapters and what is None may differ from member to member. Sums are taken
-    in float32 (float64 for float64) and rounded as `lora_linear`'s are, the gradient of x, which sums over the members, too, or
-    by the library's GEMM as often as there are members. Under autocast x
-    and each w are cast to its dtype.
+    Shapes: x [..., in]; of member i w [out_i, in], a [r_i, in], b [out_i, r_i], bias and gain
+    [out_i]; y_i [..., out_i] in the dtype of x. Widths, ranks, dtypes of the adapters and what is
+    None may differ from member to member. Sums are taken in float32 (float64 for float64) and
+    rounded as `lora_linear`'s are, the gradient of x, which sums over the members, too, or by the
+    library's GEMM as often as there are members. Under autocast x and each w are cast to its dtype.
 
-    Gradients flow to x and to each a, b, bias, gain and tensor scale; every w is frozen. A second differentiation raises.
-    `grad_dtype` of a leaf counts as in `lora_linear`.
-    A member whose output is not used costs nothing in backward, and its tensors get no gradient.
+    Gradients flow to x and to each a, b, bias, gain and tensor scale; every w is frozen. A second
+    differentiation raises. `grad_dtype` of a leaf counts as in `lora_linear`. A member whose output
+    is not used costs nothing in backward, and its tensors get no gradient.
 
-    `dropout` is one probability for all or one a member. Each member draws a mask of its own, from its `seed` or from one
-    drawn in the order of the members, as calls one after another would. What `dropout_semantics` means, and that an output
-    with a gain must not be changed in place before backward, is as in `lora_linear`.
+    `dropout` is one probability for all or one a member. Each member draws a mask of its own, from
+    its `seed` or from one drawn in the order of the members, as calls one after another would. What
+    `dropout_semantics` means, and that an output with a gain must not be changed in place before
+    backward, is as in `lora_linear`.
 
     Raises:
         TypeError: a tensor has a dtype that is not supported, or a member is not a Member.
-        ValueError: a shape, device, dropout or scale does not fit, a w requires grad, or there is no member; the message
-            names the member by its index. Nothing has run.
+        ValueError: a shape, device, dropout or scale does not fit, a w requires grad, or there is
+            no member; the message names the member by its index. Nothing has run.
         NotImplementedError: the forced backend refuses; the message says why.
     """
     dropouts = _dropout_of_members(members, dropout)
@@ -119,7 +123,8 @@ _LEARNT = slice(1, 5)  # of those: what may get a gradient
 
 
 class _LoRALinearGroup(torch.autograd.Function):
-    """Tensors go through `apply` one by one, member by member: autograd does not look into lists."""
+    """Tensors go through `apply` one by one, member by member: autograd does not look into
+    lists."""
 
     @staticmethod
     def forward(ctx, x, scales, dropouts, drop_base, *flat):

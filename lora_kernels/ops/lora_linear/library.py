@@ -1,7 +1,9 @@
-"""lora_linear for many tokens: the library's GEMM, with a thin kernel of the backend before or after it ("addmm").
+"""lora_linear for many tokens: the library's GEMM, with a thin kernel of the backend before or
+after it ("addmm").
 
-The adapter's term is written first and the GEMM adds to it in its own epilogue (beta = 1), so y is not read once more. With a
-gain a pass over y follows the GEMM. A dropped base (PEFT's DoRA with dropout) takes two GEMMs, as its formula does:
+The adapter's term is written first and the GEMM adds to it in its own epilogue (beta = 1), so y is
+not read once more. With a gain a pass over y follows the GEMM. A dropped base (PEFT's DoRA with
+dropout) takes two GEMMs, as its formula does:
 
     forward    no gain       y = h Bᵀ + bias;  y += x Wᵀ
                gain          y = x Wᵀ;  y = gain ⊙ (y + h Bᵀ) + bias
@@ -9,7 +11,8 @@ gain a pass over y follows the GEMM. A dropped base (PEFT's DoRA with dropout) t
     backward   dx = Σ drop(P A);  dx += (dy ⊙ gain) W of each layer
                dropped base  t = (dy ⊙ (gain - 1)) W;  dx = Σ drop(t + P A);  dx += dy W
 
-What is between two steps has the dtype of x, so an adapter's term is rounded before it is added, as PEFT's is.
+What is between two steps has the dtype of x, so an adapter's term is rounded before it is added, as
+PEFT's is.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +23,8 @@ from torch import Tensor
 
 
 class Term(NamedTuple):
-    """One summand of `expand`: inverse · mask ⊙ (gain ⊙ (z + h bᵀ) - less · z), without what is None."""
+    """One summand of `expand`: inverse · mask ⊙ (gain ⊙ (z + h bᵀ) - less · z), without what is
+    None."""
 
     h: Tensor
     """[parts, m, r], float32, whose parts are added up."""
@@ -34,16 +38,16 @@ class Term(NamedTuple):
 
 
 Expand = Callable[..., None]
-"""expand(out, terms, *, less=0, bias=None, z_out=None): out [m, n] = Σ terms + bias, and z_out = z + h bᵀ of the only term.
-z, out and z_out may be one tensor."""
+"""expand(out, terms, *, less=0, bias=None, z_out=None): out [m, n] = Σ terms + bias, and z_out = z
++ h bᵀ of the only term. z, out and z_out may be one tensor."""
 
 
 def forward(
     expand: Expand, x: Tensor, dropped: Sequence[Tensor | None], layers: Sequence[Any], hs: Sequence[Tensor],
     ys: Sequence[Tensor], zs: Sequence[Tensor | None],
 ) -> None:  # fmt: skip
-    """Fills the y, and the z that are wanted, of layers that share x. `dropped`: of each layer whose base is dropped, x where
-    its mask keeps it, without the factor."""
+    """Fills the y, and the z that are wanted, of layers that share x. `dropped`: of each layer
+    whose base is dropped, x where its mask keeps it, without the factor."""
     for layer, kept, h, y, z in zip(layers, dropped, hs, ys, zs, strict=True):
         if kept is not None:
             base = torch.empty_like(y) if z is None else z
@@ -62,7 +66,8 @@ def input_gradient(
     expand: Expand, dys: Sequence[Tensor], scaled: Sequence[Tensor | None], layers: Sequence[Any], ps: Sequence[Tensor],
     dx: Tensor,
 ) -> None:  # fmt: skip
-    """Fills dx. `scaled`: of each layer with a gain dy ⊙ gain or, where the base is dropped, dy ⊙ (gain - 1)."""
+    """Fills dx. `scaled`: of each layer with a gain dy ⊙ gain or, where the base is dropped, dy ⊙
+    (gain - 1)."""
     terms = []
     for layer, own, p in zip(layers, scaled, ps, strict=True):
         z = torch.mm(own, layer.w) if layer.drop_base and own is not None else None

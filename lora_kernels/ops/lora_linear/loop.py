@@ -1,4 +1,5 @@
-"""The group as a loop over the single formula, for the backends whose kernels take one member at a time."""
+"""The group as a loop over the single formula, for the backends whose kernels take one member at a
+time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,8 @@ def forward_each(forward, call):
 
 
 def backward_each(gradients, call):
-    """`gradients` is the single op's backward that leaves dx in the dtype of the sums: it is rounded once, here."""
+    """`gradients` is the single op's backward that leaves dx in the dtype of the sums: it is
+    rounded once, here."""
     dx, others, wanted = None, [], call.needs[0]
     for member in call.members():
         wide, *rest = gradients(member)

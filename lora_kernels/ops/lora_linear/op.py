@@ -1,6 +1,6 @@
 """A frozen linear layer with a LoRA adapter, in one pass:
 
-    y = gain ⊙ (x Wᵀ + scale · drop(x) Aᵀ Bᵀ) + bias                                                    (1)
+    y = gain ⊙ (x Wᵀ + scale · drop(x) Aᵀ Bᵀ) + bias                                             (1)
 
 With gain = m / ‖W + scale·BA‖, one number per output feature, this is DoRA.
 Sources: LoRA, arXiv:2106.09685, eq. 3; rsLoRA, arXiv:2312.03732; DoRA, arXiv:2402.09353, eq. 5.
@@ -46,29 +46,33 @@ def lora_linear(
 ) -> Tensor:
     """Applies formula (1).
 
-    Shapes: x [..., in], w [out, in], a [r, in], b [out, r], bias [out], gain [out]; returns [..., out] in the dtype
-    of x. x and w share one dtype (float32, bfloat16, float16 or float64); a and b share one, which may be another.
-    Sums are taken in float32 (float64 for float64) and rounded once; but of many tokens on a GPU, where a library GEMM adds
-    to the adapter's term ("addmm" in `explain`), that is rounded before. Under autocast x and w are cast to its dtype.
-    Gradients flow to x, a, b, bias, gain and to a tensor `scale`; w is frozen. A second differentiation raises. Those of a
-    16-bit a, b, bias or gain come, and add up in its `grad`, in float32 and unrounded where its `grad_dtype` is float32.
-    That is torch's setting, for leaves. A compiled graph rounds them first; so is b's with a tensor `scale`.
+    Shapes: x [..., in], w [out, in], a [r, in], b [out, r], bias [out], gain [out]; returns [...,
+    out] in the dtype of x. x and w share one dtype (float32, bfloat16, float16 or float64); a and b
+    share one, which may be another. Sums are taken in float32 (float64 for float64) and rounded
+    once; but of many tokens on a GPU, where a library GEMM adds to the adapter's term ("addmm" in
+    `explain`), that is rounded before. Under autocast x and w are cast to its dtype. Gradients flow
+    to x, a, b, bias, gain and to a tensor `scale`; w is frozen. A second differentiation raises.
+    Those of a 16-bit a, b, bias or gain come, and add up in its `grad`, in float32 and unrounded
+    where its `grad_dtype` is float32. That is torch's setting, for leaves. A compiled graph rounds
+    them first; so is b's with a tensor `scale`.
 
-    Dropout, with probability `dropout`, acts on the input of A. `dropout_semantics` matters only with `gain`:
-    "peft" also drops the input of the rescaled base, as PEFT's DoRA does,
+    Dropout, with probability `dropout`, acts on the input of A. `dropout_semantics` matters only
+    with `gain`: "peft" also drops the input of the rescaled base, as PEFT's DoRA does,
         y = x Wᵀ + (gain - 1) ⊙ (drop(x) Wᵀ) + gain ⊙ scale · drop(x) Aᵀ Bᵀ + bias,
-    "lora_only" is formula (1) and one GEMM cheaper. The mask is a function of `seed` (int64 []), drawn from torch's
-    default CPU generator when not given; it is the same on every backend and never stored. A CUDA graph replays the mask
-    of a seed on the CPU; one on the GPU is read anew.
+    "lora_only" is formula (1) and one GEMM cheaper. The mask is a function of `seed` (int64 []),
+    drawn from torch's default CPU generator when not given; it is the same on every backend and
+    never stored. A CUDA graph replays the mask of a seed on the CPU; one on the GPU is read anew.
 
-    w may be int8 with `w_scale` [out], floating: then W = w_scale ⊙ w, one scale for each row, as bitsandbytes' `SCB` / 127
-    is. W is not formed: w is read as bytes, and the gradient of x is that of W. w_scale gets none.
+    w may be int8 with `w_scale` [out], floating: then W = w_scale ⊙ w, one scale for each row, as
+    bitsandbytes' `SCB` / 127 is. W is not formed: w is read as bytes, and the gradient of x is that
+    of W. w_scale gets none.
 
     With `gain`, the gradient of gain reads y, so y must not be changed in place before backward.
 
     Raises:
         TypeError: a tensor has a dtype that is not supported.
-        ValueError: a shape, device, dropout or scale does not fit, or w requires grad; the message names the tensor.
+        ValueError: a shape, device, dropout or scale does not fit, or w requires grad; the message
+            names the tensor.
         NotImplementedError: the forced backend refuses; the message says why.
     """
     if _any_autocast() and torch.is_autocast_enabled(x.device.type):
@@ -103,13 +107,15 @@ def lora_linear(
 
 
 def scaled_b(b: Tensor, scale: Tensor, x: Tensor) -> Tensor:
-    """b times a tensor scale, in the dtype of the sums: so the scale gets its gradient from autograd."""
+    """b times a tensor scale, in the dtype of the sums: so the scale gets its gradient from
+    autograd."""
     wide = torch.promote_types(torch.promote_types(b.dtype, x.dtype), torch.float32)
     return b.to(wide) * scale.to(wide).reshape(())
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is on for a device; meta has none (is_autocast_available says so too, but 2.11 cannot trace it)."""
+    """Whether autocast is on for a device; meta has none (is_autocast_available says so too, but
+    2.11 cannot trace it)."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
@@ -120,7 +126,8 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
 
 
 def check_kinds(op: str, scale: Any, **tensors: Any) -> None:
-    """Raises TypeError unless `scale` is a number or tensor and the others are tensors or None, but for the first three."""
+    """Raises TypeError unless `scale` is a number or tensor and the others are tensors or None, but
+    for the first three."""
     for i, (name, tensor) in enumerate(tensors.items()):
         if not isinstance(tensor, Tensor) and (tensor is not None or i < 3):
             raise TypeError(f"{op}: {name} must be a tensor, found {type(tensor).__name__}")
@@ -193,7 +200,8 @@ def _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, 
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
             raise ValueError(f"{op}: scale must be a number or hold one, found {list(scale.shape)}")
-    elif not -math.inf < scale < math.inf:  # a compiled graph may hold it as a symbol, which math.isfinite refuses
+    # a compiled graph may hold it as a symbol, which math.isfinite refuses
+    elif not -math.inf < scale < math.inf:
         raise ValueError(f"{op}: scale must be finite, found {scale}")
     if seed is not None and (seed.dtype is not torch.int64 or seed.numel() != 1):
         raise ValueError(f"{op}: seed must be one int64, found {seed.dtype} {list(seed.shape)}")
@@ -217,8 +225,9 @@ class _FirstDerivativeOnly(torch.autograd.Function):
 
 
 def first_derivative_only(op: str, gradients: Callable[..., Any], *args: Any) -> Any:
-    """gradients(*args) in a backward, under the settings (use_backend, explain) of the thread that called for it, since
-    autograd runs a GPU's in one of its own; a second differentiation raises and names the op."""
+    """gradients(*args) in a backward, under the settings (use_backend, explain) of the thread that
+    called for it, since autograd runs a GPU's in one of its own; a second differentiation raises
+    and names the op."""
     if not torch.compiler.is_compiling() and (settings := _context_of_caller()) is not None:
         gradients = partial(settings.run, gradients)
     # grad mode is on there only under create_graph
@@ -233,7 +242,8 @@ def _context_of_caller() -> Context | None:
     return kept and kept.copy()  # threads of several GPUs cannot enter one
 
 
-_LEARNT = [Forward._fields.index(name) for name in Needs._fields]  # the places of what gets a gradient
+# the places of what gets a gradient
+_LEARNT = [Forward._fields.index(name) for name in Needs._fields]
 _GAIN = Forward._fields.index("gain")
 
 

@@ -1,4 +1,5 @@
-"""The formula in plain PyTorch, summed in float32 (float64 for float64). Every other backend is tested against it."""
+"""The formula in plain PyTorch, summed in float32 (float64 for float64). Every other backend is
+tested against it."""
 
 import torch
 

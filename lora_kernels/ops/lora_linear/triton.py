@@ -1,10 +1,12 @@
-"""Triton: what is launched for lora_linear and for a group of layers that share x, of which one layer is the smallest.
+"""Triton: what is launched for lora_linear and for a group of layers that share x, of which one
+layer is the smallest.
 
-Forward: h = s·drop(x) Aᵀ, then triton_forward.py. Backward: P = s·(dy ⊙ gain) B, dB and the sums of dy from one read of dy; dA
-from one read of x; then dx, and all that is left to add up, in triton_backward.py. h, P, dA and dB are in ops/triton_skinny.py.
-For many tokens y and dx are the library's GEMM with triton_expand.py beside it (library.py), until a GPU has shown that ours is
-faster.
-In bfloat16 dy ⊙ gain is rounded before its product with W, which makes the error of dx 1.4 times that of rounding it alone.
+Forward: h = s·drop(x) Aᵀ, then triton_forward.py. Backward: P = s·(dy ⊙ gain) B, dB and the sums of
+dy from one read of dy; dA from one read of x; then dx, and all that is left to add up, in
+triton_backward.py. h, P, dA and dB are in ops/triton_skinny.py. For many tokens y and dx are the
+library's GEMM with triton_expand.py beside it (library.py), until a GPU has shown that ours is
+faster. In bfloat16 dy ⊙ gain is rounded before its product with W, which makes the error of dx 1.4
+times that of rounding it alone.
 """
 
 import torch
@@ -84,15 +86,16 @@ def group_backward(call):
 
 
 def tall(m):
-    """The rows by which a GEMM's tile is chosen. A row's bits do not depend on m where one matrix instruction serves all m;
-    sm_90 has another one for less than 64 rows, which is why the deterministic mode asks for no fewer."""
+    """The rows by which a GEMM's tile is chosen. A row's bits do not depend on m where one matrix
+    instruction serves all m; sm_90 has another one for less than 64 rows, which is why the
+    deterministic mode asks for no fewer."""
     return max(m, 64) if torch.are_deterministic_algorithms_enabled() else m
 
 
 def sound_tile(x, factors, m, t, two_sums, **how):
-    """Rows, warps, stages and registers of a tile as far as they are sound for products of x's dtype with these factors; `how`
-    as in `sound_schedule`. Few rows go half at once, by mma.sync, but not where a row must have the bits that it has among
-    many."""
+    """Rows, warps, stages and registers of a tile as far as they are sound for products of x's
+    dtype with these factors; `how` as in `sound_schedule`. Few rows go half at once, by mma.sync,
+    but not where a row must have the bits that it has among many."""
     rows = power_of_two(tall(m), most=t.rows)
     found = sound_schedule(x, factors, precision(x), rows, t.warps, t.stages, **how)
     if found != (t.warps, t.stages) and m <= 64 and not two_sums and not torch.are_deterministic_algorithms_enabled():
@@ -101,7 +104,8 @@ def sound_tile(x, factors, m, t, two_sums, **how):
 
 
 def planned(direction, x, layers):
-    """Which candidate of `dispatch` runs, and whether rows must have the same bits however many there are."""
+    """Which candidate of `dispatch` runs, and whether rows must have the same bits however many
+    there are."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     p = choose_plan(Problem(
         direction, *x.shape, _field_of_each(layers, "n"), _field_of_each(layers, "r"), x.dtype,
@@ -113,7 +117,8 @@ def planned(direction, x, layers):
 
 
 def _forward(x, layers, keep):
-    """The y, the h [m, r] if kept and the z if kept of each layer: two launches, or one, or those around the library's GEMM."""
+    """The y, the h [m, r] if kept and the z if kept of each layer: two launches, or one, or those
+    around the library's GEMM."""
     form, deterministic = planned("forward", x, layers)
     if form == cost.LIBRARY:
         return _forward_by_library(x, layers, keep)
@@ -186,7 +191,8 @@ def _tile_order(x, rows, columns, depth, across):
 
 
 def _backward(x, dys, layers, hs, ys, zs, needs):
-    """dx, and da, db, dbias and dgain of each layer; three launches, or those around the library's GEMM."""
+    """dx, and da, db, dbias and dgain of each layer; three launches, or those around the library's
+    GEMM."""
     sides, sums, grads, dgains, needs_dx = [], Sums(x), [], [], needs[0].x
     by_library = needs_dx and planned("backward", x, layers)[0] == cost.LIBRARY
     for dy, layer, h, y, z, need in zip(dys, layers, hs, ys, zs, needs, strict=True):
@@ -256,7 +262,8 @@ def _launch_last(x, dys, layers, hs, ps, dgains, sums, dx):
         two_sums=two_sums,
     )  # fmt: skip
     by_maps, bk, bn = t.maps and loads_by_tma(dys, args["ws"]), t.columns, t.depth
-    factors = ps if x.dtype is torch.float16 and gains else args["ws"]  # dy ⊙ gain is float32 there, as ps are
+    # dy ⊙ gain is float32 there, as ps are
+    factors = ps if x.dtype is torch.float16 and gains else args["ws"]
     bm, warps, stages, registers = sound_tile(x, factors, m, t, two_sums, changed=gains, mapped=by_maps)
     args |= {
         **tensor_maps("map_d", args["dys"] if by_maps else (), bm, bn),

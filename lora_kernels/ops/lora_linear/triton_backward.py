@@ -1,5 +1,6 @@
-"""Triton: dx = Σ_g (dy_g ⊙ gain_g) W_g + drop(p_g A_g) of layers that share x, in one product, and in its last programs the
-sums of what the launches before left in parts, so that they need no launch of their own."""
+"""Triton: dx = Σ_g (dy_g ⊙ gain_g) W_g + drop(p_g A_g) of layers that share x, in one product, and
+in its last programs the sums of what the launches before left in parts, so that they need no launch
+of their own."""
 
 import triton
 import triton.language as tl
@@ -28,7 +29,8 @@ def mainloop_over_outputs(
         if gain is not None:
             gains = tl.load(gain + depth, mask=depth < n, other=0.0).to(tl.float32) - DROP_BASE
             scaled = ds.to(tl.float32) * gains[None, :]
-            if ds.dtype == tl.bfloat16:  # one more rounding, for half the products; float16 has no exponents to spare
+            # one more rounding, for half the products; float16 has no exponents to spare
+            if ds.dtype == tl.bfloat16:
                 scaled = scaled.to(tl.bfloat16)
         sums = dot_accumulate(scaled, ws, sums, PRECISION)
         if DROP_BASE:
@@ -61,7 +63,8 @@ def rest_of_gradients(
     block, parts, gains, divisors, outs, factors, counts, sizes, ranks, dys, x, ws, hs, bs, dy_gains, dgains, m, ns, k, rs,
     d0s, d1s, x0, x1, w0s, w1s, b0s, b1s, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up `parts`; then looks for gains of zero, COLUMNS a block, so that the host need not wait for an answer."""
+    """Adds up `parts`; then looks for gains of zero, COLUMNS a block, so that the host need not
+    wait for an answer."""
     block = reduce_partials(block, parts, gains, divisors, outs, factors, counts, sizes, ranks, BLOCK)
     for g in tl.static_range(len(ns)):
         if dgains[g] is not None:
@@ -99,8 +102,9 @@ def input_gradient_kernel(
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     SLAB: tl.constexpr, RANK_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx = Σ (dy ⊙ gain) w + drop(p a); with DROP_BASES[g]: dy w + drop((dy ⊙ (gain - 1)) w + p a). The programs after those of
-    the tiles do `rest_of_gradients`. The maps: of each dy and w (ops/triton_tma.py)."""
+    """dx = Σ (dy ⊙ gain) w + drop(p a); with DROP_BASES[g]: dy w + drop((dy ⊙ (gain - 1)) w + p a).
+    The programs after those of the tiles do `rest_of_gradients`. The maps: of each dy and w
+    (ops/triton_tma.py)."""
     maps_d, maps_w = (map_d0, map_d1, map_d2), (map_w0, map_w1, map_w2)
     down, across = tl.cdiv(m, BM), tl.cdiv(k, BK)
     if tl.program_id(0) >= down * across:

@@ -1,4 +1,5 @@
-"""Triton: what stands beside the library's GEMM (ops/lora_linear/library.py), one pass over a big tensor, bound by its bytes:
+"""Triton: what stands beside the library's GEMM (ops/lora_linear/library.py), one pass over a big
+tensor, bound by its bytes:
 
     out = Σ inverse · mask ⊙ (gain ⊙ (z + h bᵀ) - less · z) + bias
 """
@@ -23,8 +24,9 @@ def expand_kernel(
     LESS: tl.constexpr, RANK_STAGES: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BR: tl.constexpr,
 ):  # fmt: skip
-    """out [m, n] = Σ_g inverse · mask ⊙ (gain ⊙ (z + h bᵀ) - LESS · z) + bias, h [parts, m, r], b [n, r]; z_out = z + h bᵀ.
-    One tensor may be z, out and z_out: a program reads its own tile before it writes it."""
+    """out [m, n] = Σ_g inverse · mask ⊙ (gain ⊙ (z + h bᵀ) - LESS · z) + bias, h [parts, m, r], b
+    [n, r]; z_out = z + h bᵀ. One tensor may be z, out and z_out: a program reads its own tile
+    before it writes it."""
     across = tl.cdiv(n, BN)
     row, column = tl.program_id(0) // across, tl.program_id(0) % across
     rows, columns = row.to(tl.int64) * BM + tl.arange(0, BM), column.to(tl.int64) * BN + tl.arange(0, BN)

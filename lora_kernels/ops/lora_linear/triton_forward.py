@@ -1,7 +1,8 @@
 """Triton: y = gain ⊙ (x Wᵀ + h Bᵀ) + bias for layers that share x. Where h comes from is a choice:
 
-h [parts, m, r] is made by a launch before (two launches), or in this one from the tiles of x that it reads (one pass). The
-adapter's product is taken after the loop over the depth, on the same float32 sums, so y is rounded once.
+h [parts, m, r] is made by a launch before (two launches), or in this one from the tiles of x that
+it reads (one pass). The adapter's product is taken after the loop over the depth, on the same
+float32 sums, so y is rounded once.
 """
 
 import triton
@@ -13,8 +14,9 @@ from lora_kernels.ops.triton_skinny import dot_accumulate, load_sum, load_tile
 
 @triton.jit
 def swizzled_tile(tile, down, across, GROUP: tl.constexpr, SLAB: tl.constexpr):
-    """The row and the column of a tile, swizzled as ops/cost.py's `tile_order` chose: GROUP rows of tiles run side by side and
-    share W in the cache. SLAB: so many columns of tiles at a time, 0 for all."""
+    """The row and the column of a tile, swizzled as ops/cost.py's `tile_order` chose: GROUP rows of
+    tiles run side by side and share W in the cache. SLAB: so many columns of tiles at a time, 0 for
+    all."""
     first = 0
     if SLAB > 0:
         first = tile // (SLAB * down) * SLAB
@@ -29,7 +31,8 @@ def swizzled_tile(tile, down, across, GROUP: tl.constexpr, SLAB: tl.constexpr):
 def add_adapter(
     h, b, sums, rows, columns, m, n, r, parts, b0, b1, PRECISION: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr
 ):
-    """sums + h bᵀ, h [parts, m, r] in float32, b [n, r]. STAGES: of the loop, None for those of the launch."""
+    """sums + h bᵀ, h [parts, m, r] in float32, b [n, r]. STAGES: of the loop, None for those of the
+    launch."""
     for first in tl.range(0, r, BR, num_stages=STAGES):
         ranks = first + tl.arange(0, BR).to(tl.int64)
         hs = load_sum(h, rows, ranks, parts, m, r)  # [BM, BR]
@@ -51,8 +54,9 @@ def mainloop(
     x, w, a, map_x, map_w, row, column, rows, columns, begin, end, low, high, limit, m, n, k, r, x0, x1, w0, w1, a0, a1,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """x wᵀ [BM, BN] over columns `begin` to `end` of x [m, k], and beside it: with `a` drop(x) aᵀ [BM, BR], else, where
-    there is a seed, what drop(x) leaves out of x wᵀ. Where there are maps, x and w are loaded through them."""
+    """x wᵀ [BM, BN] over columns `begin` to `end` of x [m, k], and beside it: with `a` drop(x) aᵀ
+    [BM, BR], else, where there is a seed, what drop(x) leaves out of x wᵀ. Where there are maps, x
+    and w are loaded through them."""
     sums, dropped, thin = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BR), tl.float32)
     ranks = tl.arange(0, BR).to(tl.int64)
     for first in range(begin, end, BK):
@@ -83,7 +87,8 @@ def epilogue(
     sums, dropped, thin, a, h, b, bias, gain, y, z, whole, low, inverse, scale, rows, columns, column, m, n, r, parts, b0, b1,
     PRECISION: tl.constexpr, BR: tl.constexpr, RANK_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What follows the loop: the adapter, z, the gain, the bias; y = gain ⊙ z + bias, z = sums + h bᵀ."""
+    """What follows the loop: the adapter, z, the gain, the bias; y = gain ⊙ z + bias, z = sums + h
+    bᵀ."""
     if a is not None:
         ranks = tl.arange(0, BR).to(tl.int64)
         thin *= scale * inverse
@@ -113,7 +118,8 @@ def epilogue(
 def reduce_split_k(
     sums, thin, a, scratch, ticket, tile, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
 ):
-    """Whether this program is the last of its tile to come, and then the sums over all of them, in their order.
+    """Whether this program is the last of its tile to come, and then the sums over all of them, in
+    their order.
 
     The ticket counts who came; it is zero before and after, so that no launch has to clear it.
     """
@@ -144,10 +150,12 @@ def forward_kernel(
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     SLAB: tl.constexpr, RANK_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """ys[g] = gain ⊙ z + bias, z = x wᵀ + h bᵀ, for each layer; h is in hs[g], or made here with as_[g].
+    """ys[g] = gain ⊙ z + bias, z = x wᵀ + h bᵀ, for each layer; h is in hs[g], or made here with
+    as_[g].
 
-    With a seed and no as_[g] the base is dropped, too: gain ⊙ z + (x - drop(x)) wᵀ + bias. SPLITS: as many programs share a
-    tile's depth. WAITS: h is being made meanwhile. The maps: of x and of each w (ops/triton_tma.py).
+    With a seed and no as_[g] the base is dropped, too: gain ⊙ z + (x - drop(x)) wᵀ + bias. SPLITS:
+    as many programs share a tile's depth. WAITS: h is being made meanwhile. The maps: of x and of
+    each w (ops/triton_tma.py).
     """
     maps = (map_w0, map_w1, map_w2)
     down, across = tl.cdiv(m, BM), 0

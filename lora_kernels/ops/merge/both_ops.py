@@ -1,4 +1,5 @@
-"""The two ops that a backend has from one function: the result in memory of its own, or in `out`."""
+"""The two ops that a backend has from one function: the result in memory of its own, or in
+`out`."""
 
 import torch
 

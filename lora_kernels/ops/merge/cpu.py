@@ -1,4 +1,5 @@
-"""CPU: torch's own product on a few rows at a time, which stay in the cache from the product to the rounding."""
+"""CPU: torch's own product on a few rows at a time, which stay in the cache from the product to the
+rounding."""
 
 import torch
 

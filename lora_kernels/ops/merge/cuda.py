@@ -1,5 +1,5 @@
-"""CUDA C++ for 16-bit W: csrc/merge/cuda.cu where A and B have the type of W, few ranks, and rows in pieces of 16 bytes; else,
-where Triton does not run, csrc/merge/cuda_any.cu."""
+"""CUDA C++ for 16-bit W: csrc/merge/cuda.cu where A and B have the type of W, few ranks, and rows
+in pieces of 16 bytes; else, where Triton does not run, csrc/merge/cuda_any.cu."""
 
 
 from lora_kernels.ops.chips import nearest_chip

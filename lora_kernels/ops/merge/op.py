@@ -1,6 +1,6 @@
 """The weight of a plain layer that computes what a base and its adapter do:
 
-    merged = gain ⊙ (W + scale·B A)                                                                     (1)
+    merged = gain ⊙ (W + scale·B A)                                                              (1)
 
 Without gain this is LoRA's; with gain = m / ‖W + scale·BA‖, one number per output feature, DoRA's.
 Sources: LoRA, arXiv:2106.09685, §4.1; DoRA, arXiv:2402.09353, eq. 5.
@@ -22,15 +22,16 @@ def merged_weight(
 ) -> Tensor:
     """Formula (1), W read once and the result written once.
 
-    Shapes: w [out, in], a [r, in], b [out, r], gain [out]; returns [out, in] in the dtype of w, with its strides if it has
-    no gaps. Sums are float32 (float64 if w is float64) and rounded once; no copy of W is made in their dtype.
-    `out` takes the result and is returned: w itself, which is then changed in place, or a tensor that lies apart.
-    Nothing is differentiated: it runs as under torch.no_grad(), and the result does not require grad.
+    Shapes: w [out, in], a [r, in], b [out, r], gain [out]; returns [out, in] in the dtype of w,
+    with its strides if it has no gaps. Sums are float32 (float64 if w is float64) and rounded once;
+    no copy of W is made in their dtype. `out` takes the result and is returned: w itself, which is
+    then changed in place, or a tensor that lies apart. Nothing is differentiated: it runs as under
+    torch.no_grad(), and the result does not require grad.
 
     Raises:
         TypeError: a tensor has a dtype that is not supported, or scale is no number.
-        ValueError: a shape, device or scale does not fit, or out shares a part of its memory with an argument; the message
-            names it, and nothing has changed.
+        ValueError: a shape, device or scale does not fit, or out shares a part of its memory with
+            an argument; the message names it, and nothing has changed.
         NotImplementedError: the forced backend refuses; the message says why.
     """
     _check_arguments(w, a, b, scale, gain, out)

@@ -1,4 +1,5 @@
-"""Triton: one program makes one tile of the result; it reads that tile of W and no other, so W may be changed in place."""
+"""Triton: one program makes one tile of the result; it reads that tile of W and no other, so W may
+be changed in place."""
 
 import triton
 import triton.language as tl
@@ -34,7 +35,8 @@ def merge_kernel(
         update = dot_accumulate(bs, as_, update, PRECISION)
     merged = ws.to(tl.float32) + scale * update
     if gain is not None:
-        merged *= tl.load(gain + rows * g0, mask=rows < n, other=0.0).to(tl.float32)[:, None]  # [BN]
+        # [BN]
+        merged *= tl.load(gain + rows * g0, mask=rows < n, other=0.0).to(tl.float32)[:, None]
     tl.store(out + rows[:, None] * o0 + depth[None, :] * o1, merged.to(out.dtype.element_ty), mask=inside)
 
 
@@ -53,7 +55,8 @@ def merge(call, out):
         "w": w, "a": a, "b": b, "gain": gain, "out": out, "scale": float(call.scale), "n": n, "k": k, "r": r, "w0": w.stride(0),
         "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1), "b0": b.stride(0), "b1": b.stride(1),
         "g0": 0 if gain is None else gain.stride(0), "o0": out.stride(0), "o1": out.stride(1),
-        # 16-bit factors are exact on tensor cores; float32 ones as six products of 16 bits, which is as good
+        # 16-bit factors are exact on tensor cores; float32 ones as six products of 16 bits, which
+        # is as good
         "PRECISION": "half" if half else "bf16x6", "BN": t.rows, "BK": t.columns, "BR": power_of_two(r, most=t.ranks),
     }  # fmt: skip
     grid, (makes, changes) = (ceil_div(n, t.rows) * ceil_div(k, t.columns),), ([], [out]) if in_place else ([out], [])

@@ -1,4 +1,5 @@
-"""CPU: the base product as in lora_linear's forward, in float32, then one C++ pass for all adapters that rounds y once."""
+"""CPU: the base product as in lora_linear's forward, in float32, then one C++ pass for all adapters
+that rounds y once."""
 
 import torch
 
@@ -47,7 +48,8 @@ def add_in_place(call):
 
 
 def apply_adapters(call, z, y, x, holds_bias):
-    """Fills y with what the adapters make of z = x wᵀ, float32 or y itself, which may hold the bias already."""
+    """Fills y with what the adapters make of z = x wᵀ, float32 or y itself, which may hold the bias
+    already."""
     first, threads, plan = 0, torch.get_num_threads(), (call.ids, call.weights, call.order, call.starts, call.error)
     for i in range(0, len(call.slots), TENSORS):
         a, b, *held = call.slots[i : i + TENSORS]

@@ -1,6 +1,7 @@
-"""CUDA C++ in 16 bits. Up to 64 tokens, each with one adapter or none: one launch, csrc/multi_lora/cuda.cu. Else, where Triton
-does not run, the library's GEMM, and for each slice two launches of csrc/multi_lora/cuda_any.cu, which take every rank and
-layout; then y is rounded twice, as it is where a base product is there already."""
+"""CUDA C++ in 16 bits. Up to 64 tokens, each with one adapter or none: one launch,
+csrc/multi_lora/cuda.cu. Else, where Triton does not run, the library's GEMM, and for each slice two
+launches of csrc/multi_lora/cuda_any.cu, which take every rank and layout; then y is rounded twice,
+as it is where a base product is there already."""
 
 import torch
 
@@ -77,7 +78,8 @@ def forward(call):
     adapters, at_once = min(m, sites[0].rank.shape[0]), 2 * nearest_chip(architecture(x), multiprocessors(x)).multiprocessors
     of_a = len(sites) * adapters * ceil_div(k, t.part)  # if none has more than 64 ranks
     w_part = split_k_part(x, k, t.depth, w_tiles, min(of_a, at_once), 8 * tokens)
-    # the parts of A end before those of W, or one block would end all tiles. In the deterministic mode they are Triton's
+    # the parts of A end before those of W, or one block would end all tiles. In the deterministic
+    # mode they are Triton's
     a_part = t.part if torch.are_deterministic_algorithms_enabled() else min(t.part, max(256, w_part // 128 * 64))
     a_parts = ceil_div(k, a_part)
     a_blocks = min(m * tiles_of_a * a_parts, max(1, at_once // len(sites)))
@@ -122,7 +124,8 @@ def apply_adapters(call, y, holds):
     x, ids, order, bias = call.x, call.ids, call.order, call.bias
     (m, k), each, first, kind = x.shape, ids.shape[1], 0, KERNEL_SUFFIX[x.dtype]
     of_h, t = compiled("multi_lora_shrink.cu"), compiled("multi_lora_expand.cu")
-    parts = max(1, ceil_div(k, of_h.part)) if m * each <= FEW else 1  # of many there are blocks enough
+    # of many there are blocks enough
+    parts = max(1, ceil_div(k, of_h.part)) if m * each <= FEW else 1
     part = of_h.part if parts > 1 else of_h.depth * max(1, ceil_div(k, of_h.depth))
     for s in unflatten(call.slots):
         (count, pages), n = s.table.shape, s.b.shape[1]

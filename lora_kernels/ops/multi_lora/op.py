@@ -1,11 +1,11 @@
 """A frozen linear layer in which each token has its own adapter, none, or several:
 
-    y[t] = W x[t] + Σᵢ vᵢ ((gᵢ − 1) ⊙ W x[t] + gᵢ ⊙ sᵢ Bᵢ Aᵢ x[t] + cᵢ) + bias                                 (1)
+    y[t] = W x[t] + Σᵢ vᵢ ((gᵢ − 1) ⊙ W x[t] + gᵢ ⊙ sᵢ Bᵢ Aᵢ x[t] + cᵢ) + bias                   (1)
 
-over the adapters i of token t: v their weights, g = m / ‖W + s·BA‖ of DoRA and else 1, c the bias of B times s. With one
-adapter of weight 1 that is g ⊙ (W x + s·B A x) + c + bias.
-Sources: LoRA, arXiv:2106.09685, eq. 3; DoRA, arXiv:2402.09353, eq. 5; batches of adapters: Punica, arXiv:2310.18547, §3;
-ragged ranks: S-LoRA, arXiv:2311.03285, §5.2.
+over the adapters i of token t: v their weights, g = m / ‖W + s·BA‖ of DoRA and else 1, c the bias
+of B times s. With one adapter of weight 1 that is g ⊙ (W x + s·B A x) + c + bias.
+Sources: LoRA, arXiv:2106.09685, eq. 3; DoRA, arXiv:2402.09353, eq. 5; batches of adapters: Punica,
+arXiv:2310.18547, §3; ragged ranks: S-LoRA, arXiv:2311.03285, §5.2.
 """
 
 import math
@@ -26,16 +26,18 @@ def multi_lora(
 ) -> Tensor:
     """Formula (1).
 
-    Shapes: x [..., in], w [out, in], bias [out]; returns [..., out] in the dtype of x. `plan` has as many tokens as x has
-    rows. `slots` are the adapters of w, or of several slices of its rows (q, k and v of one matrix) in their order. x and w
-    share a dtype: float32, bfloat16, float16 or float64. So do a and b of the slots. Sums are float32 (float64 for
-    float64), and y is rounded once. Under autocast x and w are cast to its dtype.
+    Shapes: x [..., in], w [out, in], bias [out]; returns [..., out] in the dtype of x. `plan` has
+    as many tokens as x has rows. `slots` are the adapters of w, or of several slices of its rows
+    (q, k and v of one matrix) in their order. x and w share a dtype: float32, bfloat16, float16 or
+    float64. So do a and b of the slots. Sums are float32 (float64 for float64), and y is rounded
+    once. Under autocast x and w are cast to its dtype.
 
-    An id that is out of range or stale counts as no adapter, and sets `plan.error`; weights of others are never read.
+    An id that is out of range or stale counts as no adapter, and sets `plan.error`; weights of
+    others are never read.
 
-    Gradients flow to x, to bias, and to a, b, gain and bias of the slots where they require it; w is frozen. Then each adapter
-    of the batch is one `lora_linear` of its tokens, so what its rows of a and b get has the bits of training it alone; the plan
-    is read on the host.
+    Gradients flow to x, to bias, and to a, b, gain and bias of the slots where they require it; w
+    is frozen. Then each adapter of the batch is one `lora_linear` of its tokens, so what its rows
+    of a and b get has the bits of training it alone; the plan is read on the host.
 
     Raises:
         TypeError: a tensor has a dtype that is not supported.
@@ -60,13 +62,16 @@ def multi_lora(
 def multi_lora_add_(
     y: Tensor, x: Tensor, slots: Slots | Sequence[Slots], plan: BatchPlan, bias: Tensor | None = None
 ) -> Tensor:
-    """Makes formula (1) of y = W x + bias, in place, wherever W x came from: a quantised base, another library. y is read and
-    written once, and returned. `bias` [out] is that which y holds already; it matters to DoRA alone, whose gain is not for it.
+    """Makes formula (1) of y = W x + bias, in place, wherever W x came from: a quantised base,
+    another library. y is read and written once, and returned. `bias` [out] is that which y holds
+    already; it matters to DoRA alone, whose gain is not for it.
 
-    Shapes: y [..., out], x [..., in]; the rest as `multi_lora`, which rounds once where this rounds twice, since y is rounded.
+    Shapes: y [..., out], x [..., in]; the rest as `multi_lora`, which rounds once where this rounds
+    twice, since y is rounded.
 
     Raises:
-        as `multi_lora`; and ValueError if y has not its own memory for each element, or a gradient is wanted: there is none.
+        as `multi_lora`; and ValueError if y has not its own memory for each element, or a gradient
+        is wanted: there is none.
     """
     sites = _check_arguments("multi_lora_add_", x, slots, plan, bias, y.shape[-1] if isinstance(y, Tensor) and y.dim() else -1)
     if y.shape[:-1] != x.shape[:-1] or y.dtype is not x.dtype or y.device != x.device:
@@ -92,13 +97,15 @@ def _as_rows(x):
 
 
 def _flat_tensors(slots, plan):
-    if torch.compiler.is_compiling():  # Dynamo cannot enter the lock that a cached property has in Python 3.11
+    # Dynamo cannot enter the lock that a cached property has in Python 3.11
+    if torch.compiler.is_compiling():
         return [t for s in slots for t in tensors_of(s)], *tensors_of(plan)
     return (slots[0].tensors if len(slots) == 1 else [t for s in slots for t in s.tensors]), *plan.tensors
 
 
 def _check_arguments(op, x, slots, plan, bias, n_out):
-    """The slots as a list, if everything fits. Sizes are read once: each costs as much as a small layer's row."""
+    """The slots as a list, if everything fits. Sizes are read once: each costs as much as a small
+    layer's row."""
     if not isinstance(x, Tensor) or x.dim() < 1 or n_out < 0:
         raise TypeError(f"{op}: x and w or y must be tensors, x of at least one dimension and w of two")
     if x.dtype not in FLOATS:
@@ -128,7 +135,8 @@ def _check_arguments(op, x, slots, plan, bias, n_out):
 
 
 class MultiLoRA(NamedTuple):
-    """The arguments of the op: x [tokens, in], the tensors of all `Slots` one after another, those of the `BatchPlan`."""
+    """The arguments of the op: x [tokens, in], the tensors of all `Slots` one after another, those
+    of the `BatchPlan`."""
 
     x: Tensor
     w: Tensor

@@ -1,4 +1,5 @@
-"""What multi_lora is told beside x and w: where the adapters of a module lie, and which of them each token wants."""
+"""What multi_lora is told beside x and w: where the adapters of a module lie, and which of them
+each token wants."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -20,12 +21,14 @@ _SLOT = (1 << 32) - 1
 
 @dataclass(frozen=True)
 class Slots:
-    """The adapters of one module, each in a slot. Its rank rows lie in pages of 8, which may be anywhere in a and b:
+    """The adapters of one module, each in a slot. Its rank rows lie in pages of 8, which may be
+    anywhere in a and b:
 
-        A[j] = a[8 · table[slot, j // 8] + j mod 8],  the column B[:, j] likewise in b,  for j < rank[slot]
+        A[j] = a[8 · table[slot, j // 8] + j mod 8],  the column B[:, j] likewise in b,  for j <
+                                                      rank[slot]
 
-    Pages are read as far as there are ranks, so memory and time follow the sum of the ranks. All tensors are on one device; a
-    and b share a dtype.
+    Pages are read as far as there are ranks, so memory and time follow the sum of the ranks. All
+    tensors are on one device; a and b share a dtype.
     """
 
     a: Tensor
@@ -39,7 +42,8 @@ class Slots:
     scale: Tensor
     """[slots] float32: s."""
     flags: Tensor
-    """[slots] int32: 1, it has a gain; 2, it has a bias; 4 times the row of gain and of bias that is its own."""
+    """[slots] int32: 1, it has a gain; 2, it has a bias; 4 times the row of gain and of bias that
+    is its own."""
     gain: Tensor
     """[rows, out] float32: DoRA's m / ‖W + s·BA‖; read only where flags say so."""
     bias: Tensor
@@ -48,7 +52,8 @@ class Slots:
     """[slots] int32: how often the slot has changed hands. An id with another number is stale."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError unless the tensors fit one another; the message names the first that does not."""
+        """Raises ValueError unless the tensors fit one another; the message names the first that
+        does not."""
         if self.a.dim() != 2 or self.b.dim() != 2 or self.a.dtype not in FLOATS or self.a.shape[0] % PAGE:
             found = f"{list(self.a.shape)} {self.a.dtype}, b {list(self.b.shape)}"
             raise ValueError(f"Slots: a and b must be floating matrices of whole pages of {PAGE} rows, found a {found}")
@@ -76,8 +81,9 @@ TENSORS = len(fields(Slots))
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which adapters each token of a step wants; made on the device of the ids, without a copy to the host. All shapes follow
-    from the number of tokens, so a CUDA graph takes the plan of any step of its size.
+    """Which adapters each token of a step wants; made on the device of the ids, without a copy to
+    the host. All shapes follow from the number of tokens, so a CUDA graph takes the plan of any
+    step of its size.
     """
 
     ids: Tensor
@@ -85,7 +91,8 @@ class BatchPlan:
     weights: Tensor | None
     """[tokens, k] float32: what each counts, or None for 1."""
     order: Tensor
-    """[tokens · k] int64: the entries of ids by slot, those of BASE last; equals keep their order."""
+    """[tokens · k] int64: the entries of ids by slot, those of BASE last; equals keep their
+    order."""
     starts: Tensor
     """[slots + 1] int64: where each slot's begin in `order`."""
     error: Tensor
@@ -93,7 +100,8 @@ class BatchPlan:
 
     @staticmethod
     def build(ids: Tensor, slots: int, weights: Tensor | None = None) -> "BatchPlan":
-        """The plan of ids [tokens] or [tokens, k], int64, as an `AdapterPool` gives them, for pools of `slots` slots.
+        """The plan of ids [tokens] or [tokens, k], int64, as an `AdapterPool` gives them, for pools
+        of `slots` slots.
 
         Raises:
             TypeError: ids are not int64, or weights not floating.
@@ -118,8 +126,8 @@ class BatchPlan:
         return BatchPlan(ids, weights, order, starts, torch.zeros(1, dtype=torch.int32, device=ids.device))
 
     def raise_errors(self) -> None:
-        """Raises if a kernel met an id that no pool has given or that was evicted since; its token got the base alone. Waits
-        for the device.
+        """Raises if a kernel met an id that no pool has given or that was evicted since; its token
+        got the base alone. Waits for the device.
 
         Raises:
             LookupError: it did.
@@ -143,7 +151,8 @@ def id_of(generation: Any, slot: Any) -> Any:
 
 
 def slots_of(ids: Tensor, generation: Tensor) -> tuple[Tensor, Tensor]:
-    """The slot of each id, and whether it is one that is there and not stale; where it is not, the slot is 0."""
+    """The slot of each id, and whether it is one that is there and not stale; where it is not, the
+    slot is 0."""
     slot = ids & _SLOT
     inside = (ids >= 0) & (slot < len(generation))
     slot = torch.where(inside, slot, 0)
@@ -158,8 +167,8 @@ def unflatten(slots: list[Tensor]) -> list[Slots]:
 def members_of(
     s: Slots, ids: Tensor, weights: Tensor | None, error: Tensor
 ) -> Iterator[tuple[Tensor, int, Tensor | None]]:
-    """The tokens of each adapter, its slot, and what it counts, one column of ids after the other; sets error where an
-    id is out of range or stale. Copies to the host."""
+    """The tokens of each adapter, its slot, and what it counts, one column of ids after the other;
+    sets error where an id is out of range or stale. Copies to the host."""
     for i, column in enumerate(ids.unbind(1)):
         slot, known = slots_of(column, s.generation)
         error |= ((column != BASE) & ~known).any().int()

@@ -1,4 +1,5 @@
-"""The formula in plain PyTorch, one adapter after the other, summed in float32 (float64 for float64)."""
+"""The formula in plain PyTorch, one adapter after the other, summed in float32 (float64 for
+float64)."""
 
 import torch
 

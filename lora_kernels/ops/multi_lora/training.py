@@ -1,4 +1,5 @@
-"""The formula as a loop over adapters, each of them one differentiable `lora_linear` of its own tokens."""
+"""The formula as a loop over adapters, each of them one differentiable `lora_linear` of its own
+tokens."""
 
 from collections.abc import Sequence
 
@@ -11,8 +12,9 @@ from lora_kernels.ops.multi_lora.plan import BIAS, GAIN, ROW, BatchPlan, Slots, 
 
 
 def trained(x: Tensor, w: Tensor, slots: Sequence[Slots], plan: BatchPlan, bias: Tensor | None) -> Tensor:
-    """y [tokens, out]. What an adapter computes, and its gradients, have the bits that they have alone: the same call, on the
-    same rows. With one adapter of weight 1 a token that is all; else what each adds to the base is summed, weighted."""
+    """y [tokens, out]. What an adapter computes, and its gradients, have the bits that they have
+    alone: the same call, on the same rows. With one adapter of weight 1 a token that is all; else
+    what each adds to the base is summed, weighted."""
     parts, first = [], 0
     for s in slots:
         last = first + s.b.shape[1]

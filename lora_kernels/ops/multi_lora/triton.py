@@ -1,4 +1,5 @@
-"""Triton: h of every entry of the plan, then y, of few tokens in one launch. See triton_kernels.py."""
+"""Triton: h of every entry of the plan, then y, of few tokens in one launch. See
+triton_kernels.py."""
 
 from dataclasses import replace
 from functools import cache
@@ -16,8 +17,12 @@ from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import sound_schedule
 from lora_kernels.ops.triton_skinny import precision
 
-SMALL_TOKENS = 64  # tokens that one launch takes, at most; entries, up to which a block of shrink has few, of one adapter
-PROGRAMS = 2048  # at most to make h of a slice, where one launch makes it and y: of a pool for large ranks most have no work
+# tokens that one launch takes, at most; entries, up to which a block of shrink has few, of one
+# adapter
+SMALL_TOKENS = 64
+# at most to make h of a slice, where one launch makes it and y: of a pool for large ranks most have
+# no work
+PROGRAMS = 2048
 
 
 def refusal(call):
@@ -52,8 +57,9 @@ def add_in_place(call):
 
 
 def launch_all(call, w, y):
-    """Fills y; without w it holds x wᵀ and the bias already. One launch, or one for h and one for y. (On AMD one for each slice
-    of y: with the arguments of several the compiler spills scalar registers.)"""
+    """Fills y; without w it holds x wᵀ and the bias already. One launch, or one for h and one for
+    y. (On AMD one for each slice of y: with the arguments of several the compiler spills scalar
+    registers.)"""
     if not y.numel():
         return
     x, ids, weights, order, starts, error, bias = (
@@ -92,7 +98,8 @@ def has_one_adapter(each, weights):
 
 
 def few_entries(fixed):
-    """By how many the tile of h is chosen where there are few; the bits of `fixed` are those of many."""
+    """By how many the tile of h is chosen where there are few; the bits of `fixed` are those of
+    many."""
     return SMALL_TOKENS + 1 if fixed else 1
 
 
@@ -101,10 +108,11 @@ def tile_of_h(x, entries):
 
 
 def programs_of_a(x, site, each, t):
-    """How many programs make h of a slice in `launch_small`; of each block of entries its blocks of ranks and parts of the
-    depth."""
+    """How many programs make h of a slice in `launch_small`; of each block of entries its blocks of
+    ranks and parts of the depth."""
     entries = len(x) * each
-    units = ceil_div(entries, t.rows) + min(len(site.rank), entries)  # at most: the plan is not looked at here
+    # at most: the plan is not looked at here
+    units = ceil_div(entries, t.rows) + min(len(site.rank), entries)
     blocks, parts = ceil_div(site.table.shape[1] * PAGE, t.ranks), max(1, ceil_div(x.shape[1], t.part))
     return max(1, units * blocks * parts), max(1, blocks), parts
 
@@ -146,8 +154,10 @@ def launch_expand(x, w, of_h, sites, ids, weights, order, error, bias, y, determ
     splits = 1 if made or deterministic or m > 64 else cost.split_k_count(count, k)
     scratch = x.new_empty(count * splits * bm * (bn + br), dtype=torch.float32) if splits > 1 else None
     ticket = tile_tickets(x.device, count) if splits > 1 else None
-    h = of_h()  # after the tickets, which in a CUDA graph are a launch of their own: y starts while h is made
-    waits = not made and h.numel() > 0 and architecture(x) >= 90  # what stands in y already is read before the wait
+    # after the tickets, which in a CUDA graph are a launch of their own: y starts while h is made
+    h = of_h()
+    # what stands in y already is read before the wait
+    waits = not made and h.numel() > 0 and architecture(x) >= 90
     warps, stages = sound_schedule(
         x, [w], precision(x), bm, t.warps, t.stages, narrow=bm == SMALL_TOKENS and m <= SMALL_TOKENS and not deterministic
     )
@@ -183,7 +193,8 @@ def common_args(x, w, h, sites, ids, weights, order, error, bias, y, shape):
 
 
 def shrink(x, sites, order, starts, each, fixed):
-    """h [slices, parts, entries, ranks], float32. `fixed`: nothing depends on how many rows there are."""
+    """h [slices, parts, entries, ranks], float32. `fixed`: nothing depends on how many rows there
+    are."""
     (m, k), count, ranks = x.shape, len(sites[0].rank), ranks_of_h(sites)
     entries = m * each
     t = tile_of_h(x, max(entries, few_entries(fixed)))

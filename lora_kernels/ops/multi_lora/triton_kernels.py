@@ -1,8 +1,9 @@
-"""Triton: many adapters over one base, in two steps: h of each entry of the plan, every row of A read once for a block of the
-adapter's tokens; then y, the base product with the adapters' products on the same float32 sums, or of a base product that is
-in y already. Each step is a launch; of few tokens one launch takes both. Work and bytes follow the sum of the ranks. What a row
-gets does not depend on the others: their numbers count as zeros. (Zero times NaN is NaN: a B that is not finite, which a pool
-refuses, reaches the rows of its tile.)"""
+"""Triton: many adapters over one base, in two steps: h of each entry of the plan, every row of A
+read once for a block of the adapter's tokens; then y, the base product with the adapters' products
+on the same float32 sums, or of a base product that is in y already. Each step is a launch; of few
+tokens one launch takes both. Work and bytes follow the sum of the ranks. What a row gets does not
+depend on the others: their numbers count as zeros. (Zero times NaN is NaN: a B that is not finite,
+which a pool refuses, reaches the rows of its tile.)"""
 
 import triton
 import triton.language as tl
@@ -13,7 +14,8 @@ from lora_kernels.ops.triton_skinny import dot_accumulate, load_tile
 PAGE = tl.constexpr(8)
 NOBODY = tl.constexpr(0x7FFFFFFF)
 # a tile's ticket in multi_small_kernel: how many parts of its base product there are, and
-OF_W, OF_H, MINE = tl.constexpr(1 << 8), tl.constexpr(1 << 16), tl.constexpr(1 << 24)  # all; h; who made h ends it
+# all; h; who made h ends it
+OF_W, OF_H, MINE = tl.constexpr(1 << 8), tl.constexpr(1 << 16), tl.constexpr(1 << 24)
 PATIENCE = tl.constexpr(64)  # looks at a ticket before a tile is left to who makes h
 
 
@@ -26,7 +28,8 @@ def page_rows(table, slot, ranks, rank, pages):
 
 @triton.jit
 def load_rows(u, at, there, columns, u0, n):
-    """Rows `at` of u as the columns of a tile, [columns, rows]; 0 where `there` is not, and outside."""
+    """Rows `at` of u as the columns of a tile, [columns, rows]; 0 where `there` is not, and
+    outside."""
     return tl.load(u + at[None, :] * u0 + columns[:, None], mask=there[None, :] & (columns < n)[:, None], other=0.0)
 
 
@@ -49,8 +52,8 @@ def next_slot(slot, s):
 
 @triton.jit
 def block_of_entries(starts, number, count, BM: tl.constexpr, SLOTS: tl.constexpr):
-    """Blocks of BM entries, slot by slot: the slot of block `number` (`count` if there is none), its first position and its
-    adapter's end."""
+    """Blocks of BM entries, slot by slot: the slot of block `number` (`count` if there is none),
+    its first position and its adapter's end."""
     each = tl.arange(0, SLOTS)
     first = tl.load(starts + each, mask=each < count, other=0)
     last = tl.load(starts + each + 1, mask=each < count, other=0)
@@ -84,7 +87,8 @@ def number_of_slice(us, g):
 
 @triton.jit
 def slice_of(tile, ns, BN: tl.constexpr):
-    """Of tiles of BN columns, slice by slice: the slice of a tile, which of its tiles that is, and the slice's first column."""
+    """Of tiles of BN columns, slice by slice: the slice of a tile, which of its tiles that is, and
+    the slice's first column."""
     g, start, first, before = 0, 0, 0, 0
     for i in tl.static_range(len(ns) - 1):
         before += tl.cdiv(ns[i], BN)
@@ -109,7 +113,8 @@ def times_a(
     x, a, entry, mine, at, there, begin, end, k, x0, x1, a0, EACH: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """x Aᵀ of these entries and rows `at` of a over columns begin to end, [BM, BR]; 0 where `mine` and `there` are not."""
+    """x Aᵀ of these entries and rows `at` of a over columns begin to end, [BM, BR]; 0 where `mine`
+    and `there` are not."""
     sums = tl.zeros((BM, BR), tl.float32)
     for first in range(begin, end, BK):
         depth = first + tl.arange(0, BK).to(tl.int64)
@@ -125,7 +130,8 @@ def multi_shrink_kernel(
     EACH: tl.constexpr, SLOTS: tl.constexpr, RANKS: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """h [slice, part, entry, RANKS] = s · x Aᵀ of the entry's adapter over columns SPLIT·part and on, as far as it has ranks.
+    """h [slice, part, entry, RANKS] = s · x Aᵀ of the entry's adapter over columns SPLIT·part and
+    on, as far as it has ranks.
     EACH: as many adapters a token."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -165,8 +171,8 @@ def one_adapter(
     sums, held, h, b, table, rank_of, flags, gain, more, ids, generation, rows, inside, columns, n, b0, count, pages, parts,
     entries, RANKS: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """g ⊙ (sums + h Bᵀ) + c, each row with the adapter that it has, if it has one. sums have the bias `held` in them, unless
-    None; it gets no gain."""
+    """g ⊙ (sums + h Bᵀ) + c, each row with the adapter that it has, if it has one. sums have the
+    bias `held` in them, unless None; it gets no gain."""
     slot, _ = slots_of(ids, generation, rows, inside, 1, 0, count)
     s = next_slot(slot, -1)
     while s < NOBODY:
@@ -175,7 +181,8 @@ def one_adapter(
         for first in tl.range(0, rank, BR, num_stages=1):
             ranks = first + tl.arange(0, BR)
             hs = load_h(h, rows, own, ranks, rank, parts, entries, RANKS)  # [BM, BR]
-            bs = tl.trans(load_rows(b, page_rows(table, s, ranks, rank, pages), ranks < rank, columns, b0, n))  # [BR, BN]
+            # [BR, BN]
+            bs = tl.trans(load_rows(b, page_rows(table, s, ranks, rank, pages), ranks < rank, columns, b0, n))
             sums = dot_accumulate(hs, bs, sums, PRECISION)
         at = tl.cast(kind >> 2, tl.int64) * n + columns
         if kind & 1:
@@ -196,7 +203,8 @@ def several_adapters(
     parts, entries, EACH: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BR: tl.constexpr,
 ):  # fmt: skip
-    """sums + Σ v ((g - 1) ⊙ sums + g ⊙ h Bᵀ + c) over the adapters of each row, one after the other."""
+    """sums + Σ v ((g - 1) ⊙ sums + g ⊙ h Bᵀ + c) over the adapters of each row, one after the
+    other."""
     added = tl.zeros((BM, BN), tl.float32)
     for i in tl.static_range(EACH):
         slot, _ = slots_of(ids, generation, rows, inside, EACH, i, count)
@@ -291,8 +299,9 @@ def multi_lora_kernel(
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     SLAB: tl.constexpr,
 ):  # fmt: skip
-    """y [m, Σ ns], slice by slice. MADE: x wᵀ, with the bias in it, stands in y already. ALONE: a token has one adapter of
-    weight 1 at most; tokens then come in the order of the plan, those of an adapter together. Else EACH.
+    """y [m, Σ ns], slice by slice. MADE: x wᵀ, with the bias in it, stands in y already. ALONE: a
+    token has one adapter of weight 1 at most; tokens then come in the order of the plan, those of
+    an adapter together. Else EACH.
 
     SPLITS: as many programs share a tile's depth. WAITS: h is being made meanwhile."""
     tile = tl.program_id(0)
@@ -326,14 +335,16 @@ def multi_lora_kernel(
         )  # fmt: skip
 
 
-# multi_shrink_kernel does not call it: that way its main loop grows by 8 % on sm_90, over its budget (tests/gates)
+# multi_shrink_kernel does not call it: that way its main loop grows by 8 % on sm_90, over its
+# budget (tests/gates)
 @triton.jit
 def part_of_h(
     x, a, table, rank_of, scale_of, starts, order, h, entries, k, count, pages, x0, x1, a0, number, block, part,
     SPLIT: tl.constexpr, EACH: tl.constexpr, SLOTS: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """What a program of `multi_shrink_kernel` does, of one site: block `number` of entries, `block` of ranks, `part` of x."""
+    """What a program of `multi_shrink_kernel` does, of one site: block `number` of entries, `block`
+    of ranks, `part` of x."""
     slot, begin, end = block_of_entries(starts, number, count, BM, SLOTS)
     if slot < count:
         rank = tl.load(rank_of + slot)
@@ -368,10 +379,12 @@ def multi_small_kernel(
 ):  # fmt: skip
     """y [m, Σ ns] by way of h, in one launch; m <= BM.
 
-    The first `ahead` programs of each slice make its h: BLOCKS of 16 ranks, `parts` of the depth, the rest blocks of BM_OF_A
-    entries. The others take a tile of w each, BN of its rows and one of SPLITS parts of the depth; the last of them at a tile
-    ends it, if h comes in time. Else the last of those that make h does: nobody waits for ever, in whatever order they run.
-    Tickets: one for h of each slice, one for each tile (TILES of a slice at most), zero before and after."""
+    The first `ahead` programs of each slice make its h: BLOCKS of 16 ranks, `parts` of the depth,
+    the rest blocks of BM_OF_A entries. The others take a tile of w each, BN of its rows and one of
+    SPLITS parts of the depth; the last of them at a tile ends it, if h comes in time. Else the last
+    of those that make h does: nobody waits for ever, in whatever order they run.
+    Tickets: one for h of each slice, one for each tile (TILES of a slice at most), zero before and
+    after."""
     slices: tl.constexpr = len(ns)
     program = tl.program_id(0)
     from_, until = 0, 0  # the tiles that this program may end

@@ -1,12 +1,15 @@
-"""One JSON file an architecture: which share of its peaks our kernels reach, and what was measured to be the fastest.
+"""One JSON file an architecture: which share of its peaks our kernels reach, and what was measured
+to be the fastest.
 
-Until `python -m bench.tune` fills a file on a GPU, its figures are predictions ("measured": false), at the pessimistic end of
-what was published: the library's GEMM at 0.67 of the peak on the H100 and 0.82 on the A100; ours at 0.51 of that on sm_90
-(370 of 722 TFLOP/s in triton-lang/triton#2339, a GEMM by wgmma without specialised warps) and, by the same lack, on sm_100; at
-0.68 on sm_86, 89 and 120 (75 of 110 TFLOP/s in triton-lang/triton#319, an RTX 3090), and at 0.9 on sm_80. CUDA C++ by mma.sync
-at 0.9 of ours where Triton uses it, too; on sm_90 at 0.45 of the library, on sm_100 at a fifth. They decide for few rows alone.
-"specialised" at 0.8 of the library on sm_90 (635 of 798 TFLOP/s at 8192³ for a producer and consumers without a persistent
-grid, 658 with one, in pranjalssh/fast.cu, an H100); elsewhere, where there is none, it stands as "mma" does.
+Until `python -m bench.tune` fills a file on a GPU, its figures are predictions ("measured": false),
+at the pessimistic end of what was published: the library's GEMM at 0.67 of the peak on the H100 and
+0.82 on the A100; ours at 0.51 of that on sm_90 (370 of 722 TFLOP/s in triton-lang/triton#2339, a
+GEMM by wgmma without specialised warps) and, by the same lack, on sm_100; at 0.68 on sm_86, 89 and
+120 (75 of 110 TFLOP/s in triton-lang/triton#319, an RTX 3090), and at 0.9 on sm_80. CUDA C++ by
+mma.sync at 0.9 of ours where Triton uses it, too; on sm_90 at 0.45 of the library, on sm_100 at a
+fifth. They decide for few rows alone. "specialised" at 0.8 of the library on sm_90 (635 of 798
+TFLOP/s at 8192³ for a producer and consumers without a persistent grid, 658 with one, in
+pranjalssh/fast.cu, an H100); elsewhere, where there is none, it stands as "mma" does.
 """
 
 import json
@@ -31,7 +34,8 @@ SHARES = ("fused", "library", "one_pass", "thin", "stream", "mma", "specialised"
 
 
 class Choice(NamedTuple):
-    """The fastest candidate at one measured shape. `n` and `r` have a number for each layer that shares x."""
+    """The fastest candidate at one measured shape. `n` and `r` have a number for each layer that
+    shares x."""
 
     direction: str
     dtype: str
@@ -54,9 +58,10 @@ class Table(NamedTuple):
     measured: bool
     stamp: dict[str, Any] | None
     efficiency: dict[str, dict[str, dict[str, float]]]
-    """By kind of dtype ("half" is 16 bits, "single" the others) and class of m in SIZES. "fused", "library", "one_pass", "mma",
-    "specialised": the share of the peak operations a second that such a GEMM reaches; "thin", "stream": the share of the
-    memory's bandwidth that a kernel with a thin matrix and a GEMM reach."""
+    """By kind of dtype ("half" is 16 bits, "single" the others) and class of m in SIZES. "fused",
+    "library", "one_pass", "mma", "specialised": the share of the peak operations a second that such
+    a GEMM reaches; "thin", "stream": the share of the memory's bandwidth that a kernel with a thin
+    matrix and a GEMM reach."""
     choices: tuple[Choice, ...] = ()
     tiles: tuple[dict[str, Any], ...] = ()
     """The fastest tiles that were measured, in a user's file: each a `tiles.Measured`."""
@@ -88,7 +93,8 @@ def _read_table(path: Path) -> Table:
 
 
 def user_file(gpu: str) -> Path:
-    """The file in the user's cache directory that holds what was measured on a GPU of that name with these versions."""
+    """The file in the user's cache directory that holds what was measured on a GPU of that name
+    with these versions."""
     triton = sys.modules.get("triton")
     names = [gpu, f"torch {torch.__version__}", f"triton {triton.__version__ if triton else 'none'}", __version__]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_kernels" / "tables"
@@ -97,7 +103,8 @@ def user_file(gpu: str) -> Path:
 
 @lru_cache
 def kept(gpu: str) -> Table:
-    """What `lora_kernels.ops.tuning` measured on this machine's GPU of that name; a file that cannot be read is none."""
+    """What `lora_kernels.ops.tuning` measured on this machine's GPU of that name; a file that
+    cannot be read is none."""
     none = Table(0, gpu, False, None, {})
     try:
         path = user_file(gpu)
@@ -118,7 +125,8 @@ def user_choices(gpu: str) -> tuple[Choice, ...]:
 
 
 def keep_choices(gpu: str, arch: int, found: Sequence[Choice], tiles: Sequence[dict[str, Any]] = ()) -> Path:
-    """Adds choices and tiles to the user's file for a GPU, in the place of older ones of the same problems."""
+    """Adds choices and tiles to the user's file for a GPU, in the place of older ones of the same
+    problems."""
     path = user_file(gpu)
     choices = tuple({(choice[:6], choice.flags): choice for choice in (*user_choices(gpu), *found)}.values())
     answers = {(row["kernel"], json.dumps(row["answers"], sort_keys=True)): row for row in (*kept(gpu).tiles, *tiles)}
@@ -161,8 +169,8 @@ def _class_lines(classes: dict[str, dict[str, float]]) -> str:
 def nearest_choice(
     choices: Sequence[Choice], direction: str, dtype: str, shape: tuple[Any, ...], flags: tuple[str, ...] = ()
 ) -> list[Choice]:
-    """Those with the same flags that were measured within a factor of two of each of `shape`'s numbers (m, k, n, r), the
-    nearest first, in log space."""
+    """Those with the same flags that were measured within a factor of two of each of `shape`'s
+    numbers (m, k, n, r), the nearest first, in log space."""
     wanted = _numbers(*shape)
     found = []
     for choice in choices:

@@ -1,15 +1,17 @@
-"""The tile of every launch: block sizes, warps, stages and registers, from tiles.json beside this file.
+"""The tile of every launch: block sizes, warps, stages and registers, from tiles.json beside this
+file.
 
     t = tile("forward", x, dtype=x.dtype, m=len(x), …)      # at a launch: of the GPU that holds x
     t = tile("forward", 90, dtype=x.dtype, m=4096, …)       # in the cost model: of sm_90
 
-A kernel has a list of rows; a row has conditions ("if") and some of the numbers of a `Tile`. Each number is that of the first
-row that has it and whose conditions hold: what is special stands above what is usual, and one line above them all changes one
-case. A number has a condition as text: "64", "-64" (at most), "65-", "100-109", "0,80"; a flag true or false; a dtype names.
-Every kernel knows "arch" (90 is sm_90, 0 an AMD GPU) and "deterministic"; the others stand in "asks". m, k, n and `entries`
-count as the next power of two. What a row says is what is wanted: at the launch `sound_schedule` (triton_compiler.py) has the
-last word.
-Kernels whose names end in ".cu" have their tile compiled in; tests compare their rows with the sources.
+A kernel has a list of rows; a row has conditions ("if") and some of the numbers of a `Tile`. Each
+number is that of the first row that has it and whose conditions hold: what is special stands above
+what is usual, and one line above them all changes one case. A number has a condition as text: "64",
+"-64" (at most), "65-", "100-109", "0,80"; a flag true or false; a dtype names. Every kernel knows
+"arch" (90 is sm_90, 0 an AMD GPU) and "deterministic"; the others stand in "asks". m, k, n and
+`entries` count as the next power of two. What a row says is what is wanted: at the launch
+`sound_schedule` (triton_compiler.py) has the last word. Kernels whose names end in ".cu" have their
+tile compiled in; tests compare their rows with the sources.
 """
 
 import json
@@ -37,7 +39,8 @@ MOST = 2**14  # answers that are remembered
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program of a kernel takes; 0 where the kernel has no such number. A launch takes less of what is smaller."""
+    """What one program of a kernel takes; 0 where the kernel has no such number. A launch takes
+    less of what is smaller."""
 
     rows: int = 0
     columns: int = 0
@@ -114,7 +117,8 @@ _seen: ContextVar[list[Asked] | None] = ContextVar("seen", default=None)
 def tile(kernel: str, on: Tensor | int, **answers: Any) -> Tile:
     """The tile of a kernel on the GPU that holds, or simulates, a tensor, or on an architecture.
 
-    What was measured on that very GPU comes first, unless torch is deterministic: there a row's bits must not depend on m.
+    What was measured on that very GPU comes first, unless torch is deterministic: there a row's
+    bits must not depend on m.
 
     Raises:
         KeyError: there is no such kernel.
@@ -143,7 +147,8 @@ def tile(kernel: str, on: Tensor | int, **answers: Any) -> Tile:
 
 @lru_cache(maxsize=1024)
 def compiled(kernel: str, **answers: Any) -> Tile:
-    """That of a kernel whose name ends in ".cu": it is the same on all GPUs, since its sources have it compiled in."""
+    """That of a kernel whose name ends in ".cu": it is the same on all GPUs, since its sources have
+    it compiled in."""
     return _tile(kernel, 0, False, None, (), answers)[1]
 
 
@@ -169,7 +174,8 @@ def _tile(
 
 @lru_cache
 def local(gpu: str) -> tuple[Measured, ...]:
-    """What was measured on this machine's GPU of that name; a file with rows that are none is left aside."""
+    """What was measured on this machine's GPU of that name; a file with rows that are none is left
+    aside."""
     try:
         return tuple(Measured(**row | {"tile": Tile(**row["tile"])}) for row in tables.kept(gpu).tiles)
     except (TypeError, KeyError) as error:
@@ -220,8 +226,8 @@ def read(path: Path = FILE) -> dict[str, Kernel]:
     """The rows of each kernel.
 
     Raises:
-        ValueError: a row has a condition that its kernel does not ask for, a number that no tile has, or text that is none of
-            the forms above.
+        ValueError: a row has a condition that its kernel does not ask for, a number that no tile
+            has, or text that is none of the forms above.
     """
     kernels = {}
     for name, found in json.loads(path.read_text(encoding="utf-8")).items():

@@ -1,8 +1,9 @@
 """DoRA's norm of one layer, kept between calls that cannot have changed it.
 
-A stale norm is silent, and nothing in PyTorch announces a change: fused optimizers and edits through `.data` leave
-`tensor._version` as it is. So the key holds the bits themselves: a checksum of all of A and B, and of a sample of W
-beside W's address and version. It costs the bytes of A and B, which the layer reads anyway.
+A stale norm is silent, and nothing in PyTorch announces a change: fused optimizers and edits
+through `.data` leave `tensor._version` as it is. So the key holds the bits themselves: a checksum
+of all of A and B, and of a sample of W beside W's address and version. It costs the bytes of A and
+B, which the layer reads anyway.
 """
 
 from typing import Any
@@ -25,11 +26,12 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 class NormCache:
     """The last norm and gain of one layer; call it with the layer's present weights.
 
-    Under `torch.no_grad()` a norm is reused if no bit of A and B changed, nor the address, version or a sample of W.
-    With grad mode on it is computed anew, and only ‖W‖² is reused. On other devices than the CPU, while compiling, and
-    without the CPU extension, nothing is reused. `clear()` forgets: needed only after an edit of W through `.data`, or through
-    memory that it shares with numpy, that leaves the sampled elements, about 64 a matrix, as they were. What is given is the
-    kept tensor itself: do not change it.
+    Under `torch.no_grad()` a norm is reused if no bit of A and B changed, nor the address, version
+    or a sample of W. With grad mode on it is computed anew, and only ‖W‖² is reused. On other
+    devices than the CPU, while compiling, and without the CPU extension, nothing is reused.
+    `clear()` forgets: needed only after an edit of W through `.data`, or through memory that it
+    shares with numpy, that leaves the sampled elements, about 64 a matrix, as they were. What is
+    given is the kept tensor itself: do not change it.
     """
 
     __slots__ = ("_squared", "_norm", "_gain")
@@ -56,7 +58,8 @@ class NormCache:
         return norm
 
     def gain(self, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
-        """DoRA's gain, `dora_gain(magnitude, norm)` with the norm detached: [out]. Reused as the norm is."""
+        """DoRA's gain, `dora_gain(magnitude, norm)` with the norm detached: [out]. Reused as the
+        norm is."""
         if torch.is_grad_enabled():
             norm = self(w, a, b, scale)
             return dora_gain(magnitude.to(norm.dtype), norm)
@@ -86,7 +89,8 @@ class NormCache:
 
 
 def _key(scale: float | Tensor, w: Tensor, *others: Tensor) -> Any:
-    """What identifies W as far as a sample of it can, and every bit of the others; None where nothing can be reused."""
+    """What identifies W as far as a sample of it can, and every bit of the others; None where
+    nothing can be reused."""
     if fingerprint is None or isinstance(scale, Tensor) or torch.compiler.is_compiling():
         return None
     for t in (w, *others):

@@ -1,4 +1,5 @@
-"""CPU: the factored norm in one C++ pass over W, with the rows that cancel summed directly in the same pass."""
+"""CPU: the factored norm in one C++ pass over W, with the rows that cancel summed directly in the
+same pass."""
 
 import torch
 
@@ -23,7 +24,8 @@ def squared_refusal(call):
 
 
 def _row_blocks(w):
-    """(first row, rows) of W with contiguous rows: all of it, or copies of a few if W is transposed."""
+    """(first row, rows) of W with contiguous rows: all of it, or copies of a few if W is
+    transposed."""
     if w.stride(1) == 1:
         yield 0, w
         return
@@ -49,7 +51,8 @@ def forward(call):
 
 
 def _products(w, a):
-    """A Wᵀ, [r, out] in float32, where AMX tiles make it; None where the kernel itself is as fast."""
+    """A Wᵀ, [r, out] in float32, where AMX tiles make it; None where the kernel itself is as
+    fast."""
     if not on_tiles(w, w):
         return None
     if a.dtype is torch.bfloat16:
@@ -66,7 +69,8 @@ def _products(w, a):
 
 @implements("weight_norm_backward", "cpu", refusal)
 def backward(call):
-    """With c = dn / n: dB = s·c ⊙ (W + s·BA) Aᵀ, dA = s·(c ⊙ B)ᵀ (W + s·BA), in blocks of rows; BA is not formed."""
+    """With c = dn / n: dB = s·c ⊙ (W + s·BA) Aᵀ, dA = s·(c ⊙ B)ᵀ (W + s·BA), in blocks of rows; BA
+    is not formed."""
     w, a, b, scale = call.w, call.a, call.b, call.scale
     c = torch.where(call.n > 0, call.dn / call.n, 0.0)[:, None]
     wide_a, wide_b = a.float(), b.float()

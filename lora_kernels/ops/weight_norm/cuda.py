@@ -1,5 +1,6 @@
-"""CUDA C++ for 16-bit W: csrc/weight_norm/cuda.cu where A and B have the type of W, few ranks, and rows in pieces of 16 bytes;
-else, where Triton does not run, csrc/weight_norm/cuda_any.cu. The gradients are products of W with thin matrices, as dy's."""
+"""CUDA C++ for 16-bit W: csrc/weight_norm/cuda.cu where A and B have the type of W, few ranks, and
+rows in pieces of 16 bytes; else, where Triton does not run, csrc/weight_norm/cuda_any.cu. The
+gradients are products of W with thin matrices, as dy's."""
 
 import torch
 
@@ -73,8 +74,9 @@ def row_norm_squared(call):
 
 @implements("weight_norm_backward", "cuda", backward_refusal)
 def backward(call):
-    """With c = dn / n: dB = s·c ⊙ (W Aᵀ + s·B A Aᵀ), dA = s·((c ⊙ B)ᵀ W + s·(c ⊙ B)ᵀ B A); BA is not formed. What has neither
-    side of W is taken in float64: torch may take float32 products as TF32."""
+    """With c = dn / n: dB = s·c ⊙ (W Aᵀ + s·B A Aᵀ), dA = s·((c ⊙ B)ᵀ W + s·(c ⊙ B)ᵀ B A); BA is
+    not formed. What has neither side of W is taken in float64: torch may take float32 products as
+    TF32."""
     w, a, b, scale, needs = call.w, call.a, call.b, call.scale, call.needs
     c = torch.where(call.n > 0, call.dn / call.n, 0.0)[:, None]
     weighted = (c * b.float()).contiguous()

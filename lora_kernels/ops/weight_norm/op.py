@@ -1,7 +1,7 @@
 """DoRA's norm, one number per output feature, without forming BA:
 
-    n = ‖W + scale·BA‖ over the input dimension                                                         (1)
-    n² = ‖W‖² + 2·scale·rowsum((W Aᵀ) ⊙ B) + scale²·rowsum((B A Aᵀ) ⊙ B)                                (2)
+    n = ‖W + scale·BA‖ over the input dimension                                                  (1)
+    n² = ‖W‖² + 2·scale·rowsum((W Aᵀ) ⊙ B) + scale²·rowsum((B A Aᵀ) ⊙ B)                         (2)
 
 Sources: DoRA, arXiv:2402.09353, eq. 5 and §4.3; the factored form, arXiv:2603.22276, §2.
 """
@@ -23,17 +23,20 @@ MAX_CONDITION = {torch.float32: 4.0, torch.bfloat16: 64.0, torch.float16: 64.0}
 def weight_norm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, w_squared: Tensor | None = None) -> Tensor:
     """Norm (1) of each row of the adapted weight.
 
-    Shapes: w [out, in], a [r, in], b [out, r]; returns [out] in float32 (float64 if w is float64). `w_squared` is
-    `row_norm_squared(w)` when the caller has it: w is frozen, so it need not be summed again.
-    Sums are float32, never TF32. Rows in which the terms of (2) cancel are summed directly as (1). So the error stays
-    below 1e-4 (16-bit w) and 1e-5 (float32 w) of ‖W‖ + scale·‖|B| |A|‖. It stays below that of the norm itself, too,
-    unless single elements of W and scale·BA cancel. Numbers whose squares leave float32's range are not provided for.
-    Gradients flow to a, b and a tensor `scale` (the exact gradient; detach the result for the paper's §4.3). The
-    gradient of a zero row is zero. A second differentiation raises. `grad_dtype` of a leaf counts as in `lora_linear`.
+    Shapes: w [out, in], a [r, in], b [out, r]; returns [out] in float32 (float64 if w is float64).
+    `w_squared` is `row_norm_squared(w)` when the caller has it: w is frozen, so it need not be
+    summed again. Sums are float32, never TF32. Rows in which the terms of (2) cancel are summed
+    directly as (1). So the error stays below 1e-4 (16-bit w) and 1e-5 (float32 w) of ‖W‖ +
+    scale·‖|B| |A|‖. It stays below that of the norm itself, too, unless single elements of W and
+    scale·BA cancel. Numbers whose squares leave float32's range are not provided for. Gradients
+    flow to a, b and a tensor `scale` (the exact gradient; detach the result for the paper's §4.3).
+    The gradient of a zero row is zero. A second differentiation raises. `grad_dtype` of a leaf
+    counts as in `lora_linear`.
 
     Raises:
         TypeError: a tensor has a dtype that is not supported.
-        ValueError: a shape or device does not fit, or w requires grad; the message names the tensor.
+        ValueError: a shape or device does not fit, or w requires grad; the message names the
+            tensor.
     """
     _check_arguments(w, a, b, scale, w_squared)
     if isinstance(scale, Tensor):
@@ -46,7 +49,8 @@ def weight_norm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, w_
 
 
 def row_norm_squared(w: Tensor) -> Tensor:
-    """‖W‖² of each row: w [out, in] → [out] in float32 (float64 if w is float64), by the sum that `weight_norm` uses."""
+    """‖W‖² of each row: w [out, in] → [out] in float32 (float64 if w is float64), by the sum that
+    `weight_norm` uses."""
     if w.dim() != 2:
         raise ValueError(f"row_norm_squared: w must be [out, in], found {list(w.shape)}")
     if w.dtype not in FLOATS:
@@ -55,7 +59,8 @@ def row_norm_squared(w: Tensor) -> Tensor:
 
 
 def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """DoRA's gain m / n, [out]; 1, with no gradient, where the norm is zero (the layer then keeps that row as it is)."""
+    """DoRA's gain m / n, [out]; 1, with no gradient, where the norm is zero (the layer then keeps
+    that row as it is)."""
     zero = norm == 0
     return torch.where(zero, 1.0, magnitude / torch.where(zero, 1.0, norm))
 
@@ -100,7 +105,8 @@ class Norm(NamedTuple):
 
 
 class NormBackward(NamedTuple):
-    """The arguments of the backward op: dn and n [out], and which of da and db are wanted, as in `ops.gradients`."""
+    """The arguments of the backward op: dn and n [out], and which of da and db are wanted, as in
+    `ops.gradients`."""
 
     dn: Tensor
     n: Tensor

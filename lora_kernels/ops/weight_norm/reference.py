@@ -1,4 +1,5 @@
-"""The formulas in plain PyTorch, summed in float32 (float64 for float64). Every other backend is tested against them."""
+"""The formulas in plain PyTorch, summed in float32 (float64 for float64). Every other backend is
+tested against them."""
 
 import torch
 
@@ -14,7 +15,8 @@ def forward(call):
 @implements("weight_norm_backward", "reference")
 def backward(call):
     dn, n, a, b, scale = call.dn, call.n, call.a, call.b, call.scale
-    c = torch.where(n > 0, dn / n, 0.0)                                    # [out]; a zero row has no direction
+    # [out]; a zero row has no direction
+    c = torch.where(n > 0, dn / n, 0.0)
     dv = c[:, None] * _adapted(call)                                       # [out, in]
     da, db = scale * (b.to(dv.dtype).T @ dv), scale * (dv @ a.to(dv.dtype).T)
     grads = zip((da, db), (a, b), call.needs, strict=True)

@@ -1,6 +1,8 @@
-"""Triton: W is read once and B A made tile by tile in registers, so nothing cancels and ‖W‖² is of no use.
+"""Triton: W is read once and B A made tile by tile in registers, so nothing cancels and ‖W‖² is of
+no use.
 
-A GPU has the arithmetic to spare beside the memory: W + s·BA takes as many products as W Aᵀ of the factored form.
+A GPU has the arithmetic to spare beside the memory: W + s·BA takes as many products as W Aᵀ of the
+factored form.
 """
 
 import torch
@@ -22,7 +24,8 @@ def norm_kernel(
     w, a, b, norm, scale, n, k, r, w0, w1, a0, a1, b0, b1,
     MORE: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """norm [n] = ‖w + scale · b a‖. MORE: there are more ranks than BR, and b does not stay in registers."""
+    """norm [n] = ‖w + scale · b a‖. MORE: there are more ranks than BR, and b does not stay in
+    registers."""
     rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     ranks = tl.arange(0, BR).to(tl.int64)
     squares = tl.zeros((BN, BK), tl.float32)
@@ -37,8 +40,8 @@ def norm_kernel(
                 update = dot_accumulate(more, load_tile(a, rank + ranks, depth, a0, a1, r, k), update, PRECISION)
         adapted = ws.to(tl.float32) + scale * update
         squares += adapted * adapted
-    # one sum over lanes at the end: in the loop the compiler would fuse its first addition with the product, in each lane
-    # its own, and the lanes would hold different sums
+    # one sum over lanes at the end: in the loop the compiler would fuse its first addition with the
+    # product, in each lane its own, and the lanes would hold different sums
     tl.store(norm + rows, tl.sqrt_rn(tl.sum(squares, 1)), mask=rows < n)
 
 
@@ -75,7 +78,8 @@ def forward(call):
         "MORE": r > t.ranks, "PRECISION": _precision(a), "BR": power_of_two(r, most=t.ranks), "BN": t.rows, "BK": t.depth,
     }  # fmt: skip
     if sound_schedule(b, [a], _precision(a), t.rows, t.warps, t.stages) != (t.warps, t.stages):
-        args["BN"] = 32  # rows, whose products are mma.sync; of two warps b and w would not fit the registers
+        # rows, whose products are mma.sync; of two warps b and w would not fit the registers
+        args["BN"] = 32
     grid = (ceil_div(n, args["BN"]),)
     launch_triton(norm_kernel, grid, args, [norm], warps=t.warps, stages=t.stages, registers=t.registers)
     return norm
@@ -83,7 +87,8 @@ def forward(call):
 
 @implements("weight_norm_backward", "triton", refusal)
 def backward(call):
-    """With c = dn / n: dB = s·c ⊙ (W Aᵀ + s·B A Aᵀ), dA = s·((c ⊙ B)ᵀ W + s·(c ⊙ B)ᵀ B A); BA is not formed."""
+    """With c = dn / n: dB = s·c ⊙ (W Aᵀ + s·B A Aᵀ), dA = s·((c ⊙ B)ᵀ W + s·(c ⊙ B)ᵀ B A); BA is
+    not formed."""
     w, a, b, scale, needs = call.w, call.a, call.b, call.scale, call.needs
     c = torch.where(call.n > 0, call.dn / call.n, 0.0)[:, None]
     weighted = (c * b.float()).contiguous()
@@ -95,7 +100,8 @@ def backward(call):
         of_b = sum_partials(shrink(b, [gram], [1.0], exact=True)[0])
         db = ((scale * c) * (sum_partials(of_w.p) + scale * of_b)).to(gradient_dtype(b, needs[1]))
     if needs[0]:
-        small = sum_partials(outer_product(b, [weighted[None]], exact=True)[0][0])  # (c ⊙ B)ᵀ B, [r, r]
+        # (c ⊙ B)ᵀ B, [r, r]
+        small = sum_partials(outer_product(b, [weighted[None]], exact=True)[0][0])
         of_a = sum_partials(outer_product(a, [small.T.contiguous()[None]], exact=True)[0][0])
         da = (scale * (sum_partials(of_w.part).T + scale * of_a)).to(gradient_dtype(a, needs[0])).contiguous()
     return da, db
@@ -112,5 +118,6 @@ def row_norm_squared(call):
 
 
 def _precision(a):
-    """Of B A: 16-bit factors are exact on tensor cores; float32 ones as six products of 16 bits, which is as good."""
+    """Of B A: 16-bit factors are exact on tensor cores; float32 ones as six products of 16 bits,
+    which is as good."""
     return "half" if a.dtype in HALVES else "bf16x6"

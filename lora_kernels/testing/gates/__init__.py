@@ -1,6 +1,7 @@
 """Gates that a kernel's code passes without a GPU: see README.md.
 
-    python -m lora_kernels.testing.gates            compiles all configurations, writes tests/gates/table.json
+    python -m lora_kernels.testing.gates            compiles all configurations, writes
+                                                    tests/gates/table.json
     python -m lora_kernels.testing.gates --show     prints it
 """
 

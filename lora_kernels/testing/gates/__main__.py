@@ -1,7 +1,9 @@
-"""`python -m lora_kernels.testing.gates [FOLDER]`: compiles all of FOLDER/configurations.py and writes FOLDER/table.json.
+"""`python -m lora_kernels.testing.gates [FOLDER]`: compiles all of FOLDER/configurations.py and
+writes FOLDER/table.json.
 
-With --show nothing is compiled, and the table is printed as Markdown. Ends with 1 where a gate is broken; rows whose tools
-are not here stay as they were, and so do those of other Tritons with --installed. These come by pip into .venv/tritons.
+With --show nothing is compiled, and the table is printed as Markdown. Ends with 1 where a gate is
+broken; rows whose tools are not here stay as they were, and so do those of other Tritons with
+--installed. These come by pip into .venv/tritons.
 """
 
 import argparse

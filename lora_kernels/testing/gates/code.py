@@ -49,7 +49,8 @@ class Code:
 
 @dataclass(frozen=True)
 class MainLoop:
-    """The innermost loop with the most matrix instructions, or global loads where a kernel has none of those.
+    """The innermost loop with the most matrix instructions, or global loads where a kernel has none
+    of those.
 
     A kernel without such a loop counts as a whole.
     """
@@ -59,7 +60,8 @@ class MainLoop:
     units: int
     instructions: int
     copies: int
-    """Loops inside it that touch memory, which are copies that were not unrolled: they run several times each round."""
+    """Loops inside it that touch memory, which are copies that were not unrolled: they run several
+    times each round."""
 
 
 def count_opcodes(instructions: Iterable[Instruction], what: re.Pattern[str]) -> int:
@@ -76,7 +78,8 @@ def main_loop(code: Code) -> MainLoop:
     busy = [h for h in bodies if units[h] and not any(bodies[o] < bodies[h] and units[o] for o in bodies)]
     if not busy:
         return _summary([code.instructions[i] for i in reachable(successors(code))], 0)
-    # without matrix instructions it is the longest: of a product on plain lanes, not of a sum of a few parts
+    # without matrix instructions it is the longest: of a product on plain lanes, not of a sum of a
+    # few parts
     best = max(busy, key=lambda h: (units[h] if unit is MATRIX else 0, len(bodies[h])))
     return _summary(inside[best], sum(bodies[o] < bodies[best] and count_opcodes(inside[o], MEMORY) > 0 for o in bodies))
 
@@ -123,10 +126,11 @@ def reachable(follow: list[list[int]]) -> list[int]:
 
 
 def natural_loops(code: Code) -> dict[int, frozenset[int]]:
-    """The natural loops: for each header the instructions from which a branch back to it is reached.
+    """The natural loops: for each header the instructions from which a branch back to it is
+    reached.
 
-    A branch is one back only if its target dominates it: compilers put the waiting of a loop behind it and jump back
-    into the middle.
+    A branch is one back only if its target dominates it: compilers put the waiting of a loop behind
+    it and jump back into the middle.
     """
     follow = successors(code)
     alive = reachable(follow)

@@ -1,4 +1,5 @@
-"""What is shipped: a kernel with its tiles, the chips it is for, and what its code must be like on each."""
+"""What is shipped: a kernel with its tiles, the chips it is for, and what its code must be like on
+each."""
 
 import functools
 import hashlib
@@ -24,10 +25,12 @@ _ANALYSIS = ("code.py", "sass.py", "amdgcn.py", "occupancy.py", "hazards.py")
 
 @dataclass(frozen=True)
 class Budget:
-    """What a person found good enough, recorded by hand. The main loop is that of `code.MainLoop`."""
+    """What a person found good enough, recorded by hand. The main loop is that of
+    `code.MainLoop`."""
 
     per: float
-    """At most so many instructions of the main loop for each matrix instruction, or for each load where there is none."""
+    """At most so many instructions of the main loop for each matrix instruction, or for each load
+    where there is none."""
     matrix: str = ""
     """The matrix instruction that the main loop must have."""
     units: int = 1
@@ -50,11 +53,13 @@ class Map:
 
 @dataclass(frozen=True)
 class Triton:
-    """A `@triton.jit` function, as "module:name", which is imported only where Triton is installed."""
+    """A `@triton.jit` function, as "module:name", which is imported only where Triton is
+    installed."""
 
     function: str
     args: Mapping[str, Any]
-    """As for a launch; a dtype stands for a tensor of it whose address divides by 16, a `Map` for a map."""
+    """As for a launch; a dtype stands for a tensor of it whose address divides by 16, a `Map` for a
+    map."""
     warps: int = 4
     stages: int = 3
     registers: int | None = None
@@ -173,7 +178,8 @@ class Configuration:
     """A kernel, and a budget for each chip, as "sm_80 sm_86" for several at once.
 
     Raises:
-        ValueError: a chip that the language has is neither there nor in `without`, or is there twice.
+        ValueError: a chip that the language has is neither there nor in `without`, or is there
+            twice.
     """
 
     name: str
@@ -182,9 +188,11 @@ class Configuration:
     without: Mapping[str, str] = field(default_factory=dict)
     """Chips this is not shipped for, and why."""
     special: Mapping[str, Triton] = field(default_factory=dict)
-    """What is launched in the place of `kernel` on some chips, or under another Triton: "sm_90, triton 3.6.0"."""
+    """What is launched in the place of `kernel` on some chips, or under another Triton: "sm_90,
+    triton 3.6.0"."""
     spilled: Mapping[str, int] = field(default_factory=dict)
-    """Under such another Triton, so many loads and stores of spilled registers at most: they cost time alone."""
+    """Under such another Triton, so many loads and stores of spilled registers at most: they cost
+    time alone."""
 
     def __post_init__(self) -> None:
         named = sorted(" ".join([*self.budgets, *self.without]).split())
@@ -196,15 +204,16 @@ class Configuration:
         return tuple(chip for chip in self.kernel.chips if chip in " ".join(self.budgets).split())
 
     def kernel_on(self, arch: str, version: str = "") -> Triton | Cuda:
-        """What is launched on a chip, by another Triton than the one installed if `version` names it."""
+        """What is launched on a chip, by another Triton than the one installed if `version` names
+        it."""
         return self.special.get(f"{arch}{BY}{version}", self.special.get(arch, self.kernel))
 
     def budget(self, arch: str) -> Budget:
         return next(budget for chips, budget in self.budgets.items() if arch in chips.split())
 
     def fingerprint(self, arch: str = "", version: str = "") -> str:
-        """Of all that decides about the numbers: the source, these arguments, the compiler, how code is read. `version`: of
-        Triton, if it is another than the one installed."""
+        """Of all that decides about the numbers: the source, these arguments, the compiler, how
+        code is read. `version`: of Triton, if it is another than the one installed."""
         kernel = self.kernel_on(arch, version)
         parts = [
             *kernel.sources(),

@@ -1,10 +1,13 @@
-"""What a product that runs asynchronously reads or writes, and is touched before it is waited for: a walk of the flow graph.
+"""What a product that runs asynchronously reads or writes, and is touched before it is waited for:
+a walk of the flow graph.
 
-On sm_90 HGMMA (wgmma) goes on while the warp does, until WARPGROUP.DEPBAR. No scoreboard guards its registers: those of A,
-where A is in registers, and of the sums. ptxas before 13.3 gives registers of A away too early in pipelined loops, whatever the
-PTX says (https://github.com/triton-lang/triton/issues/9433). Operands in shared memory are read through the asynchronous
-proxy, from sm_100 on by UTCHMMA (tcgen05): what cp.async wrote is there only after FENCE.VIEW.ASYNC (fence.proxy.async; PTX
-ISA, "Async proxy"); bulk copies need none. Who reads what threads store is not known here: that is the simulator's.
+On sm_90 HGMMA (wgmma) goes on while the warp does, until WARPGROUP.DEPBAR. No scoreboard guards its
+registers: those of A, where A is in registers, and of the sums. ptxas before 13.3 gives registers
+of A away too early in pipelined loops, whatever the PTX says
+(https://github.com/triton-lang/triton/issues/9433). Operands in shared memory are read through the
+asynchronous proxy, from sm_100 on by UTCHMMA (tcgen05): what cp.async wrote is there only after
+FENCE.VIEW.ASYNC (fence.proxy.async; PTX ISA, "Async proxy"); bulk copies need none. Who reads what
+threads store is not known here: that is the simulator's.
 """
 
 import re
@@ -18,19 +21,22 @@ _REGISTER = re.compile(r"R(\d+)(?:\.reuse|\.64)?$")
 _SOURCES = re.compile(r"(?<![A-Z])R(\d+)\b")
 # a register that comes first is read: threads of a barrier, a mask, where to go on
 _NOTHING = {"BAR", "WARPSYNC", "NANOSLEEP", "RET", "CALL", "BRX", "JMX", "BMOV"}
-# a predicate comes first, then the register that is written; elsewhere what follows a predicate is read
+# a predicate comes first, then the register that is written; elsewhere what follows a predicate is
+# read
 _AFTER_PREDICATE = {"SHFL", "ATOM", "ATOMG", "ATOMS", "LOP3", "MATCH", "VOTE"}
 _WIDE = re.compile(r"(IMAD\.WIDE|IDP\.WIDE|D(ADD|MUL|FMA|SETP)\b|CS2R(?!\.32)|F2F\.F64|I2F\.F64|F2I\.[US]64|LEPC)")
 MAX_GROUPS = 15  # groups that are told apart; no wait leaves so many
 
-# a register as ("A", number) or ("sum", number): how many groups began since; 0: not in a group yet. Memory that cp.async
-# writes as UNDER_WAY, and as COPIED once it is waited for until it is shown to the asynchronous proxy
+# a register as ("A", number) or ("sum", number): how many groups began since; 0: not in a group
+# yet. Memory that cp.async writes as UNDER_WAY, and as COPIED once it is waited for until it is
+# shown to the asynchronous proxy
 State = dict[tuple[str, int], int]
 UNDER_WAY, COPIED = ("under way", 0), ("copied", 0)
 
 
 def hazards(code: Code) -> list[str]:
-    """Each instruction, in words, that may touch what a product is still at, by whichever way it is reached.
+    """Each instruction, in words, that may touch what a product is still at, by whichever way it is
+    reached.
 
     Raises:
         ValueError: a wait or a group of a kind that is not known.

@@ -16,8 +16,8 @@ def launched(one: Launch) -> Triton:
 
 
 def refusal(one: Launch, arch: int) -> str | None:
-    """The gates that a launch does not pass whatever its budget, in words: it does not compile, spills, has a hazard, or more
-    shared memory than there is.
+    """The gates that a launch does not pass whatever its budget, in words: it does not compile,
+    spills, has a hazard, or more shared memory than there is.
 
     Raises:
         FileNotFoundError: a tool is not here; the message says which.

@@ -75,8 +75,8 @@ def instructions_per_unit(row: Row) -> float:
 
 
 def unsound(row: Row, spilled: int = 0) -> list[str]:
-    """The gates that no version of a compiler may break, in words; what a row does not have is zero. `spilled`: so many loads
-    and stores of spilled registers are accepted."""
+    """The gates that no version of a compiler may break, in words; what a row does not have is
+    zero. `spilled`: so many loads and stores of spilled registers are accepted."""
     if "error" in row:
         return [f"does not compile: {row['error']}"]
     found = []

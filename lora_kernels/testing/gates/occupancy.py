@@ -49,8 +49,9 @@ _LIMITS = {1: "threads", 2: "registers", 4: "shared memory", 8: "blocks", 16: "b
 
 @dataclass(frozen=True)
 class Chip:
-    """Of a multiprocessor. Source: the CUDA C++ Programming Guide's table "Technical Specifications per Compute Capability",
-    compared with libcu++'s cuda/__device/arch_traits.h; AMD: rocm.docs.amd.com/en/latest/reference/gpu-specs.html."""
+    """Of a multiprocessor. Source: the CUDA C++ Programming Guide's table "Technical Specifications
+    per Compute Capability", compared with libcu++'s cuda/__device/arch_traits.h; AMD:
+    rocm.docs.amd.com/en/latest/reference/gpu-specs.html."""
 
     threads: int
     shared: int
@@ -98,9 +99,11 @@ def missing() -> str | None:
 
 
 def occupancy(arch: str, registers: int, shared: int, dynamic: int, threads: int, columns: int = 0) -> tuple[int, str]:
-    """Blocks on a multiprocessor of an NVIDIA chip, and what limits them; 0 where the kernel cannot start.
+    """Blocks on a multiprocessor of an NVIDIA chip, and what limits them; 0 where the kernel cannot
+    start.
 
-    `shared` and `dynamic` are bytes of a block, `columns` those of tensor memory (sm_100), which the header does not know.
+    `shared` and `dynamic` are bytes of a block, `columns` those of tensor memory (sm_100), which
+    the header does not know.
 
     Raises:
         FileNotFoundError: no C++ compiler or no header.
@@ -122,7 +125,8 @@ def occupancy(arch: str, registers: int, shared: int, dynamic: int, threads: int
 
 
 def occupancy_amd(arch: str, waves: int, shared: int, warps: int) -> tuple[int, str]:
-    """Blocks on a compute unit: `waves` a SIMD that LLVM allows by registers, the block's bytes of LDS."""
+    """Blocks on a compute unit: `waves` a SIMD that LLVM allows by registers, the block's bytes of
+    LDS."""
     by = {"registers": waves * _SIMDS // warps, "shared memory": CHIPS[arch].shared // shared if shared else 10**6}
     least = min(by.values())
     return least, ", ".join(name for name, blocks in by.items() if blocks == least)

@@ -17,7 +17,8 @@ _RESERVED = 1024  # of the driver, counted in SHARED from sm_90 on where a kerne
 
 
 def find_tool(name: str, folder: str = "bin") -> Path | None:
-    """A tool or header of NVIDIA's: from triton's wheel, whose version is pinned, from CUDA_HOME or from PATH."""
+    """A tool or header of NVIDIA's: from triton's wheel, whose version is pinned, from CUDA_HOME or
+    from PATH."""
     found = importlib.util.find_spec("triton")
     homes = [Path(place) / "backends" / "nvidia" for place in (found.submodule_search_locations or [] if found else [])]
     homes += [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []

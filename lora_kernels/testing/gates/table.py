@@ -23,7 +23,8 @@ class Table:
 
     rows: dict[Key, Row] = field(default_factory=dict)
     others: dict[Other, Row] = field(default_factory=dict)
-    """By the version of Triton, too: what other Tritons than the installed one made, as far as it is not zero."""
+    """By the version of Triton, too: what other Tritons than the installed one made, as far as it
+    is not zero."""
 
     @staticmethod
     def read(path: Path) -> "Table":
@@ -93,7 +94,8 @@ class Table:
 
 
 def current(configuration: Configuration, arch: str, table: Table) -> tuple[Row, bool]:
-    """The row as it is now, and whether it was in the table with this fingerprint and needed no compiler.
+    """The row as it is now, and whether it was in the table with this fingerprint and needed no
+    compiler.
 
     Raises:
         FileNotFoundError: a tool is not here; the message says which.
@@ -109,7 +111,8 @@ def current(configuration: Configuration, arch: str, table: Table) -> tuple[Row,
 
 
 def differences(known: Row | None, found: Row) -> list[str]:
-    """What the table has otherwise, in words. Nothing where it is of another version of the compiler."""
+    """What the table has otherwise, in words. Nothing where it is of another version of the
+    compiler."""
     if known is None:
         return ["not in the table"]
     if known["made"] != found["made"]:
@@ -119,7 +122,8 @@ def differences(known: Row | None, found: Row) -> list[str]:
 
 
 def recompute(configurations: Sequence[Configuration], jobs: int, cache: str) -> tuple[Table, Reasons, Reasons]:
-    """All rows anew; the gates that are broken, and the rows for which a tool is not here, both in words.
+    """All rows anew; the gates that are broken, and the rows for which a tool is not here, both in
+    words.
 
     `cache` is Triton's; an old one would hide what this Triton makes.
     """

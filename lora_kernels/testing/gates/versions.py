@@ -1,8 +1,10 @@
-"""The package's kernels as the other supported Tritons compile them, each version in a process of its own.
+"""The package's kernels as the other supported Tritons compile them, each version in a process of
+its own.
 
-On sm_90 and sm_100 alone: what those versions differ in is when products that run asynchronously are waited for. Of the rest it
-is held that ptxas takes it without spilling; instructions are counted for the installed Triton only. The installed one stands
-here, too, as "3.8.0, ptxas 13.3", where a launch on sm_90 takes a later ptxas than Triton does (`triton_compiler.assembler`).
+On sm_90 and sm_100 alone: what those versions differ in is when products that run asynchronously
+are waited for. Of the rest it is held that ptxas takes it without spilling; instructions are
+counted for the installed Triton only. The installed one stands here, too, as "3.8.0, ptxas 13.3",
+where a launch on sm_90 takes a later ptxas than Triton does (`triton_compiler.assembler`).
 """
 
 import json
@@ -21,7 +23,8 @@ from lora_kernels.testing.gates.configuration import Configuration, Cuda, Triton
 from lora_kernels.testing.gates.measure import Row, compiled, soundness
 
 CHIPS = ("sm_90", "sm_100")
-PTXAS = ", ptxas "  # between a Triton and the ptxas that its launches on sm_90 take, where that is not its own
+# between a Triton and the ptxas that its launches on sm_90 take, where that is not its own
+PTXAS = ", ptxas "
 Place = tuple[str, str]
 Other = tuple[str, str, str]
 Asked = list[tuple[str, str, Triton | Cuda]]
@@ -45,7 +48,8 @@ def chips_to_compile(version: str) -> tuple[str, ...]:
 
 
 def other_versions() -> list[str]:
-    """The supported versions but the one installed, and that by the ptxas of launches; none where Triton is not installed."""
+    """The supported versions but the one installed, and that by the ptxas of launches; none where
+    Triton is not installed."""
     try:
         import triton
     except ImportError:
@@ -111,8 +115,8 @@ def _process(version: str, asked: Asked, cache: str) -> dict[Place, Row]:
 
 
 def main(folder: str, ptxas: str = "") -> None:
-    """Compiles what the file `asked` lists and writes the file `rows`; Triton itself prints. `ptxas` says "later" for that of
-    launches."""
+    """Compiles what the file `asked` lists and writes the file `rows`; Triton itself prints.
+    `ptxas` says "later" for that of launches."""
     from lora_kernels.ops.triton_compiler import assembling
 
     asked: Asked = pickle.loads(Path(folder, "asked").read_bytes())
@@ -122,7 +126,8 @@ def main(folder: str, ptxas: str = "") -> None:
             with assembling(int(arch[3:])) if ptxas else nullcontext():
                 code, *_ = compiled(kernel, arch)
                 row = {key: value for key, value in soundness(kernel, arch, code).items() if value}
-        except Exception as error:  # each compiler has its own; the row has the message, and is broken
+        # each compiler has its own; the row has the message, and is broken
+        except Exception as error:
             row = {"error": f"{type(error).__name__}: {error}".strip()[:500]}
         rows.append((name, arch, row))
     Path(folder, "rows").write_text(json.dumps(rows))
