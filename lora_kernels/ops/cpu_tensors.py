@@ -36,4 +36,6 @@ def dropout_args(dropout: float, seed: Tensor | None) -> tuple[int, int, float] 
 
 def row_major(t: Tensor) -> Tensor:
     """The tensor itself if its rows are contiguous, else a copy."""
+    if t.is_contiguous():  # the cheapest question
+        return t
     return t if t.stride(1) == 1 and (t.shape[0] < 2 or t.stride(0) >= t.shape[1]) else t.contiguous()

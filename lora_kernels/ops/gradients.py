@@ -6,6 +6,7 @@ True will do, too.
 """
 
 from collections.abc import Iterable
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -24,8 +25,14 @@ def gradient_kind(t: Tensor | None) -> int:
 
 
 def requested_kinds(kinds: Iterable[int], wants: Iterable[bool]) -> list[int]:
-    """`needs`: the kind of each gradient that is wanted."""
-    return [of_t if want else NO_GRADIENT for of_t, want in zip(kinds, wants, strict=True)]
+    """`needs`: the kind of each gradient that is wanted; NO_GRADIENT is 0."""
+    return list(map(mul, kinds, wants))
+
+
+def requested_gradients(grads: Iterable[Tensor | None], needs: Iterable[int]) -> tuple[Tensor | None, ...]:
+    """None for what `needs` does not ask for: an op gives an empty tensor there while it is
+    traced."""
+    return tuple([g if need else None for g, need in zip(grads, needs, strict=True)])
 
 
 def gradient_dtype(t: Tensor, need: int) -> torch.dtype:

@@ -98,13 +98,14 @@ class Op:
         return choose_implementation(self.name, call).run(call)
 
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None), float, int, bool, list}
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), float, int, bool}
 
 
 def _are_plain_tensors(values: Iterable[Any]) -> bool:
     """Whether every tensor is torch's own, those in lists too."""
-    types = set(map(type, values))
-    return types <= _PLAIN and (list not in types or all(_are_plain_tensors(v) for v in values if type(v) is list))
+    if _PLAIN.issuperset(map(type, values)):
+        return True
+    return all(_are_plain_tensors(v) if type(v) is list else type(v) in _PLAIN for v in values)
 
 
 _modes, _functorch = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack

@@ -37,8 +37,15 @@ def refusal(call):
         and (bias is None or bias.dtype in READ)
         and (gain is None or gain.dtype in READ)
     )
-    negated = x.is_neg() or w.is_neg() or a.is_neg() or b.is_neg()
-    if readable and not negated and bias is None and gain is None:
+    negated = (
+        x.is_neg()
+        or w.is_neg()
+        or a.is_neg()
+        or b.is_neg()
+        or (bias is not None and bias.is_neg())
+        or (gain is not None and gain.is_neg())
+    )
+    if readable and not negated:
         return None
     tensors = {"x": x, "w": w, "a": a, "b": b, "bias": bias, "gain": gain}
     return refuse_negated(**tensors) if readable else refuse_dtypes(**tensors)

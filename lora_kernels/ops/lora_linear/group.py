@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.dropout import draw_seed
-from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_kinds
+from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_gradients, requested_kinds
 from lora_kernels.ops.lora_linear.call import GroupBackward, GroupForward, drops_base, keeps_z
 from lora_kernels.ops.lora_linear.op import _any_autocast, _check_arguments, first_derivative_only, scaled_b, without_autocast
 from lora_kernels.ops.registry import declare
@@ -154,12 +154,12 @@ class _LoRALinearGroup(torch.autograd.Function):
         hs, kept_y, kept_z = _members(saved[width * n :], n)
         of_x, *wants = requested_kinds(ctx.kinds, (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]))
         wants = _members(wants, width)
-        flat, needs = [], [of_x]
-        for i in used:
-            flat += [dys[i], *tensors[i], hs[i], kept_y[i], kept_z[i]]
-            needs += wants[i][_LEARNT]
-        of_used = [tuple(each[i] for i in used) for each in (ctx.scales, ctx.dropouts)]
-        dx, *found = first_derivative_only("lora_linear_group", _gradients, *of_used, ctx.drop_base, tuple(needs), x, *flat)
+        needs = [of_x, *(need for i in used for need in wants[i][_LEARNT])]
+        of_used = [[each[i] for i in used] for each in (ctx.scales, ctx.dropouts, hs, kept_y, kept_z, dys)]
+        scale, dropout, h, y, z, dy = of_used
+        w, a, b, bias, gain, seed = map(list, zip(*(tensors[i] for i in used), strict=True))
+        call = GroupBackward(x, dy, w, a, b, scale, bias, gain, dropout, seed, ctx.drop_base, h, y, z, needs)
+        dx, *found = first_derivative_only("lora_linear_group", _gradients, call)
         grads = [[None] * width for _ in range(n)]
         for i, of_member in zip(used, _members(found, len(wants[0][_LEARNT])), strict=True):
             grads[i][_LEARNT] = of_member
@@ -171,17 +171,15 @@ def _members(flat, width):
     return [list(flat[i : i + width]) for i in range(0, len(flat), width)]
 
 
-def _gradients(scales, dropouts, drop_base, needs, x, *flat):
+def _gradients(call):
     """dx, then da, db, dbias and dgain of each member."""
-    dy, w, a, b, bias, gain, seed, h, y, z = _columns(flat, 10)
-    call = GroupBackward(x, dy, w, a, b, list(scales), bias, gain, list(dropouts), seed, drop_base, h, y, z, list(needs))
     if _any_autocast():
-        with without_autocast(x):
+        with without_autocast(call.x):
             dx, *others = _backward(call)
     else:
         dx, *others = _backward(call)
     grads = [dx] + [grad for of_member in zip(*others, strict=True) for grad in of_member]
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+    return requested_gradients(grads, call.needs)
 
 
 def _fake_forward(call):

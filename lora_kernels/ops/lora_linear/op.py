@@ -15,9 +15,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lora_kernels.ops.dropout import draw_seed
-from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_kinds
+from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_gradients, requested_kinds
 from lora_kernels.ops.lora_linear.call import Backward, Forward, Needs, keeps_z
 from lora_kernels.ops.registry import declare
 
@@ -84,26 +85,23 @@ def lora_linear(
     if isinstance(scale, Tensor):
         b, scale = scaled_b(b, scale, x), 1.0
     drop_base = dropout > 0 and gain is not None and dropout_semantics == "peft"
-    if dropout > 0 and seed is None:
-        seed = draw_seed()
-    tokens = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    seed = seed if dropout > 0 else None
-    gain_wants_grad = gain is not None and gain.requires_grad
-    wants_grad = (
-        gain_wants_grad
-        or x.requires_grad
-        or a.requires_grad
-        or b.requires_grad
-        or (bias is not None and bias.requires_grad)
-    )
-    if wants_grad and torch.is_grad_enabled():
-        keep_z = gain_wants_grad and keeps_z(bias, gain, drop_base)
-        y = _LoRALinear.apply(
-            *Forward(tokens, w, a, b, scale, bias, gain, dropout, seed, drop_base, True, keep_z, w_scale)
-        )
+    if dropout > 0:
+        seed = draw_seed() if seed is None else seed
     else:
-        y = _forward(Forward(tokens, w, a, b, scale, bias, gain, dropout, seed, drop_base, False, False, w_scale))[0]
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
+        seed = None
+    tokens = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    fields = (tokens, w, a, b, scale, bias, gain, dropout, seed, drop_base)
+    if torch.is_grad_enabled() and (
+        a.requires_grad
+        or b.requires_grad
+        or x.requires_grad
+        or (gain is not None and gain.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        y = _LoRALinear.apply(*fields, w_scale)
+    else:
+        y = _forward(Forward(*fields, False, False, w_scale))[0]
+    return y if tokens is x else y.view(*x.shape[:-1], w.shape[0])
 
 
 def scaled_b(b: Tensor, scale: Tensor, x: Tensor) -> Tensor:
@@ -215,23 +213,25 @@ def _wrong_shape(op, name, tensor, shape):
 
 class _FirstDerivativeOnly(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, op, gradients, *args):
+    def forward(ctx, op, gradients, structure, *leaves):
         ctx.op = op
-        return gradients(*args)
+        return gradients(tree_unflatten(leaves, structure))
 
     @staticmethod
     def backward(ctx, *_):
         raise NotImplementedError(f"{ctx.op}: the second derivative is not implemented")
 
 
-def first_derivative_only(op: str, gradients: Callable[..., Any], *args: Any) -> Any:
-    """gradients(*args) in a backward, under the settings (use_backend, explain) of the thread that
+def first_derivative_only(op: str, gradients: Callable[..., Any], call: Any) -> Any:
+    """gradients(call) in a backward, under the settings (use_backend, explain) of the thread that
     called for it, since autograd runs a GPU's in one of its own; a second differentiation raises
-    and names the op."""
+    and names the op. `call` is a structure as `declare` has it."""
     if not torch.compiler.is_compiling() and (settings := _context_of_caller()) is not None:
         gradients = partial(settings.run, gradients)
-    # grad mode is on there only under create_graph
-    return _FirstDerivativeOnly.apply(op, gradients, *args) if torch.is_grad_enabled() else gradients(*args)
+    if torch.is_grad_enabled():  # so it is under create_graph alone
+        leaves, structure = tree_flatten(call)
+        return _FirstDerivativeOnly.apply(op, gradients, structure, *leaves)
+    return gradients(call)
 
 
 def _context_of_caller() -> Context | None:
@@ -243,46 +243,42 @@ def _context_of_caller() -> Context | None:
 
 
 # the places of what gets a gradient
-_LEARNT = [Forward._fields.index(name) for name in Needs._fields]
-_GAIN = Forward._fields.index("gain")
+# autograd gets what `Forward` has but for what it keeps, and looks into no structure
+_FIELDS = [name for name in Forward._fields if name not in ("keep_h", "keep_z")]
+_LEARNT = [_FIELDS.index(name) for name in Needs._fields]
+_GAIN = _FIELDS.index("gain")
+# for each field its place among the gradients, the last of which is None
+_PLACES = [Needs._fields.index(name) if name in Needs._fields else -1 for name in _FIELDS]
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Of a `Forward`, field by field, since autograd looks into no structure."""
-
     @staticmethod
-    def forward(ctx, *args):
-        call = Forward(*args)
-        y, h, z = _forward(call)
-        kept_y = y if ctx.needs_input_grad[_GAIN] and not call.keep_z else None
-        ctx.save_for_backward(
-            call.x, call.w, call.a, call.b, call.bias, call.gain, call.seed, call.w_scale, h, kept_y, z if call.keep_z else None
-        )
-        ctx.scale, ctx.dropout, ctx.drop_base = call.scale, call.dropout, call.drop_base
-        ctx.kinds = [OWN_DTYPE, *(gradient_kind(t) for t in (call.a, call.b, call.bias, call.gain))]
+    def forward(ctx, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, w_scale):
+        learns_gain = gain is not None and ctx.needs_input_grad[_GAIN]
+        keep_z = learns_gain and keeps_z(bias, gain, drop_base)
+        y, h, z = _forward(Forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, True, keep_z, w_scale))
+        kept_y = y if learns_gain and not keep_z else None
+        ctx.save_for_backward(x, w, a, b, bias, gain, seed, w_scale, h, kept_y, z if keep_z else None)
+        ctx.rest = scale, dropout, drop_base, [OWN_DTYPE, *map(gradient_kind, (a, b, bias, gain))]
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        needs = requested_kinds(ctx.kinds, (ctx.needs_input_grad[i] for i in _LEARNT))
         x, w, a, b, bias, gain, seed, w_scale, h, y, z = ctx.saved_tensors
-        call = Backward(
-            dy, x, w, a, b, ctx.scale, bias, gain, ctx.dropout, seed, ctx.drop_base, h, y, z, needs, w_scale
-        )
-        grads = [None] * len(ctx.needs_input_grad)
-        for i, grad in zip(_LEARNT, first_derivative_only("lora_linear", _gradients, *call), strict=True):
-            grads[i] = grad
-        return tuple(grads)
+        (scale, dropout, drop_base, kinds), wants = ctx.rest, ctx.needs_input_grad
+        needs = requested_kinds(kinds, [wants[i] for i in _LEARNT])
+        call = Backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale)
+        grads = (*first_derivative_only("lora_linear", _gradients, call), None)
+        return tuple([grads[i] for i in _PLACES])
 
 
-def _gradients(*args):
-    call = Backward(*args)
+def _gradients(call):
     if _any_autocast():
         with without_autocast(call.dy):
             grads = _backward(call)
     else:
         grads = _backward(call)
-    return tuple(g if need else None for g, need in zip(grads, call.needs, strict=True))
+    return requested_gradients(grads, call.needs)
 
 
 def _fake_forward(call):

@@ -84,14 +84,16 @@ class _WeightNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dn):
         needs = requested_kinds(ctx.kinds, ctx.needs_input_grad[1:3])
-        da, db = first_derivative_only("weight_norm", _gradients, dn, *ctx.saved_tensors, ctx.scale, needs)
+        w, a, b, n = ctx.saved_tensors
+        call = NormBackward(dn, n, w, a, b, ctx.scale, needs)
+        da, db = first_derivative_only("weight_norm", _gradients, call)
         return None, da, db, None, None
 
 
-def _gradients(dn, w, a, b, n, scale, needs):
-    with without_autocast(w):
-        da, db = _backward(NormBackward(dn, n, w, a, b, scale, needs))
-    return da if needs[0] else None, db if needs[1] else None
+def _gradients(call):
+    with without_autocast(call.w):
+        da, db = _backward(call)
+    return da if call.needs[0] else None, db if call.needs[1] else None
 
 
 class Norm(NamedTuple):
