@@ -1,18 +1,19 @@
-// lora_kernels._cpu: the CPU kernels on tensors. That shapes fit one another is the caller's to
-// check (op.py).
+// lora_kernels._cpu: the CPU kernels on tensors. Values and options are the caller's to check
+// (op.py); shapes and dtypes are looked at again, since another thread may have replaced a tensor.
 #include <pybind11/pybind11.h>
 
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "call.h"
 #include "levels.h"
-#include "tensor.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using lk::Call;
 using lk::Dropout;
 using lk::Matrix;
 
@@ -116,12 +117,16 @@ py::object fingerprint(py::handle w, const py::args& tensors) {
   return py::int_(count ? mix(sum, chosen->checksum(bytes, count)) : sum);
 }
 
-void multi_lora(const Matrix& x, const Matrix& a, const Matrix& b, const Matrix& from, const Matrix& to,
-                const Matrix& bias, bool holds_bias, int64_t first, const py::tuple& tables, int threads) {
+void multi_lora(Matrix x, Matrix a, Matrix b, Matrix from, Matrix to, Matrix bias, bool holds_bias, int64_t first,
+                const py::tuple& tables, int threads) {
   constexpr int COUNT = 12;
+  Call call("multi_lora", double(x.rows) * double(x.cols + b.cols) * 16, {&x, &a, &b, &from, &to, &bias});
   if (tables.size() != COUNT) throw std::invalid_argument("multi_lora: 12 tables");
   void* at[COUNT] = {};
   int64_t rows[COUNT] = {}, columns[COUNT] = {};
+  for (py::handle table : tables) {
+    if (!table.is_none()) call.hold(table.ptr());
+  }
   for (int i = 0; i < COUNT; i++) {
     if (tables[i].is_none()) continue;
     int64_t held[4];
@@ -148,15 +153,12 @@ void multi_lora(const Matrix& x, const Matrix& a, const Matrix& b, const Matrix&
                         reals(4),   reals(5), longs(7),   reals(8),          longs(9),        longs(10),
                         ints(11),   x.rows,   columns[7], rows[1],           columns[0],      x.cols,
                         b.cols,     threads};
-  py::gil_scoped_release release;
-  chosen->multi_lora(p);
+  call.run([&] { chosen->multi_lora(p); });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  using release = py::call_guard<py::gil_scoped_release>;
-
   m.def("levels", &levels, "The instruction sets that this processor runs, the fastest last.");
   m.def("level", [] { return chosen->level; }, "The instruction set in use.");
   m.def("set_level", &set_level, "Uses another instruction set, for tests and benchmarks.");
@@ -169,51 +171,80 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "forward_small",
-      [](const Matrix& x, const Matrix& w, const Matrix& a, const Matrix& b, const Matrix& y, const Matrix& z,
-         const Matrix& bias, const Matrix& gain, const Matrix& h, float scale, Dropout dropout, int threads) {
+      [](Matrix x, Matrix w, Matrix a, Matrix b, Matrix y, Matrix z, Matrix bias, Matrix gain, Matrix h, float scale,
+         Dropout dropout, int threads) {
+        const Call call("forward_small", double(x.rows) * double(x.cols + a.rows) * double(w.rows),
+                        {&x, &w, &a, &b, &y, &z, &bias, &gain, &h});
         if (!x.by_rows() || !w.by_rows() || !a.by_rows()) return false;
-        chosen->forward_small({x, w, a, b, y, z, bias, gain, floats(h, "forward_small"), scale, dropout, x.rows, x.cols,
-                               w.rows, a.rows, threads});
+        const int64_t tokens = x.rows, n_in = x.cols, n_out = w.rows, rank = a.rows;
+        call.check_alike(x, w, "x and w");
+        call.check(w, n_out, n_in, "w");
+        call.check(a, rank, n_in, "a");
+        call.check(b, n_out, rank, "b");
+        call.check(y, tokens, n_out, "y");
+        call.check(z, tokens, n_out, "z");
+        call.check(bias, 1, n_out, "bias");
+        call.check(gain, 1, n_out, "gain");
+        call.check(h, tokens, rank, "h");
+        const lk::ForwardSmall p{x,     w,       a,      b,    y,     z,    bias,   gain, floats(h, "forward_small"),
+                                 scale, dropout, tokens, n_in, n_out, rank, threads};
+        call.run([&] { chosen->forward_small(p); });
         return true;
       },
-      release(), "False, and nothing done, unless the rows of x, w and a are contiguous.");
+      "False, and nothing done, unless the rows of x, w and a are contiguous.");
   m.def(
       "base_product",
-      [](const Matrix& x, const Matrix& w, const Matrix& y, int threads) {
-        floats(y, "base_product");
+      [](Matrix x, Matrix w, Matrix y, int threads) {
+        const Call call("base_product", double(x.rows) * double(x.cols) * double(w.rows), {&x, &w, &y});
         if (!x.by_rows() || !w.by_rows() || !y.by_rows()) return false;
-        chosen->base_product({x, w, y, x.rows, x.cols, w.rows, threads});
+        floats(y, "base_product");
+        call.check_alike(x, w, "x and w");
+        call.check(w, w.rows, x.cols, "w");
+        call.check(y, x.rows, w.rows, "y");
+        const lk::BaseProduct p{x, w, y, x.rows, x.cols, w.rows, threads};
+        call.run([&] { chosen->base_product(p); });
         return true;
       },
-      release(), "False, and nothing done, unless the rows of x, w and y are contiguous.");
-  m.def(
-      "shrink",
-      [](const Matrix& x, const Matrix& a, const Matrix& gain, const Matrix& h, float scale, Dropout dropout,
-         int threads) {
-        chosen->shrink({x, a, gain, floats(h, "shrink"), scale, dropout, x.rows, x.cols, a.rows, threads});
-      },
-      release());
-  m.def(
-      "expand",
-      [](const Matrix& from, const Matrix& to, const Matrix& b, const Matrix& gain, const Matrix& bias, const Matrix& h,
-         Dropout dropout, bool mask_from, int threads) {
-        floats(from, "expand");
-        chosen->expand(
-            {from, to, b, gain, bias, floats(h, "expand"), dropout, mask_from, from.rows, from.cols, b.rows, threads});
-      },
-      release());
-  m.def(
-      "outer",
-      [](const Matrix& x, const Matrix& d, const Matrix& gain, const Matrix& p, Dropout dropout, int threads) {
-        chosen->outer({x, d, gain, floats(p, "outer"), dropout, x.rows, x.cols, p.cols, threads});
-      },
-      release());
-  m.def(
-      "column_sums",
-      [](const Matrix& u, const Matrix& v, const Matrix& sums, int threads) {
-        chosen->column_sums({u, v, floats(sums, "column_sums"), u.rows, u.cols, threads});
-      },
-      release());
+      "False, and nothing done, unless the rows of x, w and y are contiguous.");
+  m.def("shrink", [](Matrix x, Matrix a, Matrix gain, Matrix h, float scale, Dropout dropout, int threads) {
+    const Call call("shrink", double(x.rows) * double(x.cols) * double(a.rows), {&x, &a, &gain, &h});
+    call.check(a, a.rows, x.cols, "a");
+    call.check(gain, 1, x.cols, "gain");
+    call.check(h, x.rows, a.rows, "h");
+    const lk::Shrink p{x, a, gain, floats(h, "shrink"), scale, dropout, x.rows, x.cols, a.rows, threads};
+    call.run([&] { chosen->shrink(p); });
+  });
+  m.def("expand", [](Matrix from, Matrix to, Matrix b, Matrix gain, Matrix bias, Matrix h, Dropout dropout,
+                     bool mask_from, int threads) {
+    const Call call("expand", double(from.rows) * double(from.cols) * double(b.rows + 1),
+                    {&from, &to, &b, &gain, &bias, &h});
+    floats(from, "expand");
+    const int64_t tokens = from.rows, n_out = from.cols;
+    call.check(to, tokens, n_out, "to");
+    call.check(b, b.rows, n_out, "b");
+    call.check(gain, 1, n_out, "gain");
+    call.check(bias, 1, n_out, "bias");
+    if (b.data) call.check(h, tokens, b.rows, "h");
+    const lk::Expand p{from,    to,        b,      gain,  bias,   floats(h, "expand"),
+                       dropout, mask_from, tokens, n_out, b.rows, threads};
+    call.run([&] { chosen->expand(p); });
+  });
+  m.def("outer", [](Matrix x, Matrix d, Matrix gain, Matrix p, Dropout dropout, int threads) {
+    const Call call("outer", double(x.rows) * double(x.cols) * double(p.cols), {&x, &d, &gain, &p});
+    call.check(d, p.cols, x.cols, "d");
+    call.check(gain, 1, x.cols, "gain");
+    call.check(p, x.rows, p.cols, "p");
+    const lk::Outer params{x, d, gain, floats(p, "outer"), dropout, x.rows, x.cols, p.cols, threads};
+    call.run([&] { chosen->outer(params); });
+  });
+  m.def("column_sums", [](Matrix u, Matrix v, Matrix sums, int threads) {
+    const Call call("column_sums", double(u.rows) * double(u.cols), {&u, &v, &sums});
+    call.check(v, u.rows, u.cols, "v");
+    if (v.data) call.check_alike(u, v, "u and v");
+    call.check(sums, 1, u.cols, "sums");
+    const lk::ColumnSums p{u, v, floats(sums, "column_sums"), u.rows, u.cols, threads};
+    call.run([&] { chosen->column_sums(p); });
+  });
 
   m.def(
       "has_tiles", [] { return chosen->tiles != nullptr; }, "Whether this level has bf16 products with float32 sums.");
@@ -223,31 +254,45 @@ PYBIND11_MODULE(_cpu, m) {
 #else
       false;
 #endif
-  m.def(
-      "tiles",
-      [](const Matrix& x, const Matrix& w, const Matrix& a, const Matrix& b, const Matrix& y, const Matrix& z,
-         const Matrix& bias, const Matrix& gain, const Matrix& h, float scale, Dropout dropout, bool back,
-         int threads) {
-        if (chosen->tiles == nullptr) throw std::runtime_error("tiles: this level has no bf16 products");
-        chosen->tiles({x, w, a, b, y, z, bias, gain, floats(h, "tiles"), scale, dropout, back, x.rows, x.cols, y.cols,
-                       h.cols, threads});
-      },
-      release());
+  m.def("tiles", [](Matrix x, Matrix w, Matrix a, Matrix b, Matrix y, Matrix z, Matrix bias, Matrix gain, Matrix h,
+                    float scale, Dropout dropout, bool back, int threads) {
+    if (chosen->tiles == nullptr) throw std::runtime_error("tiles: this level has no bf16 products");
+    const Call call("tiles", double(x.rows) * double(w.rows) * double(w.cols),
+                    {&x, &w, &a, &b, &y, &z, &bias, &gain, &h});
+    const int64_t tokens = x.rows, n_in = x.cols, n_out = y.cols, rank = h.cols;
+    call.check(w, back ? n_in : n_out, back ? n_out : n_in, "w");
+    call.check(a, rank, n_in, "a");
+    call.check(b, n_out, rank, "b");
+    call.check(y, tokens, n_out, "y");
+    call.check(z, tokens, n_out, "z");
+    call.check(bias, 1, n_out, "bias");
+    call.check(gain, 1, back ? n_in : n_out, "gain");
+    call.check(h, tokens, rank, "h");
+    const lk::Tiles p{x,     w,       a,    b,      y,    z,     bias, gain,   floats(h, "tiles"),
+                      scale, dropout, back, tokens, n_in, n_out, rank, threads};
+    call.run([&] { chosen->tiles(p); });
+  });
 
-  m.def(
-      "weight_norm",
-      [](const Matrix& w, const Matrix& a, const Matrix& b, const Matrix& w_squared, const Matrix& products,
-         const Matrix& norm, float scale, float max_condition, int threads) {
-        chosen->weight_norm({w, a, b, w_squared, products, floats(norm, "weight_norm"), scale, max_condition, w.cols,
-                             w.rows, a.rows, threads});
-      },
-      release());
-  m.def(
-      "row_norm_squared",
-      [](const Matrix& w, const Matrix& squared, int threads) {
-        chosen->row_norm_squared({w, floats(squared, "row_norm_squared"), w.cols, w.rows, threads});
-      },
-      release());
+  m.def("weight_norm", [](Matrix w, Matrix a, Matrix b, Matrix w_squared, Matrix products, Matrix norm, float scale,
+                          float max_condition, int threads) {
+    const Call call("weight_norm", double(w.rows) * double(w.cols) * double(a.rows),
+                    {&w, &a, &b, &w_squared, &products, &norm});
+    const int64_t n_in = w.cols, n_out = w.rows, rank = a.rows;
+    call.check(a, rank, n_in, "a");
+    call.check(b, n_out, rank, "b");
+    call.check(w_squared, 1, n_out, "w_squared");
+    call.check(products, rank, n_out, "products");
+    call.check(norm, 1, n_out, "norm");
+    const lk::WeightNorm p{w,    a,     b,    w_squared, products, floats(norm, "weight_norm"), scale, max_condition,
+                           n_in, n_out, rank, threads};
+    call.run([&] { chosen->weight_norm(p); });
+  });
+  m.def("row_norm_squared", [](Matrix w, Matrix squared, int threads) {
+    const Call call("row_norm_squared", double(w.rows) * double(w.cols), {&w, &squared});
+    call.check(squared, 1, w.rows, "squared");
+    const lk::RowNormSquared p{w, floats(squared, "row_norm_squared"), w.cols, w.rows, threads};
+    call.run([&] { chosen->row_norm_squared(p); });
+  });
   m.def("multi_lora", &multi_lora,
         "tables: table, rank, scale, flags, gain, bias, generation of the slots; ids, weights, order, starts, error of "
         "the plan. Columns `first` to `first` + those of b of `from` and `to`.");

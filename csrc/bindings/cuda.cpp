@@ -83,8 +83,22 @@ py::bytes tensor_map(uintptr_t data, bool bf16, uint64_t rows, uint64_t columns,
   return py::bytes(reinterpret_cast<const char*>(&map), sizeof map);
 }
 
-// The struct that a kernel takes: None is null, int a pointer or a number of 64 bits, float one of
-// 32 bits, bytes a map.
+// a tensor's address as it is now
+uintptr_t address(PyObject* tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+  const auto found = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, name));
+  if (!found) {
+    PyErr_Clear();
+    throw py::type_error(std::string("launch: an argument is a tensor, a map, a number or None, found ") +
+                         Py_TYPE(tensor)->tp_name);
+  }
+  return uintptr_t(PyLong_AsUnsignedLongLong(found.ptr()));
+}
+
+// The struct that a kernel takes: a tensor is its address, None null, int 64 bits, float 32 bits,
+// bytes or (tensor, the other arguments of tensor_map) a map. Addresses are read here, in one go
+// with the launch: another thread that replaces a tensor's storage must hold the interpreter's
+// lock, and memory freed after a launch is given out again in the order of the stream.
 struct Packed {
   alignas(64) unsigned char bytes[MOST] = {};
   int count = 0;
@@ -99,9 +113,19 @@ struct Packed {
         put(float(PyFloat_AS_DOUBLE(field.ptr())));
       } else if (field.is_none()) {
         put(int64_t(0));
-      } else {
+      } else if (PyLong_Check(field.ptr())) {
         put(int64_t(PyLong_AsLongLong(field.ptr())));
         if (PyErr_Occurred()) throw py::error_already_set();
+      } else if (PyTuple_CheckExact(field.ptr())) {
+        const auto map = py::reinterpret_borrow<py::tuple>(field);
+        if (map.size() != 7) throw py::type_error("launch: a map is a tuple of 7");
+        const py::bytes encoded = tensor_map(address(map[0].ptr()), map[1].cast<bool>(), map[2].cast<uint64_t>(),
+                                             map[3].cast<uint64_t>(), map[4].cast<uint64_t>(), map[5].cast<uint32_t>(),
+                                             map[6].cast<uint32_t>());
+        most = ALIGNMENT;
+        put(PyBytes_AS_STRING(encoded.ptr()), int(PyBytes_GET_SIZE(encoded.ptr())), most);
+      } else {
+        put(int64_t(address(field.ptr())));
       }
     }
     count = (count + most - 1) / most * most;
@@ -176,15 +200,13 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("PTX") = LK_PTX;
   m.def("launch", &lk::launch, py::arg("kernel"), py::arg("x"), py::arg("y"), py::arg("z"), py::arg("threads"),
         py::arg("shared"), py::arg("early"), py::arg("device"), py::arg("stream"), py::arg("args"),
-        "Launches kernels[name] with a struct of args: int for pointers and 64-bit numbers, float for 32-bit ones, "
-        "bytes for maps. "
-        "early: it "
-        "may start before the launch before it has ended, and waits for that itself.");
+        "Launches kernels[name] with a struct of args: tensors or None for pointers, int for 64-bit numbers, float for "
+        "32-bit ones, (tensor, and the other arguments of tensor_map) for maps. early: it may start before the launch "
+        "before it has ended, and waits for that itself.");
   m.def("tensor_map", &lk::tensor_map, py::arg("data"), py::arg("bf16"), py::arg("rows"), py::arg("columns"),
         py::arg("row"), py::arg("box_rows"), py::arg("box_columns"),
-        "A CUtensorMap of a matrix of 16 bits whose rows begin `row` numbers apart, for launch(). Raises RuntimeError: "
-        "the "
-        "driver is not there or refuses it.");
+        "A CUtensorMap of a matrix of 16 bits whose rows begin `row` numbers apart. Raises RuntimeError: the driver is "
+        "not there or refuses it.");
   // the work of launch() before the driver is asked, to time it where there is none
   m.def("pack", [](const py::tuple& args) { return lk::Packed(args).count; });
 }

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <utility>
 
 #include "../common/types.h"
 
@@ -42,7 +43,14 @@ inline bool readable(const DataType& t) {
 // a View with its shape; a vector is one row
 struct Matrix : View {
   int64_t rows = 0, cols = 0;
+  PyObject* tensor = nullptr;  // which it was read from, borrowed from the caller
+  bool transposed = false;
   bool by_rows() const { return col == 1 || cols < 2; }
+  void transpose() {
+    std::swap(row, col);
+    std::swap(rows, cols);
+    transposed = !transposed;
+  }
 };
 
 class Reader {
@@ -90,6 +98,7 @@ class Reader {
       throw pybind11::value_error("the CPU kernels read matrices and vectors in the memory of the CPU");
     }
     Matrix m;
+    m.tensor = object;
     m.data = t.data;
     m.type = type_of(t);
     const int last = t.dimensions - 1;
@@ -134,8 +143,7 @@ struct type_caster<lk::Matrix> {
     }
     if (PyTuple_GET_SIZE(source.ptr()) != 1) return false;
     value = lk::reader.matrix(PyTuple_GET_ITEM(source.ptr(), 0));
-    std::swap(value.row, value.col);
-    std::swap(value.rows, value.cols);
+    value.transpose();
     return true;
   }
 };

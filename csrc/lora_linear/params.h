@@ -8,10 +8,8 @@ namespace lk {
 // y = gain ⊙ z + bias with z = x Wᵀ + scale · drop(x) Aᵀ Bᵀ, W read once; h = scale · drop(x) Aᵀ.
 // For few tokens: bound by the bytes of W.
 struct ForwardSmall {
-  View x, w, a, b,
-      // [tokens, in] [out, in] [rank, in] [out, rank] [tokens, out]; y has the type of w, or is
-      // float32
-      y;
+  View x, w, a, b;  // [tokens, in] [out, in] [rank, in] [out, rank]
+  View y;           // [tokens, out], of the type of w or float32
   View z;           // as y, or no data
   View bias, gain;  // [out], or no data
   float* h;         // [tokens, rank], or null
@@ -41,10 +39,10 @@ struct Shrink {
 
 // to = gain ⊙ (from + mask ⊙ (h b)) + bias, or with mask_from gain ⊙ mask ⊙ (from + h b) + bias
 struct Expand {
-  // [tokens, out] twice (may be one; from is float32) [rank, out] (any
-  View from, to, b, gain, bias;
-  // strides) [out] or no data
-  const float* h;  // [tokens, rank]
+  View from, to;    // [tokens, out], may be one; from is float32
+  View b;           // [rank, out], any strides
+  View gain, bias;  // [out], or no data
+  const float* h;   // [tokens, rank]
   Dropout dropout;
   bool mask_from;
   int64_t tokens, n_out, rank;

@@ -248,11 +248,9 @@ def launch_cuda(
     device = (makes or changes)[0].device.index
     stream = torch.cuda.current_stream(device).cuda_stream
     try:
-        packed = tuple([
-            a.data_ptr() if isinstance(a, Tensor) else _encoded(a) if isinstance(a, Map) else a for a in args.values()
-        ])  # fmt: skip
+        fields = tuple([_map_fields(a) if isinstance(a, Map) else a for a in args.values()])
         early = early and _gpu_properties(device)[0] >= 90
-        _cuda.launch(_cuda.kernels[kernel], x, y, z, threads, shared, early, device, stream, packed)
+        _cuda.launch(_cuda.kernels[kernel], x, y, z, threads, shared, early, device, stream, fields)
     except RuntimeError as error:
         raise RuntimeError(f"{error}; arguments: {', '.join(map(_described, args, args.values()))}") from None
 
@@ -262,10 +260,11 @@ def _described(name: str, value: Any) -> str:
     return f"{name} {list(value.shape)} {str(value.dtype)[6:]}" if isinstance(value, Tensor) else f"{name} {value}"
 
 
-def _encoded(m: Map) -> bytes:
+def _map_fields(m: Map) -> tuple[Any, ...]:
+    """What `_cuda.tensor_map` is told, its tensor first."""
     t = m.tensor
     rows, columns = t.shape
-    return _cuda.tensor_map(t.data_ptr(), t.dtype is torch.bfloat16, rows, columns, t.stride(0), *m.box)
+    return (t, t.dtype is torch.bfloat16, rows, columns, t.stride(0), *m.box)
 
 
 def vector_fields(name: str, v: Tensor | None) -> dict[str, Any]:

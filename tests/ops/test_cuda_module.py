@@ -47,8 +47,12 @@ def test_numbers_of_a_struct():
     assert _cuda.pack((1, None, 0.5)) == 24 and _cuda.pack((0.5, 0.5, 1)) == 16 and _cuda.pack(()) == 0
     # of a map, at multiples of 64
     assert _cuda.pack((1, bytes(128), 0.5)) == 256 and _cuda.pack((bytes(128), 1)) == 192
-    with pytest.raises(TypeError):
+    tensor = torch.zeros(4)
+    assert _cuda.pack((tensor, tensor, 0.5)) == _cuda.pack((tensor.data_ptr(), 1, 0.5))
+    with pytest.raises(TypeError, match="a tensor, a map, a number or None, found str"):
         _cuda.pack(("x",))
+    with pytest.raises(TypeError, match="a map is a tuple of 7"):
+        _cuda.pack(((tensor, True),))
     with pytest.raises(OverflowError):
         _cuda.pack((2**64,))
 
@@ -69,6 +73,8 @@ def test_an_error_names_the_kernel_the_launch_and_the_shapes(monkeypatch):
 def test_a_map_without_a_driver():
     with pytest.raises(RuntimeError, match="cuTensorMapEncodeTiled: cudaError"):
         _cuda.tensor_map(0, True, 64, 64, 64, 64, 64)
+    with pytest.raises(RuntimeError, match="cuTensorMapEncodeTiled: cudaError"):
+        _cuda.pack(((torch.zeros(64, 64), True, 64, 64, 64, 64, 64),))
 
 
 @pytest.mark.parametrize(("binaries", "texts", "arch", "runs"), [

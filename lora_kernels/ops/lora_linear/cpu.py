@@ -76,12 +76,13 @@ def _forward_small(call):
     y = x.new_empty(tokens, w.shape[0])
     h = x.new_empty(tokens, a.shape[0], dtype=torch.float32) if call.keep_h else None
     z = torch.empty_like(y) if call.keep_z else None
-    drop = dropout_args(call.dropout, call.seed)
-    rest = (call.b, y, z, call.bias, call.gain, h, call.scale, drop, torch.get_num_threads())
+    drop, threads = dropout_args(call.dropout, call.seed), torch.get_num_threads()
     # the kernel looks at the strides: here that would take as long as a small layer
-    if not _cpu.forward_small(x, w, a, *rest) and not _cpu.forward_small(x.contiguous(), w, a.contiguous(), *rest):
+    if _cpu.forward_small(x, w, a, call.b, y, z, call.bias, call.gain, h, call.scale, drop, threads):
+        return y, h, z
+    if x.is_contiguous() and a.is_contiguous():
         return None
-    return y, h, z
+    return _forward_small(call._replace(x=x.contiguous(), a=a.contiguous()))
 
 
 def _forward_tiles(call):

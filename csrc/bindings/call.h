@@ -1,0 +1,87 @@
+// One call of a CPU kernel: its shapes agree, and the memory that it reads and writes outlives it,
+// whatever other threads do to the tensors meanwhile.
+#pragma once
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "tensor.h"
+
+namespace lk {
+
+// `tensor.data = other`, module.to() and merging replace the storage of a tensor in place: a
+// reference to the tensor does not keep its memory. So a call holds the storages, and looks at the
+// tensors again once it does; or, where its work is so little that nobody would gain by running
+// beside it, it holds the interpreter's lock, without which no thread replaces a storage.
+class Call {
+ public:
+  static constexpr double LEAST = 1 << 20;  // multiplications that are worth 150 ns a tensor
+
+  // `work`: multiplications
+  Call(const char* kernel, double work, std::initializer_list<Matrix*> matrices) : kernel_(kernel) {
+    if (work < LEAST && reader.fast()) return;
+    unlocks_ = true;
+    for (Matrix* m : matrices) hold(*m);
+  }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  // A further tensor, to be read after this.
+  void hold(PyObject* tensor) {
+    if (unlocks_) keep(storage_of(tensor));
+  }
+
+  // Raises ValueError unless m is [rows, cols], or None. A vector is one row.
+  void check(const Matrix& m, int64_t rows, int64_t cols, const char* name) const {
+    if (!m.data && !m.tensor) return;
+    if (m.rows == rows && m.cols == cols) return;
+    throw pybind11::value_error(std::string(kernel_) + ": " + name + " must be [" + std::to_string(rows) + ", " +
+                                std::to_string(cols) + "], found [" + std::to_string(m.rows) + ", " +
+                                std::to_string(m.cols) + "]");
+  }
+
+  // Raises TypeError unless both have one dtype.
+  void check_alike(const Matrix& one, const Matrix& other, const char* names) const {
+    if (one.type != other.type) throw pybind11::type_error(std::string(kernel_) + ": " + names + " must share a dtype");
+  }
+
+  template <typename Kernel>
+  void run(Kernel&& kernel) const {
+    if (!unlocks_) return kernel();
+    pybind11::gil_scoped_release release;
+    kernel();
+  }
+
+ private:
+  void hold(Matrix& m) {
+    if (!m.tensor) return;
+    for (;;) {
+      pybind11::object storage = storage_of(m.tensor);
+      // a new Python object may have run the collector, and that another thread
+      Matrix now = reader.matrix(m.tensor);
+      if (m.transposed) now.transpose();
+      const bool same = now.data == m.data;
+      m = now;
+      if (same) return keep(std::move(storage));
+    }
+  }
+  static pybind11::object storage_of(PyObject* tensor) {
+    static PyObject* const name = PyUnicode_InternFromString("untyped_storage");
+    PyObject* const found = PyObject_CallMethodNoArgs(tensor, name);
+    if (!found) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(found);
+  }
+  void keep(pybind11::object storage) {
+    if (count_ == MOST) throw std::logic_error("Call: too many tensors");
+    held_[count_++] = std::move(storage);
+  }
+
+  static constexpr int MOST = 24;
+  const char* kernel_;
+  bool unlocks_ = false;
+  pybind11::object held_[MOST];
+  int count_ = 0;
+};
+
+}  // namespace lk
