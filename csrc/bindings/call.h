@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "team.h"
 #include "tensor.h"
 
 namespace lk {
@@ -18,8 +19,14 @@ class Call {
  public:
   static constexpr double LEAST = 1 << 20;  // multiplications that are worth 150 ns a tensor
 
-  // `work`: multiplications
-  Call(const char* kernel, double work, std::initializer_list<Matrix*> matrices) : kernel_(kernel) {
+  // `work`: multiplications. `threads` becomes what the call is to take.
+  Call(const char* kernel, double work, int& threads, std::initializer_list<Matrix*> matrices)
+      : kernel_(kernel), work_(work) {
+    if (threads > 1) {
+      begin_ = Team::now();
+      threads = team().size(work, threads, begin_);
+    }
+    threads_ = threads;
     if (work < LEAST && reader.fast()) return;
     unlocks_ = true;
     for (Matrix* m : matrices) hold(*m);
@@ -48,12 +55,27 @@ class Call {
 
   template <typename Kernel>
   void run(Kernel&& kernel) const {
-    if (!unlocks_) return kernel();
-    pybind11::gil_scoped_release release;
-    kernel();
+    if (unlocks_) {
+      pybind11::gil_scoped_release release;
+      time(kernel);
+    } else {
+      time(kernel);
+    }
+    if (threads_ > 1) team().took(work_, threads_, end_ - begin_, end_);
   }
 
  private:
+  // of the process; the interpreter's lock is held where it is read and written
+  static Team& team() {
+    static Team one;
+    return one;
+  }
+  template <typename Kernel>
+  void time(Kernel&& kernel) const {
+    if (threads_ > 1) begin_ = Team::now();
+    kernel();
+    if (threads_ > 1) end_ = Team::now();
+  }
   void hold(Matrix& m) {
     if (!m.tensor) return;
     for (;;) {
@@ -79,6 +101,9 @@ class Call {
 
   static constexpr int MOST = 24;
   const char* kernel_;
+  double work_;
+  int threads_;
+  mutable double begin_ = 0, end_ = 0;  // ns
   bool unlocks_ = false;
   pybind11::object held_[MOST];
   int count_ = 0;

@@ -120,7 +120,7 @@ py::object fingerprint(py::handle w, const py::args& tensors) {
 void multi_lora(Matrix x, Matrix a, Matrix b, Matrix from, Matrix to, Matrix bias, bool holds_bias, int64_t first,
                 const py::tuple& tables, int threads) {
   constexpr int COUNT = 12;
-  Call call("multi_lora", double(x.rows) * double(x.cols + b.cols) * 16, {&x, &a, &b, &from, &to, &bias});
+  Call call("multi_lora", double(x.rows) * double(x.cols + b.cols) * 16, threads, {&x, &a, &b, &from, &to, &bias});
   if (tables.size() != COUNT) throw std::invalid_argument("multi_lora: 12 tables");
   void* at[COUNT] = {};
   int64_t rows[COUNT] = {}, columns[COUNT] = {};
@@ -166,6 +166,10 @@ PYBIND11_MODULE(_cpu, m) {
       "read_tensors", [](py::object capsule, py::object describe) { lk::reader.set(capsule, describe); },
       "How tensors are read: torch's DLPack exchange functions, or where there are none a Python function.");
   m.def("reads_fast", [] { return lk::reader.fast(); }, "Whether tensors are read by torch's own C function.");
+  py::class_<lk::Team>(m, "Team", "How many threads a call takes; times in ns.")
+      .def(py::init())
+      .def("size", &lk::Team::size, py::arg("work"), py::arg("threads"), py::arg("time"))
+      .def("took", &lk::Team::took, py::arg("work"), py::arg("threads"), py::arg("nanoseconds"), py::arg("time"));
   m.def("valid_lora_linear", &valid_lora_linear,
         "Whether x, w, a, b, bias and gain are valid for lora_linear; where it is False they may be so, too.");
 
@@ -173,7 +177,7 @@ PYBIND11_MODULE(_cpu, m) {
       "forward_small",
       [](Matrix x, Matrix w, Matrix a, Matrix b, Matrix y, Matrix z, Matrix bias, Matrix gain, Matrix h, float scale,
          Dropout dropout, int threads) {
-        const Call call("forward_small", double(x.rows) * double(x.cols + a.rows) * double(w.rows),
+        const Call call("forward_small", double(x.rows) * double(x.cols + a.rows) * double(w.rows), threads,
                         {&x, &w, &a, &b, &y, &z, &bias, &gain, &h});
         if (!x.by_rows() || !w.by_rows() || !a.by_rows()) return false;
         const int64_t tokens = x.rows, n_in = x.cols, n_out = w.rows, rank = a.rows;
@@ -195,7 +199,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "base_product",
       [](Matrix x, Matrix w, Matrix y, int threads) {
-        const Call call("base_product", double(x.rows) * double(x.cols) * double(w.rows), {&x, &w, &y});
+        const Call call("base_product", double(x.rows) * double(x.cols) * double(w.rows), threads, {&x, &w, &y});
         if (!x.by_rows() || !w.by_rows() || !y.by_rows()) return false;
         floats(y, "base_product");
         call.check_alike(x, w, "x and w");
@@ -207,7 +211,7 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "False, and nothing done, unless the rows of x, w and y are contiguous.");
   m.def("shrink", [](Matrix x, Matrix a, Matrix gain, Matrix h, float scale, Dropout dropout, int threads) {
-    const Call call("shrink", double(x.rows) * double(x.cols) * double(a.rows), {&x, &a, &gain, &h});
+    const Call call("shrink", double(x.rows) * double(x.cols) * double(a.rows), threads, {&x, &a, &gain, &h});
     call.check(a, a.rows, x.cols, "a");
     call.check(gain, 1, x.cols, "gain");
     call.check(h, x.rows, a.rows, "h");
@@ -216,7 +220,7 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("expand", [](Matrix from, Matrix to, Matrix b, Matrix gain, Matrix bias, Matrix h, Dropout dropout,
                      bool mask_from, int threads) {
-    const Call call("expand", double(from.rows) * double(from.cols) * double(b.rows + 1),
+    const Call call("expand", double(from.rows) * double(from.cols) * double(b.rows + 1), threads,
                     {&from, &to, &b, &gain, &bias, &h});
     floats(from, "expand");
     const int64_t tokens = from.rows, n_out = from.cols;
@@ -230,7 +234,7 @@ PYBIND11_MODULE(_cpu, m) {
     call.run([&] { chosen->expand(p); });
   });
   m.def("outer", [](Matrix x, Matrix d, Matrix gain, Matrix p, Dropout dropout, int threads) {
-    const Call call("outer", double(x.rows) * double(x.cols) * double(p.cols), {&x, &d, &gain, &p});
+    const Call call("outer", double(x.rows) * double(x.cols) * double(p.cols), threads, {&x, &d, &gain, &p});
     call.check(d, p.cols, x.cols, "d");
     call.check(gain, 1, x.cols, "gain");
     call.check(p, x.rows, p.cols, "p");
@@ -238,7 +242,7 @@ PYBIND11_MODULE(_cpu, m) {
     call.run([&] { chosen->outer(params); });
   });
   m.def("column_sums", [](Matrix u, Matrix v, Matrix sums, int threads) {
-    const Call call("column_sums", double(u.rows) * double(u.cols), {&u, &v, &sums});
+    const Call call("column_sums", double(u.rows) * double(u.cols), threads, {&u, &v, &sums});
     call.check(v, u.rows, u.cols, "v");
     if (v.data) call.check_alike(u, v, "u and v");
     call.check(sums, 1, u.cols, "sums");
@@ -257,7 +261,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("tiles", [](Matrix x, Matrix w, Matrix a, Matrix b, Matrix y, Matrix z, Matrix bias, Matrix gain, Matrix h,
                     float scale, Dropout dropout, bool back, int threads) {
     if (chosen->tiles == nullptr) throw std::runtime_error("tiles: this level has no bf16 products");
-    const Call call("tiles", double(x.rows) * double(w.rows) * double(w.cols),
+    const Call call("tiles", double(x.rows) * double(w.rows) * double(w.cols), threads,
                     {&x, &w, &a, &b, &y, &z, &bias, &gain, &h});
     const int64_t tokens = x.rows, n_in = x.cols, n_out = y.cols, rank = h.cols;
     call.check(w, back ? n_in : n_out, back ? n_out : n_in, "w");
@@ -275,7 +279,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def("weight_norm", [](Matrix w, Matrix a, Matrix b, Matrix w_squared, Matrix products, Matrix norm, float scale,
                           float max_condition, int threads) {
-    const Call call("weight_norm", double(w.rows) * double(w.cols) * double(a.rows),
+    const Call call("weight_norm", double(w.rows) * double(w.cols) * double(a.rows), threads,
                     {&w, &a, &b, &w_squared, &products, &norm});
     const int64_t n_in = w.cols, n_out = w.rows, rank = a.rows;
     call.check(a, rank, n_in, "a");
@@ -288,7 +292,7 @@ PYBIND11_MODULE(_cpu, m) {
     call.run([&] { chosen->weight_norm(p); });
   });
   m.def("row_norm_squared", [](Matrix w, Matrix squared, int threads) {
-    const Call call("row_norm_squared", double(w.rows) * double(w.cols), {&w, &squared});
+    const Call call("row_norm_squared", double(w.rows) * double(w.cols), threads, {&w, &squared});
     call.check(squared, 1, w.rows, "squared");
     const lk::RowNormSquared p{w, floats(squared, "row_norm_squared"), w.cols, w.rows, threads};
     call.run([&] { chosen->row_norm_squared(p); });
