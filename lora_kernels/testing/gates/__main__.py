@@ -44,8 +44,8 @@ def main() -> int:
     others = {
         (c.name, arch, by) for by in versions.other_versions() for c, arch in versions.configurations_for(configurations, by)
     }
-    kept = {key: row for key, row in (old.rows | new.rows).items() if key in shipped}
-    Table(kept, {key: row for key, row in (old.others | new.others).items() if key in others}).write(path)
+    shipped_rows = {key: row for key, row in (old.rows | new.rows).items() if key in shipped}
+    Table(shipped_rows, {key: row for key, row in (old.others | new.others).items() if key in others}).write(path)
     by_name = {c.name: c for c in chosen}
     for (name, arch, version), row in new.others.items():
         if wrong := unsound(row, by_name[name].budget(arch, version).spilled):
