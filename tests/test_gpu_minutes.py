@@ -75,7 +75,7 @@ def test_the_parts_in_order_each_with_its_share(record):
         record.add_entry(work.name, "passed", "a check")
 
     two = {"bundled": {"TRITON_PTXAS_PATH": None}, "13.3": {"TRITON_PTXAS_PATH": "/there/ptxas"}}
-    timed.run_parts(record, 8, [], 16, two, each=each, clock=clock)
+    timed.run_stages(record, 8, [], 16, two, each=each, clock=clock)
     assert list(dict.fromkeys(name for name, *_ in seen)) == list(TIMED_STAGES)
     assert [s for name, form, s, *_ in seen if name == "ceilings"] == [20]
     assert [(s, e) for name, _, s, _, e in seen if name == "witness"] == [(30, each) for each in two.values()]
@@ -92,7 +92,7 @@ def test_the_deadline_holds_whatever_a_part_takes(record):
         seen[work.name] = seconds
         clock.now += 300 if work.name == "essentials" else seconds
 
-    timed.run_parts(record, 8, [], 1, {"bundled": {}}, each=late, clock=clock)
+    timed.run_stages(record, 8, [], 1, {"bundled": {}}, each=late, clock=clock)
     assert seen["witness"] == 60, "who begins late has his share"
     assert seen["rows"] == pytest.approx(480 - 20 - 300 - 60), "but no more than is left"
     assert clock.now <= 100 + 480 and "repeats" not in seen

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None, here: bool = False) -> int:
     shared = [flag for flag, wanted in flags.items() if wanted] + (["--arch", str(options.arch)] if options.arch else [])
     if options.minutes:
         left = options.minutes - (time.monotonic() - began) / 60
-        timed.run_parts(
+        timed.run_stages(
             record, left, shared, compile_processes(), ready.assemblers(), options.only, drawn=lambda: picture(record)
         )
     else:

@@ -65,7 +65,7 @@ def schedule(
         yield stage, left if left > LEAST_SHARE * share else None
 
 
-def run_parts(
+def run_stages(
     record: Record, minutes: float, words: list[str], cores: int, assemblers: dict[str, dict[str, str | None]],
     only: list[str] | None = None, each: Callable[..., None] = run_in_processes, clock: Callable[[], float] = time.monotonic,
     drawn: Callable[[], None] = lambda: None,

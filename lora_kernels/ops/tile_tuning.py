@@ -49,7 +49,7 @@ def tune_tiles(winner: str, call: Call, clock: Clock, refuse: Refuse, until: flo
     found: list[MeasuredTile] = []
     with ExitStack() as better:
         for name in KERNELS.get(winner, ()):
-            for asked in _asked(call, name):
+            for asked in _tile_requests(call, name):
                 measured = _best(asked, call, clock, refuse, until)
                 if measured is not None:
                     found.append(measured)
@@ -57,7 +57,7 @@ def tune_tiles(winner: str, call: Call, clock: Clock, refuse: Refuse, until: flo
     return found
 
 
-def _asked(call: Call, kernel: str) -> list[TileRequest]:
+def _tile_requests(call: Call, kernel: str) -> list[TileRequest]:
     with seen() as looks, recorded():
         call()
     return list({one.answers: one for one in looks if one.kernel == kernel}.values())
