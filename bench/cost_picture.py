@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.palette import BARE, OURS, PEFT, digest_of, draw_headline, load_pyplot, save_picture, three_digits, tidy_axes
-from bench.report_parts import DTYPES, RANK, THREADS, measured, select_rows
+from bench.report_tables import DTYPES, RANK, THREADS, measured, select_rows
 
 ROOT = Path(__file__).parents[1]
 FILE, OUT = ROOT / "bench" / "results" / "xeon-amx.json", ROOT / "docs" / "images" / "cost.png"

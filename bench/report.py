@@ -16,7 +16,7 @@ from typing import Any
 
 from bench import report_many, report_picture
 from bench.palette import three_digits
-from bench.report_parts import DTYPES, RANK, THREADS, distinct, markdown_table, select_rows
+from bench.report_tables import DTYPES, RANK, THREADS, distinct, markdown_table, select_rows
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- bench:begin -->\n", "<!-- bench:end -->\n"

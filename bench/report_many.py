@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.palette import BARE, OTHERS, OURS, PEFT, digest_of, draw_headline, load_pyplot, save_picture, three_digits, tidy_axes
-from bench.report_parts import DTYPES, markdown_table, measured
+from bench.report_tables import DTYPES, markdown_table, measured
 
 RIVALS = {
     "peft": "PEFT", "loop": "loop over segments", "gather": "gathered bmm", "vllm": "vLLM's way", "sglang": "SGLang's way",

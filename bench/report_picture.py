@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.palette import BARE, OURS, PEFT, digest_of, draw_headline, load_pyplot, save_picture, three_digits, tidy_axes
-from bench.report_parts import DTYPES, RANK, THREADS, distinct, measured, select_rows
+from bench.report_tables import DTYPES, RANK, THREADS, distinct, measured, select_rows
 
 STYLES = {
     ("lora", "peft"): ("s:", PEFT, "white", "LoRA, PEFT"), ("dora", "peft"): ("o-", PEFT, PEFT, "DoRA, PEFT"),

@@ -15,7 +15,7 @@ from pathlib import Path
 from lora_kernels.ops import dispatch
 from lora_kernels.ops.cost import Problem
 from lora_kernels.ops.tables import tiles
-from lora_kernels.ops.tables.tiles import NUMBERS, Kernel, Measured, Row
+from lora_kernels.ops.tables.tiles import NUMBERS, Kernel, MeasuredTile, Row
 from lora_kernels.ops.tile_tuning import Refuse, tune_tiles
 from lora_kernels.ops.tuning import Calls, Times
 
@@ -44,7 +44,7 @@ def propose(
     return [new for _, new in rows]
 
 
-def row(one: Measured, arch: int, why: str) -> Row:
+def row(one: MeasuredTile, arch: int, why: str) -> Row:
     """The line for what was measured: all numbers of its tile, for just its answers."""
     conditions = {name: value if isinstance(value, bool | str) else str(value) for name, value in one.answers.items()}
     numbers = {name: getattr(one.tile, name) for name in NUMBERS if getattr(one.tile, name) not in (0, None)}

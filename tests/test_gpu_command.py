@@ -11,7 +11,7 @@ from bench import report
 from bench.gpu.__main__ import STAGES, kebab_case, main
 from bench.gpu.record import Record
 from bench.gpu.running import Work, run_in_processes
-from bench.gpu.setting import Found, any_bit_differs
+from bench.gpu.setting import StageFindings, any_bit_differs
 from lora_kernels.ops import missing_backends
 
 if "triton" in missing_backends():
@@ -96,7 +96,7 @@ def test_the_report_of_cpus_refuses_a_file_of_a_gpu(tmp_path, capsys):
 
 
 def test_what_is_found():
-    found = Found()
+    found = StageFindings()
     assert found.status == "not run"
     found.check("fine", lambda: None)
     assert found.status == "passed"

@@ -16,10 +16,10 @@ import torch
 
 from bench import tune
 from bench.gpu import ceilings, offline, ready, rivals, rows, speed, timed, tuned
-from bench.gpu.__main__ import PARTS, main
+from bench.gpu.__main__ import TIMED_STAGES, main
 from bench.gpu.record import Record
 from bench.gpu.running import ROOT, Work, run_in_processes
-from bench.gpu.setting import Broken, Found, Refused, Setting, backends_used
+from bench.gpu.setting import GpuLostError, Refused, Setting, StageFindings, backends_used
 from lora_kernels.ops import cost, missing_backends, registry
 from lora_kernels.testing import make_problem, rms, run
 
@@ -75,8 +75,8 @@ def test_the_parts_in_order_each_with_its_share(record):
         record.add_entry(work.name, "passed", "a check")
 
     two = {"bundled": {"TRITON_PTXAS_PATH": None}, "13.3": {"TRITON_PTXAS_PATH": "/there/ptxas"}}
-    timed.run_parts(record, 8, [], 16, two, each=each, clock=clock)
-    assert list(dict.fromkeys(name for name, *_ in seen)) == list(PARTS)
+    timed.run_stages(record, 8, [], 16, two, each=each, clock=clock)
+    assert list(dict.fromkeys(name for name, *_ in seen)) == list(TIMED_STAGES)
     assert [s for name, form, s, *_ in seen if name == "ceilings"] == [20]
     assert [(s, e) for name, _, s, _, e in seen if name == "witness"] == [(30, each) for each in two.values()]
     assert [(form, s, n) for name, form, s, n, _ in seen if name == "rows"] == [("warm", 75, 16), ("", 75, 1)]
@@ -92,7 +92,7 @@ def test_the_deadline_holds_whatever_a_part_takes(record):
         seen[work.name] = seconds
         clock.now += 300 if work.name == "essentials" else seconds
 
-    timed.run_parts(record, 8, [], 1, {"bundled": {}}, each=late, clock=clock)
+    timed.run_stages(record, 8, [], 1, {"bundled": {}}, each=late, clock=clock)
     assert seen["witness"] == 60, "who begins late has his share"
     assert seen["rows"] == pytest.approx(480 - 20 - 300 - 60), "but no more than is left"
     assert clock.now <= 100 + 480 and "repeats" not in seen
@@ -110,7 +110,7 @@ def test_what_a_part_leaves_the_next_may_use():
 
 def test_a_stage_stops_between_checks(record):
     clock = Clock()
-    found = Found(record, "essentials", until=110, clock=clock)
+    found = StageFindings(record, "essentials", until=110, clock=clock)
 
     def takes(seconds):
         clock.now += seconds
@@ -123,7 +123,7 @@ def test_a_stage_stops_between_checks(record):
 
 
 def test_the_file_has_each_check_as_it_ends(record):
-    found = Found(record, "essentials", process=(1, 2), skipped=frozenset({"fourth"}))
+    found = StageFindings(record, "essentials", process=(1, 2), skipped=frozenset({"fourth"}))
 
     def look():
         assert record.read()["stages"]["essentials"]["running"] == {"1": "second"}
@@ -142,8 +142,8 @@ def test_a_lost_gpu_ends_the_process_and_not_the_stage(record, monkeypatch):
     """The check that did it has failed, and another process goes on behind it."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: (_ for _ in ()).throw(RuntimeError("an illegal memory access")))
-    with pytest.raises(Broken, match="illegal memory access"):
-        Found(record, "essentials").check("first", lambda: [][0])
+    with pytest.raises(GpuLostError, match="illegal memory access"):
+        StageFindings(record, "essentials").check("first", lambda: [][0])
     stage = record.read()["stages"]["essentials"]
     assert stage["failures"] == ["first: IndexError: list index out of range"] and stage["running"] == {}
     begun = []
@@ -181,7 +181,7 @@ def test_a_kill_leaves_what_was_found(tmp_path):
 def test_the_reference_is_a_failure_of_its_row_and_no_abort(record, monkeypatch):
     monkeypatch.setattr(registry, "PREFERENCE", {"cpu": ("cpu", "reference"), "cuda": ("reference",)})
     monkeypatch.setattr(rows, "MAIN_ROWS", rows.MAIN_ROWS[:1])
-    rows.measure(Setting(dry=True), Found(record, "rows"), speed.run_untimed)
+    rows.measure(Setting(dry=True), StageFindings(record, "rows"), speed.run_untimed)
     stage = record.read()["stages"]["rows"]
     assert stage["failed"] == 2 and all("ran on the reference" in why for why in stage["failures"])
     assert [row["op"] for row in record.read()["rows"]] == ["lora_linear", "multi_lora"], "its times are kept"
@@ -255,7 +255,7 @@ def test_the_offline_folder_wants_a_python_and_nvcc(tmp_path, monkeypatch, capsy
 
 
 def test_the_offline_folder_takes_no_assembler_with_the_hazard(tmp_path):
-    with pytest.raises(offline.Missing, match=r"--ptxas: .* is 12.9.1, wanted 13.3 or later"):
+    with pytest.raises(offline.MissingToolError, match=r"--ptxas: .* is 12.9.1, wanted 13.3 or later"):
         offline.assembler(program(tmp_path / "ptxas", "release 12.9, V12.9.1"), tmp_path)
 
 
@@ -275,10 +275,10 @@ def test_the_offline_folder_is_unpacked_if_it_is_whole(tmp_path, monkeypatch):
     assert path.read_bytes() == b"an assembler" and path.stat().st_mode & 0o111
     assert (tree / "lora_kernels" / "_cuda.so").read_bytes() == b"a module"
     (tree / "csrc" / "kernel.cu").write_text("something else")
-    with pytest.raises(offline.Missing, match="csrc has changed since"):
+    with pytest.raises(offline.MissingToolError, match="csrc has changed since"):
         offline.unpack_folder(folder, scratch)
     (folder / "ptxas.xz").write_bytes(b"half of it")
-    with pytest.raises(offline.Missing, match="was not copied whole"):
+    with pytest.raises(offline.MissingToolError, match="was not copied whole"):
         offline.unpack_folder(folder, scratch)
 
 
@@ -316,10 +316,10 @@ def test_what_a_dry_run_leaves_out_of_the_speed(record, pretended, monkeypatch):
     monkeypatch.setattr(ceilings, "GEMMS", [(32, 24, 16)])
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, **more: zeros(min(size[0], 64) if size else (), **more))
-    ceilings.run_stage(pretended, Found(record, "ceilings"))
+    ceilings.run_stage(pretended, StageFindings(record, "ceilings"))
     monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.setattr(rows, "FURTHER_ROWS", [row._replace(m=5, k=64, n=48) for row in rows.FURTHER_ROWS[2:6:3]])
-    rows.measure(pretended, Found(record, "more"), tune.median_event_seconds)
+    rows.measure(pretended, StageFindings(record, "more"), tune.median_event_seconds)
     found = record.read()
     assert {stage["failed"] for stage in found["stages"].values()} == {0}, found["stages"]
     made = {row["what"]: row for row in found["rows"]}
@@ -353,13 +353,13 @@ def test_the_table_is_written_after_each_shape(record, pretended, monkeypatch):
         seen.append(len(json.loads((folder / "sm_90.json").read_text())["choices"]))
 
     monkeypatch.setattr(tuned, "write_table", watched)
-    tuned.run_stage(pretended, Found(record, "tuned"))
+    tuned.run_stage(pretended, StageFindings(record, "tuned"))
     assert seen == [1, 2] and record.read()["stages"]["tuned"]["status"] == "passed", record.read()["stages"]
     assert [row["op"] for row in record.read()["rows"]] == ["tune", "tune"]
 
 
 def test_a_folder_of_somebody_else_is_left(tmp_path):
     (tmp_path / "letters.txt").write_text("mine")
-    with pytest.raises(offline.Missing, match="holds what this command did not make; name another folder"):
+    with pytest.raises(offline.MissingToolError, match="holds what this command did not make; name another folder"):
         offline.prepare(argparse.Namespace(folder=tmp_path), "", {})
     assert (tmp_path / "letters.txt").read_text() == "mine"

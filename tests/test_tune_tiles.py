@@ -12,7 +12,7 @@ from lora_kernels.ops import missing_backends, tuning
 from lora_kernels.ops.cost import Problem
 from lora_kernels.ops.launch import recorded
 from lora_kernels.ops.tables import tiles
-from lora_kernels.ops.tables.tiles import Asked, Row, Tile
+from lora_kernels.ops.tables.tiles import Row, Tile, TileRequest
 from lora_kernels.ptxsim import device
 from lora_kernels.testing.gates.launched import refusal
 from lora_kernels.testing.gates.sass import missing
@@ -83,7 +83,7 @@ def test_the_gates_have_a_say(other, wrong):
         arguments = [torch.empty(s, dtype=BF16) for s in ((4096, 4096), (64, 4096), (4096, 64))]
         weight_norm(*arguments, 0.5)
         (asked,) = looks
-        changed = Asked("norm", asked.answers, Tile(**{**vars(asked.tile), **other}))
+        changed = TileRequest("norm", asked.answers, Tile(**{**vars(asked.tile), **other}))
         with tiles.tried(changed):
             weight_norm(*arguments, 0.5)
     said = refusal(found[-1], 90)
@@ -92,7 +92,7 @@ def test_the_gates_have_a_say(other, wrong):
 
 def test_a_row_has_all_numbers_and_reads_back():
     t = Tile(rows=64, columns=64, depth=32, ranks=16, warps=4, stages=2, registers=128)
-    one = tiles.Measured("forward", {"dtype": "bfloat16", "m": 256, "layers": 1, "mapped": True}, t, {})
+    one = tiles.MeasuredTile("forward", {"dtype": "bfloat16", "m": 256, "layers": 1, "mapped": True}, t, {})
     made = tune_tiles.row(one, 100, "why")
     assert tiles.resolve([made, Row({}, {"rows": 128})], {**one.answers, "arch": 100, "deterministic": False}) == t
     assert tiles.resolve([made, Row({}, {"rows": 128})], {**one.answers, "arch": 90, "deterministic": False}).rows == 128

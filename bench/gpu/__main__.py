@@ -6,7 +6,7 @@
                  bench/results
     --arch 90    whose kernels a dry run simulates; 80 if not given
     --quick      fewer shapes and repetitions, without --minutes
-    --only A B   these stages or parts alone
+    --only A B   these stages alone
     --out FILE   the JSON file; bench/results/<gpu>.json if not given, a temporary file in a dry
                  run. A picture goes beside it
 
@@ -30,7 +30,7 @@ from bench.gpu.running import ROOT, Work, run_in_process, run_in_processes
 
 # seconds of each: a kernel that hangs must not hold the others
 STAGES = {"environment": 120, "correctness": 3600, "sanitizer": 7500, "determinism": 1800, "graphs": 1800, "speed": 5400}
-PARTS = tuple(part.name for part in timed.PARTS)
+TIMED_STAGES = tuple(stage.name for stage in timed.STAGES)
 
 
 def main(argv: list[str] | None = None, here: bool = False) -> int:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None, here: bool = False) -> int:
     words = ready.report_requirements(dry=options.dry_run) if not (options.stage or options.once) else []
     import torch
 
-    from bench.gpu.setting import Found, Setting, compile_processes
+    from bench.gpu.setting import Setting, StageFindings, compile_processes
 
     if not options.dry_run and (not torch.cuda.is_available() or torch.version.hip is not None):
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None, here: bool = False) -> int:
         record = Record(options.out) if options.form != "warm" else None
         skipped = frozenset(record.tried_checks(options.stage) if record else ())
         i, n = map(int, options.process.split("/"))
-        found = Found(record, options.stage, options.until, (i, n), skipped)
+        found = StageFindings(record, options.stage, options.until, (i, n), skipped)
         return run_in_process(Work(options.stage, options.module, options.form), setting, found)
 
     if options.minutes and not options.dry_run:
@@ -76,14 +76,14 @@ def main(argv: list[str] | None = None, here: bool = False) -> int:
     shared = [flag for flag, wanted in flags.items() if wanted] + (["--arch", str(options.arch)] if options.arch else [])
     if options.minutes:
         left = options.minutes - (time.monotonic() - began) / 60
-        timed.run_parts(
+        timed.run_stages(
             record, left, shared, compile_processes(), ready.assemblers(), options.only, drawn=lambda: picture(record)
         )
     else:
         for name in options.only or STAGES:
             work, start = Work(name, name), time.monotonic()
             if here:
-                run_in_process(work, setting, Found(record, name))
+                run_in_process(work, setting, StageFindings(record, name))
             else:
                 run_in_processes(work, record, STAGES[name], shared)
             stage = record.finish_stage(name, wall_seconds=round(time.monotonic() - start, 1))
@@ -101,7 +101,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", type=int, help="with --dry-run: whose kernels; 90 is sm_90")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and repetitions")
     parser.add_argument("--tiny", action="store_true", help="with --dry-run: hardly anything, for the test of this command")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help=f"{', '.join(STAGES)}; with --minutes {', '.join(PARTS)}")
+    names = f"{', '.join(STAGES)}; with --minutes {', '.join(TIMED_STAGES)}"
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help=names)
     parser.add_argument("--out", type=Path, help="a JSON file")
     for name, default in {"--stage": None, "--module": None, "--form": "", "--process": "0/1"}.items():
         # of the process made for a stage
@@ -116,7 +117,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--arch is for --dry-run: a GPU has its own")
     if options.minutes is not None and options.minutes <= 0:
         parser.error(f"--minutes must be above 0, found {options.minutes:g}")
-    known = PARTS if options.minutes else tuple(STAGES)
+    known = TIMED_STAGES if options.minutes else tuple(STAGES)
     if unknown := [name for name in options.only or [] if name not in known]:
         parser.error(f"--only knows {', '.join(known)}, found {', '.join(unknown)}")
     return options
@@ -138,15 +139,15 @@ def picture(record: Record) -> None:
     """Draws it beside the file; if it cannot be drawn, that is a stage that failed. Without rows to
     draw, nothing."""
     from bench.gpu.plot import draw_picture
-    from bench.gpu.setting import Found
+    from bench.gpu.setting import StageFindings
 
     result = record.read()
     if not any(row["op"] == "lora_linear" for row in result["rows"]):
         return
     if missing := ready.missing("matplotlib"):
-        return Found(record, "picture").skip(missing)
+        return StageFindings(record, "picture").skip(missing)
     result["stages"].pop("picture", None)
-    found = Found()
+    found = StageFindings()
     found.check("picture", lambda: draw_picture(result, record.path.with_suffix(".png")))
     if found.failures:
         record.finish_stage("picture", **found.kept)

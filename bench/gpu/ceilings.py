@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu.setting import Found, Setting
+from bench.gpu.setting import Setting, StageFindings
 
 GEMMS = [(8192, 4096, 4096), (8192, 8192, 8192)]  # M, N, K
 ROUNDS, LAUNCHES = 15, 200
@@ -17,7 +17,7 @@ FLUSH = 2**30  # bytes: more than any L2
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def run_stage(setting: Setting, found: Found) -> None:
+def run_stage(setting: Setting, found: StageFindings) -> None:
     gemms = [(32, 24, 16)] if setting.dry else GEMMS
     for dtype in (BF16, F16):
         for shape in gemms:
@@ -32,8 +32,9 @@ def run_stage(setting: Setting, found: Found) -> None:
 
 
 def time_gemm(
-    setting: Setting, found: Found, name: str, how: str, shape: tuple[int, int, int], dtype: torch.dtype, tf32: bool = False
-) -> None:
+    setting: Setting, found: StageFindings, name: str, how: str, shape: tuple[int, int, int], dtype: torch.dtype,
+    tf32: bool = False,
+) -> None:  # fmt: skip
     """x Wᵀ, or y + x Wᵀ with the sum in the library's own epilogue, on random data: zeros would run
     at a higher clock."""
     m, n, k = shape
@@ -50,14 +51,14 @@ def time_gemm(
     add_ceiling_row(found, name, seconds, M=m, N=n, K=k, dtype="tf32" if tf32 else str(dtype)[6:], flops=flops)
 
 
-def time_copy(setting: Setting, found: Found) -> None:
+def time_copy(setting: Setting, found: StageFindings) -> None:
     """Bytes read and written."""
     one = torch.zeros(1024 if setting.dry else 2**31, dtype=torch.uint8, device=setting.device)
     other = torch.empty_like(one)
     add_ceiling_row(found, "copy", median_gpu_seconds(setting, lambda: other.copy_(one)), bytes=2 * one.numel())
 
 
-def time_launch(setting: Setting, found: Found) -> None:
+def time_launch(setting: Setting, found: StageFindings) -> None:
     """A kernel of one number, of many in a row: what a further launch costs the GPU, and what it
     costs the host."""
     one = torch.zeros(1, device=setting.device)
@@ -97,7 +98,7 @@ def median_gpu_seconds(setting: Setting, call: Callable[[], object]) -> float | 
     return statistics.median(a.elapsed_time(b) for a, b in marks) / 1e3
 
 
-def add_ceiling_row(found: Found, what: str, seconds: float | None, **more: Any) -> None:
+def add_ceiling_row(found: StageFindings, what: str, seconds: float | None, **more: Any) -> None:
     made: dict[str, Any] = {"op": "ceiling", "what": what, **more, "seconds": seconds}
     rate = ""
     if seconds is not None and "flops" in more:

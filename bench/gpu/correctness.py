@@ -10,7 +10,7 @@ import torch
 
 from bench.gpu.cases import FLAGS, problem_sizes
 from bench.gpu.many import check_multi_lora
-from bench.gpu.setting import Found, Refused, Setting, fuse_layer, make_peft_layer
+from bench.gpu.setting import Refused, Setting, StageFindings, fuse_layer, make_peft_layer
 from lora_kernels import dora_linear, explain, lora_linear, merged_weight, nn, use_backend, weight_norm
 from lora_kernels.ops import dispatch, launch, row_norm_squared
 from lora_kernels.ops.cost import BACKWARD, FORWARD, SPECIALISED
@@ -38,7 +38,7 @@ DTYPES = [F32, BF16, F16]
 LARGE = [(512, 4096, 4096, 16), (1, 4096, 14336, 64), (300, 4096, 1024, 128)]
 
 
-def run_stage(setting: Setting, found: Found) -> None:
+def run_stage(setting: Setting, found: StageFindings) -> None:
     """Memory that a kernel makes is NaN before it runs, so that what it leaves out shows."""
     with setting.backend():
         # after the deterministic mode, in which `poisoned` puts torch, the plain one: its kernels
@@ -121,7 +121,7 @@ def plain_mode_checks(setting: Setting) -> Iterator[Check]:
             )
 
 
-def candidate_checks(setting: Setting, found: Found) -> Iterator[Check]:
+def candidate_checks(setting: Setting, found: StageFindings) -> Iterator[Check]:
     """Each kernel that dispatch can choose, by force; one that refuses is noted."""
     tokens, n_in, n_out, rank = problem_sizes(setting)
     flags = [{}] if setting.tiny else [{}, {"gain": True, "bias": True}] if setting.dry else FLAGS.values()
@@ -146,7 +146,7 @@ def candidate_checks(setting: Setting, found: Found) -> Iterator[Check]:
                     yield what, partial(check_forced_candidate, name, p)
 
 
-def cuda_kernel_checks(setting: Setting, found: Found) -> Iterator[Check]:
+def cuda_kernel_checks(setting: Setting, found: StageFindings) -> Iterator[Check]:
     """The kernels of CUDA C++, which the rest of this stage does not run: it is for Triton's."""
     on = torch.empty(0, device=setting.device)
     reason = None if setting.dry else launch.refuse_binary(launch.architecture(on))

@@ -6,11 +6,11 @@ from functools import partial
 import torch
 
 from bench.gpu.cases import FLAGS, make_sized_problem, repeatable_cases
-from bench.gpu.setting import Found, Setting, any_bit_differs, element_bits
+from bench.gpu.setting import Setting, StageFindings, any_bit_differs, element_bits
 from lora_kernels import lora_linear
 
 
-def run_stage(setting: Setting, found: Found) -> None:
+def run_stage(setting: Setting, found: StageFindings) -> None:
     times = 1 if setting.tiny else 3 if setting.dry else 50 if setting.quick else 1000
     with setting.backend():
         for name, case in repeatable_cases(setting).items():

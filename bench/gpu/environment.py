@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench.gpu.ready import assembler
-from bench.gpu.setting import Found, Setting
+from bench.gpu.setting import Setting, StageFindings
 from lora_kernels.ops.launch import cuda_build
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +66,7 @@ def gpu_stamp(setting: Setting) -> dict[str, Any]:
     }
 
 
-def run_stage(setting: Setting, found: Found) -> None:
+def run_stage(setting: Setting, found: StageFindings) -> None:
     """The stamp, printed; it fails where something is missing that the other stages need."""
     for name, value in gpu_stamp(setting).items():
         found.note(f"{name}: {value}")

@@ -16,7 +16,7 @@ import torch
 
 from bench.gpu import correctness as c
 from bench.gpu.many import check_multi_lora
-from bench.gpu.setting import Found, Refused, Setting, backends_used, fuse_layer, make_peft_layer
+from bench.gpu.setting import Refused, Setting, StageFindings, backends_used, fuse_layer, make_peft_layer
 from lora_kernels import lora_linear
 from lora_kernels.ops import cost, dispatch
 from lora_kernels.testing import (
@@ -43,7 +43,7 @@ FLAGS = {
 }  # fmt: skip
 
 
-def run_stage(setting: Setting, found: Found) -> None:
+def run_stage(setting: Setting, found: StageFindings) -> None:
     setting = replace(setting, sizes=(*(DRY_RUN_SIZES if setting.dry else ALIGNED_SIZES), 16))
     for name, call in (
         *dispatched_checks(setting),

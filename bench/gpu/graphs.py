@@ -5,14 +5,14 @@ from functools import partial
 import torch
 
 from bench.gpu.cases import FLAGS, make_sized_problem, problem_sizes, repeatable_cases
-from bench.gpu.setting import Found, Setting, any_bit_differs, fuse_layer, make_peft_layer
+from bench.gpu.setting import Setting, StageFindings, any_bit_differs, fuse_layer, make_peft_layer
 from lora_kernels import lora_linear
 from lora_kernels.testing import rms
 
 REPLAYS = 100
 
 
-def run_stage(setting: Setting, found: Found) -> None:
+def run_stage(setting: Setting, found: StageFindings) -> None:
     with setting.backend():
         if setting.dry:
             found.skip("CUDA graphs: capture needs a GPU")

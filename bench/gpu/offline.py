@@ -41,7 +41,7 @@ print(*sys.version_info[:3], sep=".")
 """
 
 
-class Missing(Exception):
+class MissingToolError(Exception):
     """What is not here."""
 
 
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"    {name}: {what}", flush=True)
         if not options.check:
             prepare(options, python, found)
-    except Missing as missing:
+    except MissingToolError as missing:
         print(f"bench/gpu/offline.sh: {missing}", file=sys.stderr)
         return 2
     return 0
@@ -100,7 +100,7 @@ def find_requirements(python: str | None, wanted: str) -> tuple[str, dict[str, s
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         lacking.append("a C++ compiler")
     if lacking:
-        raise Missing("it needs " + ", and ".join(lacking))
+        raise MissingToolError("it needs " + ", and ".join(lacking))
     return chosen, found
 
 
@@ -127,7 +127,7 @@ def python_version(python: str, wanted: str) -> tuple[str, str]:
 def prepare(options: argparse.Namespace, python: str, found: dict[str, str]) -> None:
     folder, work = options.folder.resolve(), ROOT / "build" / "offline"
     if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").is_file():
-        raise Missing(f"{folder} holds what this command did not make; name another folder")
+        raise MissingToolError(f"{folder} holds what this command did not make; name another folder")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     extensions(python, options.arch, folder / "lib", work)
@@ -148,7 +148,7 @@ def prepare(options: argparse.Namespace, python: str, found: dict[str, str]) -> 
         print(f"    {each['bytes'] / 2**20:6.2f} MiB  {name}")
     print(f"{folder}: {size / 2**20:.1f} MiB, and the tree's {tree / 2**20:.1f} MiB, of {MAX_BYTES / 2**20:.0f}")
     if size + tree > MAX_BYTES:
-        raise Missing(
+        raise MissingToolError(
             f"room: {(size + tree) / 2**20:.1f} MiB are more than {MAX_BYTES / 2**20:.0f}; --without-ptxas is smaller"
         )
     print(f"there, in the root of this tree: bash {options.folder.name}/{SCRIPT}")
@@ -178,7 +178,9 @@ def assembler(given: str | None, work: Path) -> Path:
     least = ".".join(map(str, FIRST_SOUND_PTXAS))
     if given:
         if release(given) < FIRST_SOUND_PTXAS:
-            raise Missing(f"--ptxas: {given} is {'.'.join(map(str, release(given))) or 'no ptxas'}, wanted {least} or later")
+            raise MissingToolError(
+                f"--ptxas: {given} is {'.'.join(map(str, release(given))) or 'no ptxas'}, wanted {least} or later"
+            )
         return Path(given)
     for place in local_assemblers():
         if release(str(place)) >= FIRST_SOUND_PTXAS:
@@ -194,7 +196,7 @@ def assembler(given: str | None, work: Path) -> Path:
                     path.chmod(0o755)
                     if release(str(path)) >= FIRST_SOUND_PTXAS:
                         return path
-    raise Missing(f"it needs a ptxas from {least} on; --ptxas names one, --without-ptxas leaves it out")
+    raise MissingToolError(f"it needs a ptxas from {least} on; --ptxas names one, --without-ptxas leaves it out")
 
 
 def local_assemblers() -> Iterator[Path]:
@@ -210,7 +212,7 @@ def run_or_raise(what: str, *words: str, environment: dict[str, str] | None = No
     print(f"{what}: {' '.join(words)}", flush=True)
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     if done.returncode:
-        raise Missing(f"{what} failed with {done.returncode}: {(done.stdout + done.stderr).strip()[-1500:]}")
+        raise MissingToolError(f"{what} failed with {done.returncode}: {(done.stdout + done.stderr).strip()[-1500:]}")
 
 
 def command_output(*words: str) -> str:
@@ -252,9 +254,9 @@ def unpack_folder(folder: Path, scratch: Path) -> str:
     for name, wanted in manifest["files"].items():
         path = folder / name
         if not path.is_file() or size_and_digest(path) != wanted:
-            raise Missing(f"{path} is not what manifest.json says; the folder was not copied whole")
+            raise MissingToolError(f"{path} is not what manifest.json says; the folder was not copied whole")
     if sources() != manifest["sources"]:
-        raise Missing("csrc has changed since the modules were built: bash bench/gpu/offline.sh makes them again")
+        raise MissingToolError("csrc has changed since the modules were built: bash bench/gpu/offline.sh makes them again")
     own = ".".join(map(str, sys.version_info[:2]))
     if own != manifest["made_for"]["python"]:
         print(f"made for Python {manifest['made_for']['python']}, and this is {own}: the modules are not used", file=sys.stderr)

@@ -9,12 +9,12 @@ import torch
 from bench.gpu.cases import Case, repeatable_cases
 from bench.gpu.determinism import assert_same_bits
 from bench.gpu.graphs import check_graph_replay
-from bench.gpu.setting import Found, Refused, Setting, any_bit_differs
+from bench.gpu.setting import Refused, Setting, StageFindings, any_bit_differs
 
 TIMES, STREAMS = 200, 4
 
 
-def run_stage(setting: Setting, found: Found) -> None:
+def run_stage(setting: Setting, found: StageFindings) -> None:
     # rows at multiples of 16 bytes, as CUDA C++ and tensor maps want them
     setting = replace(setting, sizes=(5, 40, 24, 4) if setting.dry else (300, 1032, 776, 24))
     with setting.as_dispatched():

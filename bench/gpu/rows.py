@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from bench.gpu import rivals, speed
-from bench.gpu.setting import Found, Setting, backends_used, fuse_layer, make_peft_layer
+from bench.gpu.setting import Setting, StageFindings, backends_used, fuse_layer, make_peft_layer
 from bench.tune import median_event_seconds
 from lora_kernels.testing import rms
 
@@ -64,17 +64,17 @@ FURTHER_ROWS = [
 Clock = Callable[[dict[str, Callable[[], object]]], dict[str, Any]]
 
 
-def run_stage(setting: Setting, found: Found) -> None:
+def run_stage(setting: Setting, found: StageFindings) -> None:
     measure(setting, found, speed.run_untimed if setting.dry else median_event_seconds)
 
 
-def fill_caches(setting: Setting, found: Found) -> None:
+def fill_caches(setting: Setting, found: StageFindings) -> None:
     """Calls what `run_stage` will time, so that Triton's and torch's compilers leave it in their
     caches."""
     measure(setting, found, speed.run_untimed, kept=False)
 
 
-def measure(setting: Setting, found: Found, clock: Clock, kept: bool = True) -> None:
+def measure(setting: Setting, found: StageFindings, clock: Clock, kept: bool = True) -> None:
     more = found.name == "more"
     rows = (
         [simulator_sized(row) for row in (FURTHER_ROWS if more else MAIN_ROWS)]
@@ -94,7 +94,7 @@ def simulator_sized(row: Row) -> Row:
     return row._replace(m=row.m if row.m <= 64 else 100 + row.m.bit_length(), k=row.k // 32 + 8, n=row.n // 64 + 8)
 
 
-def time_layer(setting: Setting, found: Found, clock: Clock, row: Row, kept: bool) -> None:
+def time_layer(setting: Setting, found: StageFindings, clock: Clock, row: Row, kept: bool) -> None:
     with setting.as_dispatched():
         calls = contenders(setting, row)
         ran, slow = backends_used(calls["ours"])
@@ -107,7 +107,7 @@ def time_layer(setting: Setting, found: Found, clock: Clock, row: Row, kept: boo
     add_timed_row(found, made, slow, kept)
 
 
-def add_timed_row(found: Found, made: dict[str, Any], slow: list[str], kept: bool) -> None:
+def add_timed_row(found: StageFindings, made: dict[str, Any], slow: list[str], kept: bool) -> None:
     if kept:
         print(f"    {', '.join(made['ran'])}", flush=True)
         speed.add_checked_row(found, made, slow)
@@ -166,7 +166,7 @@ def assert_same_results(calls: dict[str, Callable[[], Any]]) -> None:
         assert error <= 0.02, f"{name} computes something else than peft: {error:.3f}"
 
 
-def time_multi_lora(setting: Setting, found: Found, clock: Clock, kept: bool) -> None:
+def time_multi_lora(setting: Setting, found: StageFindings, clock: Clock, kept: bool) -> None:
     from bench import multi_lora
 
     rows, size = (5, 64) if setting.dry else (MULTI_LORA_ROWS, 4096)

@@ -33,14 +33,14 @@ class Work:
 
 def run_in_process(work: Work, setting: Any, found: Any) -> int:
     """The stage in this process; what escapes from it is a failure of it. The exit status."""
-    from bench.gpu.setting import Broken
+    from bench.gpu.setting import GpuLostError
 
     if found.process[1] == 1:
         print(f"{work.name}{': ' + work.form if work.form else ''}:", flush=True)
     module = import_module(f"bench.gpu.{work.module}")
     try:
         module.fill_caches(setting, found) if work.form == "warm" else module.run_stage(setting, found)
-    except Broken as error:
+    except GpuLostError as error:
         print(f"    the GPU is lost: {error}", flush=True)
         return GPU_LOST_STATUS
     except Exception as error:

@@ -10,7 +10,7 @@ import time
 
 from bench.gpu import cases
 from bench.gpu.running import ROOT
-from bench.gpu.setting import Found, Refused, Setting
+from bench.gpu.setting import Refused, Setting, StageFindings
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")  # where CUDA installs it, often outside PATH
@@ -22,7 +22,7 @@ def program() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *PLACES]))
 
 
-def run_stage(setting: Setting, found: Found) -> None:
+def run_stage(setting: Setting, found: StageFindings) -> None:
     if setting.dry:
         found.skip("compute-sanitizer: needs a GPU; the simulator has such checks of its own, and ran what it would look at")
         cases.run_cases_once(setting, few=setting.timed)
@@ -36,7 +36,7 @@ def run_stage(setting: Setting, found: Found) -> None:
         found.check(tool, lambda tool=tool, seconds=seconds: run_tool(path, tool, setting, found, seconds))
 
 
-def run_tool(path: str, tool: str, setting: Setting, found: Found, seconds: float) -> None:
+def run_tool(path: str, tool: str, setting: Setting, found: StageFindings, seconds: float) -> None:
     """Raises with what the tool said if it found something."""
     flags = {"--quick": setting.quick, "--timed": setting.timed}
     script = [sys.executable, "-m", "bench.gpu", "--once", *(flag for flag, wanted in flags.items() if wanted)]

@@ -88,12 +88,12 @@ def backends_used(call: Callable[[], object]) -> tuple[list[str], list[str]]:
     return ran, slow
 
 
-class Broken(RuntimeError):
+class GpuLostError(RuntimeError):
     """The process has lost its GPU, and only another one can go on."""
 
 
 @dataclass
-class Found:
+class StageFindings:
     """What a stage found. It passes if something was checked and nothing failed.
 
     With a `record` all of it also goes into the file at once. `until`, of time.monotonic, is when
@@ -183,7 +183,7 @@ def raise_if_gpu_lost() -> None:
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
-            raise Broken(str(error)) from error
+            raise GpuLostError(str(error)) from error
 
 
 def compile_processes() -> int:

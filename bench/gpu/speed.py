@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.rivals import Addmm
-from bench.gpu.setting import Found, Setting, backends_used, fuse_layer, make_peft_layer
+from bench.gpu.setting import Setting, StageFindings, backends_used, fuse_layer, make_peft_layer
 from bench.tune import LAYERS, median_event_seconds
 from lora_kernels import merged_weight, weight_norm
 from lora_kernels.ops import launch
@@ -30,7 +30,7 @@ Calls = dict[str, Callable[[], object]]
 Clock = Callable[[Calls], dict[str, float | None]]
 
 
-def run_stage(setting: Setting, found: Found) -> None:
+def run_stage(setting: Setting, found: StageFindings) -> None:
     """A row fails if one of its contenders does not run, or ours on the reference; no speed is a
     failure."""
     clock = run_untimed if setting.dry else median_event_seconds
@@ -173,13 +173,13 @@ def measurement_row(setting: Setting, calls: Calls, clock: Clock, moved: int, **
     return made
 
 
-def add_checked_row(found: Found, made: dict[str, Any], slow: list[str]) -> None:
+def add_checked_row(found: StageFindings, made: dict[str, Any], slow: list[str]) -> None:
     """The row, and a failure where the reference ran."""
     add_and_print_row(found, made)
     assert not slow, "; ".join(slow)
 
 
-def add_and_print_row(found: Found, made: dict[str, Any]) -> None:
+def add_and_print_row(found: StageFindings, made: dict[str, Any]) -> None:
     found.add_measurement(made)
     shape = " ".join(f"{key}={made[key]}" for key in ("M", "K", "N", "r", "dropout") if key in made)
     name = f"{made['op']} {made['kind']} {made['what']}"

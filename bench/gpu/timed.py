@@ -1,6 +1,6 @@
-"""`--minutes N`: what is worth most first, each part with a share of the time.
+"""`--minutes N`: what is worth most first, each stage with a share of the time.
 
-    s of 480  part        what
+    s of 480  stage       what
          20   ceilings    the library's GEMMs, with torch.addmm and beta 1 too, copies, a launch
          90   essentials  every kernel at real tile sizes against float64, by every backend that
                           takes it
@@ -13,7 +13,7 @@
          25   sanitizer   compute-sanitizer's memcheck on three cases
          30   more        further rows of speed; what is left of the time
 
-A part that ends early leaves its time to those behind it; one that runs out stops between two
+A stage that ends early leaves its time to those behind it; one that runs out stops between two
 checks, and the others are "not run: time". Where the module _cuda is not there and nvcc is, it is
 built first. Kernels are compiled by a process for each core: the checks of `essentials`, `witness`
 and `repeats` are shared among so many, and what `rows`, `tuned` and `more` will time is called once
@@ -30,7 +30,7 @@ from bench.gpu.running import Work, not_run, run_in_processes
 
 
 @dataclass(frozen=True)
-class Part:
+class TimedStage:
     name: str
     module: str
     seconds: float
@@ -41,55 +41,55 @@ class Part:
     """The share of its time in which processes may compile."""
 
 
-PARTS = (
-    Part("ceilings", "ceilings", 20), Part("essentials", "essentials", 90, shared=True),
-    Part("witness", "witness", 60, shared=True), Part("rows", "rows", 150, ahead=0.5),
-    Part("repeats", "repeats", 60, shared=True), Part("tuned", "tuned", 45, ahead=0.5), Part("sanitizer", "sanitizer", 25),
-    Part("more", "rows", 30, ahead=0.6),
+STAGES = (
+    TimedStage("ceilings", "ceilings", 20), TimedStage("essentials", "essentials", 90, shared=True),
+    TimedStage("witness", "witness", 60, shared=True), TimedStage("rows", "rows", 150, ahead=0.5),
+    TimedStage("repeats", "repeats", 60, shared=True), TimedStage("tuned", "tuned", 45, ahead=0.5),
+    TimedStage("sanitizer", "sanitizer", 25), TimedStage("more", "rows", 30, ahead=0.6),
 )  # fmt: skip
-LEAST_SHARE = 0.02  # of a part's share: with less it does not begin
+LEAST_SHARE = 0.02  # of a stage's share: with less it does not begin
 
 
 def schedule(
-    seconds: float, clock: Callable[[], float], parts: tuple[Part, ...] = PARTS
-) -> Iterator[tuple[Part, float | None]]:
-    """Each part with the seconds that it has as it begins; None where there are none left."""
-    whole = sum(part.seconds for part in parts)
+    seconds: float, clock: Callable[[], float], stages: tuple[TimedStage, ...] = STAGES
+) -> Iterator[tuple[TimedStage, float | None]]:
+    """Each stage with the seconds that it has as it begins; None where there are none left."""
+    whole = sum(stage.seconds for stage in stages)
     began = planned = clock()
-    for part in parts:
-        share = part.seconds * seconds / whole
+    for stage in stages:
+        share = stage.seconds * seconds / whole
         planned += share
         now = clock()
         # who begins late has his share all the same, at the cost of the last ones
         left = min(began + seconds, max(planned, now + share)) - now
-        yield part, left if left > LEAST_SHARE * share else None
+        yield stage, left if left > LEAST_SHARE * share else None
 
 
-def run_parts(
+def run_stages(
     record: Record, minutes: float, words: list[str], cores: int, assemblers: dict[str, dict[str, str | None]],
     only: list[str] | None = None, each: Callable[..., None] = run_in_processes, clock: Callable[[], float] = time.monotonic,
     drawn: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
-    """The parts in their order. `assemblers`: the environment of each that `witness` tries. `drawn`
-    is called after rows."""
-    parts = tuple(part for part in PARTS if only is None or part.name in only)
-    for part, left in schedule(60 * minutes, clock, parts):
+    """The stages in their order. `assemblers`: the environment of each that `witness` tries.
+    `drawn` is called after rows."""
+    stages = tuple(stage for stage in STAGES if only is None or stage.name in only)
+    for stage, left in schedule(60 * minutes, clock, stages):
         if left is None:
-            not_run(record, part.name, "time")
+            not_run(record, stage.name, "time")
             continue
         began = clock()
-        if part.name == "witness":
+        if stage.name == "witness":
             for i, environment in enumerate(assemblers.values()):
                 rest = (left - (clock() - began)) / (len(assemblers) - i)
-                each(Work(part.name, part.module), record, rest, words, cores, environment)
+                each(Work(stage.name, stage.module), record, rest, words, cores, environment)
         else:
-            if part.ahead and cores > 1:
-                each(Work(part.name, part.module, "warm"), record, left * part.ahead, words, cores)
+            if stage.ahead and cores > 1:
+                each(Work(stage.name, stage.module, "warm"), record, left * stage.ahead, words, cores)
             rest = left - (clock() - began)
-            each(Work(part.name, part.module), record, rest, words, cores if part.shared else 1)
-        stage = record.finish_stage(part.name, share_seconds=round(left, 1), wall_seconds=round(clock() - began, 1))
-        print(stage_summary(part.name, stage), flush=True)
-        if part.module == "rows":
+            each(Work(stage.name, stage.module), record, rest, words, cores if stage.shared else 1)
+        entry = record.finish_stage(stage.name, share_seconds=round(left, 1), wall_seconds=round(clock() - began, 1))
+        print(stage_summary(stage.name, entry), flush=True)
+        if stage.module == "rows":
             drawn()
 
 

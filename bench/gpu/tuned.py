@@ -8,7 +8,7 @@ import torch
 
 from bench import tune
 from bench.gpu import speed
-from bench.gpu.setting import Found, Refused, Setting
+from bench.gpu.setting import Refused, Setting, StageFindings
 from lora_kernels import explain, use_backend
 from lora_kernels.ops import dispatch, launch
 from lora_kernels.ops.chips import nearest_chip
@@ -29,18 +29,18 @@ def problems_to_measure(setting: Setting) -> Iterator[Problem]:
             yield Problem(direction, m, k, (n,), (16,), torch.bfloat16)
 
 
-def run_stage(setting: Setting, found: Found) -> None:
+def run_stage(setting: Setting, found: StageFindings) -> None:
     measured: dict[Problem, Times] = {}
     for p in problems_to_measure(setting):
         found.check(str(p), partial(measure_problem, setting, found, p, measured))
 
 
-def fill_caches(setting: Setting, found: Found) -> None:
+def fill_caches(setting: Setting, found: StageFindings) -> None:
     for p in problems_to_measure(setting):
         found.check(str(p), lambda p=p: speed.run_untimed(candidate_calls(setting, p)))
 
 
-def measure_problem(setting: Setting, found: Found, p: Problem, measured: dict[Problem, Times]) -> None:
+def measure_problem(setting: Setting, found: StageFindings, p: Problem, measured: dict[Problem, Times]) -> None:
     made = candidate_calls(setting, p)
     if setting.dry:
         speed.run_untimed(made)

@@ -16,7 +16,7 @@ import torch
 from bench.gpu import essentials
 from bench.gpu.determinism import assert_same_bits
 from bench.gpu.ready import assembler
-from bench.gpu.setting import Found, Setting
+from bench.gpu.setting import Setting, StageFindings
 from lora_kernels.testing import Problem, make_problem, run
 
 KINDS = ("plain", "cast", "where", "scale", "rest")
@@ -28,7 +28,7 @@ OURS = [  # of our own kernels those that once had the hazard
 TILE_ROWS_BY_WARPS = {4: 64, 8: 128}  # rows of a tile, by warps
 
 
-def run_stage(setting: Setting, found: Found) -> None:
+def run_stage(setting: Setting, found: StageFindings) -> None:
     by = assembler()
     for kind in KINDS:
         for warps in (8,) if setting.tiny else TILE_ROWS_BY_WARPS:
@@ -50,7 +50,7 @@ def check_our_kernel(setting: Setting, make: Callable[[], Problem]) -> None:
     assert_same_bits(lambda: list(run(p).values()), 1 if setting.dry else OURS_TIMES, setting.device)
 
 
-def run_witness(setting: Setting, found: Found, by: str, kind: str, warps: int, stages: int) -> None:
+def run_witness(setting: Setting, found: StageFindings, by: str, kind: str, warps: int, stages: int) -> None:
     import triton
 
     m, n, k = (128, 128, 512) if setting.dry else (2048, 2048, 4096)

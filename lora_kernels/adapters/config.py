@@ -157,9 +157,9 @@ class LoraConfig:
             AdapterError: it is not a LoRA adapter, a value is outside its range, or a key asks for
                 a computation that these layers do not do; the message names the key.
         """
-        kind = values.get("peft_type", "LORA")
-        if str(getattr(kind, "value", kind)) != "LORA":
-            raise AdapterError(f"LoraConfig: peft_type must be 'LORA', found {short_repr(kind)}")
+        peft_type = values.get("peft_type", "LORA")
+        if str(getattr(peft_type, "value", peft_type)) != "LORA":
+            raise AdapterError(f"LoraConfig: peft_type must be 'LORA', found {short_repr(peft_type)}")
         own = {f.name for f in fields(cls)} - {"extra"}
         known, extra = {}, {}
         for key, value in values.items():

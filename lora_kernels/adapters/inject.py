@@ -115,7 +115,7 @@ def check_targets(model: nn.Module, selection: Selection, config: LoraConfig) ->
 
 def _refusal(module: nn.Module, parent: nn.Module, config: LoraConfig) -> str | None:
     """Why this module cannot take an adapter, in words; None if it can."""
-    kind = type(module).__name__
+    class_name = type(module).__name__
     plain: type[nn.Module]
     if isinstance(module, nn.Embedding):
         plain = nn.Embedding
@@ -125,12 +125,12 @@ def _refusal(module: nn.Module, parent: nn.Module, config: LoraConfig) -> str | 
         plain = nn.Linear
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads this weight without calling the layer; add it to exclude_modules"
-    elif kind == "Conv1D":
+    elif class_name == "Conv1D":
         return "transformers' Conv1D stores its weight transposed and is not supported; PEFT with fuse(model) runs it"
     else:
-        return f"is a {kind}; only nn.Linear and nn.Embedding can take an adapter"
+        return f"is a {class_name}; only nn.Linear and nn.Embedding can take an adapter"
     if type(module).forward is not plain.forward or "forward" in vars(module):
-        return f"{kind} computes in its own way, which the adapter's layer would replace"
+        return f"{class_name} computes in its own way, which the adapter's layer would replace"
     weight = module._parameters.get("weight")
     if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
         return "its weight is not a plain parameter"
@@ -162,8 +162,8 @@ def _adapter_layer(module: nn.Module, target: Target, config: LoraConfig) -> Lay
         # as PEFT: the named initialisations are for linear layers
         return LoRAEmbedding.from_embedding(module, **options, init_lora_weights=config.init_lora_weights is not False)
     assert isinstance(module, nn.Linear)
-    kind = DoRALinear if config.use_dora else LoRALinear
-    return kind.from_linear(
+    layer_class = DoRALinear if config.use_dora else LoRALinear
+    return layer_class.from_linear(
         module, **options, lora_dropout=config.lora_dropout, init_lora_weights=config.init_lora_weights
     )
 

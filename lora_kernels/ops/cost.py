@@ -82,7 +82,7 @@ class Step:
     reads: Mapping[str, int]
     writes: Mapping[str, int]
     flops: float
-    tiles: int
+    tile_count: int
     tile: int = 0
     """Bytes that one tile streams through its multiprocessor."""
     again: int = 0
@@ -116,9 +116,9 @@ def _forward(p: Problem, arch: int) -> dict[str, list[Step]]:
     )  # fmt: skip
     bm, bn = t.rows, t.columns
     columns = sum(_ceil_div(n, bn) for n in p.n)
-    tiles = _ceil_div(m, bm) * columns
+    tile_count = _ceil_div(m, bm) * columns
     base, up = 2.0 * m * k * sum(p.n), 2.0 * m * sum(n * r for n, r in zip(p.n, p.r, strict=True))
-    shared = 1 if m > 64 or p.drop_base else split_k_count(tiles, k)
+    shared = 1 if m > 64 or p.drop_base else split_k_count(tile_count, k)
     last = up * shared  # by the last program of a tile alone
     streamed = k * (min(bm, m) + bn) * size // shared
     drawn = m * k if p.dropout else 0
@@ -132,12 +132,12 @@ def _forward(p: Problem, arch: int) -> dict[str, list[Step]]:
         k * (min(thin.rows, m) + min(thin.ranks, ranks)) * size, masks=drawn * blocks,
     )  # fmt: skip
     fused = Step(
-        "fused", {"x": x, "w": w, "h": h, "b": b}, {"y": y}, base * (1 + p.drop_base) + last, tiles * shared, streamed,
+        "fused", {"x": x, "w": w, "h": h, "b": b}, {"y": y}, base * (1 + p.drop_base) + last, tile_count * shared, streamed,
         masks=m * k * columns if p.drop_base else 0,
     )  # fmt: skip
     per_tile = sum(_ceil_div(n, bn) * max(16, r) for n, r in zip(p.n, p.r, strict=True))
     single = Step(
-        "one_pass", {"x": x, "w": w, "a": a, "b": b}, {"y": y}, base + 2.0 * m * k * per_tile + last, tiles * shared,
+        "one_pass", {"x": x, "w": w, "a": a, "b": b}, {"y": y}, base + 2.0 * m * k * per_tile + last, tile_count * shared,
         streamed + k * max(p.r, default=0) * size // shared, again=_ceil_div(m, bm) * per_tile * k * size,
         masks=drawn * columns,
     )  # fmt: skip
@@ -157,10 +157,10 @@ def _specialised(
     t = compiled("lora_linear_specialised.cu")
     numbers = p.m * sum(t.ranks * _ceil_div(r, t.ranks) for r in p.r)
     pairs, h = {"pairs": 4 * numbers}, {"h": 4 * p.m * sum(p.r)}
-    tiles = _ceil_div(p.m, t.rows) * sum(_ceil_div(n, t.columns) for n in columns)
+    tile_count = _ceil_div(p.m, t.rows) * sum(_ceil_div(n, t.columns) for n in columns)
     return [
         Step("thin", h, pairs, 0.0, _ceil_div(numbers, compiled("lora_linear_pairs.cu").columns)),
-        Step("specialised", {**reads, **pairs}, writes, flops, tiles, depth * (t.rows + t.columns) * p.dtype.itemsize),
+        Step("specialised", {**reads, **pairs}, writes, flops, tile_count, depth * (t.rows + t.columns) * p.dtype.itemsize),
     ]
 
 
@@ -177,22 +177,23 @@ def _forward_by_library(p: Problem, shrink: Step, up: float) -> list[Step]:
     x, w, _, b, h, y = _operand_bytes(p)
     base = gemm_step(p)
     add = replace(base, reads={**base.reads, "y": y})
-    expand = Step("thin", {"h": h, "b": b}, {"y": y}, up, base.tiles)
+    expand = Step("thin", {"h": h, "b": b}, {"y": y}, up, base.tile_count)
     if p.drop_base:
-        kept = {"dropped": len(p.n) * x}
-        of_kept = replace(base, reads={**kept, "w": w}, writes={"z": y})
+        dropped = {"dropped": len(p.n) * x}
+        of_dropped = replace(base, reads={**dropped, "w": w}, writes={"z": y})
         return [
-            replace(shrink, writes={**shrink.writes, **kept}), of_kept, replace(expand, reads={**expand.reads, "z": y}), add,
+            replace(shrink, writes={**shrink.writes, **dropped}), of_dropped,
+            replace(expand, reads={**expand.reads, "z": y}), add,
         ]  # fmt: skip
     if p.gain:
         return [shrink, base, replace(expand, reads={**expand.reads, "y": y})]
     return [shrink, expand, add]
 
 
-def split_k_count(tiles: int, k: int) -> int:
+def split_k_count(tile_count: int, k: int) -> int:
     """How many programs share the depth of a tile, where there are too few tiles for the
     multiprocessors of a GPU."""
-    return max(1, min(8, 128 // max(1, tiles), k // 256))
+    return max(1, min(8, 128 // max(1, tile_count), k // 256))
 
 
 def tile_order(panel: int, column: int, tile: int, across: int, l2: int) -> tuple[int, int]:
@@ -226,14 +227,14 @@ def _backward(p: Problem, arch: int) -> dict[str, list[Step]]:
     of_dy = tile("both_sides", arch, **asked, n=depth, r=most, heavy=p.gain)
     of_x = tile("outer", arch, **asked, n=k, r=most, drawing=p.dropout)
     bm, bk = t.rows, t.columns
-    tiles = _ceil_div(m, bm) * _ceil_div(k, bk)
+    tile_count = _ceil_div(m, bm) * _ceil_div(k, bk)
     base, up = 2.0 * m * k * depth, 2.0 * m * sum(n * r for n, r in zip(p.n, p.r, strict=True))
     down, drawn = 2.0 * m * k * ranks, m * k if p.dropout else 0
     y = {"y": dy} if p.gain else {}
     tiles_of_dy, streamed, _ = _parts(m, depth, ranks, of_dy)
     b1 = Step("thin", {"dy": dy, "h": h, "b": b, **y}, {"p": h, "db": b}, 2 * up, tiles_of_dy, streamed * size)
     b2 = Step(
-        "fused", {"dy": dy, "w": w, "p": h, "a": a}, {"dx": x}, base * (1 + p.drop_base) + down, tiles,
+        "fused", {"dy": dy, "w": w, "p": h, "a": a}, {"dx": x}, base * (1 + p.drop_base) + down, tile_count,
         depth * (min(bm, m) + bk) * size, masks=drawn,
     )  # fmt: skip
     tiles_of_x, streamed, blocks = _parts(m, k, ranks, of_x)
@@ -255,7 +256,8 @@ def _backward_by_library(p: Problem, both: Step, b3: Step) -> list[Step]:
     x, w, a, _, h, dy = _operand_bytes(p)
     base = gemm_step(p)
     scaled = {"scaled": dy} if p.gain else {}
-    expand = Step("thin", {"p": h, "a": a}, {"dx": x}, b3.flops, base.tiles, masks=p.m * p.k * len(p.n) if p.dropout else 0)
+    masks = p.m * p.k * len(p.n) if p.dropout else 0
+    expand = Step("thin", {"p": h, "a": a}, {"dx": x}, b3.flops, base.tile_count, masks=masks)
     of = {"dy": dy} if p.drop_base else scaled or {"dy": dy}
     between = [expand, replace(base, reads={**of, "w": w, "dx": x})]
     if p.drop_base:
@@ -287,8 +289,8 @@ def rooflines(step: Step, before: Step | None, p: Problem, chip: Chip, shares: M
     # read again
     warm = sum(size for name, size in step.reads.items() if name in touched and size <= chip.l2 // 2)
     thin, library = step.kind == "thin", step.kind == "library"
-    waves = _ceil_div(step.tiles, chip.multiprocessors) * chip.multiprocessors / step.tiles
-    if library and step.tiles < chip.multiprocessors:
+    waves = _ceil_div(step.tile_count, chip.multiprocessors) * chip.multiprocessors / step.tile_count
+    if library and step.tile_count < chip.multiprocessors:
         waves = 1.0  # it splits the depth
     peak = chip.half if p.is_half else chip.tf32 if p.tf32 else chip.fp32
     # tiles of a thin matrix are narrow; half the efficiency is a guess

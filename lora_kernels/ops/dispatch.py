@@ -190,6 +190,6 @@ def _with_settings(name: str | None, folder: str) -> Iterator[None]:
 def clear_caches() -> None:
     """Drops what was decided and read: tables on the disk have changed."""
     _cached_plan.cache_clear()
-    tables.kept.cache_clear()
+    tables.user_table.cache_clear()
     tables.table_for.cache_clear()
     tiles.forget()

@@ -74,13 +74,13 @@ class Explanation:
     decisions: list[Decision] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = []
+        lines = []
         for decision in self.decisions:
-            parts.append(str(decision))
+            lines.append(str(decision))
             if decision.plan is not None:
-                parts.append(indent(str(decision.plan), "    "))
-            parts += [f"    {tile}" for tile in decision.tiles]
-        return "\n".join(parts) or "no lora_kernels op ran"
+                lines.append(indent(str(decision.plan), "    "))
+            lines += [f"    {tile}" for tile in decision.tiles]
+        return "\n".join(lines) or "no lora_kernels op ran"
 
 
 class Op:
@@ -145,8 +145,8 @@ _TYPES = {
 def _schema_arguments(structure: Any, changes: tuple[str, ...]) -> str:
     """The arguments of torch's schema; of those that are changed each has an alias of its own."""
     arguments = []
-    for field_, kind in get_type_hints(structure).items():
-        text = _TYPES[kind]
+    for field_, annotation in get_type_hints(structure).items():
+        text = _TYPES[annotation]
         if field_ in changes:
             text = text.replace("Tensor", f"Tensor({'abcdef'[changes.index(field_)]}!)")
         default = structure._field_defaults

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lora_kernels.ops.launch import Launch, compiled_on, recorded
-from lora_kernels.ops.tables.tiles import Asked, Measured, Tile, seen, tried
+from lora_kernels.ops.tables.tiles import MeasuredTile, Tile, TileRequest, seen, tried
 
 Call = Callable[[], object]
 Clock = Callable[[dict[str, Call]], dict[str, float]]
@@ -43,13 +43,13 @@ def neighbours(t: Tile) -> Iterator[Tile]:
                 yield replace(t, **{name: other})
 
 
-def tune_tiles(winner: str, call: Call, clock: Clock, refuse: Refuse, until: float) -> list[Measured]:
+def tune_tiles(winner: str, call: Call, clock: Clock, refuse: Refuse, until: float) -> list[MeasuredTile]:
     """The tiles that are faster than the table's for a call, which runs the candidate `winner`, as
     far as there is time."""
-    found: list[Measured] = []
+    found: list[MeasuredTile] = []
     with ExitStack() as better:
         for name in KERNELS.get(winner, ()):
-            for asked in _asked(call, name):
+            for asked in _tile_requests(call, name):
                 measured = _best(asked, call, clock, refuse, until)
                 if measured is not None:
                     found.append(measured)
@@ -57,14 +57,14 @@ def tune_tiles(winner: str, call: Call, clock: Clock, refuse: Refuse, until: flo
     return found
 
 
-def _asked(call: Call, kernel: str) -> list[Asked]:
+def _tile_requests(call: Call, kernel: str) -> list[TileRequest]:
     with seen() as looks, recorded():
         call()
     return list({one.answers: one for one in looks if one.kernel == kernel}.values())
 
 
-def _best(asked: Asked, call: Call, clock: Clock, refuse: Refuse, until: float) -> Measured | None:
-    known, tiles = {_key(_launches(call, asked))}, {}
+def _best(asked: TileRequest, call: Call, clock: Clock, refuse: Refuse, until: float) -> MeasuredTile | None:
+    known, others = {_key(_launches(call, asked))}, {}
     for other in neighbours(asked.tile):
         if time.monotonic() > until:
             break
@@ -73,18 +73,18 @@ def _best(asked: Asked, call: Call, clock: Clock, refuse: Refuse, until: float) 
             continue
         known.add(_key(launches))
         if not any(refuse(one) for one in launches):
-            tiles[str(other)] = other
-    if not tiles or time.monotonic() > until:
+            others[str(other)] = other
+    if not others or time.monotonic() > until:
         return None
-    seconds = clock({TABLE: call} | {text: _with(asked._replace(tile=other), call) for text, other in tiles.items()})
+    seconds = clock({TABLE: call} | {text: _with(asked._replace(tile=other), call) for text, other in others.items()})
     seconds = {name: float(f"{value:.4g}") for name, value in seconds.items()}
-    best = min(tiles, key=seconds.__getitem__)
+    best = min(others, key=seconds.__getitem__)
     if seconds[best] > MARGIN * seconds[TABLE]:
         return None
-    return Measured(asked.kernel, dict(asked.answers), tiles[best], {name: seconds[name] for name in (TABLE, best)})
+    return MeasuredTile(asked.kernel, dict(asked.answers), others[best], {name: seconds[name] for name in (TABLE, best)})
 
 
-def _with(asked: Asked, call: Call) -> Call:
+def _with(asked: TileRequest, call: Call) -> Call:
     def run() -> object:
         with tried(asked):
             return call()
@@ -92,7 +92,7 @@ def _with(asked: Asked, call: Call) -> Call:
     return run
 
 
-def _launches(call: Call, asked: Asked) -> list[Launch]:
+def _launches(call: Call, asked: TileRequest) -> list[Launch]:
     """What a call launches of a kernel with that tile."""
     with tried(asked), recorded() as found:
         call()
@@ -122,7 +122,7 @@ def refuse_on(device: torch.device) -> Refuse:
     return refuse
 
 
-def words(found: Sequence[Measured]) -> list[str]:
+def words(found: Sequence[MeasuredTile]) -> list[str]:
     """A line for each tile: the kernel, what it is for, the tile, and its time beside that of the
     table's."""
     lines = []

@@ -142,16 +142,16 @@ def choose_assembler(kernel: Any, device: int, arch: int) -> None:
     each. In Triton's interpreter a kernel is not compiled."""
     if not hasattr(kernel, "device_caches"):
         return
-    usual = getattr(kernel, "compile", None)
+    own_compile = getattr(kernel, "compile", None)
     kernel.device_caches[device]  # sets kernel.compile
     if arch // 10 != WGMMA or driver_version() < DRIVER:
-        kernel.compile = usual or kernel.compile  # of a GPU before this one, which may be prepared
+        kernel.compile = own_compile or kernel.compile  # of a GPU before this one, which may be prepared
         return
-    usual = kernel.compile
+    own_compile = kernel.compile
 
     def compile_(*args: Any, **options: Any) -> Any:
         with assembling(arch):
-            return usual(*args, **options)
+            return own_compile(*args, **options)
 
     kernel.compile = compile_
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from lora_kernels.ops import cost, dispatch, launch, tables, tile_tuning
 from lora_kernels.ops.cost import Problem
 from lora_kernels.ops.registry import explain, refusals, use_backend
-from lora_kernels.ops.tables.tiles import Measured, as_row
+from lora_kernels.ops.tables.tiles import MeasuredTile, as_row
 
 ROUNDS = 11
 # bytes: more than any L2, and long enough to write for the host to be ahead with the launches
@@ -52,7 +52,7 @@ def tune(
     if not here.is_cuda and clock is None:
         raise RuntimeError(f"tune: it measures on a GPU, and the device is {here.device}")
     until, found = time.monotonic() + seconds, []
-    tiles: list[Measured] = []
+    tiles: list[MeasuredTile] = []
     read = clock or median_event_seconds
     try:
         for p in dict.fromkeys(problems):

@@ -236,13 +236,13 @@ class _Decoder(Hopper, Values):
     def _bar(self, parts: list[str], operands: list[str]) -> None:
         if "warp" in parts:
             return self.plain("bar.warp.sync", operands)
-        kind = next((each for each in parts[1:] if each in ("sync", "arrive", "red")), None)
-        if kind is None or "cluster" in parts:
+        action = next((each for each in parts[1:] if each in ("sync", "arrive", "red")), None)
+        if action is None or "cluster" in parts:
             raise self.unsupported(".".join(parts))
         places: list[int] = []
         numbers: list[int] = []
         made: list[int] = []
-        if kind == "red":
+        if action == "red":
             operation = next(i for i, each in enumerate(("popc", "and", "or")) if each in parts)
             made, given = [operation], self.slot(operands[-1].lstrip("!"), 1)
             given = self.inverse(given) if operands[-1].startswith("!") else given
@@ -255,7 +255,7 @@ class _Decoder(Hopper, Values):
             numbers.append(number)
             if register:
                 places.append(self.slot(operand, 32))
-        self.emit(f"bar.{kind}", places, [*numbers, *made])
+        self.emit(f"bar.{action}", places, [*numbers, *made])
 
     _barrier = _bar
 

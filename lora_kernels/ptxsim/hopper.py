@@ -41,19 +41,19 @@ class Hopper(Emitter):
         self.plain("setmaxnreg", operands)
 
     def _mbarrier(self, parts: list[str], operands: list[str]) -> None:
-        kind, rest = parts[1], [each for each in parts[2:] if each not in HINTS]
+        action, rest = parts[1], [each for each in parts[2:] if each not in HINTS]
         at = next(i for i, operand in enumerate(operands) if operand.startswith("["))
         base, *form = self.address(operands[at])
         results, values = operands[:at], operands[at + 1 :]
-        if kind in ("init", "inval", "expect_tx", "complete_tx") and not rest and len(values) == int(kind != "inval"):
-            return self.emit(f"mbarrier.{kind}", [base, *(self.slot(each, 32) for each in values)], form)
-        if kind == "arrive" and rest in ([], ["noComplete"], ["expect_tx"]):
+        if action in ("init", "inval", "expect_tx", "complete_tx") and not rest and len(values) == int(action != "inval"):
+            return self.emit(f"mbarrier.{action}", [base, *(self.slot(each, 32) for each in values)], form)
+        if action == "arrive" and rest in ([], ["noComplete"], ["expect_tx"]):
             expects = "expect_tx" in rest
             count = "1" if expects or not values else values[0]
             state = self.slot(results[0] if results else "_", 64)
             places = [state, base, self.slot(count, 32), self.slot(values[0] if expects else "0", 32)]
             return self.emit("mbarrier.arrive", places, form)
-        if kind in ("test_wait", "try_wait") and rest in ([], ["parity"]):
+        if action in ("test_wait", "try_wait") and rest in ([], ["parity"]):
             width = 32 if rest else 64
             # the time to wait at most is dropped
             places = [self.slot(results[0], 1), base, self.slot(values[0], width)]

@@ -135,14 +135,14 @@ class Values(Emitter):
             return self.plain(f"mov.b{WIDTH[to]}", operands)
         name = ".".join(["cvt", *how, to, source])
         given = self.width(operands[1])
-        place, kept = None, WIDTH[source]
-        if source in INTEGERS and given is not None and given != kept:
+        place, source_width = None, WIDTH[source]
+        if source in INTEGERS and given is not None and given != source_width:
             # a register that is wider than the type, always so for 8 bits
             place = self.slot(operands[1], given)
-            narrow = self.place(max(16, kept) if kept > 8 else 32)
+            narrow = self.place(max(16, source_width) if source_width > 8 else 32)
             self.emit(f"cvt.{source}.u{given}", [narrow, place], [])
             place = narrow
-            if kept == 8:
+            if source_width == 8:
                 source = "s32" if source[0] == "s" else "u32"
             name = ".".join(["cvt", *how, to, source])
         place = self.slot(operands[1], WIDTH[source]) if place is None else place

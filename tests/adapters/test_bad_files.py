@@ -58,10 +58,10 @@ class Snapshot:
     """Everything of a model that a failed call must leave as it was."""
 
     def __init__(self, model):
-        self.before = self.take(model)
+        self.before = self.snapshot(model)
 
     @staticmethod
-    def take(model):
+    def snapshot(model):
         modules = {n: (id(m), type(m), m.training, set(vars(m))) for n, m in model.named_modules()}
         tensors = {
             name: (
@@ -76,7 +76,7 @@ class Snapshot:
         return modules, tensors, getattr(model, "_lora_config", None), torch.get_rng_state().tolist()
 
     def check(self, model):
-        assert self.take(model) == self.before
+        assert self.snapshot(model) == self.before
 
 
 def edit(folder, **changes):

@@ -179,10 +179,10 @@ class Snapshot:
     """Everything of a model that a failed call must leave as it was."""
 
     def __init__(self, model):
-        self.before = self.take(model)
+        self.before = self.snapshot(model)
 
     @staticmethod
-    def take(model):
+    def snapshot(model):
         modules = {
             n: (id(m), type(m), m.training, set(vars(m))) for n, m in model.named_modules(remove_duplicate=False)
         }
@@ -193,7 +193,7 @@ class Snapshot:
         return modules, tensors
 
     def check(self, model):
-        after = self.take(model)
+        after = self.snapshot(model)
         assert after[0] == self.before[0]
         assert after[1] == self.before[1]
 

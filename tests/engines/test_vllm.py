@@ -25,7 +25,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from lora_kernels.adapters.config import AdapterError
 from lora_kernels.integrations import vllm as plugin
 from lora_kernels.integrations.vllm import fits
-from lora_kernels.integrations.vllm.adapters import Extra
+from lora_kernels.integrations.vllm.adapters import AdapterExtra
 from lora_kernels.integrations.vllm.layers import OnMultiLora
 from lora_kernels.integrations.vllm.step import Step
 from lora_kernels.ops.multi_lora import BatchPlan, multi_lora_add_
@@ -275,7 +275,7 @@ def fake_manager(names, packed=None, **more):
 
 def test_dora_where_vllm_has_its_own_layer_is_refused():
     """On the head, on embeddings, and on what vLLM serves no LoRA for."""
-    adapter = SimpleNamespace(loras={"lm_head": 1}, extras={"lm_head": Extra(magnitude=torch.ones(2))})
+    adapter = SimpleNamespace(loras={"lm_head": 1}, extras={"lm_head": AdapterExtra(magnitude=torch.ones(2))})
     with pytest.raises(AdapterError, match="lm_head: DoRA and lora_bias are served on linear layers, this is vLLM's Linear"):
         fits.check_adapter(fake_manager(["lm_head"]), adapter)
     with pytest.raises(AdapterError, match="on modules that vLLM serves no LoRA for: lm_head"):

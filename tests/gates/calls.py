@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -22,14 +21,13 @@ from lora_kernels.ops import BatchPlan, Slots, triton_compiler
 from lora_kernels.ops.dispatch import forced_candidate
 from lora_kernels.ops.launch import Launch, recorded
 from lora_kernels.ptxsim import device
-from lora_kernels.testing.gates import Budget, Configuration, versions
+from lora_kernels.testing.gates import Budget, Change, Configuration, versions
 from lora_kernels.testing.gates.configuration import BY, CHIPS, NVIDIA
 from lora_kernels.testing.gates.launched import launched
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 WIDE = 4096
 Call = Callable[[], None]
-MMA, CUDA, AMD = "sm_80 sm_86 sm_89 sm_120", " ".join(NVIDIA), "gfx942"
 
 
 def linear(
@@ -151,17 +149,18 @@ def launches(call: Callable[[], None], arch: str, last: bool) -> dict[str, Launc
 
 
 def on_chips(
-    name: str, kernel: str, call: Callable[[], None], budgets: dict[str, Budget], last: bool = False, **more: Any
-) -> Configuration:
-    """What the launcher chooses on each chip."""
-    shipped = [arch for arch in CHIPS if arch not in more.get("without", ())]
+    name: str, kernel: str, call: Callable[[], None], default: Budget, rows: dict[str, Change] | None = None, *,
+    without: dict[str, str] | None = None, last: bool = False,
+) -> Configuration:  # fmt: skip
+    """What the launcher chooses on each chip, in the kernel's first launch or in its `last`."""
+    shipped = [arch for arch in CHIPS if arch not in " ".join(without or {}).split()]
     made = {arch: launched(launches(call, arch, last)[kernel]) for arch in shipped}
     special = {arch: one for arch, one in made.items() if one != made["sm_80"]}
     for version in OTHERWISE:
         with chooses_as(version):
             for arch in set(versions.CHIPS) & set(shipped):
                 special[f"{arch}{BY}{version}"] = launched(launches(call, arch, last)[kernel])
-    return Configuration(name, made["sm_80"], budgets, special=special, **more)
+    return Configuration(name, made["sm_80"], default, rows or {}, without or {}, special)
 
 
 DROPPED = linear(64, 16, gain=True, dropout=0.1, form="addmm")

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from lora_kernels.testing.gates import Table, broken, current, differences, versions
-from lora_kernels.testing.gates.configuration import BY
 from lora_kernels.testing.gates.measure import unsound
 from tests.gates.configurations import GATES, MISSING
 
@@ -50,7 +49,7 @@ def test_other_tritons(version, arch):
         row = TABLE.others.get((one.name, arch, version), {"fingerprint": "none"})
         if row["fingerprint"] != one.fingerprint(arch, version):
             stale.append(one.name)
-        if reasons := unsound(row, one.spilled.get(f"{arch}{BY}{version}", 0)):
+        if reasons := unsound(row, one.budget(arch, version).spilled):
             wrong[one.name] = reasons
     assert not wrong
     assert not stale, "`make gates` writes the table anew"

@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 
 from lora_kernels.ptxsim import nvcc
-from lora_kernels.testing.gates import Budget, Configuration, Cuda, Table, Triton, measure, occupancy, sass, table, versions
+from lora_kernels.testing.gates import (
+    Budget,
+    Change,
+    Configuration,
+    Cuda,
+    Table,
+    Triton,
+    measure,
+    occupancy,
+    sass,
+    table,
+    versions,
+)
 from lora_kernels.testing.gates.amdgcn import read_amdgcn
 from lora_kernels.testing.gates.code import LOAD, WIDE, Code, Instruction, MainLoop, count_opcodes, main_loop
 from tests.gates.configurations import ALL, CORPUS, GATES, HALF, SINGLE, corpus
@@ -161,10 +173,27 @@ def test_static_shared_memory_is_without_the_drivers():
     assert measure(MATMUL, "sm_90")["shared"] == 2 * 2 * 64 * 32 * 2
 
 
-def test_every_chip_is_named_once():
-    for chips, without in (("sm_80", {}), (ALL, {"sm_80": "twice"}), (f"{ALL} sm_75", {})):
-        with pytest.raises(ValueError, match="^planted: budgets and without name"):
-            Configuration("planted", Triton("nowhere:nothing", {}), {chips: Budget(1)}, without)
+def test_no_chip_is_named_twice():
+    twice = ((["sm_80", "sm_80 sm_90"], {}), ([ALL], {"sm_80": "twice"}), ([f"{ALL} sm_75"], {}))
+    for chips, without in twice:
+        with pytest.raises(ValueError, match="^planted: rows and without name"):
+            Configuration("planted", Triton("nowhere:nothing", {}), Budget(1), dict.fromkeys(chips, Change(wide=2)), without)
+    with pytest.raises(ValueError, match="^planted: rows name sm_90, triton 3.6.0; it is shipped for sm_80 sm_86 sm_89 sm_100"):
+        Configuration("planted", Triton("nowhere:nothing", {}), Budget(1), {"sm_90, triton 3.6.0": {"wide": 2}}, {"sm_90": ""})
+
+
+def test_a_row_inherits():
+    rows = {"sm_86 sm_90": Change(units=2), "sm_90, triton 3.6.0": Change(spilled=4)}
+    one = Configuration("planted", Triton("nowhere:nothing", {}), Budget(3, "HMMA", wide=5), rows)
+    assert one.budget("sm_80") == one.budget("sm_80", "3.6.0") == Budget(3, "HMMA", wide=5)
+    assert one.budget("sm_86") == one.budget("sm_90") == one.budget("sm_90", "3.7.0") == Budget(3, "HMMA", units=2, wide=5)
+    assert one.budget("sm_90", "3.6.0") == Budget(3, "HMMA", units=2, wide=5, spilled=4)
+
+
+def test_a_row_states_only_what_differs():
+    for one in GATES:
+        for chips, change in one.rows.items():
+            assert change and not change.items() & dataclasses.asdict(one.default).items(), (one.name, chips)
 
 
 def test_fingerprint_of_cuda(tmp_path):
@@ -316,10 +345,9 @@ def test_the_command(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "configurations.py").write_text(textwrap.dedent("""
         from dataclasses import replace
-        from lora_kernels.testing.gates import Budget, Configuration
-        from tests.gates.configurations import CORPUS, GATES, MMA
-        GATES = [replace(GATES[-1], budgets={"sm_80": GATES[-1].budget("sm_80"), "sm_90": Budget(2, "HMMA")},
-                         without={"sm_86 sm_89 sm_100 sm_120": "not asked"})]
+        from lora_kernels.testing.gates import Change
+        from tests.gates.configurations import GATES
+        GATES = [replace(GATES[-1], rows={"sm_90": Change(per=2)}, without={"sm_86 sm_89 sm_100 sm_120": "not asked"})]
     """))
     command = [sys.executable, "-m", "lora_kernels.testing.gates", "mine", "--jobs", "1"]
     places = os.pathsep.join([str(tmp_path), str(HERE.parents[1])])

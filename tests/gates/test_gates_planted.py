@@ -16,7 +16,7 @@ def faults(kernel, arch, budget):
     """What the gates say of one kernel on one chip."""
     others = {chip: "not asked" for chip in kernel.chips if chip != arch}
     try:
-        row = measure(Configuration("planted", kernel, {arch: budget}, others), arch)
+        row = measure(Configuration("planted", kernel, budget, without=others), arch)
     except FileNotFoundError as error:
         pytest.skip(str(error))
     return broken(row, budget, arch), row

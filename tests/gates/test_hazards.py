@@ -126,7 +126,7 @@ def test_what_is_not_known_is_refused():
     assert hazards(code("@P0 BRA `(.L_gone)\nEXIT")) == []
 
 
-def made(kernel, arch, **args):
+def compiled_ptx(kernel, arch, **args):
     """The PTX of a kernel of the simulator's corpus in bf16, 128 columns, and its name."""
     pytest.importorskip("triton", reason="triton is not installed here (requirements-dev.txt has it for Linux on x86-64)")
     from lora_kernels.ptxsim.triton_ptx import compile_triton
@@ -156,19 +156,19 @@ CAST = {"x": torch.float32, "w": torch.bfloat16, "y": torch.float32}
 def test_registers_of_a_in_a_pipelined_loop(tmp_path):
     """The PTX is right, and ptxas 12.9 takes the registers of A too early; 13.3 does not, nor 12.9
     in a loop of one stage."""
-    pipelined = made("cast_dot", 90, **CAST, STAGES=3)
+    pipelined = compiled_ptx("cast_dot", 90, **CAST, STAGES=3)
     assert version("ptxas") < (13, 3) <= version("ptxas-blackwell")
     found = assembled(tmp_path, *pipelined, 90)
     assert found and all(text.endswith("of A, before the wait") for text in found)
     assert assembled(tmp_path, *pipelined, 90, "ptxas-blackwell") == []
-    assert assembled(tmp_path, *made("cast_dot", 90, **CAST, STAGES=1), 90) == []
+    assert assembled(tmp_path, *compiled_ptx("cast_dot", 90, **CAST, STAGES=1), 90) == []
 
 
 @pytest.mark.parametrize(("arch", "product"), [(90, "HGMMA"), (100, "UTCHMMA")])
 def test_a_fence_that_is_gone(tmp_path, arch, product):
     args = dict.fromkeys("xwaby", torch.bfloat16) | {"r": 16, "scale": 0.5, "R": 16}
     tool = "ptxas" if arch == 90 else "ptxas-blackwell"
-    ptx, kernel = made("lora", arch, **args)
+    ptx, kernel = compiled_ptx("lora", arch, **args)
     assert assembled(tmp_path, ptx, kernel, arch, tool) == []
     without = re.sub(r"fence\.proxy\.async\S*;", "", ptx)
     assert without != ptx

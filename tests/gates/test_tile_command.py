@@ -40,7 +40,7 @@ def test_it_says_rows_gates_simulator_and_cost(monkeypatch, capsys):
 
 def test_a_broken_gate_ends_with_1(monkeypatch, capsys):
     known = one("norm")
-    status, said = run(monkeypatch, capsys, "norm", replace(known, budgets={c: Budget(1.0) for c in known.budgets}))
+    status, said = run(monkeypatch, capsys, "norm", replace(known, default=Budget(1.0), rows={}))
     assert status == 1 and "BROKEN (" in said and "1.0 allowed" in said
 
 

@@ -9,7 +9,7 @@ import torch
 from lora_kernels import explain, merged_weight, use_backend
 from lora_kernels.ops import cuda_alone
 from lora_kernels.ops.merge import cuda as backend
-from lora_kernels.ops.merge.op import Merged
+from lora_kernels.ops.merge.op import MergedWeight
 from lora_kernels.ptxsim import SimulationError, device
 from lora_kernels.ptxsim.nvcc import MISSING, find_nvcc
 from lora_kernels.testing import assert_within_rounding
@@ -155,8 +155,8 @@ def test_beside_triton_it_takes_what_its_own_kernel_is_for(monkeypatch):
     monkeypatch.setattr(cuda_alone, "missing_backends", dict)
     monkeypatch.setattr(backend, "refuse_cuda", lambda *_: None)
     w, a, b, gain, _ = draw(8, 16, 8, torch.bfloat16)
-    assert backend.refusal(Merged(w, a, b, 0.5, gain)) is None
-    other = backend.refusal(Merged(w, a.float(), b.float(), 0.5, gain))
+    assert backend.refusal(MergedWeight(w, a, b, 0.5, gain)) is None
+    other = backend.refusal(MergedWeight(w, a.float(), b.float(), 0.5, gain))
     assert other.startswith("Triton's kernels are there: w is torch.bfloat16")
 
 

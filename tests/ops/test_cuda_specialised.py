@@ -168,6 +168,21 @@ def test_beside_triton(monkeypatch, tmp_path):
         assert refused(1) == (None, None) and refused(0) == (None, "they take three launches")
 
 
+@pytest.mark.parametrize(("m", "fused", "count"), [(70, True, 1), (70, False, 1), (8, True, 0), (8, False, 1)])
+def test_it_is_asked_once(monkeypatch, m, fused, count):
+    """By a refusal, and by a forward; not at all for few rows that have a kernel of their own."""
+    asked, refusal = [], specialised.refusal
+    monkeypatch.setattr(specialised, "refusal", lambda *args: asked.append(args) or refusal(*args))
+    monkeypatch.setattr(cuda, "stands_alone", lambda: False)
+    x, w, a, b = (t.detach() for t in layer(m))
+    # kernels in one launch want A as x is
+    call = Forward(x, w, a if fused else a.float(), b, 0.5, None, None, 0.1, torch.tensor(1), False, True, False)
+    for ask in (cuda.refusal, cuda.forward):
+        asked.clear()
+        ask(call)
+        assert len(asked) == count
+
+
 @pytest.mark.parametrize(("shape", "arch", "aside", "flags", "reason"), [
     ((64, 72, 64), 90, False, {}, "m is 64: it takes more than 64"),
     ((70, 76, 64), 90, False, {}, "k is 76 and n 64: it takes multiples of 8"),

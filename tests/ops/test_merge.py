@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import explain, merged_weight, use_backend
 from lora_kernels.ops.merge import cpu
-from lora_kernels.ops.merge.op import Merged
+from lora_kernels.ops.merge.op import MergedWeight
 from lora_kernels.testing import LAYOUTS, as_layout, assert_componentwise, assert_within_rounding, rms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -186,7 +186,7 @@ def test_the_cpu_widens_a_block_and_no_more(monkeypatch):
     monkeypatch.setattr(cpu, "BLOCK", 1000)
     w, a, b, gain = draw(130, 90, 4, torch.bfloat16)
     with Largest() as seen:
-        cpu.merge(Merged(w, a, b, 0.5, gain), w)
+        cpu.merge(MergedWeight(w, a, b, 0.5, gain), w)
     assert 0 < seen.found <= 1000
     v, a, b, gain = draw(3, 2050, 4, torch.bfloat16)  # a row is longer than a block
     check(merged_weight(v, a, b, 0.5, gain), v, a, b, 0.5, gain)

@@ -75,7 +75,7 @@ def test_the_fastest_tile_is_kept_and_launched_for_just_that():
                 launched(n=48)["forward_kernel"][3]} == {3}  # fmt: skip
         with deterministic(True):
             assert launched()["forward_kernel"] == (128, 64, 8, 3)
-        kept = tables.kept(GPU).tiles
+        kept = tables.user_table(GPU).tiles
     assert [row["kernel"] for row in kept] == ["forward"] and kept[0]["seconds"]["table"] == 2e-6
     assert kept[0]["answers"] | {"m": 256, "k": 32, "n": 32, "dtype": "bfloat16"} == kept[0]["answers"]
 
@@ -192,7 +192,7 @@ def test_a_little_faster_is_noise():
             return {name: 2e-6 if name in ("table", "addmm", "one pass", "cuda") else 1.96e-6 for name in calls}
 
         tuning.tune([PLAIN], "cpu", clock=clock)
-    assert tables.kept(GPU).choices and not tables.kept(GPU).tiles
+    assert tables.user_table(GPU).choices and not tables.user_table(GPU).tiles
 
 
 def test_the_time_is_kept(monkeypatch):
@@ -202,23 +202,23 @@ def test_the_time_is_kept(monkeypatch):
     problems = [PLAIN._replace(m=m) for m in (100, 1000)]
     with interpreted(80):
         tuning.tune(problems, "cpu", seconds=25, clock=clock_of("4 stages", timed=timed))
-    assert len(timed) == 2 and not tables.kept(GPU).tiles
+    assert len(timed) == 2 and not tables.user_table(GPU).tiles
 
 
 def test_in_the_deterministic_mode_no_tile_is_timed():
     timed = []
     with interpreted(80), deterministic(True):
         tuning.tune([PLAIN._replace(m=20, n=(64,), k=64)], "cpu", clock=clock_of("4 stages", timed=timed))
-    assert all("table" not in calls for calls in timed) and not tables.kept(GPU).tiles
+    assert all("table" not in calls for calls in timed) and not tables.user_table(GPU).tiles
 
 
 def test_a_later_tile_takes_the_place_of_an_older_one_and_choices_stay():
     with interpreted(80):
         tuning.tune([PLAIN], "cpu", clock=clock_of("8 warps, 4 stages"))
         tuning.tune([PLAIN._replace(k=64)], "cpu", clock=clock_of(""))
-        assert len(tables.kept(GPU).tiles) == 1 and len(tables.kept(GPU).choices) == 2
+        assert len(tables.user_table(GPU).tiles) == 1 and len(tables.user_table(GPU).choices) == 2
         tuning.tune([PLAIN], "cpu", clock=clock_of("8 warps, 2 stages"))
-        assert launched()["forward_kernel"][3] in (2, 4) and len(tables.kept(GPU).tiles) == 1
+        assert launched()["forward_kernel"][3] in (2, 4) and len(tables.user_table(GPU).tiles) == 1
 
 
 def test_a_file_of_an_older_or_a_later_version_is_read():
@@ -245,7 +245,9 @@ def test_tiles_that_are_none_are_left_aside(row):
 
 def test_words():
     t = Tile(rows=64, columns=64, depth=32, ranks=16, warps=4, stages=2)
-    one = tile_tuning.Measured("forward", {"dtype": "bfloat16", "m": 256, "mapped": False}, t, {"table": 2e-6, str(t): 1e-6})
+    one = tile_tuning.MeasuredTile(
+        "forward", {"dtype": "bfloat16", "m": 256, "mapped": False}, t, {"table": 2e-6, str(t): 1e-6}
+    )
     (line,) = tile_tuning.words([one])
     assert line == f"forward of dtype bfloat16, m 256: {t} (µs: table 2.0, here 1.0)"
     assert str(t) == "rows 64 × columns 64 × depth 32 × ranks 16, 4 warps, 2 stages"

@@ -13,7 +13,20 @@ from lora_kernels.ops.chips import CHIPS
 from lora_kernels.ops.cost import Problem
 from lora_kernels.ops.launch import CSRC, recorded
 from lora_kernels.ops.tables import tiles
-from lora_kernels.ops.tables.tiles import FILE, Asked, Kernel, Row, Tile, compiled, ranges, read, resolve, seen, tile, tried
+from lora_kernels.ops.tables.tiles import (
+    FILE,
+    Kernel,
+    Row,
+    Tile,
+    TileRequest,
+    compiled,
+    ranges,
+    read,
+    resolve,
+    seen,
+    tile,
+    tried,
+)
 from lora_kernels.ptxsim import device
 from lora_kernels.testing.gates import Cuda
 from tests.ops.interpreted import deterministic
@@ -238,13 +251,13 @@ def test_a_changed_row_changes_launch_and_cost(monkeypatch):
     monkeypatch.setattr(tiles, "_found", {})
     assert launched(90) == (32, 8, (8,)) and launched(89) == (64, 4, (4,))
     p = Problem("forward", 8192, 4096, (4096,), (16,), BF16)
-    before = cost.candidate_launches(p, 90)["two launches"][1].tiles
+    before = cost.candidate_launches(p, 90)["two launches"][1].tile_count
     kernels = changed("forward", Row({"arch": "90"}, {"rows": 64}))
     monkeypatch.setattr(tiles, "_found", {})
     assert (
-        cost.candidate_launches(p, 90)["two launches"][1].tiles
+        cost.candidate_launches(p, 90)["two launches"][1].tile_count
         == 2 * before
-        == 2 * cost.candidate_launches(p, 89)["two launches"][1].tiles
+        == 2 * cost.candidate_launches(p, 89)["two launches"][1].tile_count
     )
 
 
@@ -254,7 +267,7 @@ def test_a_trial_holds_for_just_those_answers():
         usual = tile("forward", x, dtype=BF16, m=100, **FORWARD)
     other = Tile(rows=64, columns=128, depth=64, ranks=16, warps=4, stages=4)
     assert asked[0].tile == usual != other and dict(asked[0].answers)["m"] == 128
-    with tried(Asked("forward", asked[0].answers, other)):
+    with tried(TileRequest("forward", asked[0].answers, other)):
         assert tile("forward", x, dtype=BF16, m=128, **FORWARD) == tile("forward", x, dtype=BF16, m=65, **FORWARD) == other
         assert tile("forward", x, dtype=BF16, m=64, **FORWARD) != other
         assert tile("forward", x, dtype=BF16, m=100, **FORWARD | {"k": 8192}) == usual
@@ -284,7 +297,7 @@ def test_what_was_measured_is_nothing_in_the_deterministic_mode(monkeypatch):
     monkeypatch.setattr(tiles.launch, "gpu_name", lambda t: "Planted")
     monkeypatch.setattr(tiles, "_found", {})
     counted = {"dtype": "bfloat16", "m": 128, **FORWARD}
-    monkeypatch.setattr(tiles, "local", lambda gpu: (tiles.Measured("forward", counted, other, {}),))
+    monkeypatch.setattr(tiles, "local", lambda gpu: (tiles.MeasuredTile("forward", counted, other, {}),))
     with deterministic(False):
         assert tile("forward", x, dtype=BF16, m=100, **FORWARD) == other
         assert tile("forward", x, dtype=BF16, m=64, **FORWARD) != other

@@ -21,7 +21,7 @@ def given(dx, dw, dy, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, S
 
 
 @triton.jit
-def made(x, w, y, m, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPECIALISED: tl.constexpr):
+def with_descriptors(x, w, y, m, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPECIALISED: tl.constexpr):
     """The kernel makes the descriptors."""
     dx = tl.make_tensor_descriptor(x, [m, k], [k, 1], [BM, BK])
     dw = tl.make_tensor_descriptor(w, [n, k], [k, 1], [BN, BK])

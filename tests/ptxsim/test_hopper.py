@@ -25,7 +25,7 @@ def arguments(kernel, shape, dtype=torch.bfloat16, specialised=False, tiles=TILE
     torch.manual_seed(0)
     m, n, k = shape
     x, w, y = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), empty(m, n, dtype=dtype)
-    if kernel is kernels.made:
+    if kernel is kernels.with_descriptors:
         args = {"x": x, "w": w, "y": y, "m": m, "n": n, "k": k}
     else:
         boxes = {"dx": (x, "BM", "BK"), "dw": (w, "BN", "BK"), "dy": (y, "BM", "BN")}
@@ -36,8 +36,8 @@ def arguments(kernel, shape, dtype=torch.bfloat16, specialised=False, tiles=TILE
 
 @pytest.mark.parametrize("shape", [(256, 128, 192), (200, 136, 104), (8, 8, 8)], ids=str)
 @pytest.mark.parametrize(("kernel", "arch", "specialised"), [
-    (kernels.given, 90, False), (kernels.made, 90, False), (kernels.made, 90, True), (kernels.given, 120, False),
-    (kernels.given, 80, False),
+    (kernels.given, 90, False), (kernels.with_descriptors, 90, False), (kernels.with_descriptors, 90, True),
+    (kernels.given, 120, False), (kernels.given, 80, False),
 ])  # fmt: skip
 def test_descriptors(kernel, arch, specialised, shape):
     args, y, grid, wanted = arguments(kernel, shape, specialised=specialised)

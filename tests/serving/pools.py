@@ -13,7 +13,7 @@ def net():
     return nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 16, bias=False)).requires_grad_(False)
 
 
-def made(seed, r=8, modules=("0", "2"), dora=False, size=0.3):
+def random_adapter(seed, r=8, modules=("0", "2"), dora=False, size=0.3):
     """An adapter of random numbers."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=g) * size  # noqa: E731

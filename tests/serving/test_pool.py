@@ -7,7 +7,7 @@ import torch
 import lora_kernels
 from lora_kernels.adapters import AdapterError
 from lora_kernels.serving import Adapter, AdapterPool, Factors, PoolFullError, adapter_of, read_adapter, serve
-from tests.serving.pools import alone, made, net, pool_of, same_state, state
+from tests.serving.pools import alone, net, pool_of, random_adapter, same_state, state
 from tests.serving.served import KINDS, base, save_all, tokens, trained
 
 
@@ -15,42 +15,42 @@ def test_the_longest_unused_leaves():
     model = net()
     pool = pool_of(model, slots=3, pages=6)
     for i, name in enumerate("abc"):
-        pool.load(name, made(i))
+        pool.load(name, random_adapter(i))
     with pool.batch(["a"]):
         pass
-    pool.load("d", made(3))
+    pool.load("d", random_adapter(3))
     assert pool.names() == ["c", "a", "d"] and "b" not in pool and pool.stats().evictions == 1
     with pool.batch(["c", "a"]):
-        pool.load("e", made(4))
+        pool.load("e", random_adapter(4))
         assert sorted(pool.names()) == ["a", "c", "e"]
-        pool.load("f", made(5), pinned=True)
+        pool.load("f", random_adapter(5), pinned=True)
         before = state(pool)
         with pytest.raises(PoolFullError, match="no room for 'g': a slot wanted, and 3 adapters are in use or pinned"):
-            pool.load("g", made(6))
+            pool.load("g", random_adapter(6))
         assert same_state(before, state(pool)) and sorted(pool.names()) == ["a", "c", "f"]
-    pool.load("g", made(6))
-    pool.load("h", made(7))
+    pool.load("g", random_adapter(6))
+    pool.load("h", random_adapter(7))
     assert pool.names() == ["f", "g", "h"]
 
 
 def test_pages_not_only_slots():
     pool = pool_of(net(), slots=8, pages=4)
-    pool.load("wide", made(0, r=20))
+    pool.load("wide", random_adapter(0, r=20))
     assert pool.stats().pages_free == 1
-    pool.load("thin", made(1, r=8))
-    pool.load("some", made(2, r=3, modules=["0"]))
+    pool.load("thin", random_adapter(1, r=8))
+    pool.load("some", random_adapter(2, r=3, modules=["0"]))
     assert pool.names() == ["thin", "some"]
     with pytest.raises(AdapterError, match="AdapterPool: 0: the rank may be 32, found 33"):
-        pool.load("huge", made(3, r=33))
+        pool.load("huge", random_adapter(3, r=33))
     with pytest.raises(PoolFullError, match="pages of 0, 2 wanted, and 1 adapters"), pool.batch(["thin"]):
-        pool.load("full", made(3, r=32))
+        pool.load("full", random_adapter(3, r=32))
 
 
 def test_nothing_is_left_behind():
     pool = pool_of(net())
     empty = state(pool)
     for kind in (False, True):
-        pool.load("a", made(0, r=13, dora=kind))
+        pool.load("a", random_adapter(0, r=13, dora=kind))
         pool.evict("a")
         assert all(a.equal(b) for a, b in zip(empty[:8], state(pool)[:8], strict=True))
     with pytest.raises(LookupError, match="AdapterPool: no adapter is called 'a'; there are none"):
@@ -60,9 +60,9 @@ def test_nothing_is_left_behind():
 def test_an_id_of_one_that_left_is_stale():
     model = net()
     pool = pool_of(model)
-    first = pool.load("a", made(0))
+    first = pool.load("a", random_adapter(0))
     pool.evict("a")
-    assert pool.load("b", made(1)) != first
+    assert pool.load("b", random_adapter(1)) != first
     site, x = pool.sites["0"], torch.randn(2, 24)
     from lora_kernels import multi_lora
     from lora_kernels.ops.multi_lora import BatchPlan
@@ -78,7 +78,7 @@ def test_exchange_while_it_runs():
     model = net()
     pool = pool_of(model)
     served, x = serve(model, pool), torch.randn(1, 24)
-    old, new = made(0), made(1, r=16)
+    old, new = random_adapter(0), random_adapter(1, r=16)
     pool.load("a", old)
     with pool.batch(["a"]):
         pool.load("a", new, replace=True)
@@ -94,28 +94,34 @@ def test_update_in_place():
     model = net()
     pool = pool_of(model)
     served, x = serve(model, pool), torch.randn(1, 24)
-    number = pool.load("a", made(0, r=9, dora=True))
+    number = pool.load("a", random_adapter(0, r=9, dora=True))
     places = [t.data_ptr() for site in pool.sites.values() for t in site.slots.tensors]
-    for other in (made(1, r=9), made(2, r=16, dora=True), made(3, r=30), made(4, r=2, modules=["2"]), made(5, r=7)):
+    for other in (
+        random_adapter(1, r=9),
+        random_adapter(2, r=16, dora=True),
+        random_adapter(3, r=30),
+        random_adapter(4, r=2, modules=["2"]),
+        random_adapter(5, r=7),
+    ):
         pool.update("a", other)
         torch.testing.assert_close(served(x, adapters=["a"]), alone(net(), other, x))
         assert pool.id_of("a") == number
     assert places == [t.data_ptr() for site in pool.sites.values() for t in site.slots.tensors]
-    pool.load("b", made(6, r=16))
+    pool.load("b", random_adapter(6, r=16))
     before = state(pool)
     with pytest.raises(PoolFullError, match="AdapterPool: 0 has 1 pages too few for 'a'"):
-        pool.update("a", made(7, r=24))
+        pool.update("a", random_adapter(7, r=24))
     assert same_state(before, state(pool))
     with pytest.raises(LookupError, match="no adapter is called 'c'; there are a, b"):
-        pool.update("c", made(0))
+        pool.update("c", random_adapter(0))
 
 
 def test_the_host_keeps_what_was_evicted():
     model = net()
-    one = made(0).nbytes
+    one = random_adapter(0).nbytes
     pool = pool_of(model, slots=2, pages=2, host_bytes=3 * one)
     served, x = serve(model, pool), torch.randn(1, 24)
-    adapters = {name: made(i) for i, name in enumerate("abcd")}
+    adapters = {name: random_adapter(i) for i, name in enumerate("abcd")}
     for name, adapter in adapters.items():
         pool.load(name, adapter)
     assert pool.names() == ["c", "d"] and "a" not in pool and "b" in pool
@@ -141,7 +147,7 @@ def test_the_host_keeps_what_was_evicted():
 ])  # fmt: skip
 def test_a_bad_adapter_changes_nothing(source, message):
     pool = pool_of(net(), slots=1)
-    pool.load("a", made(0))
+    pool.load("a", random_adapter(0))
     before = state(pool)
     with pytest.raises(AdapterError, match=message):
         pool.load("b", source)

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from lora_kernels.adapters import AdapterError
 from lora_kernels.serving import PoolFullError, serve
-from tests.serving.pools import alone, made, net, pool_of, same_state, state
+from tests.serving.pools import alone, net, pool_of, random_adapter, same_state, state
 
 
 class Machine(RuleBasedStateMachine):
@@ -21,7 +21,11 @@ class Machine(RuleBasedStateMachine):
 
     names = st.sampled_from(["a", "b", "c", "d", "e"])
     adapters = st.builds(
-        made, st.integers(0, 99), st.sampled_from([1, 8, 9, 17]), st.sampled_from([("0", "2"), ("0",), ("2",)]), st.booleans()
+        random_adapter,
+        st.integers(0, 99),
+        st.sampled_from([1, 8, 9, 17]),
+        st.sampled_from([("0", "2"), ("0",), ("2",)]),
+        st.booleans(),
     )
 
     @initialize(first=st.lists(adapters, min_size=2, max_size=2))
@@ -116,7 +120,7 @@ class Machine(RuleBasedStateMachine):
     def fail(self):
         before = state(self.pool)
         with pytest.raises(AdapterError):
-            self.pool.load("a", made(0, r=100), replace=True)
+            self.pool.load("a", random_adapter(0, r=100), replace=True)
         assert same_state(before, state(self.pool))
 
     @invariant()
@@ -149,7 +153,7 @@ def test_two_threads():
     model = net()
     pool = pool_of(model, slots=4, pages=8)
     served = serve(model, pool)
-    versions = {name: [made(10 * i + j) for j in range(2)] for i, name in enumerate("abc")}
+    versions = {name: [random_adapter(10 * i + j) for j in range(2)] for i, name in enumerate("abc")}
     for name in versions:
         pool.load(name, versions[name][0])
     failures, done = [], threading.Event()
@@ -186,8 +190,8 @@ def test_two_threads():
 
 def test_ten_thousand_adapters_through_64_slots():
     model = net()
-    pool = pool_of(model, slots=64, pages=64, host_bytes=made(0).nbytes * 4)
-    adapters = [made(i) for i in range(16)]
+    pool = pool_of(model, slots=64, pages=64, host_bytes=random_adapter(0).nbytes * 4)
+    adapters = [random_adapter(i) for i in range(16)]
     for i in range(200):
         pool.load(f"first {i}", adapters[i % 16])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -21,7 +21,7 @@ def net(dtype=torch.float32):
     return nn.Sequential(nn.Linear(N_IN, N_OUT), nn.Linear(N_OUT, N_IN)).to(dtype).requires_grad_(False)
 
 
-def made(seed, r, dora=False, bias=False):
+def random_adapter(seed, r, dora=False, bias=False):
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=g) * 0.3  # noqa: E731
     shapes = {"0": (N_IN, N_OUT), "1": (N_OUT, N_IN)}
@@ -50,19 +50,19 @@ def test_it_holds_what_the_helper_says(dtype, dora, bias):
     with pytest.raises(PoolFullError) if size.pages > 1 else pytest.raises(ValueError):
         less = AdapterPool(model, capacity_bytes=size.capacity_bytes - 1, slots=len(ranks), max_rank=32)
         for i, r in enumerate(ranks):
-            less.load(str(i), made(i, r, dora, bias), pinned=True)
+            less.load(str(i), random_adapter(i, r, dora, bias), pinned=True)
     pool = AdapterPool(model, capacity_bytes=size.capacity_bytes, slots=size.slots, max_rank=32)
     assert pool.size == size
     stored = [t.untyped_storage() for site in pool.sites.values() for t in site.slots.tensors[:8]]
     assert sum({each.data_ptr(): each.nbytes() for each in stored}.values()) == pool.capacity_bytes
     for i, r in enumerate(ranks):
-        pool.load(str(i), made(i, r, dora, bias), pinned=True)
+        pool.load(str(i), random_adapter(i, r, dora, bias), pinned=True)
     assert pool.stats().pages_free == 0 and pool.bytes_in_use == pool.capacity_bytes
     served, x = serve(model, pool), torch.randn(len(ranks), N_IN).to(dtype)
     for i, y in enumerate(served(x, adapters=[str(i) for i in range(len(ranks))])):
         expected = x[i].double()
         for name, layer in enumerate(net(dtype)):
-            f, w = made(i, ranks[i], dora, bias).factors[str(name)], layer.weight.double()
+            f, w = random_adapter(i, ranks[i], dora, bias).factors[str(name)], layer.weight.double()
             a, b, m, c = (None if t is None else t.to(dtype).double() for t in (f.a, f.b, f.magnitude, f.bias))
             whole = w + f.scale * b @ a
             if m is not None:
@@ -78,9 +78,9 @@ def test_a_pool_holds_as_many_as_its_size_says(flags):
     assert 0 < most < 20
     of = {"dora": "dora" in flags, "bias": "lora_bias" in flags}
     for i in range(most):
-        pool.load(str(i), made(i, 9, **of), pinned=True)
+        pool.load(str(i), random_adapter(i, 9, **of), pinned=True)
     with pytest.raises(PoolFullError, match="pages of 0, 1 wanted"):
-        pool.load("more", made(0, 9, **of))
+        pool.load("more", random_adapter(0, 9, **of))
     assert AdapterPool(net(), capacity_bytes=60_000, slots=2).size.holds(1) == 2
 
 
@@ -90,9 +90,9 @@ def test_gains_share_a_page_and_leave_it():
     pool = AdapterPool(net(torch.bfloat16), capacity_bytes=40_000, slots=8, max_rank=64)
     pages = pool.stats().pages_free
     for i in range(4):
-        pool.load(str(i), made(i, 8, dora=True))
+        pool.load(str(i), random_adapter(i, 8, dora=True))
         assert pool.stats().pages_free == pages - i - 2
-    pool.load("fifth", made(4, 8, dora=True))
+    pool.load("fifth", random_adapter(4, 8, dora=True))
     assert pool.stats().pages_free == pages - 7 and all(len(site.shared) == 2 for site in pool.sites.values())
     for i in range(4):
         pool.evict(str(i))
@@ -100,7 +100,7 @@ def test_gains_share_a_page_and_leave_it():
     pool.evict("fifth")
     assert pool.stats().pages_free == pages
     assert not any(t.any() for site in pool.sites.values() for t in site.slots.tensors[:8])
-    pool.load("wide", made(0, 64))
+    pool.load("wide", random_adapter(0, 64))
 
 
 def test_whoever_must_leave_for_a_gain_leaves():
@@ -109,12 +109,12 @@ def test_whoever_must_leave_for_a_gain_leaves():
     model = net(torch.bfloat16)
     size = AdapterPool.sizing(model, [8, 8], slots=4, max_rank=16)
     pool = AdapterPool(model, capacity_bytes=size.capacity_bytes, slots=4, max_rank=16)
-    pool.load("a", made(0, 8)), pool.load("b", made(1, 8))
-    pool.load("c", made(2, 8, dora=True))
+    pool.load("a", random_adapter(0, 8)), pool.load("b", random_adapter(1, 8))
+    pool.load("c", random_adapter(2, 8, dora=True))
     assert pool.names() == ["c"] and pool.stats().evictions == 2
     with pytest.raises(AdapterError, match="0: the rank may be 8, found 9"):
-        pool.load("d", made(3, 9, dora=True))
-    pool.update("c", made(4, 16))  # the page of its gain becomes one of ranks
+        pool.load("d", random_adapter(3, 9, dora=True))
+    pool.update("c", random_adapter(4, 16))  # the page of its gain becomes one of ranks
     assert pool.stats().pages_free == 0 and not pool.sites["0"].shared
 
 
@@ -135,8 +135,8 @@ def test_an_8b_model():
 def test_repr():
     pool = AdapterPool(net(), capacity_bytes=3 * MIB, slots=8, host_bytes=MIB)
     assert repr(pool).startswith("AdapterPool(0 adapters in 8 slots, 0 pinned, 0 in use; 0.0 of 3.0 MiB; 0 on the host")
-    pool.load("a", made(0, 500), pinned=True)
-    pool.load("b", made(1, 8, dora=True))
+    pool.load("a", random_adapter(0, 500), pinned=True)
+    pool.load("b", random_adapter(1, 8, dora=True))
     with pool.batch(["b"]):
         assert repr(pool) == (
             "AdapterPool(2 adapters in 8 slots, 1 pinned, 1 in use; 0.3 of 3.0 MiB; 2 on the host, 0.2 of 1.0 MiB)"
@@ -167,7 +167,7 @@ def test_every_backend_reads_them_from_the_pages(backend):
     size = AdapterPool.sizing(model, [8] * 6, dora=True, lora_bias=True, max_rank=16)
     pool = AdapterPool(model, capacity_bytes=size.capacity_bytes, slots=6, max_rank=16)
     for i in (3, 0, 5, 1, 4, 2):
-        pool.load(str(i), made(i, 3 + i, dora=i % 3 != 1, bias=i % 2 == 1))
+        pool.load(str(i), random_adapter(i, 3 + i, dora=i % 3 != 1, bias=i % 2 == 1))
     s = pool.sites["0"].slots
     used = {row for slot in range(6) for row in rows_of(s, slot).tolist()}
     used |= {2 * (flag >> 2) + row for flag in s.flags.tolist() for row in range(2 * (flag & 3 > 0) + 2 * (flag & 3 > 1))}

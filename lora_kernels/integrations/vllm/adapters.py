@@ -17,7 +17,7 @@ MAGNITUDE, BIAS = ".lora_magnitude_vector", ".lora_B.bias"
 
 
 @dataclasses.dataclass
-class Extra:
+class AdapterExtra:
     """Of one module of the adapter."""
 
     magnitude: Tensor | None = None
@@ -52,7 +52,7 @@ _features = PEFTHelper._validate_features
 class Model(LoRAModel):
     """vLLM's adapter with `extras`, by the names of its modules in vLLM's model, before packing."""
 
-    extras: Mapping[str, Extra] = {}
+    extras: Mapping[str, AdapterExtra] = {}
     path: str | None = None
     """Where it was read from."""
 
@@ -79,7 +79,7 @@ class Model(LoRAModel):
                 raise AdapterError(f"{name}: A and B must be [r, in] and [out, r], found {found}")
         if not model.loras:
             raise AdapterError("the adapter changes no module")
-        extras = {name: Extra() for name in model.loras}
+        extras = {name: AdapterExtra() for name in model.loras}
         mapper = kwargs.get("weights_mapper")
         for name, tensor in own.items():
             plain, kind = split_name(name) or ("", "")

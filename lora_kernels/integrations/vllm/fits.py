@@ -8,11 +8,11 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from lora_kernels.adapters.config import AdapterError
 from lora_kernels.adapters.inject import first_names
-from lora_kernels.integrations.vllm.adapters import Extra
+from lora_kernels.integrations.vllm.adapters import AdapterExtra
 from lora_kernels.integrations.vllm.layers import OnMultiLora
 
 EXTRAS = ("magnitude", "bias")
-"""The fields of `Extra`."""
+"""The fields of `AdapterExtra`."""
 
 
 def check_adapter(manager: Any, adapter: Any) -> None:
@@ -70,7 +70,7 @@ def _named_layers(manager: Any) -> Iterator[tuple[str, Any, list[str]]]:
         yield name, layer, manager.packed_modules.get(name) or [name]
 
 
-def _extra_of_part(manager: Any, adapter: Any, part: str) -> Extra | None:
+def _extra_of_part(manager: Any, adapter: Any, part: str) -> AdapterExtra | None:
     """By vLLM's rule for names: those of a pooling model may lack its first part."""
     extras = getattr(adapter, "extras", {})
     found = extras.get(part)

@@ -48,9 +48,9 @@ def try_lora(worker: Any, fields: Sequence[Any], stage: str) -> str | None:
 
 def load_and_check(original: Any, manager: Any, request: Any) -> Any:
     """In place of a worker's _load_adapter: what lies aside already, or is read and checked now."""
-    kept = adapters_set_aside(manager).pop(request.lora_int_id, None)
-    if kept is not None and kept.path == request.lora_path:
-        return kept
+    aside = adapters_set_aside(manager).pop(request.lora_int_id, None)
+    if aside is not None and aside.path == request.lora_path:
+        return aside
     adapter = original(manager, request)
     check_adapter(manager._adapter_manager, adapter)
     adapter.path = request.lora_path

@@ -119,15 +119,15 @@ def _forward_large(call):
         _add_adapter(wide, y, rows, h, gain=gain, bias=bias)
         return y, h if call.keep_h else None, z
     y, z = x.new_empty(tokens, n_out), x.new_empty(tokens, n_out if keep_z else 0)
-    kept = x
+    dropped = x
     rest = None
     if drop_base:
         wide = x.float()
-        kept = torch.empty_like(wide)
-        _add_adapter(wide, kept, None, h, mask=drop, mask_from=True)
-        rest = wide - kept
+        dropped = torch.empty_like(wide)
+        _add_adapter(wide, dropped, None, h, mask=drop, mask_from=True)
+        rest = wide - dropped
     # float32 between the passes where there is more than one, so that y is rounded once
-    for rows, wide in base_product_slices(kept, w):
+    for rows, wide in base_product_slices(dropped, w):
         slice_b, slice_gain, slice_bias = b[rows], _rows_or_none(gain, rows), _rows_or_none(bias, rows)
         target = y[:, rows]
         if rest is None and not keep_z:

@@ -88,7 +88,7 @@ def _refuse_beside_triton(call):
     if stands_alone():
         return None
     reason = refuse_fused(call)
-    p = planned(call) if not reason or _asks_for_specialised(call) else None
+    p = planned(call, fused=not reason)
     if p is not None and (p.winner == cost.SPECIALISED or (p.winner == cost.CUDA and not reason)):
         return None
     return f"Triton's kernels are there: {reason}" if reason else f"Triton's {p.winner} is the choice: {p.why}"
@@ -101,23 +101,22 @@ def _refuse_specialised(call):
     return cuda_specialised.refusal(call.x, call.w, call.drop_base, left)
 
 
-def _asks_for_specialised(call):
-    """Whether the plan is to say if that runs: also where it is forced and refuses."""
-    return forcing() == cost.SPECIALISED or not _refuse_specialised(call)
-
-
-def planned(call):
-    """Of a forward, or of a backward that wants dx."""
+def planned(call, fused=False):
+    """Of a forward, or of a backward that wants dx; None where the only way is the library's.
+    `fused`: whether `launch_small` and `launch_tiles` can do it."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    few = len(call.x) <= SMALL_TOKENS and not deterministic
+    reason = None if few and fused else _refuse_specialised(call)
+    # where it is forced and refuses, the plan says why
+    if reason and not fused and forcing() != cost.SPECIALISED:
+        return None
     x, (n, r), back = call.x, call.b.shape, isinstance(call, Backward)
     direction = "backward" if back else "forward"
     problem = Problem(direction, *x.shape, (n,), (r,), x.dtype, call.gain is not None, call.drop_base, _has_dropout(call))
-    deterministic, count = torch.are_deterministic_algorithms_enabled(), multiprocessors(x)
     # what this backend has for a deterministic backward is no candidate
     backends = ("cuda",) if stands_alone() and not (deterministic and back) else ("triton", "cuda")
-    few = len(x) <= SMALL_TOKENS and not deterministic
-    reason = None if few else _refuse_specialised(call)
-    refused = ((cost.SPECIALISED, reason),) if reason else ()
-    return choose_plan(problem, architecture(x), deterministic, count, backends, gpu_name(x), refused)
+    refused = ((cost.SPECIALISED, reason),) if reason and not few else ()
+    return choose_plan(problem, architecture(x), deterministic, multiprocessors(x), backends, gpu_name(x), refused)
 
 
 @implements("lora_linear_forward", "cuda", refusal)
@@ -125,7 +124,7 @@ def forward(call):
     x, winner = call.x, cost.CUDA
     if call.w_scale is None:
         fused = refuse_fused(call) is None
-        p = planned(call) if fused or _asks_for_specialised(call) else None
+        p = planned(call, fused)
         winner = p.winner if p else cost.LIBRARY
         if fused or winner == cost.SPECIALISED:
             note_plan(p)
@@ -174,10 +173,10 @@ def backward_refusal(call):
 
 def _plan_of_dx(call):
     """Where dx is wanted, and to be made by cuda_specialised.py; else None."""
-    if not Needs(*call.needs).x or call.w_scale is not None or not _asks_for_specialised(call):
+    if not Needs(*call.needs).x or call.w_scale is not None:
         return None
     p = planned(call)
-    return p if p.winner == cost.SPECIALISED else None
+    return p if p and p.winner == cost.SPECIALISED else None
 
 
 @implements("lora_linear_backward", "cuda", backward_refusal)

@@ -81,17 +81,17 @@ def shrink(x, a, scale, drop=(0.0, None), *, fixed=True, keep=False):
     while not fixed and part < k and ceil_div(m, t.rows) * ceil_div(k, 2 * part) >= 96:
         part *= 2  # there are blocks enough, and each part is written and read
     h = x.new_empty(max(1, ceil_div(k, part)), m, r, dtype=torch.float32)
-    everything, kept = padded_matrix(x, m, k) if keep and drops else (None, x if keep else None)
+    everything, dropped_x = padded_matrix(x, m, k) if keep and drops else (None, x if keep else None)
     args = {
         "x": x, "a": factor, "h": h, "kept": everything, **dropout_fields(drop), "m": m, "k": k, "r": r, "x_row": x.stride(0),
         "x_column": x.stride(1), "a_row": factor.stride(-2), "kept_row": 8 * ceil_div(k, 8), "part": part,
         "scale": float(scale) * inverse_keep_rate(*drop),
     }  # fmt: skip
-    kind = "drop_" * drops + "split_" * split
-    kernel = f"{kind}{KERNEL_SUFFIX[x.dtype]}_{t.ranks}" if whole else f"any_{KERNEL_SUFFIX[x.dtype]}"
+    variant = "drop_" * drops + "split_" * split
+    kernel = f"{variant}{KERNEL_SUFFIX[x.dtype]}_{t.ranks}" if whole else f"any_{KERNEL_SUFFIX[x.dtype]}"
     grid, makes = (ceil_div(m, t.rows), ceil_div(r, t.ranks), len(h)), [out for out in (h, everything) if out is not None]
     launch_cuda(THIN, f"lora_linear_shrink_{kernel}", grid, t.threads, args, makes, shared_of_shrink(t, split))
-    return h, kept
+    return h, dropped_x
 
 
 def part_of_a(x, r):
@@ -169,12 +169,12 @@ def outer_product(u, p, drop, keep):
         "u": u, "p": p, "part": part, "whole": total, **dropout_fields(drop), "m": m, "n": n, "r": r, "parts": len(p),
         "u_row": u.stride(0), "u_column": u.stride(1), "rows": rows,
     }  # fmt: skip
-    kind = (
+    variant = (
         f"{'' if drop[1] is None else 'drop_'}{KERNEL_SUFFIX[u.dtype]}_{t.ranks}" if whole else f"any_{KERNEL_SUFFIX[u.dtype]}"
     )
     makes = [out for out in (part, total) if out is not None]
     grid = (ceil_div(n, t.columns), ceil_div(r, t.ranks), len(part))
-    launch_cuda(OUTER, f"lora_linear_outer_{kind}", grid, t.threads, args, makes, shared_of_outer(t))
+    launch_cuda(OUTER, f"lora_linear_outer_{variant}", grid, t.threads, args, makes, shared_of_outer(t))
     return part, total
 
 

@@ -121,8 +121,8 @@ def _launch(kernel, x, w, h, b, sizes, split, y, z=None, bias=None, gain=None, d
     box = (t.depth, BOX) if across else (t.columns, t.depth)  # of W and B
     given = (h, b) if r else (x, w)  # nothing is copied then
     size = x.element_size()
-    tiles, l2 = ceil_div(n, t.columns), nearest_chip(architecture(x)).l2
-    group, slab = cost.tile_order(t.rows * depth * size, t.columns * depth * size, t.rows * t.columns * size, tiles, l2)
+    column_tiles, l2 = ceil_div(n, t.columns), nearest_chip(architecture(x)).l2
+    group, slab = cost.tile_order(t.rows * depth * size, t.columns * depth * size, t.rows * t.columns * size, column_tiles, l2)
     args = {
         "x": Map(x, (t.rows, t.depth)), "w": Map(w, box), "h": Map(given[0], (t.rows, t.depth)), "b": Map(given[1], box),
         "y": Map(y, (BOX, BOX)), "z": Map(y if z is None else z, (BOX, BOX)), **vector_fields("bias", bias),
@@ -130,7 +130,7 @@ def _launch(kernel, x, w, h, b, sizes, split, y, z=None, bias=None, gain=None, d
         "keep_z": int(z is not None), "group": group, "slab": slab, "inverse": inverse_keep_rate(*drop),
     }  # fmt: skip
     makes = [y] if z is None else [y, z]
-    blocks = min(ceil_div(m, t.rows) * tiles, resident(x))
+    blocks = min(ceil_div(m, t.rows) * column_tiles, resident(x))
     launch_cuda(SOURCE, kernel, (blocks,), t.threads, args, makes, shared_of_specialised(t))
 
 

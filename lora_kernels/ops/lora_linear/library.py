@@ -48,10 +48,10 @@ def forward(
 ) -> None:  # fmt: skip
     """Fills the y, and the z that are wanted, of layers that share x. `dropped`: of each layer
     whose base is dropped, x where its mask keeps it, without the factor."""
-    for layer, kept, h, y, z in zip(layers, dropped, hs, ys, zs, strict=True):
-        if kept is not None:
+    for layer, dropped_x, h, y, z in zip(layers, dropped, hs, ys, zs, strict=True):
+        if dropped_x is not None:
             base = torch.empty_like(y) if z is None else z
-            torch.addmm(base, kept, layer.w.T, beta=0, alpha=1.0 / (1.0 - layer.dropout), out=base)
+            torch.addmm(base, dropped_x, layer.w.T, beta=0, alpha=1.0 / (1.0 - layer.dropout), out=base)
             expand(y, [Term(h, layer.b, base, layer.gain)], less=1, bias=layer.bias, z_out=z)
             y.addmm_(x, layer.w.T)
         elif layer.gain is not None:

@@ -37,7 +37,7 @@ def merged_weight(
     _check_arguments(w, a, b, scale, gain, out)
     with torch.no_grad(), without_autocast(w):
         if out is None:
-            return _merged(Merged(w, a, b, scale, gain))
+            return _merged(MergedWeight(w, a, b, scale, gain))
         _merge_into(MergeInto(w, a, b, scale, gain, out))
     # a backend writes unseen by autograd: a graph that saved out as it was must raise
     if not torch.compiler.is_compiling() and not out.is_inference():
@@ -86,7 +86,7 @@ def _byte_range(t):
     return first * t.element_size(), (first + last + 1) * t.element_size()
 
 
-class Merged(NamedTuple):
+class MergedWeight(NamedTuple):
     """The arguments of the op that makes its result."""
 
     w: Tensor
@@ -107,5 +107,5 @@ class MergeInto(NamedTuple):
     out: Tensor
 
 
-_merged = declare("merged_weight", Merged, "Tensor", lambda call: torch.empty_like(call.w))
+_merged = declare("merged_weight", MergedWeight, "Tensor", lambda call: torch.empty_like(call.w))
 _merge_into = declare("merge_into", MergeInto, "()", lambda call: None, changes=("out",))

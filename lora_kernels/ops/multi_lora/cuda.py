@@ -27,7 +27,7 @@ from lora_kernels.ops.tables.tiles import compiled
 
 SMALL, ANY = (f"multi_lora/{name}.cu" for name in ("cuda", "cuda_any"))
 TOKENS, SLICES = 64, 3  # of one launch, as in the source
-FEW = 64  # entries, up to which the depth of h is shared
+SPLIT_K_ENTRIES = 64  # entries, up to which the depth of h is shared
 
 
 def refusal(call):
@@ -122,10 +122,10 @@ def add_in_place(call):
 def apply_adapters(call, y, holds):
     """What the adapters and the bias make of y = x wᵀ, in place; `holds`: the bias is in it."""
     x, ids, order, bias = call.x, call.ids, call.order, call.bias
-    (m, k), each, first, kind = x.shape, ids.shape[1], 0, KERNEL_SUFFIX[x.dtype]
+    (m, k), each, first, suffix = x.shape, ids.shape[1], 0, KERNEL_SUFFIX[x.dtype]
     of_h, t = compiled("multi_lora_shrink.cu"), compiled("multi_lora_expand.cu")
     # of many there are blocks enough
-    parts = max(1, ceil_div(k, of_h.part)) if m * each <= FEW else 1
+    parts = max(1, ceil_div(k, of_h.part)) if m * each <= SPLIT_K_ENTRIES else 1
     part = of_h.part if parts > 1 else of_h.depth * max(1, ceil_div(k, of_h.depth))
     for s in unflatten(call.slots):
         (count, pages), n = s.table.shape, s.b.shape[1]
@@ -137,7 +137,7 @@ def apply_adapters(call, y, holds):
             "ranks": ranks, "x_row": x.stride(0), "x_column": x.stride(1), "part": part,
         }  # fmt: skip
         grid = (m * each, min(ranks // of_h.ranks, 4), parts)
-        launch_cuda(ANY, f"multi_lora_shrink_{kind}", grid, of_h.threads, args, [h], 0)
+        launch_cuda(ANY, f"multi_lora_shrink_{suffix}", grid, of_h.threads, args, [h], 0)
         of_y, of_bias = y[:, first : first + n], None if bias is None else bias[first : first + n]
         args = {
             "h": h, "y": of_y, **matrix_fields("b", s.b), "table": s.table, "rank": s.rank, "flags": s.flags,
@@ -147,5 +147,5 @@ def apply_adapters(call, y, holds):
             "y_column": of_y.stride(1), "holds": int(holds),
         }  # fmt: skip
         grid = (ceil_div(m, t.rows), ceil_div(n, t.columns))
-        launch_cuda(ANY, f"multi_lora_expand_{kind}", grid, t.threads, args, [], 0, changes=[of_y, call.error])
+        launch_cuda(ANY, f"multi_lora_expand_{suffix}", grid, t.threads, args, [], 0, changes=[of_y, call.error])
         first += n

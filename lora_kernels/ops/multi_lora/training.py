@@ -15,13 +15,13 @@ def trained(x: Tensor, w: Tensor, slots: Sequence[Slots], plan: BatchPlan, bias:
     """y [tokens, out]. What an adapter computes, and its gradients, have the bits that they have
     alone: the same call, on the same rows. With one adapter of weight 1 a token that is all; else
     what each adds to the base is summed, weighted."""
-    parts, first = [], 0
+    slices, first = [], 0
     for s in slots:
         last = first + s.b.shape[1]
         of_w, of_bias = w[first:last], None if bias is None else bias[first:last]
-        parts.append(_of_site(x, of_w, s, plan, of_bias))
+        slices.append(_of_site(x, of_w, s, plan, of_bias))
         first = last
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return slices[0] if len(slices) == 1 else torch.cat(slices, 1)
 
 
 def _of_site(x, w, s, plan, bias):

@@ -64,7 +64,7 @@ class Table(NamedTuple):
     matrix and a GEMM reach."""
     choices: tuple[Choice, ...] = ()
     tiles: tuple[dict[str, Any], ...] = ()
-    """The fastest tiles that were measured, in a user's file: each a `tiles.Measured`."""
+    """The fastest tiles that were measured, in a user's file: each a `tiles.MeasuredTile`."""
 
     def has_measured(self, dtype: str) -> bool:
         """Whether calls of a dtype were measured on such a GPU."""
@@ -102,7 +102,7 @@ def user_file(gpu: str) -> Path:
 
 
 @lru_cache
-def kept(gpu: str) -> Table:
+def user_table(gpu: str) -> Table:
     """What `lora_kernels.ops.tuning` measured on this machine's GPU of that name; a file that
     cannot be read is none."""
     none = Table(0, gpu, False, None, {})
@@ -121,7 +121,7 @@ def kept(gpu: str) -> Table:
 
 def user_choices(gpu: str) -> tuple[Choice, ...]:
     """The choices among it."""
-    return kept(gpu).choices
+    return user_table(gpu).choices
 
 
 def keep_choices(gpu: str, arch: int, found: Sequence[Choice], tiles: Sequence[dict[str, Any]] = ()) -> Path:
@@ -129,13 +129,13 @@ def keep_choices(gpu: str, arch: int, found: Sequence[Choice], tiles: Sequence[d
     problems."""
     path = user_file(gpu)
     choices = tuple({(choice[:6], choice.flags): choice for choice in (*user_choices(gpu), *found)}.values())
-    answers = {(row["kernel"], json.dumps(row["answers"], sort_keys=True)): row for row in (*kept(gpu).tiles, *tiles)}
+    answers = {(row["kernel"], json.dumps(row["answers"], sort_keys=True)): row for row in (*user_table(gpu).tiles, *tiles)}
     stamp = {"torch": torch.__version__, "lora_kernels": __version__}
     made = table_for(arch)._replace(
         arch=arch, gpu=gpu, measured=True, stamp=stamp, choices=choices, tiles=tuple(answers.values())
     )
     _write_json(made, path)
-    kept.cache_clear()
+    user_table.cache_clear()
     return path
 
 
@@ -148,17 +148,17 @@ def write_table(made: Table, folder: str | Path) -> Path:
 
 
 def _write_json(made: Table, path: Path) -> None:
-    kinds = {kind: _class_lines(classes) for kind, classes in made.efficiency.items()}
+    classes_of = {kind: _class_lines(classes) for kind, classes in made.efficiency.items()}
     rows = [json.dumps(choice._asdict()) for choice in made.choices]
-    parts = [f'"{name}": {json.dumps(getattr(made, name))}' for name in ("arch", "gpu", "measured", "stamp")]
-    parts += ['"efficiency": {\n  ' + ",\n  ".join(f'"{kind}": {text}' for kind, text in kinds.items()) + "\n }"]
+    entries = [f'"{name}": {json.dumps(getattr(made, name))}' for name in ("arch", "gpu", "measured", "stamp")]
+    entries += ['"efficiency": {\n  ' + ",\n  ".join(f'"{kind}": {text}' for kind, text in classes_of.items()) + "\n }"]
     for name, lines in (("choices", rows), ("tiles", list(map(json.dumps, made.tiles)))):
         if lines or name == "choices":
-            parts += [f'"{name}": [' + ",".join(f"\n  {row}" for row in lines) + ("\n ]" if lines else "]")]
+            entries += [f'"{name}": [' + ",".join(f"\n  {row}" for row in lines) + ("\n ]" if lines else "]")]
     path.parent.mkdir(parents=True, exist_ok=True)
     # another process may read it meanwhile
     beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text("{\n " + ",\n ".join(parts) + "\n}\n", encoding="utf-8")
+    beside.write_text("{\n " + ",\n ".join(entries) + "\n}\n", encoding="utf-8")
     beside.replace(path)
 
 

@@ -82,8 +82,8 @@ class Row(NamedTuple):
         return all(_holds(wanted, answers[name]) for name, wanted in self.conditions.items())
 
     def line(self) -> str:
-        parts = {"if": self.conditions, "tile": self.numbers, "why": self.why}
-        return json.dumps({name: part for name, part in parts.items() if part}, ensure_ascii=False)
+        entries = {"if": self.conditions, "tile": self.numbers, "why": self.why}
+        return json.dumps({name: part for name, part in entries.items() if part}, ensure_ascii=False)
 
 
 class Kernel(NamedTuple):
@@ -91,7 +91,7 @@ class Kernel(NamedTuple):
     rows: tuple[Row, ...]
 
 
-class Asked(NamedTuple):
+class TileRequest(NamedTuple):
     """One look into the table."""
 
     kernel: str
@@ -100,7 +100,7 @@ class Asked(NamedTuple):
     tile: Tile
 
 
-class Measured(NamedTuple):
+class MeasuredTile(NamedTuple):
     """What `ops.tuning` found to be the fastest for just these answers, on one GPU."""
 
     kernel: str
@@ -110,8 +110,8 @@ class Measured(NamedTuple):
     """Of the tile, and of that of the table, by their words."""
 
 
-_trial: ContextVar[tuple[Asked, ...]] = ContextVar("trial", default=())
-_seen: ContextVar[list[Asked] | None] = ContextVar("seen", default=None)
+_trial: ContextVar[tuple[TileRequest, ...]] = ContextVar("trial", default=())
+_seen: ContextVar[list[TileRequest] | None] = ContextVar("seen", default=None)
 
 
 def tile(kernel: str, on: Tensor | int, **answers: Any) -> Tile:
@@ -125,7 +125,7 @@ def tile(kernel: str, on: Tensor | int, **answers: Any) -> Tile:
         TypeError: the answers are not those that the kernel asks for.
     """
     deterministic, gpu = False, None
-    trial: tuple[Asked, ...] = ()
+    trial: tuple[TileRequest, ...] = ()
     if isinstance(on, int):
         arch = on
     else:
@@ -139,7 +139,7 @@ def tile(kernel: str, on: Tensor | int, **answers: Any) -> Tile:
         held = _found[key] = _tile(kernel, arch, deterministic, gpu, trial, answers)
     here, found, measured = held
     if (seen := _seen.get()) is not None:
-        seen.append(Asked(kernel, here, found))
+        seen.append(TileRequest(kernel, here, found))
     if measured:
         note_tile(f"{kernel}: {found}, measured here")
     return found
@@ -156,7 +156,7 @@ _found: dict[tuple[Any, ...], tuple[tuple[tuple[str, Any], ...], Tile, bool]] = 
 
 
 def _tile(
-    kernel: str, arch: int, deterministic: bool, gpu: str | None, trial: tuple[Asked, ...], given: dict[str, Any]
+    kernel: str, arch: int, deterministic: bool, gpu: str | None, trial: tuple[TileRequest, ...], given: dict[str, Any]
 ) -> tuple[tuple[tuple[str, Any], ...], Tile, bool]:
     arch, known = 0 if torch.version.hip is not None else arch, read()[kernel]
     if set(given) != set(known.asks):
@@ -173,17 +173,17 @@ def _tile(
 
 
 @lru_cache
-def local(gpu: str) -> tuple[Measured, ...]:
+def local(gpu: str) -> tuple[MeasuredTile, ...]:
     """What was measured on this machine's GPU of that name; a file with rows that are none is left
     aside."""
     try:
-        return tuple(Measured(**row | {"tile": Tile(**row["tile"])}) for row in tables.kept(gpu).tiles)
+        return tuple(MeasuredTile(**row | {"tile": Tile(**row["tile"])}) for row in tables.user_table(gpu).tiles)
     except (TypeError, KeyError) as error:
         warnings.warn(f"lora_kernels: {tables.user_file(gpu)}: its tiles are none ({error}) and are left aside", stacklevel=2)
         return ()
 
 
-def as_row(measured: Measured) -> dict[str, Any]:
+def as_row(measured: MeasuredTile) -> dict[str, Any]:
     """As it stands in the user's file."""
     return measured._asdict() | {"tile": asdict(measured.tile)}
 
@@ -265,7 +265,7 @@ def write(kernels: Mapping[str, Kernel], path: Path) -> None:
 
 
 @contextmanager
-def tried(asked: Asked) -> Iterator[None]:
+def tried(asked: TileRequest) -> Iterator[None]:
     """Inside it launches that ask just that take that tile."""
     token = _trial.set((asked, *_trial.get()))
     try:
@@ -275,9 +275,9 @@ def tried(asked: Asked) -> Iterator[None]:
 
 
 @contextmanager
-def seen() -> Iterator[list[Asked]]:
+def seen() -> Iterator[list[TileRequest]]:
     """Inside it each look into the table is noted."""
-    found: list[Asked] = []
+    found: list[TileRequest] = []
     token = _seen.set(found)
     try:
         yield found

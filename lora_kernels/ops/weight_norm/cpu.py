@@ -56,14 +56,14 @@ def _products(w, a):
     if not on_tiles(w, w):
         return None
     if a.dtype is torch.bfloat16:
-        parts = a
+        terms = a
     else:
         # three bf16 numbers hold the 24 bits of a float32
         high = a.to(torch.bfloat16)
         rest = a.float() - high.float()
         middle = rest.to(torch.bfloat16)
-        parts = torch.cat([high, middle, (rest - middle.float()).to(torch.bfloat16)])
-    sums = torch.cat([product(some, w) for some in parts.contiguous().split(STREAMED_RANKS)])
+        terms = torch.cat([high, middle, (rest - middle.float()).to(torch.bfloat16)])
+    sums = torch.cat([product(some, w) for some in terms.contiguous().split(STREAMED_RANKS)])
     return sums if len(sums) == len(a) else sums.view(3, *a.shape[:1], -1).sum(0)
 
 

@@ -5,8 +5,10 @@
     python -m lora_kernels.testing.gates --show     prints it
 """
 
-from lora_kernels.testing.gates.configuration import Budget, Configuration, Cuda, Triton
+from lora_kernels.testing.gates.configuration import Budget, Change, Configuration, Cuda, Triton
 from lora_kernels.testing.gates.measure import broken, measure
 from lora_kernels.testing.gates.table import Table, current, differences, recompute
 
-__all__ = ["Budget", "Configuration", "Cuda", "Table", "Triton", "broken", "current", "differences", "measure", "recompute"]
+__all__ = [
+    "Budget", "Change", "Configuration", "Cuda", "Table", "Triton", "broken", "current", "differences", "measure", "recompute",
+]  # fmt: skip

@@ -44,13 +44,12 @@ def main() -> int:
     others = {
         (c.name, arch, by) for by in versions.other_versions() for c, arch in versions.configurations_for(configurations, by)
     }
-    kept = {key: row for key, row in (old.rows | new.rows).items() if key in shipped}
-    Table(kept, {key: row for key, row in (old.others | new.others).items() if key in others}).write(path)
-    accepted = {c.name: c.spilled for c in configurations}
+    shipped_rows = {key: row for key, row in (old.rows | new.rows).items() if key in shipped}
+    Table(shipped_rows, {key: row for key, row in (old.others | new.others).items() if key in others}).write(path)
+    by_name = {c.name: c for c in chosen}
     for (name, arch, version), row in new.others.items():
-        under = f"{arch}{BY}{version}"
-        if wrong := unsound(row, accepted[name].get(under, 0)):
-            failed[name, under] = wrong
+        if wrong := unsound(row, by_name[name].budget(arch, version).spilled):
+            failed[name, f"{arch}{BY}{version}"] = wrong
     for what, reasons in (("not compiled", skipped), ("BROKEN", failed)):
         for key, texts in reasons.items():
             print(*(f"{what}: {key[0]}, {key[1]}: {text}" for text in texts), sep="\n")

@@ -6,10 +6,10 @@ import hashlib
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -41,6 +41,20 @@ class Budget:
     """At least so many blocks on a multiprocessor."""
     copies: int = 0
     """At most so many loops inside the main loop that touch memory."""
+    spilled: int = 0
+    """At most so many loads and stores of spilled registers, which cost time alone."""
+
+
+class Change(TypedDict, total=False):
+    """The fields of a case's default `Budget` that a chip has otherwise."""
+
+    per: float
+    matrix: str
+    units: int
+    wide: int
+    blocks: int
+    copies: int
+    spilled: int
 
 
 @dataclass(frozen=True)
@@ -175,41 +189,45 @@ class Cuda:
 
 @dataclass(frozen=True)
 class Configuration:
-    """A kernel, and a budget for each chip, as "sm_80 sm_86" for several at once.
+    """A kernel, and its budget: a default, and a row for each chip that differs from it.
 
     Raises:
-        ValueError: a chip that the language has is neither there nor in `without`, or is there
-            twice.
+        ValueError: `rows` and `without` name a chip twice, or one that the language or the case has
+            not.
     """
 
     name: str
     kernel: Triton | Cuda
-    budgets: Mapping[str, Budget]
+    default: Budget
+    rows: Mapping[str, Change] = field(default_factory=dict)
+    """By chip, "sm_80 sm_86" for several at once; and for a chip under another Triton, "sm_90,
+    triton 3.6.0", which inherits from the chip's row."""
     without: Mapping[str, str] = field(default_factory=dict)
     """Chips this is not shipped for, and why."""
     special: Mapping[str, Triton] = field(default_factory=dict)
     """What is launched in the place of `kernel` on some chips, or under another Triton: "sm_90,
     triton 3.6.0"."""
-    spilled: Mapping[str, int] = field(default_factory=dict)
-    """Under such another Triton, so many loads and stores of spilled registers at most: they cost
-    time alone."""
 
     def __post_init__(self) -> None:
-        named = sorted(" ".join([*self.budgets, *self.without]).split())
-        if named != sorted(self.kernel.chips):
-            raise ValueError(f"{self.name}: budgets and without name {' '.join(named)}, not once {' '.join(self.kernel.chips)}")
+        named = " ".join([*(row for row in self.rows if BY not in row), *self.without]).split()
+        if len(set(named)) < len(named) or not set(named) <= set(self.kernel.chips):
+            raise ValueError(f"{self.name}: rows and without name {' '.join(named)}, not once {' '.join(self.kernel.chips)}")
+        if stray := [row for row in self.rows if BY in row and row.partition(BY)[0] not in self.chips]:
+            raise ValueError(f"{self.name}: rows name {'; '.join(stray)}; it is shipped for {' '.join(self.chips)}")
 
     @property
     def chips(self) -> tuple[str, ...]:
-        return tuple(chip for chip in self.kernel.chips if chip in " ".join(self.budgets).split())
+        return tuple(chip for chip in self.kernel.chips if chip not in " ".join(self.without).split())
 
     def kernel_on(self, arch: str, version: str = "") -> Triton | Cuda:
         """What is launched on a chip, by another Triton than the one installed if `version` names
         it."""
         return self.special.get(f"{arch}{BY}{version}", self.special.get(arch, self.kernel))
 
-    def budget(self, arch: str) -> Budget:
-        return next(budget for chips, budget in self.budgets.items() if arch in chips.split())
+    def budget(self, arch: str, version: str = "") -> Budget:
+        """Of a chip, under another Triton than the one installed if `version` names it."""
+        own = next((change for chips, change in self.rows.items() if arch in chips.split()), Change())
+        return replace(self.default, **(own | self.rows.get(f"{arch}{BY}{version}", Change())))
 
     def fingerprint(self, arch: str = "", version: str = "") -> str:
         """Of all that decides about the numbers: the source, these arguments, the compiler, how

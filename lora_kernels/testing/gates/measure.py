@@ -89,7 +89,7 @@ def unsound(row: Row, spilled: int = 0) -> list[str]:
 
 def broken(row: Row, budget: Budget, arch: str) -> list[str]:
     """The gates that a row does not pass, in words."""
-    found = unsound(row)
+    found = unsound(row, budget.spilled)
     if "error" in row:
         return found
     chip, unit = CHIPS[arch], budget.matrix or "load"

@@ -43,14 +43,14 @@ class Table:
     def write(self, path: Path) -> None:
         """A row a line, so that a change is read in the difference."""
         names = sorted({name for name, _ in self.rows})
-        parts = []
+        entries = []
         for name in names:
             mine = [(arch, self.rows[name, arch]) for arch in CHIPS if (name, arch) in self.rows]
             others = [(version, arch, self.others[name, arch, version]) for one, arch, version in self.others if one == name]
             mine += [(f"{arch}{BY}{version}", row) for version, arch, row in sorted(others, key=lambda other: other[:2])]
             lines = ",\n".join(f"  {json.dumps(place)}: {json.dumps(row)}" for place, row in mine)
-            parts.append(f"{json.dumps(name)}: {{\n{lines}\n}}")
-        path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+            entries.append(f"{json.dumps(name)}: {{\n{lines}\n}}")
+        path.write_text("{\n" + ",\n".join(entries) + "\n}\n")
 
     def markdown(self) -> str:
         """For people."""

@@ -27,7 +27,7 @@ CHIPS = ("sm_90", "sm_100")
 PTXAS = ", ptxas "
 Place = tuple[str, str]
 Other = tuple[str, str, str]
-Asked = list[tuple[str, str, Triton | Cuda]]
+CompileJobs = list[tuple[str, str, Triton | Cuda]]
 ROOT = Path(__file__).parents[3]
 # a version that is not where it was looked for must not pass for another
 PROCESS_CODE = (
@@ -74,7 +74,7 @@ def recompute(configurations: Sequence[Configuration], jobs: int, cache: str) ->
     rows = {}
     for version in other_versions():
         pairs = configurations_for(configurations, version)
-        asked: Asked = [(c.name, arch, c.kernel_on(arch, version)) for c, arch in pairs]
+        asked: CompileJobs = [(c.name, arch, c.kernel_on(arch, version)) for c, arch in pairs]
         with ThreadPoolExecutor(jobs) as pool:  # of processes, which it waits for
             parts = pool.map(lambda i, by=version, all_=asked: _process(by, all_[i::jobs], cache), range(jobs))
             found = {place: row for part in parts for place, row in part.items()}
@@ -98,7 +98,7 @@ def installed(version: str) -> Path:
     return place
 
 
-def _process(version: str, asked: Asked, cache: str) -> dict[Place, Row]:
+def _process(version: str, asked: CompileJobs, cache: str) -> dict[Place, Row]:
     if not asked:
         return {}
     number, later, _ = version.partition(PTXAS)
@@ -119,7 +119,7 @@ def main(folder: str, ptxas: str = "") -> None:
     `ptxas` says "later" for that of launches."""
     from lora_kernels.ops.triton_compiler import assembling
 
-    asked: Asked = pickle.loads(Path(folder, "asked").read_bytes())
+    asked: CompileJobs = pickle.loads(Path(folder, "asked").read_bytes())
     rows = []
     for name, arch, kernel in asked:
         try:
