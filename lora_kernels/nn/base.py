@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lora_kernels.nn.snapshot import changing
 from lora_kernels.ops.lora_linear.op import FLOATS
 
 
@@ -27,6 +28,7 @@ class AdapterLayer(nn.Module):
     weight: nn.Parameter
     enabled: bool
     """Whether the adapter takes part; if not, the layer computes what its base does."""
+    _changes = 0
 
     def _set_up(self, weight: nn.Parameter | None, r: int, lora_alpha: float, use_rslora: bool) -> None:
         """Takes the options, checked, and the base weight, whose owner may be another module
@@ -87,8 +89,9 @@ class AdapterLayer(nn.Module):
                     f"{self._class_name()}: merge(safe=True): the merged weight must be finite, found {wrong} of"
                     f" {adapted.numel()} values that are not; nothing has changed"
                 )
-        self._unmerged = self.weight.detach()
-        self._replace_weight(adapted)
+        with changing(self):
+            self._unmerged = self.weight.detach()
+            self._replace_weight(adapted)
 
     def unmerge(self) -> None:
         """Takes the adapter out of `weight`, whose bits are then those before `merge`.
@@ -98,8 +101,9 @@ class AdapterLayer(nn.Module):
         """
         if self._unmerged is None:
             raise RuntimeError(f"{self._class_name()}: unmerge() on a layer that is not merged")
-        self._replace_weight(self._unmerged)
-        self._unmerged = None
+        with changing(self):
+            self._replace_weight(self._unmerged)
+            self._unmerged = None
 
     def _replace_weight(self, data: Tensor) -> None:
         with torch.inference_mode(self.weight.is_inference()):
@@ -121,7 +125,8 @@ class AdapterLayer(nn.Module):
         factor = check_number(name, "set_scale: factor", factor)
         if self.merged:
             raise RuntimeError(f"{name}: set_scale() on a merged layer; call unmerge() first")
-        self.scaling = factor * self._initial_scaling()
+        with changing(self):
+            self.scaling = factor * self._initial_scaling()
 
     def enable_adapter(self, enabled: bool = True) -> None:
         """Turns the adapter on or off; off, also when merged, the layer computes exactly what its
@@ -148,10 +153,11 @@ class AdapterLayer(nn.Module):
         return type(self).__name__
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        if self._unmerged is not None:
-            with torch.no_grad():
-                self._unmerged = fn(self._unmerged)
+        with changing(self):
+            super()._apply(fn, recurse)
+            if self._unmerged is not None:
+                with torch.no_grad():
+                    self._unmerged = fn(self._unmerged)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -172,9 +178,10 @@ class AdapterLayer(nn.Module):
         if self.merged and any(f"{prefix}{name}" in state_dict for name in self._parameters):
             error_msgs.append(f"{prefix or self._class_name()} is merged: call unmerge() before load_state_dict()")
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        with changing(self):
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
 
     def _adapter_repr(self) -> str:
         text = f"r={self.r}, lora_alpha={self.lora_alpha:g}, scaling={self.scaling:g}"

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from lora_kernels.nn.lora import LoRALinear
+from lora_kernels.nn.snapshot import changing, of_one_state
 from lora_kernels.ops import NormCache, dora_gain, lora_linear, merged_weight, weight_norm
 from lora_kernels.ops.lora_linear.op import DROPOUT_SEMANTICS
 
@@ -77,6 +78,7 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude_vector = nn.Parameter(norm)
         return self
 
+    @of_one_state
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x [..., in] → [..., out].
 
@@ -126,17 +128,19 @@ class DoRALinear(LoRALinear):
                 return tensor.to(moved.device, torch.float32)
             return moved
 
-        super()._apply(widened, recurse)
-        self._norm.clear()
+        with changing(self):
+            super()._apply(widened, recurse)
+            self._norm.clear()
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        magnitude = self.lora_magnitude_vector
-        if magnitude.dtype.itemsize < 4:
-            # load_state_dict(assign=True) takes over the dtype of the file
-            magnitude.data = magnitude.data.float()
-        self._norm.clear()
+        with changing(self):
+            super()._load_from_state_dict(*args)
+            magnitude = self.lora_magnitude_vector
+            if magnitude.dtype.itemsize < 4:
+                # load_state_dict(assign=True) takes over the dtype of the file
+                magnitude.data = magnitude.data.float()
+            self._norm.clear()
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

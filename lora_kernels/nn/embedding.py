@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from lora_kernels.nn.base import AdapterLayer, freeze_parameters
 from lora_kernels.nn.init import embedding_factors
+from lora_kernels.nn.snapshot import of_one_state
 from lora_kernels.ops import merged_weight
 
 
@@ -87,6 +88,7 @@ class LoRAEmbedding(AdapterLayer):
         self.train(embedding.training)
         return self
 
+    @of_one_state
     def forward(self, indices: Tensor) -> Tensor:
         """Shapes: indices [...], int32 or int64, → [..., dim]."""
         if not self.enabled:

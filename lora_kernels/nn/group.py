@@ -9,6 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.nn.dora import DoRALinear
 from lora_kernels.nn.lora import LoRALinear
+from lora_kernels.nn.snapshot import call_of_one_state
 from lora_kernels.ops.lora_linear import lora_linear_group
 
 _FORWARDS = (LoRALinear.forward, DoRALinear.forward)
@@ -76,9 +77,17 @@ class GroupedLinear(nn.Module):
             # a layer that does not care goes with the first
             part = [each for each in grouped if each[3] == semantics or (each[3] is None and semantics == found[0])]
             if part:
-                ys = lora_linear_group(x, [layer._group_member() for _, layer, *_ in part], [p for *_, p, _ in part], semantics)
+                ys = self._call_group(x, [layer for _, layer, *_ in part], [p for *_, p, _ in part], semantics)
                 outputs.update(zip([name for name, *_ in part], ys, strict=True))
         return tuple(outputs[name] for name in self._modules)
+
+    def _call_group(self, x: Tensor, layers: list[LoRALinear], dropouts: list[float], semantics: str) -> tuple[Tensor, ...]:
+        def compute() -> tuple[Tensor, ...]:
+            if not torch.compiler.is_compiling() and any(layer.merged or not layer.enabled for layer in layers):
+                return tuple(layer(x) for layer in layers)  # changed since it was asked
+            return lora_linear_group(x, [layer._group_member() for layer in layers], dropouts, semantics)
+
+        return compute() if torch.compiler.is_compiling() else call_of_one_state(layers, compute)
 
 
 def _is_called_alone(layer: LoRALinear) -> bool:

@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from lora_kernels.nn.base import AdapterLayer, check_dropout, freeze_parameters
 from lora_kernels.nn.init import check_init, linear_factors
+from lora_kernels.nn.snapshot import of_one_state
 from lora_kernels.ops.lora_linear import Member, lora_linear
 from lora_kernels.ops.merge import merged_weight
 
@@ -101,6 +102,7 @@ class LoRALinear(AdapterLayer):
         self.train(linear.training)
         return self
 
+    @of_one_state
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x [..., in] → [..., out].
 
