@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_kernels.nn import DoRALinear, GroupedLinear, LoRAEmbedding, LoRALinear
+from lora_kernels.nn.snapshot import changing
 
 SECONDS = 0.5  # before calls were held to one state, 246 of 1500 computed with parts of two
 
@@ -114,6 +115,15 @@ def test_merging_beside_a_group():
 
     wrong, calls = neither(lambda: torch.cat(group(x)), [torch.cat(group(x))], change)
     assert wrong == 0 and calls > 10
+
+
+def test_changes_within_changes_are_one():
+    layer = layer_of(LoRALinear)
+    with changing(layer):
+        with changing(layer):
+            assert layer._changes == 1
+        assert layer._changes == 1
+    assert layer._changes == 2
 
 
 def test_an_error_of_the_call_is_raised_as_it_is():

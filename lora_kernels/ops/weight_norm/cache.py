@@ -31,16 +31,19 @@ class NormCache:
     devices than the CPU, while compiling, and without the CPU extension, nothing is reused.
     `clear()` forgets: needed only after an edit of W through `.data`, or through memory that it
     shares with numpy, that leaves the sampled elements, about 64 a matrix, as they were. What is
-    given is the kept tensor itself: do not change it.
+    given is the kept tensor itself: do not change it. What another thread changed, or cleared,
+    while a norm was computed is not kept.
     """
 
-    __slots__ = ("_squared", "_norm", "_gain")
+    __slots__ = ("_squared", "_norm", "_gain", "_clears")
 
     def __init__(self) -> None:
+        self._clears = 0
         self.clear()
 
     def clear(self) -> None:
         """Forgets everything."""
+        self._clears += 1
         self._squared: tuple[Any, Tensor | None] = (None, None)
         self._norm: tuple[Any, Tensor | None] = (None, None)
         self._gain: tuple[Any, Tensor | None] = (None, None)
@@ -53,8 +56,10 @@ class NormCache:
         key = _key(scale, w, a, b)
         held, norm = self._norm
         if norm is None or key is None or held != key:
+            clears = self._clears
             norm = self._computed(w, a, b, scale)
-            self._norm = (key, norm)
+            if key is not None and clears == self._clears and key == _key(scale, w, a, b):
+                self._norm = (key, norm)
         return norm
 
     def gain(self, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
@@ -66,9 +71,11 @@ class NormCache:
         key = _key(scale, w, a, b, magnitude)
         held, gain = self._gain
         if gain is None or key is None or held != key:
+            clears = self._clears
             norm = self(w, a, b, scale)
             gain = dora_gain(magnitude.to(norm.dtype), norm)
-            self._gain = (key, gain)
+            if key is not None and clears == self._clears and key == _key(scale, w, a, b, magnitude):
+                self._gain = (key, gain)
         return gain
 
     def _computed(self, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
@@ -77,8 +84,10 @@ class NormCache:
             return weight_norm(w, a, b, scale)
         held, squared = self._squared
         if squared is None or held != key:
+            clears = self._clears
             squared = row_norm_squared(w)
-            self._squared = (key, squared)
+            if clears == self._clears and key == _key(0.0, w):
+                self._squared = (key, squared)
         return weight_norm(w, a, b, scale, squared)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NormCache":
