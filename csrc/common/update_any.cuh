@@ -49,6 +49,8 @@ __device__ void walk_any(const Factors& p, const T* w, int64_t w_row, int64_t w_
   };
   load(0);
   float sums[COLUMNS / 8][4] = {};
+  // not `pipelined`: copies are issued before the wait, so that two turns are in flight in two
+  // stages; the price is a second barrier
   int turn = 0;
   for (int64_t column = begin; column < end; column += COLUMNS) {
     for (int block = 0; block < blocks; block++, turn++) {

@@ -4,6 +4,7 @@
 #include "../common/gemm.cuh"
 #include "../common/kernels.h"
 #include "../common/philox.cuh"
+#include "../common/pipeline.cuh"
 
 namespace lk {
 
@@ -118,35 +119,27 @@ __device__ void input_gradient(const LoRALinearDx& p) {
   place(blockIdx.x, (p.m + TILE - 1) / TILE, (p.k + TILE - 1) / TILE, p.group, p.slab, row, column);
   row *= TILE, column *= TILE;
   const int steps = int((p.n + COLUMNS - 1) / COLUMNS);
-  const auto load = [&](int step) {
-    if (step < steps) {
-      B* const stage = memory + step % STAGES * STAGE;
-      const int64_t at = int64_t(step) * COLUMNS;
-      copy_tile<THREADS, TILE>(stage, static_cast<const B*>(p.dy), p.dy_row, row, p.m, at, p.n);
-      for (int half = 0; half < 2; half++) {
-        copy_tile<THREADS, COLUMNS>(stage + TILE * COLUMNS + half * HALF, static_cast<const B*>(p.w), p.w_row, at, p.n,
-                                    column + half * COLUMNS, p.k);
-      }
+  const auto load = [&](int step, int stage) {
+    B* const tile = memory + stage * STAGE;
+    const int64_t at = int64_t(step) * COLUMNS;
+    copy_tile<THREADS, TILE>(tile, static_cast<const B*>(p.dy), p.dy_row, row, p.m, at, p.n);
+    for (int half = 0; half < 2; half++) {
+      copy_tile<THREADS, COLUMNS>(tile + TILE * COLUMNS + half * HALF, static_cast<const B*>(p.w), p.w_row, at, p.n,
+                                  column + half * COLUMNS, p.k);
     }
-    cp_async_commit();
   };
-  for (int step = 0; step < STAGES - 1; step++) load(step);
   Sums sums = {};
-  for (int step = 0; step < steps; step++) {
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();  // all copies of this stage are there, and the stage before it has been read
-    load(step + STAGES - 1);
-    B* const stage = memory + step % STAGES * STAGE;
+  pipelined<STAGES>(steps, load, [&](int step, int stage) {
+    B* const tile = memory + stage * STAGE;
 #pragma unroll
     for (int i = 0; i < COLUMNS / 16; i++) {
       uint32_t f[4][4], g[2][4];
-      load_rows(f, stage, i);
-      load_columns(g, stage + TILE * COLUMNS, i);
+      load_rows(f, tile, i);
+      load_columns(g, tile + TILE * COLUMNS, i);
       if (GAIN) scale_rows(p, f, int64_t(step) * COLUMNS + i * 16);
       multiply_all<B>(sums, f, g);
     }
-  }
-  cp_async_wait<0>();
+  });
   if constexpr (DROPS) {
     Sums term = {};
     adapter(p, memory, term, row, column);

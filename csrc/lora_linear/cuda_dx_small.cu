@@ -9,6 +9,7 @@
 // further down. The tile of A lies so, too.
 #include "../common/kernels.h"
 #include "../common/parts.cuh"
+#include "../common/pipeline.cuh"
 #include "../common/tiles.cuh"
 
 namespace lk {
@@ -153,42 +154,32 @@ __device__ void input_gradient(const LoRALinearDxSmall& p) {
   const int64_t column = int64_t(blockIdx.x) * COLUMNS, begin = int64_t(blockIdx.y) * p.part;
   const int64_t end = min(p.n, begin + p.part);
   const int steps = int((end - begin + STEP - 1) / STEP);
-  const auto load = [&](int step) {
-    if (step < steps) {
-      char* const stage = memory + step % STAGES * STAGE;
-      const int64_t at = begin + int64_t(step) * STEP;
-      copy_tile<THREADS, STEP>(reinterpret_cast<int8_t*>(stage), static_cast<const int8_t*>(p.w), p.w_row, at, end,
-                               column, p.k);
-      copy_tile<THREADS, TOKENS>(reinterpret_cast<B*>(stage + STEP * WIDTH), static_cast<const B*>(p.dy), p.dy_row, 0,
-                                 p.m, at, end);
-    }
-    cp_async_commit();
+  const auto w_tile = [&](int stage) { return reinterpret_cast<int8_t*>(memory + stage * STAGE); };
+  const auto dy_tile = [&](int stage) { return reinterpret_cast<B*>(memory + stage * STAGE + STEP * WIDTH); };
+  const auto load = [&](int step, int stage) {
+    const int64_t at = begin + int64_t(step) * STEP;
+    copy_tile<THREADS, STEP>(w_tile(stage), static_cast<const int8_t*>(p.w), p.w_row, at, end, column, p.k);
+    copy_tile<THREADS, TOKENS>(dy_tile(stage), static_cast<const B*>(p.dy), p.dy_row, 0, p.m, at, end);
   };
-  for (int step = 0; step < STAGES - 1; step++) load(step);
   float factors[8];
-  load_factors(p, factors, begin, end);
   Sums<TOKENS> sums = {};
-  for (int step = 0; step < steps; step++) {
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();  // all copies of this stage are there, and the stage before it has been read
-    load(step + STAGES - 1);
-    char* const stage = memory + step % STAGES * STAGE;
-    scale_tile<TOKENS>(reinterpret_cast<B*>(stage + STEP * WIDTH), u_tile, u_rest, factors);
+  const auto load_first_factors = [&] { load_factors(p, factors, begin, end); };
+  pipelined<STAGES>(steps, load, load_first_factors, [&](int step, int stage) {
+    scale_tile<TOKENS>(dy_tile(stage), u_tile, u_rest, factors);
     // while the tiles are multiplied
     load_factors(p, factors, begin + int64_t(step + 1) * STEP, end);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < STEP / 16; i++) {
       uint32_t bytes[4], f[2][4];
-      ldmatrix_x4_trans(bytes, piece(reinterpret_cast<int8_t*>(stage), i * 16 + lane % 16, warp * 2 + lane / 16));
+      ldmatrix_x4_trans(bytes, piece(w_tile(stage), i * 16 + lane % 16, warp * 2 + lane / 16));
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         widen(__byte_perm(bytes[j], 0, 0x3120), f[j / 2][j % 2 * 2], f[j / 2][j % 2 * 2 + 1], B());
       }
       multiply<TOKENS>(sums, f, u_tile, u_rest, i, int(p.m));
     }
-  }
-  cp_async_wait<0>();
+  });
   const int parts = gridDim.y, all = TOKENS / 8 * 2;
   if (blockIdx.y == 0) adapter<TOKENS>(p, reinterpret_cast<B*>(memory), sums, column);
   float (&flat)[all][4] = reinterpret_cast<float (&)[all][4]>(sums);

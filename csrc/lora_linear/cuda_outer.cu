@@ -111,6 +111,8 @@ __device__ void outer(const LoRALinearOuter& p) {
   load(0);
   const uint64_t seed = DROPS ? uint64_t(p.dropout.at ? *p.dropout.at : p.dropout.seed) : 0;
   float sums[RANK / 16][8][4] = {};
+  // not `pipelined`: copies are issued before the wait, and p is split between both, so that two
+  // steps are in flight in two stages; the price is a second barrier
   for (int step = 0; step < steps; step++) {
     const int64_t row = begin + int64_t(step) * STEP;
     __syncthreads();  // the tiles of the step before have been read

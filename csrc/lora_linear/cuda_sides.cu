@@ -5,6 +5,7 @@
 // tiles of 64 by 64 by cp.async. v with its gain, and h, in float32, count as two of bfloat16, and
 // so does u of float16.
 #include "../common/kernels.h"
+#include "../common/pipeline.cuh"
 #include "../common/tiles.cuh"
 
 namespace lk {
@@ -147,40 +148,35 @@ __device__ void sides(const LoRALinearSides& p) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t column = int64_t(blockIdx.x) * CHUNKS * COLUMNS, rank = int64_t(blockIdx.y) * RANK;
   const int64_t begin = int64_t(blockIdx.z) * p.rows, end = min(p.m, begin + p.rows);
-  const int turns = int((end - begin + STEP - 1) / STEP) * CHUNKS;
-  const auto load = [&](int turn) {
-    if (turn < turns) {
-      T* const stage = stages + turn % STAGES * STAGE;
-      const T *const u = static_cast<const T*>(p.u), *const times = static_cast<const T*>(p.times);
-      const int64_t row = begin + int64_t(turn / CHUNKS) * STEP, at = column + turn % CHUNKS * COLUMNS;
-      if (ANY) {
-        copy_numbers<THREADS, STEP>(stage, u, p.u_row, p.u_column, row, end, at, p.n);
-        copy_numbers<THREADS, STEP>(stage + TILE, times, p.times_row, p.times_column, row, end, at, p.n);
-      } else {
-        copy_tile<THREADS, STEP>(stage, u, p.u_row, row, end, at, p.n);
-        if (TIMES) copy_tile<THREADS, STEP>(stage + TILE, times, p.times_row, row, end, at, p.n);
-      }
+  const int steps = int((end - begin + STEP - 1) / STEP) * CHUNKS;
+  const auto load = [&](int step, int stage) {
+    T* const tile = stages + stage * STAGE;
+    const T *const u = static_cast<const T*>(p.u), *const times = static_cast<const T*>(p.times);
+    const int64_t row = begin + int64_t(step / CHUNKS) * STEP, at = column + step % CHUNKS * COLUMNS;
+    if (ANY) {
+      copy_numbers<THREADS, STEP>(tile, u, p.u_row, p.u_column, row, end, at, p.n);
+      copy_numbers<THREADS, STEP>(tile + TILE, times, p.times_row, p.times_column, row, end, at, p.n);
+    } else {
+      copy_tile<THREADS, STEP>(tile, u, p.u_row, row, end, at, p.n);
+      if (TIMES) copy_tile<THREADS, STEP>(tile + TILE, times, p.times_row, row, end, at, p.n);
     }
-    cp_async_commit();
   };
-  for (int turn = 0; turn < STAGES - 1; turn++) load(turn);
+  pipeline_prologue<STAGES>(steps, load);
   // bfloat16 leaves nothing of its own numbers
   const bool splits = p.gain.data || p.v.kind != 1;
   if (p.p) load_v<RANK, CHUNKS>(p, v_tile, v_rest, column, rank);
   Sums<RANK, CHUNKS> sums;
+  // not `pipelined`: a chunk's sums are registers, so the compiler has to know which chunk it is
   for (int64_t row = begin; row < end; row += STEP) {
     float of_v[RANK / 8][4] = {};
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
-      const int turn = int((row - begin) / STEP) * CHUNKS + chunk;
-      cp_async_wait<STAGES - 2>();
-      __syncthreads();  // all copies of this stage are there, and the stage before it has been read
-      load(turn + STAGES - 1);
+      const int stage = pipeline_step<STAGES>(int((row - begin) / STEP) * CHUNKS + chunk, steps, load);
       if (chunk == 0 && p.part) {
         split_tile<THREADS, STEP>(h_tile, h_rest, p.h, p.r, row, end, rank, min(p.r, rank + RANK), RANK / 16);
         __syncthreads();
       }
-      T* const tile = stages + turn % STAGES * STAGE;
+      T* const tile = stages + stage * STAGE;
       if (p.p) {
         const int at = chunk * RANK * COLUMNS;
         multiply_v<RANK>(of_v, tile, v_tile + at, v_rest + at, splits);

@@ -9,6 +9,7 @@
 // parts, whoever does it.
 #include "../common/kernels.h"
 #include "../common/parts.cuh"
+#include "../common/pipeline.cuh"
 #include "../common/tokens.cuh"
 
 namespace lk {
@@ -78,35 +79,22 @@ __device__ void stream(float (&sums)[TOKENS / 8][4], char* memory, const W* w, i
                        const LoRALinearSmall& p, int64_t begin, int64_t end) {
   constexpr int W_BYTES = ROWS * WIDTH, BYTES = W_BYTES + COLUMNS<W> / COLUMNS<T> * TOKENS * WIDTH;
   const int steps = int((end - begin + COLUMNS<W> - 1) / COLUMNS<W>), tokens = int(p.m);
-  const auto load = [&](int step) {
-    if (step < steps) {
-      char* const stage = memory + step % STAGES * BYTES;
-      const int64_t column = begin + int64_t(step) * COLUMNS<W>;
-      copy_tile<THREADS, ROWS>(reinterpret_cast<W*>(stage), w, w_row, row, rows, column, end);
-      copy_tokens<W, TOKENS>(reinterpret_cast<T*>(stage + W_BYTES), static_cast<const T*>(p.x), p.x_row, p.m, column,
-                             end);
-    }
-    cp_async_commit();
+  const auto w_tile = [&](int stage) { return reinterpret_cast<W*>(memory + stage * BYTES); };
+  const auto x_tile = [&](int stage) { return reinterpret_cast<T*>(memory + stage * BYTES + W_BYTES); };
+  const auto load = [&](int step, int stage) {
+    const int64_t column = begin + int64_t(step) * COLUMNS<W>;
+    copy_tile<THREADS, ROWS>(w_tile(stage), w, w_row, row, rows, column, end);
+    copy_tokens<W, TOKENS>(x_tile(stage), static_cast<const T*>(p.x), p.x_row, p.m, column, end);
   };
-  for (int step = 0; step < STAGES - 1; step++) load(step);
 #pragma unroll
   for (auto& sum : sums) sum[0] = sum[1] = sum[2] = sum[3] = 0;
-  for (int step = 0; step < steps; step++) {
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();  // all copies of this stage are there, and the stage before it has been read
-    load(step + STAGES - 1);
-    char* const stage = memory + step % STAGES * BYTES;
+  pipelined<STAGES>(steps, load, [&](int, int stage) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      if constexpr (sizeof(W) == 1) {
-        multiply_int8<T, TOKENS>(sums, reinterpret_cast<int8_t*>(stage), reinterpret_cast<T*>(stage + W_BYTES), i,
-                                 tokens);
-      } else {
-        multiply<T, TOKENS>(sums, reinterpret_cast<T*>(stage), reinterpret_cast<T*>(stage + W_BYTES), i, tokens);
-      }
+      if constexpr (sizeof(W) == 1) multiply_int8<T, TOKENS>(sums, w_tile(stage), x_tile(stage), i, tokens);
+      else multiply<T, TOKENS>(sums, w_tile(stage), x_tile(stage), i, tokens);
     }
-  }
-  cp_async_wait<0>();
+  });
 }
 
 // h's columns of a tile of A

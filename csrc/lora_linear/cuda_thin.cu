@@ -5,6 +5,7 @@
 // before: its numbers as bfloat16, and what those leave of them.
 #include "../common/kernels.h"
 #include "../common/philox.cuh"
+#include "../common/pipeline.cuh"
 #include "../common/tiles.cuh"
 
 namespace lk {
@@ -115,30 +116,26 @@ __device__ void shrink(const LoRALinearShrink& p) {
   const int64_t token = int64_t(blockIdx.x) * TOKENS, rank = int64_t(blockIdx.y) * RANK;
   const int64_t begin = int64_t(blockIdx.z) * p.part, end = min(p.k, begin + p.part);
   const int steps = int((end - begin + COLUMNS - 1) / COLUMNS);
-  const auto load = [&](int step) {
-    if (step < steps) {
-      T* const stage = memory + step % STAGES * STAGE;
-      const int64_t at = begin + int64_t(step) * COLUMNS;
-      const T* const x = static_cast<const T*>(p.x);
-      if (ANY) copy_numbers<THREADS, TOKENS, SWAP>(stage, x, p.x_row, p.x_column, token, p.m, at, end);
-      else copy_tile<THREADS, TOKENS, SWAP>(stage, x, p.x_row, token, p.m, at, end);
+  const auto load = [&](int step, int stage) {
+    T* const x_tile = memory + stage * STAGE;
+    const int64_t at = begin + int64_t(step) * COLUMNS;
+    const T* const x = static_cast<const T*>(p.x);
+    if (ANY) copy_numbers<THREADS, TOKENS, SWAP>(x_tile, x, p.x_row, p.x_column, token, p.m, at, end);
+    else copy_tile<THREADS, TOKENS, SWAP>(x_tile, x, p.x_row, token, p.m, at, end);
 #pragma unroll
-      for (int i = 0; i < SPLIT; i++) {
-        copy_tile<THREADS, RANK, SWAP>(reinterpret_cast<A*>(stage + (TOKENS + i * RANK) * COLUMNS),
-                                       static_cast<const A*>(p.a) + i * p.r * p.a_row, p.a_row, rank, p.r, at,
-                                       ANY ? (end + 7) / 8 * 8 : end);
-      }
+    for (int i = 0; i < SPLIT; i++) {
+      copy_tile<THREADS, RANK, SWAP>(reinterpret_cast<A*>(x_tile + (TOKENS + i * RANK) * COLUMNS),
+                                     static_cast<const A*>(p.a) + i * p.r * p.a_row, p.a_row, rank, p.r, at,
+                                     ANY ? (end + 7) / 8 * 8 : end);
     }
-    cp_async_commit();
   };
-  for (int step = 0; step < STAGES - 1; step++) load(step);
-  const uint64_t seed = DROPS ? uint64_t(p.dropout.at ? *p.dropout.at : p.dropout.seed) : 0;
+  uint64_t seed = 0;
+  const auto load_seed = [&] {
+    if (DROPS) seed = uint64_t(p.dropout.at ? *p.dropout.at : p.dropout.seed);
+  };
   float sums[RANK / 8][4] = {};
-  for (int step = 0; step < steps; step++) {
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();  // all copies of this stage are there, and the stage before it has been read
-    load(step + STAGES - 1);
-    T* const x_tile = memory + step % STAGES * STAGE;
+  pipelined<STAGES>(steps, load, load_seed, [&](int step, int stage) {
+    T* const x_tile = memory + stage * STAGE;
     A* const a_tile = reinterpret_cast<A*>(x_tile + TOKENS * COLUMNS);
 #pragma unroll
     for (int i = 0; i < COLUMNS / 16; i++) {
@@ -148,7 +145,7 @@ __device__ void shrink(const LoRALinearShrink& p) {
         multiply<RANK, SPLIT>(sums, x_tile, a_tile, i);
       }
     }
-  }
+  });
   each_sum(sums, [&](int row, int column, float sum) {
     const int64_t t = token + threadIdx.x / 32 * 16 + row, r = rank + column;
     if (t < p.m && r < p.r) p.h[(blockIdx.z * p.m + t) * p.r + r] = p.scale * sum;

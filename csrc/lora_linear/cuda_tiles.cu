@@ -4,6 +4,7 @@
 // rounded once.
 #include "../common/gemm.cuh"
 #include "../common/kernels.h"
+#include "../common/pipeline.cuh"
 
 namespace lk {
 
@@ -63,26 +64,18 @@ __device__ void lora_linear_tiles(const LoRALinearTiles& p) {
   place(blockIdx.x, down, across, p.group, p.slab, row, column);
   row *= TILE, column *= TILE;
   const int steps = int((p.k + COLUMNS - 1) / COLUMNS);
-  const auto load = [&](int step) {
-    if (step < steps) {
-      T* const stage = memory + step % STAGES * (TILE + TILE) * COLUMNS;
-      const int64_t at = int64_t(step) * COLUMNS;
-      copy_tile<THREADS, TILE>(stage, static_cast<const T*>(p.x), p.x_row, row, p.m, at, p.k);
-      copy_tile<THREADS, TILE>(stage + TILE * COLUMNS, static_cast<const T*>(p.w), p.w_row, column, p.n, at, p.k);
-    }
-    cp_async_commit();
+  const auto load = [&](int step, int stage) {
+    T *const x_tile = memory + stage * (TILE + TILE) * COLUMNS, *const w_tile = x_tile + TILE * COLUMNS;
+    const int64_t at = int64_t(step) * COLUMNS;
+    copy_tile<THREADS, TILE>(x_tile, static_cast<const T*>(p.x), p.x_row, row, p.m, at, p.k);
+    copy_tile<THREADS, TILE>(w_tile, static_cast<const T*>(p.w), p.w_row, column, p.n, at, p.k);
   };
-  for (int step = 0; step < STAGES - 1; step++) load(step);
   Sums sums = {};
-  for (int step = 0; step < steps; step++) {
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();  // all copies of this stage are there, and the stage before it has been read
-    load(step + STAGES - 1);
-    T* const stage = memory + step % STAGES * (TILE + TILE) * COLUMNS;
+  pipelined<STAGES>(steps, load, [&](int, int stage) {
+    T *const x_tile = memory + stage * (TILE + TILE) * COLUMNS, *const w_tile = x_tile + TILE * COLUMNS;
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 16; i++) multiply(sums, stage, stage + TILE * COLUMNS, i);
-  }
-  cp_async_wait<0>();
+    for (int i = 0; i < COLUMNS / 16; i++) multiply(sums, x_tile, w_tile, i);
+  });
   griddepcontrol_wait();  // h is there
   adapter<T>(p, reinterpret_cast<char*>(memory), sums, row, column);
   if (p.whole && column == 0) {

@@ -10,6 +10,7 @@
 // or how many of them do at once; and sums are added in the order of the parts, whoever does it.
 #include "../common/kernels.h"
 #include "../common/parts.cuh"
+#include "../common/pipeline.cuh"
 #include "../common/tokens.cuh"
 
 namespace lk {
@@ -129,29 +130,21 @@ __device__ void stream(float (&sums)[TOKENS / 8][4], char* memory, const Batch& 
   const Copies<T, TOKENS> copy_tokens([&](int token) {
     return token < tokens ? static_cast<const T*>(p.x) + batch.entry[from + token] * p.x_row : nullptr;
   });
-  const auto load = [&](int step) {
-    if (step < steps) {
-      T* const tile = reinterpret_cast<T*>(memory + step % STAGES * BYTES);
-      const int64_t column = begin + int64_t(step) * RANKS;
-      copy_rows(tile, column, end, p.x);
-      copy_tokens(tile + ROWS * RANKS, column, end, p.x);
-    }
-    cp_async_commit();
+  const auto load = [&](int step, int stage) {
+    T* const tile = reinterpret_cast<T*>(memory + stage * BYTES);
+    const int64_t column = begin + int64_t(step) * RANKS;
+    copy_rows(tile, column, end, p.x);
+    copy_tokens(tile + ROWS * RANKS, column, end, p.x);
   };
-  for (int step = 0; step < STAGES - 1; step++) load(step);
 #pragma unroll
   for (auto& sum : sums) sum[0] = sum[1] = sum[2] = sum[3] = 0;
-  for (int step = 0; step < steps; step++) {
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();  // all copies of this stage are there, and the stage before it has been read
-    load(step + STAGES - 1);
-    T* const tile = reinterpret_cast<T*>(memory + step % STAGES * BYTES);
+  pipelined<STAGES>(steps, load, [&](int, int stage) {
+    T* const tile = reinterpret_cast<T*>(memory + stage * BYTES);
     if (works) {
 #pragma unroll
       for (int i = 0; i < 4; i++) multiply<T, TOKENS>(sums, tile, tile + ROWS * RANKS, i, tokens);
     }
-  }
-  cp_async_wait<0>();
+  });
 }
 
 // h of a part of A's tile, 64 ranks of the adapter at position `from`
@@ -270,29 +263,21 @@ __device__ void end_of_w(char* memory, const Batch& batch, const MultiLoRASmall&
       pages[i] = at * PAGE < batch.rank[head] ? s.table[batch.slot[head] * s.pages + at] : 0;
     }
     __syncthreads();
-    const auto load = [&](int step) {
-      if (step < steps) {
-        const int rank = batch.rank[heads[step]] - first;
-        const int* const of_step = pages + step * (RANKS / PAGE);
-        const Copies<T, ROWS> copy(
-            [&](int r) { return r < rank ? b + (int64_t(of_step[r / PAGE]) * PAGE + r % PAGE) * s.b_row : nullptr; });
-        copy(stages + step % STAGES * ROWS * RANKS, 0, s.n - row, b);
-      }
-      cp_async_commit();
+    const auto load = [&](int step, int stage) {
+      const int rank = batch.rank[heads[step]] - first;
+      const int* const of_step = pages + step * (RANKS / PAGE);
+      const Copies<T, ROWS> copy(
+          [&](int r) { return r < rank ? b + (int64_t(of_step[r / PAGE]) * PAGE + r % PAGE) * s.b_row : nullptr; });
+      copy(stages + stage * ROWS * RANKS, 0, s.n - row, b);
     };
-    for (int step = 0; step < STAGES - 1; step++) load(step);
-    load_h<TOKENS>(h_tile, h_rest, batch, p, g, first, a_parts);
-    for (int step = 0; step < steps; step++) {
-      cp_async_wait<STAGES - 2>();
-      __syncthreads();  // this stage and h are there, and the stage before has been read
-      load(step + STAGES - 1);
+    const auto load_h_tile = [&] { load_h<TOKENS>(h_tile, h_rest, batch, p, g, first, a_parts); };
+    pipelined<STAGES>(steps, load, load_h_tile, [&](int step, int stage) {
       const int head = heads[step], sixteens = (min(batch.rank[head] - first, RANKS) + 15) / 16;
 #pragma unroll 1
       for (int i = 0; i < sixteens; i++) {
-        multiply_b<T, TOKENS>(sums, stages + step % STAGES * ROWS * RANKS, h_tile, h_rest, i, head, batch.until[head]);
+        multiply_b<T, TOKENS>(sums, stages + stage * ROWS * RANKS, h_tile, h_rest, i, head, batch.until[head]);
       }
-    }
-    cp_async_wait<0>();
+    });
   }
   T* const tile = reinterpret_cast<T*>(memory);
   __syncthreads();  // the tiles have been read

@@ -235,9 +235,9 @@ def test_what_is_read_for_many_tokens(fixed):
 
 
 @pytest.mark.parametrize(("old", "new"), [
-    ("    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    ("  __syncthreads();  // all copies", "  __syncwarp();  //"),
     ("cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    ("load(step + STAGES - 1)", "load(step + STAGES)"),
+    ("(step + STAGES - 1, steps", "(step + STAGES, steps"),
     ("__syncthreads();  // the tiles have been read", ";"),
     ("  __syncthreads();  // the tile has been read\n", ""),
     ("__shared__ int is;\n  __syncthreads();", "__shared__ int is;\n"),
@@ -272,16 +272,16 @@ def test_planted_bugs(planted, simulated, short_parts, old, new):
 
 
 @pytest.mark.parametrize(("source", "old", "new"), [
-    (skinny.THIN, "    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    (skinny.THIN, "  __syncthreads();  // all copies", "  __syncwarp();  //"),
     (skinny.THIN, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    (skinny.THIN, "load(step + STAGES - 1)", "load(step + STAGES)"),
+    (skinny.THIN, "(step + STAGES - 1, steps", "(step + STAGES, steps"),
     (skinny.THIN, "if (t < p.m && r < p.r)", "if (t < p.m)"),
     (skinny.THIN, "t = token + row + i * 8;", "t = token + row;"),
     (skinny.THIN, "column + step * 16 + lane % 4 * 4;", "column + step * 4 + lane % 4 * 4;"),
     (skinny.THIN, "DROPS ? Swap::PAIRS", "DROPS ? Swap::EIGHT"),
-    (cuda.TILES, "    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    (cuda.TILES, "  __syncthreads();  // all copies", "  __syncwarp();  //"),
     (cuda.TILES, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    (cuda.TILES, "load(step + STAGES - 1)", "load(step + STAGES)"),
+    (cuda.TILES, "(step + STAGES - 1, steps", "(step + STAGES, steps"),
     (cuda.TILES, "__syncthreads();  // the tiles have been read", ";"),
     (cuda.TILES, "  __syncthreads();  // what was there has been read\n", ""),
     (cuda.TILES, "row + r < m && column + c * 8 < n", "row + r < m"),

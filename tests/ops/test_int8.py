@@ -238,10 +238,10 @@ def test_backward_reads_w_once_in_bytes():
 
 @needs_nvcc
 @pytest.mark.parametrize(("old", "new"), [
-    ("    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    ("  __syncthreads();  // all copies", "  __syncwarp();  //"),
     ("cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    ("step + 1) * STEP, end);  // while the tiles are multiplied\n    __syncthreads();", "step + 1) * STEP, end);"),
-    ("step + 1) * STEP, end);  // while", "step) * STEP, end);  //"),
+    ("step + 1) * STEP, end);\n    __syncthreads();", "step + 1) * STEP, end);"),
+    ("step + 1) * STEP, end);", "step) * STEP, end);"),
     ("    __syncthreads();  // the tiles have been read\n", ""),
     ("0x3120", "0x3210"),
     ("make_uint2(__byte_perm(v.x, v.y, 0x7632)", "make_uint2(__byte_perm(v.x, v.y, 0x5410)"),
