@@ -15,7 +15,7 @@ __device__ inline int first_row() { return threadIdx.x / 32 * 16; }
 // numbers x and y of the row 8 half further down, which W has at `pair` in its tile; after(tile,
 // column) once the warp is through with a tile.
 template <int RANK, typename T, typename P, typename Each, typename After>
-__device__ void walk(const P& p, int64_t row, int64_t begin, int64_t end, Each&& each, After&& after) {
+__device__ void update_mainloop(const P& p, int64_t row, int64_t begin, int64_t end, Each&& each, After&& after) {
   const T *const w = static_cast<const T*>(p.w), *const a = static_cast<const T*>(p.a);
   extern __shared__ uint4 memory[];
   T* const ws = reinterpret_cast<T*>(memory);  // [STAGES][ROWS][COLUMNS]

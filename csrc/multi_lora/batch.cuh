@@ -27,7 +27,7 @@ struct MultiLoRASmall {
   MultiLoRASlice slice[3];
 };
 
-constexpr int RANKS = 64, PAGE = 8, MOST = 64, SLICES = 3;  // of a step of B; tokens
+constexpr int RANKS = 64, PAGE = 8, MAX_TOKENS = 64, MAX_SLICES = 3;  // RANKS of a step of B
 
 __device__ inline MultiLoRASlice slice_of(const MultiLoRASmall& p, int g) {
   return g == 0 ? p.slice[0] : g == 1 ? p.slice[1] : p.slice[2];
@@ -35,11 +35,11 @@ __device__ inline MultiLoRASlice slice_of(const MultiLoRASmall& p, int g) {
 
 // The tokens in the order of the plan, and whose they are.
 struct Batch {
-  int64_t entry[MOST];
-  int slot[MOST];   // or -1
-  int rank[MOST];   // of its adapter in a slice; 0 without one
-  int until[MOST];  // the first position that is another adapter's
-  int tiles[MOST];  // tiles of A up to here: an adapter's count at its first position
+  int64_t entry[MAX_TOKENS];
+  int slot[MAX_TOKENS];   // or -1
+  int rank[MAX_TOKENS];   // of its adapter in a slice; 0 without one
+  int until[MAX_TOKENS];  // the first position that is another adapter's
+  int tiles[MAX_TOKENS];  // tiles of A up to here: an adapter's count at its first position
 };
 
 __device__ inline void read_entries(Batch& batch, const MultiLoRASmall& p) {
@@ -50,7 +50,7 @@ __device__ inline void read_entries(Batch& batch, const MultiLoRASmall& p) {
 // the slots, and what a slice has of them. Returns how many tiles A has there.
 __device__ int read_slots(Batch& batch, const MultiLoRASmall& p, const MultiLoRASlice& s) {
   __syncthreads();  // what was there has been read
-  for (int i = threadIdx.x; i < MOST; i += THREADS) {
+  for (int i = threadIdx.x; i < MAX_TOKENS; i += THREADS) {
     int slot = -1;
     if (i < p.m) {
       const int64_t id = p.ids[batch.entry[i]], at = id & 0xffffffff;
@@ -63,7 +63,7 @@ __device__ int read_slots(Batch& batch, const MultiLoRASmall& p, const MultiLoRA
   __syncthreads();
   if (threadIdx.x < 32) {
     int carried = 0;
-    for (int half = 0; half < MOST; half += 32) {
+    for (int half = 0; half < MAX_TOKENS; half += 32) {
       const int i = half + int(threadIdx.x), slot = batch.slot[i];
       const bool head = slot >= 0 && (i == 0 || batch.slot[i - 1] != slot);
       int tiles = head ? (batch.rank[i] + ROWS - 1) / ROWS : 0;
@@ -75,13 +75,13 @@ __device__ int read_slots(Batch& batch, const MultiLoRASmall& p, const MultiLoRA
       carried += __shfl_sync(0xffffffff, tiles, 31);
     }
   }
-  for (int i = threadIdx.x; i < MOST; i += THREADS) {
+  for (int i = threadIdx.x; i < MAX_TOKENS; i += THREADS) {
     int end = i + 1;
-    while (end < MOST && batch.slot[end] == batch.slot[i]) end++;
+    while (end < MAX_TOKENS && batch.slot[end] == batch.slot[i]) end++;
     batch.until[i] = end;
   }
   __syncthreads();
-  return batch.tiles[MOST - 1];
+  return batch.tiles[MAX_TOKENS - 1];
 }
 
 }  // namespace lk

@@ -176,7 +176,7 @@ def test_what_is_read(simulated):
 
 
 def loop(overlapped="", barrier="__syncthreads()", ahead="STAGES - 1"):
-    """Written out in the place of one call, so that a bug in `pipelined` is in one of the two loops."""
+    """`pipelined` written out in the place of a call, so that one of the two loops has the bug."""
     return f"""const auto planted = [&](auto&& use) {{
       pipeline_prologue<STAGES>(steps, load);
       {overlapped};
@@ -195,7 +195,7 @@ def loop(overlapped="", barrier="__syncthreads()", ahead="STAGES - 1"):
     ("    __syncthreads();  // the tiles and the list have been read", ""),
     ("pipelined<STAGES>(steps, load, load_h_tile, [&](", loop("load_h_tile()", barrier="__syncwarp()")),
     ("  __syncthreads();  // and the stages of the item before have been read", ""),
-    ("  __syncthreads();  // the tiles have been read\n  each_sum", "  each_sum"),
+    ("  __syncthreads();  // the tiles have been read\n  for_each", "  for_each"),
     ("pipelined<STAGES>(steps, load, [&](", loop(ahead="STAGES")),
     ("w_parts + (a_tiles > 0)", "w_parts"),
     ("      of_tiles[mine] = 0;\n", ""),
