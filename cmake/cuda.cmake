@@ -78,7 +78,7 @@ foreach(arch ${LK_CUDA_PTX})
 endforeach()
 
 file(GLOB sources CONFIGURE_DEPENDS RELATIVE ${CMAKE_CURRENT_SOURCE_DIR} csrc/*/cuda*.cu)
-file(GLOB headers CONFIGURE_DEPENDS csrc/common/*.h csrc/common/*.cuh)
+file(GLOB headers CONFIGURE_DEPENDS csrc/common/*.h csrc/*/*.cuh)
 set(objects "")
 foreach(source ${sources})
   # what one GPU alone has; for others it is compiled empty, and lora_kernels/ops/launch.py refuses it

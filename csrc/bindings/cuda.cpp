@@ -34,7 +34,7 @@ Kernels multi_lora_small_kernels();
 Kernels weight_norm_kernels();
 Kernels weight_norm_any_kernels();
 
-std::vector<Kernel> all() {
+std::vector<Kernel> all_kernels() {
   std::vector<Kernel> found;
   for (Kernels each : {lora_linear_dx_kernels(), lora_linear_dx_small_kernels(), lora_linear_expand_kernels(),
                        lora_linear_outer_kernels(), lora_linear_sides_kernels(), lora_linear_small_kernels(),
@@ -45,10 +45,10 @@ std::vector<Kernel> all() {
   }
   return found;
 }
-const std::vector<Kernel> kernels = all();
+const std::vector<Kernel> kernels = all_kernels();
 
-constexpr int MOST = 1024;      // bytes of a kernel's struct
-constexpr int FREE = 48 << 10;  // bytes of shared memory that need no leave
+constexpr int MAX_ARGUMENT_BYTES = 1024;        // bytes of a kernel's struct
+constexpr int DEFAULT_SHARED_BYTES = 48 << 10;  // bytes of shared memory that need no leave
 
 // A map of a matrix of 16 bits by rows, from which boxes are copied into rows of 128 bytes, their
 // pieces exchanged
@@ -100,15 +100,15 @@ uintptr_t address(PyObject* tensor) {
 // with the launch: another thread that replaces a tensor's storage must hold the interpreter's
 // lock, and memory freed after a launch is given out again in the order of the stream.
 struct Packed {
-  alignas(64) unsigned char bytes[MOST] = {};
+  alignas(64) unsigned char bytes[MAX_ARGUMENT_BYTES] = {};
   int count = 0;
 
   explicit Packed(const py::tuple& fields) {
-    int most = 8;
+    int widest = 8;
     for (py::handle field : fields) {
       if (PyBytes_Check(field.ptr())) {
-        most = ALIGNMENT;
-        put(PyBytes_AS_STRING(field.ptr()), int(PyBytes_GET_SIZE(field.ptr())), most);
+        widest = ALIGNMENT;
+        put(PyBytes_AS_STRING(field.ptr()), int(PyBytes_GET_SIZE(field.ptr())), widest);
       } else if (PyFloat_Check(field.ptr())) {
         put(float(PyFloat_AS_DOUBLE(field.ptr())));
       } else if (field.is_none()) {
@@ -128,7 +128,7 @@ struct Packed {
         put(int64_t(address(field.ptr())));
       }
     }
-    count = (count + most - 1) / most * most;
+    count = (count + widest - 1) / widest * widest;
   }
 
  private:
@@ -140,8 +140,8 @@ struct Packed {
   }
   void put(const void* value, int size, int alignment) {
     count = (count + alignment - 1) / alignment * alignment;
-    if (count + size > MOST) {
-      throw std::invalid_argument("at most " + std::to_string(MOST) + " bytes of arguments");
+    if (count + size > MAX_ARGUMENT_BYTES) {
+      throw std::invalid_argument("at most " + std::to_string(MAX_ARGUMENT_BYTES) + " bytes of arguments");
     }
     std::memcpy(bytes + count, value, size_t(size));
     count += size;
@@ -178,7 +178,7 @@ void launch(int kernel, int x, int y, int z, int threads, int shared, bool early
   int before = device;
   cudaError_t error = cudaGetDevice(&before);
   if (!error && before != device) error = cudaSetDevice(device);
-  if (!error && shared > FREE) {
+  if (!error && shared > DEFAULT_SHARED_BYTES) {
     error = cudaFuncSetAttribute(k.function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   }
   if (!error) error = cudaLaunchKernelExC(&config, k.function, places);

@@ -125,7 +125,7 @@ inline void split(const View& m, int64_t first, int64_t rows, int64_t k, int64_t
 // One tile of an operand from 16 rows of 32: a left one as it is, a right one with pairs of columns
 // side by side.
 template <bool LEFT>
-LK_INLINE void place(const bf16* rows, bf16* to) {
+LK_INLINE void pack_tile(const bf16* rows, bf16* to) {
   LEFT ? (void)std::copy_n(rows, TILE, to) : pack_rows(rows, DEPTH, ROWS, DEPTH, to);
 }
 

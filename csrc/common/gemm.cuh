@@ -7,26 +7,27 @@ namespace lk {
 
 constexpr int TILE = 128, COLUMNS = 64, STAGES = 3, THREADS = 256, RANKS = 64;
 
-using Sums = float[4][4][4];  // of a warp: 16 rows, 8 columns, a lane's four
+using Accumulators = float[4][4][4];  // of a warp: 16 rows, 8 columns, a lane's four
 
 // the row and the column of a tile: `group` rows take their turns side by side, in slabs of `slab`
 // columns, 0 for all
-__device__ inline void place(int64_t tile, int64_t down, int64_t across, int64_t group, int64_t slab, int64_t& row,
-                             int64_t& column) {
+__device__ inline void swizzled_tile(int64_t tile, int64_t tile_rows, int64_t tile_columns, int64_t group, int64_t slab,
+                                     int64_t& row, int64_t& column) {
   int64_t first = 0;
   if (slab > 0) {
-    first = tile / (slab * down) * slab;
-    tile %= slab * down;
-    across = min(across - first, slab);
+    first = tile / (slab * tile_rows) * slab;
+    tile %= slab * tile_rows;
+    tile_columns = min(tile_columns - first, slab);
   }
-  const int64_t at = tile / (group * across), inside = tile % (group * across), height = min(down - at * group, group);
+  const int64_t at = tile / (group * tile_columns), inside = tile % (group * tile_columns),
+                height = min(tile_rows - at * group, group);
   row = at * group + inside % height;
   column = first + inside / height;
 }
 
 // sums += 16 rows at a time times 8 columns
 template <typename T>
-__device__ void multiply_all(Sums& sums, const uint32_t (&f)[4][4], const uint32_t (&g)[2][4]) {
+__device__ void multiply_all(Accumulators& sums, const uint32_t (&f)[4][4], const uint32_t (&g)[2][4]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
 #pragma unroll
@@ -36,7 +37,8 @@ __device__ void multiply_all(Sums& sums, const uint32_t (&f)[4][4], const uint32
 
 // a tile of to [m, n], by way of shared memory
 template <typename T>
-__device__ void store(T* memory, void* to, int64_t m, int64_t n, const Sums& sums, int64_t row, int64_t column) {
+__device__ void store(T* memory, void* to, int64_t m, int64_t n, const Accumulators& sums, int64_t row,
+                      int64_t column) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r0 = warp / 4 * 64 + lane / 4, c0 = warp % 4 * 32;
   __syncthreads();  // what was there has been read
 #pragma unroll

@@ -94,16 +94,16 @@ __device__ uint64_t wgmma_operand(const void* tile, int group) {
 template <bool ACROSS>
 constexpr uint64_t WGMMA_STEP = ACROSS ? 16 * 128 >> 4 : 16 * 2 >> 4;
 
-using WgmmaSums = float[128];  // of a thread: 64 rows and 256 columns in a warp group
+using WgmmaAccumulators = float[128];  // of a thread: 64 rows and 256 columns in a warp group
 
-__device__ inline void wgmma_fence(WgmmaSums& d) {
+__device__ inline void wgmma_fence(WgmmaAccumulators& d) {
 #pragma unroll
   for (int i = 0; i < 128; i++) asm volatile("" : "+f"(d[i])::"memory");  // no product moves across
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT>
-__device__ void wgmma_wait(WgmmaSums& d) {
+__device__ void wgmma_wait(WgmmaAccumulators& d) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 #pragma unroll
   for (int i = 0; i < 128; i++) asm volatile("" : "+f"(d[i])::"memory");
@@ -131,7 +131,7 @@ __device__ void wgmma_wait(WgmmaSums& d) {
 // d = a b, or d + a b if `added`; issued, not waited for. a [64, 16] by rows, b [16, 256] by
 // columns or, if ACROSS, by rows
 template <typename T, bool ACROSS>
-__device__ void wgmma_m64n256k16(WgmmaSums& d, uint64_t a, uint64_t b, bool added) {
+__device__ void wgmma_m64n256k16(WgmmaAccumulators& d, uint64_t a, uint64_t b, bool added) {
   if constexpr (std::is_same<T, __half>::value) {
     LK_WGMMA("f16");
   } else {

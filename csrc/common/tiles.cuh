@@ -48,17 +48,17 @@ __device__ inline void widen(uint32_t four, uint32_t& low, uint32_t& high, __nv_
 
 // for eight lanes that read 16 bytes each, of eight rows; for sixteen that read 8, of four rows and
 // their neighbours
-enum class Swap { EIGHT, PAIRS };
+enum class Swizzle { EIGHT, PAIRS };
 
-template <Swap SWAP = Swap::EIGHT, typename T>
+template <Swizzle SWIZZLE = Swizzle::EIGHT, typename T>
 __device__ T* piece(T* tile, int row, int at) {
-  const int swap = SWAP == Swap::EIGHT ? row % 8 : row % 4 * 2;
-  return tile + (row * WIDTH + (at ^ swap) * PIECE) / int(sizeof(T));
+  const int swizzle = SWIZZLE == Swizzle::EIGHT ? row % 8 : row % 4 * 2;
+  return tile + (row * WIDTH + (at ^ swizzle) * PIECE) / int(sizeof(T));
 }
 
 // put(row, column, sum) of each of a lane's sums of 16 rows and 8 COUNT columns
 template <typename Sum, int COUNT, typename Put>
-__device__ void each_sum(Sum (&sums)[COUNT][4], Put&& put) {
+__device__ void for_each_accumulator(Sum (&sums)[COUNT][4], Put&& put) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < COUNT; j++) {
@@ -69,7 +69,7 @@ __device__ void each_sum(Sum (&sums)[COUNT][4], Put&& put) {
 
 // COUNT rows of m [rows, columns] from `row` on, 128 bytes of each from `column` on, by THREADS
 // threads; zeros beyond its edges. The columns are whole pieces.
-template <int THREADS, int COUNT, Swap SWAP = Swap::EIGHT, typename T>
+template <int THREADS, int COUNT, Swizzle SWIZZLE = Swizzle::EIGHT, typename T>
 __device__ void copy_tile(T* tile, const T* m, int64_t stride, int64_t row, int64_t rows, int64_t column,
                           int64_t columns) {
   constexpr int EACH = PIECE / int(sizeof(T)), PIECES = COUNT * WIDTH / PIECE;
@@ -78,25 +78,25 @@ __device__ void copy_tile(T* tile, const T* m, int64_t stride, int64_t row, int6
     const int i = first + int(threadIdx.x), r = i / 8, c = i % 8;
     if (PIECES % THREADS != 0 && i >= PIECES) break;
     const bool inside = row + r < rows && column + c * EACH < columns;
-    cp_async(piece<SWAP>(tile, r, c), inside ? m + (row + r) * stride + column + c * EACH : m, inside ? PIECE : 0);
+    cp_async(piece<SWIZZLE>(tile, r, c), inside ? m + (row + r) * stride + column + c * EACH : m, inside ? PIECE : 0);
   }
 }
 
 // The same of a matrix whose rows cannot be read 16 bytes at a time, or whose columns are `step`
 // numbers apart.
-template <int THREADS, int COUNT, Swap SWAP = Swap::EIGHT, typename T>
+template <int THREADS, int COUNT, Swizzle SWIZZLE = Swizzle::EIGHT, typename T>
 __device__ void copy_numbers(T* tile, const T* m, int64_t stride, int64_t step, int64_t row, int64_t rows,
                              int64_t column, int64_t columns) {
   static_assert(sizeof(T) == 2, "a piece has eight numbers");
   for (int i = threadIdx.x; i < COUNT * WIDTH / PIECE; i += THREADS) {
     const int r = i / 8, c = i % 8;
-    alignas(16) T found[8];
+    alignas(16) T values[8];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       const int64_t at = column + c * 8 + j;
-      found[j] = row + r < rows && at < columns ? m[(row + r) * stride + at * step] : T(0.f);
+      values[j] = row + r < rows && at < columns ? m[(row + r) * stride + at * step] : T(0.f);
     }
-    *reinterpret_cast<uint4*>(piece<SWAP>(tile, r, c)) = *reinterpret_cast<uint4*>(found);
+    *reinterpret_cast<uint4*>(piece<SWIZZLE>(tile, r, c)) = *reinterpret_cast<uint4*>(values);
   }
 }
 
@@ -135,10 +135,10 @@ __device__ void multiply_rows(float (&product)[2][4], const uint32_t (&operand)[
 // a vector of any of the floating types
 struct Vector {
   const void* data;  // or null
-  int64_t kind;      // 0 float, 1 bfloat16, 2 float16
+  int64_t dtype;     // 0 float, 1 bfloat16, 2 float16
   __device__ float operator[](int64_t i) const {
-    if (kind == 1) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
-    if (kind == 2) return __half2float(static_cast<const __half*>(data)[i]);
+    if (dtype == 1) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+    if (dtype == 2) return __half2float(static_cast<const __half*>(data)[i]);
     return static_cast<const float*>(data)[i];
   }
 };
@@ -146,13 +146,13 @@ struct Vector {
 // a matrix of any of the floating types, with any strides
 struct Matrix {
   const void* data;
-  int64_t kind, row, column;  // kind as of a Vector
-  __device__ float operator()(int64_t r, int64_t c) const { return Vector{data, kind}[r * row + c * column]; }
+  int64_t dtype, row, column;  // dtype as of a Vector
+  __device__ float operator()(int64_t r, int64_t c) const { return Vector{data, dtype}[r * row + c * column]; }
 };
 
-__device__ inline float wide(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ inline float wide(__half v) { return __half2float(v); }
-__device__ inline float wide(float v) { return v; }
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ inline float to_float(__half v) { return __half2float(v); }
+__device__ inline float to_float(float v) { return v; }
 template <typename T>
 __device__ T rounded(float v);
 template <>
@@ -167,7 +167,7 @@ __device__ inline __half rounded(float v) {
 // v as a number of bfloat16 and what that leaves of it
 __device__ inline void split(float v, __nv_bfloat16& high, __nv_bfloat16& low) {
   high = __float2bfloat16_rn(v);
-  low = __float2bfloat16_rn(isinf(wide(high)) ? 0.f : v - wide(high));
+  low = __float2bfloat16_rn(isinf(to_float(high)) ? 0.f : v - to_float(high));
 }
 
 // two numbers of T as two of bfloat16, and what those leave: of float16 nothing is lost
@@ -194,16 +194,16 @@ __device__ void mma_split(float (&sums)[4], const uint32_t (&f)[4], const uint32
 template <typename T>
 __device__ void load_eight(float (&v)[8], const T* m, int64_t count, bool aligned) {
   if (count >= 8 && aligned) {
-    alignas(16) T found[8];
+    alignas(16) T values[8];
 #pragma unroll
-    for (int i = 0; i < int(sizeof found) / PIECE; i++) {
-      reinterpret_cast<uint4*>(found)[i] = reinterpret_cast<const uint4*>(m)[i];
+    for (int i = 0; i < int(sizeof values) / PIECE; i++) {
+      reinterpret_cast<uint4*>(values)[i] = reinterpret_cast<const uint4*>(m)[i];
     }
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = wide(found[i]);
+    for (int i = 0; i < 8; i++) v[i] = to_float(values[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = i < count ? wide(m[i]) : 0.f;
+    for (int i = 0; i < 8; i++) v[i] = i < count ? to_float(m[i]) : 0.f;
   }
 }
 

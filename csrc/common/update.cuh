@@ -1,6 +1,7 @@
 // W + scale · B A, 64 rows of it: tiles of 64 columns of W and A come by cp.async, and B A is made
 // on tensor cores. A warp has 16 of the rows; their part of B stays in registers.
 #pragma once
+#include "pipeline.cuh"
 #include "tiles.cuh"
 
 namespace lk {
@@ -14,28 +15,23 @@ __device__ inline int first_row() { return threadIdx.x / 32 * 16; }
 // numbers x and y of the row 8 half further down, which W has at `pair` in its tile; after(tile,
 // column) once the warp is through with a tile.
 template <int RANK, typename T, typename P, typename Each, typename After>
-__device__ void walk(const P& p, int64_t row, int64_t begin, int64_t end, Each&& each, After&& after) {
+__device__ void update_mainloop(const P& p, int64_t row, int64_t begin, int64_t end, Each&& each, After&& after) {
   const T *const w = static_cast<const T*>(p.w), *const a = static_cast<const T*>(p.a);
   extern __shared__ uint4 memory[];
   T* const ws = reinterpret_cast<T*>(memory);  // [STAGES][ROWS][COLUMNS]
   T* const as = ws + STAGES * ROWS * COLUMNS;  // [STAGES][RANK][COLUMNS]
   const int lane = threadIdx.x % 32, steps = int((end - begin + COLUMNS - 1) / COLUMNS);
-  const auto load = [&](int step) {
-    if (step < steps) {
-      const int64_t column = begin + int64_t(step) * COLUMNS;
-      copy_tile<THREADS, ROWS>(ws + step % STAGES * ROWS * COLUMNS, w, p.w_row, row, p.rows, column, end);
-      copy_tile<THREADS, RANK>(as + step % STAGES * RANK * COLUMNS, a, p.a_row, 0, p.rank, column, end);
-    }
-    cp_async_commit();
+  const auto load = [&](int step, int stage) {
+    const int64_t column = begin + int64_t(step) * COLUMNS;
+    copy_tile<THREADS, ROWS>(ws + stage * ROWS * COLUMNS, w, p.w_row, row, p.rows, column, end);
+    copy_tile<THREADS, RANK>(as + stage * RANK * COLUMNS, a, p.a_row, 0, p.rank, column, end);
   };
-  for (int step = 0; step < STAGES - 1; step++) load(step);
   uint32_t bs[RANK / 16][4];
-  load_rows<RANK>(bs, static_cast<const T*>(p.b), p.b_row, row + first_row(), p.rows, p.rank);
-  for (int step = 0; step < steps; step++) {
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();  // all copies of this stage are there, and the stage before it has been read
-    load(step + STAGES - 1);
-    T *const w_tile = ws + step % STAGES * ROWS * COLUMNS, *const a_tile = as + step % STAGES * RANK * COLUMNS;
+  const auto load_b = [&] {
+    load_rows<RANK>(bs, static_cast<const T*>(p.b), p.b_row, row + first_row(), p.rows, p.rank);
+  };
+  pipelined<STAGES>(steps, load, load_b, [&](int step, int stage) {
+    T *const w_tile = ws + stage * ROWS * COLUMNS, *const a_tile = as + stage * RANK * COLUMNS;
 #pragma unroll
     for (int c = 0; c < COLUMNS / 8; c += 2) {
       float update[2][4] = {};
@@ -49,7 +45,7 @@ __device__ void walk(const P& p, int64_t row, int64_t begin, int64_t end, Each&&
       }
     }
     after(w_tile, begin + int64_t(step) * COLUMNS);
-  }
+  });
 }
 
 }  // namespace lk

@@ -20,8 +20,8 @@ struct Factors {
 // Walks over columns `begin` to `end` of the rows from `row` on: each(row, column, x) for each
 // number x of it.
 template <typename T, typename Each>
-__device__ void walk_any(const Factors& p, const T* w, int64_t w_row, int64_t w_column, int64_t row, int64_t rows,
-                         int64_t begin, int64_t end, Each&& each) {
+__device__ void update_mainloop_any(const Factors& p, const T* w, int64_t w_row, int64_t w_column, int64_t row,
+                                    int64_t rows, int64_t begin, int64_t end, Each&& each) {
   using B = __nv_bfloat16;
   extern __shared__ uint4 memory[];
   // [2], of A twice [2][RANKS][64] and of B [ROWS][RANKS and RANKS]
@@ -49,6 +49,8 @@ __device__ void walk_any(const Factors& p, const T* w, int64_t w_row, int64_t w_
   };
   load(0);
   float sums[COLUMNS / 8][4] = {};
+  // not `pipelined`: copies are issued before the wait, so that two turns are in flight in two
+  // stages; the price is a second barrier
   int turn = 0;
   for (int64_t column = begin; column < end; column += COLUMNS) {
     for (int block = 0; block < blocks; block++, turn++) {
@@ -76,9 +78,9 @@ __device__ void walk_any(const Factors& p, const T* w, int64_t w_row, int64_t w_
       }
       __syncthreads();  // this stage has been read
     }
-    each_sum(sums, [&](int r, int c, float& sum) {
+    for_each_accumulator(sums, [&](int r, int c, float& sum) {
       const int64_t m = row + first + r, n = column + c;
-      if (m < rows && n < end) each(m, n, wide(w[m * w_row + n * w_column]) + p.scale * sum);
+      if (m < rows && n < end) each(m, n, to_float(w[m * w_row + n * w_column]) + p.scale * sum);
       sum = 0;
     });
   }

@@ -73,14 +73,14 @@ LK_INLINE float to_float(bf16 v) {
 }
 LK_INLINE float to_float(f16 v) { return f16_to_float(v.bits); }
 
-LK_INLINE void put(float* p, float v) { *p = v; }
-LK_INLINE void put(bf16* p, float v) {
+LK_INLINE void store_scalar(float* p, float v) { *p = v; }
+LK_INLINE void store_scalar(bf16* p, float v) {
   uint32_t u;
   std::memcpy(&u, &v, 4);
   // round to nearest even; a NaN stays a NaN
   p->bits = v != v ? uint16_t(u >> 16 | 0x40) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
-LK_INLINE void put(f16* p, float v) { p->bits = float_to_f16(v); }
+LK_INLINE void store_scalar(f16* p, float v) { p->bits = float_to_f16(v); }
 
 LK_INLINE vec load(const float* p) {
   vec v;
@@ -124,7 +124,7 @@ LK_INLINE void store(f16* p, vec v) {
 #elif LK_VL == 8
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
-  for (int i = 0; i < VL; i++) put(p + i, v[i]);
+  for (int i = 0; i < VL; i++) store_scalar(p + i, v[i]);
 #endif
 }
 
@@ -137,7 +137,7 @@ LK_INLINE vec load_first(const T* p, int64_t n) {
 }
 template <typename T>
 LK_INLINE void store_first(T* p, vec v, int64_t n) {
-  for (int64_t i = 0; i < n; i++) put(p + i, v[i]);
+  for (int64_t i = 0; i < n; i++) store_scalar(p + i, v[i]);
 }
 
 // the sums of four vectors

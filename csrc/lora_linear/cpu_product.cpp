@@ -19,10 +19,10 @@ namespace {
 
 // vectors of tokens in a register tile, at most, and its outputs
 #if LK_VL == 16
-constexpr int MOST = 4;
+constexpr int MAX_VECTORS = 4;
 constexpr int outputs(int vectors) { return vectors == 4 ? 6 : 8; }
 #else
-constexpr int MOST = 2;
+constexpr int MAX_VECTORS = 2;
 constexpr int outputs(int) { return LK_VL == 8 ? 6 : 4; }
 #endif
 constexpr int64_t DEPTH = 64;  // of a block
@@ -55,7 +55,7 @@ LK_INLINE void transpose(vec (&r)[VL]) {
 
 // to[j, 0:VL] = from[0:rows, j] for the first `columns` j; zeros for the rows that are not there
 template <typename T>
-LK_INLINE void turn(const T* from, int64_t row, int64_t rows, int64_t columns, float* to, int64_t to_row) {
+LK_INLINE void transpose_block(const T* from, int64_t row, int64_t rows, int64_t columns, float* to, int64_t to_row) {
   vec r[VL];
   LK_UNROLL for (int i = 0; i < VL; i++) {
     r[i] = i >= rows ? vec{} : columns >= VL ? load(from + i * row) : load_first(from + i * row, columns);
@@ -71,7 +71,7 @@ struct Tokens {
   int64_t groups, width;  // width: tokens of a group
   explicit Tokens(int64_t tokens) {
     const int64_t vectors = (tokens + VL - 1) / VL;
-    groups = (vectors + MOST - 1) / MOST;
+    groups = (vectors + MAX_VECTORS - 1) / MAX_VECTORS;
     width = (vectors + groups - 1) / groups * VL;
   }
 };
@@ -84,7 +84,7 @@ void pack(const BaseProduct& p, const X* x, const Tokens& of, Range blocks, floa
     for (int64_t t = 0; t < of.groups * of.width; t += VL) {
       float* group = to + (k0 * of.groups + t / of.width * depth) * of.width + t % of.width;
       for (int64_t k = 0; k < depth; k += VL) {
-        turn(x + t * p.x.row + k0 + k, p.x.row, p.tokens - t, depth - k, group + k * of.width, of.width);
+        transpose_block(x + t * p.x.row + k0 + k, p.x.row, p.tokens - t, depth - k, group + k * of.width, of.width);
       }
     }
   }
@@ -161,7 +161,7 @@ void panel(const BaseProduct& p, const Tokens& of, const float* x, int64_t n, in
     const float* from = sums + t / WIDTH * PANEL * WIDTH + t % WIDTH;
     float turned[VL * VL];
     for (int64_t i = 0; i < count; i += VL) {
-      turn(from + i * WIDTH, WIDTH, count - i, VL, turned, VL);
+      transpose_block(from + i * WIDTH, WIDTH, count - i, VL, turned, VL);
       const int64_t left = count - i;
       for (int64_t j = 0; j < std::min<int64_t>(VL, p.tokens - t); j++) {
         float* to = y + (t + j) * p.y.row + i;
@@ -180,8 +180,8 @@ void base_product(const BaseProduct& p) {
   const int64_t vectors = of.width / VL;
   const auto run = vectors == 1   ? panel<1>
                    : vectors == 2 ? panel<2>
-                   : vectors == 3 ? panel<std::min(3, MOST)>
-                                  : panel<MOST>;
+                   : vectors == 3 ? panel<std::min(3, MAX_VECTORS)>
+                                  : panel<MAX_VECTORS>;
 #pragma omp parallel num_threads(p.threads)
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();

@@ -103,9 +103,9 @@ LK_INLINE void outputs(const ForwardSmall& p, const W* w, const Scratch& s, cons
     float gain = 1.f, bias = 0.f;
     if (p.gain.data) with_type(p.gain, [&](auto* v) { gain = to_float(v[(n + j) * p.gain.col]); });
     if (p.bias.data) with_type(p.bias, [&](auto* v) { bias = to_float(v[(n + j) * p.bias.col]); });
-    for (int64_t t = 0; t < p.tokens; t++) put(y + t * p.y.row + n + j, gain * sums[j * p.tokens + t] + bias);
+    for (int64_t t = 0; t < p.tokens; t++) store_scalar(y + t * p.y.row + n + j, gain * sums[j * p.tokens + t] + bias);
     if (Y* z = static_cast<Y*>(p.z.data)) {
-      for (int64_t t = 0; t < p.tokens; t++) put(z + t * p.z.row + n + j, sums[j * p.tokens + t]);
+      for (int64_t t = 0; t < p.tokens; t++) store_scalar(z + t * p.z.row + n + j, sums[j * p.tokens + t]);
     }
   }
 }

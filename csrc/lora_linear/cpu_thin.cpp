@@ -280,12 +280,12 @@ void outer(const Outer& p) {
         with_type(p.d, [&](auto* out) {
           if (p.d.row == 1) {
             for (int64_t c = 0; c < width; c++) {
-              for (int64_t i = 0; i < p.rank; i++) put(out + i + (k + c) * p.d.col, d[i * COLUMNS + c]);
+              for (int64_t i = 0; i < p.rank; i++) store_scalar(out + i + (k + c) * p.d.col, d[i * COLUMNS + c]);
             }
             return;
           }
           for (int64_t i = 0; i < p.rank; i++) {
-            for (int64_t c = 0; c < width; c++) put(out + i * p.d.row + (k + c) * p.d.col, d[i * COLUMNS + c]);
+            for (int64_t c = 0; c < width; c++) store_scalar(out + i * p.d.row + (k + c) * p.d.col, d[i * COLUMNS + c]);
           }
         });
       }

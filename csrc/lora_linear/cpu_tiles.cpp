@@ -22,12 +22,12 @@ namespace {
 
 constexpr int64_t PANEL = 2 * ROWS;  // outputs at a time
 // tokens up to which W goes from memory straight into tiles, read once
-constexpr int64_t DIRECT = 4 * ROWS;
+constexpr int64_t DIRECT_TOKENS = 4 * ROWS;
 // steps of depth whose panel of W, 16 KiB, stays in the first-level cache
 constexpr int64_t CHUNK = 8;
 constexpr int64_t PACKED_BYTES = 5 << 18;  // of x: some half of the second-level cache
 constexpr int64_t TOKENS = 512;            // at a time, where x is larger than that,
-constexpr int64_t WIDE = 256;              // with as many outputs: their sums are half of that
+constexpr int64_t BLOCK_OUTPUTS = 256;     // with as many outputs: their sums are half of that
 
 template <int COUNT>
 LK_INLINE void zero() {
@@ -135,31 +135,31 @@ void h_of(const Tiles& p, const Depth& d, const bf16* a, int64_t a_column, const
 }
 
 // two vectors as 32 outputs of which `count` are written
-LK_INLINE void put_pair(float* to, vec low, vec high, int64_t count) {
+LK_INLINE void store_pair(float* to, vec low, vec high, int64_t count) {
   _mm512_mask_storeu_ps(to, lanes(count), (__m512)low);
   _mm512_mask_storeu_ps(to + ROWS, lanes(count - ROWS), (__m512)high);
 }
-LK_INLINE void put_pair(bf16* to, vec low, vec high, int64_t count) {
+LK_INLINE void store_pair(bf16* to, vec low, vec high, int64_t count) {
   const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   _mm512_mask_storeu_epi16(to, count >= DEPTH ? ~0u : (1u << count) - 1, pair);
 }
 
 // y and z of 16 tokens and 32 outputs
 template <bool BACK, typename Y>
-LK_INLINE void finish(const Tiles& p, const float* left, const float* right, int64_t t, int64_t n, const float* gain,
-                      const float* bias) {
+LK_INLINE void epilogue(const Tiles& p, const float* left, const float* right, int64_t t, int64_t n, const float* gain,
+                        const float* bias) {
   __m512i low[16], high[16];
   by_token<BACK>(left, low);
   by_token<BACK>(right, high);
   const int64_t outputs = p.n_out - n;
   for (int64_t i = 0; i < std::min(ROWS, p.tokens - t); i++) {
     vec first = (vec)low[i], second = (vec)high[i];
-    if (p.z.data) put_pair(static_cast<Y*>(p.z.data) + (t + i) * p.z.row + n, first, second, outputs);
+    if (p.z.data) store_pair(static_cast<Y*>(p.z.data) + (t + i) * p.z.row + n, first, second, outputs);
     if (!BACK) {
       first = load(gain) * first + load(bias);
       second = load(gain + ROWS) * second + load(bias + ROWS);
     }
-    put_pair(static_cast<Y*>(p.y.data) + (t + i) * p.y.row + n, first, second, outputs);
+    store_pair(static_cast<Y*>(p.y.data) + (t + i) * p.y.row + n, first, second, outputs);
   }
 }
 
@@ -213,7 +213,7 @@ void direct_panel(const Tiles& p, const Depth& d, const bf16* x, int64_t n, cons
   }
   for (int64_t j = 0; j < columns; j++) {
     const float* left = s.sums + (columns <= 2 ? 2 * j : j) * SQUARE;
-    finish<false, Y>(p, left, left + (columns <= 2 ? 1 : columns) * SQUARE, j * ROWS, n, s.gain, s.bias);
+    epilogue<false, Y>(p, left, left + (columns <= 2 ? 1 : columns) * SQUARE, j * ROWS, n, s.gain, s.bias);
   }
 }
 
@@ -260,7 +260,7 @@ void block(const Tiles& p, const Depth& d, const bf16* x, int64_t t, int64_t col
   for (int64_t j = 0; j < columns; j++) {
     for (int64_t i = 0; i < panels; i++) {
       const float* sums = s.sums + (i * columns + j) * 2 * SQUARE;
-      finish<BACK, Y>(p, sums, sums + SQUARE, t + j * ROWS, n + i * PANEL, s.gain + i * PANEL, s.bias + i * PANEL);
+      epilogue<BACK, Y>(p, sums, sums + SQUARE, t + j * ROWS, n + i * PANEL, s.gain + i * PANEL, s.bias + i * PANEL);
     }
   }
 }
@@ -276,11 +276,11 @@ void run(const Tiles& p) {
   const int64_t column = d.column(), a_column = d.features * d.a_parts * TILE;
   const int64_t rows = (p.tokens + ROWS - 1) / ROWS * ROWS;
   const bool fits = rows / ROWS * column * 2 <= PACKED_BYTES;
-  const bool straight = !BACK && p.tokens <= DIRECT;
+  const bool straight = !BACK && p.tokens <= DIRECT_TOKENS;
   const int64_t most = fits || straight ? rows : std::min(rows, TOKENS);  // tokens at a time
   // outputs at a time: one panel where x stays in the cache, but backward W is read along its
   // outputs
-  const int64_t wide = !BACK && (fits || straight) ? PANEL : WIDE;
+  const int64_t wide = !BACK && (fits || straight) ? PANEL : BLOCK_OUTPUTS;
   const Buffer packed(most / ROWS * column / 2 + (p.a.data ? (p.rank + ROWS - 1) / ROWS * a_column / 2 : 0));
   const Buffer gains(BACK && p.gain.data ? d.features * DEPTH : 0);
   auto* x = reinterpret_cast<bf16*>(packed.get());

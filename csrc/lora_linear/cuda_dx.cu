@@ -4,6 +4,7 @@
 #include "../common/gemm.cuh"
 #include "../common/kernels.h"
 #include "../common/philox.cuh"
+#include "../common/pipeline.cuh"
 
 namespace lk {
 
@@ -38,10 +39,10 @@ __device__ inline void load_columns(uint32_t (&g)[2][4], B* tiles, int step) {
   }
 }
 
-__device__ inline uint32_t times(uint32_t pair, float first, float second) {
+__device__ inline uint32_t scale_pair(uint32_t pair, float first, float second) {
   B two[2];
   memcpy(two, &pair, sizeof pair);
-  two[0] = __float2bfloat16_rn(wide(two[0]) * first), two[1] = __float2bfloat16_rn(wide(two[1]) * second);
+  two[0] = __float2bfloat16_rn(to_float(two[0]) * first), two[1] = __float2bfloat16_rn(to_float(two[1]) * second);
   memcpy(&pair, two, sizeof pair);
   return pair;
 }
@@ -57,11 +58,11 @@ __device__ inline void scale_rows(const LoRALinearDx& p, uint32_t (&f)[4][4], in
 #pragma unroll
   for (int i = 0; i < 4; i++) {
 #pragma unroll
-    for (int j = 0; j < 4; j++) f[i][j] = times(f[i][j], gain[j / 2 * 2], gain[j / 2 * 2 + 1]);
+    for (int j = 0; j < 4; j++) f[i][j] = scale_pair(f[i][j], gain[j / 2 * 2], gain[j / 2 * 2 + 1]);
   }
 }
 
-__device__ inline void adapter(const LoRALinearDx& p, B* memory, Sums& sums, int64_t row, int64_t column) {
+__device__ inline void add_adapter(const LoRALinearDx& p, B* memory, Accumulators& sums, int64_t row, int64_t column) {
   B *const p_tile = memory, *const p_rest = p_tile + TILE * RANKS, *const a_tiles = p_rest + TILE * RANKS;
   for (int64_t rank = 0; rank < p.r; rank += RANKS) {
     const int steps = int(min(p.r - rank + 15, int64_t(RANKS)) / 16);
@@ -88,7 +89,8 @@ __device__ inline void adapter(const LoRALinearDx& p, B* memory, Sums& sums, int
 
 // sums += mask ⊙ term. Two lanes look at four neighbours of two rows: each draws for one row and
 // passes on what is not its own.
-__device__ inline void add_kept(const LoRALinearDx& p, Sums& sums, const Sums& term, int64_t row, int64_t column) {
+__device__ inline void add_masked(const LoRALinearDx& p, Accumulators& sums, const Accumulators& term, int64_t row,
+                                  int64_t column) {
   const uint64_t seed = uint64_t(p.dropout.at ? *p.dropout.at : p.dropout.seed);
   const uint32_t threshold = uint32_t(p.dropout.threshold);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, odd = lane % 2;
@@ -115,44 +117,36 @@ __device__ void input_gradient(const LoRALinearDx& p) {
   B* const memory = reinterpret_cast<B*>(shared);
   constexpr int STAGE = TILE * COLUMNS + 2 * HALF;
   int64_t row, column;
-  place(blockIdx.x, (p.m + TILE - 1) / TILE, (p.k + TILE - 1) / TILE, p.group, p.slab, row, column);
+  swizzled_tile(blockIdx.x, (p.m + TILE - 1) / TILE, (p.k + TILE - 1) / TILE, p.group, p.slab, row, column);
   row *= TILE, column *= TILE;
   const int steps = int((p.n + COLUMNS - 1) / COLUMNS);
-  const auto load = [&](int step) {
-    if (step < steps) {
-      B* const stage = memory + step % STAGES * STAGE;
-      const int64_t at = int64_t(step) * COLUMNS;
-      copy_tile<THREADS, TILE>(stage, static_cast<const B*>(p.dy), p.dy_row, row, p.m, at, p.n);
-      for (int half = 0; half < 2; half++) {
-        copy_tile<THREADS, COLUMNS>(stage + TILE * COLUMNS + half * HALF, static_cast<const B*>(p.w), p.w_row, at, p.n,
-                                    column + half * COLUMNS, p.k);
-      }
+  const auto load = [&](int step, int stage) {
+    B* const tile = memory + stage * STAGE;
+    const int64_t at = int64_t(step) * COLUMNS;
+    copy_tile<THREADS, TILE>(tile, static_cast<const B*>(p.dy), p.dy_row, row, p.m, at, p.n);
+    for (int half = 0; half < 2; half++) {
+      copy_tile<THREADS, COLUMNS>(tile + TILE * COLUMNS + half * HALF, static_cast<const B*>(p.w), p.w_row, at, p.n,
+                                  column + half * COLUMNS, p.k);
     }
-    cp_async_commit();
   };
-  for (int step = 0; step < STAGES - 1; step++) load(step);
-  Sums sums = {};
-  for (int step = 0; step < steps; step++) {
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();  // all copies of this stage are there, and the stage before it has been read
-    load(step + STAGES - 1);
-    B* const stage = memory + step % STAGES * STAGE;
+  Accumulators sums = {};
+  pipelined<STAGES>(steps, load, [&](int step, int stage) {
+    B* const tile = memory + stage * STAGE;
 #pragma unroll
     for (int i = 0; i < COLUMNS / 16; i++) {
       uint32_t f[4][4], g[2][4];
-      load_rows(f, stage, i);
-      load_columns(g, stage + TILE * COLUMNS, i);
+      load_rows(f, tile, i);
+      load_columns(g, tile + TILE * COLUMNS, i);
       if (GAIN) scale_rows(p, f, int64_t(step) * COLUMNS + i * 16);
       multiply_all<B>(sums, f, g);
     }
-  }
-  cp_async_wait<0>();
+  });
   if constexpr (DROPS) {
-    Sums term = {};
-    adapter(p, memory, term, row, column);
-    add_kept(p, sums, term, row, column);
+    Accumulators term = {};
+    add_adapter(p, memory, term, row, column);
+    add_masked(p, sums, term, row, column);
   } else {
-    adapter(p, memory, sums, row, column);
+    add_adapter(p, memory, sums, row, column);
   }
   store(memory, p.dx, p.m, p.k, sums, row, column);
 }

@@ -8,7 +8,8 @@
 // two neighbours of int8: the first of them is a row of the product, the second the row eight
 // further down. The tile of A lies so, too.
 #include "../common/kernels.h"
-#include "../common/parts.cuh"
+#include "../common/pipeline.cuh"
+#include "../common/split_k.cuh"
 #include "../common/tiles.cuh"
 
 namespace lk {
@@ -43,10 +44,10 @@ __device__ void scale_tile(B* dy, B* tile, B* rest, const float (&factors)[8]) {
 #pragma unroll
   for (int first = 0; first < TOKENS * 8; first += THREADS) {
     const int token = (first + int(threadIdx.x)) / 8, c = threadIdx.x % 8;
-    alignas(16) B found[8], high[8], low[8];
-    *reinterpret_cast<uint4*>(found) = *reinterpret_cast<uint4*>(piece(dy, token, c));
+    alignas(16) B values[8], high[8], low[8];
+    *reinterpret_cast<uint4*>(values) = *reinterpret_cast<uint4*>(piece(dy, token, c));
 #pragma unroll
-    for (int i = 0; i < 8; i++) split(factors[i] * wide(found[i]), high[i], low[i]);
+    for (int i = 0; i < 8; i++) split(factors[i] * to_float(values[i]), high[i], low[i]);
     *reinterpret_cast<uint4*>(piece(tile, token, c)) = *reinterpret_cast<uint4*>(high);
     *reinterpret_cast<uint4*>(piece(rest, token, c)) = *reinterpret_cast<uint4*>(low);
   }
@@ -63,19 +64,20 @@ __device__ inline void load_a(const LoRALinearDxSmall& p, B* tiles, int64_t rank
       v = *reinterpret_cast<const uint4*>(static_cast<const B*>(p.a) + (rank + r) * p.a_row + at);
     }
     B* const tile = tiles + half * RANKS * HALF;
-    const auto place = [&](int odd) { return reinterpret_cast<uint2*>(piece(tile, r, c / 2 * 2 + odd)) + c % 2; };
-    *place(0) = make_uint2(__byte_perm(v.x, v.y, 0x5410), __byte_perm(v.z, v.w, 0x5410));
-    *place(1) = make_uint2(__byte_perm(v.x, v.y, 0x7632), __byte_perm(v.z, v.w, 0x7632));
+    const auto half_piece = [&](int odd) { return reinterpret_cast<uint2*>(piece(tile, r, c / 2 * 2 + odd)) + c % 2; };
+    *half_piece(0) = make_uint2(__byte_perm(v.x, v.y, 0x5410), __byte_perm(v.z, v.w, 0x5410));
+    *half_piece(1) = make_uint2(__byte_perm(v.x, v.y, 0x7632), __byte_perm(v.z, v.w, 0x7632));
   }
 }
 
 template <int TOKENS>
-using Sums = float[2][TOKENS / 8][4];  // of a warp: 16 columns of dx, 8 tokens
+using Accumulators = float[2][TOKENS / 8][4];  // of a warp: 16 columns of dx, 8 tokens
 
 // sums += columns of W or A (16 times 16 each) · the tokens' numbers, 16 of them from `step` on, in
 // two tiles
 template <int TOKENS>
-__device__ void multiply(Sums<TOKENS>& sums, const uint32_t (&f)[2][4], B* tile, B* rest, int step, int tokens) {
+__device__ void multiply(Accumulators<TOKENS>& sums, const uint32_t (&f)[2][4], B* tile, B* rest, int step,
+                         int tokens) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < TOKENS / 8; j += 2) {
@@ -94,7 +96,7 @@ __device__ void multiply(Sums<TOKENS>& sums, const uint32_t (&f)[2][4], B* tile,
 }
 
 template <int TOKENS>
-__device__ void adapter(const LoRALinearDxSmall& p, B* memory, Sums<TOKENS>& sums, int64_t column) {
+__device__ void add_adapter(const LoRALinearDxSmall& p, B* memory, Accumulators<TOKENS>& sums, int64_t column) {
   B *const a_tiles = memory, *const p_tile = a_tiles + RANKS * COLUMNS, *const p_rest = p_tile + TOKENS * RANKS;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int64_t rank = 0; rank < p.r; rank += RANKS) {
@@ -117,7 +119,7 @@ __device__ void adapter(const LoRALinearDxSmall& p, B* memory, Sums<TOKENS>& sum
 }
 
 template <int TOKENS>
-__device__ void store(const LoRALinearDxSmall& p, B* memory, const Sums<TOKENS>& sums, int64_t column) {
+__device__ void store(const LoRALinearDxSmall& p, B* memory, const Accumulators<TOKENS>& sums, int64_t column) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -153,48 +155,39 @@ __device__ void input_gradient(const LoRALinearDxSmall& p) {
   const int64_t column = int64_t(blockIdx.x) * COLUMNS, begin = int64_t(blockIdx.y) * p.part;
   const int64_t end = min(p.n, begin + p.part);
   const int steps = int((end - begin + STEP - 1) / STEP);
-  const auto load = [&](int step) {
-    if (step < steps) {
-      char* const stage = memory + step % STAGES * STAGE;
-      const int64_t at = begin + int64_t(step) * STEP;
-      copy_tile<THREADS, STEP>(reinterpret_cast<int8_t*>(stage), static_cast<const int8_t*>(p.w), p.w_row, at, end,
-                               column, p.k);
-      copy_tile<THREADS, TOKENS>(reinterpret_cast<B*>(stage + STEP * WIDTH), static_cast<const B*>(p.dy), p.dy_row, 0,
-                                 p.m, at, end);
-    }
-    cp_async_commit();
+  const auto w_tile = [&](int stage) { return reinterpret_cast<int8_t*>(memory + stage * STAGE); };
+  const auto dy_tile = [&](int stage) { return reinterpret_cast<B*>(memory + stage * STAGE + STEP * WIDTH); };
+  const auto load = [&](int step, int stage) {
+    const int64_t at = begin + int64_t(step) * STEP;
+    copy_tile<THREADS, STEP>(w_tile(stage), static_cast<const int8_t*>(p.w), p.w_row, at, end, column, p.k);
+    copy_tile<THREADS, TOKENS>(dy_tile(stage), static_cast<const B*>(p.dy), p.dy_row, 0, p.m, at, end);
   };
-  for (int step = 0; step < STAGES - 1; step++) load(step);
   float factors[8];
-  load_factors(p, factors, begin, end);
-  Sums<TOKENS> sums = {};
-  for (int step = 0; step < steps; step++) {
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();  // all copies of this stage are there, and the stage before it has been read
-    load(step + STAGES - 1);
-    char* const stage = memory + step % STAGES * STAGE;
-    scale_tile<TOKENS>(reinterpret_cast<B*>(stage + STEP * WIDTH), u_tile, u_rest, factors);
+  Accumulators<TOKENS> sums = {};
+  const auto load_first_factors = [&] { load_factors(p, factors, begin, end); };
+  pipelined<STAGES>(steps, load, load_first_factors, [&](int step, int stage) {
+    scale_tile<TOKENS>(dy_tile(stage), u_tile, u_rest, factors);
     // while the tiles are multiplied
     load_factors(p, factors, begin + int64_t(step + 1) * STEP, end);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < STEP / 16; i++) {
       uint32_t bytes[4], f[2][4];
-      ldmatrix_x4_trans(bytes, piece(reinterpret_cast<int8_t*>(stage), i * 16 + lane % 16, warp * 2 + lane / 16));
+      ldmatrix_x4_trans(bytes, piece(w_tile(stage), i * 16 + lane % 16, warp * 2 + lane / 16));
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         widen(__byte_perm(bytes[j], 0, 0x3120), f[j / 2][j % 2 * 2], f[j / 2][j % 2 * 2 + 1], B());
       }
       multiply<TOKENS>(sums, f, u_tile, u_rest, i, int(p.m));
     }
-  }
-  cp_async_wait<0>();
-  const int parts = gridDim.y, all = TOKENS / 8 * 2;
-  if (blockIdx.y == 0) adapter<TOKENS>(p, reinterpret_cast<B*>(memory), sums, column);
-  float (&flat)[all][4] = reinterpret_cast<float (&)[all][4]>(sums);
-  keep<THREADS>(flat, p.scratch, int64_t(blockIdx.x) * parts + blockIdx.y);
-  if (!last(p.tickets + blockIdx.x, parts)) return;
-  together<THREADS>(flat, p.scratch, int64_t(blockIdx.x) * parts, parts);
+  });
+  const int parts = gridDim.y;
+  constexpr int COUNT = TOKENS / 8 * 2;
+  if (blockIdx.y == 0) add_adapter<TOKENS>(p, reinterpret_cast<B*>(memory), sums, column);
+  float (&flat)[COUNT][4] = reinterpret_cast<float (&)[COUNT][4]>(sums);
+  store_partials<THREADS>(flat, p.scratch, int64_t(blockIdx.x) * parts + blockIdx.y);
+  if (!is_last_block(p.tickets + blockIdx.x, parts)) return;
+  reduce_split_k<THREADS>(flat, p.scratch, int64_t(blockIdx.x) * parts, parts);
   store<TOKENS>(p, reinterpret_cast<B*>(memory), sums, column);
 }
 

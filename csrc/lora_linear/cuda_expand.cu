@@ -94,41 +94,41 @@ __device__ inline void multiply(float (&sums)[2][4][4], B* h_tile, B* b_tile, in
 // eight neighbours of a row from `at` on, of which `count` are there; `whole` where all are and
 // they can be read together
 template <typename T>
-__device__ void take(float (&v)[8], const void* from, int64_t at, int count, bool whole) {
+__device__ void load_values(float (&v)[8], const void* from, int64_t at, int count, bool whole) {
   load_eight(v, static_cast<const T*>(from) + at, count, whole);
 }
 template <typename T>
-__device__ void put(void* to, int64_t at, const float (&v)[8], int count, bool whole) {
-  alignas(16) T found[8];
+__device__ void store_values(void* to, int64_t at, const float (&v)[8], int count, bool whole) {
+  alignas(16) T values[8];
 #pragma unroll
-  for (int j = 0; j < 8; j++) found[j] = rounded<T>(v[j]);
+  for (int j = 0; j < 8; j++) values[j] = rounded<T>(v[j]);
   T* const out = static_cast<T*>(to) + at;
   if (whole) {
-    *reinterpret_cast<uint4*>(out) = *reinterpret_cast<uint4*>(found);
+    *reinterpret_cast<uint4*>(out) = *reinterpret_cast<uint4*>(values);
   } else {
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-      if (j < count) out[j] = found[j];
+      if (j < count) out[j] = values[j];
     }
   }
 }
 
 // what is elementwise, of eight neighbours: s is h bᵀ there, and column those of `gain` and `bias`
 template <typename T>
-__device__ void finish(const LoRALinearExpand& p, float (&s)[8], const float (&gain)[8], const float (&bias)[8],
-                       uint64_t seed, int64_t row, int64_t column) {
+__device__ void epilogue(const LoRALinearExpand& p, float (&s)[8], const float (&gain)[8], const float (&bias)[8],
+                         uint64_t seed, int64_t row, int64_t column) {
   const int64_t at = row * p.n + column;
   const int count = int(min(p.n - column, int64_t(8)));
   const bool whole = p.n % 8 == 0;
   float z[8] = {};
   if (p.z) {
-    take<T>(z, p.z, at, count, whole);
+    load_values<T>(z, p.z, at, count, whole);
 #pragma unroll
     for (int j = 0; j < 8; j++) s[j] += z[j];
   }
   float before[8] = {};
-  if (p.adds) take<T>(before, p.out, at, count, whole);
-  if (p.z_out) put<T>(p.z_out, at, s, count, whole);
+  if (p.adds) load_values<T>(before, p.out, at, count, whole);
+  if (p.z_out) store_values<T>(p.z_out, at, s, count, whole);
   if (p.gain.data) {
 #pragma unroll
     for (int j = 0; j < 8; j++) s[j] = gain[j] * s[j] - p.less * z[j];
@@ -144,7 +144,7 @@ __device__ void finish(const LoRALinearExpand& p, float (&s)[8], const float (&g
   }
 #pragma unroll
   for (int j = 0; j < 8; j++) s[j] += bias[j] + before[j];
-  put<T>(p.out, at, s, count, whole);
+  store_values<T>(p.out, at, s, count, whole);
 }
 
 template <typename T>
@@ -155,7 +155,7 @@ __device__ void expand(const LoRALinearExpand& p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, mine = threadIdx.x % 16 * 8;
   const int64_t column = int64_t(blockIdx.x) * COLUMNS, begin = int64_t(blockIdx.y) * p.rows;
   const int64_t end = min(p.m, begin + p.rows);
-  const bool exact = p.b.kind == 1;  // bfloat16 leaves nothing of b
+  const bool exact = p.b.dtype == 1;  // bfloat16 leaves nothing of b
   const uint64_t seed = p.dropout.at ? uint64_t(*p.dropout.at) : uint64_t(p.dropout.seed);
   float gain[8], bias[8];
 #pragma unroll
@@ -196,7 +196,7 @@ __device__ void expand(const LoRALinearExpand& p) {
       const float4 other = *reinterpret_cast<const float4*>(from + 4 - 4 * flip);
       const float4 low = flip ? other : one, high = flip ? one : other;
       float s[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      finish<T>(p, s, gain, bias, seed, row + r, column + mine);
+      epilogue<T>(p, s, gain, bias, seed, row + r, column + mine);
     }
   }
 }

@@ -66,24 +66,24 @@ __device__ void load_plain(uint32_t (&g)[4][2], T* tile, int step, int half) {
 // The same of drop(u): a lane takes four neighbours of a row, which one call of Philox is for, and
 // they go to four tiles. `row` and `column` are those of the tile in u.
 template <typename T>
-__device__ void load_kept(uint32_t (&g)[4][2], T* tile, int step, int half, uint64_t seed, uint32_t threshold,
-                          int64_t row, int64_t column) {
+__device__ void load_masked(uint32_t (&g)[4][2], T* tile, int step, int half, uint64_t seed, uint32_t threshold,
+                            int64_t row, int64_t column) {
   const int lane = threadIdx.x % 32, at = lane / 4;
-  uint2 kept[4];
+  uint2 masked[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int r = step * 16 + lane % 4 * 2 + i % 2 + i / 2 * 8;
     const uint2 four = *reinterpret_cast<const uint2*>(piece(tile, r, half * 4 + at / 2) + at % 2 * 4);
     const uint4 words = philox(seed, uint32_t((column + half * 32) / 4 + at), uint64_t(row + r));
-    kept[i].x = four.x & ((words.x >= threshold ? 0xffffu : 0) | (words.y >= threshold ? 0xffff0000u : 0));
-    kept[i].y = four.y & ((words.z >= threshold ? 0xffffu : 0) | (words.w >= threshold ? 0xffff0000u : 0));
+    masked[i].x = four.x & ((words.x >= threshold ? 0xffffu : 0) | (words.y >= threshold ? 0xffff0000u : 0));
+    masked[i].y = four.y & ((words.z >= threshold ? 0xffffu : 0) | (words.w >= threshold ? 0xffff0000u : 0));
   }
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    g[0][i] = __byte_perm(kept[2 * i].x, kept[2 * i + 1].x, 0x5410);
-    g[1][i] = __byte_perm(kept[2 * i].x, kept[2 * i + 1].x, 0x7632);
-    g[2][i] = __byte_perm(kept[2 * i].y, kept[2 * i + 1].y, 0x5410);
-    g[3][i] = __byte_perm(kept[2 * i].y, kept[2 * i + 1].y, 0x7632);
+    g[0][i] = __byte_perm(masked[2 * i].x, masked[2 * i + 1].x, 0x5410);
+    g[1][i] = __byte_perm(masked[2 * i].x, masked[2 * i + 1].x, 0x7632);
+    g[2][i] = __byte_perm(masked[2 * i].y, masked[2 * i + 1].y, 0x5410);
+    g[3][i] = __byte_perm(masked[2 * i].y, masked[2 * i + 1].y, 0x7632);
   }
 }
 
@@ -111,6 +111,8 @@ __device__ void outer(const LoRALinearOuter& p) {
   load(0);
   const uint64_t seed = DROPS ? uint64_t(p.dropout.at ? *p.dropout.at : p.dropout.seed) : 0;
   float sums[RANK / 16][8][4] = {};
+  // not `pipelined`: copies are issued before the wait, and p is split between both, so that two
+  // steps are in flight in two stages; the price is a second barrier
   for (int step = 0; step < steps; step++) {
     const int64_t row = begin + int64_t(step) * STEP;
     __syncthreads();  // the tiles of the step before have been read
@@ -123,7 +125,7 @@ __device__ void outer(const LoRALinearOuter& p) {
     for (int i = 0; i < STEP / 16; i++) {
       multiply<T, RANK>(sums, p_tile, p_rest, i, [&](uint32_t (&g)[4][2], int half) {
         if constexpr (DROPS) {
-          load_kept(g, tile, i, half, seed, uint32_t(p.dropout.threshold), row, column + warp * COLUMNS);
+          load_masked(g, tile, i, half, seed, uint32_t(p.dropout.threshold), row, column + warp * COLUMNS);
         } else {
           load_plain(g, tile, i, half);
         }

@@ -5,6 +5,7 @@
 // tiles of 64 by 64 by cp.async. v with its gain, and h, in float32, count as two of bfloat16, and
 // so does u of float16.
 #include "../common/kernels.h"
+#include "../common/pipeline.cuh"
 #include "../common/tiles.cuh"
 
 namespace lk {
@@ -45,16 +46,16 @@ __device__ void load_v(const LoRALinearSides& p, B* tile, B* rest, int64_t colum
 }
 
 template <typename T>
-__device__ float2 both(uint32_t pair) {
+__device__ float2 unpack_pair(uint32_t pair) {
   T two[2];
   memcpy(two, &pair, sizeof pair);
-  return make_float2(wide(two[0]), wide(two[1]));
+  return make_float2(to_float(two[0]), to_float(two[1]));
 }
 
 // what a block sums while it walks down its rows, of each of its chunks of columns: a lane's part
 // of it
 template <int RANK, int CHUNKS>
-struct Sums {
+struct Accumulators {
   float part[CHUNKS][RANK / 8][4] = {};
   float of_u[CHUNKS][2] = {}, of_uv[CHUNKS][2] = {};
 };
@@ -110,9 +111,9 @@ __device__ void multiply_h(float (&sums)[RANK / 8][4], float (&of_u)[2], float (
     if (TIMES) ldmatrix_x4_trans(g, piece(times, row, at));
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      const float2 v = both<T>(u[j]);
+      const float2 v = unpack_pair<T>(u[j]);
       of_u[j % 2] += v.x + v.y;
-      if (TIMES) of_uv[j % 2] += v.x * both<T>(g[j]).x + v.y * both<T>(g[j]).y;
+      if (TIMES) of_uv[j % 2] += v.x * unpack_pair<T>(g[j]).x + v.y * unpack_pair<T>(g[j]).y;
     }
   }
 }
@@ -128,12 +129,12 @@ __device__ void write_scaled(const LoRALinearSides& p, T* tile, int64_t row, int
 #pragma unroll
   for (int i = 0; i < STEP * 8 / THREADS; i++) {
     const int r = i * (THREADS / 8) + int(threadIdx.x) / 8;
-    alignas(16) T found[8];
-    *reinterpret_cast<uint4*>(found) = *reinterpret_cast<uint4*>(piece(tile, r, c));
+    alignas(16) T values[8];
+    *reinterpret_cast<uint4*>(values) = *reinterpret_cast<uint4*>(piece(tile, r, c));
 #pragma unroll
-    for (int j = 0; j < 8; j++) found[j] = rounded<T>(gain[j] * wide(found[j]));
+    for (int j = 0; j < 8; j++) values[j] = rounded<T>(gain[j] * to_float(values[j]));
     T* const out = static_cast<T*>(p.scaled) + (row + r) * p.scaled_row + column + c * 8;
-    if (row + r < end) *reinterpret_cast<uint4*>(out) = *reinterpret_cast<uint4*>(found);
+    if (row + r < end) *reinterpret_cast<uint4*>(out) = *reinterpret_cast<uint4*>(values);
   }
 }
 
@@ -147,40 +148,35 @@ __device__ void sides(const LoRALinearSides& p) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t column = int64_t(blockIdx.x) * CHUNKS * COLUMNS, rank = int64_t(blockIdx.y) * RANK;
   const int64_t begin = int64_t(blockIdx.z) * p.rows, end = min(p.m, begin + p.rows);
-  const int turns = int((end - begin + STEP - 1) / STEP) * CHUNKS;
-  const auto load = [&](int turn) {
-    if (turn < turns) {
-      T* const stage = stages + turn % STAGES * STAGE;
-      const T *const u = static_cast<const T*>(p.u), *const times = static_cast<const T*>(p.times);
-      const int64_t row = begin + int64_t(turn / CHUNKS) * STEP, at = column + turn % CHUNKS * COLUMNS;
-      if (ANY) {
-        copy_numbers<THREADS, STEP>(stage, u, p.u_row, p.u_column, row, end, at, p.n);
-        copy_numbers<THREADS, STEP>(stage + TILE, times, p.times_row, p.times_column, row, end, at, p.n);
-      } else {
-        copy_tile<THREADS, STEP>(stage, u, p.u_row, row, end, at, p.n);
-        if (TIMES) copy_tile<THREADS, STEP>(stage + TILE, times, p.times_row, row, end, at, p.n);
-      }
+  const int steps = int((end - begin + STEP - 1) / STEP) * CHUNKS;
+  const auto load = [&](int step, int stage) {
+    T* const tile = stages + stage * STAGE;
+    const T *const u = static_cast<const T*>(p.u), *const times = static_cast<const T*>(p.times);
+    const int64_t row = begin + int64_t(step / CHUNKS) * STEP, at = column + step % CHUNKS * COLUMNS;
+    if (ANY) {
+      copy_numbers<THREADS, STEP>(tile, u, p.u_row, p.u_column, row, end, at, p.n);
+      copy_numbers<THREADS, STEP>(tile + TILE, times, p.times_row, p.times_column, row, end, at, p.n);
+    } else {
+      copy_tile<THREADS, STEP>(tile, u, p.u_row, row, end, at, p.n);
+      if (TIMES) copy_tile<THREADS, STEP>(tile + TILE, times, p.times_row, row, end, at, p.n);
     }
-    cp_async_commit();
   };
-  for (int turn = 0; turn < STAGES - 1; turn++) load(turn);
+  pipeline_prologue<STAGES>(steps, load);
   // bfloat16 leaves nothing of its own numbers
-  const bool splits = p.gain.data || p.v.kind != 1;
+  const bool splits = p.gain.data || p.v.dtype != 1;
   if (p.p) load_v<RANK, CHUNKS>(p, v_tile, v_rest, column, rank);
-  Sums<RANK, CHUNKS> sums;
+  Accumulators<RANK, CHUNKS> sums;
+  // not `pipelined`: a chunk's sums are registers, so the compiler has to know which chunk it is
   for (int64_t row = begin; row < end; row += STEP) {
     float of_v[RANK / 8][4] = {};
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
-      const int turn = int((row - begin) / STEP) * CHUNKS + chunk;
-      cp_async_wait<STAGES - 2>();
-      __syncthreads();  // all copies of this stage are there, and the stage before it has been read
-      load(turn + STAGES - 1);
+      const int stage = pipeline_step<STAGES>(int((row - begin) / STEP) * CHUNKS + chunk, steps, load);
       if (chunk == 0 && p.part) {
         split_tile<THREADS, STEP>(h_tile, h_rest, p.h, p.r, row, end, rank, min(p.r, rank + RANK), RANK / 16);
         __syncthreads();
       }
-      T* const tile = stages + turn % STAGES * STAGE;
+      T* const tile = stages + stage * STAGE;
       if (p.p) {
         const int at = chunk * RANK * COLUMNS;
         multiply_v<RANK>(of_v, tile, v_tile + at, v_rest + at, splits);
@@ -190,7 +186,7 @@ __device__ void sides(const LoRALinearSides& p) {
       if (p.scaled && blockIdx.y == 0) write_scaled(p, tile, row, end, column + chunk * COLUMNS);
     }
     if (!p.p) continue;
-    each_sum(of_v, [&](int at, int column, float sum) {
+    for_each_accumulator(of_v, [&](int at, int column, float sum) {
       const int64_t m = row + warp * 16 + at, r = rank + column;
       if (m < end && r < p.r) p.p[(blockIdx.x * p.m + m) * p.r + r] = p.scale * sum;
     });

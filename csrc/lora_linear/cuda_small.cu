@@ -8,7 +8,8 @@
 // in which order blocks run, or how many of them do at once; and sums are added in the order of the
 // parts, whoever does it.
 #include "../common/kernels.h"
-#include "../common/parts.cuh"
+#include "../common/pipeline.cuh"
+#include "../common/split_k.cuh"
 #include "../common/tokens.cuh"
 
 namespace lk {
@@ -32,7 +33,7 @@ constexpr int COLUMNS = WIDTH / int(sizeof(T));
 
 // how x lies beside a tile of W: tiles [tokens][64]
 template <typename W>
-constexpr Swap SWAP = sizeof(W) == 1 ? Swap::PAIRS : Swap::EIGHT;
+constexpr Swizzle SWIZZLE = sizeof(W) == 1 ? Swizzle::PAIRS : Swizzle::EIGHT;
 
 template <typename W, int TOKENS, typename T>
 __device__ void copy_tokens(T* tile, const T* x, int64_t stride, int64_t tokens, int64_t column, int64_t columns) {
@@ -43,7 +44,7 @@ __device__ void copy_tokens(T* tile, const T* x, int64_t stride, int64_t tokens,
     if (PIECES % THREADS != 0 && i >= PIECES) break;
     const int64_t at = column + (t * 8 + c) * 8;
     const bool inside = token < tokens && at < columns;
-    cp_async(piece<SWAP<W>>(tile + t * TOKENS * COLUMNS<T>, token, c), inside ? x + token * stride + at : x,
+    cp_async(piece<SWIZZLE<W>>(tile + t * TOKENS * COLUMNS<T>, token, c), inside ? x + token * stride + at : x,
              inside ? PIECE : 0);
   }
 }
@@ -65,7 +66,7 @@ __device__ void multiply_int8(float (&sums)[TOKENS / 8][4], int8_t* w_tile, T* x
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j++) {
       if (j * 8 >= tokens) break;
-      const T* const four = piece<SWAP<int8_t>>(at, j * 8 + lane / 4, sixteen % 4 * 2 + lane % 4 / 2) + lane % 2 * 4;
+      const T* const four = piece<SWIZZLE<int8_t>>(at, j * 8 + lane / 4, sixteen % 4 * 2 + lane % 4 / 2) + lane % 2 * 4;
       const uint2 g = *reinterpret_cast<const uint2*>(four);
       mma_m16n8k16<T>(sums[j], f, g.x, g.y);
     }
@@ -74,47 +75,34 @@ __device__ void multiply_int8(float (&sums)[TOKENS / 8][4], int8_t* w_tile, T* x
 
 // sums = rows of w [rows, k] · xᵀ over columns `begin` to `end`
 template <typename W, typename T, int TOKENS, int STAGES>
-__device__ void stream(float (&sums)[TOKENS / 8][4], char* memory, const W* w, int64_t w_row, int64_t row, int64_t rows,
-                       const LoRALinearSmall& p, int64_t begin, int64_t end) {
+__device__ void mainloop(float (&sums)[TOKENS / 8][4], char* memory, const W* w, int64_t w_row, int64_t row,
+                         int64_t rows, const LoRALinearSmall& p, int64_t begin, int64_t end) {
   constexpr int W_BYTES = ROWS * WIDTH, BYTES = W_BYTES + COLUMNS<W> / COLUMNS<T> * TOKENS * WIDTH;
   const int steps = int((end - begin + COLUMNS<W> - 1) / COLUMNS<W>), tokens = int(p.m);
-  const auto load = [&](int step) {
-    if (step < steps) {
-      char* const stage = memory + step % STAGES * BYTES;
-      const int64_t column = begin + int64_t(step) * COLUMNS<W>;
-      copy_tile<THREADS, ROWS>(reinterpret_cast<W*>(stage), w, w_row, row, rows, column, end);
-      copy_tokens<W, TOKENS>(reinterpret_cast<T*>(stage + W_BYTES), static_cast<const T*>(p.x), p.x_row, p.m, column,
-                             end);
-    }
-    cp_async_commit();
+  const auto w_tile = [&](int stage) { return reinterpret_cast<W*>(memory + stage * BYTES); };
+  const auto x_tile = [&](int stage) { return reinterpret_cast<T*>(memory + stage * BYTES + W_BYTES); };
+  const auto load = [&](int step, int stage) {
+    const int64_t column = begin + int64_t(step) * COLUMNS<W>;
+    copy_tile<THREADS, ROWS>(w_tile(stage), w, w_row, row, rows, column, end);
+    copy_tokens<W, TOKENS>(x_tile(stage), static_cast<const T*>(p.x), p.x_row, p.m, column, end);
   };
-  for (int step = 0; step < STAGES - 1; step++) load(step);
 #pragma unroll
   for (auto& sum : sums) sum[0] = sum[1] = sum[2] = sum[3] = 0;
-  for (int step = 0; step < steps; step++) {
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();  // all copies of this stage are there, and the stage before it has been read
-    load(step + STAGES - 1);
-    char* const stage = memory + step % STAGES * BYTES;
+  pipelined<STAGES>(steps, load, [&](int, int stage) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      if constexpr (sizeof(W) == 1) {
-        multiply_int8<T, TOKENS>(sums, reinterpret_cast<int8_t*>(stage), reinterpret_cast<T*>(stage + W_BYTES), i,
-                                 tokens);
-      } else {
-        multiply<T, TOKENS>(sums, reinterpret_cast<T*>(stage), reinterpret_cast<T*>(stage + W_BYTES), i, tokens);
-      }
+      if constexpr (sizeof(W) == 1) multiply_int8<T, TOKENS>(sums, w_tile(stage), x_tile(stage), i, tokens);
+      else multiply<T, TOKENS>(sums, w_tile(stage), x_tile(stage), i, tokens);
     }
-  }
-  cp_async_wait<0>();
+  });
 }
 
 // h's columns of a tile of A
 template <int TOKENS>
-__device__ void end_of_a(const LoRALinearSmall& p, int64_t row, int64_t first, int parts) {
+__device__ void epilogue_h(const LoRALinearSmall& p, int64_t row, int64_t first, int parts) {
   float sums[TOKENS / 8][4];
-  together<THREADS>(sums, p.scratch, first, parts);
-  each_sum(sums, [&](int r, int token, float sum) {
+  reduce_split_k<THREADS>(sums, p.scratch, first, parts);
+  for_each_accumulator(sums, [&](int r, int token, float sum) {
     const int64_t rank = row + threadIdx.x / 32 * 16 + r;
     if (rank < p.r && token < p.m) p.h[token * p.r + rank] = p.scale * sum;
   });
@@ -124,7 +112,7 @@ __device__ void end_of_a(const LoRALinearSmall& p, int64_t row, int64_t first, i
 template <typename T, int TOKENS>
 __device__ void store(const LoRALinearSmall& p, T* tile, void* to, const float (&sums)[TOKENS / 8][4], int64_t row) {
   __syncthreads();  // the tile has been read
-  each_sum(sums, [&](int r, int token, float sum) {
+  for_each_accumulator(sums, [&](int r, int token, float sum) {
     const int column = threadIdx.x / 32 * 16 + r;
     piece(tile, token, column / 8)[column % 8] = rounded<T>(sum);
   });
@@ -147,18 +135,18 @@ __device__ void store(const LoRALinearSmall& p, T* tile, void* to, const float (
 
 // y's columns of a tile of W
 template <typename W, typename T, int TOKENS>
-__device__ void end_of_w(const LoRALinearSmall& p, char* memory, int64_t row, int64_t first, int parts) {
+__device__ void epilogue_y(const LoRALinearSmall& p, char* memory, int64_t row, int64_t first, int parts) {
   constexpr bool HALF = std::is_same<T, __half>::value;
   float sums[TOKENS / 8][4];
-  together<THREADS>(sums, p.scratch, first, parts);
+  reduce_split_k<THREADS>(sums, p.scratch, first, parts);
   const int64_t mine = row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;  // and eight rows on
-  const auto of_rows = [&](const Vector& v, float none, float (&found)[2]) {
-    for (int i = 0; i < 2; i++) found[i] = v.data && mine + 8 * i < p.n ? v[mine + 8 * i] : none;
+  const auto load_rows_of = [&](const Vector& v, float none, float (&values)[2]) {
+    for (int i = 0; i < 2; i++) values[i] = v.data && mine + 8 * i < p.n ? v[mine + 8 * i] : none;
   };
   float w_scale[2], gain[2], bias[2];
-  of_rows(p.w_scale, 1, w_scale);
-  of_rows(p.gain, 1, gain);
-  of_rows(p.bias, 0, bias);
+  load_rows_of(p.w_scale, 1, w_scale);
+  load_rows_of(p.gain, 1, gain);
+  load_rows_of(p.bias, 0, bias);
   if constexpr (sizeof(W) == 1) {
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j++) {
@@ -198,30 +186,30 @@ __device__ void lora_linear_small(const LoRALinearSmall& p) {
   const int a_tiles = int((p.r + ROWS - 1) / ROWS), w_tiles = int((p.n + ROWS - 1) / ROWS);
   const int a_parts = max(1, int((p.k + p.a_part - 1) / p.a_part)),
             w_parts = max(1, int((p.k + p.w_part - 1) / p.w_part));
-  const int of_a = a_tiles * a_parts, block = int(blockIdx.x) < of_a ? blockIdx.x : blockIdx.x - of_a;
-  const bool is_a = int(blockIdx.x) < of_a;
+  const int a_blocks = a_tiles * a_parts, block = int(blockIdx.x) < a_blocks ? blockIdx.x : blockIdx.x - a_blocks;
+  const bool is_a = int(blockIdx.x) < a_blocks;
   const int tile = block / (is_a ? a_parts : w_parts), part = block % (is_a ? a_parts : w_parts);
   float sums[TOKENS / 8][4];
   const int64_t row = int64_t(tile) * ROWS, begin = int64_t(part) * (is_a ? p.a_part : p.w_part);
   const int64_t end = min(p.k, begin + (is_a ? p.a_part : p.w_part));
   if constexpr (std::is_same<W, T>::value) {
     const T* const rows = static_cast<const T*>(is_a ? p.a : p.w);
-    stream<T, T, TOKENS, STAGES>(sums, memory, rows, is_a ? p.a_row : p.w_row, row, is_a ? p.r : p.n, p, begin, end);
+    mainloop<T, T, TOKENS, STAGES>(sums, memory, rows, is_a ? p.a_row : p.w_row, row, is_a ? p.r : p.n, p, begin, end);
   } else if (is_a) {
-    stream<T, T, TOKENS, STAGES>(sums, memory, static_cast<const T*>(p.a), p.a_row, row, p.r, p, begin, end);
+    mainloop<T, T, TOKENS, STAGES>(sums, memory, static_cast<const T*>(p.a), p.a_row, row, p.r, p, begin, end);
   } else {
-    stream<W, T, TOKENS, STAGES>(sums, memory, static_cast<const W*>(p.w), p.w_row, row, p.n, p, begin, end);
+    mainloop<W, T, TOKENS, STAGES>(sums, memory, static_cast<const W*>(p.w), p.w_row, row, p.n, p, begin, end);
   }
-  keep<THREADS>(sums, p.scratch, blockIdx.x);
+  store_partials<THREADS>(sums, p.scratch, blockIdx.x);
   // which tiles of W this block ends: its own, or once h is complete those that wait for nothing
   // else
   int from = tile, until = tile + 1;
   if (is_a) {
-    if (!last(p.tickets + tile, a_parts)) return;
-    end_of_a<TOKENS>(p, row, int64_t(tile) * a_parts, a_parts);
-    if (!last(p.tickets + a_tiles + w_tiles, a_tiles)) return;
+    if (!is_last_block(p.tickets + tile, a_parts)) return;
+    epilogue_h<TOKENS>(p, row, int64_t(tile) * a_parts, a_parts);
+    if (!is_last_block(p.tickets + a_tiles + w_tiles, a_tiles)) return;
     from = 0, until = w_tiles;
-  } else if (!last(p.tickets + a_tiles + tile, w_parts + 1)) {
+  } else if (!is_last_block(p.tickets + a_tiles + tile, w_parts + 1)) {
     return;
   }
   __shared__ int ends[THREADS];
@@ -234,8 +222,8 @@ __device__ void lora_linear_small(const LoRALinearSmall& p) {
     }
     __syncthreads();
     for (int i = 0; i < THREADS; i++) {
-      const int64_t parts = int64_t(of_a) + int64_t(from + i) * w_parts;
-      if (ends[i]) end_of_w<W, T, TOKENS>(p, memory, int64_t(from + i) * ROWS, parts, w_parts);
+      const int64_t parts = int64_t(a_blocks) + int64_t(from + i) * w_parts;
+      if (ends[i]) epilogue_y<W, T, TOKENS>(p, memory, int64_t(from + i) * ROWS, parts, w_parts);
     }
     __syncthreads();
   }

@@ -30,28 +30,28 @@ struct LoRALinearSpecialised {
   float inverse;        // of the share that dropout keeps
 };
 
-struct Shared {
+struct SharedStorage {
   unsigned char stages[RING][STAGE_BYTES];
   unsigned char boxes[2][2][BOX_BYTES];  // of each warp group, to store
   uint64_t full[RING], empty[RING];
 };
 
 // which stage is next, and the parity of its phase
-struct Turn {
+struct PipelineState {
   int stage = 0;
   uint32_t parity = 0;
-  __device__ void pass() {
+  __device__ void advance() {
     if (++stage == RING) stage = 0, parity ^= 1;
   }
 };
 
 // f(row, column) of this block's tiles
 template <typename F>
-__device__ void each_tile(const LoRALinearSpecialised& p, F&& f) {
-  const int64_t down = (p.m + ROWS - 1) / ROWS, across = (p.n + ACROSS - 1) / ACROSS;
-  for (int64_t tile = blockIdx.x; tile < down * across; tile += gridDim.x) {
+__device__ void for_each_tile(const LoRALinearSpecialised& p, F&& f) {
+  const int64_t tile_rows = (p.m + ROWS - 1) / ROWS, tile_columns = (p.n + ACROSS - 1) / ACROSS;
+  for (int64_t tile = blockIdx.x; tile < tile_rows * tile_columns; tile += gridDim.x) {
     int64_t row, column;
-    place(tile, down, across, p.group, p.slab, row, column);
+    swizzled_tile(tile, tile_rows, tile_columns, p.group, p.slab, row, column);
     f(int(row * ROWS), int(column * ACROSS));
   }
 }
@@ -59,14 +59,14 @@ __device__ void each_tile(const LoRALinearSpecialised& p, F&& f) {
 // the thread that copies. DX: boxes of W are 64 columns wide, and four of them lie behind one
 // another
 template <bool DX>
-__device__ void produce(const LoRALinearSpecialised& p, Shared& shared) {
+__device__ void producer(const LoRALinearSpecialised& p, SharedStorage& shared) {
   const int chunks = int((p.r + CHUNK - 1) / CHUNK), steps = int((p.depth + DEPTH - 1) / DEPTH);
-  Turn turn;
-  each_tile(p, [&](int row, int column) {
+  PipelineState state;
+  for_each_tile(p, [&](int row, int column) {
     for (int step = -chunks; step < steps; step++) {
-      uint64_t* const full = &shared.full[turn.stage];
-      unsigned char* const a = shared.stages[turn.stage];
-      mbarrier_wait(&shared.empty[turn.stage], turn.parity ^ 1);
+      uint64_t* const full = &shared.full[state.stage];
+      unsigned char* const a = shared.stages[state.stage];
+      mbarrier_wait(&shared.empty[state.stage], state.parity ^ 1);
       mbarrier_arrive_expect_tx(full, STAGE_BYTES);
       const bool adapter = step < 0;
       const int chunk = step + chunks;
@@ -78,21 +78,22 @@ __device__ void produce(const LoRALinearSpecialised& p, Shared& shared) {
       } else {
         copy_box(a + A_BYTES, b, depth, column, full);
       }
-      turn.pass();
+      state.advance();
     }
   });
 }
 
 // d = mask ⊙ inverse d. Two lanes look at four neighbours of two rows: each draws for one row and
 // passes on what is not its own.
-__device__ inline void drop(const LoRALinearSpecialised& p, WgmmaSums& d, int64_t row, int64_t column) {
+__device__ inline void apply_dropout(const LoRALinearSpecialised& p, WgmmaAccumulators& d, int64_t row,
+                                     int64_t column) {
   const uint64_t seed = uint64_t(p.dropout.at ? *p.dropout.at : p.dropout.seed);
   const uint32_t threshold = uint32_t(p.dropout.threshold);
   const int lane = threadIdx.x % 32, odd = lane % 2;
   const int64_t m = row + threadIdx.x % GROUP / 32 * 16 + lane / 4 + odd * 8, n = column + lane % 4 / 2 * 4;
 #pragma unroll
   for (int part = 0; part < 4; part++) {
-    uint32_t kept = 0;  // bits: all words at once would take more registers than there are
+    uint32_t mask = 0;  // bits: all words at once would take more registers than there are
 #pragma unroll 1
     for (int j = 0; j < 8; j++) {
       const uint4 words = philox(seed, uint32_t((n + (part * 8 + j) * 8) / 4), uint64_t(m));
@@ -101,15 +102,15 @@ __device__ inline void drop(const LoRALinearSpecialised& p, WgmmaSums& d, int64_
       const uint32_t mine[4] = {odd ? first : words.x, odd ? second : words.y, odd ? words.z : first,
                                 odd ? words.w : second};
 #pragma unroll
-      for (int l = 0; l < 4; l++) kept |= uint32_t(mine[l] >= threshold) << (j * 4 + l);
+      for (int l = 0; l < 4; l++) mask |= uint32_t(mine[l] >= threshold) << (j * 4 + l);
     }
 #pragma unroll
-    for (int i = 0; i < 32; i++) d[part * 32 + i] = kept >> i & 1 ? p.inverse * d[part * 32 + i] : 0.f;
+    for (int i = 0; i < 32; i++) d[part * 32 + i] = mask >> i & 1 ? p.inverse * d[part * 32 + i] : 0.f;
   }
 }
 
 // d = gain ⊙ d + bias
-__device__ inline void rescale(const LoRALinearSpecialised& p, WgmmaSums& d, int column) {
+__device__ inline void rescale(const LoRALinearSpecialised& p, WgmmaAccumulators& d, int column) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int c = 0; c < ACROSS / BOX; c++) {
@@ -136,7 +137,8 @@ __device__ inline void rescale(const LoRALinearSpecialised& p, WgmmaSums& d, int
 
 // the sums of 64 rows to a matrix, 64 columns at a time by way of shared memory
 template <typename T>
-__device__ void write(const TensorMap& map, Shared& shared, const WgmmaSums& d, int row, int column) {
+__device__ void store_tile(const TensorMap& map, SharedStorage& shared, const WgmmaAccumulators& d, int row,
+                           int column) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % GROUP / 32, group = threadIdx.x / GROUP - 1;
 #pragma unroll
   for (int c = 0; c < ACROSS / BOX; c++) {
@@ -162,26 +164,26 @@ __device__ void write(const TensorMap& map, Shared& shared, const WgmmaSums& d, 
 
 // a warp group that multiplies 64 rows of each tile
 template <typename T, bool DX, bool DROPS>
-__device__ void consume(const LoRALinearSpecialised& p, Shared& shared) {
+__device__ void consumer(const LoRALinearSpecialised& p, SharedStorage& shared) {
   const int chunks = int((p.r + CHUNK - 1) / CHUNK), steps = int((p.depth + DEPTH - 1) / DEPTH);
   // known to be the same in a warp
   const int half = (__shfl_sync(~0u, threadIdx.x / GROUP, 0) - 1) * BOX;
   constexpr uint64_t NEXT_A = WGMMA_STEP<false>, NEXT_B = WGMMA_STEP<DX>;
-  Turn turn;
-  each_tile(p, [&](int row, int column) {
-    WgmmaSums d;
+  PipelineState state;
+  for_each_tile(p, [&](int row, int column) {
+    WgmmaAccumulators d;
     bool added = false;
-    int last = -1;  // the stage that is being read
+    int reading = -1;  // the stage that is being read
     // issue(a, b) of one stage; all but its last group are waited for, so that the stage before it
     // is free
     const auto step = [&](auto&& issue) {
-      const unsigned char* const a = shared.stages[turn.stage];
-      mbarrier_wait(&shared.full[turn.stage], turn.parity);
+      const unsigned char* const a = shared.stages[state.stage];
+      mbarrier_wait(&shared.full[state.stage], state.parity);
       issue(wgmma_operand<false>(a + half * WIDTH, 0), wgmma_operand<DX>(a + A_BYTES, BOX_BYTES));
       wgmma_wait<1>(d);
-      if (last >= 0 && threadIdx.x % 32 == 0) mbarrier_arrive(&shared.empty[last]);
-      last = turn.stage;
-      turn.pass();
+      if (reading >= 0 && threadIdx.x % 32 == 0) mbarrier_arrive(&shared.empty[reading]);
+      reading = state.stage;
+      state.advance();
     };
     for (int chunk = 0; chunk < chunks; chunk++) {
       // of 16 ranks each: h times b, what is left of h times b, and h times what is left of b
@@ -200,7 +202,7 @@ __device__ void consume(const LoRALinearSpecialised& p, Shared& shared) {
     }
     if constexpr (DROPS) {
       wgmma_wait<0>(d);
-      if (chunks) drop(p, d, row + half, column);
+      if (chunks) apply_dropout(p, d, row + half, column);
     }
     for (int i = 0; i < steps; i++) {
       step([&](uint64_t a, uint64_t b) {
@@ -214,12 +216,12 @@ __device__ void consume(const LoRALinearSpecialised& p, Shared& shared) {
       });
     }
     wgmma_wait<0>(d);
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(&shared.empty[last]);
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(&shared.empty[reading]);
     if constexpr (!DX) {
-      if (p.keep_z) write<T>(p.z, shared, d, row + half, column);
+      if (p.keep_z) store_tile<T>(p.z, shared, d, row + half, column);
       if (p.gain.data || p.bias.data) rescale(p, d, column);
     }
-    write<T>(p.y, shared, d, row + half, column);
+    store_tile<T>(p.y, shared, d, row + half, column);
   });
   if (threadIdx.x % GROUP == 0) store_wait();
 }
@@ -227,7 +229,7 @@ __device__ void consume(const LoRALinearSpecialised& p, Shared& shared) {
 template <typename T, bool DX, bool DROPS>
 __device__ void specialised(const LoRALinearSpecialised& p) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  SharedStorage& shared = *reinterpret_cast<SharedStorage*>(memory);
   if (threadIdx.x == 0) {
     for (int i = 0; i < RING; i++) {
       mbarrier_init(&shared.full[i], 1);
@@ -238,10 +240,10 @@ __device__ void specialised(const LoRALinearSpecialised& p) {
   __syncthreads();
   if (threadIdx.x < GROUP) {
     setmaxnreg_dec<40>();
-    if (threadIdx.x == 0) produce<DX>(p, shared);
+    if (threadIdx.x == 0) producer<DX>(p, shared);
   } else {
     setmaxnreg_inc<232>();
-    consume<T, DX, DROPS>(p, shared);
+    consumer<T, DX, DROPS>(p, shared);
   }
 }
 
@@ -265,7 +267,7 @@ __device__ inline void pairs(const LoRALinearPairs& p) {
   if (j < p.ranks) {
     sum = p.from(i, j);
     for (int64_t part = 1; part < p.parts; part++) {
-      sum += Vector{p.from.data, p.from.kind}[part * p.part + i * p.from.row + j * p.from.column];
+      sum += Vector{p.from.data, p.from.dtype}[part * p.part + i * p.from.row + j * p.from.column];
     }
     if (p.whole) p.whole[i * p.ranks + j] = sum;
   }

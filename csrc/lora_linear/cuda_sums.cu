@@ -10,7 +10,7 @@ namespace lk {
 struct Job {
   const float* part;
   void* out;
-  int64_t kind;          // of out, as of a Vector
+  int64_t dtype;         // of out, as of a Vector
   Vector gain, divisor;  // [n]
   int64_t parts, n, r;
 };
@@ -22,10 +22,10 @@ struct LoRALinearSums {
   float factors[JOBS];
 };
 
-__device__ inline void put(void* out, int64_t kind, int64_t at, float v) {
-  if (kind == 0) static_cast<float*>(out)[at] = v;
-  if (kind == 1) static_cast<__nv_bfloat16*>(out)[at] = __float2bfloat16_rn(v);
-  if (kind == 2) static_cast<__half*>(out)[at] = __float2half_rn(v);
+__device__ inline void store_number(void* out, int64_t dtype, int64_t at, float v) {
+  if (dtype == 0) static_cast<float*>(out)[at] = v;
+  if (dtype == 1) static_cast<__nv_bfloat16*>(out)[at] = __float2bfloat16_rn(v);
+  if (dtype == 2) static_cast<__half*>(out)[at] = __float2half_rn(v);
 }
 
 // dgain[n] = Σ over tokens of dy[n] · z[n] where gain[n] is zero, which y does not tell. A block
@@ -34,7 +34,7 @@ struct LoRALinearZeroGain {
   Matrix dy, x, w, b;    // [m, n] [m, k] [n, k] [n, r]; where it has a scale for each row w is int8
   const float* h;        // [m, r]
   void* dgain;           // [n]
-  int64_t kind;          // of dgain
+  int64_t dtype;         // of dgain
   Vector gain, w_scale;  // [n]
   int64_t m, k, r;
 };
@@ -62,7 +62,8 @@ extern "C" __global__ void __launch_bounds__(256) lora_linear_sums(const __grid_
       for (int64_t part = 0; part < job.parts; part++) sum += job.part[part * size + at];
       if (job.gain.data) sum *= job.gain[at / job.r];
       const float divisor = job.divisor.data ? job.divisor[at / job.r] : 1.f;
-      if (divisor != 0) lk::put(job.out, job.kind, at, p.factors[j] * (job.divisor.data ? sum / divisor : sum));
+      const float quotient = job.divisor.data ? sum / divisor : sum;
+      if (divisor != 0) lk::store_number(job.out, job.dtype, at, p.factors[j] * quotient);
     }
     // each job begins with a block of its own
     at -= (size + lk::THREADS - 1) / lk::THREADS * lk::THREADS;
@@ -87,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(256)
     sum += of_h * p.b(n, r);
   }
   sum = lk::block_sum(sum);
-  if (threadIdx.x == 0) lk::put(p.dgain, p.kind, n, sum);
+  if (threadIdx.x == 0) lk::store_number(p.dgain, p.dtype, n, sum);
 }
 
 LK_TABLE(lora_linear_sums, LoRALinearSums, LK_KERNEL(lora_linear_sums),

@@ -5,6 +5,7 @@
 // before: its numbers as bfloat16, and what those leave of them.
 #include "../common/kernels.h"
 #include "../common/philox.cuh"
+#include "../common/pipeline.cuh"
 #include "../common/tiles.cuh"
 
 namespace lk {
@@ -63,15 +64,15 @@ __device__ void multiply(float (&sums)[RANK / 8][4], T* x_tile, Factor<T, SPLIT>
 // four neighbours of a row; the two of them that a matrix instruction counts far apart are the same
 // on both sides
 template <typename T>
-__device__ uint2 four_of(T* tile, int row, int step) {
+__device__ uint2 load_four(T* tile, int row, int step) {
   const int at = threadIdx.x % 4;
-  return *reinterpret_cast<const uint2*>(piece<Swap::PAIRS>(tile, row, 2 * step + at / 2) + at % 2 * 4);
+  return *reinterpret_cast<const uint2*>(piece<Swizzle::PAIRS>(tile, row, 2 * step + at / 2) + at % 2 * 4);
 }
 
 // the same for drop(x): a lane takes four neighbours of a row, which one call of Philox is for
 template <int RANK, int SPLIT, typename T>
-__device__ void multiply_kept(float (&sums)[RANK / 8][4], const LoRALinearShrink& p, T* x_tile,
-                              Factor<T, SPLIT>* a_tile, int step, uint64_t seed, int64_t token, int64_t column) {
+__device__ void multiply_masked(float (&sums)[RANK / 8][4], const LoRALinearShrink& p, T* x_tile,
+                                Factor<T, SPLIT>* a_tile, int step, uint64_t seed, int64_t token, int64_t column) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
   const int64_t at = column + step * 16 + lane % 4 * 4;
   const uint32_t threshold = uint32_t(p.dropout.threshold);
@@ -79,7 +80,7 @@ __device__ void multiply_kept(float (&sums)[RANK / 8][4], const LoRALinearShrink
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int64_t t = token + row + i * 8;
-    const uint2 four = four_of(x_tile, row + i * 8, step);
+    const uint2 four = load_four(x_tile, row + i * 8, step);
     const uint4 words = philox(seed, uint32_t(at / 4), uint64_t(t));
     f[i] = four.x & ((words.x >= threshold ? 0xffffu : 0) | (words.y >= threshold ? 0xffff0000u : 0));
     f[i + 2] = four.y & ((words.z >= threshold ? 0xffffu : 0) | (words.w >= threshold ? 0xffff0000u : 0));
@@ -93,9 +94,9 @@ __device__ void multiply_kept(float (&sums)[RANK / 8][4], const LoRALinearShrink
   }
 #pragma unroll
   for (int j = 0; j < RANK / 8; j++) {
-    const uint2 g = four_of(a_tile, j * 8 + lane / 4, step);
+    const uint2 g = load_four(a_tile, j * 8 + lane / 4, step);
     if constexpr (SPLIT == 2) {
-      const uint2 rest = four_of(a_tile + RANK * COLUMNS, j * 8 + lane / 4, step);
+      const uint2 rest = load_four(a_tile + RANK * COLUMNS, j * 8 + lane / 4, step);
       mma_split<T>(sums[j], f, low, g.x, g.y, rest.x, rest.y);
     } else {
       mma_m16n8k16<T>(sums[j], f, g.x, g.y);
@@ -106,7 +107,7 @@ __device__ void multiply_kept(float (&sums)[RANK / 8][4], const LoRALinearShrink
 template <typename T, int RANK, bool DROPS, int SPLIT, bool ANY>
 __device__ void shrink(const LoRALinearShrink& p) {
   griddepcontrol_launch_dependents();  // which wait for h themselves
-  constexpr Swap SWAP = DROPS ? Swap::PAIRS : Swap::EIGHT;
+  constexpr Swizzle SWIZZLE = DROPS ? Swizzle::PAIRS : Swizzle::EIGHT;
   constexpr int STAGES = SPLIT == 2 ? 3 : 4, STAGE = (TOKENS + SPLIT * RANK) * COLUMNS;
   using A = Factor<T, SPLIT>;
   extern __shared__ uint4 shared[];
@@ -115,41 +116,37 @@ __device__ void shrink(const LoRALinearShrink& p) {
   const int64_t token = int64_t(blockIdx.x) * TOKENS, rank = int64_t(blockIdx.y) * RANK;
   const int64_t begin = int64_t(blockIdx.z) * p.part, end = min(p.k, begin + p.part);
   const int steps = int((end - begin + COLUMNS - 1) / COLUMNS);
-  const auto load = [&](int step) {
-    if (step < steps) {
-      T* const stage = memory + step % STAGES * STAGE;
-      const int64_t at = begin + int64_t(step) * COLUMNS;
-      const T* const x = static_cast<const T*>(p.x);
-      if (ANY) copy_numbers<THREADS, TOKENS, SWAP>(stage, x, p.x_row, p.x_column, token, p.m, at, end);
-      else copy_tile<THREADS, TOKENS, SWAP>(stage, x, p.x_row, token, p.m, at, end);
+  const auto load = [&](int step, int stage) {
+    T* const x_tile = memory + stage * STAGE;
+    const int64_t at = begin + int64_t(step) * COLUMNS;
+    const T* const x = static_cast<const T*>(p.x);
+    if (ANY) copy_numbers<THREADS, TOKENS, SWIZZLE>(x_tile, x, p.x_row, p.x_column, token, p.m, at, end);
+    else copy_tile<THREADS, TOKENS, SWIZZLE>(x_tile, x, p.x_row, token, p.m, at, end);
 #pragma unroll
-      for (int i = 0; i < SPLIT; i++) {
-        copy_tile<THREADS, RANK, SWAP>(reinterpret_cast<A*>(stage + (TOKENS + i * RANK) * COLUMNS),
-                                       static_cast<const A*>(p.a) + i * p.r * p.a_row, p.a_row, rank, p.r, at,
-                                       ANY ? (end + 7) / 8 * 8 : end);
-      }
+    for (int i = 0; i < SPLIT; i++) {
+      copy_tile<THREADS, RANK, SWIZZLE>(reinterpret_cast<A*>(x_tile + (TOKENS + i * RANK) * COLUMNS),
+                                        static_cast<const A*>(p.a) + i * p.r * p.a_row, p.a_row, rank, p.r, at,
+                                        ANY ? (end + 7) / 8 * 8 : end);
     }
-    cp_async_commit();
   };
-  for (int step = 0; step < STAGES - 1; step++) load(step);
-  const uint64_t seed = DROPS ? uint64_t(p.dropout.at ? *p.dropout.at : p.dropout.seed) : 0;
+  uint64_t seed = 0;
+  const auto load_seed = [&] {
+    if (DROPS) seed = uint64_t(p.dropout.at ? *p.dropout.at : p.dropout.seed);
+  };
   float sums[RANK / 8][4] = {};
-  for (int step = 0; step < steps; step++) {
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();  // all copies of this stage are there, and the stage before it has been read
-    load(step + STAGES - 1);
-    T* const x_tile = memory + step % STAGES * STAGE;
+  pipelined<STAGES>(steps, load, load_seed, [&](int step, int stage) {
+    T* const x_tile = memory + stage * STAGE;
     A* const a_tile = reinterpret_cast<A*>(x_tile + TOKENS * COLUMNS);
 #pragma unroll
     for (int i = 0; i < COLUMNS / 16; i++) {
       if constexpr (DROPS) {
-        multiply_kept<RANK, SPLIT>(sums, p, x_tile, a_tile, i, seed, token, begin + int64_t(step) * COLUMNS);
+        multiply_masked<RANK, SPLIT>(sums, p, x_tile, a_tile, i, seed, token, begin + int64_t(step) * COLUMNS);
       } else {
         multiply<RANK, SPLIT>(sums, x_tile, a_tile, i);
       }
     }
-  }
-  each_sum(sums, [&](int row, int column, float sum) {
+  });
+  for_each_accumulator(sums, [&](int row, int column, float sum) {
     const int64_t t = token + threadIdx.x / 32 * 16 + row, r = rank + column;
     if (t < p.m && r < p.r) p.h[(blockIdx.z * p.m + t) * p.r + r] = p.scale * sum;
   });

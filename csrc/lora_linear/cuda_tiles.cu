@@ -4,6 +4,7 @@
 // rounded once.
 #include "../common/gemm.cuh"
 #include "../common/kernels.h"
+#include "../common/pipeline.cuh"
 
 namespace lk {
 
@@ -20,7 +21,7 @@ struct LoRALinearTiles {
 
 // sums += 16 columns of the tokens' tile times those of the outputs'
 template <typename T>
-__device__ void multiply(Sums& sums, T* tokens, T* outputs, int step) {
+__device__ void multiply(Accumulators& sums, T* tokens, T* outputs, int step) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, m = warp / 4 * 64, n = warp % 4 * 32;
   uint32_t f[4][4], g[2][4];
 #pragma unroll
@@ -33,7 +34,7 @@ __device__ void multiply(Sums& sums, T* tokens, T* outputs, int step) {
 }
 
 template <typename T>
-__device__ void adapter(const LoRALinearTiles& p, char* memory, Sums& sums, int64_t row, int64_t column) {
+__device__ void add_adapter(const LoRALinearTiles& p, char* memory, Accumulators& sums, int64_t row, int64_t column) {
   // float16 has too few exponents for what a number leaves: both sides become two of bfloat16
   constexpr bool HALF = std::is_same<T, __half>::value;
   using B = __nv_bfloat16;
@@ -58,33 +59,25 @@ template <typename T>
 __device__ void lora_linear_tiles(const LoRALinearTiles& p) {
   extern __shared__ uint4 shared[];
   T* const memory = reinterpret_cast<T*>(shared);  // [STAGES][TILE + TILE][COLUMNS]
-  const int64_t down = (p.m + TILE - 1) / TILE, across = (p.n + TILE - 1) / TILE;
+  const int64_t tile_rows = (p.m + TILE - 1) / TILE, tile_columns = (p.n + TILE - 1) / TILE;
   int64_t row, column;
-  place(blockIdx.x, down, across, p.group, p.slab, row, column);
+  swizzled_tile(blockIdx.x, tile_rows, tile_columns, p.group, p.slab, row, column);
   row *= TILE, column *= TILE;
   const int steps = int((p.k + COLUMNS - 1) / COLUMNS);
-  const auto load = [&](int step) {
-    if (step < steps) {
-      T* const stage = memory + step % STAGES * (TILE + TILE) * COLUMNS;
-      const int64_t at = int64_t(step) * COLUMNS;
-      copy_tile<THREADS, TILE>(stage, static_cast<const T*>(p.x), p.x_row, row, p.m, at, p.k);
-      copy_tile<THREADS, TILE>(stage + TILE * COLUMNS, static_cast<const T*>(p.w), p.w_row, column, p.n, at, p.k);
-    }
-    cp_async_commit();
+  const auto load = [&](int step, int stage) {
+    T *const x_tile = memory + stage * (TILE + TILE) * COLUMNS, *const w_tile = x_tile + TILE * COLUMNS;
+    const int64_t at = int64_t(step) * COLUMNS;
+    copy_tile<THREADS, TILE>(x_tile, static_cast<const T*>(p.x), p.x_row, row, p.m, at, p.k);
+    copy_tile<THREADS, TILE>(w_tile, static_cast<const T*>(p.w), p.w_row, column, p.n, at, p.k);
   };
-  for (int step = 0; step < STAGES - 1; step++) load(step);
-  Sums sums = {};
-  for (int step = 0; step < steps; step++) {
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();  // all copies of this stage are there, and the stage before it has been read
-    load(step + STAGES - 1);
-    T* const stage = memory + step % STAGES * (TILE + TILE) * COLUMNS;
+  Accumulators sums = {};
+  pipelined<STAGES>(steps, load, [&](int, int stage) {
+    T *const x_tile = memory + stage * (TILE + TILE) * COLUMNS, *const w_tile = x_tile + TILE * COLUMNS;
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 16; i++) multiply(sums, stage, stage + TILE * COLUMNS, i);
-  }
-  cp_async_wait<0>();
+    for (int i = 0; i < COLUMNS / 16; i++) multiply(sums, x_tile, w_tile, i);
+  });
   griddepcontrol_wait();  // h is there
-  adapter<T>(p, reinterpret_cast<char*>(memory), sums, row, column);
+  add_adapter<T>(p, reinterpret_cast<char*>(memory), sums, row, column);
   if (p.whole && column == 0) {
     for (int64_t i = threadIdx.x; i < min(int64_t(TILE), p.m - row) * p.r; i += THREADS) {
       float sum = p.h[row * p.r + i];

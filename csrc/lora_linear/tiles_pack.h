@@ -31,7 +31,7 @@ void x_tiles(const Tiles& p, const Depth& d, const float* gain, int64_t t, int64
     split(x + t * p.x.row + k * p.x.col, p.x.row, p.x.col, tokens, p.n_in - k, gain ? gain + k : nullptr, d.x_parts,
           parts);
   });
-  for (int64_t i = 0; i < d.x_parts; i++) place<BACK>(parts[i], to + i * TILE);
+  for (int64_t i = 0; i < d.x_parts; i++) pack_tile<BACK>(parts[i], to + i * TILE);
 }
 
 // h's tiles of 16 tokens: parts high, low, high
@@ -41,7 +41,7 @@ void h_tiles(const Tiles& p, const Depth& d, int64_t t, bf16* to) {
   alignas(64) bf16 parts[2][TILE];
   for (int64_t k = 0; k < d.ranks; k++) {
     split(h, t, p.tokens, k * DEPTH, p.rank, 2, parts);
-    for (int64_t i = 0; i < d.h_parts; i++) place<BACK>(parts[i == 1], to + (i * d.ranks + k) * TILE);
+    for (int64_t i = 0; i < d.h_parts; i++) pack_tile<BACK>(parts[i == 1], to + (i * d.ranks + k) * TILE);
   }
 }
 
@@ -51,7 +51,7 @@ void a_tiles(const Tiles& p, const Depth& d, int64_t step, int64_t column, bf16*
   alignas(64) bf16 parts[2][TILE];
   for (int64_t j = 0; j < p.rank; j += ROWS, to += column) {
     split(p.a, j, p.rank, step * DEPTH, p.n_in, d.a_parts, parts);
-    for (int64_t i = 0; i < d.a_parts; i++) place<!BACK>(parts[i], to + (step * d.a_parts + i) * TILE);
+    for (int64_t i = 0; i < d.a_parts; i++) pack_tile<!BACK>(parts[i], to + (step * d.a_parts + i) * TILE);
   }
 }
 
@@ -65,7 +65,7 @@ LK_INLINE void w_tiles(const Tiles& p, const Depth& d, int64_t n, int64_t step, 
       const int64_t rows = p.n_out - n - i * ROWS;
       if (rows > 0) {
         split(p.b, n + i * ROWS, p.n_out, k, p.rank, 1 + low, parts);
-        place<!BACK>(parts[low], to);
+        pack_tile<!BACK>(parts[low], to);
       } else {
         std::fill_n(to, TILE, bf16{0});
       }

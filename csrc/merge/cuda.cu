@@ -32,7 +32,7 @@ __device__ void merge(const Merge& p) {
   const auto put = [&](Two* pair, float x, float y, int half) {
     *pair = Two(rounded<T>(gain[half] * x), rounded<T>(gain[half] * y));
   };
-  walk<RANK, T>(p, row0, begin, end, put, [&](T* tile, int64_t at) {
+  update_mainloop<RANK, T>(p, row0, begin, end, put, [&](T* tile, int64_t at) {
     __syncwarp();  // the warp's 16 rows are there
 #pragma unroll
     for (int i = 0; i < 16 * 8 / 32; i++) {

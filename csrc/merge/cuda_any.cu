@@ -17,11 +17,11 @@ struct MergeAny {
 template <typename T>
 __device__ void merge_any(const MergeAny& p) {
   const int64_t row0 = int64_t(blockIdx.y) * ROWS, begin = int64_t(blockIdx.x) * p.part;
-  walk_any(p.factors, static_cast<const T*>(p.w), p.w_row, p.w_column, row0, p.rows, begin,
-           min(p.columns, begin + p.part), [&](int64_t row, int64_t column, float x) {
-             const float gain = p.gain.data ? p.gain[row] : 1.f;
-             static_cast<T*>(p.out)[row * p.out_row + column * p.out_column] = rounded<T>(gain * x);
-           });
+  update_mainloop_any(p.factors, static_cast<const T*>(p.w), p.w_row, p.w_column, row0, p.rows, begin,
+                      min(p.columns, begin + p.part), [&](int64_t row, int64_t column, float x) {
+                        const float gain = p.gain.data ? p.gain[row] : 1.f;
+                        static_cast<T*>(p.out)[row * p.out_row + column * p.out_column] = rounded<T>(gain * x);
+                      });
 }
 
 }  // namespace lk

@@ -155,7 +155,7 @@ LK_INLINE void write(const View& m, int64_t row, int64_t n, int64_t left, vec v)
 }
 
 // where a token's result goes
-struct Ends {
+struct Epilogue {
   // `to` of the question, or what several adapters of a token add, [tokens, out]
   View to;
   const float *gain, *more, *bias;  // [out] each, or null
@@ -164,8 +164,8 @@ struct Ends {
 
 // what becomes of the products of a token in columns n to last; not a part of each kernel, which
 // would be 40 of it
-__attribute__((noinline)) void finish(const MultiLora& p, const Ends& e, int64_t token, float v, const vec* products,
-                                      int64_t n, int64_t last) {
+__attribute__((noinline)) void epilogue(const MultiLora& p, const Epilogue& e, int64_t token, float v,
+                                        const vec* products, int64_t n, int64_t last) {
   for (; n < last; n += VL, products++) {
     const int64_t left = last - n;
     const auto of = [&](const float* q) { return left >= VL ? load(q + n) : load_first(q + n, left); };
@@ -193,14 +193,14 @@ __attribute__((noinline)) void finish(const MultiLora& p, const Ends& e, int64_t
 // tokens, vectors of columns in a register tile
 constexpr int CR = LK_VL == 16 ? 6 : 4, CV = LK_VL == 16 ? 4 : 2;
 // vectors of columns for one token
-constexpr int ALONE = 8;
+constexpr int TOKEN_VECTORS = 8;
 // columns that all tokens of an adapter pass over
-constexpr int64_t WIDE = ALONE * VL * 4;
+constexpr int64_t COLUMN_BLOCK = TOKEN_VECTORS * VL * 4;
 
 // ROWS tokens from `t` on and C vectors of columns: the product h B, then each token's result
 template <int ROWS, int C, typename B>
 LK_INLINE void expand_tile(const MultiLora& p, const Segment& s, const B* b, const float* h, int64_t t, const float* v,
-                           const Ends& e, int64_t n, int64_t columns) {
+                           const Epilogue& e, int64_t n, int64_t columns) {
   vec acc[ROWS][C] = {};
   h += s.h + t * s.rank;
   for (int64_t j = 0; j < s.rank; j += PAGE) {
@@ -221,13 +221,13 @@ LK_INLINE void expand_tile(const MultiLora& p, const Segment& s, const B* b, con
   }
   vec products[ROWS][C];  // whose address is taken: the sums stay in registers
   LK_UNROLL for (int m = 0; m < ROWS; m++) LK_UNROLL for (int c = 0; c < C; c++) products[m][c] = acc[m][c];
-  for (int m = 0; m < ROWS; m++) finish(p, e, p.order[s.first + t + m] / p.k, v[m], products[m], n, n + columns);
+  for (int m = 0; m < ROWS; m++) epilogue(p, e, p.order[s.first + t + m] / p.k, v[m], products[m], n, n + columns);
 }
 
 // The same for a token that has its adapter for itself: a page of B at a time along all of the
 // columns, whose rows are read in long runs; the sums, [columns], stay in the first cache.
 template <typename B>
-void expand_alone(const MultiLora& p, const Segment& s, const B* b, const float* h, const Ends& e, float* sums,
+void expand_token(const MultiLora& p, const Segment& s, const B* b, const float* h, const Epilogue& e, float* sums,
                   Range columns) {
   const int64_t entry = p.order[s.first], width = columns.last - columns.first;
   h += s.h;
@@ -248,16 +248,17 @@ void expand_alone(const MultiLora& p, const Segment& s, const B* b, const float*
       store(sums + n, acc);
     }
   }
-  finish(p, e, entry / p.k, weight(p, entry, s.slot), reinterpret_cast<const vec*>(sums), columns.first, columns.last);
+  epilogue(p, e, entry / p.k, weight(p, entry, s.slot), reinterpret_cast<const vec*>(sums), columns.first,
+           columns.last);
 }
 
 template <typename B>
-void expand_columns(const MultiLora& p, const Segment& s, const B* b, const float* h, const Ends& e, float* sums,
+void expand_columns(const MultiLora& p, const Segment& s, const B* b, const float* h, const Epilogue& e, float* sums,
                     Range columns) {
-  for (int64_t n0 = columns.first; n0 < columns.last; n0 += WIDE) {
-    const int64_t n1 = std::min(n0 + WIDE, columns.last);
+  for (int64_t n0 = columns.first; n0 < columns.last; n0 += COLUMN_BLOCK) {
+    const int64_t n1 = std::min(n0 + COLUMN_BLOCK, columns.last);
     if (s.count == 1) {
-      expand_alone(p, s, b, h, e, sums, {n0, n1});
+      expand_token(p, s, b, h, e, sums, {n0, n1});
       continue;
     }
     for (int64_t t = 0; t < s.count; t += CR) {
@@ -321,7 +322,7 @@ void multi_lora(const MultiLora& p) {
 #pragma omp barrier
     const Range columns = share(p.n_out, 4 * VL, thread, threads);
     View sums = p.to;
-    const Buffer own(WIDE);
+    const Buffer own(COLUMN_BLOCK);
     if (p.k > 1) {
       sums = {more.get(), p.n_out, 1, DType::f32};
       for (int64_t t = 0; t < p.tokens; t++) {
@@ -332,7 +333,7 @@ void multi_lora(const MultiLora& p) {
       for (const Segment& s : work.segments) {
         const int32_t flags = p.flags[s.slot];
         const int64_t at = int64_t(flags >> 2) * p.n_out;
-        const Ends e{sums, flags & 1 ? p.gain + at : nullptr, flags & 2 ? p.more + at : nullptr, bias, p.k > 1};
+        const Epilogue e{sums, flags & 1 ? p.gain + at : nullptr, flags & 2 ? p.more + at : nullptr, bias, p.k > 1};
         expand_columns(p, s, b, h, e, own.get(), columns);
       }
     });

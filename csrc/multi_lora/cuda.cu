@@ -9,108 +9,29 @@
 // of A's counts as one that comes to every tile. So it does not matter in which order blocks run,
 // or how many of them do at once; and sums are added in the order of the parts, whoever does it.
 #include "../common/kernels.h"
-#include "../common/parts.cuh"
-#include "../common/tokens.cuh"
+#include "../common/pipeline.cuh"
+#include "../common/split_k.cuh"
+#include "batch.cuh"
 
 namespace lk {
-
-struct MultiLoRASlice {
-  const void *a, *b;                      // [rows, k] [rows, n], rank rows in pages of 8
-  const int *table, *rank, *generation;   // [count, pages] [count] [count]
-  const float* scale;                     // [count]
-  const int* flags;                       // [count]: 1 there is a gain, 2 more, 4 times their row
-  const float *gain, *more;               // [rows, n]
-  int64_t n, first, pages, a_row, b_row;  // W's rows `first` to `first + n`
-};
-
-// k, n of the slices and the rows of all matrices are multiples of 8
-struct MultiLoRASmall {
-  const void *x, *w;           // [m, k] [rows, k]
-  void* y;                     // [m, rows]
-  const int64_t *ids, *order;  // [m] [m]
-  int* error;                  // [1]
-  float *h, *scratch;          // [parts of A, slices, m, ranks] [blocks of W, 64, tokens]
-  int* tickets;                // [slices and tiles of W], zero before and after
-  Vector bias;                 // [rows]
-  int64_t m, k, count, slices, ranks, x_row, w_row, y_row;
-  int64_t a_blocks, a_part, w_part;  // blocks of A for each slice; columns of a part of A, of W
-  MultiLoRASlice slice[3];
-};
-
-constexpr int RANKS = 64, PAGE = 8, MOST = 64, SLICES = 3;  // of a step of B; tokens
-
-__device__ inline MultiLoRASlice slice_of(const MultiLoRASmall& p, int g) {
-  return g == 0 ? p.slice[0] : g == 1 ? p.slice[1] : p.slice[2];
-}
-
-// The tokens in the order of the plan, and whose they are.
-struct Batch {
-  int64_t entry[MOST];
-  int slot[MOST];   // or -1
-  int rank[MOST];   // of its adapter in a slice; 0 without one
-  int until[MOST];  // the first position that is another adapter's
-  int tiles[MOST];  // tiles of A up to here: an adapter's count at its first position
-};
-
-__device__ inline void read_entries(Batch& batch, const MultiLoRASmall& p) {
-  for (int i = threadIdx.x; i < p.m; i += THREADS) batch.entry[i] = p.order[i];
-  __syncthreads();
-}
-
-// the slots, and what a slice has of them. Returns how many tiles A has there.
-__device__ int read_slots(Batch& batch, const MultiLoRASmall& p, const MultiLoRASlice& s) {
-  __syncthreads();  // what was there has been read
-  for (int i = threadIdx.x; i < MOST; i += THREADS) {
-    int slot = -1;
-    if (i < p.m) {
-      const int64_t id = p.ids[batch.entry[i]], at = id & 0xffffffff;
-      if (id >= 0 && at < p.count && s.generation[at] == int(id >> 32)) slot = int(at);
-      if (slot < 0 && id != -1) atomicExch(p.error, 1);
-    }
-    batch.slot[i] = slot;
-    batch.rank[i] = slot < 0 ? 0 : s.rank[slot];
-  }
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    int carried = 0;
-    for (int half = 0; half < MOST; half += 32) {
-      const int i = half + int(threadIdx.x), slot = batch.slot[i];
-      const bool head = slot >= 0 && (i == 0 || batch.slot[i - 1] != slot);
-      int tiles = head ? (batch.rank[i] + ROWS - 1) / ROWS : 0;
-      for (int apart = 1; apart < 32; apart *= 2) {
-        const int before = __shfl_up_sync(0xffffffff, tiles, apart);
-        if (int(threadIdx.x) >= apart) tiles += before;
-      }
-      batch.tiles[i] = carried + tiles;
-      carried += __shfl_sync(0xffffffff, tiles, 31);
-    }
-  }
-  for (int i = threadIdx.x; i < MOST; i += THREADS) {
-    int end = i + 1;
-    while (end < MOST && batch.slot[end] == batch.slot[i]) end++;
-    batch.until[i] = end;
-  }
-  __syncthreads();
-  return batch.tiles[MOST - 1];
-}
 
 // A thread's copies of a tile of COUNT rows of 128 bytes: the same piece of every 16th row, from
 // where `row_of` says.
 template <typename T, int COUNT>
-struct Copies {
-  static constexpr int MINE = COUNT * 8 / THREADS;
-  const T* row[MINE];  // or null, for zeros
+struct TileCopy {
+  static constexpr int ROWS_OF_THREAD = COUNT * 8 / THREADS;
+  const T* row[ROWS_OF_THREAD];  // or null, for zeros
 
   template <typename RowOf>
-  __device__ explicit Copies(RowOf&& row_of) {
+  __device__ explicit TileCopy(RowOf&& row_of) {
 #pragma unroll
-    for (int i = 0; i < MINE; i++) row[i] = row_of(int(threadIdx.x) / 8 + i * (THREADS / 8));
+    for (int i = 0; i < ROWS_OF_THREAD; i++) row[i] = row_of(int(threadIdx.x) / 8 + i * (THREADS / 8));
   }
   // columns from `column` on, of those before `columns`; `any` is memory of which nothing is read
   __device__ void operator()(T* tile, int64_t column, int64_t columns, const void* any) const {
     const int64_t at = column + threadIdx.x % 8 * 8;
 #pragma unroll
-    for (int i = 0; i < MINE; i++) {
+    for (int i = 0; i < ROWS_OF_THREAD; i++) {
       const bool inside = row[i] && at < columns;
       cp_async(piece(tile, int(threadIdx.x) / 8 + i * (THREADS / 8), int(threadIdx.x) % 8), inside ? row[i] + at : any,
                inside ? PIECE : 0);
@@ -120,44 +41,36 @@ struct Copies {
 
 // sums = rows · xᵀ over columns `begin` to `end` for `tokens` positions from `from` on
 template <typename T, int TOKENS, int STAGES, typename RowOf>
-__device__ void stream(float (&sums)[TOKENS / 8][4], char* memory, const Batch& batch, const MultiLoRASmall& p,
-                       int from, int tokens, int64_t begin, int64_t end, int rows, RowOf&& row_of) {
+__device__ void mainloop(float (&sums)[TOKENS / 8][4], char* memory, const Batch& batch, const MultiLoRASmall& p,
+                         int from, int tokens, int64_t begin, int64_t end, int rows, RowOf&& row_of) {
   constexpr int BYTES = (ROWS + TOKENS) * WIDTH;
   const int steps = int((end - begin + RANKS - 1) / RANKS);
-  const bool works = int(threadIdx.x) / 32 * 16 < rows;  // this warp has rows
-  const Copies<T, ROWS> copy_rows(row_of);
-  const Copies<T, TOKENS> copy_tokens([&](int token) {
+  const bool has_rows = int(threadIdx.x) / 32 * 16 < rows;  // this warp has rows
+  const TileCopy<T, ROWS> copy_rows(row_of);
+  const TileCopy<T, TOKENS> copy_tokens([&](int token) {
     return token < tokens ? static_cast<const T*>(p.x) + batch.entry[from + token] * p.x_row : nullptr;
   });
-  const auto load = [&](int step) {
-    if (step < steps) {
-      T* const tile = reinterpret_cast<T*>(memory + step % STAGES * BYTES);
-      const int64_t column = begin + int64_t(step) * RANKS;
-      copy_rows(tile, column, end, p.x);
-      copy_tokens(tile + ROWS * RANKS, column, end, p.x);
-    }
-    cp_async_commit();
+  const auto load = [&](int step, int stage) {
+    T* const tile = reinterpret_cast<T*>(memory + stage * BYTES);
+    const int64_t column = begin + int64_t(step) * RANKS;
+    copy_rows(tile, column, end, p.x);
+    copy_tokens(tile + ROWS * RANKS, column, end, p.x);
   };
-  for (int step = 0; step < STAGES - 1; step++) load(step);
 #pragma unroll
   for (auto& sum : sums) sum[0] = sum[1] = sum[2] = sum[3] = 0;
-  for (int step = 0; step < steps; step++) {
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();  // all copies of this stage are there, and the stage before it has been read
-    load(step + STAGES - 1);
-    T* const tile = reinterpret_cast<T*>(memory + step % STAGES * BYTES);
-    if (works) {
+  pipelined<STAGES>(steps, load, [&](int, int stage) {
+    T* const tile = reinterpret_cast<T*>(memory + stage * BYTES);
+    if (has_rows) {
 #pragma unroll
       for (int i = 0; i < 4; i++) multiply<T, TOKENS>(sums, tile, tile + ROWS * RANKS, i, tokens);
     }
-  }
-  cp_async_wait<0>();
+  });
 }
 
 // h of a part of A's tile, 64 ranks of the adapter at position `from`
 template <typename T, int TOKENS, int STAGES>
-__device__ void part_of_a(char* memory, const Batch& batch, const MultiLoRASmall& p, const MultiLoRASlice& s, int g,
-                          int from, int first_rank, int part) {
+__device__ void shrink_tile(char* memory, const Batch& batch, const MultiLoRASmall& p, const MultiLoRASlice& s, int g,
+                            int from, int first_rank, int part) {
   __shared__ int64_t rows[ROWS / PAGE];  // where its pages begin
   const int slot = batch.slot[from], rank = batch.rank[from], count = batch.until[from] - from;
   if (threadIdx.x < ROWS / PAGE) {
@@ -168,12 +81,12 @@ __device__ void part_of_a(char* memory, const Batch& batch, const MultiLoRASmall
   float sums[TOKENS / 8][4];
   const int64_t begin = part * p.a_part, end = min(p.k, begin + p.a_part);
   const T* const a = static_cast<const T*>(s.a);
-  stream<T, TOKENS, STAGES>(sums, memory, batch, p, from, count, begin, end, rank - first_rank, [&](int r) {
+  mainloop<T, TOKENS, STAGES>(sums, memory, batch, p, from, count, begin, end, rank - first_rank, [&](int r) {
     return first_rank + r < rank ? a + (rows[r / PAGE] + r % PAGE) * s.a_row : nullptr;
   });
   const float scale = s.scale[slot];
   float* const h = p.h + ((part * p.slices + g) * p.m + from) * p.ranks;
-  each_sum(sums, [&](int r, int token, float sum) {
+  for_each_accumulator(sums, [&](int r, int token, float sum) {
     const int at = first_rank + threadIdx.x / 32 * 16 + r;
     if (token < count) h[token * p.ranks + at] = at < rank ? scale * sum : 0.f;
   });
@@ -238,13 +151,13 @@ __device__ void multiply_b(float (&sums)[TOKENS / 8][4], T* b_tile, __nv_bfloat1
 
 // y's columns of a tile of W: the sums of its parts, then what the adapters add
 template <typename T, int TOKENS, int STAGES>
-__device__ void end_of_w(char* memory, const Batch& batch, const MultiLoRASmall& p, const MultiLoRASlice& s, int g,
-                         int64_t row, int64_t scratch, int w_parts) {
+__device__ void epilogue_y(char* memory, const Batch& batch, const MultiLoRASmall& p, const MultiLoRASlice& s, int g,
+                           int64_t row, int64_t scratch, int w_parts) {
   using B = __nv_bfloat16;
-  __shared__ int heads[MOST], pages[MOST * RANKS / PAGE];
-  __shared__ int live;
+  __shared__ int heads[MAX_TOKENS], pages[MAX_TOKENS * RANKS / PAGE];
+  __shared__ int head_count;
   float sums[TOKENS / 8][4];
-  together<THREADS>(sums, p.scratch, scratch, w_parts);
+  reduce_split_k<THREADS>(sums, p.scratch, scratch, w_parts);
   B *const h_tile = reinterpret_cast<B*>(memory), *const h_rest = h_tile + TOKENS * RANKS;
   T* const stages = reinterpret_cast<T*>(h_rest + TOKENS * RANKS);
   const int a_parts = int((p.k + p.a_part - 1) / p.a_part);
@@ -253,50 +166,42 @@ __device__ void end_of_w(char* memory, const Batch& batch, const MultiLoRASmall&
     __syncthreads();  // the tiles and the list have been read
     if (threadIdx.x < 32) {
       int found = 0;
-      for (int half = 0; half < MOST; half += 32) {
+      for (int half = 0; half < MAX_TOKENS; half += 32) {
         const int i = half + int(threadIdx.x);
         const bool head = batch.rank[i] > first && (i == 0 || batch.slot[i - 1] != batch.slot[i]);
         const unsigned all = __ballot_sync(0xffffffff, head);
         if (head) heads[found + __popc(all & ((1u << threadIdx.x) - 1))] = i;
         found += __popc(all);
       }
-      if (threadIdx.x == 0) live = found;
+      if (threadIdx.x == 0) head_count = found;
     }
     __syncthreads();
-    const int steps = live;
+    const int steps = head_count;
     if (steps == 0) break;
     for (int i = threadIdx.x; i < steps * (RANKS / PAGE); i += THREADS) {
       const int head = heads[i / (RANKS / PAGE)], at = first / PAGE + i % (RANKS / PAGE);
       pages[i] = at * PAGE < batch.rank[head] ? s.table[batch.slot[head] * s.pages + at] : 0;
     }
     __syncthreads();
-    const auto load = [&](int step) {
-      if (step < steps) {
-        const int rank = batch.rank[heads[step]] - first;
-        const int* const of_step = pages + step * (RANKS / PAGE);
-        const Copies<T, ROWS> copy(
-            [&](int r) { return r < rank ? b + (int64_t(of_step[r / PAGE]) * PAGE + r % PAGE) * s.b_row : nullptr; });
-        copy(stages + step % STAGES * ROWS * RANKS, 0, s.n - row, b);
-      }
-      cp_async_commit();
+    const auto load = [&](int step, int stage) {
+      const int rank = batch.rank[heads[step]] - first;
+      const int* const of_step = pages + step * (RANKS / PAGE);
+      const TileCopy<T, ROWS> copy(
+          [&](int r) { return r < rank ? b + (int64_t(of_step[r / PAGE]) * PAGE + r % PAGE) * s.b_row : nullptr; });
+      copy(stages + stage * ROWS * RANKS, 0, s.n - row, b);
     };
-    for (int step = 0; step < STAGES - 1; step++) load(step);
-    load_h<TOKENS>(h_tile, h_rest, batch, p, g, first, a_parts);
-    for (int step = 0; step < steps; step++) {
-      cp_async_wait<STAGES - 2>();
-      __syncthreads();  // this stage and h are there, and the stage before has been read
-      load(step + STAGES - 1);
+    const auto load_h_tile = [&] { load_h<TOKENS>(h_tile, h_rest, batch, p, g, first, a_parts); };
+    pipelined<STAGES>(steps, load, load_h_tile, [&](int step, int stage) {
       const int head = heads[step], sixteens = (min(batch.rank[head] - first, RANKS) + 15) / 16;
 #pragma unroll 1
       for (int i = 0; i < sixteens; i++) {
-        multiply_b<T, TOKENS>(sums, stages + step % STAGES * ROWS * RANKS, h_tile, h_rest, i, head, batch.until[head]);
+        multiply_b<T, TOKENS>(sums, stages + stage * ROWS * RANKS, h_tile, h_rest, i, head, batch.until[head]);
       }
-    }
-    cp_async_wait<0>();
+    });
   }
   T* const tile = reinterpret_cast<T*>(memory);
   __syncthreads();  // the tiles have been read
-  each_sum(sums, [&](int r, int token, float sum) {
+  for_each_accumulator(sums, [&](int r, int token, float sum) {
     const int column = threadIdx.x / 32 * 16 + r;
     if (token < p.m && row + column < s.n) {
       const int slot = batch.slot[token], flags = slot < 0 ? 0 : s.flags[slot];
@@ -318,7 +223,7 @@ __device__ void end_of_w(char* memory, const Batch& batch, const MultiLoRASmall&
   }
 }
 
-__device__ inline int tiles_of(const MultiLoRASlice& s) { return int((s.n + ROWS - 1) / ROWS); }
+__device__ inline int tile_count(const MultiLoRASlice& s) { return int((s.n + ROWS - 1) / ROWS); }
 
 template <typename T, int TOKENS, int STAGES, int B_STAGES>
 __device__ void multi_lora_small(const MultiLoRASmall& p) {
@@ -329,7 +234,7 @@ __device__ void multi_lora_small(const MultiLoRASmall& p) {
   const int of_a = int(p.slices * p.a_blocks), a_parts = int((p.k + p.a_part - 1) / p.a_part),
             w_parts = int((p.k + p.w_part - 1) / p.w_part);
   const bool is_a = int(blockIdx.x) < of_a;
-  const int first = tiles_of(p.slice[0]), second = first + tiles_of(p.slice[1]);  // before a slice's
+  const int first = tile_count(p.slice[0]), second = first + tile_count(p.slice[1]);  // before a slice's
   int g, block = blockIdx.x;
   if (is_a) {
     g = block / int(p.a_blocks), block %= int(p.a_blocks);
@@ -339,33 +244,33 @@ __device__ void multi_lora_small(const MultiLoRASmall& p) {
   const int before = g == 0 ? 0 : g == 1 ? first : second;
   if (!is_a) block -= before * w_parts;
   const MultiLoRASlice s = slice_of(p, g);
-  int *const of_slice = p.tickets + g, *const of_tiles = p.tickets + SLICES + before;
+  int *const of_slice = p.tickets + g, *const of_tiles = p.tickets + MAX_SLICES + before;
   const int tile = block / w_parts;
   int a_tiles;
   if (is_a) {
     a_tiles = read_slots(batch, p, s);
-    int done = 0;
-    for (int item = block; item < a_tiles * a_parts; item += int(p.a_blocks), done++) {
+    int items = 0;
+    for (int item = block; item < a_tiles * a_parts; item += int(p.a_blocks), items++) {
       const int mine = item / a_parts;
       int from = 0;
       while (batch.tiles[from] <= mine) from++;
       const int rank = (mine - (from == 0 ? 0 : batch.tiles[from - 1])) * ROWS;
-      part_of_a<T, TOKENS, STAGES>(memory, batch, p, s, g, from, rank, item % a_parts);
+      shrink_tile<T, TOKENS, STAGES>(memory, batch, p, s, g, from, rank, item % a_parts);
     }
-    if (done == 0 || !last(of_slice, min(a_tiles * a_parts, int(p.a_blocks)))) return;
+    if (items == 0 || !is_last_block(of_slice, min(a_tiles * a_parts, int(p.a_blocks)))) return;
   } else {
     float sums[TOKENS / 8][4];
     const int64_t row = int64_t(tile) * ROWS, begin = block % w_parts * p.w_part, end = min(p.k, begin + p.w_part);
     const T* const w = static_cast<const T*>(p.w) + (s.first + row) * p.w_row;
-    stream<T, TOKENS, STAGES>(sums, memory, batch, p, 0, int(p.m), begin, end, ROWS,
-                              [&](int r) { return row + r < s.n ? w + r * p.w_row : nullptr; });
-    keep<THREADS>(sums, p.scratch, int64_t(before + tile) * w_parts + block % w_parts);
+    mainloop<T, TOKENS, STAGES>(sums, memory, batch, p, 0, int(p.m), begin, end, ROWS,
+                                [&](int r) { return row + r < s.n ? w + r * p.w_row : nullptr; });
+    store_partials<THREADS>(sums, p.scratch, int64_t(before + tile) * w_parts + block % w_parts);
     a_tiles = read_slots(batch, p, s);
-    if (!last(of_tiles + tile, w_parts + (a_tiles > 0))) return;
+    if (!is_last_block(of_tiles + tile, w_parts + (a_tiles > 0))) return;
   }
   // the tiles of W that this block ends: its own, or once h is complete all that wait for it alone
   __shared__ int ends[THREADS];
-  const int until = is_a ? tiles_of(s) : tile + 1;
+  const int until = is_a ? tile_count(s) : tile + 1;
   for (int from = is_a ? 0 : tile; from < until; from += THREADS) {
     const int mine = from + int(threadIdx.x);
     ends[threadIdx.x] = !is_a && mine == tile;
@@ -376,8 +281,8 @@ __device__ void multi_lora_small(const MultiLoRASmall& p) {
     __syncthreads();
     for (int i = 0; i < THREADS; i++) {
       if (ends[i]) {
-        end_of_w<T, TOKENS, B_STAGES>(memory, batch, p, s, g, int64_t(from + i) * ROWS,
-                                      int64_t(before + from + i) * w_parts, w_parts);
+        epilogue_y<T, TOKENS, B_STAGES>(memory, batch, p, s, g, int64_t(from + i) * ROWS,
+                                        int64_t(before + from + i) * w_parts, w_parts);
       }
     }
     __syncthreads();

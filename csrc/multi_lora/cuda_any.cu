@@ -35,8 +35,8 @@ struct MultiLoRAExpand {
 };
 
 constexpr int PAGE = 8, THREADS = 128;
-constexpr int ENTRIES = 64, STEP = 64, RANK = 16;    // of a block's step that makes h
-constexpr int TOKENS = 32, COLUMNS = 128, MINE = 4;  // of a block that ends y; tokens of a thread
+constexpr int ENTRIES = 64, STEP = 64, RANK = 16;                // of a block's step that makes h
+constexpr int TOKENS = 32, COLUMNS = 128, TOKENS_OF_THREAD = 4;  // of a block that ends y; tokens of a thread
 
 template <typename T>
 __device__ void multi_shrink(const MultiLoRAShrink& p) {
@@ -104,33 +104,35 @@ __device__ void multi_shrink(const MultiLoRAShrink& p) {
         mma_split<T>(sums[1], f, f_low, g[2], g[3], g_low[2], g_low[3]);
       }
     }
-    each_sum(sums, [&](int r, int j, float sum) {
-      const int of = warp * 16 + r;
-      if (of < count && rank0 + j < rank) p.h[(blockIdx.z * p.entries + entry[of]) * p.ranks + rank0 + j] = scale * sum;
+    for_each_accumulator(sums, [&](int r, int j, float sum) {
+      const int local = warp * 16 + r;
+      if (local >= count || rank0 + j >= rank) return;
+      p.h[(blockIdx.z * p.entries + entry[local]) * p.ranks + rank0 + j] = scale * sum;
     });
   }
 }
 
 // Which of a tile's tokens have an adapter, and what it counts.
-struct Wanted {
+struct TileTokens {
   int64_t token[TOKENS];  // or -1
   int slot[TOKENS];       // or -1
   float weight[TOKENS];
 };
 
-__device__ inline void read_slots(Wanted& wanted, const MultiLoRAExpand& p, int64_t i) {
-  const int64_t token = wanted.token[threadIdx.x], id = token < 0 ? -1 : p.ids[token * p.each + i],
+__device__ inline void read_slots(TileTokens& tokens, const MultiLoRAExpand& p, int64_t i) {
+  const int64_t token = tokens.token[threadIdx.x], id = token < 0 ? -1 : p.ids[token * p.each + i],
                 at = id & 0xffffffff;
   const bool known = id >= 0 && at < p.count && p.generation[at] == int(id >> 32);
   if (id != -1 && !known) atomicExch(p.error, 1);
-  wanted.slot[threadIdx.x] = known ? int(at) : -1;
-  wanted.weight[threadIdx.x] = known && p.weights ? p.weights[token * p.each + i] : 1.f;
+  tokens.slot[threadIdx.x] = known ? int(at) : -1;
+  tokens.weight[threadIdx.x] = known && p.weights ? p.weights[token * p.each + i] : 1.f;
 }
 
 // delta = h Bᵀ of four tokens and eight columns of a thread, of the tokens that have the adapter in
 // `slot`
-__device__ inline void multiply(float (&delta)[MINE][8], float (&hs)[RANK][TOKENS], float (&bs)[RANK][COLUMNS],
-                                const Wanted& wanted, const MultiLoRAExpand& p, int slot, int64_t i, int64_t column) {
+__device__ inline void multiply(float (&delta)[TOKENS_OF_THREAD][8], float (&hs)[RANK][TOKENS],
+                                float (&bs)[RANK][COLUMNS], const TileTokens& tokens, const MultiLoRAExpand& p,
+                                int slot, int64_t i, int64_t column) {
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16, rank = p.rank[slot];
 #pragma unroll
   for (auto& of_token : delta) {
@@ -142,8 +144,8 @@ __device__ inline void multiply(float (&delta)[MINE][8], float (&hs)[RANK][TOKEN
     for (int at = threadIdx.x; at < RANK * TOKENS; at += THREADS) {
       const int t = at % TOKENS, r = at / TOKENS;
       float sum = 0;
-      if (wanted.slot[t] == slot && first + r < rank) {
-        const float* const from = p.h + (wanted.token[t] * p.each + i) * p.ranks + first + r;
+      if (tokens.slot[t] == slot && first + r < rank) {
+        const float* const from = p.h + (tokens.token[t] * p.each + i) * p.ranks + first + r;
         for (int64_t part = 0; part < p.parts; part++) sum += from[part * p.m * p.each * p.ranks];
       }
       hs[r][t] = sum;
@@ -159,13 +161,13 @@ __device__ inline void multiply(float (&delta)[MINE][8], float (&hs)[RANK][TOKEN
     __syncthreads();  // they are there
 #pragma unroll
     for (int r = 0; r < RANK; r++) {
-      const float4 h = *reinterpret_cast<const float4*>(&hs[r][ty * MINE]);
+      const float4 h = *reinterpret_cast<const float4*>(&hs[r][ty * TOKENS_OF_THREAD]);
       const float4 low = *reinterpret_cast<const float4*>(&bs[r][tx * 4]);
       const float4 high = *reinterpret_cast<const float4*>(&bs[r][COLUMNS / 2 + tx * 4]);
-      const float of_h[MINE] = {h.x, h.y, h.z, h.w};
+      const float of_h[TOKENS_OF_THREAD] = {h.x, h.y, h.z, h.w};
       const float of_b[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-      for (int t = 0; t < MINE; t++) {
+      for (int t = 0; t < TOKENS_OF_THREAD; t++) {
 #pragma unroll
         for (int j = 0; j < 8; j++) delta[t][j] += of_h[t] * of_b[j];
       }
@@ -176,62 +178,62 @@ __device__ inline void multiply(float (&delta)[MINE][8], float (&hs)[RANK][TOKEN
 // A thread has four neighbouring columns of each half of the tile.
 template <typename T>
 __device__ void multi_expand(const MultiLoRAExpand& p) {
-  __shared__ Wanted wanted;
+  __shared__ TileTokens tokens;
   __shared__ __align__(16) float hs[RANK][TOKENS], bs[RANK][COLUMNS];
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
   const int64_t first = int64_t(blockIdx.x) * TOKENS, column = int64_t(blockIdx.y) * COLUMNS;
   if (threadIdx.x < TOKENS) {
     const int64_t at = first + threadIdx.x;
-    wanted.token[threadIdx.x] = at >= p.m ? -1 : p.order ? p.order[at] : at;
+    tokens.token[threadIdx.x] = at >= p.m ? -1 : p.order ? p.order[at] : at;
   }
   __syncthreads();
-  const auto of = [&](int j) { return column + j / 4 * (COLUMNS / 2) + tx * 4 + j % 4; };
-  float z[MINE][8], total[MINE][8];
+  const auto column_of = [&](int j) { return column + j / 4 * (COLUMNS / 2) + tx * 4 + j % 4; };
+  float z[TOKENS_OF_THREAD][8], total[TOKENS_OF_THREAD][8];
 #pragma unroll
-  for (int t = 0; t < MINE; t++) {
-    const int64_t token = wanted.token[ty * MINE + t];
+  for (int t = 0; t < TOKENS_OF_THREAD; t++) {
+    const int64_t token = tokens.token[ty * TOKENS_OF_THREAD + t];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-      const bool inside = token >= 0 && of(j) < p.n;
-      const float held = p.holds && p.bias.data && of(j) < p.n ? p.bias[of(j)] : 0.f;
-      const T* const y = static_cast<const T*>(p.y) + token * p.y_row + of(j) * p.y_column;
-      total[t][j] = z[t][j] = inside ? wide(*y) - held : 0.f;
+      const bool inside = token >= 0 && column_of(j) < p.n;
+      const float bias_in_y = p.holds && p.bias.data && column_of(j) < p.n ? p.bias[column_of(j)] : 0.f;
+      const T* const y = static_cast<const T*>(p.y) + token * p.y_row + column_of(j) * p.y_column;
+      total[t][j] = z[t][j] = inside ? to_float(*y) - bias_in_y : 0.f;
     }
   }
   for (int64_t i = 0; i < p.each; i++) {
     __syncthreads();  // the slots before have been read
-    if (threadIdx.x < TOKENS) read_slots(wanted, p, i);
+    if (threadIdx.x < TOKENS) read_slots(tokens, p, i);
     __syncthreads();
     for (int slot = -1;;) {
       int next = 0x7fffffff;
-      for (int t = 0; t < TOKENS; t++) next = wanted.slot[t] > slot ? min(next, wanted.slot[t]) : next;
+      for (int t = 0; t < TOKENS; t++) next = tokens.slot[t] > slot ? min(next, tokens.slot[t]) : next;
       if (next == 0x7fffffff) break;
       slot = next;
-      float delta[MINE][8];
-      multiply(delta, hs, bs, wanted, p, slot, i, column);
+      float delta[TOKENS_OF_THREAD][8];
+      multiply(delta, hs, bs, tokens, p, slot, i, column);
       const int flags = p.flags[slot];
 #pragma unroll
       for (int j = 0; j < 8; j++) {
-        if (of(j) >= p.n) continue;
-        const int64_t at = int64_t(flags >> 2) * p.n + of(j);
+        if (column_of(j) >= p.n) continue;
+        const int64_t at = int64_t(flags >> 2) * p.n + column_of(j);
         const float gain = flags & 1 ? p.gain[at] : 1.f, more = flags & 2 ? p.more[at] : 0.f;
 #pragma unroll
-        for (int t = 0; t < MINE; t++) {
-          const int mine = ty * MINE + t;
+        for (int t = 0; t < TOKENS_OF_THREAD; t++) {
+          const int mine = ty * TOKENS_OF_THREAD + t;
           const float share = (gain - 1) * z[t][j] + gain * delta[t][j] + more;
-          if (wanted.slot[mine] == slot) total[t][j] += wanted.weight[mine] * share;
+          if (tokens.slot[mine] == slot) total[t][j] += tokens.weight[mine] * share;
         }
       }
     }
   }
 #pragma unroll
-  for (int t = 0; t < MINE; t++) {
-    const int64_t token = wanted.token[ty * MINE + t];
+  for (int t = 0; t < TOKENS_OF_THREAD; t++) {
+    const int64_t token = tokens.token[ty * TOKENS_OF_THREAD + t];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-      if (token < 0 || of(j) >= p.n) continue;
-      const float bias = p.bias.data ? p.bias[of(j)] : 0.f;
-      static_cast<T*>(p.y)[token * p.y_row + of(j) * p.y_column] = rounded<T>(total[t][j] + bias);
+      if (token < 0 || column_of(j) >= p.n) continue;
+      const float bias = p.bias.data ? p.bias[column_of(j)] : 0.f;
+      static_cast<T*>(p.y)[token * p.y_row + column_of(j) * p.y_column] = rounded<T>(total[t][j] + bias);
     }
   }
 }

@@ -19,7 +19,7 @@ __device__ void weight_norm(const WeightNorm& p) {
   const int64_t row0 = int64_t(blockIdx.x) * ROWS;
   float squares[2] = {};
   const auto add = [&](const void*, float x, float y, int half) { squares[half] += x * x + y * y; };
-  walk<RANK, T>(p, row0, 0, p.columns, add, [](T*, int64_t) {});
+  update_mainloop<RANK, T>(p, row0, 0, p.columns, add, [](T*, int64_t) {});
   const int lane = threadIdx.x % 32;
   for (int half = 0; half < 2; half++) {
     for (int step = 1; step < 4; step *= 2) squares[half] += __shfl_xor_sync(0xffffffffu, squares[half], step);

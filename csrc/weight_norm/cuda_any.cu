@@ -17,12 +17,12 @@ __device__ void weight_norm_any(const WeightNormAny& p) {
   const int64_t row0 = int64_t(blockIdx.x) * ROWS;
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16 + lane / 4;
   float squares[2] = {};
-  walk_any(p.factors, static_cast<const T*>(p.w), p.w_row, p.w_column, row0, p.rows, 0, p.columns,
-           [&](int64_t row, int64_t, float x) {
-             const bool second = (row - row0) / 8 % 2;  // an index would put the two into memory
-             squares[0] += second ? 0.f : x * x;
-             squares[1] += second ? x * x : 0.f;
-           });
+  update_mainloop_any(p.factors, static_cast<const T*>(p.w), p.w_row, p.w_column, row0, p.rows, 0, p.columns,
+                      [&](int64_t row, int64_t, float x) {
+                        const bool second = (row - row0) / 8 % 2;  // an index would put the two into memory
+                        squares[0] += second ? 0.f : x * x;
+                        squares[1] += second ? x * x : 0.f;
+                      });
   for (int half = 0; half < 2; half++) {
     for (int step = 1; step < 4; step *= 2) squares[half] += __shfl_xor_sync(0xffffffffu, squares[half], step);
     const int64_t row = row0 + first + half * 8;

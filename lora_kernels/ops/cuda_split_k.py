@@ -1,5 +1,5 @@
 """How the programs of a launch share what is summed: rows, or for CUDA C++ the depth of a tile
-(csrc/common/parts.cuh)."""
+(csrc/common/split_k.cuh)."""
 
 from functools import lru_cache
 

@@ -26,7 +26,7 @@ except ImportError as error:
 CSRC = Path(__file__).parents[2] / "csrc"
 LEAST_CAPABILITY = (8, 0)  # of the GPUs: tensor cores that know bfloat16, cp.async
 KERNEL_SUFFIX = {torch.bfloat16: "bf16", torch.float16: "f16"}  # in the names of CUDA C++ kernels
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # there, as kind
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # there, as dtype
 
 
 SWIZZLE = 128  # of a `Map`, in bytes
@@ -269,8 +269,8 @@ def _map_fields(m: Map) -> tuple[Any, ...]:
 
 def vector_fields(name: str, v: Tensor | None) -> dict[str, Any]:
     """The fields of a `Vector` of csrc/common/tiles.cuh: its data, and its dtype by number."""
-    data, kind = (None, 0) if v is None else (v.contiguous(), DTYPE_CODES[v.dtype])
-    return {f"{name}.data": data, f"{name}.kind": kind}
+    data, code = (None, 0) if v is None else (v.contiguous(), DTYPE_CODES[v.dtype])
+    return {f"{name}.data": data, f"{name}.dtype": code}
 
 
 def ceil_div(a: int, b: int) -> int:

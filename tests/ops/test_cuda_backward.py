@@ -147,9 +147,9 @@ def test_other_architectures(simulated, arch):
 
 
 @pytest.mark.parametrize(("source", "old", "new"), [
-    (skinny.SIDES, "    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    (skinny.SIDES, "  __syncthreads();  // all copies", "  __syncwarp();  //"),
     (skinny.SIDES, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    (skinny.SIDES, "load(turn + STAGES - 1)", "load(turn + STAGES)"),
+    (skinny.SIDES, "(step + STAGES - 1, steps", "(step + STAGES, steps"),
     (skinny.SIDES, "min(p.r, rank + RANK), RANK / 16);\n        __syncthreads();", "min(p.r, rank + RANK), RANK / 16);"),
     (skinny.SIDES, "if (m < end && r < p.r)", "if (r < p.r)"),
     (skinny.SIDES, "of_uv += __shfl_xor_sync(0xffffffffu, of_uv, step);", ""),
@@ -158,7 +158,7 @@ def test_other_architectures(simulated, arch):
     (skinny.OUTER, "cp_async_wait<1>()", "cp_async_wait<2>()"),
     (skinny.OUTER, "uint64_t(row + r));", "uint64_t(r));"),
     (skinny.OUTER, "if (r >= p.r || n >= p.n) return;", "if (n >= p.n) return;"),
-    (cuda.DX, "    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    (cuda.DX, "  __syncthreads();  // all copies", "  __syncwarp();  //"),
     (cuda.DX, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
     (cuda.DX, "    cp_async_wait<0>();\n    __syncthreads();", "    __syncthreads();"),
     (cuda.DX, "    __syncthreads();  // the tiles have been read\n", ""),

@@ -281,17 +281,17 @@ def test_planted_bugs_of_shrink(planted, simulated, kernel, old, new):
 
 
 @pytest.mark.parametrize(("old", "new"), [
-    ("gain[j] * wide(found[j])", "wide(found[j])"),
+    ("gain[j] * to_float(values[j])", "to_float(values[j])"),
     ("p.gain[column + c * 8 + j] - p.less", "p.gain[column + c * 8 + j]"),
     ("if (column + c * 8 >= p.scaled_row) return;", ""),
     ("if (row + r < end) *reinterpret_cast<uint4*>(out)", "*reinterpret_cast<uint4*>(out)"),
-    ("p.v.kind != 1", "false"),
+    ("p.v.dtype != 1", "false"),
     ("", ""),
 ])  # fmt: skip
 def test_planted_bugs_of_sides(planted, simulated, old, new):
     planted(skinny.SIDES, old, new, keep="lora_linear_sides_f16_16")
     p = make_problem(70, 8, 136, 13, F16, F32)
-    gain, h = torch.randn(136) if "kind" not in old else None, torch.randn(70, 13)
+    gain, h = torch.randn(136) if "dtype" not in old else None, torch.randn(70, 13)
     of = p.dy.double()
     with pytest.raises((SimulationError, AssertionError)) if old else nullcontext():
         for order in range(2):

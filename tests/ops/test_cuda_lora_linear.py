@@ -235,21 +235,21 @@ def test_what_is_read_for_many_tokens(fixed):
 
 
 @pytest.mark.parametrize(("old", "new"), [
-    ("    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    ("  __syncthreads();  // all copies", "  __syncwarp();  //"),
     ("cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    ("load(step + STAGES - 1)", "load(step + STAGES)"),
+    ("(step + STAGES - 1, steps", "(step + STAGES, steps"),
     ("__syncthreads();  // the tiles have been read", ";"),
     ("  __syncthreads();  // the tile has been read\n", ""),
-    ("__shared__ int is;\n  __syncthreads();", "__shared__ int is;\n"),
-    ("last(p.tickets + a_tiles + tile, w_parts + 1)", "last(p.tickets + a_tiles + tile, w_parts)"),
-    ("if (is) *ticket = 0;", ""),
+    ("__shared__ int is_last;\n  __syncthreads();", "__shared__ int is_last;\n"),
+    ("is_last_block(p.tickets + a_tiles + tile, w_parts + 1)", "is_last_block(p.tickets + a_tiles + tile, w_parts)"),
+    ("if (is_last) *ticket = 0;", ""),
     ("      p.tickets[a_tiles + mine] = 0;\n", ""),
     ("if (rank < p.r && token < p.m)", "if (rank < p.r)"),
     ("if (token < p.m && row + c * 8 < p.n)", "if (token < p.m)"),
     ("row % 8 : row % 4 * 2", "0 : 0"),
     ("inside ? PIECE : 0);\n  }\n}\n\n// sums [16", "PIECE);\n  }\n}\n\n// sums [16"),
     ("b_tile, h_rest, i", "b_tile, h_tile, i"),
-    ("isinf(wide(high)) ? 0.f : ", ""),
+    ("isinf(to_float(high)) ? 0.f : ", ""),
     ("", ""),
 ])  # fmt: skip
 def test_planted_bugs(planted, simulated, short_parts, old, new):
@@ -272,22 +272,22 @@ def test_planted_bugs(planted, simulated, short_parts, old, new):
 
 
 @pytest.mark.parametrize(("source", "old", "new"), [
-    (skinny.THIN, "    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    (skinny.THIN, "  __syncthreads();  // all copies", "  __syncwarp();  //"),
     (skinny.THIN, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    (skinny.THIN, "load(step + STAGES - 1)", "load(step + STAGES)"),
+    (skinny.THIN, "(step + STAGES - 1, steps", "(step + STAGES, steps"),
     (skinny.THIN, "if (t < p.m && r < p.r)", "if (t < p.m)"),
     (skinny.THIN, "t = token + row + i * 8;", "t = token + row;"),
     (skinny.THIN, "column + step * 16 + lane % 4 * 4;", "column + step * 4 + lane % 4 * 4;"),
-    (skinny.THIN, "DROPS ? Swap::PAIRS", "DROPS ? Swap::EIGHT"),
-    (cuda.TILES, "    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    (skinny.THIN, "DROPS ? Swizzle::PAIRS", "DROPS ? Swizzle::EIGHT"),
+    (cuda.TILES, "  __syncthreads();  // all copies", "  __syncwarp();  //"),
     (cuda.TILES, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    (cuda.TILES, "load(step + STAGES - 1)", "load(step + STAGES)"),
+    (cuda.TILES, "(step + STAGES - 1, steps", "(step + STAGES, steps"),
     (cuda.TILES, "__syncthreads();  // the tiles have been read", ";"),
     (cuda.TILES, "  __syncthreads();  // what was there has been read\n", ""),
     (cuda.TILES, "row + r < m && column + c * 8 < n", "row + r < m"),
     (cuda.TILES, "row + r < m && column + c * 8 < n", "column + c * 8 < n"),
     (cuda.TILES, "multiply(sums, h_rest, b_tile, i);", ""),
-    (cuda.TILES, "tile %= slab * down;", ""),
+    (cuda.TILES, "tile %= slab * tile_rows;", ""),
     (cuda.TILES, "steps, p.parts, p.m * p.r", "steps, 1, p.m * p.r"),
     (cuda.TILES, "", ""),
 ])  # fmt: skip

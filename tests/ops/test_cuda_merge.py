@@ -75,10 +75,10 @@ def test_offsets_of_64_bits(simulated, name):
 
 
 @pytest.mark.parametrize(("old", "new"), [
-    ("    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    ("  __syncthreads();  // all copies", "  __syncwarp();  //"),
     ("    __syncwarp();  // the warp's 16 rows are there\n", ""),
     ("cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    ("load(step + STAGES - 1)", "load(step + STAGES)"),
+    ("(step + STAGES - 1, steps", "(step + STAGES, steps"),
     ("row0 + r < p.rows && column < end", "row0 + r < p.rows"),
     ("row0 + r < p.rows && column < end", "column < end"),
     ("r < rows;", "true;"),

@@ -288,20 +288,22 @@ def run_dx():
 
 RUNS = {"bf16": run_forward, "f16": run_float16, "dx_drop_bf16": run_dx}
 NUMBERS = "rms error .* times that of the correctly rounded result"
-FREE, BOX = "mbarrier_arrive(&shared.empty[last]);\n      last", "bar_sync(1 + group, GROUP);"
+FREE, BOX = "mbarrier_arrive(&shared.empty[reading]);\n      reading", "bar_sync(1 + group, GROUP);"
 READ = "if (threadIdx.x % GROUP == 0) store_wait_read<1>();"
 BEGIN = "  if (threadIdx.x < GROUP) {\n    setmaxnreg"
 # what stands in the place of what, and what is found
 BUGS = {
-    "it multiplies before the copy is there": ("mbarrier_wait(&shared.full[turn.stage], turn.parity);", "", "nobody wrote"),
+    "it multiplies before the copy is there": ("mbarrier_wait(&shared.full[state.stage], state.parity);", "", "nobody wrote"),
     "it copies before the stage is free": (
-        "mbarrier_wait(&shared.empty[turn.stage], turn.parity ^ 1);", "", "a cp.async into it has not been waited for",
+        "mbarrier_wait(&shared.empty[state.stage], state.parity ^ 1);", "", "a cp.async into it has not been waited for",
     ),
-    "a stage is never free": (f"if (last >= 0 && threadIdx.x % 32 == 0) {FREE}", "last", "deadlock: waits at an mbarrier"),
-    "another stage is free": (FREE, FREE.replace("[last]", "[turn.stage]"), "deadlock: waits at an mbarrier"),
+    "a stage is never free": (
+        f"if (reading >= 0 && threadIdx.x % 32 == 0) {FREE}", "reading", "deadlock: waits at an mbarrier",
+    ),
+    "another stage is free": (FREE, FREE.replace("[reading]", "[state.stage]"), "deadlock: waits at an mbarrier"),
     "a group too few is waited for": ("wgmma_wait<1>(d);", "wgmma_wait<2>(d);", "cp.async.bulk .* race with a read of warp"),
     "the parity never changes": ("parity ^= 1", "parity ^= 0", "cp.async.bulk at .* shared race"),
-    "the parity of the other phase": ("turn.parity ^ 1", "turn.parity", "deadlock: waits at an mbarrier"),
+    "the parity of the other phase": ("state.parity ^ 1", "state.parity", "deadlock: waits at an mbarrier"),
     "an arrival too few": ("empty[i], 2 * GROUP / 32)", "empty[i], 7)", "cp.async.bulk at .* race with a read of warp"),
     "bytes too few": ("expect_tx(full, STAGE_BYTES)", "expect_tx(full, STAGE_BYTES - 128)", "deadlock: waits at an mbarrier"),
     "no barriers yet": (f"  __syncthreads();\n{BEGIN}", BEGIN, "there is no mbarrier"),

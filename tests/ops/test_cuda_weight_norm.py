@@ -64,13 +64,13 @@ def test_offsets_of_64_bits(simulated, name):
 
 
 @pytest.mark.parametrize(("old", "new"), [
-    ("    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    ("  __syncthreads();  // all copies", "  __syncwarp();  //"),
     ("cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    ("    cp_async_commit();\n", ""),
+    ("  cp_async_commit();\n", ""),
     ("row % 8 : row % 4 * 2", "0 : 0"),
     ("inside ? PIECE : 0", "PIECE"),
     ("inside && j < rank ?", "inside ?"),
-    ("load(step + STAGES - 1)", "load(step + STAGES)"),
+    ("(step + STAGES - 1, steps", "(step + STAGES, steps"),
 ])  # fmt: skip
 def test_planted_bugs(planted, simulated, old, new):
     """Races, waits, bounds are named; a missing swizzle shows in the passes of shared memory,

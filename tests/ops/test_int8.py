@@ -139,7 +139,7 @@ def test_w_is_read_once_in_bytes():
     ("- 8388736.f", "- 8388608.f", 1),
     ("sixteen % 4 * 2 + lane % 4 / 2", "sixteen % 4 * 2 + lane % 2", 1),
     ("sums[j][i] *= w_scale[i / 2]", "sums[j][i] *= w_scale[i % 2]", 1),
-    ("PAIRS : Swap::EIGHT", "EIGHT : Swap::EIGHT", 1),
+    ("PAIRS : Swizzle::EIGHT", "EIGHT : Swizzle::EIGHT", 1),
 ])  # fmt: skip
 def test_planted_bugs(planted, old, new, times):
     planted("lora_linear/cuda_small.cu", old, new, keep="lora_linear_small_i8_bf16_16", times=times)
@@ -238,16 +238,16 @@ def test_backward_reads_w_once_in_bytes():
 
 @needs_nvcc
 @pytest.mark.parametrize(("old", "new"), [
-    ("    __syncthreads();  // all copies", "    __syncwarp();  //"),
+    ("  __syncthreads();  // all copies", "  __syncwarp();  //"),
     ("cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    ("step + 1) * STEP, end);  // while the tiles are multiplied\n    __syncthreads();", "step + 1) * STEP, end);"),
-    ("step + 1) * STEP, end);  // while", "step) * STEP, end);  //"),
+    ("step + 1) * STEP, end);\n    __syncthreads();", "step + 1) * STEP, end);"),
+    ("step + 1) * STEP, end);", "step) * STEP, end);"),
     ("    __syncthreads();  // the tiles have been read\n", ""),
     ("0x3120", "0x3210"),
     ("make_uint2(__byte_perm(v.x, v.y, 0x7632)", "make_uint2(__byte_perm(v.x, v.y, 0x5410)"),
     ("low ? rest : tile", "tile"),
-    ("if (blockIdx.y == 0) adapter", "adapter"),
-    ("if (!last(p.tickets + blockIdx.x, parts)) return;", ""),
+    ("if (blockIdx.y == 0) add_adapter", "add_adapter"),
+    ("if (!is_last_block(p.tickets + blockIdx.x, parts)) return;", ""),
     ("token < p.m && at < p.k", "at < p.k"),
     ("rank + r < p.r && at < p.k", "at < p.k"),
     ("", ""),

@@ -175,13 +175,28 @@ def test_what_is_read(simulated):
     assert sim.counters["load_sectors"] * 32 <= 1.05 * sim.counters["load_bytes"]
 
 
+def loop(overlapped="", barrier="__syncthreads()", ahead="STAGES - 1"):
+    """`pipelined` written out in the place of a call, so that one of the two loops has the bug."""
+    return f"""const auto planted = [&](auto&& use) {{
+      pipeline_prologue<STAGES>(steps, load);
+      {overlapped};
+      for (int step = 0; step < steps; step++) {{
+        cp_async_wait<STAGES - 2>();
+        {barrier};
+        pipeline_load<STAGES>(step + {ahead}, steps, load);
+        use(step, step % STAGES);
+      }}
+    }};
+    planted([&]("""
+
+
 @pytest.mark.parametrize(("old", "new"), [
-    ("    __syncthreads();  // all copies of this stage are there", "    __syncwarp();  //"),
+    ("pipelined<STAGES>(steps, load, [&](", loop(barrier="__syncwarp()")),
     ("    __syncthreads();  // the tiles and the list have been read", ""),
-    ("      __syncthreads();  // all copies of this stage, and h", "      __syncwarp();  //"),
+    ("pipelined<STAGES>(steps, load, load_h_tile, [&](", loop("load_h_tile()", barrier="__syncwarp()")),
     ("  __syncthreads();  // and the stages of the item before have been read", ""),
-    ("  __syncthreads();  // the tiles have been read\n  each_sum", "  each_sum"),
-    ("load(step + STAGES - 1);\n    T*", "load(step + STAGES);\n    T*"),
+    ("  __syncthreads();  // the tiles have been read\n  for_each", "  for_each"),
+    ("pipelined<STAGES>(steps, load, [&](", loop(ahead="STAGES")),
     ("w_parts + (a_tiles > 0)", "w_parts"),
     ("      of_tiles[mine] = 0;\n", ""),
     ("min(a_tiles * a_parts, int(p.a_blocks))", "1"),
@@ -200,7 +215,7 @@ def test_what_is_read(simulated):
 ])  # fmt: skip
 def test_planted_bugs(planted, simulated, monkeypatch, old, new):
     """Races, waits and bounds are named, others show in the numbers."""
-    monkeypatch.setattr(cuda, "split_k_part", lambda *_: 1024 if "STAGES" in old else 64)
+    monkeypatch.setattr(cuda, "split_k_part", lambda *_: 1024 if "step + STAGES," in new else 64)
     planted(cuda.SMALL, old, new, keep="multi_lora_small_bf16_16")
     monkeypatch.setattr(
         cuda, "nearest_chip", lambda *_: SimpleNamespace(multiprocessors=2)

@@ -25,10 +25,10 @@ def in_pieces(*tensors):
     return all(t.shape[1] % 8 == 0 and refuse_rows(t=t) is None for t in tensors)
 
 
-def matrix_fields(name, t, kind=None):
-    """The fields of a `Matrix` of csrc/common/tiles.cuh; `kind` where its dtype has no number."""
-    data, kind, row, column = (None, 1, 0, 0) if t is None else (t, DTYPE_CODES[t.dtype] if kind is None else kind, *t.stride())
-    return {f"{name}.data": data, f"{name}.kind": kind, f"{name}.row": row, f"{name}.column": column}
+def matrix_fields(name, t, code=None):
+    """The fields of a `Matrix` of csrc/common/tiles.cuh; `code` where its dtype has no number."""
+    data, code, row, column = (None, 1, 0, 0) if t is None else (t, DTYPE_CODES[t.dtype] if code is None else code, *t.stride())
+    return {f"{name}.data": data, f"{name}.dtype": code, f"{name}.row": row, f"{name}.column": column}
 
 
 def dropout_fields(drop):
@@ -188,7 +188,7 @@ def reduce_partials(jobs):
         args = {}
         for i, (part, out, gain, divisor, n, r, _) in enumerate(all_jobs):
             job = f"jobs[{i}]"
-            args |= {f"{job}.part": part, f"{job}.out": out, f"{job}.kind": 0 if out is None else DTYPE_CODES[out.dtype]}
+            args |= {f"{job}.part": part, f"{job}.out": out, f"{job}.dtype": 0 if out is None else DTYPE_CODES[out.dtype]}
             args |= {**vector_fields(f"{job}.gain", gain), **vector_fields(f"{job}.divisor", divisor)}
             args |= {f"{job}.parts": 0 if part is None else len(part), f"{job}.n": n, f"{job}.r": r}
         args |= {f"factors[{i}]": float(job[-1]) for i, job in enumerate(all_jobs)}
@@ -209,7 +209,7 @@ def gradient_of_zero_gain(dy, x, w, b, h, gain, w_scale, dgain):
     """The gradients of gains of zero: Σ dy ⊙ z, which y, a product with them, does not tell."""
     args = {
         **matrix_fields("dy", dy), **matrix_fields("x", x), **matrix_fields("w", w, None if w_scale is None else 0),
-        **matrix_fields("b", b), "h": h, "dgain": dgain, "kind": DTYPE_CODES[dgain.dtype], **vector_fields("gain", gain),
+        **matrix_fields("b", b), "h": h, "dgain": dgain, "dtype": DTYPE_CODES[dgain.dtype], **vector_fields("gain", gain),
         **vector_fields("w_scale", w_scale), "m": len(x), "k": x.shape[1], "r": b.shape[1],
     }  # fmt: skip
     threads = compiled("lora_linear_sums.cu").threads

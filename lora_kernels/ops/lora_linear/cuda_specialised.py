@@ -107,7 +107,7 @@ def pairs(parts, whole=None, across=False):
     row, rank = (1, rows) if across else (shape[1], 1)
     part, *steps = parts.stride()
     args = {
-        "from.data": parts, "from.kind": DTYPE_CODES[parts.dtype], "from.row": steps[0], "from.column": steps[1],
+        "from.data": parts, "from.dtype": DTYPE_CODES[parts.dtype], "from.row": steps[0], "from.column": steps[1],
         "parts": count, "part": part, "out": out, "whole": whole, "rows": rows, "ranks": ranks, "row": row,
         "chunk": 2 * chunk * rank, "rest": chunk * rank, "rank": rank,
     }  # fmt: skip
