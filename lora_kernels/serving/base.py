@@ -118,7 +118,7 @@ class BaseWatch:
     def same(self, weights: bool) -> bool:
         """Whether nothing has changed that matters; `weights`: what they hold does.
 
-        Some 40 ns for each layer, and 130 more with `weights`.
+        Some 20 ns for each layer, and 150 more with `weights`.
         """
         if self.pending:
             return False
@@ -126,16 +126,15 @@ class BaseWatch:
             for get, held, known in self._paths:
                 if get(held) != known:
                     return False
-            if not all(map(operator.is_, map(_get_weight, self._holders), self._weights)):
-                return False
+            if not (weights or self.unfit):
+                return True
+            return (
+                all(map(operator.is_, map(_get_weight, self._holders), self._weights))
+                and list(map(_get_version, self._plain)) == self._versions
+                and list(map(_get_number, map(_get_storage, self._plain))) == self._memories
+            )
         except KeyError:
             return False
-        if not (weights or self.unfit):
-            return True
-        return (
-            list(map(_get_version, self._plain)) == self._versions
-            and list(map(_get_number, map(_get_storage, self._plain))) == self._memories
-        )
 
     def follow(self, all_weights: bool = False) -> None:
         """Looks at every layer anew: `unfit`, and `pending` for weights that are others now, or for

@@ -77,11 +77,11 @@ class Hold:
     the pool is called next."""
 
     _numbers = itertools.count()
+    residents: list[Resident] = []
 
     def __init__(self, dropped: "deque[Hold]") -> None:
-        self.residents: list[Resident] = []
-        self.number = next(self._numbers)
-        self._dropped = dropped
+        self.number, self._dropped = next(self._numbers), dropped
+        self.residents = []
 
     def take(self, resident: Resident) -> None:
         self.residents.append(resident)
@@ -126,10 +126,11 @@ class Residents:
         self.host: OrderedDict[str, Stored] = OrderedDict()
         self.dropped: deque[Hold] = deque()
         self._journal: Journal | None = None
+        self._past: Journal | None = None
 
     def settle(self) -> None:
         """Undoes a change that was interrupted, and takes back what dropped batches held."""
-        journal = self._journal
+        journal, self._past = self._journal, None
         if journal is not None:
             for site, saved in journal.sites:
                 site.restore(saved)
@@ -153,6 +154,10 @@ class Residents:
             list(self.generations), OrderedDict(self.host),
             [(r, r.name, (r.modules, r.magnitudes, r.version)) for r in self.by_slot.values()],
         )  # fmt: skip
+
+    def _commit(self) -> None:
+        # to free the journal takes longer than all that is left to do, so the next call does it
+        self._past, self._journal = self._journal, None
 
     def place(self, name: str, source: Stored, prepared: Mapping[str, Prepared], pinned: bool, to_host: bool) -> int:
         """Puts an adapter into a slot under a name, and onto the host if `to_host`; how many
@@ -181,9 +186,10 @@ class Residents:
                     self._release(old)
             if to_host:
                 self._keep_on_host(name, source)
-            self._journal = None
+            self._commit()
         finally:
-            self.settle()
+            if self._journal is not None:
+                self.settle()
         return sum(resident is not old for resident in victims)
 
     def rewrite(self, resident: Resident, source: Stored, prepared: Mapping[str, Prepared]) -> None:
@@ -209,18 +215,20 @@ class Residents:
             resident.version = source.version
             if resident.name is not None:
                 self._keep_on_host(resident.name, source)
-            self._journal = None
+            self._commit()
         finally:
-            self.settle()
+            if self._journal is not None:
+                self.settle()
 
     def exchange_on_host(self, name: str, stored: Stored) -> None:
         """Other weights for an adapter that is on the host alone."""
         self._begin([], [])
         try:
             self._keep_on_host(name, stored)
-            self._journal = None
+            self._commit()
         finally:
-            self.settle()
+            if self._journal is not None:
+                self.settle()
 
     def forget(self, name: str) -> None:
         """Takes a name out of the slots and off the host; a slot in use is freed later."""
@@ -234,9 +242,10 @@ class Residents:
                 resident.name = None
                 if idle:
                     self._release(resident)
-            self._journal = None
+            self._commit()
         finally:
-            self.settle()
+            if self._journal is not None:
+                self.settle()
 
     def give_back(self, hold: Hold) -> None:
         """Ends a hold. An adapter whose name is gone leaves with its last user."""
@@ -246,7 +255,7 @@ class Residents:
                 self._begin([resident.slot], resident.modules)
                 try:
                     self._release(resident)
-                    self._journal = None
+                    self._commit()
                 finally:
                     if self._journal is not None:
                         self.settle()

@@ -212,8 +212,13 @@ class Pages:
         """Goes back; may be called again if it was interrupted."""
         for page in set(saved.free) - set(self.free):
             self._zero(page)
-        self.slots.a[saved.rows], self.slots.b[saved.rows] = saved.a, saved.b
         s = self.slots
+        for slot in saved.slots:
+            # its rows may be in a page that it shares with slots that were not saved
+            first, count = self._vectors.get(slot, (0, 0))
+            for t in (s.gain, s.bias)[:count]:
+                t[first] = 0
+        s.a[saved.rows], s.b[saved.rows] = saved.a, saved.b
         for slot in saved.slots:
             for t in (s.table, s.rank, s.scale, s.flags):
                 t[slot] = 0
