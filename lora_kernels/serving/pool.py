@@ -227,6 +227,10 @@ class AdapterPool(PoolCore):
                 if missing == "raise" or error.name in absent:
                     raise
                 absent[error.name] = other = missing(error.name) if callable(missing) else None
+                if other is not None and not isinstance(other, str):
+                    raise TypeError(
+                        f"AdapterPool: missing gave {other!r} for {error.name!r}; it must give a name or None"
+                    ) from None
                 names, counted = renamed(names, counted, error.name, other)
         id_of_name = {name: resident.id for name, resident in zip(wanted, hold.residents, strict=True)}
         rows = [[id_of_name[n] for n in row] for row in names]
