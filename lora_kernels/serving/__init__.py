@@ -3,6 +3,7 @@ a batch."""
 
 from lora_kernels.ops.multi_lora import BatchPlan, Slots
 from lora_kernels.serving.adapter import Adapter, Factors, adapter_of, read_adapter
+from lora_kernels.serving.base import BaseChangedError
 from lora_kernels.serving.batch import Batch
 from lora_kernels.serving.layer import MultiLoRAEmbedding, MultiLoRALinear, serve, unserve
 from lora_kernels.serving.pool import AdapterPool
@@ -12,6 +13,7 @@ from lora_kernels.serving.size import PoolSize
 __all__ = [
     "Adapter",
     "AdapterPool",
+    "BaseChangedError",
     "Batch",
     "BatchPlan",
     "Factors",

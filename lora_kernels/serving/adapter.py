@@ -2,7 +2,7 @@
 tensors."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from lora_kernels.adapters.inject import first_names, uncompiled_model
 from lora_kernels.adapters.targets import Target, select_targets
 from lora_kernels.nn.base import initial_scaling
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
 _ALSO = ("lora_bias",)  # keys of the configuration that LoraConfig leaves to us
 
 
@@ -58,19 +59,70 @@ class Adapter:
     """The factors of one adapter, by the name of the module, on the CPU."""
 
     factors: Mapping[str, Factors]
+    base: str | None = None
+    """The base model that it was trained on, by its configuration."""
 
     @cached_property
     def nbytes(self) -> int:
         tensors = (t for f in self.factors.values() for t in (f.a, f.b, f.magnitude, f.bias) if t is not None)
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    @cached_property
+    def magnitudes(self) -> dict[str, tuple[Tensor, float]]:
+        """m and s of the modules with DoRA, in memory of their own."""
+        return {name: (f.magnitude.clone(), f.scale) for name, f in self.factors.items() if f.magnitude is not None}
+
+    def copied(self) -> "Adapter":
+        """The same in memory that nobody else writes to.
+
+        Raises:
+            AdapterError: a factor is not a tensor.
+        """
+        for name, f in self.factors.items():
+            for what, t in (("a", f.a), ("b", f.b), ("magnitude", f.magnitude), ("bias", f.bias)):
+                if not isinstance(t, Tensor) and (t is not None or what in "ab"):
+                    raise AdapterError(f"{name}: {what} must be a tensor, found {type(t).__name__}")
+        return self._mapped(lambda t: t.detach().to("cpu", copy=True))
+
     def pinned(self) -> "Adapter":
         """The same in memory that a GPU copies from by itself."""
-        pin = lambda t: None if t is None else t.pin_memory()  # noqa: E731
-        return Adapter({
-            name: Factors(f.a.pin_memory(), f.b.pin_memory(), f.scale, pin(f.magnitude), pin(f.bias))
-            for name, f in self.factors.items()
-        })  # fmt: skip
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Adapter":
+        of = lambda t: None if t is None else change(t)  # noqa: E731
+        factors = {
+            name: Factors(change(f.a), change(f.b), f.scale, of(f.magnitude), of(f.bias)) for name, f in self.factors.items()
+        }
+        return Adapter(factors, self.base)
+
+    def check(self, module: str, shape: tuple[int, int], dtype: torch.dtype, embedding: bool) -> None:
+        """Raises AdapterError unless the factors of a module are those of a matrix [out, in], and
+        finite in its dtype."""
+        f, (n_out, n_in), where = self.factors[module], shape, f"AdapterPool: {module}"
+        if f.a.dim() != 2 or f.b.dim() != 2 or f.a.shape != (f.r, n_in) or f.b.shape != (n_out, f.r) or not f.r:
+            wanted, found = f"[r, {n_in}] and [{n_out}, r]", f"{list(f.a.shape)} and {list(f.b.shape)}"
+            raise AdapterError(f"{where}: a and b must be {wanted}, found {found}")
+        if embedding and f.vectors:
+            raise AdapterError(f"{where}: an embedding has no DoRA and no lora_bias in a batch")
+        for what, t in (("magnitude", f.magnitude), ("bias", f.bias)):
+            if t is not None and t.shape != (n_out,):
+                raise AdapterError(f"{where}: {what} must be [{n_out}], found {list(t.shape)}")
+        # the tables hold it in float32
+        if isinstance(f.scale, bool) or not isinstance(f.scale, int | float) or not abs(f.scale) < FLOAT32_MAX:
+            raise AdapterError(f"{where}: the scale must be a finite number, found {f.scale!r}")
+        for what, t in (("a", f.a), ("b", f.b), ("magnitude", f.magnitude), ("bias", f.bias)):
+            if t is None:
+                continue
+            if not t.is_floating_point():
+                raise AdapterError(f"{where}: {what} must be floating, found {t.dtype}")
+            if not bool(t.to(dtype).isfinite().all()):
+                raise AdapterError(f"{where}: {what} has values that are not finite as {dtype}")
+        if f.bias is not None and not bool((f.scale * f.bias.float()).isfinite().all()):
+            raise AdapterError(f"{where}: scale times bias has values that are not finite")
+
+
+Source = str | os.PathLike[str] | Adapter | tuple[Any, Mapping[str, Tensor]]
+"""A directory in PEFT's format, an adapter, or (LoraConfig, tensors by PEFT's names)."""
 
 
 def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter:
@@ -105,6 +157,8 @@ def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> 
     config = config if isinstance(config, LoraConfig) else LoraConfig.from_dict(config.to_dict(), _ALSO)
     targets, slots = _select_slots(uncompiled_model(model), config)
     own = {key: slot for key, slot in slots.items() if slot.role == "own"}
+    # a trainer may write to its own at any time
+    tensors = {key: t.detach().to("cpu", copy=True) if key in own else t for key, t in tensors.items()}
     check_base(model, slots, tensors, "adapter_of")
     for names, what in ((own.keys() - tensors.keys(), "missing"), (tensors.keys() - slots.keys(), "not of this adapter")):
         if names:
@@ -114,7 +168,7 @@ def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> 
             found = f"{tensors[key].dtype} {list(tensors[key].shape)}"
             raise AdapterError(f"{key} must be floating {list(slot.shape)}, found {found}")
         check_finite(key, tensors[key], "adapter_of")
-    return _build_adapter(targets, config, {key: tensors[key].detach().cpu() for key in own})
+    return _build_adapter(targets, config, tensors)
 
 
 def check_base(model: nn.Module, slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], where: str) -> None:
@@ -159,4 +213,4 @@ def _build_adapter(targets: list[Target], config: LoraConfig, tensors: Mapping[s
             a, b = (of(f"lora_embedding_{side}") for side in "AB")
         assert a is not None and b is not None
         factors[target.name] = Factors(a, b, scale, of("lora_magnitude_vector"), of("lora_B.bias"))
-    return Adapter(factors)
+    return Adapter(factors, config.base_model_name_or_path)

@@ -22,6 +22,9 @@ class Batch:
     LookupError if a kernel met an id that the pool no longer has.
     """
 
+    missing: frozenset[str] = frozenset()
+    """Names that the pool did not know, whose requests get the base."""
+
     def __init__(
         self, ids: Tensor, weights: Tensor | None, slots: int, modules: frozenset[str], let_go: Callable[[], None]
     ) -> None:  # fmt: skip

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lora_kernels.adapters.inject import uncompiled_model
 from lora_kernels.ops.multi_lora import Slots, multi_lora, multi_lora_add_
+from lora_kernels.serving.base import is_plain
 from lora_kernels.serving.batch import Batch, current_batch
 from lora_kernels.serving.pool import AdapterPool
 from lora_kernels.serving.site import EmbeddingSite
@@ -26,12 +27,14 @@ class MultiLoRALinear(nn.Linear):
     """
 
     slots: Slots
+    quantised: bool
+    """Whether the weight is multiplied by its own kernels, and the adapters are added after."""
 
     @classmethod
     def around(cls, linear: nn.Linear, slots: Slots) -> "MultiLoRALinear":
         layer = cls.__new__(cls)
         layer.__dict__.update(linear.__dict__)
-        layer.slots = slots
+        layer.slots, layer.quantised = slots, not is_plain(linear.weight)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,6 +47,9 @@ class MultiLoRALinear(nn.Linear):
         if batch is None or batch.all_base:
             return F.linear(x, self.weight, self.bias)
         plan, s = batch.plan(x.numel() // max(x.shape[-1], 1)), self.slots
+        if self.quantised:
+            with torch.no_grad():
+                return multi_lora_add_(F.linear(x, self.weight, self.bias), x, s, plan, self.bias)
         trains = s.a.requires_grad or s.b.requires_grad or s.gain.requires_grad or s.bias.requires_grad
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             return multi_lora(x, self.weight, s, plan, self.bias)
@@ -128,7 +134,7 @@ def unserve(model: Model) -> Model:
             kind = nn.Linear if isinstance(module, MultiLoRALinear) else nn.Embedding
             parent, _, child = name.rpartition(".")
             plain = kind.__new__(kind)
-            ours = ("slots", "site", "name")
+            ours = ("slots", "quantised", "site", "name")
             plain.__dict__.update({key: value for key, value in module.__dict__.items() if key not in ours})
             setattr(model.get_submodule(parent), child, plain)
     for method in ("forward", "generate"):

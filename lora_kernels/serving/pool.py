@@ -1,26 +1,26 @@
 """Adapters in a fixed amount of memory, ready for `multi_lora`: loaded, evicted, exchanged while
 others run."""
 
-import os
-import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_kernels.adapters.config import AdapterError
-from lora_kernels.adapters.inject import first_names, uncompiled_model
-from lora_kernels.ops.multi_lora.plan import BASE, PAGE, id_of
-from lora_kernels.serving.adapter import Adapter, adapter_of, read_adapter
+from lora_kernels.adapters.inject import uncompiled_model
+from lora_kernels.ops.multi_lora.plan import BASE
+from lora_kernels.serving.adapter import Source
 from lora_kernels.serving.batch import Batch, Wanted, requests_of
-from lora_kernels.serving.residents import PoolFullError, PoolStats, Resident
-from lora_kernels.serving.site import Prepared, pages_of, site_of
+from lora_kernels.serving.core import PoolCore, renamed
+from lora_kernels.serving.residents import PoolFullError, PoolStats, Stored, UnknownAdapterError
+from lora_kernels.serving.site import Prepared
 from lora_kernels.serving.size import MIB, PoolSize, layers_of, size_for, size_of
 
+Missing = Literal["raise", "base"] | Callable[[str], str | None]
 
-class AdapterPool:
+
+class AdapterPool(PoolCore):
     """Slots and pages for the adapters of the layers of `model`, all allocated here and never more.
 
         pool = AdapterPool(model, capacity_bytes=1 << 30, slots=64)
@@ -36,10 +36,17 @@ class AdapterPool:
     among them, and nn.Embedding (LoRA alone). If not given all nn.Linear, since the pages of an
     embedding have as many columns as it has entries.
 
-    A load is all or nothing. The gain of DoRA is computed then, in one pass over the weight.
-    Evicted is whoever was not used for longest and is not in use or pinned; what was in its pages
-    is overwritten with zeros. All methods may be called from several threads; on a GPU all of it,
-    the batches' kernels too, must be on one stream, which orders them.
+    A load is all or nothing, also when it is interrupted: what fails, at whatever step, leaves
+    slots, pages, names and the host's memory as they were. The gain of DoRA is computed then, in
+    one pass over the weight, while batches go on. Evicted is whoever was not used for longest and
+    is not in use or pinned; what was in its pages is overwritten with zeros. All methods may be
+    called from several threads; on a GPU all of it, the batches' kernels too, must be on one
+    stream, which orders them.
+
+    The base is the model's: if its weights change, gains are computed anew when the next batch is
+    made, and where pages do not fit any more (another shape or dtype, another layer) that batch or
+    load raises BaseChangedError. A weight may be quantised if it is a tensor that nn.Linear
+    multiplies with; DoRA wants that it dequantises.
 
     Raises:
         TypeError, ValueError: a module is neither, has a dtype that is not supported, or the
@@ -50,21 +57,7 @@ class AdapterPool:
         self, model: nn.Module, *, capacity_bytes: int, slots: int = 64, max_rank: int = 512, host_bytes: int = 0,
         modules: Iterable[str] | None = None,
     ) -> None:  # fmt: skip
-        self.model = uncompiled_model(model)
-        layers = layers_of(self.model, modules)
-        self.size = size_of(layers.values(), capacity_bytes, slots, max_rank)
-        device = next(iter(layers.values())).weight.device
-        self.max_rank, self.capacity_bytes, self.host_bytes = max_rank, capacity_bytes, host_bytes
-        self._generation = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.sites = {name: site_of(layer, self._generation, self.size.pages, max_rank) for name, layer in layers.items()}
-        self._generations = [0] * slots
-        self._free = list(range(slots))
-        self._names: dict[str, Resident] = {}
-        # by slot, the one used last at the end
-        self._residents: OrderedDict[int, Resident] = OrderedDict()
-        self._host: OrderedDict[str, Adapter] = OrderedDict()
-        self._stats = PoolStats(slots=slots)
-        self._lock = threading.RLock()
+        super().__init__(model, capacity_bytes, slots, max_rank, host_bytes, modules)
 
     @staticmethod
     def sizing(
@@ -92,67 +85,81 @@ class AdapterPool:
             return size_of(layers, capacity_bytes, 64 if slots is None else slots, max_rank)
         return size_for(layers, ranks or (), slots, max_rank, dora, lora_bias)
 
-    @property
-    def device(self) -> torch.device:
-        return self._generation.device
-
     def load(
-        self, name: str, source: str | os.PathLike[str] | Adapter | tuple[Any, Mapping[str, Tensor]], *, replace: bool = False,
-        pinned: bool = False,
+        self, name: str, source: Source, *, replace: bool = False, pinned: bool = False, strict: bool = False
     ) -> int:  # fmt: skip
         """Puts an adapter into a slot under a name, and returns its id. `source`: a directory in
-        PEFT's format, an `Adapter`, or (LoraConfig, tensors by PEFT's names). With `replace` the
-        name may be taken: batches that began keep what they have, later ones get the new one, and
-        the old slot is freed when nobody uses it. A `pinned` adapter is not evicted.
+        PEFT's format, an `Adapter`, or (LoraConfig, tensors by PEFT's names), which are copied.
+        With `replace` the name may be taken: batches that began keep what they have, later ones get
+        the new one, and the old slot is freed when nobody uses it. A `pinned` adapter is not
+        evicted. An adapter that was trained on a base of another name is warned of, or refused if
+        `strict`.
 
         Raises:
             AdapterError: the adapter is damaged, does not fit the model, or has a rank over
                 `max_rank` or more than the pool holds; nothing has changed.
             PoolFullError: everything in the way is in use or pinned; nothing has changed.
-            ValueError: the name is taken.
+            BaseChangedError: the model is not the one that the pool was made for.
+            TypeError: the name is not a string.
+            ValueError: the name is taken, by an adapter in a slot or on the host.
         """
-        try:
-            adapter = self._read_adapter(source)
-            with self._lock:
-                if name in self._names and not replace:
-                    raise ValueError(f"AdapterPool: {name!r} is loaded already; replace=True exchanges it")
-                resident = self._place_adapter(name, adapter, pinned)
-                self._stats.loads += 1
-                self._keep_on_host(name, adapter)
-                return resident.id
-        except Exception:
-            self._stats.failures += 1
-            raise
 
-    def update(self, name: str, source: str | os.PathLike[str] | Adapter | tuple[Any, Mapping[str, Tensor]]) -> None:
-        """Writes other weights into the slot of an adapter, in place: its id stays, and a CUDA
-        graph needs no second capture. For weights that come from a trainer. Ranks may change as far
-        as there are pages.
+        def place(stored: Stored, prepared: Mapping[str, Prepared]) -> int:
+            if name in self and not replace:
+                raise ValueError(f"AdapterPool: {name!r} is loaded already; replace=True exchanges it")
+            self._stats.evictions += self._held.place(name, stored, prepared, pinned, True)
+            self._stats.loads += 1
+            return self._held.names[name].id
+
+        return self._written(name, source, strict, place)
+
+    def update(self, name: str, source: Source, *, strict: bool = False) -> int:
+        """Gives an adapter other weights, for instance those of a trainer, and returns the number
+        of this version, which grows. A batch that runs keeps the version that it began with, in
+        every layer.
+
+        While no batch holds the adapter it is written in place: its id stays, and a CUDA graph
+        needs no second capture; ranks may change as far as there are pages. While one does, the new
+        version goes into another slot and has another id, as with `load(replace=True)`. On the host
+        alone it is exchanged there.
 
         Raises:
-            AdapterError, PoolFullError, LookupError: as `load` and `batch`; nothing has changed.
+            AdapterError, BaseChangedError, LookupError: as `load` and `batch`; nothing has changed.
+            PoolFullError: there are too few pages, or no slot for a second version beside the one
+                that runs; nothing has changed.
         """
-        try:
-            adapter = self._read_adapter(source)
-            with self._lock:
-                resident = self._resident(name)
-                prepared = self._prepared(adapter)
-                for site_name, f in adapter.factors.items():
-                    short = self.sites[site_name].short_of(f.r, f.vectors, [resident.slot])
-                    if short > 0:
-                        raise PoolFullError(f"AdapterPool: {site_name} has {short} pages too few for {name!r}")
-                for site_name, site in self.sites.items():
-                    wanted = adapter.factors.get(site_name)
-                    if wanted is None or site.holding(resident.slot) != (pages_of(wanted.r), wanted.vectors):
-                        site.clear_slot(resident.slot)
-                    if wanted is not None:
-                        site.write_slot(resident.slot, prepared[site_name])
-                resident.adapter = adapter
-                self._keep_on_host(name, adapter)
-                self._stats.updates += 1
-        except Exception:
-            self._stats.failures += 1
-            raise
+
+        def write(stored: Stored, prepared: Mapping[str, Prepared]) -> int:
+            resident = self._held.names.get(name)
+            if resident is None and name in self._held.host:
+                self._held.exchange_on_host(name, stored)
+            elif resident is None:
+                raise self._unknown(name)
+            elif not resident.users:
+                self._held.rewrite(resident, stored, prepared)
+            else:
+                try:
+                    self._stats.evictions += self._held.place(name, stored, prepared, resident.pinned, True)
+                except PoolFullError as error:
+                    raise PoolFullError(f"{error}; a batch that runs holds the version before") from None
+            self._stats.updates += 1
+            return stored.version
+
+        return self._written(name, source, strict, write)
+
+    def version_of(self, name: str) -> int:
+        """The number of an adapter's weights: another after each `load` and `update`, larger than
+        all before. It can be the salt of a prefix cache.
+
+        Raises:
+            LookupError: there is none of that name.
+        """
+        with self._lock:
+            self._held.settle()
+            held = self._held.names.get(name) or self._held.host.get(name)
+            if held is None:
+                raise self._unknown(name)
+            return held.version
 
     def evict(self, name: str) -> None:
         """Forgets an adapter. Its slot is freed now, or when the last batch that uses it ends.
@@ -161,14 +168,23 @@ class AdapterPool:
             LookupError: there is none of that name.
         """
         with self._lock:
-            on_host = self._host.pop(name, None)
-            if name not in self._names and on_host is not None:
-                return
-            resident = self._resident(name)
-            del self._names[name]
-            resident.name = None
-            if not resident.users:
-                self._release(resident)
+            self._held.settle()
+            if name not in self:
+                raise self._unknown(name)
+            self._held.forget(name)
+
+    def refresh(self) -> None:
+        """Computes all gains of DoRA anew. Wanted after weights of the base were written through
+        `.data` or numpy, which nothing else shows; other changes the next batch notices.
+
+        Raises:
+            BaseChangedError: as `load`.
+        """
+        with self._lock:
+            self._held.settle()
+            self._base.follow(all_weights=True)
+            self._renew_gains()
+            self._base.check(module for resident in self._held.by_slot.values() for module in resident.modules)
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Brings adapters from the host's memory into slots, as `batch` would when it wants them;
@@ -177,30 +193,47 @@ class AdapterPool:
         Raises:
             LookupError, PoolFullError: as `batch`.
         """
-        with self._lock:
-            for name in names:
-                self._activate(name)
+        for name in names:
+            self._give_back(self._taken([name]))
 
-    def batch(self, adapters: Sequence[Wanted], weights: Sequence[Any] | None = None) -> Batch:
+    def batch(
+        self, adapters: Sequence[Wanted], weights: Sequence[Any] | None = None, *, missing: Missing = "raise"
+    ) -> Batch:  # fmt: skip
         """A context in which the layers of `serve` use `adapters`: for each sequence (or token) a
         name, None for the base, or several names, whose `weights` are then given likewise (1 if
         not). Adapters in it stay until it ends.
 
+        `missing` says what becomes of a name that is not known, so that it fails alone: "raise";
+        "base", which is what its sequence gets, and `batch.missing` has the name; or a function,
+        which gets the name and returns another, after a load of its own perhaps, or None for the
+        base.
+
         Raises:
             LookupError: a name is not known; the others are not held.
             PoolFullError: the batch wants more adapters than there is room for.
+            BaseChangedError: a layer that one of them changes is not the one that the pool was made
+                for.
         """
         names, counted = requests_of(adapters, weights)
-        with self._lock:
-            held: dict[str, Resident] = {}
+        if missing not in ("raise", "base") and not callable(missing):
+            raise ValueError(f"AdapterPool: missing must be 'raise', 'base' or a function, found {missing!r}")
+        absent: dict[str, str | None] = {}
+        while True:
+            wanted = list(dict.fromkeys(n for row in names for n in row))
             try:
-                for name in dict.fromkeys(n for row in names for n in row):
-                    held[name] = self._activate(name)
-                    held[name].users += 1
-            except Exception:
-                self._let_go(list(held.values()))
-                raise
-        rows = [[held[n].id for n in row] for row in names]
+                hold = self._taken(wanted)
+                break
+            except UnknownAdapterError as error:
+                if missing == "raise" or error.name in absent:
+                    raise
+                absent[error.name] = other = missing(error.name) if callable(missing) else None
+                if other is not None and not isinstance(other, str):
+                    raise TypeError(
+                        f"AdapterPool: missing gave {other!r} for {error.name!r}; it must give a name or None"
+                    ) from None
+                names, counted = renamed(names, counted, error.name, other)
+        id_of_name = {name: resident.id for name, resident in zip(wanted, hold.residents, strict=True)}
+        rows = [[id_of_name[n] for n in row] for row in names]
         width = max(map(len, rows), default=1) or 1
         ids = torch.tensor([row + [BASE] * (width - len(row)) for row in rows], dtype=torch.int64).reshape(len(rows), width)
         of_ids = None
@@ -208,26 +241,36 @@ class AdapterPool:
             filled = [[1.0] * len(row) for row in rows] if counted is None else counted
             padded = [row + [0.0] * (width - len(row)) for row in filled]
             of_ids = torch.tensor(padded).reshape(len(rows), width).to(self.device)
-        let_go = lambda: self._let_go(list(held.values()))  # noqa: E731
-        modules = frozenset(module for resident in held.values() for module in resident.adapter.factors)
-        return Batch(ids.to(self.device), of_ids, len(self._generations), modules, let_go)
+        modules = frozenset[str]().union(*(resident.modules for resident in hold.residents))
+        batch = Batch(ids.to(self.device), of_ids, len(self._held.generations), modules, partial(self._give_back, hold))
+        batch.missing = frozenset(name for name, other in absent.items() if other is None)
+        return batch
 
     def id_of(self, name: str) -> int:
-        """The id of a resident adapter, for plans of one's own."""
-        with self._lock:
-            return self._resident(name).id
+        """The id of an adapter, for plans of one's own; brings it into a slot if it is on the
+        host. It holds as long as the adapter is not evicted: pin it, or hold a batch.
+
+        Raises:
+            LookupError, PoolFullError: as `batch`.
+        """
+        hold = self._taken([name])
+        try:
+            return hold.residents[0].id
+        finally:
+            self._give_back(hold)
 
     def __contains__(self, name: str) -> bool:
         with self._lock:
-            return name in self._names or name in self._host
+            self._held.settle()
+            return name in self._held.names or name in self._held.host
 
     def __len__(self) -> int:
         """How many adapters are in slots under a name."""
-        return len(self._names)
+        return len(self.names())
 
     def __repr__(self) -> str:
         with self._lock:
-            now, pinned = self.stats(), sum(r.pinned for r in self._residents.values())
+            now, pinned = self.stats(), sum(r.pinned for r in self._held.by_slot.values())
             return (
                 f"AdapterPool({now.residents} adapters in {now.slots} slots, {pinned} pinned, {now.in_use} in use;"
                 f" {self.bytes_in_use / MIB:.1f} of {self.capacity_bytes / MIB:.1f} MiB; {now.on_host} on the host,"
@@ -244,130 +287,14 @@ class AdapterPool:
     def names(self) -> list[str]:
         """Those in slots, the one used last at the end."""
         with self._lock:
-            return [r.name for r in self._residents.values() if r.name is not None]
+            self._held.settle()
+            return [r.name for r in self._held.by_slot.values() if r.name is not None]
 
     def stats(self) -> PoolStats:
         with self._lock:
-            now = PoolStats(**vars(self._stats))
-            now.residents, now.in_use = len(self._residents), sum(r.users > 0 for r in self._residents.values())
-            now.on_host, now.bytes_on_host = len(self._host), sum(a.nbytes for a in self._host.values())
+            self._held.settle()
+            now, residents = PoolStats(**vars(self._stats)), self._held.by_slot.values()
+            now.residents, now.in_use = len(residents), sum(bool(r.users) for r in residents)
+            now.on_host, now.bytes_on_host = len(self._held.host), sum(s.adapter.nbytes for s in self._held.host.values())
             now.pages_free = min(len(site.free) for site in self.sites.values())
             return now
-
-    def _read_adapter(self, source: Any) -> Adapter:
-        if isinstance(source, Adapter):
-            adapter = source
-        elif isinstance(source, tuple):
-            adapter = adapter_of(self.model, *source)
-        else:
-            adapter = read_adapter(self.model, source)
-        foreign = sorted(adapter.factors.keys() - self.sites.keys())
-        if foreign:
-            raise AdapterError(f"AdapterPool: the adapter changes modules that the pool does not have: {first_names(foreign)}")
-        for name, f in adapter.factors.items():
-            n_out, n_in = self.sites[name].shape
-            pages = self.size.pages - (f.vectors > 0)
-            if f.a.shape != (f.r, n_in) or f.b.shape != (n_out, f.r):
-                wanted, found = f"[r, {n_in}] and [{n_out}, r]", f"{list(f.a.shape)} and {list(f.b.shape)}"
-                raise AdapterError(f"AdapterPool: {name}: a and b must be {wanted}, found {found}")
-            if f.r > self.max_rank or pages_of(f.r) > pages:
-                most = min(self.max_rank, PAGE * pages)
-                raise AdapterError(f"AdapterPool: {name}: the rank may be {most}, found {f.r}")
-            for what, t in (("a", f.a), ("b", f.b), ("magnitude", f.magnitude), ("bias", f.bias)):
-                if t is not None and not bool(t.to(self.sites[name].weight.dtype).isfinite().all()):
-                    kind = self.sites[name].weight.dtype
-                    raise AdapterError(f"AdapterPool: {name}: {what} has values that are not finite as {kind}")
-        return adapter
-
-    def _prepared(self, adapter: Adapter) -> dict[str, Prepared]:
-        prepared = {name: self.sites[name].prepared(f) for name, f in adapter.factors.items()}
-        for name, each in prepared.items():
-            if each.gain is not None and not bool(each.gain.isfinite().all()):
-                raise AdapterError(f"AdapterPool: {name}: the gain of DoRA is not finite")
-        return prepared
-
-    def _place_adapter(self, name: str, adapter: Adapter, pinned: bool) -> Resident:
-        """Everything that can fail comes before the first change."""
-        prepared = self._prepared(adapter)
-        for victim in self._victims(name, adapter):
-            self._release(victim)
-            self._stats.evictions += 1
-        slot = self._free.pop()
-        for site, each in prepared.items():
-            self.sites[site].write_slot(slot, each)
-        resident = Resident(name, slot, id_of(self._generations[slot], slot), adapter, pinned)
-        old = self._names.get(name)
-        self._names[name] = self._residents[slot] = resident
-        if old is not None:
-            old.name = None
-            if not old.users:
-                self._release(old)
-        return resident
-
-    def _victims(self, name: str, adapter: Adapter) -> list[Resident]:
-        """Whom to evict so that there is a slot and pages enough, the longest unused first."""
-        victims: list[Resident] = []
-        short = self._short_of(adapter, victims)
-        idle = [r for r in self._residents.values() if not r.users and not r.pinned]
-        for resident in idle:
-            if not short and len(self._free) + len(victims):
-                break
-            victims.append(resident)
-            short = self._short_of(adapter, victims)
-        slots = 1 - len(self._free) - len(victims)
-        if slots > 0 or short:
-            what = "a slot" if slots > 0 else f"pages of {first_names(short)}"
-            in_use = len(self._residents) - len(idle)
-            raise PoolFullError(f"AdapterPool: no room for {name!r}: {what} wanted, and {in_use} adapters are in use or pinned")
-        return victims
-
-    def _short_of(self, adapter: Adapter, victims: list[Resident]) -> list[str]:
-        """The modules that have too few pages for an adapter, once these have left."""
-        without = {resident.slot for resident in victims}
-        return [name for name, f in adapter.factors.items() if self.sites[name].short_of(f.r, f.vectors, without) > 0]
-
-    def _release(self, resident: Resident) -> None:
-        """Frees a slot; ids of it are stale from now on."""
-        slot = resident.slot
-        self._generations[slot] = (self._generations[slot] + 1) & 0x7FFFFFFF
-        self._generation[slot] = self._generations[slot]
-        for site in self.sites.values():
-            site.clear_slot(slot)
-        del self._residents[slot]
-        if resident.name is not None and self._names.get(resident.name) is resident:
-            del self._names[resident.name]
-        self._free.append(slot)
-
-    def _let_go(self, residents: list[Resident]) -> None:
-        with self._lock:
-            for resident in residents:
-                resident.users -= 1
-                if not resident.users and resident.name is None:
-                    self._release(resident)
-
-    def _resident(self, name: str) -> Resident:
-        if name not in self._names:
-            raise LookupError(
-                f"AdapterPool: no adapter is called {name!r}; there are {first_names(sorted(self._names)) or 'none'}"
-            )
-        return self._names[name]
-
-    def _activate(self, name: str) -> Resident:
-        """The adapter in a slot, brought there from the host's memory if it must be; it is the one
-        used last now."""
-        if name not in self._names and name in self._host:
-            self._stats.misses += 1
-            self._host.move_to_end(name)
-            return self._place_adapter(name, self._host[name], False)
-        resident = self._resident(name)
-        self._stats.hits += 1
-        self._residents.move_to_end(resident.slot)
-        return resident
-
-    def _keep_on_host(self, name: str, adapter: Adapter) -> None:
-        self._host.pop(name, None)
-        if adapter.nbytes > self.host_bytes:
-            return
-        self._host[name] = adapter.pinned() if self.device.type == "cuda" else adapter
-        while sum(a.nbytes for a in self._host.values()) > self.host_bytes:
-            self._host.popitem(last=False)

@@ -1,16 +1,16 @@
 """One module's part of a pool: pages for rank rows, and what a slot says of its adapter here."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.adapters.config import AdapterError
 from lora_kernels.ops import dora_gain, row_norm_squared, weight_norm
-from lora_kernels.ops.multi_lora.plan import BIAS, GAIN, PAGE, ROW, Slots, slots_of
+from lora_kernels.ops.multi_lora.plan import BIAS, GAIN, PAGE, ROW, Slots, rows_of, slots_of
 from lora_kernels.serving.adapter import Factors, vectors_of
+from lora_kernels.serving.base import plain_weight
 
 
 def bytes_of_page(module: nn.Module, max_rank: int) -> int:
@@ -56,6 +56,22 @@ class Prepared:
     """A of an embedding, [r, entries]."""
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What some slots held in one module, and who had which page."""
+
+    slots: Collection[int]
+    free: list[int]
+    held: dict[int, list[int]]
+    vectors: dict[int, tuple[int, int]]
+    entries: dict[int, tuple[int, float, int]]
+    rows: Tensor
+    """Those of the pages that the slots held."""
+    a: Tensor
+    b: Tensor
+    columns: Tensor | None = None
+
+
 class Pages:
     """Slots for the adapters of one matrix [out, in], and who has which page. Its owner calls it
     from one thread at a time.
@@ -89,6 +105,8 @@ class Pages:
         self.held: dict[int, list[int]] = {}
         self._vectors: dict[int, tuple[int, int]] = {}
         """Of each slot that has some: the first of its float32 rows, and how many."""
+        self._entries: dict[int, tuple[int, float, int]] = {}
+        """Of each slot that holds something: rank, scale and flags, as `put` wrote them."""
 
     @property
     def bytes_of_page(self) -> int:
@@ -130,7 +148,7 @@ class Pages:
         """The pages of a slot's ranks, and its vectors."""
         return len(self.held.get(slot, ())), self._vectors.get(slot, (0, 0))[1]
 
-    def write_slot(self, slot: int, prepared: Prepared) -> None:
+    def put(self, slot: int, prepared: Prepared) -> None:
         """Writes an adapter into a slot that holds none here, or one of as many pages and
         vectors."""
         r, held = len(prepared.a), self.held.get(slot)
@@ -142,21 +160,29 @@ class Pages:
             row = self._vectors[slot][0] if slot in self._vectors else self._take_vector_rows(slot, count)
         s, place = self.slots, self.slots.a.device
         pages = torch.tensor(held, dtype=torch.int32).to(place, non_blocking=True)
-        at = (pages.long()[:, None] * PAGE + torch.arange(PAGE, device=place)).flatten()
+        at = self._rows_of_pages(pages)
         s.a[at[:r]], s.b[at[:r]] = prepared.a, prepared.b
         s.a[at[r:]] = 0
         s.b[at[r:]] = 0
-        s.table[slot, : len(held)] = pages
         if prepared.gain is not None:
             s.gain[row] = prepared.gain
         if prepared.bias is not None:
             s.bias[row] = prepared.bias
-        s.scale[slot], s.rank[slot] = prepared.scale, r
-        s.flags[slot] = GAIN * gains + BIAS * biases + (row << ROW)
+        self._entries[slot] = r, prepared.scale, GAIN * gains + BIAS * biases + (row << ROW)
+        self._write_entry(slot, pages)
+
+    def _write_entry(self, slot: int, pages: Tensor) -> None:
+        s = self.slots
+        s.table[slot, : len(pages)] = pages
+        s.rank[slot], s.scale[slot], s.flags[slot] = self._entries[slot]
+
+    def _rows_of_pages(self, pages: Tensor) -> Tensor:
+        return (pages.long()[:, None] * PAGE + torch.arange(PAGE, device=pages.device)).flatten()
 
     def clear_slot(self, slot: int) -> None:
         """Takes the adapter out of a slot and leaves nothing of it behind."""
         held, s, shared = self.held.pop(slot, []), self.slots, self.shared
+        self._entries.pop(slot, None)
         for t in (s.table, s.rank, s.scale, s.flags, *((s.gain, s.bias) if self._own_vectors else ())):
             t[slot] = 0
         first, count = self._vectors.pop(slot, (0, 0))
@@ -165,9 +191,42 @@ class Pages:
         if count > 1:
             s.bias[first] = 0
         for page in [*held, *(shared - self.shared)]:
-            s.a[page * PAGE : (page + 1) * PAGE] = 0
-            s.b[page * PAGE : (page + 1) * PAGE] = 0
+            self._zero(page)
             self.free.append(page)
+
+    def _zero(self, page: int) -> None:
+        self.slots.a[page * PAGE : (page + 1) * PAGE] = 0
+        self.slots.b[page * PAGE : (page + 1) * PAGE] = 0
+
+    def save(self, slots: Collection[int]) -> Saved:
+        """What `restore` puts back, whatever was put into these slots or cleared there since."""
+        held = {page for slot in slots for page in self.held.get(slot, ())}
+        held |= {self._vectors[slot][0] // self._per_page for slot in slots if slot in self._vectors}
+        rows = self._rows_of_pages(torch.tensor(sorted(held), dtype=torch.int64).to(self.slots.a.device))
+        return Saved(
+            slots, list(self.free), dict(self.held), dict(self._vectors), dict(self._entries), rows, self.slots.a[rows],
+            self.slots.b[rows],
+        )  # fmt: skip
+
+    def restore(self, saved: Saved) -> None:
+        """Goes back; may be called again if it was interrupted."""
+        for page in set(saved.free) - set(self.free):
+            self._zero(page)
+        s = self.slots
+        for slot in saved.slots:
+            # its rows may be in a page that it shares with slots that were not saved
+            first, count = self._vectors.get(slot, (0, 0))
+            for t in (s.gain, s.bias)[:count]:
+                t[first] = 0
+        s.a[saved.rows], s.b[saved.rows] = saved.a, saved.b
+        for slot in saved.slots:
+            for t in (s.table, s.rank, s.scale, s.flags):
+                t[slot] = 0
+        self.held, self._vectors, self._entries = dict(saved.held), dict(saved.vectors), dict(saved.entries)
+        for slot in saved.slots:
+            if slot in self._entries:
+                self._write_entry(slot, torch.tensor(self.held[slot], dtype=torch.int32).to(s.table.device))
+        self.free = list(saved.free)
 
 
 class Site(Pages):
@@ -177,21 +236,37 @@ class Site(Pages):
     def __init__(self, module: nn.Linear, generation: Tensor, pages: int, max_rank: int) -> None:
         self.shape = _matrix_shape(module)
         super().__init__(*self.shape, module.weight.dtype, generation, pages, max_rank)
-        self.weight = module.weight
-        self._squared: Tensor | None = None
+        self.weight_shape, self.dtype, self.device = tuple(module.weight.shape), module.weight.dtype, module.weight.device
+        self._squared: tuple[int, Tensor] | None = None
 
-    def prepared(self, f: Factors) -> Prepared:
-        """What the tables are to hold; of DoRA one pass over W, whose own norm is kept."""
-        w = self.weight.detach()
-        a, b = (t.to(w.device, w.dtype, non_blocking=True) for t in (f.a, f.b))
-        gain = None
-        if f.magnitude is not None:
-            if self._squared is None:
-                self._squared = row_norm_squared(w)
-            norm = weight_norm(w, a, b, f.scale, self._squared)
-            gain = dora_gain(f.magnitude.to(norm, non_blocking=True), norm).float()
-        bias = None if f.bias is None else f.scale * f.bias.to(w.device, torch.float32, non_blocking=True)
+    def gain(self, f: Factors, weight: Tensor, mark: int) -> Tensor | None:
+        """Of DoRA, m / ‖W + s·BA‖: one pass over W, whose own norm is kept for as long as `mark` is
+        the same. May be called without the pool's lock.
+
+        Raises:
+            AdapterError: W is quantised in a way that hides it.
+        """
+        if f.magnitude is None:
+            return None
+        w, known = plain_weight(weight), self._squared
+        if known is None or known[0] != mark:
+            known = self._squared = mark, row_norm_squared(w)
+        a, b = (t.to(self.device, self.dtype, non_blocking=True) for t in (f.a, f.b))
+        norm = weight_norm(w, a, b, f.scale, known[1])
+        return dora_gain(f.magnitude.to(norm, non_blocking=True), norm).float()
+
+    def prepared(self, f: Factors, gain: Tensor | None) -> Prepared:
+        """What the tables are to hold."""
+        a, b = (t.to(self.device, self.dtype, non_blocking=True) for t in (f.a, f.b))
+        bias = None if f.bias is None else f.scale * f.bias.to(self.device, torch.float32, non_blocking=True)
         return Prepared(a, b.T, f.scale, gain, bias)
+
+    def renew_gain(self, slot: int, magnitude: Tensor, scale: float, weight: Tensor, mark: int) -> None:
+        """The gain of an adapter in a slot, for a weight that is another now."""
+        at = rows_of(self.slots, slot)
+        gain = self.gain(Factors(self.slots.a[at], self.slots.b[at].T, scale, magnitude), weight, mark)
+        if gain is not None:
+            self.slots.gain[self._vectors[slot][0]] = gain
 
 
 class EmbeddingSite(Pages):
@@ -202,29 +277,25 @@ class EmbeddingSite(Pages):
     def __init__(self, module: nn.Embedding, generation: Tensor, pages: int, max_rank: int) -> None:
         self.shape = _matrix_shape(module)
         super().__init__(self.shape[0], PAGE * pages_of(max_rank), module.weight.dtype, generation, pages, max_rank)
-        self.weight = module.weight
-        self.columns = torch.zeros(self.shape[1], pages, PAGE, dtype=self.weight.dtype, device=self.weight.device)
+        self.weight_shape, self.dtype, self.device = tuple(module.weight.shape), module.weight.dtype, module.weight.device
+        self.columns = torch.zeros(self.shape[1], pages, PAGE, dtype=self.dtype, device=self.device)
         """[entries, pages, 8]: Aᵀ, in the pages that B has."""
 
-    def prepared(self, f: Factors) -> Prepared:
-        """What the tables are to hold, but for A.
+    def gain(self, f: Factors, weight: Tensor, mark: int) -> None:
+        """An embedding has none."""
 
-        Raises:
-            AdapterError: the adapter has a magnitude or a bias.
-        """
-        if f.magnitude is not None or f.bias is not None:
-            raise AdapterError("an embedding has no DoRA and no lora_bias in a batch")
-        w = self.weight
-        units = torch.eye(f.r, self.slots.a.shape[1], dtype=w.dtype, device=w.device)
-        a, b = (t.to(w.device, w.dtype, non_blocking=True) for t in (f.a, f.b))
+    def prepared(self, f: Factors, gain: Tensor | None) -> Prepared:
+        """What the tables are to hold, but for A."""
+        units = torch.eye(f.r, self.slots.a.shape[1], dtype=self.dtype, device=self.device)
+        a, b = (t.to(self.device, self.dtype, non_blocking=True) for t in (f.a, f.b))
         return Prepared(units, b.T, f.scale, columns=a)
 
     @property
     def bytes_of_page(self) -> int:
         return super().bytes_of_page + PAGE * len(self.columns) * self.columns.element_size()
 
-    def write_slot(self, slot: int, prepared: Prepared) -> None:
-        super().write_slot(slot, prepared)
+    def put(self, slot: int, prepared: Prepared) -> None:
+        super().put(slot, prepared)
         assert prepared.columns is not None
         held = self.held[slot]
         room = self.columns.new_zeros(self.shape[1], len(held) * PAGE)
@@ -236,6 +307,17 @@ class EmbeddingSite(Pages):
         for page in self.held.get(slot, ()):
             self.columns[:, page] = 0
         super().clear_slot(slot)
+
+    def save(self, slots: Collection[int]) -> Saved:
+        saved = super().save(slots)
+        return replace(saved, columns=self.columns[:, saved.rows[::PAGE] // PAGE])
+
+    def restore(self, saved: Saved) -> None:
+        assert saved.columns is not None
+        for page in set(saved.free) - set(self.free):
+            self.columns[:, page] = 0
+        self.columns[:, saved.rows[::PAGE] // PAGE] = saved.columns
+        super().restore(saved)
 
     def looked_up(self, ids: Tensor, entries: Tensor) -> Tensor:
         """The column of A for each token, [tokens, ranks]: of the adapter `ids` [tokens] at

@@ -118,6 +118,14 @@ def layers_of(model: nn.Module, modules: Iterable[str] | None) -> dict[str, nn.L
         TypeError, ValueError: as AdapterPool.
     """
     found = dict(model.named_modules())
+    for name, module in found.items() if modules is None else ():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Linear) and weight is not None and not weight.is_floating_point():
+            kind = type(module).__name__
+            raise TypeError(
+                f"AdapterPool: {name}: {kind} holds its weight as {weight.dtype}, which no adapter can be served on;"
+                " modules=[...] can leave it out"
+            )
     names = [n for n, m in found.items() if type(m) is nn.Linear and _is_plain(m)] if modules is None else list(modules)
     layers: dict[str, nn.Linear | nn.Embedding] = {}
     for name in names:

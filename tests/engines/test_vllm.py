@@ -302,7 +302,7 @@ def test_stale_ids_are_found():
     step says so."""
     step = Step(2, 8, torch.device("cpu"))
     pages = Pages(4, 6, torch.float32, step.generation, 4, 8)
-    pages.write_slot(1, Prepared(torch.ones(3, 6), torch.ones(3, 4), 1.0))
+    pages.put(1, Prepared(torch.ones(3, 6), torch.ones(3, 4), 1.0))
     x, y = torch.randn(2, 6), torch.randn(2, 4)
     for stale in (False, True):
         step.set_slots(torch.tensor([1, -1]), False)

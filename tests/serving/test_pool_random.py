@@ -60,6 +60,9 @@ class Machine(RuleBasedStateMachine):
         except ValueError:
             assert name in self.known and not replace
             return
+        self.replaced(name, adapter)
+
+    def replaced(self, name, adapter):
         self.known[name] = adapter
         for i, (batch, names, wanted) in enumerate(self.open):
             # the batch keeps the old one, which has no name
@@ -69,7 +72,6 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), adapter=adapters)
     def update(self, data, adapter):
         name = self.pick(data)
-        held = any(name in names for _, names, _ in self.open)
         try:
             self.pool.update(name, adapter)
         except LookupError:
@@ -77,11 +79,7 @@ class Machine(RuleBasedStateMachine):
         except PoolFullError:
             pass
         else:
-            self.known[name] = adapter
-            if held:  # an update reaches those that run
-                for _, names, wanted in self.open:
-                    if name in names:
-                        wanted.update({name: adapter})
+            self.replaced(name, adapter)
 
     @rule(data=st.data())
     def evict(self, data):
@@ -195,8 +193,8 @@ def test_ten_thousand_adapters_through_64_slots():
     for i in range(200):
         pool.load(f"first {i}", adapters[i % 16])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    held = len(pool), len(pool._host)
+    held = len(pool), pool.stats().on_host
     for i in range(10_000):
         pool.load(f"adapter {i}", adapters[i % 16])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4 << 10  # KiB
-    assert (len(pool), len(pool._host)) == held == (64, 4) and pool.stats().evictions == 10_136
+    assert (len(pool), pool.stats().on_host) == held == (64, 4) and pool.stats().evictions == 10_136

@@ -191,7 +191,7 @@ def test_slots_with_vectors_of_their_own():
     assert s.gain.shape == s.bias.shape == (3, N_OUT)
     a, b, w = (torch.randn(shape, generator=g) for shape in ((9, N_IN), (9, N_OUT), (N_OUT, N_IN)))
     for slot in (2, 0):
-        pages.write_slot(slot, Prepared(a, b, 1.0))
+        pages.put(slot, Prepared(a, b, 1.0))
         s.gain[slot], s.bias[slot] = slot + 2.0, slot + 3.0
         s.flags[slot] |= 3
     assert pages.short_of(16, 2) == 0 and len(pages.free) == 2 and not pages.shared

@@ -113,7 +113,7 @@ class OnMultiLora:
         for pages, a, b in zip(self._pages, *self._factors_of_this_rank(lora_a, lora_b), strict=True):
             if a is not None and b is not None:
                 a, b = (t.to(pages.slots.a.device, pages.slots.a.dtype, non_blocking=True) for t in (a, b))
-                pages.write_slot(index, Prepared(a, b.T, 1.0))
+                pages.put(index, Prepared(a, b.T, 1.0))
 
     def forget_norms(self) -> None:
         """The weight of the base has changed."""

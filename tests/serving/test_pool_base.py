@@ -1,0 +1,415 @@
+"""The base under a pool: weights that change, layers that are replaced, quantised ones, and whose
+base it is."""
+
+import copy
+import json
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.adapters import AdapterError
+from lora_kernels.serving import Adapter, AdapterPool, BaseChangedError, Factors, serve, unserve
+from tests.serving.pools import SIZES, alone, made, net, pool_of
+
+
+def dora(seed, **options):
+    return made(seed, dora=True, **options)
+
+
+def served_net():
+    model = net()
+    pool = pool_of(model)
+    pool.load("dora", dora(0)), pool.load("lora", made(1))
+    return serve(model, pool), pool
+
+
+def other_weights(model):
+    torch.manual_seed(9)
+    return {name: torch.randn(t.shape) * 0.3 for name, t in model.state_dict().items()}
+
+
+def in_place(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5).add_(0.1)
+
+
+def assigned(model):
+    model.load_state_dict(other_weights(model), assign=True)
+
+
+def copied(model):
+    model.load_state_dict(other_weights(model))
+
+
+def one_row(model):
+    with torch.no_grad():
+        model[2].weight[3] *= 4
+
+
+def cast_and_back(model):
+    """Casts may get the memory of before again, with other numbers in it."""
+    model.to(torch.float16).to(torch.float32)
+
+
+def data_exchanged(model):
+    model[0].weight.data = torch.randn(40, 24)
+
+
+def step_of_an_optimizer(model):
+    model.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    model(torch.randn(3, 24)).square().sum().backward()
+    optimizer.step()
+    model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [in_place, assigned, copied, one_row, cast_and_back, data_exchanged, step_of_an_optimizer])
+@pytest.mark.parametrize("when", ["batch", "load", "update"])
+def test_gains_follow_the_weights(change, when):
+    model, pool = served_net()
+    x = torch.randn(3, 24)
+    model(x, adapters=["dora", "lora", None])
+    change(model)
+    now, wanted = net(), {"dora": dora(0), "lora": made(1), None: None}
+    now.load_state_dict({name: t.float() for name, t in model.state_dict().items()})
+    if when == "load":
+        pool.load("new", dora(2))
+        wanted["new"] = dora(2)
+    elif when == "update":
+        pool.update("dora", dora(2))
+        wanted["dora"] = dora(2)
+    for name, adapter in wanted.items():
+        y = model(x, adapters=[name] * 3)
+        torch.testing.assert_close(y, alone(now, adapter, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_gain_anew_has_the_bits_of_a_load():
+    model, pool = served_net()
+    in_place(model)
+    pool.batch(["dora"]).close()
+    fresh = pool_of(unserve(copy.deepcopy(net())))
+    in_place(fresh.model)
+    fresh.load("dora", dora(0))
+    slot, other = pool.id_of("dora"), fresh.id_of("dora")
+    for name in SIZES:
+        one, two = pool.sites[name].slots, fresh.sites[name].slots
+        assert one.gain[one.flags[slot] >> 2].equal(two.gain[two.flags[other] >> 2])
+
+
+def test_what_only_refresh_can_know():
+    model, pool = served_net()
+    x = torch.randn(1, 24)
+    model[0].weight.data[7] *= 5
+    model[2].weight.numpy()[2] = 1.0
+    pool.refresh()
+    now = net()
+    now.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(x, adapters=["dora"]), alone(now, dora(0), x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_of_weights_that_change_meanwhile(monkeypatch):
+    """The gain is that of the weights after the load began, not of those before."""
+    from lora_kernels.serving.site import Site
+
+    model, gain, count = net(), Site.gain, []
+    pool = pool_of(model)
+
+    def changing(site, *args):
+        found = gain(site, *args)
+        if len(count) < 2:
+            count.append(1)
+            in_place(model)
+        return found
+
+    monkeypatch.setattr(Site, "gain", changing)
+    pool.load("a", dora(0))
+    served, x = serve(model, pool), torch.randn(1, 24)
+    now = net()
+    now.load_state_dict(model.state_dict())
+    torch.testing.assert_close(served(x, adapters=["a"]), alone(now, dora(0), x), rtol=1e-4, atol=1e-5)
+
+    def always(site, *args):
+        in_place(model)
+        return gain(site, *args)
+
+    monkeypatch.setattr(Site, "gain", always)
+    with pytest.raises(BaseChangedError, match="the base changed 8 times while the gains of 'b' were computed"):
+        pool.load("b", dora(1))
+    assert pool.names() == ["a"]
+
+
+def resized(model):
+    model[2] = nn.Linear(40, 18)
+
+
+def replaced(model):
+    model[2] = nn.Linear(40, 16, bias=False)
+
+
+def cast(model):
+    model.to(torch.bfloat16)
+
+
+def removed(model):
+    model[2] = nn.Identity()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (resized, "another at 2: Linear has replaced the layer of `serve`"),
+    (replaced, "another at 2: Linear has replaced the layer of `serve`"),
+    (removed, "another at 2: Identity has replaced the layer of `serve`"),
+    (cast, r"another at 0: the pages are for a weight \[40, 24\] torch.float32 on cpu, it is \[40, 24\] torch.bfloat16 on cpu"),
+])  # fmt: skip
+def test_pages_that_do_not_fit_any_more(change, message):
+    """Neither a head that is left out nor a gain of before."""
+    model, pool = served_net()
+    pool.load("first", made(3, modules=["0"]))
+    weights = copy.deepcopy(model.state_dict())
+    change(model)
+    before = pool.stats()
+    for call in (
+        lambda: pool.batch(["dora", None]), lambda: model(torch.randn(1, 24, dtype=model[0].weight.dtype), adapters=["dora"]),
+        lambda: pool.load("new", made(4)), lambda: pool.update("lora", made(4)),
+    ):  # fmt: skip
+        with pytest.raises(BaseChangedError, match=message):
+            call()
+    after = pool.stats()
+    assert pool.names() == ["dora", "lora", "first"] and (after.residents, after.in_use) == (before.residents, 0)
+    assert after.pages_free == before.pages_free
+    if change is cast:
+        model.to(torch.float32).load_state_dict(weights)
+        x = torch.randn(1, 24)
+        torch.testing.assert_close(model(x, adapters=["dora"]), alone(net(), dora(0), x), rtol=1e-4, atol=1e-5)
+    else:
+        pool.batch(["first"]).close()  # it changes another layer
+        unserve(model)
+
+
+def test_layers_of_a_pool_that_is_not_served():
+    """A layer of the same shape may take the place of another; serve and unserve change nothing."""
+    model = net()
+    pool = pool_of(model)
+    pool.load("dora", dora(0))
+    replaced(model)
+    model.requires_grad_(False)
+    pool.batch(["dora"]).close()
+    for _ in range(2):
+        x, now = torch.randn(1, 24), copy.deepcopy(model)
+        torch.testing.assert_close(serve(model, pool)(x, adapters=["dora"]), alone(now, dora(0), x), rtol=1e-4, atol=1e-5)
+        unserve(model)
+        pool.batch(["dora"]).close()
+    resized(model)
+    with pytest.raises(BaseChangedError, match=r"at 2: the pages are for a weight \[16, 40\] .*, it is \[18, 40\]"):
+        pool.batch(["dora"])
+
+
+def test_a_vocabulary_that_grows():
+    """Transformers puts another head and another embedding into the model."""
+    from tests.serving.served import base
+
+    model = base()
+    pool = AdapterPool(model, capacity_bytes=8 << 20, slots=4)
+    n_out, n_in = model.lm_head.weight.shape
+    pool.load("head", Adapter({"lm_head": Factors(torch.ones(2, n_in), torch.ones(n_out, 2), 1.0)}))
+    serve(model, pool)
+    model.resize_token_embeddings(n_out + 8)
+    with pytest.raises(BaseChangedError, match="another at lm_head: Linear has replaced the layer of `serve`"):
+        model(torch.zeros(1, 3, dtype=torch.int64), adapters=["head"])
+    plain = unserve(model)
+    with pytest.raises(BaseChangedError, match="at lm_head: the pages are for a weight"):
+        pool.batch(["head"])
+    AdapterPool(plain, capacity_bytes=8 << 20, slots=4)
+
+
+class Halved(Tensor):
+    """Stands for a weight that is quantised: of a kind of its own, with kernels of its own."""
+
+    @staticmethod
+    def __new__(cls, whole, **_):
+        return Tensor._make_wrapper_subclass(cls, whole.shape, dtype=whole.dtype)
+
+    def __init__(self, whole, opaque=False, broken=False):
+        self.half, self.opaque, self.broken = whole.half(), opaque, broken
+
+    def dequantize(self):
+        if self.opaque:
+            raise NotImplementedError("it is packed")
+        return self.half.to(self.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            one = args[0]
+            return Halved(one.half.to(one.dtype), opaque=one.opaque, broken=one.broken)
+        raise NotImplementedError(f"Halved cannot {func}")
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear and not args[1].broken:
+            x, w, *bias = args
+            return nn.functional.linear(x, w.half.to(x.dtype), *bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def quantised(**options):
+    model = net()
+    for name in SIZES:
+        layer = model.get_submodule(name)
+        layer.weight = nn.Parameter(Halved(layer.weight.data, **options), requires_grad=False)
+    return model
+
+
+def test_a_quantised_base_is_served():
+    """Its own product first, and the adapters' part added; DoRA's norm of what it dequantises
+    to."""
+    model, plain = quantised(), net().half().float()
+    pool = pool_of(model)
+    pool.load("dora", dora(0)), pool.load("lora", made(1))
+    x = torch.randn(3, 24)
+    y = serve(model, pool)(x, adapters=["dora", "lora", None])
+    for row, adapter in zip((0, 1, 2), (dora(0), made(1), None), strict=True):
+        torch.testing.assert_close(y[row], alone(plain, adapter, x)[row], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(unserve(model)(x), alone(plain, None, x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_quantised_base_that_hides_its_weight():
+    model = quantised(opaque=True)
+    pool = pool_of(model)
+    with pytest.raises(AdapterError, match="DoRA needs the norm of W, which Halved hides: it is packed"):
+        pool.load("dora", dora(0))
+    pool.load("lora", made(1))
+    x = torch.randn(1, 24)
+    plain = net().half().float()
+    torch.testing.assert_close(serve(model, pool)(x, adapters=["lora"]), alone(plain, made(1), x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_served_is_said_when_the_pool_is_made():
+    with pytest.raises(TypeError, match="AdapterPool: 0: the weight is a Halved, which no adapter can be served on: "):
+        pool_of(quantised(broken=True))
+
+    class Linear4bit(nn.Linear):
+        """As that of bitsandbytes: bytes, and a forward of its own."""
+
+        def __init__(self):
+            super().__init__(24, 40)
+            self.weight = nn.Parameter(torch.zeros(480, 1, dtype=torch.uint8), requires_grad=False)
+
+    model = nn.Sequential(Linear4bit(), nn.Linear(40, 16))
+    with pytest.raises(TypeError, match="AdapterPool: 0: Linear4bit holds its weight as torch.uint8"):
+        AdapterPool(model, capacity_bytes=1 << 20)
+    assert list(AdapterPool(model, capacity_bytes=1 << 20, modules=["1"]).sites) == ["1"]
+
+
+def test_a_base_that_is_quantised_below_its_pool():
+    model, pool = served_net()
+    model[0].weight = nn.Parameter(Halved(model[0].weight.data), requires_grad=False)
+    with pytest.raises(BaseChangedError, match="at 0: its weight was a Parameter, and is a"):
+        model(torch.randn(1, 24), adapters=["dora"])
+
+
+def test_torchao():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = net()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    plain = net()
+    with torch.no_grad():
+        for name in SIZES:
+            plain.get_submodule(name).weight.copy_(model.get_submodule(name).weight.dequantize())
+    pool = pool_of(model)
+    pool.load("dora", dora(0)), pool.load("lora", made(1))
+    x = torch.randn(3, 24)
+    y = serve(model, pool)(x, adapters=["dora", "lora", None])
+    for row, adapter in zip((0, 1, 2), (dora(0), made(1), None), strict=True):
+        torch.testing.assert_close(y[row], alone(plain, adapter, x)[row], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("trained_on", "own", "same"), [
+    ("meta/Llama-8B", "meta/Llama-8B", True), ("meta/Llama-8B", "meta/Llama-8B-Instruct", False), ("", "meta/Llama", True),
+    (None, "meta/Llama", True), ("meta/Llama", "", True), ("meta/Llama", None, True), ("meta/Llama", "other/Llama", False),
+    ("meta/Llama", "/models/Llama/", True), ("meta/Llama", "./Mistral", False), ("/a/Llama", "/b/llama", True),
+    ("meta/Llama", "/cache/models--meta--Llama/snapshots/0a1b2c", True), ("a/b", "/c/models--a--d/snapshots/1", False),
+])  # fmt: skip
+def test_an_adapter_of_another_base(trained_on, own, same):
+    model = net()
+    if own is not None:
+        model.name_or_path = own
+    pool = pool_of(model)
+    adapter = replace(made(0), base=trained_on)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pool.load("a", adapter)
+        pool.update("a", adapter)
+    text = f"AdapterPool: 'a' was trained on {trained_on!r}, the model is {own!r}; if those are other weights, what it"
+    assert [str(each.message).startswith(text) and each.filename == __file__ for each in caught] == [True] * 2 * (not same)
+    if same:
+        pool.load("b", adapter, strict=True)
+        return
+    with pytest.raises(AdapterError, match=f"'b' was trained on '{trained_on}', the model is '{own}'; strict=True refuses it"):
+        pool.load("b", adapter, strict=True)
+    with pytest.raises(AdapterError, match="strict=True refuses it"):
+        pool.update("a", adapter, strict=True)
+    assert pool.names() == ["a"]
+
+
+def test_files_name_their_base(tmp_path):
+    import peft
+
+    from tests.serving.served import base
+
+    tuned = peft.get_peft_model(base(), peft.LoraConfig(target_modules=["q_proj"]))
+    tuned.save_pretrained(tmp_path)
+    state = peft.get_peft_model_state_dict(tuned)
+    tuned.peft_config["default"].base_model_name_or_path = "owner/other"
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "owner/other"}))
+    model = base()
+    model.name_or_path = "owner/this"
+    pool = AdapterPool(model, capacity_bytes=8 << 20)
+    for source in (tmp_path, (tuned.peft_config["default"], state)):
+        with pytest.warns(UserWarning, match="'a' was trained on 'owner/other', the model is 'owner/this'"):
+            pool.load("a", source, replace=True)
+
+
+def test_an_unknown_name_fails_alone():
+    model = net()
+    pool = pool_of(model)
+    pool.load("a", made(0)), pool.load("b", made(1))
+    x = torch.randn(3, 24)
+    wanted = {name: alone(net(), adapter, x) for name, adapter in (("a", made(0)), ("b", made(1)), (None, None))}
+    serve(model, pool)
+
+    def rows(adapters, missing, weights=None):
+        with pool.batch(adapters, weights, missing=missing) as batch:
+            return model(x), batch.missing
+
+    y, absent = rows(["a", "zz", "b"], "base")
+    assert absent == {"zz"}
+    torch.testing.assert_close(y, torch.stack([wanted["a"][0], wanted[None][1], wanted["b"][2]]))
+    y, absent = rows(["zz", "b", ["zz", "b"]], {"zz": "a"}.get)
+    assert not absent
+    both = model[2](torch.tanh(model[0](x)))
+    torch.testing.assert_close(y[:2], torch.stack([wanted["a"][0], wanted["b"][1]]))
+    assert not torch.allclose(y[2], both[2])
+    y, absent = rows([["yy", "b"], None, "zz"], lambda name: None, [[2.0, 1.0], [], 3.0])
+    assert absent == {"yy", "zz"}
+    torch.testing.assert_close(y, torch.stack([wanted["b"][0], wanted[None][1], wanted[None][2]]))
+
+    def load(name):
+        pool.load(name, made(1))
+        return name
+
+    y, absent = rows(["late", None, "a"], load)
+    torch.testing.assert_close(y, torch.stack([wanted["b"][0], wanted[None][1], wanted["a"][2]]))
+    for missing in ("raise", lambda name: name, lambda name: "nobody"):
+        with pytest.raises(LookupError, match="no adapter is called '(zz|nobody)'; there are a, b, late"):
+            rows(["zz", None, None], missing)
+    for wrong in ("skip", None, 3):
+        with pytest.raises(ValueError, match="missing must be 'raise', 'base' or a function, found"):
+            rows(["a", None, None], wrong)
+    with pytest.raises(TypeError, match="missing gave 3 for 'zz'; it must give a name or None"):
+        rows(["zz", None, None], lambda name: 3)
+    assert pool.stats().in_use == 0
