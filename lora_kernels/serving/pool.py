@@ -14,8 +14,10 @@ from lora_kernels.adapters.config import AdapterError
 from lora_kernels.adapters.inject import first_names, uncompiled_model
 from lora_kernels.ops.multi_lora.plan import BASE, PAGE, id_of
 from lora_kernels.serving.adapter import Adapter, adapter_of, read_adapter
-from lora_kernels.serving.batch import Batch, Wanted, requests_of
+from lora_kernels.serving.batch import Batch, Wanted, release_dropped, requests_of
+from lora_kernels.serving.frame import Requests, checked_rows
 from lora_kernels.serving.residents import PoolFullError, PoolStats, Resident
+from lora_kernels.serving.scope import scope_of
 from lora_kernels.serving.site import Prepared, pages_of, site_of
 from lora_kernels.serving.size import MIB, PoolSize, layers_of, size_for, size_of
 
@@ -181,16 +183,19 @@ class AdapterPool:
             for name in names:
                 self._activate(name)
 
-    def batch(self, adapters: Sequence[Wanted], weights: Sequence[Any] | None = None) -> Batch:
+    def batch(self, adapters: Sequence[Wanted], weights: Sequence[Any] | None = None, *, rows: Any = None) -> Batch:
         """A context in which the layers of `serve` use `adapters`: for each sequence (or token) a
         name, None for the base, or several names, whose `weights` are then given likewise (1 if
-        not). Adapters in it stay until it ends.
+        not). `rows` says for each row of the layers' inputs the index of its request, or -1 for the
+        base, where rows are not sequences. Adapters in it stay until it ends.
 
         Raises:
             LookupError: a name is not known; the others are not held.
             PoolFullError: the batch wants more adapters than there is room for.
         """
         names, counted = requests_of(adapters, weights)
+        given = None if rows is None else checked_rows(rows, len(names))
+        release_dropped()
         with self._lock:
             held: dict[str, Resident] = {}
             try:
@@ -200,17 +205,21 @@ class AdapterPool:
             except Exception:
                 self._let_go(list(held.values()))
                 raise
-        rows = [[held[n].id for n in row] for row in names]
-        width = max(map(len, rows), default=1) or 1
-        ids = torch.tensor([row + [BASE] * (width - len(row)) for row in rows], dtype=torch.int64).reshape(len(rows), width)
+        each = [[held[n].id for n in row] for row in names]
+        width = max(map(len, each), default=1) or 1
+        rows_of_ids = [row + [BASE] * (width - len(row)) for row in each]
+        ids = torch.tensor(rows_of_ids, dtype=torch.int64) if each else torch.empty(0, 1, dtype=torch.int64)
         of_ids = None
         if width > 1 or counted is not None:
-            filled = [[1.0] * len(row) for row in rows] if counted is None else counted
+            filled = [[1.0] * len(row) for row in each] if counted is None else counted
             padded = [row + [0.0] * (width - len(row)) for row in filled]
-            of_ids = torch.tensor(padded).reshape(len(rows), width).to(self.device)
+            of_ids = torch.tensor(padded).reshape(len(each), width).to(self.device)
         let_go = lambda: self._let_go(list(held.values()))  # noqa: E731
         modules = frozenset(module for resident in held.values() for module in resident.adapter.factors)
-        return Batch(ids.to(self.device), of_ids, len(self._generations), modules, let_go)
+        uniform = each.count(each[0]) == len(each) if each else True
+        uniform = uniform and (not counted or counted.count(counted[0]) == len(counted))
+        requests = Requests(len(each), ids.to(self.device), of_ids, len(self._generations), modules, uniform, given)
+        return Batch(scope_of(self), requests, let_go, self._lock)
 
     def id_of(self, name: str) -> int:
         """The id of a resident adapter, for plans of one's own."""
