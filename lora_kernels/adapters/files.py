@@ -245,9 +245,15 @@ def slots_of(model: nn.Module, selection: Selection, config: LoraConfig) -> dict
 
 
 def _embeddings(model: nn.Module) -> list[str]:
-    getters = (getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output"))
-    ends = [getter() for getter in getters if getter is not None]
-    return [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    """The names of a model's token embedding and head; a model of images has none."""
+    ends = []
+    for side in ("input", "output"):
+        try:
+            ends.append(getattr(model, f"get_{side}_embeddings", lambda: None)())
+        except NotImplementedError:  # transformers: of several towers, none is the model's
+            continue
+    tables = [end for end in ends if isinstance(getattr(end, "weight", None), Tensor)]
+    return [name for name, module in model.named_modules() if any(module is end for end in tables)]
 
 
 def _tensor_at(module: nn.Module, name: str) -> Tensor:

@@ -178,7 +178,9 @@ class BaseWatch:
 
     def check(self, modules: Iterable[str]) -> None:
         """Raises BaseChangedError if one of the modules does not fit any more."""
-        for name in modules:
+        if not self.unfit:
+            return
+        for name in sorted(modules):
             if name in self.unfit:
                 why = self.unfit[name]
                 raise BaseChangedError(f"AdapterPool: the base is another at {name}: {why}; make a new pool for it as it is")

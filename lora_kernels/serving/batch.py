@@ -1,105 +1,92 @@
-"""Which adapters the layers of `serve` use at the moment."""
+"""A batch of requests, each with its adapters, which the layers of `serve` use."""
 
 import threading
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_kernels.ops.multi_lora.plan import BatchPlan
+from lora_kernels.serving.frame import Requests
+from lora_kernels.serving.scope import Opening, Scope
 
 Wanted = str | None | Sequence[str]
 
 
 class Batch:
     """The adapters of a batch, from `AdapterPool.batch`; a context, inside which the layers of this
-    thread use them.
+    thread use them, and those of threads and tasks that begin there.
 
-    A layer with as many rows of x as there are requests, or a multiple of that (tokens of a
-    sequence, beams), gives each request its share of neighbouring rows. Leaving it raises
-    LookupError if a kernel met an id that the pool no longer has.
+    The served model must then be called with as many sequences as there are requests. A layer
+    called by itself wants them as the first dimension of x. `rows`, if given, are the request of
+    each row instead, for every layer. Leaving it raises LookupError if a kernel met an id that the
+    pool no longer has. Entered in a generator it holds while that generator runs, and not between
+    two steps of it.
     """
 
     missing: frozenset[str] = frozenset()
     """Names that the pool did not know, whose requests get the base."""
 
-    def __init__(
-        self, ids: Tensor, weights: Tensor | None, slots: int, modules: frozenset[str], let_go: Callable[[], None]
-    ) -> None:  # fmt: skip
-        self.ids, self.weights, self._slots = ids, weights, slots
-        self.modules = modules
-        """Those that an adapter of the batch changes."""
-        self.all_base = not modules
+    def __init__(self, scope: Scope, requests: Requests, let_go: Callable[[], None]) -> None:
+        self.scope, self.requests = scope, requests
         self._let_go: Callable[[], None] | None = let_go
-        self._plans: dict[int, BatchPlan] = {}
-        self._columns: dict[int, list[BatchPlan]] = {}
-        self._tokens: list[Token[Batch | None]] = []
         self._lock = threading.Lock()
+        self._entries: list[Opening] = []
+
+    @property
+    def ids(self) -> Tensor:
+        """[requests, k]: the adapters of each."""
+        return self.requests.ids
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """Those that an adapter of the batch changes."""
+        return self.requests.modules
 
     def plan(self, rows: int) -> BatchPlan:
-        """The plan for that many rows.
+        """The plan for that many rows, an equal share of neighbouring rows for each request.
 
         Raises:
             ValueError: they are no multiple of the requests.
         """
-        found = self._plans.get(rows)
-        if found is None:
-            count = len(self.ids)
-            if rows % count if count else rows:
-                raise ValueError(f"adapters: {count} were given, for an input of {rows} rows; those must be a multiple")
-            each = rows // count if count else 1
-            ids, weights = self.ids.repeat_interleave(each, 0), self.weights
-            weights = None if weights is None else weights.repeat_interleave(each, 0)
-            found = self._plans[rows] = BatchPlan.build(ids, self._slots, weights)
-        return found
-
-    def columns(self, rows: int) -> list[BatchPlan]:
-        """`plan` as one plan for each of the adapters that a row may have."""
-        plan = self.plan(rows)
-        if plan.ids.shape[1] == 1:
-            return [plan]
-        found = self._columns.get(rows)
-        if found is None:
-            weights = [None] * plan.ids.shape[1] if plan.weights is None else plan.weights.unbind(1)
-            pairs = zip(plan.ids.unbind(1), weights, strict=True)
-            found = self._columns[rows] = [BatchPlan.build(ids, self._slots, of_ids) for ids, of_ids in pairs]
-        return found
+        count = len(self.ids)
+        if rows % count if count else rows:
+            raise ValueError(f"adapters: {count} were given, for an input of {rows} rows; those must be a multiple")
+        return self.requests.repeated_plan(rows // count if count else 0)
 
     def close(self) -> None:
         """Lets go of the adapters; the pool may then evict them."""
         with self._lock:
             let_go, self._let_go = self._let_go, None
+        self.requests.end()
         if let_go is not None:
             let_go()
 
+    def __del__(self) -> None:
+        if self.__dict__.get("_let_go") is None:
+            return
+        # the pool's hold is dropped with it, and given back when the pool is called next
+        self.requests.end()
+        for opening in self.__dict__.get("_entries", ()):
+            self.scope.forget(opening)
+
     def __enter__(self) -> "Batch":
-        if self._let_go is None:
-            raise RuntimeError("Batch: it has ended; the pool may have evicted its adapters")
-        self._tokens.append(_current.set(self))
+        self.requests.raise_if_ended()
+        self._entries.append(self.scope.open(self))
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        _current.reset(self._tokens.pop())
-        if self._tokens:
+        entries = self._entries
+        self.scope.shut(entries.pop() if len(entries) == 1 else entries.pop(self.scope.which(entries)))
+        if self._entries:
             return
         self.close()
         if kind is None:
-            for plan in (*self._plans.values(), *(plan for plans in self._columns.values() for plan in plans)):
-                plan.raise_errors()
+            self.requests.raise_errors()
 
 
-_current: ContextVar[Batch | None] = ContextVar("batch", default=None)
-
-
-def current_batch() -> Batch | None:
-    return _current.get()
-
-
-def requests_of(
-    adapters: Sequence[Wanted], weights: Sequence[Any] | None
-) -> tuple[list[list[str]], list[list[float]] | None]:
+def requests_of(adapters: Sequence[Wanted], weights: Sequence[Any] | None) -> tuple[list[list[str]], list[list[float]] | None]:
     """The names of each request, and their weights, as lists.
 
     Raises:

@@ -1,24 +1,39 @@
-"""A model whose layers take another adapter for each sequence of a batch."""
+"""Layers that take another adapter for each sequence of a batch."""
 
-import functools
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels.adapters.inject import uncompiled_model
 from lora_kernels.ops.multi_lora import Slots, multi_lora, multi_lora_add_
 from lora_kernels.serving.base import is_plain
-from lora_kernels.serving.batch import Batch, current_batch
-from lora_kernels.serving.pool import AdapterPool
+from lora_kernels.serving.frame import Layout
+from lora_kernels.serving.scope import Scope
 from lora_kernels.serving.site import EmbeddingSite
 
-Model = TypeVar("Model", bound=nn.Module)
+OWN = ("slots", "quantised", "site", "scope", "name", "layouts", "routed", "by_tokens")
+"""What a served layer has beside the attributes of the layer that it replaces."""
 
 
-class MultiLoRALinear(nn.Linear):
-    """y = W x + bias, and for each row what the adapters of the current batch add
+class Served:
+    """What both kinds of layers know of the rows that they see."""
+
+    scope: Scope
+    name: str
+    layouts: dict[int, Layout]
+    """By the number of dimensions of the rows, as far as it is known."""
+    routed: bool
+    """A router chooses its rows."""
+    by_tokens: bool
+    """It sees what the model makes of tokens, and of nothing else."""
+
+    def learn_nothing(self, scope: Scope, name: str) -> None:
+        self.__dict__.update(scope=scope, name=name, layouts={}, routed=False, by_tokens=False)
+
+
+class MultiLoRALinear(nn.Linear, Served):
+    """y = W x + bias, and for each row what the adapters of its request add
     (`lora_kernels.multi_lora`).
 
     It has the parameters of the layer that it replaces. Outside a batch, and where no row has an
@@ -31,22 +46,42 @@ class MultiLoRALinear(nn.Linear):
     """Whether the weight is multiplied by its own kernels, and the adapters are added after."""
 
     @classmethod
-    def around(cls, linear: nn.Linear, slots: Slots) -> "MultiLoRALinear":
+    def around(cls, linear: nn.Linear, slots: Slots, scope: Scope, name: str) -> "MultiLoRALinear":
         layer = cls.__new__(cls)
         layer.__dict__.update(linear.__dict__)
         layer.slots, layer.quantised = slots, not is_plain(linear.weight)
+        layer.learn_nothing(scope, name)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x [..., in] → [..., out].
 
         Raises:
-            ValueError: the rows of x are no multiple of the requests of the batch.
+            ValueError: it is not known whose the rows of x are.
         """
-        batch = current_batch()
-        if batch is None or batch.all_base:
+        scope = self.scope
+        frame = scope.current.get()
+        if frame is None:
+            frame = scope.resolve() if scope.openings else None
+            if frame is None:
+                return F.linear(x, self.weight, self.bias)
+        elif scope.generators and not frame.bound:
+            frame = scope.resolve() or frame
+        if frame.all_base:
+            if frame.seen is not None:
+                frame.seen(self, x)
             return F.linear(x, self.weight, self.bias)
-        plan, s = batch.plan(x.numel() // max(x.shape[-1], 1)), self.slots
+        plan = frame.plans.get((self.layouts.get(x.dim() - 1), x.shape))
+        if plan is None:
+            plan = frame.plan_of(self, x, x.shape[:-1])
+            if plan is None:
+                return F.linear(x, self.weight, self.bias)
+        if frame.routes is not None:
+            return frame.routes.through(self, x, plan)
+        return self.with_plan(x, plan)
+
+    def with_plan(self, x: Tensor, plan: Any) -> Tensor:
+        s = self.slots
         if self.quantised:
             with torch.no_grad():
                 return multi_lora_add_(F.linear(x, self.weight, self.bias), x, s, plan, self.bias)
@@ -58,99 +93,44 @@ class MultiLoRALinear(nn.Linear):
         return f"{super().extra_repr()}, slots={len(self.slots.rank)}"
 
 
-class MultiLoRAEmbedding(nn.Embedding):
-    """y = W[i], and for each row what the adapters of the current batch add: s · B A[:, i].
+class MultiLoRAEmbedding(nn.Embedding, Served):
+    """y = W[i], and for each row what the adapters of its request add: s · B A[:, i].
 
     It has the parameters of the embedding that it replaces, and serves as `MultiLoRALinear` does,
     without gradients.
     """
 
     site: EmbeddingSite
-    name: str
 
     @classmethod
-    def around(cls, embedding: nn.Embedding, site: EmbeddingSite, name: str) -> "MultiLoRAEmbedding":
+    def around(cls, embedding: nn.Embedding, site: EmbeddingSite, scope: Scope, name: str) -> "MultiLoRAEmbedding":
         layer = cls.__new__(cls)
-        layer.__dict__.update(embedding.__dict__, site=site, name=name)
+        layer.__dict__.update(embedding.__dict__, site=site)
+        layer.learn_nothing(scope, name)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x [...], integers → [..., dim].
 
         Raises:
-            ValueError: x has no multiple of the batch's requests as its first dimension.
+            ValueError: it is not known whose the entries of x are.
         """
-        y, batch = super().forward(x), current_batch()
-        if batch is None or self.name not in batch.modules:
+        y, scope = super().forward(x), self.scope
+        frame = scope.current.get()
+        if scope.openings and (frame is None or (scope.generators and not frame.bound)):
+            frame = scope.resolve()
+        if frame is not None and frame.seen is not None:
+            frame.seen(self, x[..., None])
+        if frame is None or self.name not in frame.modules:
             return y
-        if x.dim() > 1 and x.shape[0] % len(batch.ids):
-            raise ValueError(
-                f"adapters: {len(batch.ids)} were given, for {self.name} with an input of {list(x.shape)}; its first dimension"
-                " must be a multiple (positions that all requests share are nobody's to adapt)"
-            )
+        plan = frame.plans.get((self.layouts.get(x.dim()), x.shape, "entries"))
+        if plan is None:
+            plan = frame.plan_of(self, x, x.shape)
+            if plan is None:
+                return y
         with torch.no_grad():
             y, entries, site = y.detach(), x.reshape(-1), self.site
-            for plan in batch.columns(entries.numel()):
-                columns = site.looked_up(plan.ids[:, 0], entries)
-                multi_lora_add_(y, columns.view(*x.shape, columns.shape[1]), site.slots, plan)
+            for each in frame.batch.columns(plan):
+                columns = site.looked_up(each.ids[:, 0], entries)
+                multi_lora_add_(y, columns.view(*x.shape, columns.shape[1]), site.slots, each)
         return y
-
-
-def serve(model: Model, pool: AdapterPool) -> Model:
-    """Makes `model` take adapters by name, in place, and returns it:
-
-        model(input_ids, adapters=["customer-7", None]);  model.generate(input_ids, adapters=[...])
-
-    One entry for each sequence: a name of the pool, None for the base, or several names. Without
-    `adapters`, or inside `pool.batch(...)`, nothing changes in how it is called. The layers are
-    those of the pool; `unserve` puts the old ones back.
-
-    Raises:
-        ValueError: the pool is another model's, or the model is served already.
-    """
-    if uncompiled_model(model) is not pool.model:
-        raise ValueError("serve: the pool was made for another model")
-    if any(isinstance(m, MultiLoRALinear | MultiLoRAEmbedding) for m in model.modules()):
-        raise ValueError("serve: the model is served already; unserve(model) first")
-    for name, site in pool.sites.items():
-        parent, _, child = name.rpartition(".")
-        owner = pool.model.get_submodule(parent)
-        if isinstance(site, EmbeddingSite):
-            new: nn.Module = MultiLoRAEmbedding.around(getattr(owner, child), site, name)
-        else:
-            new = MultiLoRALinear.around(getattr(owner, child), site.slots)
-        setattr(owner, child, new)
-    for method in ("forward", "generate"):
-        call = getattr(model, method, None)
-        if call is not None:
-            model.__dict__[method] = _with_adapters(call, pool)
-    return model
-
-
-def unserve(model: Model) -> Model:
-    """Puts the layers back that `serve` replaced, and returns the model."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, MultiLoRALinear | MultiLoRAEmbedding):
-            kind = nn.Linear if isinstance(module, MultiLoRALinear) else nn.Embedding
-            parent, _, child = name.rpartition(".")
-            plain = kind.__new__(kind)
-            ours = ("slots", "quantised", "site", "name")
-            plain.__dict__.update({key: value for key, value in module.__dict__.items() if key not in ours})
-            setattr(model.get_submodule(parent), child, plain)
-    for method in ("forward", "generate"):
-        if hasattr(model.__dict__.get(method), "_lora_kernels"):
-            del model.__dict__[method]
-    return model
-
-
-def _with_adapters(call: Any, pool: AdapterPool) -> Any:
-    @functools.wraps(call)
-    def call_in_batch(*args: Any, adapters: Any = None, adapter_weights: Any = None, **kwargs: Any) -> Any:
-        if adapters is None:
-            return call(*args, **kwargs)
-        batch: Batch = pool.batch(adapters, adapter_weights)
-        with torch.no_grad(), batch:
-            return call(*args, **kwargs)
-
-    call_in_batch._lora_kernels = True  # type: ignore[attr-defined]
-    return call_in_batch

@@ -13,7 +13,9 @@ from lora_kernels.ops.multi_lora.plan import BASE
 from lora_kernels.serving.adapter import Source
 from lora_kernels.serving.batch import Batch, Wanted, requests_of
 from lora_kernels.serving.core import PoolCore, renamed
+from lora_kernels.serving.frame import Requests, checked_rows
 from lora_kernels.serving.residents import PoolFullError, PoolStats, Stored, UnknownAdapterError
+from lora_kernels.serving.scope import scope_of
 from lora_kernels.serving.site import Prepared
 from lora_kernels.serving.size import MIB, PoolSize, layers_of, size_for, size_of
 
@@ -197,11 +199,13 @@ class AdapterPool(PoolCore):
             self._give_back(self._taken([name]))
 
     def batch(
-        self, adapters: Sequence[Wanted], weights: Sequence[Any] | None = None, *, missing: Missing = "raise"
+        self, adapters: Sequence[Wanted], weights: Sequence[Any] | None = None, *, rows: Any = None,
+        missing: Missing = "raise",
     ) -> Batch:  # fmt: skip
         """A context in which the layers of `serve` use `adapters`: for each sequence (or token) a
         name, None for the base, or several names, whose `weights` are then given likewise (1 if
-        not). Adapters in it stay until it ends.
+        not). `rows` says for each row of the layers' inputs the index of its request, or -1 for the
+        base, where rows are not sequences. Adapters in it stay until it ends.
 
         `missing` says what becomes of a name that is not known, so that it fails alone: "raise";
         "base", which is what its sequence gets, and `batch.missing` has the name; or a function,
@@ -217,6 +221,7 @@ class AdapterPool(PoolCore):
         names, counted = requests_of(adapters, weights)
         if missing not in ("raise", "base") and not callable(missing):
             raise ValueError(f"AdapterPool: missing must be 'raise', 'base' or a function, found {missing!r}")
+        given = None if rows is None else checked_rows(rows, len(names))
         absent: dict[str, str | None] = {}
         while True:
             wanted = list(dict.fromkeys(n for row in names for n in row))
@@ -233,16 +238,21 @@ class AdapterPool(PoolCore):
                     ) from None
                 names, counted = renamed(names, counted, error.name, other)
         id_of_name = {name: resident.id for name, resident in zip(wanted, hold.residents, strict=True)}
-        rows = [[id_of_name[n] for n in row] for row in names]
-        width = max(map(len, rows), default=1) or 1
-        ids = torch.tensor([row + [BASE] * (width - len(row)) for row in rows], dtype=torch.int64).reshape(len(rows), width)
+        each = [[id_of_name[n] for n in row] for row in names]
+        width = max(map(len, each), default=1) or 1
+        rows_of_ids = [row + [BASE] * (width - len(row)) for row in each]
+        ids = torch.tensor(rows_of_ids, dtype=torch.int64) if each else torch.empty(0, 1, dtype=torch.int64)
         of_ids = None
         if width > 1 or counted is not None:
-            filled = [[1.0] * len(row) for row in rows] if counted is None else counted
+            filled = [[1.0] * len(row) for row in each] if counted is None else counted
             padded = [row + [0.0] * (width - len(row)) for row in filled]
-            of_ids = torch.tensor(padded).reshape(len(rows), width).to(self.device)
+            of_ids = torch.tensor(padded).reshape(len(each), width).to(self.device)
         modules = frozenset[str]().union(*(resident.modules for resident in hold.residents))
-        batch = Batch(ids.to(self.device), of_ids, len(self._held.generations), modules, partial(self._give_back, hold))
+        uniform = each.count(each[0]) == len(each) if each else True
+        uniform = uniform and (not counted or counted.count(counted[0]) == len(counted))
+        slots = len(self._held.generations)
+        requests = Requests(len(each), ids.to(self.device), of_ids, slots, modules, uniform, given)
+        batch = Batch(scope_of(self), requests, partial(self._give_back, hold))
         batch.missing = frozenset(name for name, other in absent.items() if other is None)
         return batch
 

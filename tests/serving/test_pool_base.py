@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters import AdapterError
 from lora_kernels.serving import Adapter, AdapterPool, BaseChangedError, Factors, serve, unserve
-from tests.serving.pools import SIZES, alone, made, net, pool_of
+from tests.serving.pools import SIZES, alone, net, pool_of, random_adapter
 
 
 def dora(seed, **options):
-    return made(seed, dora=True, **options)
+    return random_adapter(seed, dora=True, **options)
 
 
 def served_net():
     model = net()
     pool = pool_of(model)
-    pool.load("dora", dora(0)), pool.load("lora", made(1))
+    pool.load("dora", dora(0)), pool.load("lora", random_adapter(1))
     return serve(model, pool), pool
 
 
@@ -74,7 +74,7 @@ def test_gains_follow_the_weights(change, when):
     x = torch.randn(3, 24)
     model(x, adapters=["dora", "lora", None])
     change(model)
-    now, wanted = net(), {"dora": dora(0), "lora": made(1), None: None}
+    now, wanted = net(), {"dora": dora(0), "lora": random_adapter(1), None: None}
     now.load_state_dict({name: t.float() for name, t in model.state_dict().items()})
     if when == "load":
         pool.load("new", dora(2))
@@ -167,13 +167,13 @@ def removed(model):
 def test_pages_that_do_not_fit_any_more(change, message):
     """Neither a head that is left out nor a gain of before."""
     model, pool = served_net()
-    pool.load("first", made(3, modules=["0"]))
+    pool.load("first", random_adapter(3, modules=["0"]))
     weights = copy.deepcopy(model.state_dict())
     change(model)
     before = pool.stats()
     for call in (
         lambda: pool.batch(["dora", None]), lambda: model(torch.randn(1, 24, dtype=model[0].weight.dtype), adapters=["dora"]),
-        lambda: pool.load("new", made(4)), lambda: pool.update("lora", made(4)),
+        lambda: pool.load("new", random_adapter(4)), lambda: pool.update("lora", random_adapter(4)),
     ):  # fmt: skip
         with pytest.raises(BaseChangedError, match=message):
             call()
@@ -268,10 +268,10 @@ def test_a_quantised_base_is_served():
     to."""
     model, plain = quantised(), net().half().float()
     pool = pool_of(model)
-    pool.load("dora", dora(0)), pool.load("lora", made(1))
+    pool.load("dora", dora(0)), pool.load("lora", random_adapter(1))
     x = torch.randn(3, 24)
     y = serve(model, pool)(x, adapters=["dora", "lora", None])
-    for row, adapter in zip((0, 1, 2), (dora(0), made(1), None), strict=True):
+    for row, adapter in zip((0, 1, 2), (dora(0), random_adapter(1), None), strict=True):
         torch.testing.assert_close(y[row], alone(plain, adapter, x)[row], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(unserve(model)(x), alone(plain, None, x), rtol=1e-4, atol=1e-4)
 
@@ -281,10 +281,11 @@ def test_a_quantised_base_that_hides_its_weight():
     pool = pool_of(model)
     with pytest.raises(AdapterError, match="DoRA needs the norm of W, which Halved hides: it is packed"):
         pool.load("dora", dora(0))
-    pool.load("lora", made(1))
+    pool.load("lora", random_adapter(1))
     x = torch.randn(1, 24)
     plain = net().half().float()
-    torch.testing.assert_close(serve(model, pool)(x, adapters=["lora"]), alone(plain, made(1), x), rtol=1e-4, atol=1e-4)
+    wanted = alone(plain, random_adapter(1), x)
+    torch.testing.assert_close(serve(model, pool)(x, adapters=["lora"]), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_served_is_said_when_the_pool_is_made():
@@ -320,10 +321,10 @@ def test_torchao():
         for name in SIZES:
             plain.get_submodule(name).weight.copy_(model.get_submodule(name).weight.dequantize())
     pool = pool_of(model)
-    pool.load("dora", dora(0)), pool.load("lora", made(1))
+    pool.load("dora", dora(0)), pool.load("lora", random_adapter(1))
     x = torch.randn(3, 24)
     y = serve(model, pool)(x, adapters=["dora", "lora", None])
-    for row, adapter in zip((0, 1, 2), (dora(0), made(1), None), strict=True):
+    for row, adapter in zip((0, 1, 2), (dora(0), random_adapter(1), None), strict=True):
         torch.testing.assert_close(y[row], alone(plain, adapter, x)[row], rtol=1e-4, atol=1e-4)
 
 
@@ -338,7 +339,7 @@ def test_an_adapter_of_another_base(trained_on, own, same):
     if own is not None:
         model.name_or_path = own
     pool = pool_of(model)
-    adapter = replace(made(0), base=trained_on)
+    adapter = replace(random_adapter(0), base=trained_on)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pool.load("a", adapter)
@@ -377,9 +378,10 @@ def test_files_name_their_base(tmp_path):
 def test_an_unknown_name_fails_alone():
     model = net()
     pool = pool_of(model)
-    pool.load("a", made(0)), pool.load("b", made(1))
+    pool.load("a", random_adapter(0)), pool.load("b", random_adapter(1))
     x = torch.randn(3, 24)
-    wanted = {name: alone(net(), adapter, x) for name, adapter in (("a", made(0)), ("b", made(1)), (None, None))}
+    adapters = {"a": random_adapter(0), "b": random_adapter(1), None: None}
+    wanted = {name: alone(net(), adapter, x) for name, adapter in adapters.items()}
     serve(model, pool)
 
     def rows(adapters, missing, weights=None):
@@ -399,7 +401,7 @@ def test_an_unknown_name_fails_alone():
     torch.testing.assert_close(y, torch.stack([wanted["b"][0], wanted[None][1], wanted[None][2]]))
 
     def load(name):
-        pool.load(name, made(1))
+        pool.load(name, random_adapter(1))
         return name
 
     y, absent = rows(["late", None, "a"], load)

@@ -13,7 +13,7 @@ from torch import nn
 from lora_kernels.adapters import AdapterError
 from lora_kernels.serving import Adapter, AdapterPool, Factors, PoolFullError, serve
 from lora_kernels.serving.site import Site
-from tests.serving.pools import alone, made, net, pool_of, same_state, state
+from tests.serving.pools import alone, net, pool_of, random_adapter, same_state, state
 
 
 class Fault(Exception):
@@ -171,18 +171,18 @@ def test_interrupted_while_it_is_undone(monkeypatch):
 def test_a_load_that_fails_does_not_wear_the_pool_out():
     """Each leaves its slot and its pages, and whom it would have replaced."""
     pool = pool_of(net(), slots=2)
-    pool.load("a", made(0)), pool.load("b", made(1))
-    bad = {"bias": made(0).factors["0"].__class__(torch.ones(2, 24), torch.ones(40, 2), 1.0, None, torch.ones(3))}
+    pool.load("a", random_adapter(0)), pool.load("b", random_adapter(1))
+    bad = {"bias": random_adapter(0).factors["0"].__class__(torch.ones(2, 24), torch.ones(40, 2), 1.0, None, torch.ones(3))}
     before, put = state(pool), pool.sites["2"].put
     for _ in range(4):
         with pytest.raises(AdapterError, match=r"AdapterPool: 0: bias must be \[40\], found \[3\]"):
             pool.load("c", Adapter({"0": bad["bias"]}))
         pool.sites["2"].put = lambda *_: 1 / 0
         with pytest.raises(ZeroDivisionError):
-            pool.load("a", made(2), replace=True)
+            pool.load("a", random_adapter(2), replace=True)
         pool.sites["2"].put = put
     assert pool.names() == ["a", "b"] and same_state(before, state(pool))
-    pool.load("c", made(3))
+    pool.load("c", random_adapter(3))
 
 
 F = lambda **changes: Adapter({"0": Factors(**{"a": torch.ones(2, 24), "b": torch.ones(40, 2), "scale": 1.0, **changes})})  # noqa: E731
@@ -200,7 +200,7 @@ F = lambda **changes: Adapter({"0": Factors(**{"a": torch.ones(2, 24), "b": torc
 ])  # fmt: skip
 def test_factors_are_checked_at_the_door(source, message):
     pool = pool_of(net(), slots=2)
-    pool.load("a", made(0))
+    pool.load("a", random_adapter(0))
     before = state(pool)
     for call in (pool.load, pool.update):
         with pytest.raises(AdapterError, match=message):
@@ -212,7 +212,7 @@ def test_factors_are_checked_at_the_door(source, message):
 def test_names_are_strings(name):
     pool = pool_of(net())
     with pytest.raises(TypeError, match="AdapterPool: a name must be a string, found"):
-        pool.load(name, made(0))
+        pool.load(name, random_adapter(0))
     with pytest.raises(LookupError, match="no adapter is called 'zz'; there are none"):
         pool.evict("zz")
 
@@ -222,10 +222,10 @@ def test_a_trainers_tensors_are_copied():
     model = net()
     pool = pool_of(model, slots=1, host_bytes=1 << 20)
     served, x = serve(model, pool), torch.randn(1, 24)
-    live = made(0, dora=True)
+    live = random_adapter(0, dora=True)
     wanted = alone(net(), live, x)
     pool.load("policy", live)
-    pool.load("other", made(1))
+    pool.load("other", random_adapter(1))
     for f in live.factors.values():
         for t in (f.a, f.b, f.magnitude):
             t.fill_(torch.nan)
@@ -236,16 +236,16 @@ def test_a_name_on_the_host_is_a_name():
     model = net()
     pool = pool_of(model, slots=1, host_bytes=1 << 20)
     served, x = serve(model, pool), torch.randn(1, 24)
-    pool.load("a", made(0)), pool.load("b", made(1))
+    pool.load("a", random_adapter(0)), pool.load("b", random_adapter(1))
     assert "a" in pool and pool.names() == ["b"]
     before = pool.version_of("a")
-    assert pool.update("a", made(2)) == pool.version_of("a") > before and pool.names() == ["b"]
+    assert pool.update("a", random_adapter(2)) == pool.version_of("a") > before and pool.names() == ["b"]
     with pytest.raises(ValueError, match="'a' is loaded already; replace=True"):
-        pool.load("a", made(3))
-    torch.testing.assert_close(served(x, adapters=["a"]), alone(net(), made(2), x))
+        pool.load("a", random_adapter(3))
+    torch.testing.assert_close(served(x, adapters=["a"]), alone(net(), random_adapter(2), x))
     assert pool.id_of("b") != pool.id_of("a")
-    pool.load("b", made(4), replace=True)
-    torch.testing.assert_close(served(x, adapters=["b"]), alone(net(), made(4), x))
+    pool.load("b", random_adapter(4), replace=True)
+    torch.testing.assert_close(served(x, adapters=["b"]), alone(net(), random_adapter(4), x))
     pool.evict("a")
     with pytest.raises(LookupError, match="no adapter is called 'a'; there are b"):
         pool.version_of("a")
@@ -257,21 +257,21 @@ def test_an_update_beside_a_batch():
     model = net()
     pool = pool_of(model, slots=2, pages=4)
     served, x = serve(model, pool), torch.randn(1, 24)
-    number = pool.load("a", made(0), pinned=True)
+    number = pool.load("a", random_adapter(0), pinned=True)
     versions = [pool.version_of("a")]
     with pool.batch(["a"]):
         first = model[0](x)
-        versions.append(pool.update("a", made(1)))
-        torch.testing.assert_close(model[2](model[1](first)), alone(net(), made(0), x))
+        versions.append(pool.update("a", random_adapter(1)))
+        torch.testing.assert_close(model[2](model[1](first)), alone(net(), random_adapter(0), x))
         with pool.batch(["a"]), pytest.raises(PoolFullError, match="a slot wanted, .*; a batch that runs holds the version"):
-            pool.update("a", made(2))
+            pool.update("a", random_adapter(2))
         assert pool.id_of("a") != number and pool.stats().residents == 2
     assert pool.stats().residents == 1
-    torch.testing.assert_close(served(x, adapters=["a"]), alone(net(), made(1), x))
+    torch.testing.assert_close(served(x, adapters=["a"]), alone(net(), random_adapter(1), x))
     number = pool.id_of("a")
-    versions.append(pool.update("a", made(3)))
+    versions.append(pool.update("a", random_adapter(3)))
     assert pool.id_of("a") == number and versions == sorted(set(versions))
-    pool.load("b", made(4)), pool.load("c", made(5))
+    pool.load("b", random_adapter(4)), pool.load("c", random_adapter(5))
     assert pool.names() == ["a", "c"]
 
 
@@ -280,7 +280,7 @@ def test_threads_see_one_version():
     model = net()
     pool = pool_of(model, slots=3, pages=9)
     served, x = serve(model, pool), torch.randn(2, 24)
-    versions = [made(0, r=16), made(1, r=16)]
+    versions = [random_adapter(0, r=16), random_adapter(1, r=16)]
     wanted = [alone(net(), v, x) for v in versions]
     pool.load("p", versions[0])
     done, errors = threading.Event(), []
@@ -308,21 +308,21 @@ def test_threads_see_one_version():
 
 def test_a_dropped_batch_lets_go():
     pool = pool_of(net(), slots=1)
-    pool.load("a", made(0))
+    pool.load("a", random_adapter(0))
     batch = pool.batch(["a"])
     with pytest.raises(PoolFullError):
-        pool.load("b", made(1))
+        pool.load("b", random_adapter(1))
     threading.Thread(target=pool.batch, args=(["a"],)).start()
     del batch
     gc.collect()
     assert pool.stats().in_use == 0
-    pool.load("b", made(1))
+    pool.load("b", random_adapter(1))
 
 
 def test_a_batch_does_not_wait_for_a_gain(monkeypatch):
     """The pass over the weight is made without the lock."""
     pool = pool_of(net())
-    pool.load("a", made(0))
+    pool.load("a", random_adapter(0))
     began, go, gain = threading.Event(), threading.Event(), Site.gain
 
     def slow(*args):
@@ -331,7 +331,7 @@ def test_a_batch_does_not_wait_for_a_gain(monkeypatch):
         return gain(*args)
 
     monkeypatch.setattr(Site, "gain", slow)
-    loader = threading.Thread(target=pool.load, args=("b", made(1, dora=True)))
+    loader = threading.Thread(target=pool.load, args=("b", random_adapter(1, dora=True)))
     loader.start()
     try:
         assert began.wait(20)
