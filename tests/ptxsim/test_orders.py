@@ -84,7 +84,7 @@ def test_the_wait_of_forward_for_shrink(waits, plant):
             lora_linear(*make_problem(70, 96, 80, 8, torch.bfloat16).arguments())
 
     said = found(run, 90, (0,))
-    assert len(said) == (not waits) and all("reads shrink_kernel_param_2+" in text for text in said)
+    assert len(said) == (not waits) and all("reads shrink_kernel_param_5+" in text for text in said)
 
 
 @pytest.mark.parametrize("ticket", [
