@@ -2,8 +2,10 @@
 
 Sums are float32 in a fixed order; there are no atomics on them. Offsets are 64 bits. What several
 programs add to is kept in parts, which whoever reads them adds up in their order. Kernels take
-tuples where several layers share a tensor.
+a named tuple for each of the layers that share a tensor.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,7 +16,7 @@ from lora_kernels.ops.dropout import inverse_keep_rate
 from lora_kernels.ops.launch import architecture, ceil_div, launch_triton, power_of_two
 from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import sound_schedule
-from lora_kernels.ops.triton_dropout import dropout_args, dropout_mask
+from lora_kernels.ops.triton_dropout import dropout_fields, dropout_mask
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -61,13 +63,30 @@ def bf16_remainder(v):
     return tl.where(tl.abs(high) == float("inf"), 0.0, v - high).to(tl.bfloat16)
 
 
+class ShrinkLayer(NamedTuple):
+    """One layer of `shrink_kernel`."""
+
+    v: Any
+    """[r, k]."""
+    out: Any
+    """[parts, m, r], float32."""
+    dropped: Any
+    """[m, k] for u where the mask keeps it, or None."""
+    drop: Any
+    """A `Dropout`, or None."""
+    scale: Any
+    r: Any
+    v0: Any
+    v1: Any
+
+
 @triton.jit(do_not_specialize=["m"])
 def shrink_kernel(
-    u, vs, outs, dropped, lows, highs, limits, scales, m, k, rs, u0, u1, v0s, v1s, SPLIT: tl.constexpr,
+    u, m, k, u0, u1, layers, LAYERS: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """outs[g] [part, m, r_g] = scale · drop(u) v_gᵀ over columns SPLIT·part and on; u [m, k] is
-    read once for all v_g [r_g, k]. dropped[g] [m, k]: u where the mask keeps it.
+    """out [part, m, r] = scale · drop(u) vᵀ over columns SPLIT·part and on of each `ShrinkLayer`; u
+    [m, k] is read once for all.
 
     EARLY: what comes next may start meanwhile, and waits before it reads.
     """
@@ -76,125 +95,166 @@ def shrink_kernel(
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     ranks = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
     part = tl.program_id(2).to(tl.int64)
-    sums = ()
-    for _ in tl.static_range(len(vs)):
-        sums = sums + (tl.zeros((BM, BR), tl.float32),)
+    accumulators = ()
+    for _ in tl.static_range(LAYERS):
+        accumulators = accumulators + (tl.zeros((BM, BR), tl.float32),)
     for first in range(tl.program_id(2) * SPLIT, min(k, (tl.program_id(2) + 1) * SPLIT), BK):
         depth = first + tl.arange(0, BK).to(tl.int64)
         us = load_tile(u, rows, depth, u0, u1, m, k)  # [BM, BK]
         added = ()
-        for g in tl.static_range(len(vs)):
-            v = load_tile(vs[g], depth, ranks, v1s[g], v0s[g], k, rs[g])  # [BK, BR]
-            mine = us
-            if lows[g] is not None:
-                mine = tl.where(dropout_mask(lows[g], highs[g], rows, first, limits[g], BM, BK), us, 0.0)
-            if dropped[g] is not None:
-                inside = ((rows < m) & (tl.program_id(1) == 0))[:, None] & (depth < k)[None, :]
-                tl.store(dropped[g] + rows[:, None] * k + depth[None, :], mine, mask=inside)
-            added = added + (dot_accumulate(mine, v, sums[g], PRECISION),)
-        sums = added
-    for g in tl.static_range(len(vs)):
-        at = outs[g] + (part * m + rows)[:, None] * rs[g] + ranks[None, :]
-        tl.store(at, scales[g] * sums[g], mask=(rows < m)[:, None] & (ranks < rs[g])[None, :])
+        for g in tl.static_range(LAYERS):
+            layer = layers[g]
+            v = load_tile(layer.v, depth, ranks, layer.v1, layer.v0, k, layer.r)  # [BK, BR]
+            dropped_us = us
+            if layer.drop is not None:
+                dropped_us = tl.where(dropout_mask(layer.drop, rows, first, BM, BK), us, 0.0)
+            if layer.dropped is not None:
+                mask = ((rows < m) & (tl.program_id(1) == 0))[:, None] & (depth < k)[None, :]
+                tl.store(layer.dropped + rows[:, None] * k + depth[None, :], dropped_us, mask=mask)
+            added = added + (dot_accumulate(dropped_us, v, accumulators[g], PRECISION),)
+        accumulators = added
+    for g in tl.static_range(LAYERS):
+        r = layers[g].r
+        pointers = layers[g].out + (part * m + rows)[:, None] * r + ranks[None, :]
+        tl.store(pointers, layers[g].scale * accumulators[g], mask=(rows < m)[:, None] & (ranks < r)[None, :])
+
+
+class SideTensors(NamedTuple):
+    """A `Side` as `both_sides_kernel` takes it."""
+
+    u: Any
+    v: Any
+    gain: Any
+    h: Any
+    times: Any
+    p: Any
+    part: Any
+    of_u: Any
+    of_uv: Any
+    scaled: Any
+    less: Any
+    scale: Any
+    n: Any
+    r: Any
+    u0: Any
+    u1: Any
+    v0: Any
+    v1: Any
+    t0: Any
+    t1: Any
 
 
 @triton.jit
 def one_side(
-    u, v, gain, h, times, p, part, of_u, of_uv, scaled, less, scale, column, m, n, r, u0, u1, v0, v1, t0, t1,
-    ROWS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
+    side, column, m, ROWS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
+):
     """One program of `both_sides_kernel`: u [m, n], v [n, r], h [m, r]; from row ROWS·program_id(2)
     and column BN·column on."""
+    n, r = side.n, side.r
     columns = tl.cast(column, tl.int64) * BN + tl.arange(0, BN)
     ranks = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     z, first_ranks = tl.program_id(2).to(tl.int64), tl.program_id(0) == 0
-    if gain is not None:
-        gains = tl.load(gain + columns, mask=columns < n, other=0.0).to(tl.float32)
-    if p is not None:
-        vs = load_tile(v, columns, ranks, v0, v1, n, r)  # [BN, BR]
-        if gain is not None:  # on the thin side, where its digits cost little
+    if side.gain is not None:
+        gains = tl.load(side.gain + columns, mask=columns < n, other=0.0).to(tl.float32)
+    if side.p is not None:
+        vs = load_tile(side.v, columns, ranks, side.v0, side.v1, n, r)  # [BN, BR]
+        if side.gain is not None:  # on the thin side, where its digits cost little
             vs = vs.to(tl.float32) * gains[:, None]
-    sums, sum_u, sum_uv = tl.zeros((BN, BR), tl.float32), tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
+    accumulator, sum_u, sum_uv = tl.zeros((BN, BR), tl.float32), tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
     for first in range(0, ROWS, BM):
         rows = z * ROWS + first + tl.arange(0, BM)
-        us = load_tile(u, rows, columns, u0, u1, m, n)  # [BM, BN]
-        if p is not None:
+        us = load_tile(side.u, rows, columns, side.u0, side.u1, m, n)  # [BM, BN]
+        if side.p is not None:
             # [BM, BR]
-            ps = scale * dot_accumulate(us, vs, tl.zeros((BM, BR), tl.float32), PRECISION)
-            at = p + (tl.cast(column, tl.int64) * m + rows)[:, None] * r + ranks[None, :]
-            tl.store(at, ps, mask=(rows < m)[:, None] & (ranks < r)[None, :])
-        if scaled is not None:
-            mine = (us.to(tl.float32) * (gains - less)[None, :]).to(us.dtype)
-            inside = ((rows < m) & first_ranks)[:, None] & (columns < n)[None, :]
-            tl.store(scaled + rows[:, None] * n + columns[None, :], mine, mask=inside)
-        if of_u is not None:
+            ps = side.scale * dot_accumulate(us, vs, tl.zeros((BM, BR), tl.float32), PRECISION)
+            pointers = side.p + (tl.cast(column, tl.int64) * m + rows)[:, None] * r + ranks[None, :]
+            tl.store(pointers, ps, mask=(rows < m)[:, None] & (ranks < r)[None, :])
+        if side.scaled is not None:
+            scaled = (us.to(tl.float32) * (gains - side.less)[None, :]).to(us.dtype)
+            mask = ((rows < m) & first_ranks)[:, None] & (columns < n)[None, :]
+            tl.store(side.scaled + rows[:, None] * n + columns[None, :], scaled, mask=mask)
+        if side.of_u is not None:
             sum_u += tl.sum(us.to(tl.float32), 0)
-        if of_uv is not None:
-            ts = load_tile(times, rows, columns, t0, t1, m, n)  # [BM, BN]
+        if side.of_uv is not None:
+            ts = load_tile(side.times, rows, columns, side.t0, side.t1, m, n)  # [BM, BN]
             # a product that goes straight into a sum is fused with its first addition, in each lane
             # its own: lanes would differ
             sum_uv += tl.sum(tl.where((rows < m)[:, None], us.to(tl.float32) * ts.to(tl.float32), 0.0), 0)
-        if part is not None:
-            hs = load_tile(h, rows, ranks, r, 1, m, r)  # [BM, BR]
-            sums = dot_accumulate(tl.trans(us), hs, sums, PRECISION)
-    if part is not None:
-        at = part + (z * n + columns)[:, None] * r + ranks[None, :]
-        tl.store(at, sums, mask=(columns < n)[:, None] & (ranks < r)[None, :])
-    if of_u is not None:
-        tl.store(of_u + z * n + columns, sum_u, mask=(columns < n) & first_ranks)
-    if of_uv is not None:
-        tl.store(of_uv + z * n + columns, sum_uv, mask=(columns < n) & first_ranks)
+        if side.part is not None:
+            hs = load_tile(side.h, rows, ranks, r, 1, m, r)  # [BM, BR]
+            accumulator = dot_accumulate(tl.trans(us), hs, accumulator, PRECISION)
+    if side.part is not None:
+        pointers = side.part + (z * n + columns)[:, None] * r + ranks[None, :]
+        tl.store(pointers, accumulator, mask=(columns < n)[:, None] & (ranks < r)[None, :])
+    if side.of_u is not None:
+        tl.store(side.of_u + z * n + columns, sum_u, mask=(columns < n) & first_ranks)
+    if side.of_uv is not None:
+        tl.store(side.of_uv + z * n + columns, sum_uv, mask=(columns < n) & first_ranks)
 
 
 @triton.jit(do_not_specialize=["m"])
 def both_sides_kernel(
-    us, vs, gains, hs, times, ps, parts, of_us, of_uvs, scaleds, lesses, scales, m, ns, rs, u0s, u1s, v0s, v1s, t0s, t1s,
-    ROWS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    sides, m, SIDES: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BR: tl.constexpr,
 ):  # fmt: skip
-    """Of each u_g [m, n_g], read once: p [column block, m, r] = scale · u (gain ⊙ v) in parts; part
-    [z, n, r] = uᵀ h over rows ROWS·z and on. Over those rows also the sums of u and of u ⊙ times,
-    [z, n]. scaled [m, n] = u ⊙ (gain - less). What is None is left out."""
+    """Reads the u [m, n] of each `SideTensors` once. p [column block, m, r] = scale · u (gain ⊙ v)
+    in parts; part [z, n, r] = uᵀ h over rows ROWS·z and on. Over those rows also the sums of u and
+    of u ⊙ times, [z, n]. scaled [m, n] = u ⊙ (gain - less). What is None is left out."""
     column = tl.program_id(1)
-    for g in tl.static_range(len(us)):
-        blocks = tl.cdiv(ns[g], BN)
-        if column >= 0 and column < blocks and tl.program_id(0) * BR < rs[g]:
-            one_side(
-                us[g], vs[g], gains[g], hs[g], times[g], ps[g], parts[g], of_us[g], of_uvs[g], scaleds[g], lesses[g], scales[g],
-                column, m, ns[g], rs[g], u0s[g], u1s[g], v0s[g], v1s[g], t0s[g], t1s[g], ROWS, PRECISION, BM, BN, BR,
-            )  # fmt: skip
+    for g in tl.static_range(SIDES):
+        blocks = tl.cdiv(sides[g].n, BN)
+        if column >= 0 and column < blocks and tl.program_id(0) * BR < sides[g].r:
+            one_side(sides[g], column, m, ROWS, PRECISION, BM, BN, BR)
         column -= blocks
+
+
+class OuterLayer(NamedTuple):
+    """One layer of `outer_kernel`."""
+
+    p: Any
+    """[parts, m, r], float32."""
+    whole: Any
+    """[m, r] for the sum of p's parts, or None."""
+    out: Any
+    """[row block, r, n], float32."""
+    drop: Any
+    """A `Dropout`, or None."""
+    parts: Any
+    r: Any
 
 
 @triton.jit(do_not_specialize=["m"])
 def outer_kernel(
-    u, ps, wholes, parts, lows, highs, limits, counts, m, n, rs, u0, u1,
+    u, layers, m, n, u0, u1, LAYERS: tl.constexpr,
     ROWS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """parts[g] [z, r_g, n] = (drop(u)ᵀ p_g)ᵀ over rows ROWS·z and on, p_g the sum of ps[g]
-    [counts[g], m, r_g], which goes to wholes[g] [m, r_g]; u [m, n] is read once."""
+    """out [z, r, n] = (drop(u)ᵀ p)ᵀ over rows ROWS·z and on of each `OuterLayer`, p summed over its
+    parts; u [m, n] is read once."""
     ranks = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     columns = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
     z = tl.program_id(2).to(tl.int64)
-    sums = ()
-    for _ in tl.static_range(len(ps)):
-        sums = sums + (tl.zeros((BN, BR), tl.float32),)
+    accumulators = ()
+    for _ in tl.static_range(LAYERS):
+        accumulators = accumulators + (tl.zeros((BN, BR), tl.float32),)
     for first in range(0, ROWS, BM):
         rows = z * ROWS + first + tl.arange(0, BM)
         us = load_tile(u, rows, columns, u0, u1, m, n)  # [BM, BN]
         added = ()
-        for g in tl.static_range(len(ps)):
-            p = load_sum(ps[g], rows, ranks, counts[g], m, rs[g])  # [BM, BR]
-            if wholes[g] is not None:
-                at = wholes[g] + rows[:, None] * rs[g] + ranks[None, :]
-                tl.store(at, p, mask=((rows < m) & (tl.program_id(1) == 0))[:, None] & (ranks < rs[g])[None, :])
-            mine = us
-            if lows[g] is not None:
-                mine = tl.where(dropout_mask(lows[g], highs[g], rows, tl.program_id(1) * BN, limits[g], BM, BN), us, 0.0)
-            added = added + (dot_accumulate(tl.trans(mine), p, sums[g], PRECISION),)
-        sums = added
-    for g in tl.static_range(len(ps)):
-        at = parts[g] + (z * rs[g] + ranks)[None, :] * n + columns[:, None]
-        tl.store(at, sums[g], mask=(columns < n)[:, None] & (ranks < rs[g])[None, :])
+        for g in tl.static_range(LAYERS):
+            layer = layers[g]
+            p = load_sum(layer.p, rows, ranks, layer.parts, m, layer.r)  # [BM, BR]
+            if layer.whole is not None:
+                pointers = layer.whole + rows[:, None] * layer.r + ranks[None, :]
+                tl.store(pointers, p, mask=((rows < m) & (tl.program_id(1) == 0))[:, None] & (ranks < layer.r)[None, :])
+            dropped_us = us
+            if layer.drop is not None:
+                dropped_us = tl.where(dropout_mask(layer.drop, rows, tl.program_id(1) * BN, BM, BN), us, 0.0)
+            added = added + (dot_accumulate(tl.trans(dropped_us), p, accumulators[g], PRECISION),)
+        accumulators = added
+    for g in tl.static_range(LAYERS):
+        r = layers[g].r
+        pointers = layers[g].out + (z * r + ranks)[None, :] * n + columns[:, None]
+        tl.store(pointers, accumulators[g], mask=(columns < n)[:, None] & (ranks < r)[None, :])
 
 
 def precision(t):
@@ -212,9 +272,9 @@ def _takes_tf32():
     return chosen == "tf32" if chosen != "none" else torch.backends.cuda.matmul.allow_tf32
 
 
-def strides(name, tensors):
-    """The arguments `u0s` and `u1s` for tensors called u, where there is one."""
-    return {f"{name}{i}s": tuple(0 if t is None else t.stride(i) for t in tensors) for i in (0, 1)}
+def strides(t):
+    """Both of a matrix; None where there is none."""
+    return (None, None) if t is None else t.stride()
 
 
 def product_precision(u, exact):
@@ -241,13 +301,14 @@ def shrink(u, vs, scales, drops=None, *, dropped=None, exact=False, early=False,
     parts = max(1, ceil_div(k, split))
     warps, stages = sound_schedule(u, vs, product_precision(u, exact), bm, t.warps, t.stages, changed=drawing, narrow=True)
     outs = tuple(u.new_empty(parts, m, r, dtype=torch.float32) for r in ranks)
-    dropped = tuple(dropped or [None] * len(vs))
+    dropped = dropped or [None] * len(vs)
+    layers = tuple(
+        ShrinkLayer(v, out, kept, dropout_fields(*drop), float(scale) * inverse_keep_rate(*drop), len(v), *v.stride())
+        for v, out, kept, drop, scale in zip(vs, outs, dropped, drops, scales, strict=True)
+    )
     args = {
-        "u": u, "vs": tuple(vs), "outs": outs, "dropped": dropped, **dropout_args(drops), "m": m, "k": k, "rs": tuple(ranks),
-        "u0": u.stride(0), "u1": u.stride(1), **strides("v", vs), "SPLIT": split, "PRECISION": product_precision(u, exact),
-        "BM": bm, "BK": t.depth, "BR": br,
-        "scales": tuple(float(s) * inverse_keep_rate(*drop) for s, drop in zip(scales, drops, strict=True)),
-        "EARLY": early and architecture(u) >= 90,
+        "u": u, "layers": layers, "m": m, "k": k, "u0": u.stride(0), "u1": u.stride(1), "LAYERS": len(layers), "SPLIT": split,
+        "PRECISION": product_precision(u, exact), "BM": bm, "BK": t.depth, "BR": br, "EARLY": early and architecture(u) >= 90,
     }  # fmt: skip
     makes = [*outs, *(t for t in dropped if t is not None)]
     launch_triton(
@@ -265,6 +326,15 @@ class Side:
         self.u, self.r, self.v, self.gain, self.h, self.times, self.scale, self.sums = u, r, v, gain, h, times, scale, sums
         self.scaled, self.less = scaled, float(less)
         self.p = self.part = self.of_u = self.of_uv = None
+
+    def tensors(self):
+        """As the kernel takes it."""
+        (u0, u1), (v0, v1), (t0, t1) = self.u.stride(), strides(self.v), strides(self.times)
+        return SideTensors(
+            u=self.u, v=self.v, gain=self.gain, h=self.h, times=self.times, p=self.p, part=self.part, of_u=self.of_u,
+            of_uv=self.of_uv, scaled=self.scaled, less=self.less, scale=self.scale, n=self.u.shape[1], r=self.r, u0=u0, u1=u1,
+            v0=v0, v1=v1, t0=t0, t1=t1,
+        )  # fmt: skip
 
 
 def both_sides(sides, *, exact=False):
@@ -286,22 +356,10 @@ def both_sides(sides, *, exact=False):
         side.part = None if side.h is None else new(parts, n, side.r)
         side.of_u = new(parts, n) if side.sums else None
         side.of_uv = None if side.times is None else new(parts, n)
-    fields = {name: tuple(getattr(s, one) for s in sides) for name, one in (
-        ("us", "u"), ("vs", "v"), ("gains", "gain"), ("hs", "h"), ("times", "times"), ("ps", "p"), ("parts", "part"),
-        ("of_us", "of_u"), ("of_uvs", "of_uv"), ("scaleds", "scaled"), ("lesses", "less"), ("scales", "scale"), ("rs", "r"),
-    )}  # fmt: skip
     args = {
-        **fields,
-        "m": m,
-        "ns": tuple(ns),
-        "ROWS": rows,
-        "PRECISION": product_precision(first, exact),
-        "BM": bm,
-        "BN": bn,
-        "BR": br,
-    }
-    for name, one in (("u", "us"), ("v", "vs"), ("t", "times")):
-        args |= strides(name, fields[one])
+        "sides": tuple(side.tensors() for side in sides), "m": m, "SIDES": len(sides), "ROWS": rows,
+        "PRECISION": product_precision(first, exact), "BM": bm, "BN": bn, "BR": br,
+    }  # fmt: skip
     made = [t for s, n in zip(sides, ns, strict=True) if n for t in (s.p, s.part, s.of_u, s.of_uv, s.scaled) if t is not None]
     warps, stages = sound_schedule(first, [s.h for s in sides], product_precision(first, exact), bn, t.warps, t.stages)
     grid = (ceil_div(r, br), sum(blocks), parts)
@@ -320,10 +378,13 @@ def outer_product(u, ps, drops=None, *, keep=False, exact=False):
     rows = part_of_rows(m, ceil_div(n, bn), t.part)
     parts = tuple(u.new_empty(ceil_div(m, rows), r, n, dtype=torch.float32) for r in ranks)
     wholes = tuple(p.new_empty(p.shape[1:]) if keep else None for p in ps)
+    layers = tuple(
+        OuterLayer(p, whole, part, dropout_fields(*drop), len(p), r)
+        for p, whole, part, drop, r in zip(ps, wholes, parts, drops or [(0.0, None)] * len(ps), ranks, strict=True)
+    )
     args = {
-        "u": u, "ps": tuple(ps), "wholes": wholes, "parts": parts, **dropout_args(drops or [(0.0, None)] * len(ps)),
-        "counts": tuple(map(len, ps)), "m": m, "n": n, "rs": tuple(ranks), "u0": u.stride(0), "u1": u.stride(1),
-        "ROWS": rows, "PRECISION": product_precision(u, exact), "BM": bm, "BN": bn, "BR": br,
+        "u": u, "layers": layers, "m": m, "n": n, "u0": u.stride(0), "u1": u.stride(1), "LAYERS": len(layers), "ROWS": rows,
+        "PRECISION": product_precision(u, exact), "BM": bm, "BN": bn, "BR": br,
     }  # fmt: skip
     made = [t for t in (*parts, *wholes) if t is not None]
     warps, stages = sound_schedule(u, ps, product_precision(u, exact), bn, t.warps, t.stages, changed=drawing)

@@ -4,8 +4,10 @@ import functools
 import math
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from operator import getitem
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ class Compiled:
     warps: int
     """Of a block, those that Triton adds to specialise them included."""
     arguments: tuple[tuple[Any, ...], ...]
-    """The parameters that are left at run time: ("x",), or ("ws", 1) for one of a tuple."""
+    """The parameters that are left at run time: ("x",), or ("layers", 1, 0) for one in a tuple."""
     scratch: int = 0
     """Bytes of global memory that each block needs beside its arguments, for the maps of
     tensors."""
@@ -47,12 +49,21 @@ class Compiled:
     def launch_arguments(self, args: dict[str, Any], kernel: Kernel, scratch: Any = 0) -> list[Any]:
         """The arguments of a launch; Triton adds pointers to scratch memory, which are null where
         there is none."""
-        values, maps = [], iter(self.maps)
-        for name, *place in self.arguments:
-            value = args[name][place[0]] if place else args[name]
+        values: list[Any] = []
+        maps = iter(self.maps)
+        for path in self.arguments:
+            value: Any = functools.reduce(getitem, path, args)
             values += _expanded(value, next(maps, None)) if _is_descriptor(value) else [value]
         rest = len(kernel.parameters) - len(values)
         return values + [scratch, 0][:rest]
+
+
+def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """An argument changed; of a tuple, which may be a named one, each of its members."""
+    if not isinstance(value, tuple):
+        return change(value)
+    members = [map_leaves(each, change) for each in value]
+    return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
 
 
 def _is_descriptor(value: Any) -> bool:
@@ -75,8 +86,8 @@ def compile_triton(
 
     Tensors and numbers are arguments at run time, whose divisibility by 16 is known to the compiler
     as in a launch. The number 1, None and what is annotated `tl.constexpr` are constants. Of
-    parameters in `do_not_specialize` only the type is known. A tuple is so many arguments. `arch`
-    is 80 for sm_80 and so on, or "gfx942", where `registers` says nothing.
+    parameters in `do_not_specialize` only the type is known. A tuple, of tuples too, is so many
+    arguments. `arch` is 80 for sm_80 and so on, or "gfx942", where `registers` says nothing.
     """
     names = [parameter.name for parameter in function.params]
     if missing := [name for name in names if name not in args]:
@@ -84,32 +95,46 @@ def compile_triton(
     constants, signature, divisible = [], [], []
     for position, parameter in enumerate(function.params):
         given = args[parameter.name]
-        kinds = []
-        for place, value in enumerate(given) if isinstance(given, tuple) else [(None, given)]:
-            # Triton specialises what is in a tuple in any case
-            kind, divides = _argument_type(value, parameter.is_constexpr, place is not None or not parameter.do_not_specialize)
-            path = (position,) if place is None else (position, place)
+        # Triton specialises what is in a tuple in any case
+        special = isinstance(given, tuple) or not parameter.do_not_specialize
+        type_of = partial(_argument_type, constant=parameter.is_constexpr, special=special)
+        for path, value in _leaves(given, (position,)):
+            kind = type_of(value)
             # with its type, for 0 and False are equal and one kernel is not the other
             constants += [(path, type(value).__name__, value)] if kind == "constexpr" else []
-            divisible += [path] if divides else []
-            kinds.append(kind)
-        signature.append((parameter.name, tuple(kinds) if isinstance(given, tuple) else kinds[0]))
+            divisible += [path] if kind != "constexpr" and _is_divisible(value, special) else []
+        signature.append((parameter.name, map_leaves(given, type_of)))
     with _lock:
         return _compiled(function, tuple(signature), tuple(constants), tuple(divisible), arch, warps, stages, registers)
 
 
-def _argument_type(value: Any, constant: bool, special: bool) -> tuple[str, bool]:
-    """Triton's name of what a launch would pass, and whether its divisibility by 16 is told to the
-    compiler."""
+def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Where each member of an argument is, and it."""
+    if not isinstance(value, tuple):
+        yield path, value
+        return
+    for place, each in enumerate(value):
+        yield from _leaves(each, (*path, place))
+
+
+def _argument_type(value: Any, constant: bool, special: bool) -> str:
+    """Triton's name of what a launch would pass."""
     if constant or value is None or (special and type(value) is int and value == 1):
-        return "constexpr", False
+        return "constexpr"
     if isinstance(value, Tensor):
-        return _TYPES[value.dtype], value.data_ptr() % 16 == 0
+        return _TYPES[value.dtype]
     if _is_descriptor(value):
-        return f"tensordesc<{_TYPES[value.base.dtype][1:]}{list(value.block_shape)}>", False
+        return f"tensordesc<{_TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
     if isinstance(value, float):
-        return "fp32", False
-    return "i32" if -(2**31) <= value < 2**31 else "i64" if value < 2**63 else "u64", special and value % 16 == 0
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64" if value < 2**63 else "u64"
+
+
+def _is_divisible(value: Any, special: bool) -> bool:
+    """Whether its divisibility by 16 is told to the compiler."""
+    if isinstance(value, Tensor):
+        return value.data_ptr() % 16 == 0
+    return special and isinstance(value, int) and value % 16 == 0
 
 
 @functools.cache
@@ -139,11 +164,8 @@ def _compiled(
 
 
 def _runtime_parameters(signature: Any) -> Iterator[tuple[Any, ...]]:
-    for name, kind in signature:
-        if isinstance(kind, tuple):
-            yield from ((name, place) for place, each in enumerate(kind) if each != "constexpr")
-        elif kind != "constexpr":
-            yield (name,)
+    for name, kinds in signature:
+        yield from (path for path, kind in _leaves(kinds, (name,)) if kind != "constexpr")
 
 
 def simulate_triton(

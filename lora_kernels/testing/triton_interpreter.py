@@ -73,13 +73,16 @@ def interpret(
 
 
 def _tensors(args: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors among the arguments and in tuples there; that of a TensorDescriptor is its
-    base."""
+    """The tensors among the arguments and in tuples there, as `layers[0].w` in a named one; that of
+    a TensorDescriptor is its base."""
     flat: dict[str, Any] = {}
     for name, value in args.items():
-        flat |= {f"{name}[{i}]": each for i, each in enumerate(value)} if isinstance(value, tuple) else {name: value}
-    bases = {name: getattr(value, "base", value) for name, value in flat.items()}
-    return {name: value for name, value in bases.items() if isinstance(value, Tensor)}
+        if isinstance(value, tuple):
+            labels = [f".{field}" for field in getattr(value, "_fields", ())] or [f"[{i}]" for i in range(len(value))]
+            flat |= _tensors({f"{name}{label}": each for label, each in zip(labels, value, strict=True)})
+        else:
+            flat[name] = getattr(value, "base", value)
+    return {name: value for name, value in flat.items() if isinstance(value, Tensor)}
 
 
 @contextmanager

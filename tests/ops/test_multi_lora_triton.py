@@ -2,6 +2,7 @@
 launch and wait for."""
 
 import importlib.util
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ if "triton" in missing_backends():
 
 from lora_kernels.ops.launch import _tickets as tickets_held
 from lora_kernels.ops.multi_lora import triton as backend
-from lora_kernels.ops.multi_lora import triton_kernels
+from lora_kernels.ops.multi_lora import triton_kernels, triton_slices, triton_small
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -237,29 +238,34 @@ def test_one_launch_or_two_give_the_same_bits(simulated, monkeypatch):
 
 
 def plant(old, new, monkeypatch, tmp_path):
-    """The kernels of a changed copy of the file instead of its own, and tickets which they alone
-    count."""
+    """The kernels of changed copies of their files instead of their own, and tickets which they
+    alone count."""
     monkeypatch.setattr("lora_kernels.ops.launch._tickets", {})
-    text = Path(triton_kernels.__file__).read_text()
-    assert not old or text.count(old) == 1, old
-    copy = tmp_path / "planted_kernels.py"
-    # for the sake of time
-    text = text.replace("PATIENCE = tl.constexpr(64)", "PATIENCE = tl.constexpr(2)")
-    copy.write_text(text.replace(old, new) if old else text)
-    spec = importlib.util.spec_from_file_location("planted_kernels", copy)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(backend, "multi_lora_kernel", module.multi_lora_kernel)
-    monkeypatch.setattr(backend, "multi_shrink_kernel", module.multi_shrink_kernel)
-    monkeypatch.setattr(backend, "multi_small_kernel", module.multi_small_kernel)
+    files = (triton_slices, triton_kernels, triton_small)  # each of which takes from those before
+    texts = [Path(module.__file__).read_text() for module in files]
+    assert not old or sum(text.count(old) for text in texts) == 1, old
+    for module, text in zip(files, texts, strict=True):
+        for other in files:
+            text = text.replace(f"from {other.__name__} import", f"from planted.{other.__name__} import")
+        # for the sake of time
+        text = text.replace("PATIENCE = tl.constexpr(64)", "PATIENCE = tl.constexpr(2)")
+        copy = tmp_path / f"{module.__name__}.py"
+        copy.write_text(text.replace(old, new) if old else text)
+        spec = importlib.util.spec_from_file_location(f"planted.{module.__name__}", copy)
+        changed = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, changed)
+        spec.loader.exec_module(changed)
+        for name in ("multi_lora_kernel", "multi_shrink_kernel", "multi_small_kernel"):
+            if hasattr(changed, name):
+                monkeypatch.setattr(backend, name, getattr(changed, name))
 
 
 @pytest.mark.parametrize(("old", "new"), [
-    ("inside & (each != -1) & (known == 0)", "inside & (each != -1) & (each < 0)"),
-    ("held == each >> 32", "held == held"),
-    ("(each >= 0) & (slot < count)", "(each >= 0)"),
-    ("sums = tl.where(own[:, None], gains * sums, sums)", "sums = gains * sums"),
-    ("RANKS + ranks[None, :], own[:, None] & (ranks", "RANKS + ranks[None, :], (entry >= 0)[:, None] & (ranks"),
+    ("mask & (id != -1) & (known == 0)", "mask & (id != -1) & (id < 0)"),
+    ("current == id >> 32", "current == current"),
+    ("(id >= 0) & (slot < count)", "(id >= 0)"),
+    ("accumulator = tl.where(row_mask[:, None], gains * accumulator, accumulator)", "accumulator = gains * accumulator"),
+    ("RANKS + ranks[None, :], row_mask[:, None] & (ranks", "RANKS + ranks[None, :], (entry >= 0)[:, None] & (ranks"),
     ("page * PAGE + ranks % PAGE", "page * PAGE"),
     ("(number - (ends - blocks)) * BM", "number * BM"),
     ("entry // EACH", "entry"),
@@ -286,36 +292,36 @@ def test_planted_bugs(old, new, launches, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("old", "new"), [
-    pytest.param("parts * m * EACH * RANKS, m * EACH, k", "parts * m * EACH * RANKS, m, k", marks=pytest.mark.slow),
-    pytest.param("h + tl.cast(g, tl.int64) * parts * m * EACH * RANKS, m", "h, m", marks=pytest.mark.slow),
-    pytest.param("hs = h + tl.cast(g, tl.int64) * parts * m * EACH * RANKS", "hs = h", marks=pytest.mark.slow),
+    pytest.param("parts * m * EACH * RANKS, m * EACH,", "parts * m * EACH * RANKS, m,", marks=pytest.mark.slow),
+    pytest.param("batch.h + tl.cast(g, tl.int64) * parts * m * EACH * RANKS, m", "batch.h, m", marks=pytest.mark.slow),
+    pytest.param("h = batch.h + tl.cast(g, tl.int64) * batch.parts * m * EACH * RANKS", "h = batch.h", marks=pytest.mark.slow),
     pytest.param("number // (BLOCKS * parts), number % BLOCKS,", "number // (BLOCKS * parts), 0,", marks=pytest.mark.slow),
     ("number // BLOCKS % parts", "0"),
-    pytest.param("part * SPLIT, tl.minimum(k, (part + 1)", "0, tl.minimum(k, (part + 1)", marks=pytest.mark.slow),
+    pytest.param("part * SPLIT, tl.minimum(batch.k, (part + 1)", "0, tl.minimum(batch.k, (part + 1)", marks=pytest.mark.slow),
     pytest.param(
         "if tl.atomic_add(ticket + g, 1, sem=\"acq_rel\") == ahead - 1", "if tl.atomic_add(ticket + g, 1) == ahead",
         marks=pytest.mark.slow,
     ),
     pytest.param("tl.atomic_xchg(ticket + g, 0, sem=\"relaxed\")", "pass", marks=pytest.mark.slow),
-    pytest.param("there & (mine >= OF_W)", "there & (mine >= OF_H)", marks=pytest.mark.slow),
-    ("there & (mine >= OF_W)", "there"),
-    ("tl.store(ticket + slices + each, MINE, mask=mine)", "pass"),
+    pytest.param("mask & (mine >= OF_W)", "mask & (mine >= OF_H)", marks=pytest.mark.slow),
+    ("mask & (mine >= OF_W)", "mask"),
+    ("tl.store(ticket + SLICES + tiles, MINE, mask=mine)", "pass"),
     pytest.param(
-        "there = each < tiles_before(ns, g + 1, BN)", "there = each < tiles_before(ns, g + 1, BN) - 1",
+        "tiles < tiles_before(slices, g + 1, SLICES, BN)", "tiles < tiles_before(slices, g + 1, SLICES, BN) - 1",
         marks=pytest.mark.slow,
     ),
-    pytest.param("each = tiles_before(ns, g, BN) + tl", "each = tl", marks=pytest.mark.slow),
-    pytest.param("tl.where(mine, each + 1, 0)", "tl.where(mine, each, 0)", marks=pytest.mark.slow),
-    pytest.param("(program - slices * ahead) % SPLITS", "0", marks=pytest.mark.slow),
+    pytest.param("tiles = tiles_before(slices, g, SLICES, BN) + tl", "tiles = tl", marks=pytest.mark.slow),
+    pytest.param("tl.where(mine, tiles + 1, 0)", "tl.where(mine, tiles, 0)", marks=pytest.mark.slow),
+    pytest.param("(program - SLICES * ahead) % SPLITS", "0", marks=pytest.mark.slow),
     pytest.param("g, start = i + 1, before", "g = i + 1", marks=pytest.mark.slow),
-    pytest.param("first += ns[i]", "first = ns[i]", marks=pytest.mark.slow),
-    ("u = us[i]", "u = us[1]"),
-    ("range(split * each, tl.minimum(k, (split + 1)", "range(split * each, tl.minimum(k, (split + 2)"),
+    pytest.param("first += slices[i].n", "first = slices[i].n", marks=pytest.mark.slow),
+    ("found = numbers_of(slices[i])", "found = numbers_of(slices[1])"),
+    ("tl.minimum(k, (split + 1)", "tl.minimum(k, (split + 2)"),
     ("% OF_W == SPLITS - 1:", "% OF_W == SPLITS - 2:"),
     pytest.param("% OF_W == SPLITS - 1:", "== SPLITS - 1:", marks=pytest.mark.slow),
     ("OF_W, sem=\"acq_rel\") >= OF_H:", "OF_W, sem=\"acq_rel\") >= 0:"),
     pytest.param("OF_W, sem=\"acq_rel\") >= OF_H:", "OF_W, sem=\"acq_rel\") > OF_H + OF_W:", marks=pytest.mark.slow),
-    ("tl.atomic_xchg(ticket + slices + tile, 0, sem=\"relaxed\")", "pass"),
+    ("tl.atomic_xchg(ticket + SLICES + tile, 0, sem=\"relaxed\")", "pass"),
     pytest.param("tl.range(0, SPLITS, num_stages=1)", "tl.range(0, SPLITS - 1, num_stages=1)", marks=pytest.mark.slow),
     pytest.param("if column == 0:", "if column == 9:", marks=pytest.mark.slow),
     ("", ""),

@@ -234,8 +234,13 @@ def test_explain():
 def test_a_finding_is_raised(monkeypatch):
     """What the simulator finds in an op's kernel comes out of the op."""
     p = make_problem(16, 32, 32, 4, BF16)
-    monkeypatch.setattr(backend, "launch_triton", lambda kernel, grid, args, made, **how: launch_triton(
-        kernel, grid, args | {"ns": (48,)} if "forward" in str(kernel.fn) else args, made, **how))  # fmt: skip
+
+    def launch_wider(kernel, grid, args, made, **how):
+        if "forward" in str(kernel.fn):
+            args = args | {"layers": (args["layers"][0]._replace(n=48),)}
+        launch_triton(kernel, grid, args, made, **how)
+
+    monkeypatch.setattr(backend, "launch_triton", launch_wider)
     with pytest.raises(SimulationError, match="out of bounds, forward_kernel_param_"):
         lora_linear(*p.arguments())
 
@@ -267,10 +272,9 @@ def test_a_seed_on_the_device(monkeypatch):
     p = make_problem(9, 40, 24, 4, F32, dropout=0.4)
     by_value = run(p)
     for module in (triton_skinny, backend):
-        monkeypatch.setattr(module, "dropout_args", lambda drops: {
-            "lows": tuple(seed for _, seed in drops), "highs": (None,) * len(drops),
-            "limits": tuple(0 if seed is None else threshold(dropout) for dropout, seed in drops),
-        })  # fmt: skip
+        monkeypatch.setattr(module, "dropout_fields", lambda dropout, seed: (
+            None if seed is None else triton_dropout.Dropout(seed, 0, threshold(dropout), 1 / (1 - dropout))
+        ))  # fmt: skip
     by_address = run(dataclasses.replace(p))
     assert all(torch.equal(by_address[name], by_value[name]) for name in by_value)
     with pytest.raises(ValueError, match="lora_linear: seed must be on cpu .x. or the CPU, found meta"):
@@ -278,17 +282,17 @@ def test_a_seed_on_the_device(monkeypatch):
 
 
 @triton.jit
-def draw(out, low, high, limit, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def draw(out, drop, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = first + tl.arange(0, ROWS).to(tl.int64)
-    keep = triton_dropout.dropout_mask(low, high, rows, 0, limit, ROWS, COLUMNS)
+    keep = triton_dropout.dropout_mask(drop, rows, 0, ROWS, COLUMNS)
     tl.store(out + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], keep.to(tl.int8))
 
 
 @pytest.mark.parametrize("first", [0, 2**32 - 3, 2**33 + 5])
 def test_the_mask_of_far_rows(first):
     out, seed = torch.empty(16, 64, dtype=torch.int8), torch.tensor(-(2**40) + 12345)
-    low, high = triton_dropout.odd_word(int(seed)), triton_dropout.odd_word(int(seed) >> 32)
-    args = {"out": out, "low": low, "high": high, "limit": threshold(0.3), "first": first, "ROWS": 16, "COLUMNS": 64}
+    drop = triton_dropout.dropout_fields(0.3, seed)
+    args = {"out": out, "drop": drop, "first": first, "ROWS": 16, "COLUMNS": 64}
     launch_triton(draw, (1,), args, [out])
     row = (first + torch.arange(16))[:, None].expand(16, 16)
     group = torch.arange(16)[None, :].expand(16, 16)

@@ -11,6 +11,7 @@ from lora_kernels.ptxsim import Kernel, SimulationError
 pytest.importorskip("triton", reason="triton is not installed here (requirements-dev.txt has it for Linux on x86-64)")
 
 from lora_kernels.ptxsim.triton_ptx import compile_triton, simulate_triton
+from lora_kernels.testing.triton_interpreter import InterpreterViolation, interpret
 from tests.ptxsim import problems
 from tests.ptxsim import triton_kernels as kernels
 from tests.ptxsim.corpus import MISSED, by_mended_interpreter, by_simulator, shaped, tiles
@@ -120,6 +121,37 @@ def test_descriptors():
     args, wanted = descriptor_arguments(50, 72, 80)
     simulate_triton(kernels.descriptors, (2, 3), args, [args["y"]])
     close(args["y"], wanted, 2**-8)
+
+
+def sum_of_rows_arguments():
+    first, second, third = torch.randn(128), torch.randn(300)[1:], torch.randn(100)
+    bounds = kernels.Bounds(-0.5, torch.tensor([0.25]))
+    rows = tuple(kernels.Row(*row) for row in (
+        (first, None, 128, 1, 2.0), (second, bounds, 128, 2, 0.5), (third, None, 100, 1, 1.0),
+    ))  # fmt: skip
+    wanted = 2.0 * first.double() + 0.5 * second[:256:2].double().clamp(-0.5, 0.25)
+    wanted[:100] += third
+    return {"y": empty(128), "rows": rows, "ROWS": 3, "N": 128}, wanted
+
+
+def test_tuples_of_named_tuples():
+    """Read by name; what is None or 1 there is no parameter, and what divides by 16 is known to."""
+    args, wanted = sum_of_rows_arguments()
+    made = compile_triton(kernels.sum_of_rows, args)
+    assert made.arguments == (
+        ("y",), ("rows", 0, 0), ("rows", 0, 2), ("rows", 0, 4), ("rows", 1, 0), ("rows", 1, 1, 0), ("rows", 1, 1, 1),
+        ("rows", 1, 2), ("rows", 1, 3), ("rows", 1, 4), ("rows", 2, 0), ("rows", 2, 2), ("rows", 2, 4),
+    )  # fmt: skip
+    for found in (simulate_triton, interpret):
+        args["y"].fill_(float("nan"))
+        found(kernels.sum_of_rows, (1,), args, [args["y"]])
+        close(args["y"], wanted, 1e-6)
+    for at, wide in ((torch.randn(128), True), (torch.randn(129)[1:], False)):
+        one = args | {"rows": (args["rows"][0]._replace(at=at),), "ROWS": 1}
+        assert ("ld.global.v4" in compile_triton(kernels.sum_of_rows, one, warps=1).ptx) == wide
+    short = args | {"rows": (*args["rows"][:2], args["rows"][2]._replace(n=101))}
+    with pytest.raises(InterpreterViolation, match=r"load out of bounds, rows\[2\].at\+400 of 400 bytes"):
+        interpret(kernels.sum_of_rows, (1,), short, [args["y"]])
 
 
 def test_split_k_needs_its_atomics():

@@ -1,6 +1,8 @@
 """Triton kernels of the kinds that this project needs, to try the simulator on what Triton makes of
 them."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -199,3 +201,34 @@ def handed_on(x, held, y, n, B: tl.constexpr):
     tl.extra.cuda.gdc_wait()
     tl.store(y + at, xs + tl.load(held + at, mask=inside), mask=inside)
     tl.store(held + at, tl.zeros((B,), tl.float32), mask=inside)
+
+
+class Bounds(NamedTuple):
+    least: Any
+    most: Any
+
+
+class Row(NamedTuple):
+    at: Any
+    bounds: Any
+    n: Any
+    stride: Any
+    factor: Any
+
+
+@triton.jit
+def clamped(row, columns):
+    values = tl.load(row.at + columns * row.stride, mask=columns < row.n, other=0.0)
+    if row.bounds is not None:
+        values = tl.minimum(tl.maximum(values, row.bounds.least), tl.load(row.bounds.most))
+    return values
+
+
+@triton.jit
+def sum_of_rows(y, rows, ROWS: tl.constexpr, N: tl.constexpr):
+    columns = tl.arange(0, N)
+    total = tl.zeros((N,), tl.float32)
+    for i in tl.static_range(ROWS):
+        row = rows[i]
+        total += row.factor * clamped(row, columns)
+    tl.store(y + columns, total)

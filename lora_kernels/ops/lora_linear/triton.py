@@ -30,14 +30,19 @@ from lora_kernels.ops.lora_linear import library
 from lora_kernels.ops.lora_linear.call import Needs
 from lora_kernels.ops.lora_linear.layer import Layer, layers_of
 from lora_kernels.ops.lora_linear.loop import refuse_each
-from lora_kernels.ops.lora_linear.triton_backward import input_gradient_kernel, rest_of_gradients_kernel
+from lora_kernels.ops.lora_linear.triton_backward import (
+    BackwardInput,
+    BackwardLayer,
+    input_gradient_kernel,
+    rest_of_gradients_kernel,
+)
 from lora_kernels.ops.lora_linear.triton_expand import expand
-from lora_kernels.ops.lora_linear.triton_forward import forward_kernel
+from lora_kernels.ops.lora_linear.triton_forward import ForwardInput, ForwardLayer, forward_kernel
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements, note_plan
 from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import rank_stages, sound_schedule
-from lora_kernels.ops.triton_dropout import dropout_args
+from lora_kernels.ops.triton_dropout import dropout_fields
 from lora_kernels.ops.triton_partials import Sums, sum_partials_of_each
 from lora_kernels.ops.triton_skinny import Side, both_sides, outer_product, precision, shrink, strides
 from lora_kernels.ops.triton_tma import loads_by_tma, tensor_map, tensor_maps
@@ -149,16 +154,15 @@ def _forward(x, layers, keep):
     scratch = x.new_empty(count * splits * bm * (bn + br), dtype=torch.float32) if splits > 1 else None
     ticket = tile_tickets(x.device, count) if splits > 1 else None
     waits = not one_pass and architecture(x) >= 90
+    given = zip(layers, hs, ys, zs, wholes, drops, strict=True)
     args = {
-        "x": x, "ws": ws, "as_": _field_of_each(layers, "a") if one_pass else none, "hs": hs,
-        "map_x": tensor_map(x, bm, bk) if by_maps else None, **tensor_maps("map_w", ws if by_maps else (), bn, bk),
-        "bs": _field_of_each(layers, "b"), "biases": _field_of_each(layers, "bias"), "gains": _field_of_each(layers, "gain"),
-        "ys": ys, "zs": zs, "wholes": wholes, "scratch": scratch, "ticket": ticket, **dropout_args(drops),
-        "inverses": tuple(inverse_keep_rate(*drop) for drop in drops), "scales": tuple(float(layer.scale) for layer in layers),
-        "m": m, "ns": ns, "k": k, "rs": _field_of_each(layers, "r"), "parts": 1 if one_pass else len(hs[0]), "x0": x.stride(0),
-        "x1": x.stride(1), **strides("w", ws), **strides("a", _field_of_each(layers, "a")),
-        **strides("b", _field_of_each(layers, "b")), "SPLITS": splits, "WAITS": waits, "PRECISION": precision(x), "BM": bm,
-        "BN": bn, "BK": bk, "BR": br, "RANK_STAGES": rank_stages(x, precision(x), bm, warps),
+        "shared": ForwardInput(
+            x=x, scratch=scratch, ticket=ticket, k=k, x0=x.stride(0), x1=x.stride(1), parts=1 if one_pass else len(hs[0]),
+        ),
+        "layers": tuple(_forward_layer(layer, one_pass, *rest) for layer, *rest in given),
+        "map_x": tensor_map(x, bm, bk) if by_maps else None, **tensor_maps("map_w", ws if by_maps else (), bn, bk), "m": m,
+        "LAYERS": len(layers), "SPLITS": splits, "WAITS": waits, "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk,
+        "BR": br, "RANK_STAGES": rank_stages(x, precision(x), bm, warps),
         **_tile_order(x, bm, bn, k, sum(ceil_div(layer.n, bn) for layer in layers)),
     }  # fmt: skip
     fills = [t for t in (*ys, *zs, *wholes, scratch) if t is not None]
@@ -168,6 +172,15 @@ def _forward(x, layers, keep):
         early=waits,
     )  # fmt: skip
     return ys, tuple(h[0] for h in hs) if keep and in_one_part else wholes, zs
+
+
+def _forward_layer(layer, one_pass, h, y, z, whole, drop):
+    w, a, b = layer.w, layer.a if one_pass else None, layer.b
+    (w0, w1), (a0, a1), (b0, b1) = w.stride(), strides(a), b.stride()
+    return ForwardLayer(
+        w=w, a=a, h=h, b=b, bias=layer.bias, gain=layer.gain, y=y, z=z, whole=whole, drop=dropout_fields(*drop),
+        scale=float(layer.scale), n=layer.n, r=layer.r, w0=w0, w1=w1, a0=a0, a1=a1, b0=b0, b1=b1,
+    )  # fmt: skip
 
 
 def _forward_by_library(x, layers, keep):
@@ -237,46 +250,49 @@ def _backward(x, dys, layers, hs, ys, zs, needs):
 def _launch_last(x, dys, layers, hs, ps, dgains, sums, dx):
     """The launch that makes dx, unless that is there or not wanted, and adds up."""
     m, k = x.shape
-    jobs = sums.kernel_args()
-    jobs["sizes"], jobs["ranks"] = jobs.pop("ns"), jobs.pop("rs")
     looks, of_gain = any(d is not None for d in dgains), tile("zero_gain", x)
     blocks = sums.block_count()
     blocks += sum(ceil_div(layer.n, of_gain.columns) for layer, d in zip(layers, dgains, strict=True) if d is not None)
-    none = (None,) * len(layers)
     args = {
-        **jobs, "dys": tuple(dys), "x": x if looks else None, "ws": _field_of_each(layers, "w"),
-        "hs": tuple(hs) if looks else none, "bs": _field_of_each(layers, "b") if looks else none,
-        "dy_gains": _field_of_each(layers, "gain"), "dgains": tuple(dgains), "m": m, "ns": _field_of_each(layers, "n"), "k": k,
-        "rs": _field_of_each(layers, "r"), **strides("d", dys), "x0": x.stride(0), "x1": x.stride(1),
-        **strides("w", _field_of_each(layers, "w")), **strides("b", _field_of_each(layers, "b")), "BLOCK": sums.tile.columns,
-        "COLUMNS": of_gain.columns,
+        **sums.kernel_args(), "shared": BackwardInput(x, k, *x.stride()) if looks else BackwardInput(None, k, None, None),
+        "layers": tuple(
+            _backward_layer(*each, looks, dx is not None) for each in zip(layers, dys, hs, ps, dgains, strict=True)
+        ),
+        "m": m, "LAYERS": len(layers), "COLUMNS": of_gain.columns,
     }  # fmt: skip
     if dx is None:
         if blocks:
             launch_triton(rest_of_gradients_kernel, (blocks,), args, sums.outputs(), warps=of_gain.warps, stages=of_gain.stages)
         return
-    drops = [layer.drop for layer in layers]
     gains, two_sums = any(layer.gain is not None for layer in layers), any(layer.drop_base for layer in layers)
+    ws, ns = _field_of_each(layers, "w"), _field_of_each(layers, "n")
     t = tile(
-        "input_gradient", x, dtype=x.dtype, m=tall(m), k=k, n=sum(args["ns"]), layers=len(layers), gains=gains,
-        two_sums=two_sums,
-    )  # fmt: skip
-    by_maps, bk, bn = t.maps and loads_by_tma(dys, args["ws"]), t.columns, t.depth
+        "input_gradient", x, dtype=x.dtype, m=tall(m), k=k, n=sum(ns), layers=len(layers), gains=gains, two_sums=two_sums
+    )
+    by_maps, bk, bn = t.maps and loads_by_tma(dys, ws), t.columns, t.depth
     # dy ⊙ gain is float32 there, as ps are
-    factors = ps if x.dtype is torch.float16 and gains else args["ws"]
+    factors = ps if x.dtype is torch.float16 and gains else ws
     bm, warps, stages, registers = sound_tile(x, factors, m, t, two_sums, changed=gains, mapped=by_maps)
     args |= {
-        **tensor_maps("map_d", args["dys"] if by_maps else (), bm, bn),
-        **tensor_maps("map_w", args["ws"] if by_maps else (), bn, bk), "ps": tuple(ps), "as_": _field_of_each(layers, "a"),
-        "dx": dx, **dropout_args(drops), "inverses": tuple(inverse_keep_rate(*drop) for drop in drops),
-        "counts_p": tuple(map(len, ps)), **strides("a", _field_of_each(layers, "a")),
+        "dx": dx, **tensor_maps("map_d", dys if by_maps else (), bm, bn), **tensor_maps("map_w", ws if by_maps else (), bn, bk),
         "DROP_BASES": tuple(int(layer.drop_base) for layer in layers), "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk,
         "BR": t.ranks, "RANK_STAGES": rank_stages(x, precision(x), bm, warps),
-        **_tile_order(x, bm, bk, sum(_field_of_each(layers, "n")), ceil_div(k, bk)),
+        **_tile_order(x, bm, bk, sum(ns), ceil_div(k, bk)),
     }  # fmt: skip
     grid = (ceil_div(m, bm) * ceil_div(k, bk) + blocks,)
     made = [dx, *sums.outputs()]
     launch_triton(input_gradient_kernel, grid, args, made, warps=warps, stages=stages, registers=registers)
+
+
+def _backward_layer(layer, dy, h, p, dgain, looks, makes_dx):
+    """`looks`: for gains of zero. `makes_dx`: the kernel makes dx, too."""
+    w, (p, a) = layer.w, (p, layer.a) if makes_dx else (None, None)
+    h, b, dgain = (h, layer.b, dgain) if looks else (None, None, None)
+    (d0, d1), (w0, w1), (a0, a1), (b0, b1) = dy.stride(), w.stride(), strides(a), strides(b)
+    return BackwardLayer(
+        dy=dy, w=w, gain=layer.gain, p=p, a=a, drop=dropout_fields(*layer.drop) if makes_dx else None, h=h, b=b, dgain=dgain,
+        n=layer.n, r=layer.r, parts=None if p is None else len(p), d0=d0, d1=d1, w0=w0, w1=w1, a0=a0, a1=a1, b0=b0, b1=b1,
+    )  # fmt: skip
 
 
 def _field_of_each(layers, name):

@@ -5,11 +5,59 @@ it reads (one pass). The adapter's product is taken after the loop over the dept
 float32 sums, so y is rounded once.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from lora_kernels.ops.triton_dropout import dropout_mask
 from lora_kernels.ops.triton_skinny import dot_accumulate, load_sum, load_tile
+
+
+class ForwardInput(NamedTuple):
+    """What the layers of `forward_kernel` share."""
+
+    x: Any
+    """[m, k]."""
+    scratch: Any
+    """Where the programs that share a tile leave their sums, and `ticket`, which counts them."""
+    ticket: Any
+    k: Any
+    x0: Any
+    x1: Any
+    parts: Any
+    """Of each h."""
+
+
+class ForwardLayer(NamedTuple):
+    """One layer of `forward_kernel`; None for what there is not."""
+
+    w: Any
+    """[n, k]."""
+    a: Any
+    """[r, k], where h is made here."""
+    h: Any
+    """[parts, m, r], where it was made before."""
+    b: Any
+    """[n, r]."""
+    bias: Any
+    gain: Any
+    y: Any
+    z: Any
+    """[m, n], for y before gain and bias."""
+    whole: Any
+    """[m, r], for the sum of h's parts."""
+    drop: Any
+    """A `Dropout`."""
+    scale: Any
+    n: Any
+    r: Any
+    w0: Any
+    w1: Any
+    a0: Any
+    a1: Any
+    b0: Any
+    b1: Any
 
 
 @triton.jit
@@ -51,72 +99,77 @@ def store_sum(h, whole, rows, parts, m, r, BR: tl.constexpr):
 
 @triton.jit
 def mainloop(
-    x, w, a, map_x, map_w, row, column, rows, columns, begin, end, low, high, limit, m, n, k, r, x0, x1, w0, w1, a0, a1,
+    shared, layer, map_x, map_w, row, column, rows, columns, begin, end, m,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """x wᵀ [BM, BN] over columns `begin` to `end` of x [m, k], and beside it: with `a` drop(x) aᵀ
     [BM, BR], else, where there is a seed, what drop(x) leaves out of x wᵀ. Where there are maps, x
     and w are loaded through them."""
-    sums, dropped, thin = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BR), tl.float32)
-    ranks = tl.arange(0, BR).to(tl.int64)
+    accumulator, dropped = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+    h, ranks = tl.zeros((BM, BR), tl.float32), tl.arange(0, BR).to(tl.int64)
     for first in range(begin, end, BK):
         depth = first + tl.arange(0, BK).to(tl.int64)
         if map_x is not None:
             xs = map_x.load([row * BM, first])  # [BM, BK]
             ws = map_w.load([column * BN, first]).T  # [BK, BN]
         else:
-            xs = load_tile(x, rows, depth, x0, x1, m, k)  # [BM, BK]
-            ws = load_tile(w, depth, columns, w1, w0, k, n)  # [BK, BN]
-        if a is not None:
-            sums = dot_accumulate(xs, ws, sums, PRECISION)
-            mine = xs
-            if low is not None:
-                mine = tl.where(dropout_mask(low, high, rows, first, limit, BM, BK), xs, 0.0)
-            thin = dot_accumulate(mine, load_tile(a, depth, ranks, a1, a0, k, r), thin, PRECISION)
-        elif low is not None:
-            keep = dropout_mask(low, high, rows, first, limit, BM, BK)
-            sums = dot_accumulate(tl.where(keep, xs, 0.0), ws, sums, PRECISION)
+            xs = load_tile(shared.x, rows, depth, shared.x0, shared.x1, m, shared.k)  # [BM, BK]
+            ws = load_tile(layer.w, depth, columns, layer.w1, layer.w0, shared.k, layer.n)  # [BK, BN]
+        if layer.a is not None:
+            accumulator = dot_accumulate(xs, ws, accumulator, PRECISION)
+            dropped_xs = xs
+            if layer.drop is not None:
+                dropped_xs = tl.where(dropout_mask(layer.drop, rows, first, BM, BK), xs, 0.0)
+            as_ = load_tile(layer.a, depth, ranks, layer.a1, layer.a0, shared.k, layer.r)  # [BK, BR]
+            h = dot_accumulate(dropped_xs, as_, h, PRECISION)
+        elif layer.drop is not None:
+            keep = dropout_mask(layer.drop, rows, first, BM, BK)
+            accumulator = dot_accumulate(tl.where(keep, xs, 0.0), ws, accumulator, PRECISION)
             dropped = dot_accumulate(tl.where(keep, 0.0, xs), ws, dropped, PRECISION)
         else:
-            sums = dot_accumulate(xs, ws, sums, PRECISION)
-    return sums, dropped, thin
+            accumulator = dot_accumulate(xs, ws, accumulator, PRECISION)
+    return accumulator, dropped, h
 
 
 @triton.jit
 def epilogue(
-    sums, dropped, thin, a, h, b, bias, gain, y, z, whole, low, inverse, scale, rows, columns, column, m, n, r, parts, b0, b1,
+    accumulator, dropped, h, layer, parts, rows, columns, column, m,
     PRECISION: tl.constexpr, BR: tl.constexpr, RANK_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What follows the loop: the adapter, z, the gain, the bias; y = gain ⊙ z + bias, z = sums + h
-    bᵀ."""
-    if a is not None:
+    """What follows the loop: the adapter, z, the gain, the bias; y = gain ⊙ z + bias, z =
+    accumulator + h bᵀ."""
+    n, r = layer.n, layer.r
+    if layer.a is not None:
         ranks = tl.arange(0, BR).to(tl.int64)
-        thin *= scale * inverse
-        sums = dot_accumulate(thin, load_tile(b, ranks, columns, b1, b0, r, n), sums, PRECISION)
-        if whole is not None and column == 0:
-            tl.store(whole + rows[:, None] * r + ranks[None, :], thin, mask=(rows < m)[:, None] & (ranks < r)[None, :])
+        h *= layer.scale if layer.drop is None else layer.scale * layer.drop.inverse
+        accumulator = dot_accumulate(h, load_tile(layer.b, ranks, columns, layer.b1, layer.b0, r, n), accumulator, PRECISION)
+        if layer.whole is not None and column == 0:
+            pointers = layer.whole + rows[:, None] * r + ranks[None, :]
+            tl.store(pointers, h, mask=(rows < m)[:, None] & (ranks < r)[None, :])
     else:
-        if low is not None:  # what is kept counts `inverse` times in drop(x)
-            dropped += (1.0 - inverse) * sums
-            sums *= inverse
-        sums = add_adapter(h, b, sums, rows, columns, m, n, r, parts, b0, b1, PRECISION, BR, RANK_STAGES)
-        if whole is not None and column == 0:
-            store_sum(h, whole, rows, parts, m, r, BR)
-    at, inside = rows[:, None] * n + columns[None, :], (rows < m)[:, None] & (columns < n)[None, :]
-    if z is not None:
-        tl.store(z + at, sums.to(z.dtype.element_ty), mask=inside)
-    if gain is not None:
-        sums *= tl.load(gain + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
-    if a is None and low is not None:
-        sums += dropped
-    if bias is not None:
-        sums += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + at, sums.to(y.dtype.element_ty), mask=inside)
+        if layer.drop is not None:  # what is kept counts `inverse` times in drop(x)
+            dropped += (1.0 - layer.drop.inverse) * accumulator
+            accumulator *= layer.drop.inverse
+        accumulator = add_adapter(
+            layer.h, layer.b, accumulator, rows, columns, m, n, r, parts, layer.b0, layer.b1, PRECISION, BR, RANK_STAGES
+        )
+        if layer.whole is not None and column == 0:
+            store_sum(layer.h, layer.whole, rows, parts, m, r, BR)
+    offsets, mask = rows[:, None] * n + columns[None, :], (rows < m)[:, None] & (columns < n)[None, :]
+    if layer.z is not None:
+        tl.store(layer.z + offsets, accumulator.to(layer.z.dtype.element_ty), mask=mask)
+    if layer.gain is not None:
+        accumulator *= tl.load(layer.gain + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
+    if layer.a is None and layer.drop is not None:
+        accumulator += dropped
+    if layer.bias is not None:
+        accumulator += tl.load(layer.bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
+    tl.store(layer.y + offsets, accumulator.to(layer.y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def reduce_split_k(
-    sums, thin, a, scratch, ticket, tile, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
+    accumulator, h, a, scratch, ticket, tile, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
 ):
     """Whether this program is the last of its tile to come, and then the sums over all of them, in
     their order.
@@ -124,66 +177,63 @@ def reduce_split_k(
     The ticket counts who came; it is zero before and after, so that no launch has to clear it.
     """
     size: tl.constexpr = BM * (BN + BR)
-    mine = scratch + (tl.cast(tile, tl.int64) * SPLITS + tl.program_id(1)) * size
-    at_sums = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-    at_thin = BM * BN + tl.arange(0, BM)[:, None] * BR + tl.arange(0, BR)[None, :]
-    tl.store(mine + at_sums, sums)
+    split = scratch + (tl.cast(tile, tl.int64) * SPLITS + tl.program_id(1)) * size
+    offsets = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+    offsets_of_h = BM * BN + tl.arange(0, BM)[:, None] * BR + tl.arange(0, BR)[None, :]
+    tl.store(split + offsets, accumulator)
     if a is not None:
-        tl.store(mine + at_thin, thin)
-    last = tl.atomic_add(ticket + tile, 1, sem="acq_rel") == SPLITS - 1
-    if last:
-        sums, thin = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BR), tl.float32)
-        for split in range(SPLITS):
-            other = scratch + (tl.cast(tile, tl.int64) * SPLITS + split) * size
-            sums += tl.load(other + at_sums)
+        tl.store(split + offsets_of_h, h)
+    last_block = tl.atomic_add(ticket + tile, 1, sem="acq_rel") == SPLITS - 1
+    if last_block:
+        accumulator, h = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BR), tl.float32)
+        for i in range(SPLITS):
+            other = scratch + (tl.cast(tile, tl.int64) * SPLITS + i) * size
+            accumulator += tl.load(other + offsets)
             if a is not None:
-                thin += tl.load(other + at_thin)
+                h += tl.load(other + offsets_of_h)
         tl.atomic_xchg(ticket + tile, 0, sem="relaxed")
-    return last, sums, thin
+    return last_block, accumulator, h
 
 
 @triton.jit(do_not_specialize=["m"])
 def forward_kernel(
-    x, ws, as_, hs, bs, biases, gains, ys, zs, wholes, scratch, ticket, map_x, map_w0, map_w1, map_w2, lows, highs, limits,
-    inverses, scales, m, ns, k, rs, parts, x0, x1, w0s, w1s, a0s, a1s, b0s, b1s,
-    SPLITS: tl.constexpr, WAITS: tl.constexpr,
+    shared, layers, map_x, map_w0, map_w1, map_w2, m, LAYERS: tl.constexpr, SPLITS: tl.constexpr, WAITS: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     SLAB: tl.constexpr, RANK_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """ys[g] = gain ⊙ z + bias, z = x wᵀ + h bᵀ, for each layer; h is in hs[g], or made here with
-    as_[g].
+    """y = gain ⊙ z + bias, z = x wᵀ + h bᵀ, for each `ForwardLayer`; h was made before, or is made
+    here with a.
 
-    With a seed and no as_[g] the base is dropped, too: gain ⊙ z + (x - drop(x)) wᵀ + bias. SPLITS:
-    as many programs share a tile's depth. WAITS: h is being made meanwhile. The maps: of x and of
-    each w (ops/triton_tma.py).
+    With dropout and no a the base is dropped, too: gain ⊙ z + (x - drop(x)) wᵀ + bias. SPLITS: as
+    many programs share a tile's depth. WAITS: h is being made meanwhile. The maps: of x and of each
+    w (ops/triton_tma.py).
     """
     maps = (map_w0, map_w1, map_w2)
     down, across = tl.cdiv(m, BM), 0
-    for g in tl.static_range(len(ws)):
-        across += tl.cdiv(ns[g], BN)
+    for g in tl.static_range(LAYERS):
+        across += tl.cdiv(layers[g].n, BN)
     tile = tl.program_id(0)
     row, column = swizzled_tile(tile, down, across, GROUP, SLAB)
     rows = row.to(tl.int64) * BM + tl.arange(0, BM)
-    for g in tl.static_range(len(ws)):
-        blocks = tl.cdiv(ns[g], BN)
+    for g in tl.static_range(LAYERS):
+        blocks = tl.cdiv(layers[g].n, BN)
         if column >= 0 and column < blocks:
             columns = column.to(tl.int64) * BN + tl.arange(0, BN)
-            last = True
-            each = tl.cdiv(tl.cdiv(k, BK), SPLITS) * BK
-            begin = tl.program_id(1) * each
-            sums, dropped, thin = mainloop(
-                x, ws[g], as_[g], map_x, None if map_x is None else maps[g], row, column, rows, columns, begin,
-                min(k, begin + each), lows[g], highs[g], limits[g], m, ns[g], k, rs[g], x0, x1, w0s[g], w1s[g], a0s[g], a1s[g],
-                PRECISION, BM, BN, BK, BR,
+            last_block = True
+            depth = tl.cdiv(tl.cdiv(shared.k, BK), SPLITS) * BK
+            begin = tl.program_id(1) * depth
+            accumulator, dropped, h = mainloop(
+                shared, layers[g], map_x, None if map_x is None else maps[g], row, column, rows, columns, begin,
+                min(shared.k, begin + depth), m, PRECISION, BM, BN, BK, BR,
             )  # fmt: skip
             if WAITS:
                 tl.extra.cuda.gdc_wait()
             if SPLITS > 1:
-                last, sums, thin = reduce_split_k(sums, thin, as_[g], scratch, ticket, tile, SPLITS, BM, BN, BR)
-            if last:
+                last_block, accumulator, h = reduce_split_k(
+                    accumulator, h, layers[g].a, shared.scratch, shared.ticket, tile, SPLITS, BM, BN, BR
+                )
+            if last_block:
                 epilogue(
-                    sums, dropped, thin, as_[g], hs[g], bs[g], biases[g], gains[g], ys[g], zs[g], wholes[g], lows[g],
-                    inverses[g], scales[g], rows, columns, column, m, ns[g], rs[g], parts, b0s[g], b1s[g], PRECISION, BR,
-                    RANK_STAGES,
-                )  # fmt: skip
+                    accumulator, dropped, h, layers[g], shared.parts, rows, columns, column, m, PRECISION, BR, RANK_STAGES
+                )
         column -= blocks

@@ -1,5 +1,5 @@
 """Triton: h of every entry of the plan, then y, of few tokens in one launch. See
-triton_kernels.py."""
+triton_kernels.py and triton_small.py."""
 
 from dataclasses import replace
 from functools import cache
@@ -10,12 +10,14 @@ from lora_kernels.ops import cost
 from lora_kernels.ops.chips import nearest_chip
 from lora_kernels.ops.launch import architecture, ceil_div, launch_triton, power_of_two, refuse_device, tile_tickets
 from lora_kernels.ops.multi_lora.plan import PAGE, unflatten
-from lora_kernels.ops.multi_lora.triton_kernels import multi_lora_kernel, multi_shrink_kernel, multi_small_kernel
+from lora_kernels.ops.multi_lora.triton_kernels import multi_lora_kernel, multi_shrink_kernel
+from lora_kernels.ops.multi_lora.triton_slices import Batch, ExpandSlice, ShrinkSlice
+from lora_kernels.ops.multi_lora.triton_small import multi_small_kernel
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import sound_schedule
-from lora_kernels.ops.triton_skinny import precision
+from lora_kernels.ops.triton_skinny import precision, strides
 
 # tokens that one launch takes, at most; entries, up to which a block of shrink has few, of one
 # adapter
@@ -131,9 +133,9 @@ def launch_small(x, w, sites, ids, weights, order, starts, error, bias, y, deter
     warps, stages = sound_schedule(x, [sites[0].a], precision(x), rows, t.warps, t.stages, narrow=not deterministic)
     scratch = x.new_empty(w_tiles * splits * bm * bn, dtype=torch.float32)
     ticket = tile_tickets(x.device, len(sites) + w_tiles)
-    args = common_args(x, w, h, sites, ids, weights, order, error, bias, y, (bm, bn, t.depth, t.ranks)) | {
-        **of_slices(sites, "as_", "scales"), "starts": starts, "scratch": scratch, "ticket": ticket,
-        "a0s": tuple(s.a.stride(0) for s in sites), "ahead": ahead, "BLOCKS": blocks, "SPLITS": splits, "SPLIT": of_h.part,
+    batch = batch_of(x, w, h, sites, ids, weights, order, starts, error, bias, y, scratch, ticket)
+    args = common_args(x, batch, sites, weights, (bm, bn, t.depth, t.ranks)) | {
+        "slices_of_a": tuple(map(shrink_slice, sites)), "ahead": ahead, "BLOCKS": blocks, "SPLITS": splits, "SPLIT": of_h.part,
         "SLOTS": power_of_two(count, least=16, most=1 << 20), "BM_OF_A": of_h.rows, "BK_OF_A": of_h.depth,
         "TILES": power_of_two(max(ceil_div(n, bn) for n in slice_widths(sites)), most=1 << 20),
     }  # fmt: skip
@@ -165,9 +167,9 @@ def launch_expand(x, w, of_h, sites, ids, weights, order, error, bias, y, determ
     tile_order = cost.tile_order(
         bm * max(k, 1) * size, bn * max(k, 1) * size, bm * bn * size, across, nearest_chip(architecture(x)).l2
     )
-    args = common_args(x, w, h, sites, ids, weights, order, error, bias, y, (bm, bn, t.depth, br)) | {
-        "scratch": scratch, "ticket": ticket, "MADE": made, "SPLITS": splits, "WAITS": waits,
-        **dict(zip(("GROUP", "SLAB"), tile_order, strict=True)),
+    batch = batch_of(x, w, h, sites, ids, weights, order, None, error, bias, y, scratch, ticket)
+    args = common_args(x, batch, sites, weights, (bm, bn, t.depth, br)) | {
+        "ON_Y": made, "SPLITS": splits, "WAITS": waits, **dict(zip(("GROUP", "SLAB"), tile_order, strict=True)),
     }  # fmt: skip
     fills = [t for t in (None if made else y, scratch) if t is not None]
     changes = [error, *([y] if made else []), *([] if ticket is None else [ticket])]
@@ -177,19 +179,36 @@ def launch_expand(x, w, of_h, sites, ids, weights, order, error, bias, y, determ
     )  # fmt: skip
 
 
-def common_args(x, w, h, sites, ids, weights, order, error, bias, y, shape):
+def batch_of(x, w, h, sites, ids, weights, order, starts, error, bias, y, scratch, ticket):
+    """What the kernels that fill y are told beside the slices."""
+    (x0, x1), (w0, w1) = (None, None) if w is None else x.stride(), strides(w)
+    return Batch(
+        x=None if w is None else x, w=w, h=h, ids=ids, weights=weights, order=order, starts=starts, error=error, bias=bias, y=y,
+        scratch=scratch, ticket=ticket, k=x.shape[1], count=len(sites[0].rank), pages=sites[0].table.shape[1],
+        parts=h.shape[1], x0=x0, x1=x1, w0=w0, w1=w1, y0=y.stride(0), y1=y.stride(1),
+        bias0=None if bias is None else bias.stride(0),
+    )  # fmt: skip
+
+
+def common_args(x, batch, sites, weights, shape):
     """Arguments of both kernels that fill y."""
-    made, each = w is None, ids.shape[1]
+    each = batch.ids.shape[1]
     return {
-        **of_slices(sites, "bs", "tables", "ranks_of", "flags", "gains", "mores", "generations"),
-        "x": None if made else x, "w": w, "h": h, "ids": ids, "weights": weights, "order": order, "error": error, "bias": bias,
-        "y": y, "m": x.shape[0], "ns": slice_widths(sites), "k": x.shape[1], "count": len(sites[0].rank),
-        "pages": sites[0].table.shape[1], "parts": h.shape[1], "x0": x.stride(0), "x1": x.stride(1),
-        "w0": 0 if made else w.stride(0), "w1": 0 if made else w.stride(1), "y0": y.stride(0), "y1": y.stride(1),
-        "b0s": tuple(s.b.stride(0) for s in sites), "bias0": 0 if bias is None else bias.stride(0), "EACH": each,
-        "ALONE": has_one_adapter(each, weights), "RANKS": h.shape[3], "PRECISION": precision(x),
+        "batch": batch, "slices": tuple(map(expand_slice, sites)), "m": len(x), "SLICES": len(sites), "EACH": each,
+        "ONE_ADAPTER": has_one_adapter(each, weights), "RANKS": batch.h.shape[3], "PRECISION": precision(x),
         **dict(zip(("BM", "BN", "BK", "BR"), shape, strict=True)),
     }  # fmt: skip
+
+
+def shrink_slice(site):
+    return ShrinkSlice(a=site.a, table=site.table, rank=site.rank, scale=site.scale, a0=site.a.stride(0))
+
+
+def expand_slice(site):
+    return ExpandSlice(
+        b=site.b, table=site.table, rank=site.rank, flags=site.flags, gain=site.gain, bias=site.bias,
+        generation=site.generation, n=site.b.shape[1], b0=site.b.stride(0),
+    )  # fmt: skip
 
 
 def shrink(x, sites, order, starts, each, fixed):
@@ -202,26 +221,18 @@ def shrink(x, sites, order, starts, each, fixed):
     split = t.part if fixed or entries <= SMALL_TOKENS else max(bk, ceil_div(k, bk) * bk)
     h = x.new_empty(len(sites), max(1, ceil_div(k, split)), entries, ranks, dtype=torch.float32)
     units = ceil_div(entries, bm) + min(count, entries)  # at most: the plan is not looked at here
+    batch = Batch(
+        x=x, h=h, order=order, starts=starts, k=k, count=count, pages=sites[0].table.shape[1], x0=x.stride(0), x1=x.stride(1)
+    )
     args = {
-        "x": x, **of_slices(sites, "as_", "tables", "ranks_of", "scales"), "starts": starts, "order": order, "h": h,
-        "entries": entries, "k": k, "count": count, "pages": sites[0].table.shape[1], "x0": x.stride(0), "x1": x.stride(1),
-        "a0s": tuple(s.a.stride(0) for s in sites), "SPLIT": split, "EACH": each,
-        "SLOTS": power_of_two(count, least=16, most=1 << 20), "RANKS": ranks, "PRECISION": precision(x), "BM": bm, "BK": bk,
-        "BR": br, "EARLY": architecture(x) >= 90,
+        "batch": batch, "slices": tuple(map(shrink_slice, sites)), "entries": entries, "SLICES": len(sites), "SPLIT": split,
+        "EACH": each, "SLOTS": power_of_two(count, least=16, most=1 << 20), "RANKS": ranks, "PRECISION": precision(x),
+        "BM": bm, "BK": bk, "BR": br, "EARLY": architecture(x) >= 90,
     }  # fmt: skip
     warps, stages = sound_schedule(x, [sites[0].a], precision(x), bm, t.warps, t.stages, narrow=True)
     grid = (units, len(sites) * ceil_div(ranks, br), h.shape[1])
     launch_triton(multi_shrink_kernel, grid, args, [h], warps=warps, stages=stages, registers=t.registers)
     return h
-
-
-def of_slices(sites, *names):
-    """Arguments of the kernels with a tensor for each slice."""
-    fields = {
-        "as_": "a", "bs": "b", "tables": "table", "ranks_of": "rank", "scales": "scale", "flags": "flags", "gains": "gain",
-        "mores": "bias", "generations": "generation",
-    }  # fmt: skip
-    return {name: tuple(getattr(site, fields[name]) for site in sites) for name in names}
 
 
 def slice_widths(sites):

@@ -5,6 +5,8 @@ A GPU has the arithmetic to spare beside the memory: W + s·BA takes as many pro
 factored form.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,30 +21,55 @@ from lora_kernels.ops.triton_partials import sum_partials
 from lora_kernels.ops.triton_skinny import HALVES, Side, both_sides, dot_accumulate, load_tile, outer_product, shrink
 
 
+class NormLayer(NamedTuple):
+    """The layer of `norm_kernel`."""
+
+    w: Any
+    """[n, k]."""
+    a: Any
+    """[r, k]."""
+    b: Any
+    """[n, r]."""
+    norm: Any
+    """[n], float32."""
+    scale: Any
+    n: Any
+    k: Any
+    r: Any
+    w0: Any
+    w1: Any
+    a0: Any
+    a1: Any
+    b0: Any
+    b1: Any
+
+
 @triton.jit
 def norm_kernel(
-    w, a, b, norm, scale, n, k, r, w0, w1, a0, a1, b0, b1,
-    MORE: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
+    layer, MORE: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr
+):
     """norm [n] = ‖w + scale · b a‖. MORE: there are more ranks than BR, and b does not stay in
     registers."""
+    n, k, r = layer.n, layer.k, layer.r
     rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     ranks = tl.arange(0, BR).to(tl.int64)
     squares = tl.zeros((BN, BK), tl.float32)
-    bs = load_tile(b, rows, ranks, b0, b1, n, r)  # [BN, BR]
+    bs = load_tile(layer.b, rows, ranks, layer.b0, layer.b1, n, r)  # [BN, BR]
     for first in range(0, k, BK):
         depth = first + tl.arange(0, BK).to(tl.int64)
-        ws = load_tile(w, rows, depth, w0, w1, n, k)  # [BN, BK]
-        update = dot_accumulate(bs, load_tile(a, ranks, depth, a0, a1, r, k), tl.zeros((BN, BK), tl.float32), PRECISION)
+        ws = load_tile(layer.w, rows, depth, layer.w0, layer.w1, n, k)  # [BN, BK]
+        as_ = load_tile(layer.a, ranks, depth, layer.a0, layer.a1, r, k)  # [BR, BK]
+        update = dot_accumulate(bs, as_, tl.zeros((BN, BK), tl.float32), PRECISION)
         if MORE:
             for rank in range(BR, r, BR):
-                more = load_tile(b, rows, rank + ranks, b0, b1, n, r)  # [BN, BR]
-                update = dot_accumulate(more, load_tile(a, rank + ranks, depth, a0, a1, r, k), update, PRECISION)
-        adapted = ws.to(tl.float32) + scale * update
+                more_b = load_tile(layer.b, rows, rank + ranks, layer.b0, layer.b1, n, r)  # [BN, BR]
+                more_a = load_tile(layer.a, rank + ranks, depth, layer.a0, layer.a1, r, k)  # [BR, BK]
+                update = dot_accumulate(more_b, more_a, update, PRECISION)
+        adapted = ws.to(tl.float32) + layer.scale * update
         squares += adapted * adapted
     # one sum over lanes at the end: in the loop the compiler would fuse its first addition with the
     # product, in each lane its own, and the lanes would hold different sums
-    tl.store(norm + rows, tl.sqrt_rn(tl.sum(squares, 1)), mask=rows < n)
+    tl.store(layer.norm + rows, tl.sqrt_rn(tl.sum(squares, 1)), mask=rows < n)
 
 
 @triton.jit
@@ -72,10 +99,13 @@ def forward(call):
     (n, k), r = w.shape, a.shape[0]
     norm = w.new_empty(n, dtype=torch.float32)
     t = tile("norm", w, dtype=w.dtype, factors=a.dtype, r=r)
+    (w0, w1), (a0, a1), (b0, b1) = w.stride(), a.stride(), b.stride()
+    layer = NormLayer(
+        w=w, a=a, b=b, norm=norm, scale=float(call.scale), n=n, k=k, r=r, w0=w0, w1=w1, a0=a0, a1=a1, b0=b0, b1=b1
+    )
     args = {
-        "w": w, "a": a, "b": b, "norm": norm, "scale": float(call.scale), "n": n, "k": k, "r": r, "w0": w.stride(0),
-        "w1": w.stride(1), "a0": a.stride(0), "a1": a.stride(1), "b0": b.stride(0), "b1": b.stride(1),
-        "MORE": r > t.ranks, "PRECISION": _precision(a), "BR": power_of_two(r, most=t.ranks), "BN": t.rows, "BK": t.depth,
+        "layer": layer, "MORE": r > t.ranks, "PRECISION": _precision(a), "BR": power_of_two(r, most=t.ranks), "BN": t.rows,
+        "BK": t.depth,
     }  # fmt: skip
     if sound_schedule(b, [a], _precision(a), t.rows, t.warps, t.stages) != (t.warps, t.stages):
         # rows, whose products are mma.sync; of two warps b and w would not fit the registers

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ptxsim import nvcc
+from lora_kernels.ptxsim.triton_ptx import map_leaves
 from lora_kernels.testing.gates import occupancy, sass
 from lora_kernels.testing.gates.occupancy import CHIPS
 
@@ -93,7 +94,7 @@ class Triton:
 
     def launch_arguments(self) -> dict[str, Any]:
         """The arguments as tensors and numbers."""
-        return {k: _map_argument(v, _stand_in_tensor) for k, v in self.args.items()}
+        return {name: map_leaves(value, _stand_in_tensor) for name, value in self.args.items()}
 
     def sources(self) -> Iterator[str]:
         """The text of the function and of all it calls, with the constants they read."""
@@ -115,8 +116,7 @@ class Triton:
 
     def arguments_text(self) -> str:
         """The rest of what decides about the code."""
-        args = {k: _map_argument(v, lambda one: f"{one.dtype} at {one.data_ptr() % 16}" if isinstance(one, Tensor) else one)
-                for k, v in self.args.items()}  # fmt: skip
+        args = {name: map_leaves(value, _tensor_text) for name, value in self.args.items()}
         limit = "" if self.registers is None else f" {self.registers}"
         return f"{self.function} {args} {self.warps} {self.stages}{limit}"
 
@@ -247,9 +247,8 @@ def _how_code_is_read() -> list[str]:
     return [(Path(__file__).parent / name).read_text() for name in _ANALYSIS]
 
 
-def _map_argument(value: Any, change: Callable[[Any], Any]) -> Any:
-    """A tuple of arguments, or a single one, changed."""
-    return tuple(map(change, value)) if isinstance(value, tuple) else change(value)
+def _tensor_text(value: Any) -> Any:
+    return f"{value.dtype} at {value.data_ptr() % 16}" if isinstance(value, Tensor) else value
 
 
 def _stand_in_tensor(value: Any) -> Any:

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from lora_kernels.ops.chips import nearest_architecture
 from lora_kernels.ops.launch import Launch
+from lora_kernels.ptxsim.triton_ptx import map_leaves
 from lora_kernels.testing.gates.configuration import NVIDIA, Map, Triton
 from lora_kernels.testing.gates.measure import compiled, soundness, unsound
 from lora_kernels.testing.gates.occupancy import CHIPS
@@ -11,7 +12,7 @@ from lora_kernels.testing.gates.occupancy import CHIPS
 
 def launched(one: Launch) -> Triton:
     """The kernel of a launch, with the dtypes of its tensors."""
-    args = {k: tuple(map(_dtype, v)) if isinstance(v, tuple) else _dtype(v) for k, v in one.args.items()}
+    args = {name: map_leaves(value, _dtype) for name, value in one.args.items()}
     return Triton(f"{one.kernel.fn.__module__}:{one.name}", args, one.warps, one.stages, one.registers)
 
 
