@@ -122,8 +122,8 @@ struct Packed {
         const py::bytes encoded = tensor_map(address(map[0].ptr()), map[1].cast<bool>(), map[2].cast<uint64_t>(),
                                              map[3].cast<uint64_t>(), map[4].cast<uint64_t>(), map[5].cast<uint32_t>(),
                                              map[6].cast<uint32_t>());
-        most = ALIGNMENT;
-        put(PyBytes_AS_STRING(encoded.ptr()), int(PyBytes_GET_SIZE(encoded.ptr())), most);
+        widest = ALIGNMENT;
+        put(PyBytes_AS_STRING(encoded.ptr()), int(PyBytes_GET_SIZE(encoded.ptr())), widest);
       } else {
         put(int64_t(address(field.ptr())));
       }
