@@ -12,6 +12,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.derivatives import transformed
 from lora_kernels.ops.weight_norm.op import dora_gain, row_norm_squared, weight_norm
 
 try:
@@ -31,7 +32,8 @@ class NormCache:
     devices than the CPU, while compiling, and without the CPU extension, nothing is reused.
     `clear()` forgets: needed only after an edit of W through `.data`, or through memory that it
     shares with numpy, that leaves the sampled elements, about 64 a matrix, as they were. What is
-    given is the kept tensor itself: do not change it.
+    given is the kept tensor itself: do not change it. Under torch.func and forward mode nothing is
+    kept.
     """
 
     __slots__ = ("_squared", "_norm", "_gain")
@@ -46,7 +48,9 @@ class NormCache:
         self._gain: tuple[Any, Tensor | None] = (None, None)
 
     def __call__(self, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
-        """`weight_norm(w, a, b, scale)` without gradient: [out]."""
+        """`weight_norm(w, a, b, scale)` without gradient and tangent: [out]."""
+        if transformed():
+            return weight_norm(w, a, b, scale).detach()
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self._computed(w, a, b, scale)
@@ -60,7 +64,7 @@ class NormCache:
     def gain(self, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
         """DoRA's gain, `dora_gain(magnitude, norm)` with the norm detached: [out]. Reused as the
         norm is."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transformed():
             norm = self(w, a, b, scale)
             return dora_gain(magnitude.to(norm.dtype), norm)
         key = _key(scale, w, a, b, magnitude)
