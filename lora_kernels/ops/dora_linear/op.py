@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.derivatives import transformed
+from lora_kernels.ops.lora_linear.layouts import strided_input
 from lora_kernels.ops.lora_linear.op import _check_arguments, without_autocast
 from lora_kernels.ops.registry import declare
 
@@ -31,7 +32,10 @@ def dora_linear(
     Raises:
         TypeError, ValueError: as `lora_linear`; magnitude is checked as its gain.
     """
-    _check_arguments(x, w, a, b, scale, bias, magnitude, 0.0, "peft", None, op="dora_linear")
+    if _check_arguments(x, w, a, b, scale, bias, magnitude, 0.0, "peft", None, op="dora_linear"):
+        rows, as_x = strided_input(x)
+        y, norm = dora_linear(rows, w, a, b, magnitude, scale, bias)
+        return as_x(y), norm
     tokens = x.reshape(-1, x.shape[-1])
     if transformed():
         with without_autocast(x):

@@ -19,6 +19,7 @@ from lora_kernels.ops.derivatives import differentiable, transformed
 from lora_kernels.ops.dropout import draw_seed
 from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_gradients, requested_kinds
 from lora_kernels.ops.lora_linear.call import GroupBackward, GroupForward, drops_base, keeps_z
+from lora_kernels.ops.lora_linear.layouts import strided_input
 from lora_kernels.ops.lora_linear.op import _any_autocast, _check_arguments, scaled_b, without_autocast
 from lora_kernels.ops.registry import declare
 
@@ -75,7 +76,9 @@ def lora_linear_group(
             return lora_linear_group(x.to(cast), members, dropouts, dropout_semantics)
     for i, (m, p) in enumerate(zip(members, dropouts, strict=True)):
         op = f"lora_linear_group: member {i}"
-        _check_arguments(x, m.w, m.a, m.b, m.scale, m.bias, m.gain, p, dropout_semantics, m.seed, op=op)
+        if _check_arguments(x, m.w, m.a, m.b, m.scale, m.bias, m.gain, p, dropout_semantics, m.seed, op=op):
+            rows, as_x = strided_input(x)
+            return tuple(map(as_x, lora_linear_group(rows, members, dropouts, dropout_semantics)))
     scales, flat = [], []
     for m, p in zip(members, dropouts, strict=True):
         b, scale = (scaled_b(m.b, m.scale, x), 1.0) if isinstance(m.scale, Tensor) else (m.b, m.scale)

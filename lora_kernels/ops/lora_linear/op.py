@@ -18,6 +18,7 @@ from lora_kernels.ops.derivatives import differentiable, transformed, under_func
 from lora_kernels.ops.dropout import draw_seed
 from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_gradients, requested_kinds
 from lora_kernels.ops.lora_linear.call import Backward, Forward, Needs, keeps_z
+from lora_kernels.ops.lora_linear.layouts import is_strided, strided_input
 from lora_kernels.ops.registry import declare
 
 try:
@@ -69,6 +70,8 @@ def lora_linear(
     bitsandbytes' `SCB` / 127 is. W is not formed: w is read as bytes, and the gradient of x is that
     of W. w_scale gets none.
 
+    A nested x gives a nested result, mkldnn one of its kind, and a sparse one is made dense.
+
     With `gain`, the gradient of gain reads y, so y must not be changed in place before backward.
 
     Raises:
@@ -82,7 +85,9 @@ def lora_linear(
         with without_autocast(x):
             w = w if w_scale is not None else w.to(cast)
             return lora_linear(x.to(cast), w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale)
-    _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale)
+    if _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale):
+        rows, as_x = strided_input(x)
+        return as_x(lora_linear(rows, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale))
     if isinstance(scale, Tensor):
         b, scale = scaled_b(b, scale, x), 1.0
     drop_base = dropout > 0 and gain is not None and dropout_semantics == "peft"
@@ -139,6 +144,8 @@ def check_kinds(op: str, scale: Any, **tensors: Any) -> None:
 
 
 def _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale=None, op="lora_linear"):
+    """Raises what the ops document; True where x must first go through `strided_input`, and nothing
+    was checked."""
     # fast yes; anything else goes through the checks below
     if (
         valid_lora_linear is not None
@@ -152,8 +159,10 @@ def _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, 
         and not w.requires_grad
         and valid_lora_linear(x, w, a, b, bias, gain)
     ):
-        return
+        return False
     check_kinds(op, scale, x=x, w=w, a=a, b=b, bias=bias, gain=gain, seed=seed, w_scale=w_scale)
+    if not is_strided(x):
+        return True
     # one look at each attribute: the check is a good part of what a small call costs
     if w.dim() != 2 or a.dim() != 2 or x.dim() < 1:
         raise ValueError(
@@ -210,6 +219,7 @@ def _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, 
         raise ValueError(f"{op}: seed must be one int64, found {seed.dtype} {list(seed.shape)}")
     if seed is not None and seed.device != device and seed.device.type != "cpu":
         raise ValueError(f"{op}: seed must be on {device} (x) or the CPU, found {seed.device}")
+    return False
 
 
 def _wrong_shape(op, name, tensor, shape):
