@@ -2,6 +2,7 @@
 result has the kind that nn.Linear gives."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,11 @@ def is_strided(x: Tensor) -> bool:
     return x.layout is torch.strided and not x.is_nested
 
 
-def strided_input(x: Tensor) -> tuple[Tensor, AsInput]:
+def strided_input(x: Any) -> tuple[Tensor, AsInput]:
     """x as an ordinary tensor [..., in], and what makes of [..., out] the result for x: nested as x
     is, mkldnn as x is, and of a sparse x an ordinary tensor."""
     if not x.is_nested:
-        return x.to_dense(), torch.Tensor.to_mkldnn if x.layout is torch._mkldnn else lambda y: y
+        return x.to_dense(), torch.Tensor.to_mkldnn if x.is_mkldnn else lambda y: y
     if x.layout is torch.jagged and x.dim() == 3 and x.lengths() is None and x._ragged_idx == 1:
         return x.values(), lambda y: torch.nested.nested_tensor_from_jagged(y, x.offsets())
     parts = x.unbind()

@@ -30,7 +30,8 @@ class NormCache:
     Under `torch.no_grad()` a norm is reused if no bit of A and B changed, nor the address, version
     or a sample of W. With grad mode on it is computed anew, and only ‖W‖² is reused. On other
     devices than the CPU, while compiling, and without the CPU extension, nothing is reused.
-    `clear()` forgets: needed only after an edit of W through `.data`, or through memory that it
+    `clear()` forgets, and `lora_kernels.refresh(model)` does for a
+    model: needed only after an edit of W through `.data`, or through memory that it
     shares with numpy, that leaves the sampled elements, about 64 a matrix, as they were. What is
     given is the kept tensor itself: do not change it. Under torch.func and forward mode nothing is
     kept.
