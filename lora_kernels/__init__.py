@@ -3,7 +3,7 @@
 from lora_kernels import nn
 from lora_kernels._version import __version__
 from lora_kernels.adapters import AdapterError, LoraConfig, inject_adapter, load_adapter, save_adapter
-from lora_kernels.integrations import FuseReport, fuse, unfuse, warm_up
+from lora_kernels.integrations import FuseReport, fuse, refresh, unfuse, warm_up
 from lora_kernels.ops import (
     FallbackWarning,
     Member,
@@ -39,6 +39,7 @@ __all__ = [
     "multi_lora",
     "multi_lora_add_",
     "nn",
+    "refresh",
     "save_adapter",
     "unfuse",
     "use_backend",

@@ -12,6 +12,7 @@ from torch import nn
 from lora_kernels.adapters.config import AdapterError, LoraConfig
 from lora_kernels.adapters.targets import Selection, Target, select_targets
 from lora_kernels.nn import DoRALinear, LoRAEmbedding, LoRALinear
+from lora_kernels.nn.passed_over import fast_paths, is_off_fast_path, leave_fast_path, restore_fast_path
 from lora_kernels.ops.lora_linear.op import FLOATS
 
 Layer = LoRALinear | LoRAEmbedding
@@ -174,12 +175,18 @@ def copies_to_train(model: nn.Module, selection: Selection) -> dict[str, nn.Modu
 
 
 def install_modules(model: nn.Module, new: dict[str, nn.Module], undo: ExitStack) -> None:
-    """Puts the new modules in the places of the old ones."""
+    """Puts the new modules in the places of the old ones; an encoder that would read their weights
+    past them calls them from now on."""
     for name, module in new.items():
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
         undo.callback(setattr, owner, child, getattr(owner, child))
         setattr(owner, child, module)
+    layers = set(new.values())
+    for encoder in fast_paths(model, lambda module: module in layers).values():
+        if not is_off_fast_path(encoder):
+            undo.callback(restore_fast_path, encoder)
+            leave_fast_path(encoder)
 
 
 def set_trainable(model: nn.Module, selection: Selection, bias: str, trainable: bool = True) -> None:

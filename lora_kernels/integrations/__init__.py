@@ -11,8 +11,12 @@ from torch import nn
 from lora_kernels.integrations.report import FuseReport, Survey
 from lora_kernels.integrations.warm_up import warm_up
 from lora_kernels.nn import DoRALinear, LoRAEmbedding, LoRALinear
+from lora_kernels.nn.passed_over import fast_paths, is_off_fast_path, leave_fast_path, reader_of, restore_fast_path
 
-__all__ = ["FuseReport", "fuse", "unfuse", "warm_up"]
+__all__ = ["FuseReport", "fuse", "refresh", "unfuse", "warm_up"]
+
+
+_OURS = (LoRALinear, LoRAEmbedding)
 
 
 def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
@@ -30,6 +34,13 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
     PEFT's until `fuse` is called again; calling it twice does no harm. Layers of lora_kernels.nn
     are reported as fused. All or nothing: if anything raises, the model is as it was.
 
+    A layer of which another module takes the weight without calling it has no effect there, in PEFT
+    either. nn.TransformerEncoder(Layer) does so in eval mode, and is kept off that path until
+    `unfuse`; of others (Mamba's and WavLM's fused kernels) the report says so under `left`.
+
+    DoRA's gain is kept between calls that cannot have changed it. An edit of the base weight
+    through `.data`, or through numpy, may not be seen: call `refresh(model)` after it.
+
     Raises:
         TypeError: model is not a torch.nn.Module.
         ValueError: the model has no LoRA layers, or `strict` and PEFT's own forward would run at
@@ -43,22 +54,38 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
     layers = peft.lora_layers(model) if peft else {}
     for name, layer in layers.items():
         peft.survey_layer(name, layer, survey)
+    for name in [*survey.fused, *survey.left]:
+        if reader := reader_of(model, name):
+            survey.fused.pop(name, None)
+            survey.slow.pop(name, None)
+            survey.left[name] = f"{reader} may compute with its weight without calling the layer"
     if not survey.fused and not survey.left:
         raise _no_layers()
+    within = {*layers.values(), *(module for module in model.modules() if isinstance(module, _OURS))}
     if strict and survey.left:
         name, reason = next(iter(survey.left.items()))
         raise ValueError(
             "fuse: strict wants every LoRA layer on our kernels, found"
             f" {len(survey.left)} of {len(survey.left) + len(survey.fused)} left to PEFT; {name}: {reason}"
         )
-    if peft:
-        peft.set_class((layer for layer in layers.values() if peft.class_refusal(layer) is None), peft.FusedLinear)
+    encoders = fast_paths(model, lambda module: module in within)
+    changed = [encoder for encoder in encoders.values() if not is_off_fast_path(encoder)]
+    try:
+        for encoder in changed:
+            leave_fast_path(encoder)
+        if peft:
+            peft.set_class((layer for layer in layers.values() if peft.class_refusal(layer) is None), peft.FusedLinear)
+    except BaseException:
+        for encoder in changed:
+            restore_fast_path(encoder)
+        raise
     watched = WeakValueDictionary(layers)
     return FuseReport(
         survey.fused,
         survey.left,
         survey.slow,
         lambda: {name: counts for name, layer in watched.items() if (counts := peft.fallbacks(layer))},
+        {name: f"{type(encoder).__name__} takes weights without calling the layers" for name, encoder in encoders.items()},
     )
 
 
@@ -79,6 +106,34 @@ def unfuse(model: nn.Module) -> None:
             raise ValueError(f"unfuse: {name} must be a FusedLinear, found its subclass {type(layer).__name__}")
     if fused:
         peft.set_class(fused.values(), peft.Linear)
+    for encoder in fast_paths(model, lambda _: True).values():
+        # layers of lora_kernels.nn stay, and their encoders stay where they are right
+        if not any(isinstance(module, _OURS) for module in encoder.modules()):
+            restore_fast_path(encoder)
+
+
+def refresh(model: nn.Module) -> None:
+    """Forgets what is kept of DoRA layers, fused or of lora_kernels.nn: the next call computes ‖W‖
+    and the gain anew.
+
+        model.get_submodule("layers.0.q_proj").base_layer.weight.data[3] = row
+        refresh(model)
+
+    Wanted only after an edit of a base weight through `.data`, or through memory that it shares
+    with numpy, of which torch tells nobody: the gain is kept under a sample of W, about 64 elements
+    a matrix, beside its address and version. Edits of adapters, optimizers' steps, `copy_`,
+    load_state_dict and moves are seen without it.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+    """
+    _check_module("refresh", model)
+    peft = _peft_module()
+    for module in model.modules():
+        if isinstance(module, DoRALinear):
+            module._norm.clear()
+        elif peft and isinstance(module, peft.FusedLinear):
+            peft.forget(module)
 
 
 def _check_module(function: str, model: nn.Module) -> None:

@@ -183,6 +183,11 @@ def _cached_gain(layer: Linear, w: Tensor, a: Tensor, b: Tensor, scale: float | 
     return cache.gain(w, a, b, scale, magnitude)
 
 
+def forget(layer: nn.Module) -> None:
+    """Drops the layer's norm and gain."""
+    _norms.pop(layer, None)
+
+
 def lora_layers(model: nn.Module) -> dict[str, Any]:
     """PEFT's LoRA layers of every kind, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -203,8 +208,11 @@ def survey_layer(name: str, layer: nn.Module, survey: Survey) -> None:
     state: Any = class_refusal(layer) or read_state(layer)
     if isinstance(state, str):
         survey.left[name] = state
+        return
+    w, bias, a, b, scale, dropout, magnitude = state
+    if a.is_meta or b.is_meta or (magnitude is not None and magnitude.is_meta):
+        survey.left[name] = "the adapter's weights are on the meta device; once they are loaded it runs on the kernels"
     else:
-        w, bias, a, b, scale, dropout, magnitude = state
         survey.add_layer(name, w, bias, a, b, scale, dropout, magnitude is not None)
 
 

@@ -19,13 +19,15 @@ class FuseReport:
 
     `fused` maps a layer to the backend that takes its calls. `left` maps a layer to the reason why,
     as the model stands, PEFT's own forward takes them. `slow` maps each layer on the reference to
-    the reasons of the faster backends.
+    the reasons of the faster backends. `kept_off` maps an encoder that would take weights past its
+    layers to the reason why it is kept off that path.
     """
 
     fused: Mapping[str, str]
     left: Mapping[str, str]
     slow: Mapping[str, str] = field(default_factory=dict)
     _fallbacks: Callable[[], dict[str, dict[str, int]]] = field(default=dict, compare=False)
+    kept_off: Mapping[str, str] = field(default_factory=dict)
 
     def fallbacks(self) -> dict[str, dict[str, int]]:
         """How many calls of each fused layer went to PEFT's forward after all, by layer and reason,
@@ -51,6 +53,7 @@ class FuseReport:
         lines = [self.summary()]
         lines += _section("on the reference, because", _grouped(self.slow))
         lines += _section("left to PEFT's own forward, because", _grouped(self.left))
+        lines += _section("kept off their fast path, because", _grouped(self.kept_off, "module"))
         lines += _section("calls that went to PEFT's own forward", {r: str(n) for r, n in calls.most_common()})
         return "\n".join(lines)
 
@@ -104,17 +107,17 @@ def _backend(
     return decision.chosen, "; ".join(f"{name}: {decision.others[name]}" for name in faster if name in decision.others)
 
 
-def _grouped(reasons: Mapping[str, str]) -> dict[str, str]:
+def _grouped(reasons: Mapping[str, str], noun: str = "layer") -> dict[str, str]:
     """Each reason with its layers: "3 layers: a, b, c"."""
     layers: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         layers.setdefault(reason, []).append(name or "the model itself")
-    return {reason: _counted(names) for reason, names in layers.items()}
+    return {reason: _counted(names, noun) for reason, names in layers.items()}
 
 
-def _counted(names: list[str]) -> str:
+def _counted(names: list[str], noun: str) -> str:
     shown = ", ".join(names[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
-    return f"{len(names)} layer{'s' if len(names) > 1 else ''}: {shown}"
+    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''}: {shown}"
 
 
 def _section(title: str, rows: Mapping[str, str]) -> list[str]:

@@ -97,6 +97,11 @@ class Op:
             return self._overload(*call)
         return choose_implementation(self.name, call).run(call)
 
+    def formula(self, call: Any) -> Any:
+        """The reference on these arguments, whatever would run: torch's own ops, which autograd,
+        forward mode and torch.func differentiate."""
+        return _implementations[self.name]["reference"].run(call)
+
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), float, int, bool}
 

@@ -1,5 +1,4 @@
-"""lora_linear and autograd: gradcheck, who gets a gradient, second derivatives, saved tensors,
-threads."""
+"""lora_linear and autograd: gradcheck, who gets a gradient, saved tensors, threads."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -93,23 +92,6 @@ def test_no_grad_mode_and_inference_mode(backend):
         with mode():
             y = lora_linear(*p.arguments())
         assert not y.requires_grad and y.equal(wanted)
-
-
-@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
-def test_a_second_derivative_raises(backend):
-    message = "lora_linear: the second derivative is not implemented"
-    for wrt in NAMES:
-        p = make_problem(3, gain=True, bias=True)
-        leaves = p.require_grad()
-        first = torch.autograd.grad(lora_linear(*p.arguments()).square().sum(), leaves[wrt], create_graph=True)
-        for other in NAMES:
-            with pytest.raises(NotImplementedError, match=message):
-                torch.autograd.grad(first[0].square().sum(), leaves[other], retain_graph=True)
-        p = make_problem(3, gain=True, bias=True)
-        leaves = p.require_grad()
-        lora_linear(*p.arguments()).square().sum().backward(create_graph=True)
-        with pytest.raises(NotImplementedError, match=message):
-            leaves[wrt].grad.sum().backward()
 
 
 def test_first_derivatives_under_create_graph_are_the_same(backend):

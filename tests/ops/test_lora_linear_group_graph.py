@@ -97,18 +97,6 @@ def test_saved_are_the_tensors_of_the_single_op_and_x_once(backend):
             assert sorted([*together, *[((30, 40), torch.bfloat16)] * (len(problems) - 1)], key=str) == singles
 
 
-@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
-def test_a_second_derivative_raises(backend):
-    count = len(leaves_of(make_group(MEMBERS, 3, 24)))
-    for i in range(count):
-        leaves = leaves_of(problems := make_group(MEMBERS, 3, 24))
-        total = sum(y.square().sum() for y in call(problems))
-        (first,) = torch.autograd.grad(total, leaves[i], create_graph=True)
-        for other in leaves:
-            with pytest.raises(NotImplementedError, match="lora_linear_group: the second derivative is not implemented"):
-                torch.autograd.grad(first.square().sum(), other, retain_graph=True)
-
-
 def test_first_derivatives_under_create_graph_are_the_same(backend):
     plain = run_group(problems := make_group(MEMBERS, 3, 24, dropout=0.2))
     leaves = leaves_of(problems)

@@ -223,16 +223,6 @@ def test_cpu_refuses_float64_in_words():
             row_norm_squared(w)
 
 
-def test_a_second_derivative_raises(backend):
-    w, a, b = draw(5, 7, 2, torch.float32)
-    for wrt in (0, 1):
-        leaves = [a.clone().requires_grad_(), b.clone().requires_grad_()]
-        first = torch.autograd.grad(weight_norm(w, *leaves, 1.0).square().sum(), leaves[wrt], create_graph=True)[0]
-        for leaf in leaves:
-            with pytest.raises(NotImplementedError, match="weight_norm: the second derivative is not implemented"):
-                torch.autograd.grad(first.sum(), leaf, retain_graph=True)
-
-
 def test_a_saved_tensor_changed_in_place_raises(backend):
     for i in range(4):
         w, a, b = draw(5, 7, 2, torch.float32)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.derivatives import transformed
+from lora_kernels.ops.lora_linear.layouts import strided_input
 from lora_kernels.ops.lora_linear.op import _check_arguments, without_autocast
 from lora_kernels.ops.registry import declare
 
@@ -23,16 +25,24 @@ def dora_linear(
 
     Shapes: x [..., in], w [out, in], a [r, in], b [out, r], magnitude and bias [out]; dtypes as in
     `lora_linear`. Sums are float32 and y is rounded once. Where n is zero the gain m / n is 1, as
-    in `dora_gain`. No gradients: it runs as under `torch.no_grad()`. On a GPU up to 64 rows with a
-    rank up to 64 take one launch that reads W once. Else it is `weight_norm` and `lora_linear`.
-    Where the norm is known, call those.
+    in `dora_gain`. No gradients: it runs as under `torch.no_grad()`, but for forward mode and
+    torch.func. On a GPU up to 64 rows with a rank up to 64 take one launch that reads W once. Else
+    it is `weight_norm` and `lora_linear`. Where the norm is known, call those.
 
     Raises:
         TypeError, ValueError: as `lora_linear`; magnitude is checked as its gain.
     """
-    _check_arguments(x, w, a, b, scale, bias, magnitude, 0.0, "peft", None, op="dora_linear")
-    with torch.no_grad(), without_autocast(x):
-        y, norm = _dora_linear(DoRALinear(x.reshape(-1, x.shape[-1]), w, a, b, float(scale), bias, magnitude))
+    if _check_arguments(x, w, a, b, scale, bias, magnitude, 0.0, "peft", None, op="dora_linear"):
+        rows, as_x = strided_input(x)
+        y, norm = dora_linear(rows, w, a, b, magnitude, scale, bias)
+        return as_x(y), norm
+    tokens = x.reshape(-1, x.shape[-1])
+    if transformed():
+        with without_autocast(x):
+            y, norm = _dora_linear.formula(DoRALinear(tokens, w, a, b, scale, bias, magnitude))
+    else:
+        with torch.no_grad(), without_autocast(x):
+            y, norm = _dora_linear(DoRALinear(tokens, w, a, b, float(scale), bias, magnitude))
     return y.view(*x.shape[:-1], w.shape[0]), norm
 
 

@@ -15,10 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.derivatives import differentiable, transformed
 from lora_kernels.ops.dropout import draw_seed
 from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_gradients, requested_kinds
 from lora_kernels.ops.lora_linear.call import GroupBackward, GroupForward, drops_base, keeps_z
-from lora_kernels.ops.lora_linear.op import _any_autocast, _check_arguments, first_derivative_only, scaled_b, without_autocast
+from lora_kernels.ops.lora_linear.layouts import strided_input
+from lora_kernels.ops.lora_linear.op import _any_autocast, _check_arguments, scaled_b, without_autocast
 from lora_kernels.ops.registry import declare
 
 
@@ -51,9 +53,9 @@ def lora_linear_group(
     rounded as `lora_linear`'s are, the gradient of x, which sums over the members, too, or by the
     library's GEMM as often as there are members. Under autocast x and each w are cast to its dtype.
 
-    Gradients flow to x and to each a, b, bias, gain and tensor scale; every w is frozen. A second
-    differentiation raises. `grad_dtype` of a leaf counts as in `lora_linear`. A member whose output
-    is not used costs nothing in backward, and its tensors get no gradient.
+    Gradients flow to x and to each a, b, bias, gain and tensor scale; every w is frozen. Further
+    derivatives, forward mode, torch.func and `grad_dtype` of a leaf are as in `lora_linear`. A
+    member whose output is not used costs nothing in backward, and its tensors get no gradient.
 
     `dropout` is one probability for all or one a member. Each member draws a mask of its own, from
     its `seed` or from one drawn in the order of the members, as calls one after another would. What
@@ -74,7 +76,9 @@ def lora_linear_group(
             return lora_linear_group(x.to(cast), members, dropouts, dropout_semantics)
     for i, (m, p) in enumerate(zip(members, dropouts, strict=True)):
         op = f"lora_linear_group: member {i}"
-        _check_arguments(x, m.w, m.a, m.b, m.scale, m.bias, m.gain, p, dropout_semantics, m.seed, op=op)
+        if _check_arguments(x, m.w, m.a, m.b, m.scale, m.bias, m.gain, p, dropout_semantics, m.seed, op=op):
+            rows, as_x = strided_input(x)
+            return tuple(map(as_x, lora_linear_group(rows, members, dropouts, dropout_semantics)))
     scales, flat = [], []
     for m, p in zip(members, dropouts, strict=True):
         b, scale = (scaled_b(m.b, m.scale, x), 1.0) if isinstance(m.scale, Tensor) else (m.b, m.scale)
@@ -84,7 +88,10 @@ def lora_linear_group(
         p > 0 and m.gain is not None for m, p in zip(members, dropouts, strict=True)
     )
     tokens = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in flat)):
+    if transformed():
+        with without_autocast(x):
+            ys = _forward.formula(_forward_call(tokens, scales, dropouts, drop_base, flat, False, False))[0]
+    elif torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in flat)):
         ys = _LoRALinearGroup.apply(tokens, tuple(scales), tuple(dropouts), drop_base, *flat)
     else:
         ys = _forward(_forward_call(tokens, scales, dropouts, drop_base, flat, False, False))[0]
@@ -159,7 +166,7 @@ class _LoRALinearGroup(torch.autograd.Function):
         scale, dropout, h, y, z, dy = of_used
         w, a, b, bias, gain, seed = map(list, zip(*(tensors[i] for i in used), strict=True))
         call = GroupBackward(x, dy, w, a, b, scale, bias, gain, dropout, seed, ctx.drop_base, h, y, z, needs)
-        dx, *found = first_derivative_only("lora_linear_group", _gradients, call)
+        dx, *found = differentiable(_gradients, _formula, call, *dy)
         grads = [[None] * width for _ in range(n)]
         for i, of_member in zip(used, _members(found, len(wants[0][_LEARNT])), strict=True):
             grads[i][_LEARNT] = of_member
@@ -175,11 +182,19 @@ def _gradients(call):
     """dx, then da, db, dbias and dgain of each member."""
     if _any_autocast():
         with without_autocast(call.x):
-            dx, *others = _backward(call)
-    else:
-        dx, *others = _backward(call)
-    grads = [dx] + [grad for of_member in zip(*others, strict=True) for grad in of_member]
-    return requested_gradients(grads, call.needs)
+            return _in_order(_backward(call), call.needs)
+    return _in_order(_backward(call), call.needs)
+
+
+def _formula(call):
+    # each h anew, for it hangs on x and a
+    with without_autocast(call.x):
+        return _in_order(_backward.formula(call._replace(h=[None] * len(call.h))), call.needs)
+
+
+def _in_order(grads, needs):
+    dx, *others = grads
+    return requested_gradients([dx] + [grad for of_member in zip(*others, strict=True) for grad in of_member], needs)
 
 
 def _fake_forward(call):

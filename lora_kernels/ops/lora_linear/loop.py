@@ -4,6 +4,8 @@ time."""
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from lora_kernels.ops.lora_linear.call import GroupBackward, GroupForward
 
 
@@ -21,13 +23,13 @@ def forward_each(forward, call):
     return tuple(map(list, zip(*map(forward, call.members()), strict=True)))
 
 
-def backward_each(gradients, call):
+def backward_each(gradients, call, add=Tensor.add_):
     """`gradients` is the single op's backward that leaves dx in the dtype of the sums: it is
-    rounded once, here."""
+    rounded once, here. `add` sums two of these."""
     dx, others, wanted = None, [], call.needs[0]
     for member in call.members():
         wide, *rest = gradients(member)
         others.append(rest)
         if wanted:
-            dx = wide if dx is None else dx.add_(wide)
+            dx = wide if dx is None else add(dx, wide)
     return (dx.to(call.x.dtype) if wanted else None, *map(list, zip(*others, strict=True)))

@@ -7,19 +7,18 @@ Sources: LoRA, arXiv:2106.09685, eq. 3; rsLoRA, arXiv:2312.03732; DoRA, arXiv:24
 """
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import Context
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.autograd import forward_ad
 
+from lora_kernels.ops.derivatives import differentiable, transformed, under_functorch
 from lora_kernels.ops.dropout import draw_seed
 from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_gradients, requested_kinds
 from lora_kernels.ops.lora_linear.call import Backward, Forward, Needs, keeps_z
+from lora_kernels.ops.lora_linear.layouts import is_strided, strided_input
 from lora_kernels.ops.registry import declare
 
 try:
@@ -30,6 +29,7 @@ except ImportError:
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DROPOUT_SEMANTICS = ("peft", "lora_only")
 _any_autocast = torch._C._is_any_autocast_enabled
+_compiling = torch.compiler.is_compiling
 
 
 def lora_linear(
@@ -52,10 +52,12 @@ def lora_linear(
     share one, which may be another. Sums are taken in float32 (float64 for float64) and rounded
     once; but of many tokens on a GPU, where a library GEMM adds to the adapter's term ("addmm" in
     `explain`), that is rounded before. Under autocast x and w are cast to its dtype. Gradients flow
-    to x, a, b, bias, gain and to a tensor `scale`; w is frozen. A second differentiation raises.
-    Those of a 16-bit a, b, bias or gain come, and add up in its `grad`, in float32 and unrounded
-    where its `grad_dtype` is float32. That is torch's setting, for leaves. A compiled graph rounds
-    them first; so is b's with a tensor `scale`.
+    to x, a, b, bias, gain and to a tensor `scale`; w is frozen. Under create_graph the gradients
+    have derivatives in turn, of any order, by the reference's formula. So do forward mode and
+    torch.func (jvp, vmap, grad, …), in which w has a gradient, too. Gradients of a 16-bit a, b,
+    bias or gain come, and add up in its `grad`, in float32 and unrounded where its `grad_dtype` is
+    float32. That is torch's setting, for leaves. A compiled graph rounds them first; so is b's with
+    a tensor `scale`.
 
     Dropout, with probability `dropout`, acts on the input of A. `dropout_semantics` matters only
     with `gain`: "peft" also drops the input of the rescaled base, as PEFT's DoRA does,
@@ -67,6 +69,8 @@ def lora_linear(
     w may be int8 with `w_scale` [out], floating: then W = w_scale ⊙ w, one scale for each row, as
     bitsandbytes' `SCB` / 127 is. W is not formed: w is read as bytes, and the gradient of x is that
     of W. w_scale gets none.
+
+    A nested x gives a nested result, mkldnn one of its kind, and a sparse one is made dense.
 
     With `gain`, the gradient of gain reads y, so y must not be changed in place before backward.
 
@@ -81,7 +85,9 @@ def lora_linear(
         with without_autocast(x):
             w = w if w_scale is not None else w.to(cast)
             return lora_linear(x.to(cast), w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale)
-    _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale)
+    if _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale):
+        rows, as_x = strided_input(x)
+        return as_x(lora_linear(rows, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale))
     if isinstance(scale, Tensor):
         b, scale = scaled_b(b, scale, x), 1.0
     drop_base = dropout > 0 and gain is not None and dropout_semantics == "peft"
@@ -91,7 +97,11 @@ def lora_linear(
         seed = None
     tokens = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     fields = (tokens, w, a, b, scale, bias, gain, dropout, seed, drop_base)
-    if torch.is_grad_enabled() and (
+    # the first half of `transformed`, without the cost of its call
+    if (forward_ad._current_level >= 0 or under_functorch()) and transformed():
+        with without_autocast(x):
+            y = _forward.formula(Forward(*fields, False, False, w_scale))[0]
+    elif torch.is_grad_enabled() and (
         a.requires_grad
         or b.requires_grad
         or x.requires_grad
@@ -134,10 +144,12 @@ def check_kinds(op: str, scale: Any, **tensors: Any) -> None:
 
 
 def _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale=None, op="lora_linear"):
+    """Raises what the ops document; True where x must first go through `strided_input`, and nothing
+    was checked."""
     # fast yes; anything else goes through the checks below
     if (
         valid_lora_linear is not None
-        and not torch.compiler.is_compiling()
+        and not _compiling()
         and dropout == 0.0
         and seed is None
         and w_scale is None
@@ -147,8 +159,10 @@ def _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, 
         and not w.requires_grad
         and valid_lora_linear(x, w, a, b, bias, gain)
     ):
-        return
+        return False
     check_kinds(op, scale, x=x, w=w, a=a, b=b, bias=bias, gain=gain, seed=seed, w_scale=w_scale)
+    if not is_strided(x):
+        return True
     # one look at each attribute: the check is a good part of what a small call costs
     if w.dim() != 2 or a.dim() != 2 or x.dim() < 1:
         raise ValueError(
@@ -174,13 +188,13 @@ def _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, 
         raise TypeError(f"{op}: w must be int8, since w_scale is given, found {w.dtype}")
     if b.dtype is not adapter_dtype or adapter_dtype not in FLOATS:
         raise TypeError(f"{op}: a and b must share one floating dtype, found {adapter_dtype} and {b.dtype}")
-    if w.requires_grad:
+    if w.requires_grad and not transformed():
         raise ValueError(f"{op}: w is frozen and gets no gradient, but it requires grad; call requires_grad_(False)")
     device = x.device
     if w.device != device or a.device != device or b.device != device:
         found = f"w {w.device}, a {a.device}, b {b.device}"
         raise ValueError(f"{op}: all tensors must be on {device} (x), found {found}")
-    if w_scale is not None and w_scale.requires_grad:
+    if w_scale is not None and w_scale.requires_grad and not transformed():
         raise ValueError(f"{op}: w_scale is frozen and gets no gradient, but it requires grad; call requires_grad_(False)")
     for name, vector in (("bias", bias), ("gain", gain), ("w_scale", w_scale)):
         if vector is None:
@@ -205,41 +219,11 @@ def _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, 
         raise ValueError(f"{op}: seed must be one int64, found {seed.dtype} {list(seed.shape)}")
     if seed is not None and seed.device != device and seed.device.type != "cpu":
         raise ValueError(f"{op}: seed must be on {device} (x) or the CPU, found {seed.device}")
+    return False
 
 
 def _wrong_shape(op, name, tensor, shape):
     return ValueError(f"{op}: {name} must have shape {list(shape)}, found {list(tensor.shape)}")
-
-
-class _FirstDerivativeOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, op, gradients, structure, *leaves):
-        ctx.op = op
-        return gradients(tree_unflatten(leaves, structure))
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(f"{ctx.op}: the second derivative is not implemented")
-
-
-def first_derivative_only(op: str, gradients: Callable[..., Any], call: Any) -> Any:
-    """gradients(call) in a backward, under the settings (use_backend, explain) of the thread that
-    called for it, since autograd runs a GPU's in one of its own; a second differentiation raises
-    and names the op. `call` is a structure as `declare` has it."""
-    if not torch.compiler.is_compiling() and (settings := _context_of_caller()) is not None:
-        gradients = partial(settings.run, gradients)
-    if torch.is_grad_enabled():  # so it is under create_graph alone
-        leaves, structure = tree_flatten(call)
-        return _FirstDerivativeOnly.apply(op, gradients, structure, *leaves)
-    return gradients(call)
-
-
-def _context_of_caller() -> Context | None:
-    """That of the call of backward(); None where this torch keeps none."""
-    if not torch._C._is_key_in_tls("context"):
-        return None
-    kept = cast(Context | None, torch._C._get_obj_in_tls("context"))
-    return kept and kept.copy()  # threads of several GPUs cannot enter one
 
 
 # the places of what gets a gradient
@@ -268,7 +252,7 @@ class _LoRALinear(torch.autograd.Function):
         (scale, dropout, drop_base, kinds), wants = ctx.rest, ctx.needs_input_grad
         needs = requested_kinds(kinds, [wants[i] for i in _LEARNT])
         call = Backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale)
-        grads = (*first_derivative_only("lora_linear", _gradients, call), None)
+        grads = (*differentiable(_gradients, _formula, call, dy), None)
         return tuple([grads[i] for i in _PLACES])
 
 
@@ -279,6 +263,12 @@ def _gradients(call):
     else:
         grads = _backward(call)
     return requested_gradients(grads, call.needs)
+
+
+def _formula(call):
+    # h anew, for it hangs on x and a
+    with without_autocast(call.dy):
+        return _backward.formula(call._replace(h=None))
 
 
 def _fake_forward(call):

@@ -32,10 +32,12 @@ def backward(call):
 
 
 def gradients(call):
-    """dx in the dtype of the sums, the others as they are wanted."""
-    h, gain, needs = call.h, call.gain, Needs(*call.needs)
+    """dx in the dtype of the sums, the others as they are wanted; h is computed where it is not
+    given."""
+    gain, needs = call.gain, Needs(*call.needs)
     dy, x, w, a, b = _in_sum_dtype(call.dy, call.x, _plain_weight(call), call.a, call.b)
     keep = _dropout_factor(call)
+    h = call.scale * ((x * keep) @ a.T) if call.h is None else call.h
     dz = dy if gain is None else dy * gain.to(dy.dtype)               # [tokens, out]
     p = call.scale * (dz @ b)                                         # [tokens, r]
     if call.drop_base:
@@ -56,7 +58,7 @@ def group_forward(call):
 
 @implements("lora_linear_group_backward", "reference")
 def group_backward(call):
-    return backward_each(gradients, call)
+    return backward_each(gradients, call, torch.add)
 
 
 def _in_sum_dtype(x, *others):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.checks import check_adapted_weight
+from lora_kernels.ops.derivatives import transformed
 from lora_kernels.ops.lora_linear.op import FLOATS, without_autocast
 from lora_kernels.ops.registry import declare
 
@@ -25,8 +26,8 @@ def merged_weight(
     Shapes: w [out, in], a [r, in], b [out, r], gain [out]; returns [out, in] in the dtype of w,
     with its strides if it has no gaps. Sums are float32 (float64 if w is float64) and rounded once;
     no copy of W is made in their dtype. `out` takes the result and is returned: w itself, which is
-    then changed in place, or a tensor that lies apart. Nothing is differentiated: it runs as under
-    torch.no_grad(), and the result does not require grad.
+    then changed in place, or a tensor that lies apart. Backward does not reach it: it runs as under
+    torch.no_grad(), and the result does not require grad. Forward mode and torch.func go through.
 
     Raises:
         TypeError: a tensor has a dtype that is not supported, or scale is no number.
@@ -35,6 +36,8 @@ def merged_weight(
         NotImplementedError: the forced backend refuses; the message says why.
     """
     _check_arguments(w, a, b, scale, gain, out)
+    if transformed():
+        return _transformed(w, a, b, scale, gain, out)
     with torch.no_grad(), without_autocast(w):
         if out is None:
             return _merged(MergedWeight(w, a, b, scale, gain))
@@ -42,6 +45,14 @@ def merged_weight(
     # a backend writes unseen by autograd: a graph that saved out as it was must raise
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)
+    return out
+
+
+def _transformed(w, a, b, scale, gain, out):
+    with without_autocast(w):
+        if out is None:
+            return _merged.formula(Merged(w, a, b, scale, gain))
+        _merge_into.formula(MergeInto(w, a, b, scale, gain, out))
     return out
 
 

@@ -12,6 +12,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.derivatives import transformed
 from lora_kernels.ops.weight_norm.op import dora_gain, row_norm_squared, weight_norm
 
 try:
@@ -29,10 +30,11 @@ class NormCache:
     Under `torch.no_grad()` a norm is reused if no bit of A and B changed, nor the address, version
     or a sample of W. With grad mode on it is computed anew, and only ‖W‖² is reused. On other
     devices than the CPU, while compiling, and without the CPU extension, nothing is reused.
-    `clear()` forgets: needed only after an edit of W through `.data`, or through memory that it
-    shares with numpy, that leaves the sampled elements, about 64 a matrix, as they were. What is
+    `clear()` forgets, and `lora_kernels.refresh(model)` does for a model: needed only after an edit
+    of W through `.data`, or through memory that it shares with numpy, that leaves the sampled
+    elements, about 64 a matrix, as they were. What is
     given is the kept tensor itself: do not change it. What another thread changed, or cleared,
-    while a norm was computed is not kept.
+    while a norm was computed is not kept; nor is anything under torch.func and forward mode.
     """
 
     __slots__ = ("_squared", "_norm", "_gain", "_clears")
@@ -49,7 +51,9 @@ class NormCache:
         self._gain: tuple[Any, Tensor | None] = (None, None)
 
     def __call__(self, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
-        """`weight_norm(w, a, b, scale)` without gradient: [out]."""
+        """`weight_norm(w, a, b, scale)` without gradient and tangent: [out]."""
+        if transformed():
+            return weight_norm(w, a, b, scale).detach()
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self._computed(w, a, b, scale)
@@ -65,7 +69,7 @@ class NormCache:
     def gain(self, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
         """DoRA's gain, `dora_gain(magnitude, norm)` with the norm detached: [out]. Reused as the
         norm is."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transformed():
             norm = self(w, a, b, scale)
             return dora_gain(magnitude.to(norm.dtype), norm)
         key = _key(scale, w, a, b, magnitude)

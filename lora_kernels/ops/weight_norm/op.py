@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.checks import check_adapted_weight
+from lora_kernels.ops.derivatives import differentiable, transformed
 from lora_kernels.ops.gradients import gradient_dtype, gradient_kind, requested_kinds
-from lora_kernels.ops.lora_linear.op import FLOATS, first_derivative_only, without_autocast
+from lora_kernels.ops.lora_linear.op import FLOATS, without_autocast
 from lora_kernels.ops.registry import declare
 
 MAX_CONDITION = {torch.float32: 4.0, torch.bfloat16: 64.0, torch.float16: 64.0}
@@ -30,8 +31,8 @@ def weight_norm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, w_
     scale·‖|B| |A|‖. It stays below that of the norm itself, too, unless single elements of W and
     scale·BA cancel. Numbers whose squares leave float32's range are not provided for. Gradients
     flow to a, b and a tensor `scale` (the exact gradient; detach the result for the paper's §4.3).
-    The gradient of a zero row is zero. A second differentiation raises. `grad_dtype` of a leaf
-    counts as in `lora_linear`.
+    The gradient of a zero row is zero. Further derivatives, forward mode, torch.func and
+    `grad_dtype` of a leaf are as in `lora_linear`.
 
     Raises:
         TypeError: a tensor has a dtype that is not supported.
@@ -43,6 +44,8 @@ def weight_norm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, w_
         wide = torch.promote_types(torch.promote_types(b.dtype, w.dtype), torch.float32)
         b, scale = b.to(wide) * scale.to(wide).reshape(()), 1.0
     with without_autocast(w):
+        if transformed():
+            return _forward.formula(Norm(w, a, b, scale, w_squared))
         if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
             return _WeightNorm.apply(w, a, b, scale, w_squared)
         return _forward(Norm(w, a, b, scale, w_squared))
@@ -55,7 +58,7 @@ def row_norm_squared(w: Tensor) -> Tensor:
         raise ValueError(f"row_norm_squared: w must be [out, in], found {list(w.shape)}")
     if w.dtype not in FLOATS:
         raise TypeError(f"row_norm_squared: w must be floating, found {w.dtype}")
-    return _row_norm_squared(RowNorm(w.detach()))
+    return _row_norm_squared.formula(RowNorm(w)) if transformed() else _row_norm_squared(RowNorm(w.detach()))
 
 
 def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -67,7 +70,7 @@ def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
 
 def _check_arguments(w, a, b, scale, w_squared):
     check_adapted_weight("weight_norm", w, a, b, scale, {"w_squared": w_squared})
-    if w.requires_grad:
+    if w.requires_grad and not transformed():
         raise ValueError("weight_norm: w is frozen and gets no gradient, but it requires grad; call requires_grad_(False)")
     if isinstance(scale, Tensor) and scale.numel() != 1:
         raise ValueError(f"weight_norm: scale must be a number or hold one, found {list(scale.shape)}")
@@ -86,7 +89,7 @@ class _WeightNorm(torch.autograd.Function):
         needs = requested_kinds(ctx.kinds, ctx.needs_input_grad[1:3])
         w, a, b, n = ctx.saved_tensors
         call = NormBackward(dn, n, w, a, b, ctx.scale, needs)
-        da, db = first_derivative_only("weight_norm", _gradients, call)
+        da, db = differentiable(_gradients, _formula, call, dn)
         return None, da, db, None, None
 
 
@@ -94,6 +97,11 @@ def _gradients(call):
     with without_autocast(call.w):
         da, db = _backward(call)
     return da if call.needs[0] else None, db if call.needs[1] else None
+
+
+def _formula(call):
+    with without_autocast(call.w):
+        return _backward.formula(call)
 
 
 class Norm(NamedTuple):

@@ -9,14 +9,17 @@ from lora_kernels.ops.registry import implements
 
 @implements("weight_norm_forward", "reference")
 def forward(call):
-    return _adapted(call).square().sum(1).sqrt()                           # [out]
+    squared = _adapted(call).square().sum(1)                               # [out]
+    zero = squared == 0
+    # a zero row has no direction: its gradient is zero, not that of a root
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, squared).sqrt())
 
 
 @implements("weight_norm_backward", "reference")
 def backward(call):
     dn, n, a, b, scale = call.dn, call.n, call.a, call.b, call.scale
-    # [out]; a zero row has no direction
-    c = torch.where(n > 0, dn / n, 0.0)
+    # [out]; a zero row has no direction, and none of its derivatives one
+    c = torch.where(n > 0, dn / torch.where(n > 0, n, 1.0), 0.0)
     dv = c[:, None] * _adapted(call)                                       # [out, in]
     da, db = scale * (b.to(dv.dtype).T @ dv), scale * (dv @ a.to(dv.dtype).T)
     grads = zip((da, db), (a, b), call.needs, strict=True)
