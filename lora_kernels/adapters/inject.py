@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_kernels.adapters.config import AdapterError, LoraConfig
+from lora_kernels.adapters.interrupts import uninterrupted
 from lora_kernels.adapters.targets import Selection, Target, select_targets
 from lora_kernels.nn import DoRALinear, LoRAEmbedding, LoRALinear
 from lora_kernels.ops.lora_linear.op import FLOATS
@@ -62,11 +63,23 @@ def inject_adapter(model: nn.Module, config: LoraConfig) -> list[str]:
     selection = select_targets(model, config)
     check_targets(model, selection, config)
     with ExitStack() as undo:
-        install_modules(model, build_layers(model, selection, config, undo) | copies_to_train(model, selection), undo)
-        undo.pop_all()
-    set_trainable(model, selection, config.bias)
-    model._lora_config = resolved(config, selection)  # type: ignore[assignment]
+        new = build_layers(model, selection, config, undo) | copies_to_train(model, selection)
+        with uninterrupted() as act, undo:
+            install_modules(model, new, undo)
+            finish_model(model, selection, config, undo, trainable=True)
+            act()
+            undo.pop_all()
     return [target.name for target in selection.targets]
+
+
+def finish_model(
+    model: nn.Module, selection: Selection, config: LoraConfig, undo: ExitStack, *, trainable: bool
+) -> None:
+    """Freezes what is not to be trained, and gives the model its configuration; `build_layers` has
+    told `undo` what required grad before."""
+    undo.callback(_put_back_attribute, model, "_lora_config", vars(model).get("_lora_config"))
+    set_trainable(model, selection, config.bias, trainable)
+    model._lora_config = resolved(config, selection)  # type: ignore[assignment]
 
 
 def uncompiled_model(model: nn.Module) -> nn.Module:
@@ -149,7 +162,7 @@ def build_layers(model: nn.Module, selection: Selection, config: LoraConfig, und
     for target in selection.targets:
         module = model.get_submodule(target.name)
         if changes_base and isinstance(module, nn.Linear):
-            undo.callback(_put_back, module.weight, module.weight.data, module.weight.detach().clone())
+            undo.callback(put_back, module.weight, module.weight.data, module.weight.detach().clone())
         new[target.name] = _adapter_layer(module, target, config)
         for hooks in _HOOKS:
             setattr(new[target.name], hooks, getattr(module, hooks))
@@ -215,8 +228,14 @@ def trained_biases(model: nn.Module, selection: Selection, bias: str) -> dict[st
     return found
 
 
+def _put_back_attribute(model: nn.Module, name: str, value: Any) -> None:
+    vars(model).pop(name, None)
+    if value is not None:
+        vars(model)[name] = value
+
+
 @torch.no_grad()
-def _put_back(parameter: torch.Tensor, data: torch.Tensor, value: torch.Tensor) -> None:
+def put_back(parameter: torch.Tensor, data: torch.Tensor, value: torch.Tensor) -> None:
     parameter.data = data
     parameter.copy_(value)
 
