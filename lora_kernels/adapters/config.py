@@ -1,6 +1,7 @@
 """The configuration of a LoRA adapter, in the words and the JSON of PEFT (adapter_config.json)."""
 
 import json
+import math
 import operator
 import os
 import re
@@ -101,12 +102,10 @@ class LoraConfig:
         self.layers_pattern = _check_names("layers_pattern", self.layers_pattern, one=True)
         saved = _check_names("modules_to_save", self.modules_to_save, one=False)
         self.modules_to_save = saved if isinstance(saved, list) else None
-        self.rank_pattern = {
-            k: _check_rank(f"rank_pattern[{k!r}]", v) for k, v in _pattern_items("rank_pattern", self.rank_pattern)
-        }
-        self.alpha_pattern = {
-            k: _check_alpha(f"alpha_pattern[{k!r}]", v) for k, v in _pattern_items("alpha_pattern", self.alpha_pattern)
-        }
+        ranks = _pattern_items("rank_pattern", self.rank_pattern)
+        self.rank_pattern = {k: _check_rank(f"rank_pattern[{short_repr(k)}]", v) for k, v in ranks}
+        alphas = _pattern_items("alpha_pattern", self.alpha_pattern)
+        self.alpha_pattern = {k: _check_alpha(f"alpha_pattern[{short_repr(k)}]", v) for k, v in alphas}
         self._check_layers()
         if self.task_type is not None:
             self.task_type = str(getattr(self.task_type, "value", self.task_type))
@@ -164,7 +163,7 @@ class LoraConfig:
                 extra[key] = value
             elif key not in _DROPPED:
                 raise AdapterError(
-                    f"LoraConfig: {key}={short_repr(value)} asks for something these layers do not do"
+                    f"LoraConfig: {short_key(key)}={short_repr(value)} asks for something these layers do not do"
                     " (if it does not change what the adapter computes, remove the key)"
                 )
         return cls(**known, extra=extra)
@@ -216,8 +215,19 @@ def parse_object(text: bytes, path: Path) -> dict[str, Any]:
     def refuse_constant(constant: str) -> None:
         raise AdapterError(f"{path}: {constant} is not JSON")
 
+    def finite(number: str) -> float:
+        value = float(number)
+        if not math.isfinite(value):
+            raise AdapterError(f"{path}: {short_key(number)} is beyond the range of numbers")
+        return value
+
     try:
-        values = json.loads(text.decode("utf-8"), object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant)
+        values = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=refuse_duplicates,
+            parse_constant=refuse_constant,
+            parse_float=finite,
+        )
     except RecursionError as error:
         raise AdapterError(f"{path}: JSON is nested too deeply") from error
     except AdapterError:
@@ -235,6 +245,11 @@ def short_repr(value: Any) -> str:
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def short_key(key: Any) -> str:
+    """A key for error messages: as it is, if it is a plain and short one."""
+    return key if isinstance(key, str) and len(key) <= 60 and key.isascii() and key.isprintable() else short_repr(key)
 
 
 def _check_depth(values: Any, path: Path) -> None:

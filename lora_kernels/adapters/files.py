@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError, LoraConfig
 from lora_kernels.adapters.foreign import PREFIX, what_is_there
+from lora_kernels.adapters.inits import as_plain_lora, check_init, drawn_init, init_kinds, refuse_drawn_init
 from lora_kernels.adapters.inject import (
+    Base,
     Layer,
     adapter_layers,
     build_layers,
@@ -40,9 +42,7 @@ from lora_kernels.adapters.storage import CONFIG_NAME, WEIGHTS_NAME, open_togeth
 from lora_kernels.adapters.targets import Selection, select_targets
 from lora_kernels.adapters.weights import Slot, check_finite, read_tensors
 from lora_kernels.nn import DoRALinear, LoRAEmbedding
-from lora_kernels.nn.base import initial_scaling
-
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+from lora_kernels.nn.base import check_flag, initial_scaling
 
 
 def save_adapter(
@@ -58,17 +58,21 @@ def save_adapter(
     `config` is needed only if the layers were put in by hand rather than by inject_adapter or
     load_adapter. Saved are the adapters, the biases that `config.bias` names, the modules to save
     and, with `save_embedding_layers` (say after a resize of the vocabulary), the base weights of
-    the input and output embeddings.
+    the input and output embeddings. Layers that began with "pissa_niter_N" are saved as plain LoRA
+    of twice the rank (PEFT's path_initial_model_for_weight_conversion): their base weight depends
+    on random numbers, and only so can the file be read on the plain base.
 
     Both files are replaced as one step: whatever fails, and also if the process is killed, a whole
     older adapter or the new one is there, for a reader or another writer at the same time, too.
     What else the folder holds stays.
 
     Raises:
+        TypeError: save_embedding_layers is not True or False.
         AdapterError: there is no adapter, `config` does not describe it, or a weight is not finite
             (a ValueError).
         OSError: the files cannot be written.
     """
+    check_flag("save_adapter", "save_embedding_layers", save_embedding_layers)
     model = uncompiled_model(model)
     refuse_peft(model)
     layers = adapter_layers(model)
@@ -86,6 +90,8 @@ def save_adapter(
         for key, slot in slots.items()
         if slot.role == "own" or (slot.role == "base" and save_embedding_layers)
     }
+    if any(drawn_init(layer) for layer in layers.values()):
+        config, selection = as_plain_lora(layers, tensors, config, selection)
     for key, tensor in tensors.items():
         check_finite(key, tensor, "save_adapter")
     rescaled = [n for n, layer in layers.items() if not math.isclose(layer.scaling, _scaling(layer), rel_tol=1e-6)]
@@ -122,9 +128,12 @@ def load_adapter(
     Returns the names of the adapted modules.
 
     Raises:
+        TypeError: a flag is not True or False.
         AdapterError: a file is missing, damaged, foreign or does not fit the model; the message
             names the file and the tensor (a ValueError).
     """
+    check_flag("load_adapter", "is_trainable", is_trainable)
+    check_flag("load_adapter", "load_embedding_layers", load_embedding_layers)
     model = uncompiled_model(model)
     refuse_peft(model)
     folder = Path(directory)
@@ -135,6 +144,7 @@ def load_adapter(
         try:
             selection = select_targets(model, config, strict=False)
             if layers:
+                refuse_drawn_init(config, layers)
                 _check_layers(layers, selection, config)
                 _check_unmerged(layers)
                 _check_rest(getattr(model, "_lora_config", None), selection, config)
@@ -145,6 +155,7 @@ def load_adapter(
             raise AdapterError(f"{folder / CONFIG_NAME}: {error}") from error
         slots = slots_of(model, selection, config)
         tensors = read_tensors(path, slots, weights_file)
+    base = Base.of(model, selection, config.bias)
     with torch.random.fork_rng(devices=[]), ExitStack() as undo:
         new: dict[str, nn.Module] = {}
         if not layers:
@@ -171,7 +182,7 @@ def load_adapter(
             for target, value in writes:
                 target.copy_(value)
             if not layers:
-                finish_model(model, selection, config, undo, trainable=is_trainable)
+                finish_model(model, selection, config, base, undo, trainable=is_trainable)
             act()
             undo.pop_all()
     return [target.name for target in selection.targets]
@@ -254,6 +265,7 @@ def _check_layers(layers: dict[str, Layer], selection: Selection, config: LoraCo
             ("lora_alpha", target.lora_alpha, layer.lora_alpha),
             ("use_rslora", config.use_rslora, layer.use_rslora),
             ("use_dora", config.use_dora, isinstance(layer, DoRALinear)),
+            ("init_lora_weights", *init_kinds(config, layer)),
         ]
         for field, asked, found in pairs:
             if asked != found:
@@ -276,14 +288,3 @@ def _check_unmerged(layers: dict[str, Layer]) -> None:
 
 def _scaling(layer: Layer) -> float:
     return initial_scaling(layer.lora_alpha, layer.r, layer.use_rslora)
-
-
-def check_init(config: LoraConfig) -> None:
-    init = str(config.init_lora_weights)
-    if init.startswith(_CHANGES_BASE):
-        raise AdapterError(
-            f"init_lora_weights={init!r} means that the adapter belongs to base weights which its"
-            " initialisation changed, and loading changes none. Either repeat it, with inject_adapter(model,"
-            " LoraConfig.from_pretrained(directory)) and then load_adapter, or let PEFT convert the adapter"
-            " (path_initial_model_for_weight_conversion)"
-        )

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError, LoraConfig
-from lora_kernels.adapters.files import check_init, open_adapter, slots_of
+from lora_kernels.adapters.files import open_adapter, slots_of
 from lora_kernels.adapters.foreign import PREFIX
+from lora_kernels.adapters.inits import check_init
 from lora_kernels.adapters.inject import first_names, uncompiled_model
 from lora_kernels.adapters.storage import CONFIG_NAME, WEIGHTS_NAME
 from lora_kernels.adapters.targets import Target, select_targets

@@ -66,6 +66,10 @@ def signalled_at(line, call):
         ended = False
     finally:
         sys.settrace(None)
+    # where a step's own end was cut short its handler may stay, and must do what the old one did
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return ended, seen
 
 
@@ -94,7 +98,6 @@ def interrupts(case, folder, stride):
         assert not ended or found == after
         outcomes["before" if found == before else "after"] += 1
     assert outcomes["before"] > 10
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("case", CALLS)
