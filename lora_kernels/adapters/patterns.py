@@ -20,6 +20,7 @@ except ImportError:  # Python 3.10
 _MAX_PATTERN = 16_384
 _IGNORECASE, _UNICODE = 2, 32
 _FIRST_STEPS, _STEPS_PER_NAME = 200_000, 2_000
+_STEPS_PER_PATTERN, _STEPS_PER_CHARACTER = 60, 3
 """What the patterns of one configuration may cost together: a fifth of a second, and two
 milliseconds for each name. Real ones take tens of steps, a list of module names one each."""
 
@@ -49,8 +50,8 @@ class Budget:
             self._names.add(name)
             self._left += _STEPS_PER_NAME
 
-    def spend(self, where: str) -> None:
-        self._left -= 1
+    def spend(self, where: str, steps: int = 1) -> None:
+        self._left -= steps
         if self._left < 0:
             raise AdapterError(f"{where}: takes too long to match, with the other patterns of the configuration")
 
@@ -72,6 +73,7 @@ class NamePattern:
         self.where = f"{field}={short_repr(pattern)}"
         if len(pattern) > _MAX_PATTERN:
             raise AdapterError(f"{self.where}: a pattern may have {_MAX_PATTERN} characters, found {len(pattern)}")
+        self._budget.spend(self.where, _STEPS_PER_PATTERN + _STEPS_PER_CHARACTER * len(pattern))
         try:
             parsed = _parser.parse(pattern)
             self._check_supported(parsed)
@@ -83,26 +85,28 @@ class NamePattern:
             raise AdapterError(f"{self.where}: of the inline flags only (?i) is supported")
         self._parsed = parsed
         self._ignore_case = bool(parsed.state.flags & _IGNORECASE)
-        self._chunk = self._longest_chunk()
+        self._pieces = self._literal_pieces()
 
-    def _longest_chunk(self) -> tuple[int, str] | None:
-        """Of a pattern of literals and dots, as module names are: its longest piece of literals,
-        with how far before the end it begins."""
-        chars = [chr(arg) if op is _constants.LITERAL else "." if op is _constants.ANY else None for op, arg in self._parsed]
-        if self._ignore_case or not chars or None in chars:
-            return None
+    def _literal_pieces(self) -> list[tuple[int, str]]:
+        """Of a pattern of literals and dots, as module names are: its pieces of literals, each with
+        how far before the end it begins; of any other none."""
+        chars = [
+            chr(arg) if op is _constants.LITERAL else "." if op is _constants.ANY else None
+            for op, arg in self._parsed
+            if op is not _constants.AT
+        ]
+        if self._ignore_case or None in chars:
+            return []
         pieces, start = [], 0
         for piece in "".join(map(str, chars)).split("."):
             pieces.append((len(chars) - start, piece))
             start += len(piece) + 1
-        return max(pieces, key=lambda each: len(each[1]))
+        return pieces[::-1]
 
     def _cannot_end(self, name: str) -> bool:
         """Whether no match can end where `name` does; if False, one may."""
-        if self._chunk is None:
-            return False
-        before, piece = self._chunk
-        return before > len(name) or not name.startswith(piece, len(name) - before)
+        size = len(name)
+        return any(before > size or not name.startswith(piece, size - before) for before, piece in self._pieces)
 
     def fullmatch(self, name: str) -> bool:
         """Whether the pattern matches all of `name`."""

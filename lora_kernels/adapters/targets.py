@@ -61,6 +61,8 @@ def select_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True)
     heads = _HEADS.get(config.task_type or "", ())
     saving = tuple(dict.fromkeys((*(config.modules_to_save or ()), *heads)))
     saving_names, budget = _Ends(saving), Budget()
+    for name in names:
+        budget.add_name(name)
     saved = _outermost([n for n, _ in model.named_modules(remove_duplicate=False) if n and saving_names.end(n)])
     targeted = _Matcher(wanted, "target_modules", budget)
     excluded = _Matcher(config.exclude_modules or [], "exclude_modules", budget)

@@ -148,7 +148,13 @@ class LoRAEmbedding(AdapterLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Gives the adapter its first values; the base weight stays. For layers made on the meta
-        device: after `to_empty`."""
+        device: after `to_empty`.
+
+        Raises:
+            RuntimeError: the layer is merged.
+        """
+        if self.merged:
+            raise RuntimeError(f"{self._class_name()}: reset_parameters() on a merged layer; call unmerge() first")
         a, b = embedding_factors(self._init, self.r, self.weight)
         self.lora_embedding_A.copy_(a)
         self.lora_embedding_B.copy_(b)
