@@ -43,6 +43,7 @@ from lora_kernels.adapters.targets import Selection, select_targets
 from lora_kernels.adapters.weights import Slot, check_finite, read_tensors
 from lora_kernels.nn import DoRALinear, LoRAEmbedding
 from lora_kernels.nn.base import check_flag, initial_scaling
+from lora_kernels.nn.snapshot import changing
 
 
 def save_adapter(
@@ -177,7 +178,7 @@ def load_adapter(
                 raise AdapterError(
                     f"{path}: {key} differs from the base weight of the model; load_embedding_layers=True takes it"
                 )
-        with uninterrupted() as act, undo, torch.no_grad():
+        with uninterrupted() as act, undo, torch.no_grad(), changing(*layers.values()):
             install_modules(model, new, undo)
             for target, value in writes:
                 target.copy_(value)
