@@ -2,7 +2,16 @@
 
 from lora_kernels import nn
 from lora_kernels._version import __version__
-from lora_kernels.adapters import AdapterError, LoraConfig, inject_adapter, load_adapter, save_adapter
+from lora_kernels.adapters import (
+    AdapterError,
+    LoraConfig,
+    adapter_disabled,
+    inject_adapter,
+    load_adapter,
+    merge_and_unload,
+    save_adapter,
+    unload,
+)
 from lora_kernels.integrations import FuseReport, fuse, refresh, unfuse, warm_up
 from lora_kernels.ops import (
     FallbackWarning,
@@ -28,6 +37,7 @@ __all__ = [
     "LoraConfig",
     "Member",
     "__version__",
+    "adapter_disabled",
     "dora_linear",
     "explain",
     "fuse",
@@ -35,6 +45,7 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "lora_linear_group",
+    "merge_and_unload",
     "merged_weight",
     "multi_lora",
     "multi_lora_add_",
@@ -42,6 +53,7 @@ __all__ = [
     "refresh",
     "save_adapter",
     "unfuse",
+    "unload",
     "use_backend",
     "warm_up",
     "weight_norm",

@@ -1,11 +1,10 @@
 """The configuration of a LoRA adapter, in the words and the JSON of PEFT (adapter_config.json)."""
 
 import json
+import math
 import operator
 import os
 import re
-import stat
-import uuid
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -13,7 +12,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-CONFIG_NAME = "adapter_config.json"
+from lora_kernels.adapters.storage import CONFIG_NAME, AdapterError, open_together, write_together
+
 MAX_RANK = 4096
 """Above any rank in use; a mistyped one must not allocate gigabytes."""
 
@@ -39,10 +39,6 @@ _KEPT = (
     "revision",
 )
 _DROPPED = ("peft_type", "runtime_config")
-
-
-class AdapterError(ValueError):
-    """An adapter's configuration, files and model do not fit together; nothing was changed."""
 
 
 @dataclass(kw_only=True)
@@ -106,12 +102,10 @@ class LoraConfig:
         self.layers_pattern = _check_names("layers_pattern", self.layers_pattern, one=True)
         saved = _check_names("modules_to_save", self.modules_to_save, one=False)
         self.modules_to_save = saved if isinstance(saved, list) else None
-        self.rank_pattern = {
-            k: _check_rank(f"rank_pattern[{k!r}]", v) for k, v in _pattern_items("rank_pattern", self.rank_pattern)
-        }
-        self.alpha_pattern = {
-            k: _check_alpha(f"alpha_pattern[{k!r}]", v) for k, v in _pattern_items("alpha_pattern", self.alpha_pattern)
-        }
+        ranks = _pattern_items("rank_pattern", self.rank_pattern)
+        self.rank_pattern = {k: _check_rank(f"rank_pattern[{short_repr(k)}]", v) for k, v in ranks}
+        alphas = _pattern_items("alpha_pattern", self.alpha_pattern)
+        self.alpha_pattern = {k: _check_alpha(f"alpha_pattern[{short_repr(k)}]", v) for k, v in alphas}
         self._check_layers()
         if self.task_type is not None:
             self.task_type = str(getattr(self.task_type, "value", self.task_type))
@@ -169,7 +163,7 @@ class LoraConfig:
                 extra[key] = value
             elif key not in _DROPPED:
                 raise AdapterError(
-                    f"LoraConfig: {key}={short_repr(value)} asks for something these layers do not do"
+                    f"LoraConfig: {short_key(key)}={short_repr(value)} asks for something these layers do not do"
                     " (if it does not change what the adapter computes, remove the key)"
                 )
         return cls(**known, extra=extra)
@@ -183,12 +177,16 @@ class LoraConfig:
             AdapterError: the file is missing, too large, not JSON, or its content is refused; the
                 message names it.
         """
-        path = Path(directory) / CONFIG_NAME
-        file, size = open_file(path)
-        with file:
-            if size > _MAX_CONFIG_BYTES:
-                raise AdapterError(f"{path}: must be at most {_MAX_CONFIG_BYTES} bytes, found {size}")
-            values = parse_object(file.read(size), path)
+        with open_together(Path(directory), [CONFIG_NAME]) as [(file, size)]:
+            return cls.from_file(file, size, Path(directory) / CONFIG_NAME, also)
+
+    @classmethod
+    def from_file(cls, file: BufferedReader, size: int, path: Path, also: Container[str] = ()) -> "LoraConfig":
+        """Reads an open adapter_config.json of `size` bytes, which errors call `path`; as
+        from_pretrained."""
+        if size > _MAX_CONFIG_BYTES:
+            raise AdapterError(f"{path}: must be at most {_MAX_CONFIG_BYTES} bytes, found {size}")
+        values = parse_object(file.read(size), path)
         _check_depth(values, path)
         try:
             return cls.from_dict(values, also)
@@ -197,51 +195,11 @@ class LoraConfig:
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes adapter_config.json, in one step, so that a reader never sees half a file."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_files({directory / CONFIG_NAME: self.to_json()})
+        write_together(Path(directory), {CONFIG_NAME: self.to_json()})
 
     def to_json(self) -> bytes:
         # keys of the patterns keep their order, which decides between two that match
         return (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode()
-
-
-def open_file(path: Path) -> tuple[BufferedReader, int]:
-    """Opens a regular file, never a pipe or a device, for reading; returns it with its size."""
-    try:
-        # without O_NONBLOCK the opening of a pipe waits for its writer
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        file = os.fdopen(os.open(path, flags), "rb")
-    except OSError as error:
-        raise AdapterError(f"{path}: cannot be read: {error.strerror or error}") from error
-    found = os.fstat(file.fileno())
-    if not stat.S_ISREG(found.st_mode):
-        file.close()
-        raise AdapterError(f"{path}: must be a regular file")
-    return file, found.st_size
-
-
-def write_files(contents: dict[Path, bytes]) -> None:
-    """Writes all files beside their places, then renames each: a place holds the old file, the new
-    one, or none.
-
-    The last is taken away before the others are replaced, so that it never stands beside files it
-    does not belong to.
-    """
-    staged = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}") for path in contents}
-    try:
-        for path, content in contents.items():
-            with staged[path].open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        if len(contents) > 1:
-            list(contents)[-1].unlink(missing_ok=True)
-        for path in contents:
-            staged[path].replace(path)
-    finally:
-        for path in staged.values():
-            path.unlink(missing_ok=True)
 
 
 def parse_object(text: bytes, path: Path) -> dict[str, Any]:
@@ -257,8 +215,19 @@ def parse_object(text: bytes, path: Path) -> dict[str, Any]:
     def refuse_constant(constant: str) -> None:
         raise AdapterError(f"{path}: {constant} is not JSON")
 
+    def finite(number: str) -> float:
+        value = float(number)
+        if not math.isfinite(value):
+            raise AdapterError(f"{path}: {short_key(number)} is beyond the range of numbers")
+        return value
+
     try:
-        values = json.loads(text.decode("utf-8"), object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant)
+        values = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=refuse_duplicates,
+            parse_constant=refuse_constant,
+            parse_float=finite,
+        )
     except RecursionError as error:
         raise AdapterError(f"{path}: JSON is nested too deeply") from error
     except AdapterError:
@@ -276,6 +245,11 @@ def short_repr(value: Any) -> str:
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def short_key(key: Any) -> str:
+    """A key for error messages: as it is, if it is a plain and short one."""
+    return key if isinstance(key, str) and len(key) <= 60 and key.isascii() and key.isprintable() else short_repr(key)
 
 
 def _check_depth(values: Any, path: Path) -> None:

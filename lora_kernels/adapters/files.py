@@ -7,8 +7,9 @@ model before a tensor is allocated or anything in the model is touched.
 import math
 import os
 import warnings
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -17,51 +18,32 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lora_kernels.adapters.config import (
-    CONFIG_NAME,
-    AdapterError,
-    LoraConfig,
-    open_file,
-    parse_object,
-    short_repr,
-    write_files,
-)
+from lora_kernels.adapters.config import AdapterError, LoraConfig
+from lora_kernels.adapters.foreign import PREFIX, what_is_there
+from lora_kernels.adapters.inits import as_plain_lora, check_init, drawn_init, init_kinds, refuse_drawn_init
 from lora_kernels.adapters.inject import (
+    Base,
     Layer,
     adapter_layers,
     build_layers,
     check_targets,
     copies_to_train,
+    finish_model,
     first_names,
     install_modules,
+    put_back,
     refuse_peft,
     resolved,
-    set_trainable,
     trained_biases,
     uncompiled_model,
 )
+from lora_kernels.adapters.interrupts import uninterrupted
+from lora_kernels.adapters.storage import CONFIG_NAME, WEIGHTS_NAME, open_together, write_together
 from lora_kernels.adapters.targets import Selection, select_targets
+from lora_kernels.adapters.weights import Slot, check_finite, read_tensors
 from lora_kernels.nn import DoRALinear, LoRAEmbedding
-from lora_kernels.nn.base import initial_scaling
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-
-_LEAST_HEADER = 1 << 20
-_HEADER_PER_TENSOR = 256
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+from lora_kernels.nn.base import check_flag, initial_scaling
+from lora_kernels.nn.snapshot import changing
 
 
 def save_adapter(
@@ -77,14 +59,21 @@ def save_adapter(
     `config` is needed only if the layers were put in by hand rather than by inject_adapter or
     load_adapter. Saved are the adapters, the biases that `config.bias` names, the modules to save
     and, with `save_embedding_layers` (say after a resize of the vocabulary), the base weights of
-    the input and output embeddings. Each file is replaced in one step; if anything fails, a
-    complete older adapter, or none, is in its place.
+    the input and output embeddings. Layers that began with "pissa_niter_N" are saved as plain LoRA
+    of twice the rank (PEFT's path_initial_model_for_weight_conversion): their base weight depends
+    on random numbers, and only so can the file be read on the plain base.
+
+    Both files are replaced as one step: whatever fails, and also if the process is killed, a whole
+    older adapter or the new one is there, for a reader or another writer at the same time, too.
+    What else the folder holds stays.
 
     Raises:
+        TypeError: save_embedding_layers is not True or False.
         AdapterError: there is no adapter, `config` does not describe it, or a weight is not finite
             (a ValueError).
         OSError: the files cannot be written.
     """
+    check_flag("save_adapter", "save_embedding_layers", save_embedding_layers)
     model = uncompiled_model(model)
     refuse_peft(model)
     layers = adapter_layers(model)
@@ -102,6 +91,8 @@ def save_adapter(
         for key, slot in slots.items()
         if slot.role == "own" or (slot.role == "base" and save_embedding_layers)
     }
+    if any(drawn_init(layer) for layer in layers.values()):
+        config, selection = as_plain_lora(layers, tensors, config, selection)
     for key, tensor in tensors.items():
         check_finite(key, tensor, "save_adapter")
     rescaled = [n for n, layer in layers.items() if not math.isclose(layer.scaling, _scaling(layer), rel_tol=1e-6)]
@@ -112,9 +103,8 @@ def save_adapter(
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"save_adapter: {folder} must be a directory")
-    folder.mkdir(parents=True, exist_ok=True)
     weights = save(tensors, metadata={"format": "pt"})
-    write_files({folder / WEIGHTS_NAME: weights, folder / CONFIG_NAME: resolved(config, selection).to_json()})
+    write_together(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: resolved(config, selection).to_json()})
 
 
 def load_adapter(
@@ -139,33 +129,34 @@ def load_adapter(
     Returns the names of the adapted modules.
 
     Raises:
+        TypeError: a flag is not True or False.
         AdapterError: a file is missing, damaged, foreign or does not fit the model; the message
             names the file and the tensor (a ValueError).
     """
+    check_flag("load_adapter", "is_trainable", is_trainable)
+    check_flag("load_adapter", "load_embedding_layers", load_embedding_layers)
     model = uncompiled_model(model)
     refuse_peft(model)
     folder = Path(directory)
-    if not folder.is_dir():
-        raise AdapterError(f"{folder}: is not a directory (adapters are read from disk, never downloaded)")
     path = folder / WEIGHTS_NAME
-    pickle = folder / "adapter_model.bin"
-    if not path.exists() and pickle.exists():
-        raise AdapterError(f"{pickle}: is a pickle, which can run code when read; save the adapter as safetensors")
-    config = LoraConfig.from_pretrained(folder)
     layers = adapter_layers(model)
-    try:
-        selection = select_targets(model, config, strict=False)
-        if layers:
-            _check_layers(layers, selection, config)
-            _check_unmerged(layers)
-            _check_rest(getattr(model, "_lora_config", None), selection, config)
-        else:
-            check_init(config)
-            check_targets(model, selection, config)
-    except AdapterError as error:
-        raise AdapterError(f"{folder / CONFIG_NAME}: {error}") from error
-    slots = slots_of(model, selection, config)
-    tensors = read_tensors(path, slots)
+    with open_adapter(folder) as (config_file, weights_file):
+        config = LoraConfig.from_file(*config_file, folder / CONFIG_NAME)
+        try:
+            selection = select_targets(model, config, strict=False)
+            if layers:
+                refuse_drawn_init(config, layers)
+                _check_layers(layers, selection, config)
+                _check_unmerged(layers)
+                _check_rest(getattr(model, "_lora_config", None), selection, config)
+            else:
+                check_init(config)
+                check_targets(model, selection, config)
+        except AdapterError as error:
+            raise AdapterError(f"{folder / CONFIG_NAME}: {error}") from error
+        slots = slots_of(model, selection, config)
+        tensors = read_tensors(path, slots, weights_file)
+    base = Base.of(model, selection, config.bias)
     with torch.random.fork_rng(devices=[]), ExitStack() as undo:
         new: dict[str, nn.Module] = {}
         if not layers:
@@ -181,33 +172,38 @@ def load_adapter(
             check_finite(key, value, f"{path} as {target.dtype}")
             if slot.role == "own" or load_embedding_layers:
                 writes.append((target, value))
+                if slot.owner not in new:
+                    undo.callback(put_back, target, target.data, target.detach().clone())
             elif not torch.equal(target, value):
                 raise AdapterError(
                     f"{path}: {key} differs from the base weight of the model; load_embedding_layers=True takes it"
                 )
-        install_modules(model, new, undo)
-        undo.pop_all()
-    with torch.no_grad():
-        for target, value in writes:
-            target.copy_(value)
-    if not layers:
-        set_trainable(model, selection, config.bias, is_trainable)
-        model._lora_config = resolved(config, selection)  # type: ignore[assignment]
+        with uninterrupted() as act, undo, torch.no_grad(), changing(*layers.values()):
+            install_modules(model, new, undo)
+            for target, value in writes:
+                target.copy_(value)
+            if not layers:
+                finish_model(model, selection, config, base, undo, trainable=is_trainable)
+            act()
+            undo.pop_all()
     return [target.name for target in selection.targets]
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where one tensor of the file belongs."""
+@contextmanager
+def open_adapter(folder: Path) -> Iterator[list[tuple[BufferedReader, int]]]:
+    """Opens the configuration and the weights of one save, each with its size.
 
-    owner: str
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype | None = None
-    """None: any floating dtype."""
-    role: str = "own"
-    """"own": the adapter's, must be there; "base": a base weight that PEFT may repeat; "ignored":
-    PEFT may write it."""
+    Raises:
+        AdapterError: one is missing or cannot be read; the message says what is there instead.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: is not a directory (adapters are read from disk, never downloaded)")
+    with ExitStack() as stack:
+        try:
+            files = stack.enter_context(open_together(folder, (CONFIG_NAME, WEIGHTS_NAME)))
+        except AdapterError as error:
+            raise AdapterError(f"{error}{what_is_there(folder)}") from error
+        yield files
 
 
 def slots_of(model: nn.Module, selection: Selection, config: LoraConfig) -> dict[str, Slot]:
@@ -276,6 +272,7 @@ def _check_layers(layers: dict[str, Layer], selection: Selection, config: LoraCo
             ("lora_alpha", target.lora_alpha, layer.lora_alpha),
             ("use_rslora", config.use_rslora, layer.use_rslora),
             ("use_dora", config.use_dora, isinstance(layer, DoRALinear)),
+            ("init_lora_weights", *init_kinds(config, layer)),
         ]
         for field, asked, found in pairs:
             if asked != found:
@@ -298,107 +295,3 @@ def _check_unmerged(layers: dict[str, Layer]) -> None:
 
 def _scaling(layer: Layer) -> float:
     return initial_scaling(layer.lora_alpha, layer.r, layer.use_rslora)
-
-
-def check_init(config: LoraConfig) -> None:
-    init = str(config.init_lora_weights)
-    if init.startswith(_CHANGES_BASE):
-        raise AdapterError(
-            f"init_lora_weights={init!r} means that the adapter belongs to base weights which its"
-            " initialisation changed, and loading changes none. Either repeat it, with inject_adapter(model,"
-            " LoraConfig.from_pretrained(directory)) and then load_adapter, or let PEFT convert the adapter"
-            " (path_initial_model_for_weight_conversion)"
-        )
-
-
-def check_finite(key: str, tensor: Tensor, where: str) -> None:
-    if tensor.is_floating_point():
-        wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if wrong:
-            raise AdapterError(f"{where}: {key} has {wrong} of {tensor.numel()} values that are not finite")
-
-
-def read_tensors(path: Path, slots: dict[str, Slot]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, which must be those of `slots`; nothing is allocated
-    before that is known."""
-    file, size = open_file(path)
-    with file:
-        header, start = _read_header(file, size, path, slots)
-        spans = {key: _byte_range(key, entry, path) for key, entry in header.items() if key != "__metadata__"}
-        _check_spans(spans, size - start, path)
-        for key, slot in slots.items():
-            if key in header:
-                _check_entry(key, header[key], slot, path)
-        data = bytearray(size - start)
-        if file.readinto(data) != len(data):
-            raise AdapterError(f"{path}: became shorter while it was read")
-    raw = torch.frombuffer(data, dtype=torch.uint8)
-    tensors = {}
-    for key, (begin, end) in spans.items():
-        tensor = raw[begin:end].clone().view(_DTYPES[header[key]["dtype"]]).reshape(header[key]["shape"])
-        check_finite(key, tensor, str(path))
-        if slots[key].role != "ignored":
-            tensors[key] = tensor
-    return tensors
-
-
-def _read_header(file: BufferedReader, size: int, path: Path, slots: dict[str, Slot]) -> tuple[dict[str, Any], int]:
-    length = int.from_bytes(file.read(8), "little")
-    limit = max(_LEAST_HEADER, sum(len(key) + _HEADER_PER_TENSOR for key in slots))
-    if size < 10 or length > size - 8:
-        raise AdapterError(f"{path}: is truncated or not safetensors: the header takes {length} bytes of {size}")
-    if length > limit:
-        raise AdapterError(f"{path}: the header may take {limit} bytes, found {length}")
-    header = parse_object(file.read(length), path)
-    metadata = header.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise AdapterError(f"{path}: __metadata__ must map strings to strings")
-    keys = header.keys() - {"__metadata__"}
-    foreign = sorted(keys - slots.keys())
-    if foreign:
-        raise AdapterError(
-            f"{path}: {len(foreign)} tensors do not belong to this adapter: {first_names(map(short_repr, foreign))}"
-        )
-    missing = sorted(key for key, slot in slots.items() if slot.role == "own" and key not in keys)
-    if missing:
-        raise AdapterError(f"{path}: {len(missing)} tensors are missing: {first_names(missing)}")
-    return header, 8 + length
-
-
-def _byte_range(key: str, entry: Any, path: Path) -> tuple[int, int]:
-    """Checks one header entry; returns where its bytes are."""
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise AdapterError(f"{path}: {key} must have dtype, shape and data_offsets, found {short_repr(entry)}")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise AdapterError(f"{path}: {key} has the dtype {short_repr(dtype)}; known are {', '.join(_DTYPES)}")
-    for values, count in ((shape, 8), (offsets, 2)):
-        numbers = isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
-        if not numbers or len(values) > count or (values is offsets and len(values) != 2):
-            raise AdapterError(f"{path}: {key} has a damaged entry {short_repr(entry)}")
-    begin, end = offsets
-    wanted = math.prod(shape) * _DTYPES[dtype].itemsize
-    if end - begin != wanted:
-        raise AdapterError(f"{path}: {key} with {dtype} {shape} takes {wanted} bytes, data_offsets give {end - begin}")
-    return begin, end
-
-
-def _check_spans(spans: dict[str, tuple[int, int]], size: int, path: Path) -> None:
-    """Raises unless the tensors fill the data exactly, without gap or overlap."""
-    reached = 0
-    for key, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
-        if begin != reached:
-            kind = "overlaps" if begin < reached else "leaves a gap after"
-            raise AdapterError(f"{path}: {key} {kind} the tensor before it: it begins at {begin}, not {reached}")
-        reached = end
-    if reached != size:
-        raise AdapterError(f"{path}: is truncated or damaged: the tensors take {reached} bytes of data, found {size}")
-
-
-def _check_entry(key: str, entry: dict[str, Any], slot: Slot, path: Path) -> None:
-    dtype = _DTYPES[entry["dtype"]]
-    if (slot.dtype or dtype) is not dtype or (slot.dtype is None and not dtype.is_floating_point):
-        wanted = slot.dtype or "floating"
-        raise AdapterError(f"{path}: {key} must be {wanted}, found {dtype}")
-    if entry["shape"] != list(slot.shape):
-        raise AdapterError(f"{path}: {key} must have shape {list(slot.shape)}, found {entry['shape']}")

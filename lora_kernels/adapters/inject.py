@@ -3,31 +3,43 @@
 import copy
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError, LoraConfig
+from lora_kernels.adapters.interrupts import uninterrupted
 from lora_kernels.adapters.targets import Selection, Target, select_targets
 from lora_kernels.nn import DoRALinear, LoRAEmbedding, LoRALinear
+from lora_kernels.nn.base import HOOKS
+from lora_kernels.nn.embedding import is_scaled_embedding
 from lora_kernels.nn.passed_over import fast_paths, is_off_fast_path, leave_fast_path, restore_fast_path
 from lora_kernels.ops.lora_linear.op import FLOATS
 
 Layer = LoRALinear | LoRAEmbedding
 ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B")
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
+
+@dataclass(frozen=True)
+class Base:
+    """Of a model before it got its adapter: what training may change or replaces."""
+
+    saved: dict[str, nn.Module]
+    """The modules whose copies are trained (modules_to_save), by name."""
+    biases: dict[str, Tensor]
+    """Copies of the biases that belong to the adapter, by name."""
+    trained: frozenset[str]
+    """The parameters that required grad."""
+
+    @classmethod
+    def of(cls, model: nn.Module, selection: Selection, bias: str) -> "Base":
+        return cls(
+            {name: model.get_submodule(name) for name in selection.saved},
+            {name: b.detach().clone() for name, b in trained_biases(model, selection, bias).items()},
+            frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad),
+        )
 
 
 def inject_adapter(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -62,12 +74,27 @@ def inject_adapter(model: nn.Module, config: LoraConfig) -> list[str]:
         raise AdapterError(f"inject_adapter: init_lora_weights={config.init_lora_weights!r} is not supported")
     selection = select_targets(model, config)
     check_targets(model, selection, config)
+    base = Base.of(model, selection, config.bias)
     with ExitStack() as undo:
-        install_modules(model, build_layers(model, selection, config, undo) | copies_to_train(model, selection), undo)
-        undo.pop_all()
-    set_trainable(model, selection, config.bias)
-    model._lora_config = resolved(config, selection)  # type: ignore[assignment]
+        new = build_layers(model, selection, config, undo) | copies_to_train(model, selection)
+        with uninterrupted() as act, undo:
+            install_modules(model, new, undo)
+            finish_model(model, selection, config, base, undo, trainable=True)
+            act()
+            undo.pop_all()
     return [target.name for target in selection.targets]
+
+
+def finish_model(
+    model: nn.Module, selection: Selection, config: LoraConfig, base: Base, undo: ExitStack, *, trainable: bool
+) -> None:
+    """Freezes what is not to be trained, and gives the model its configuration; `build_layers` has
+    told `undo` what required grad before."""
+    for name in ("_lora_config", "_lora_base"):
+        undo.callback(_put_back_attribute, model, name, vars(model).get(name))
+    model._lora_base = base  # type: ignore[assignment]
+    set_trainable(model, selection, config.bias, trainable)
+    model._lora_config = resolved(config, selection)  # type: ignore[assignment]
 
 
 def uncompiled_model(model: nn.Module) -> nn.Module:
@@ -130,7 +157,8 @@ def _refusal(module: nn.Module, parent: nn.Module, config: LoraConfig) -> str | 
         return "transformers' Conv1D stores its weight transposed and is not supported; PEFT with fuse(model) runs it"
     else:
         return f"is a {class_name}; only nn.Linear and nn.Embedding can take an adapter"
-    if type(module).forward is not plain.forward or "forward" in vars(module):
+    scaled = is_scaled_embedding(module)
+    if (type(module).forward is not plain.forward and not scaled) or "forward" in vars(module):
         return f"{class_name} computes in its own way, which the adapter's layer would replace"
     weight = module._parameters.get("weight")
     if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
@@ -150,9 +178,9 @@ def build_layers(model: nn.Module, selection: Selection, config: LoraConfig, und
     for target in selection.targets:
         module = model.get_submodule(target.name)
         if changes_base and isinstance(module, nn.Linear):
-            undo.callback(_put_back, module.weight, module.weight.data, module.weight.detach().clone())
+            undo.callback(put_back, module.weight, module.weight.data, module.weight.detach().clone())
         new[target.name] = _adapter_layer(module, target, config)
-        for hooks in _HOOKS:
+        for hooks in HOOKS:
             setattr(new[target.name], hooks, getattr(module, hooks))
     return new
 
@@ -178,10 +206,8 @@ def install_modules(model: nn.Module, new: dict[str, nn.Module], undo: ExitStack
     """Puts the new modules in the places of the old ones; an encoder that would read their weights
     past them calls them from now on."""
     for name, module in new.items():
-        parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        undo.callback(setattr, owner, child, getattr(owner, child))
-        setattr(owner, child, module)
+        undo.callback(install_module, model, name, model.get_submodule(name))
+        install_module(model, name, module)
     layers = set(new.values())
     for encoder in fast_paths(model, lambda module: module in layers).values():
         if not is_off_fast_path(encoder):
@@ -222,8 +248,19 @@ def trained_biases(model: nn.Module, selection: Selection, bias: str) -> dict[st
     return found
 
 
+def install_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _put_back_attribute(model: nn.Module, name: str, value: Any) -> None:
+    vars(model).pop(name, None)
+    if value is not None:
+        vars(model)[name] = value
+
+
 @torch.no_grad()
-def _put_back(parameter: torch.Tensor, data: torch.Tensor, value: torch.Tensor) -> None:
+def put_back(parameter: Tensor, data: Tensor, value: Tensor) -> None:
     parameter.data = data
     parameter.copy_(value)
 

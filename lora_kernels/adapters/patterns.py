@@ -20,8 +20,9 @@ except ImportError:  # Python 3.10
 _MAX_PATTERN = 16_384
 _IGNORECASE, _UNICODE = 2, 32
 _FIRST_STEPS, _STEPS_PER_NAME = 200_000, 2_000
-"""What one pattern may cost: a fifth of a second, and a millisecond for each name. Real ones take
-tens of steps."""
+_STEPS_PER_PATTERN, _STEPS_PER_CHARACTER = 60, 3
+"""What the patterns of one configuration may cost together: a fifth of a second, and two
+milliseconds for each name. Real ones take tens of steps, a list of module names one each."""
 
 _CATEGORIES = {
     _constants.CATEGORY_DIGIT: str.isdecimal,
@@ -37,6 +38,24 @@ _ASSERTS = (_constants.ASSERT, _constants.ASSERT_NOT)
 _OTHERS = (_constants.BRANCH, _constants.SUBPATTERN, _constants.AT)
 
 
+class Budget:
+    """The steps that are left for all patterns of one configuration."""
+
+    def __init__(self) -> None:
+        self._left = _FIRST_STEPS
+        self._names: set[str] = set()
+
+    def add_name(self, name: str) -> None:
+        if name not in self._names:
+            self._names.add(name)
+            self._left += _STEPS_PER_NAME
+
+    def spend(self, where: str, steps: int = 1) -> None:
+        self._left -= steps
+        if self._left < 0:
+            raise AdapterError(f"{where}: takes too long to match, with the other patterns of the configuration")
+
+
 class NamePattern:
     """A regular expression over module names, matched in bounded time.
 
@@ -44,15 +63,17 @@ class NamePattern:
     other than (?i).
 
     Raises:
-        AdapterError: the pattern is not valid, uses one of these, or costs too much; the message
-            names `field`.
+        AdapterError: the pattern is not valid, uses one of these, or costs too much, with the
+            others of its `budget`; the message names `field`.
     """
 
-    def __init__(self, pattern: str, field: str) -> None:
+    def __init__(self, pattern: str, field: str, budget: Budget | None = None) -> None:
         self.text = pattern
+        self._budget = budget or Budget()
         self.where = f"{field}={short_repr(pattern)}"
         if len(pattern) > _MAX_PATTERN:
             raise AdapterError(f"{self.where}: a pattern may have {_MAX_PATTERN} characters, found {len(pattern)}")
+        self._budget.spend(self.where, _STEPS_PER_PATTERN + _STEPS_PER_CHARACTER * len(pattern))
         try:
             parsed = _parser.parse(pattern)
             self._check_supported(parsed)
@@ -64,7 +85,28 @@ class NamePattern:
             raise AdapterError(f"{self.where}: of the inline flags only (?i) is supported")
         self._parsed = parsed
         self._ignore_case = bool(parsed.state.flags & _IGNORECASE)
-        self._steps = _FIRST_STEPS
+        self._pieces = self._literal_pieces()
+
+    def _literal_pieces(self) -> list[tuple[int, str]]:
+        """Of a pattern of literals and dots, as module names are: its pieces of literals, each with
+        how far before the end it begins; of any other none."""
+        chars = [
+            chr(arg) if op is _constants.LITERAL else "." if op is _constants.ANY else None
+            for op, arg in self._parsed
+            if op is not _constants.AT
+        ]
+        if self._ignore_case or None in chars:
+            return []
+        pieces, start = [], 0
+        for piece in "".join(map(str, chars)).split("."):
+            pieces.append((len(chars) - start, piece))
+            start += len(piece) + 1
+        return pieces[::-1]
+
+    def _cannot_end(self, name: str) -> bool:
+        """Whether no match can end where `name` does; if False, one may."""
+        size = len(name)
+        return any(before > size or not name.startswith(piece, size - before) for before, piece in self._pieces)
 
     def fullmatch(self, name: str) -> bool:
         """Whether the pattern matches all of `name`."""
@@ -73,7 +115,9 @@ class NamePattern:
     def matches_end(self, name: str) -> bool:
         """Whether the pattern matches all of `name` or its end after a dot, as PEFT's rank_pattern
         does."""
-        return bool(self._end_mask(name, suffix_starts(name)) >> len(name))
+        self._budget.add_name(name)
+        self._budget.spend(self.where)
+        return not self._cannot_end(name) and bool(self._end_mask(name, suffix_starts(name)) >> len(name))
 
     def match_ends(self, name: str, start: int) -> list[int]:
         """Every place in `name` where a match that begins at `start` can end."""
@@ -83,7 +127,8 @@ class NamePattern:
     def _end_mask(self, name: str, starts: int) -> int:
         self._name, self._chars = name, _char_positions(name)
         self._sets: dict[Any, int] = {}
-        self._steps += _STEPS_PER_NAME
+        self._budget.add_name(name)
+        self._budget.spend(self.where)
         try:
             return self._match_sequence(self._parsed, starts)
         except RecursionError as error:
@@ -104,9 +149,7 @@ class NamePattern:
         return starts
 
     def _match_node(self, op: Any, arg: Any, starts: int) -> int:
-        self._steps -= 1
-        if self._steps < 0:
-            raise AdapterError(f"{self.where}: takes too long to match")
+        self._budget.spend(self.where)
         if op in _CHARS:
             return (starts & self._accepted(op, arg)) << 1
         if op is _constants.SUBPATTERN:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lora_kernels.adapters.config import AdapterError, LoraConfig, short_repr
-from lora_kernels.adapters.patterns import NamePattern, suffix_starts
+from lora_kernels.adapters.patterns import Budget, NamePattern, suffix_starts
 from lora_kernels.nn import LoRALinear
 
 # what PEFT adapts when target_modules is None, by model_type
@@ -60,17 +60,20 @@ def select_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True)
     wanted = _target_modules(model, config)
     heads = _HEADS.get(config.task_type or "", ())
     saving = tuple(dict.fromkeys((*(config.modules_to_save or ()), *heads)))
-    saved = _outermost([n for n, _ in model.named_modules(remove_duplicate=False) if n and n.endswith(saving)])
-    targeted = _Matcher(wanted, "target_modules")
-    excluded = _Matcher(config.exclude_modules or [], "exclude_modules")
-    layers = _Layers(config)
+    saving_names, budget = _Ends(saving), Budget()
+    for name in names:
+        budget.add_name(name)
+    saved = _outermost([n for n, _ in model.named_modules(remove_duplicate=False) if n and saving_names.end(n)])
+    targeted = _Matcher(wanted, "target_modules", budget)
+    excluded = _Matcher(config.exclude_modules or [], "exclude_modules", budget)
+    layers = _Layers(config, budget)
     found = [
         name
         for name in names
         if targeted(name)
         and (targeted.is_full_name(name) or layers(name))
         and not excluded(name)
-        and not any(f".{m}." in f".{name}." for m in saving)
+        and not saving_names.are_part_of(name)
     ]
     if not found:
         raise AdapterError(
@@ -79,14 +82,15 @@ def select_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True)
             f"{short_repr(config.layers_to_transform)}); {_near_names(wanted, names)}"
         )
     ranks, alphas = (
-        [(NamePattern(key, field), value) for key, value in patterns.items()]
+        [(NamePattern(key, field, budget), value) for key, value in patterns.items()]
         for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
     )
     if strict:
         _check_all_match("target_modules", wanted, names)
         _check_all_match("exclude_modules", config.exclude_modules or [], names)
+        ends = {name[i:] for name in names for i in range(len(name))}
         for module in saving:
-            if module not in heads and not any(name.endswith(module) for name in names):
+            if module not in heads and module not in ends:
                 raise AdapterError(f"modules_to_save: {short_repr(module)} matches no module; {_near_names([module], names)}")
         for pattern, _ in ranks + alphas:
             if not any(map(pattern.matches_end, found)):
@@ -97,12 +101,27 @@ def select_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True)
     return Selection(targets, saved, saving, wanted)
 
 
+class _Ends:
+    """Names that select the modules whose own ends with one of them, character by character."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names, self._lengths = frozenset(names), sorted({len(name) for name in names})
+
+    def end(self, name: str) -> bool:
+        return any(name[-length:] in self._names for length in self._lengths if length <= len(name))
+
+    def are_part_of(self, name: str) -> bool:
+        """Whether one of them is some parts of `name`, between its dots."""
+        parts = name.split(".")
+        return any(".".join(parts[i:j]) in self._names for j in range(len(parts) + 1) for i in range(j))
+
+
 class _Matcher:
     """A list of names, each a whole name or its end after a dot; or one regular expression for
     whole names."""
 
-    def __init__(self, wanted: list[str] | str, field: str) -> None:
-        self._pattern = NamePattern(wanted, field) if isinstance(wanted, str) else None
+    def __init__(self, wanted: list[str] | str, field: str, budget: Budget | None = None) -> None:
+        self._pattern = NamePattern(wanted, field, budget) if isinstance(wanted, str) else None
         self._names = frozenset(() if isinstance(wanted, str) else wanted)
 
     def __call__(self, name: str) -> bool:
@@ -120,11 +139,11 @@ class _Layers:
     """PEFT's layers_to_transform: the number after the first name in layers_pattern, or the first
     numbered part."""
 
-    def __init__(self, config: LoraConfig) -> None:
+    def __init__(self, config: LoraConfig, budget: Budget) -> None:
         layers, patterns = config.layers_to_transform, config.layers_pattern
         self._wanted = {layers} if isinstance(layers, int) else set(layers or ())
         patterns = [patterns] if isinstance(patterns, str) else patterns or []
-        self._patterns = [NamePattern(pattern, "layers_pattern") for pattern in patterns]
+        self._patterns = [NamePattern(pattern, "layers_pattern", budget) for pattern in patterns]
 
     def __call__(self, name: str) -> bool:
         if not self._wanted:

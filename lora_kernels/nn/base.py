@@ -30,22 +30,23 @@ class AdapterLayer(nn.Module):
     """Whether the adapter takes part; if not, the layer computes what its base does."""
     _changes = 0
 
-    def _set_up(self, weight: nn.Parameter | None, r: int, lora_alpha: float, use_rslora: bool) -> None:
-        """Takes the options, checked, and the base weight, whose owner may be another module
+    def _set_up(self, module: nn.Module, r: int, lora_alpha: float, use_rslora: bool) -> None:
+        """Takes the options, checked, and the weight of the module to replace; others may own it,
         too."""
         name = type(self).__name__
-        weight = check_weight(name, weight)
+        weight = check_weight(name, module._parameters.get("weight"))
         self.r = check_rank(name, r)
         self.lora_alpha = check_number(name, "lora_alpha", lora_alpha)
-        if not isinstance(use_rslora, bool):
-            raise TypeError(f"{name}: use_rslora must be True or False, found {use_rslora!r}")
-        self.use_rslora = use_rslora
+        self.use_rslora = check_flag(name, "use_rslora", use_rslora)
         self.scaling = self._initial_scaling()
         self.enabled = True
         self.weight = weight
-        # the base weight as it was before merge(); not a buffer, since state_dict() gives it in the
-        # place of `weight`
-        self._unmerged: Tensor | None = None
+        self._made_on_meta = weight.is_meta
+        self._origin = type(module), {key: value for key, value in vars(module).items() if key not in _MODULE_KEYS}
+        self._origin_parameters = tuple(module._parameters)
+        self._trained = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
+        # the base weight while another is in its place; past nn.Module, which would register it
+        self._unmerged: nn.Parameter | None = None
 
     def _initial_scaling(self) -> float:
         return initial_scaling(self.lora_alpha, self.r, self.use_rslora)
@@ -68,16 +69,35 @@ class AdapterLayer(nn.Module):
         """Puts the adapter into `weight`: sums in float32 (float64 for float64), one rounding to
         the weight's dtype.
 
-        The weight as it was is kept, so that `unmerge` gives back its very bits; a merged layer
-        therefore holds two tensors of that size. `state_dict` goes on to give the unmerged weight.
-        With `safe`, values that are not finite are refused.
+        While merged, `weight` is another parameter, the layer's own: a module that shared the base
+        weight (a tied embedding) keeps it, and `unmerge` ties both again. So a merged layer holds
+        two tensors of that size. Its `state_dict` is that of the plain layer with the merged
+        weight; `save_adapter` still saves the adapter. With `safe`, values that are not finite are
+        refused.
 
         Raises:
-            RuntimeError: the layer is merged already.
+            RuntimeError: the layer is merged already, or its weight is computed by pruning or a
+                parametrization.
+            TypeError: safe is not True or False.
             ValueError: `safe`, and the merged weight is not finite; nothing has changed.
         """
         if self.merged:
             raise RuntimeError(f"{self._class_name()}: merge() on a merged layer; call unmerge() first")
+        base = self._plain_weight("merge")
+        check_flag(self._class_name(), "merge: safe", safe)
+        own = nn.Parameter(self._merged_weight(safe), requires_grad=False)
+        with changing(self):
+            self.__dict__["_unmerged"] = base
+            self._replace_weight(own)
+
+    def check_merge(self, safe: bool = False) -> None:
+        """Raises what `merge` would."""
+        check_flag(self._class_name(), "merge: safe", safe)
+        self._plain_weight("merge")
+        if safe and not self.merged:
+            self._merged_weight(safe)
+
+    def _merged_weight(self, safe: bool) -> Tensor:
         # the merged tensor must be as the weight is: one made in inference mode could never be
         # trained through
         with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
@@ -89,29 +109,70 @@ class AdapterLayer(nn.Module):
                     f"{self._class_name()}: merge(safe=True): the merged weight must be finite, found {wrong} of"
                     f" {adapted.numel()} values that are not; nothing has changed"
                 )
-        with changing(self):
-            self._unmerged = self.weight.detach()
-            self._replace_weight(adapted)
+        return adapted
 
     def unmerge(self) -> None:
-        """Takes the adapter out of `weight`, whose bits are then those before `merge`.
+        """Takes the adapter out of `weight`, which is then the parameter of before `merge`.
 
         Raises:
-            RuntimeError: the layer is not merged.
+            RuntimeError: the layer is not merged, or its weight was pruned or parametrized since.
         """
         if self._unmerged is None:
             raise RuntimeError(f"{self._class_name()}: unmerge() on a layer that is not merged")
+        self._plain_weight("unmerge")
         with changing(self):
             self._replace_weight(self._unmerged)
             self._unmerged = None
 
-    def _replace_weight(self, data: Tensor) -> None:
-        with torch.inference_mode(self.weight.is_inference()):
-            self.weight.data = data
-        # a graph that was built with the other weight must raise in its backward rather than use
-        # this one
-        if not self.weight.is_inference():
-            torch.autograd.graph.increment_version(self.weight)
+    def _plain_weight(self, call: str) -> nn.Parameter:
+        weight = self._parameters.get("weight")
+        if weight is None:
+            raise RuntimeError(
+                f"{self._class_name()}: {call}() needs weight to be a parameter, but pruning or a parametrization computes"
+                " it; make that permanent first (torch.nn.utils.prune.remove, parametrize.remove_parametrizations)"
+            )
+        return weight
+
+    def _replace_weight(self, weight: nn.Parameter) -> None:
+        self._parameters["weight"] = weight
+
+    def plain_layer(self, merged: bool, safe: bool = False) -> nn.Module:
+        """The module that this layer replaced, anew: with its class, hooks and mode, and with the
+        merged weight or the base's.
+
+        Raises:
+            RuntimeError: not `merged`, and the initialisation changed the base weight; or as merge.
+            ValueError: as merge.
+        """
+        base = self._unmerged
+        if not merged and self._base_changed():
+            raise RuntimeError(
+                f"{self._class_name()}: the first values of the adapter were taken out of the base weight (pissa, olora),"
+                " so without it the weight is a residual; merge it"
+            )
+        weight = self._plain_weight("plain_layer")
+        if not merged:
+            weight = weight if base is None else base
+        elif base is None:
+            weight = nn.Parameter(self._merged_weight(safe), requires_grad=False)
+        kind, values = self._origin
+        plain: nn.Module = kind.__new__(kind)
+        nn.Module.__init__(plain)
+        vars(plain).update(values)
+        for hooks in HOOKS:
+            setattr(plain, hooks, getattr(self, hooks))
+        for name in self._origin_parameters:
+            plain.register_parameter(name, weight if name == "weight" else self._parameters[name])
+        for name in self._trained:
+            plain.get_parameter(name).requires_grad_(True)
+        for name in plain_buffers(self):
+            plain.register_buffer(name, self._buffers[name], persistent=name not in self._non_persistent_buffers_set)
+        plain.training = self.training
+        return plain
+
+    def _base_changed(self) -> bool:
+        """Whether making the adapter changed the base weight."""
+        return False
 
     def set_scale(self, factor: float) -> None:
         """Sets scaling to `factor` times what it was at first, as PEFT's set_scale does.
@@ -135,9 +196,7 @@ class AdapterLayer(nn.Module):
         Raises:
             TypeError: enabled is not True or False.
         """
-        if not isinstance(enabled, bool):
-            raise TypeError(f"{self._class_name()}: enable_adapter: enabled must be True or False, found {enabled!r}")
-        self.enabled = enabled
+        self.enabled = check_flag(self._class_name(), "enable_adapter: enabled", enabled)
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
@@ -154,16 +213,21 @@ class AdapterLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with changing(self):
-            super()._apply(fn, recurse)
-            if self._unmerged is not None:
-                with torch.no_grad():
-                    self._unmerged = fn(self._unmerged)
-        return self
+            if self._unmerged is None:
+                return super()._apply(fn, recurse)
+            # as one of the parameters: what is tied to it must stay so
+            self._parameters["_unmerged"] = self._unmerged
+            try:
+                return super()._apply(fn, recurse)
+            finally:
+                self.__dict__["_unmerged"] = self._parameters.pop("_unmerged")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._unmerged is not None:
-            destination[f"{prefix}weight"] = self._unmerged
+        if self.merged:
+            # with the adapter beside it, a reader would add it twice
+            for name in self._parameters.keys() - {*self._origin_parameters}:
+                destination.pop(f"{prefix}{name}", None)
 
     def _load_from_state_dict(
         self,
@@ -189,6 +253,24 @@ class AdapterLayer(nn.Module):
         return text if self.enabled else f"{text}, enabled=False"
 
 
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+_MODULE_KEYS = frozenset(vars(nn.Module()))
+
+
+def plain_buffers(layer: nn.Module) -> list[str]:
+    """The buffers that a layer has from the module that it replaced."""
+    return [name for name in layer._buffers if not name.startswith("initial_")]
+
+
 def initial_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
     """What the adapter's product is multiplied with."""
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
@@ -198,6 +280,12 @@ def freeze_parameters(*parameters: nn.Parameter | None) -> None:
     for parameter in parameters:
         if parameter is not None:
             parameter.requires_grad_(False)
+
+
+def check_flag(layer: str, name: str, value: Any, hint: str = "") -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{layer}: {name} must be True or False, found {value!r}{hint}")
+    return value
 
 
 def check_weight(layer: str, weight: Any) -> nn.Parameter:
@@ -220,8 +308,9 @@ def check_rank(layer: str, r: Any) -> int:
 def check_number(layer: str, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{layer}: {name} must be a number, found {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{layer}: {name} must be finite, found {value}")
+    if not -1e300 < value < 1e300:
+        found = value if isinstance(value, float) else f"an integer of {value.bit_length()} bits"
+        raise ValueError(f"{layer}: {name} must be finite, found {found}")
     return value
 
 

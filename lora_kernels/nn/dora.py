@@ -78,6 +78,14 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude_vector = nn.Parameter(norm)
         return self
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.lora_magnitude_vector.copy_(weight_norm(self.weight, self.lora_A, self.lora_B, self.scaling))
+        self._norm.clear()
+
+    reset_parameters.__doc__ = LoRALinear.reset_parameters.__doc__
+
     @of_one_state
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x [..., in] → [..., out].
@@ -113,8 +121,8 @@ class DoRALinear(LoRALinear):
         w, a, b, scaling = self.weight, self.lora_A, self.lora_B, self.scaling
         return merged_weight(w, a, b, scaling, dora_gain(self.lora_magnitude_vector, weight_norm(w, a, b, scaling)))
 
-    def _replace_weight(self, data: Tensor) -> None:
-        super()._replace_weight(data)
+    def _replace_weight(self, weight: nn.Parameter) -> None:
+        super()._replace_weight(weight)
         self._norm.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

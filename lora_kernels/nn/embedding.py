@@ -1,5 +1,6 @@
 """A frozen embedding with a LoRA adapter."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,26 @@ from lora_kernels.nn.snapshot import of_one_state
 from lora_kernels.ops import merged_weight
 
 
+def is_scaled_embedding(module: Any) -> bool:
+    """Whether it is one of transformers' embeddings that multiply their rows with `embed_scale`
+    (Gemma, BART, M2M100), and computes that."""
+    if not isinstance(module, nn.Embedding) or not type(module).__name__.endswith("ScaledWordEmbedding"):
+        return False
+    scale, weight = getattr(module, "embed_scale", None), module._parameters.get("weight")
+    if weight is None or not isinstance(scale, int | float | Tensor) or (isinstance(scale, Tensor) and scale.numel() != 1):
+        return False
+    if weight.is_meta:
+        return True
+    with torch.no_grad():
+        index = torch.zeros(1, dtype=torch.long, device=weight.device)
+        factor = scale.to(weight.dtype) if isinstance(scale, Tensor) else scale
+        return torch.equal(type(module).forward(module, index), nn.Embedding.forward(module, index) * factor)
+
+
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 class LoRAEmbedding(AdapterLayer):
     """y = W[i] + scaling · (Aᵀ)[i] Bᵀ for each index i.
 
@@ -22,6 +43,9 @@ class LoRAEmbedding(AdapterLayer):
     padding_idx, max_norm, norm_type and scale_grad_by_freq act on W and on Aᵀ, as in PEFT; the
     gradient of A is dense, sparse or not. A is zero at first and B normal; with
     init_lora_weights=False both are normal.
+
+    In the place of an embedding that multiplies its rows with an `embed_scale` (Gemma, BART), the
+    whole y is multiplied, as in PEFT. Autocast does not act on the sums.
 
     Raises:
         TypeError: an option has the wrong type, or the weight a dtype that is not supported.
@@ -34,12 +58,12 @@ class LoRAEmbedding(AdapterLayer):
         self,
         num_embeddings: int,
         embedding_dim: int,
+        *,
         padding_idx: int | None = None,
         max_norm: float | None = None,
         norm_type: float = 2.0,
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
-        *,
         r: int = 8,
         lora_alpha: float = 8,
         use_rslora: bool = False,
@@ -65,7 +89,8 @@ class LoRAEmbedding(AdapterLayer):
     ) -> Self:
         """A layer that shares the weight of `embedding`, which it freezes, and its options and
         train or eval mode."""
-        if not isinstance(embedding, nn.Embedding) or type(embedding).forward is not nn.Embedding.forward:
+        plain = isinstance(embedding, nn.Embedding) and type(embedding).forward is nn.Embedding.forward
+        if not plain and not is_scaled_embedding(embedding):
             own = " with a forward of its own" if isinstance(embedding, nn.Embedding) else ""
             raise TypeError(f"{cls.__name__}: embedding must be an nn.Embedding, found {type(embedding).__name__}{own}")
         layer = cls.__new__(cls)
@@ -75,7 +100,7 @@ class LoRAEmbedding(AdapterLayer):
     def _add_adapter(
         self, embedding: nn.Embedding, r: int, lora_alpha: float, use_rslora: bool, init_lora_weights: Any
     ) -> Self:
-        self._set_up(embedding._parameters.get("weight"), r, lora_alpha, use_rslora)
+        self._set_up(embedding, r, lora_alpha, use_rslora)
         if not isinstance(init_lora_weights, bool):
             found = f"found {init_lora_weights!r}"
             raise TypeError(f"{self._class_name()}: init_lora_weights must be True or False, {found}")
@@ -84,6 +109,16 @@ class LoRAEmbedding(AdapterLayer):
         self.scale_grad_by_freq, self.sparse = embedding.scale_grad_by_freq, embedding.sparse
         a, b = embedding_factors(init_lora_weights, self.r, self.weight)
         self.lora_embedding_A, self.lora_embedding_B = nn.Parameter(a), nn.Parameter(b)
+        self._init = init_lora_weights
+        self.embed_scale: float | Tensor | None = None
+        if is_scaled_embedding(embedding):
+            scale: Any = embedding.embed_scale
+            if isinstance(scale, Tensor):
+                self.__dict__.pop("embed_scale")
+                kept = "embed_scale" not in embedding._non_persistent_buffers_set
+                self.register_buffer("embed_scale", scale, persistent=kept)
+            else:
+                self.embed_scale = scale
         freeze_parameters(self.weight)
         self.train(embedding.training)
         return self
@@ -92,23 +127,45 @@ class LoRAEmbedding(AdapterLayer):
     def forward(self, indices: Tensor) -> Tensor:
         """Shapes: indices [...], int32 or int64, → [..., dim]."""
         if not self.enabled:
-            return self._look_up(indices, self._base_weight(), self.sparse)
+            return self._scaled(self._look_up(indices, self._base_weight(), self.sparse))
         y = self._look_up(indices, self.weight, self.sparse)
         if self.merged:
-            return y
+            return self._scaled(y)
         # never sparse: torch cannot transpose such a gradient, and PEFT's layer raises in backward
         rows = self._look_up(indices, self.lora_embedding_A.T, False)          # [..., r]
-        return (y + (rows @ self.lora_embedding_B.T) * self.scaling).to(y.dtype)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        with no_autocast(y.device.type):
+            product = rows.to(wide) @ self.lora_embedding_B.T.to(wide)         # [..., dim]
+        return self._scaled(y + product * self.scaling).to(y.dtype)
 
-    def merge(self, safe: bool = False) -> None:
-        if self.max_norm is not None:
+    def _scaled(self, y: Tensor) -> Tensor:
+        scale = self.embed_scale
+        if scale is None:
+            return y
+        # Gemma rounds its scale to the dtype of the weight first
+        return y * (scale.to(self.weight.dtype).to(y.dtype) if isinstance(scale, Tensor) else scale)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Gives the adapter its first values; the base weight stays. For layers made on the meta
+        device: after `to_empty`.
+
+        Raises:
+            RuntimeError: the layer is merged.
+        """
+        if self.merged:
+            raise RuntimeError(f"{self._class_name()}: reset_parameters() on a merged layer; call unmerge() first")
+        a, b = embedding_factors(self._init, self.r, self.weight)
+        self.lora_embedding_A.copy_(a)
+        self.lora_embedding_B.copy_(b)
+
+    def _plain_weight(self, call: str) -> nn.Parameter:
+        if call == "merge" and self.max_norm is not None:
             raise ValueError(
                 f"{self._class_name()}: an embedding with max_norm cannot be merged: max_norm={self.max_norm:g} would then"
                 " act on the sum of base and adapter rather than on each"
             )
-        super().merge(safe)
-
-    merge.__doc__ = AdapterLayer.merge.__doc__
+        return super()._plain_weight(call)
 
     def _look_up(self, indices: Tensor, table: Tensor, sparse: bool) -> Tensor:
         return F.embedding(

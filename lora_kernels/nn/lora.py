@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lora_kernels.nn.base import AdapterLayer, check_dropout, freeze_parameters
+from lora_kernels.nn.base import AdapterLayer, check_dropout, check_flag, freeze_parameters
 from lora_kernels.nn.init import check_init, linear_factors
 from lora_kernels.nn.snapshot import of_one_state
 from lora_kernels.ops.lora_linear import Member, lora_linear
@@ -37,6 +37,8 @@ class LoRALinear(AdapterLayer):
     """
 
     bias: nn.Parameter | None
+    initial_A: Tensor
+    initial_B: Tensor
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class LoRALinear(AdapterLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_flag(type(self).__name__, "bias", bias, "; give the rank as r=")
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias, device, dtype)
         self._add_adapter(linear, r, lora_alpha, use_rslora, lora_dropout, init_lora_weights)
@@ -90,17 +93,55 @@ class LoRALinear(AdapterLayer):
         init_lora_weights: Any,
     ) -> Self:
         """Builds the adapter; every check comes before the first change."""
-        name, weight = type(self).__name__, linear._parameters.get("weight")
-        self._set_up(weight, r, lora_alpha, use_rslora)
+        name = type(self).__name__
+        self._set_up(linear, r, lora_alpha, use_rslora)
         self.out_features, self.in_features = self.weight.shape
         self.lora_dropout = check_dropout(name, lora_dropout)
         init = check_init(name, init_lora_weights, self.r, self.weight, self.scaling)
         self.register_parameter("bias", linear.bias)
+        self._init = init if isinstance(init, bool | str) else "given"
         a, b = linear_factors(init, self.r, self.weight, self.scaling)
         self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
+        if self._init_is_drawn():
+            # without them nobody could tell in another process what the base weight was
+            self.register_buffer("initial_A", a.clone())
+            self.register_buffer("initial_B", b.clone())
         freeze_parameters(self.weight, self.bias)
         self.train(linear.training)
         return self
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Gives the adapter its first values, as `init_lora_weights` says; the base weight stays,
+        but for "pissa" and "olora". For layers made on the meta device: after `to_empty`, once the
+        base weight is loaded.
+
+        Raises:
+            RuntimeError: the layer is merged, the base weight has been changed already, or the
+                first values were given as tensors.
+        """
+        name = self._class_name()
+        if self.merged:
+            raise RuntimeError(f"{name}: reset_parameters() on a merged layer; call unmerge() first")
+        if self._init == "given" or (self._base_changed() and not self._made_on_meta):
+            raise RuntimeError(
+                f"{name}: reset_parameters() cannot repeat init_lora_weights={self._init!r}: the tensors were given, or the"
+                " base weight is a residual already"
+            )
+        a, b = linear_factors(self._init, self.r, self.weight, self.scaling)
+        self.lora_A.copy_(a)
+        self.lora_B.copy_(b)
+        if self._init_is_drawn():
+            self.initial_A.copy_(a)
+            self.initial_B.copy_(b)
+        self._made_on_meta = self.weight.is_meta
+
+    def _base_changed(self) -> bool:
+        return isinstance(self._init, str) and self._init.startswith(("pissa", "olora"))
+
+    def _init_is_drawn(self) -> bool:
+        """Whether the base weight lacks a product that depends on torch's generator."""
+        return isinstance(self._init, str) and self._init.startswith("pissa_niter")
 
     @of_one_state
     def forward(self, x: Tensor) -> Tensor:

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError, LoraConfig
-from lora_kernels.adapters.files import PREFIX, WEIGHTS_NAME, Slot, check_finite, check_init, read_tensors, slots_of
+from lora_kernels.adapters.files import open_adapter, slots_of
+from lora_kernels.adapters.foreign import PREFIX
+from lora_kernels.adapters.inits import check_init
 from lora_kernels.adapters.inject import first_names, uncompiled_model
+from lora_kernels.adapters.storage import CONFIG_NAME, WEIGHTS_NAME
 from lora_kernels.adapters.targets import Target, select_targets
+from lora_kernels.adapters.weights import Slot, check_finite, read_tensors
 from lora_kernels.nn.base import initial_scaling
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -135,14 +139,13 @@ def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
             what a batch cannot do: biases of the base, modules_to_save, embeddings with DoRA.
     """
     folder = Path(directory)
-    if not folder.is_dir():
-        raise AdapterError(f"{folder}: is not a directory (adapters are read from disk, never downloaded)")
-    config = LoraConfig.from_pretrained(folder, _ALSO)
-    try:
-        targets, slots = _select_slots(uncompiled_model(model), config)
-    except AdapterError as error:
-        raise AdapterError(f"{folder}: {error}") from error
-    tensors = read_tensors(folder / WEIGHTS_NAME, slots)
+    with open_adapter(folder) as (config_file, weights_file):
+        config = LoraConfig.from_file(*config_file, folder / CONFIG_NAME, _ALSO)
+        try:
+            targets, slots = _select_slots(uncompiled_model(model), config)
+        except AdapterError as error:
+            raise AdapterError(f"{folder}: {error}") from error
+        tensors = read_tensors(folder / WEIGHTS_NAME, slots, weights_file)
     check_base(model, slots, tensors, str(folder / WEIGHTS_NAME))
     return _build_adapter(targets, config, tensors)
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from lora_kernels.adapters import AdapterError, LoraConfig, inject_adapter
 from lora_kernels.adapters.config import CONFIG_NAME, MAX_RANK
-from lora_kernels.adapters.patterns import NamePattern
+from lora_kernels.adapters.patterns import Budget, NamePattern
+from lora_kernels.adapters.targets import select_targets
 
 OWN = [f.name for f in fields(LoraConfig) if f.name != "extra"]
 
@@ -282,3 +283,72 @@ def test_a_pattern_is_refused_by_name_in_every_field(field, pattern, says):
     with pytest.raises(AdapterError, match=rf"{field}=(?s:.*){says}") as caught:
         inject_adapter(model, LoraConfig(**{"target_modules": ["fc"], **values}))
     assert len(str(caught.value)) < 300
+
+
+def blocks(count):
+    names = ("q_proj", "v_proj", "down_proj")
+    layers = nn.ModuleList(nn.ModuleDict({name: nn.Linear(1, 1) for name in names}) for _ in range(count))
+    return nn.ModuleDict({"layers": layers})
+
+
+FLOODS = {
+    "ranks": {"rank_pattern": {f"(.*)*{i}x": 4 for i in range(30_000)}},
+    "alphas": {"alpha_pattern": {f"(?=.*(?=.*{i}))a": 4 for i in range(30_000)}},
+    "both": {name: {f".*{i}x": 4 for i in range(20_000)} for name in ("rank_pattern", "alpha_pattern")},
+    "layers": {"layers_to_transform": [1], "layers_pattern": [f"a{i}" for i in range(60_000)]},
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_all_patterns_of_a_configuration_share_one_budget(flood):
+    config = LoraConfig(target_modules=["q_proj"], **FLOODS[flood])
+    assert len(json.dumps(config.to_dict())) < 2**20
+    spent = []
+    original = Budget.spend
+
+    def spend(self, where, steps=1):
+        spent.append(steps)
+        original(self, where, steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Budget, "spend", spend)
+        with pytest.raises(AdapterError, match="takes too long to match, with the other patterns"):
+            select_targets(blocks(8), config, strict=False)
+    assert sum(spent) < 400_000
+
+
+@pytest.mark.parametrize("form", [str, lambda name: "^" + name.replace(".", r"\.")])
+def test_a_rank_and_an_alpha_for_each_of_many_modules_are_no_flood(form):
+    model = blocks(60)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    ranks = {form(name): i % 7 + 1 for i, name in enumerate(names)}
+    alphas = {form(name): i % 5 + 1 for i, name in enumerate(names)}
+    found = select_targets(model, LoraConfig(target_modules="all-linear", rank_pattern=ranks, alpha_pattern=alphas))
+    assert [(t.r, t.lora_alpha) for t in found.targets] == [(i % 7 + 1, i % 5 + 1) for i in range(len(names))]
+
+
+def test_a_hundred_thousand_names_of_modules_to_save_are_looked_up():
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["down_proj", *(f"a{i}" for i in range(80_000))])
+    found = select_targets(blocks(4), config, strict=False)
+    assert found.saved == [f"layers.{i}.down_proj" for i in range(4)]
+
+
+@pytest.mark.parametrize("where", ["r", "lora_alpha", "loftq_config", "rank_pattern"])
+@pytest.mark.parametrize("number", ["1e400", "-1e400", "1E+999"])
+def test_a_number_beyond_the_range_is_refused(where, number, tmp_path):
+    value = f'{{"a": {number}}}' if where in ("loftq_config", "rank_pattern") else number
+    (tmp_path / CONFIG_NAME).write_text(f'{{"peft_type": "LORA", "target_modules": ["q"], "{where}": {value}}}')
+    with pytest.raises(AdapterError, match=rf"{CONFIG_NAME}: {re.escape(number)} is beyond the range of numbers"):
+        LoraConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["x" * 5000, "\x1b[31mred", "two\nlines", "\u202etxt.exe"])
+def test_a_key_in_a_message_is_short_and_plain(key, tmp_path):
+    for content in ({key: 1}, {"rank_pattern": {key: "a"}}, {"alpha_pattern": {key: -1}}, {"target_modules": 3, key: 0}):
+        (tmp_path / CONFIG_NAME).write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q"], **content}))
+        with pytest.raises(AdapterError) as caught:
+            LoraConfig.from_pretrained(tmp_path)
+        text = str(caught.value).removeprefix(str(tmp_path))
+        assert text.isprintable()
+        assert key not in text
+        assert len(text) < 500

@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import pathlib
 import pickle
 import socket
 import struct
@@ -324,40 +323,19 @@ def test_what_cannot_be_saved_is_refused_and_an_older_adapter_stays(tmp_path, mo
     written = []
 
     def disk_is_full(_):
-        written.append(sorted(os.listdir(tmp_path)))
+        written.append(1)
         if len(written) == 2:
             raise OSError("no space left")
 
     monkeypatch.setattr(os, "fsync", disk_is_full)
     with pytest.raises(OSError, match="no space left"):
-        save_adapter(model, tmp_path)
-    assert len(written[1]) == 4
+        save_adapter(injected({**KINDS["lora"], "lora_alpha": 60}), tmp_path)
     assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
     assert before == {name: (tmp_path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
 
     (tmp_path / "file").write_text("")
     with pytest.raises(AdapterError, match="must be a directory"):
         save_adapter(model, tmp_path / "file")
-
-
-@pytest.mark.parametrize("renamed", [0, 1])
-def test_a_save_that_is_cut_short_never_leaves_weights_beside_a_foreign_config(renamed, tmp_path, monkeypatch):
-    save_adapter(injected(KINDS["lora"]), tmp_path)
-    original, calls = pathlib.Path.replace, []
-
-    def killed(self, target):
-        calls.append(target)
-        if len(calls) > renamed:
-            raise KeyboardInterrupt
-        return original(self, target)
-
-    monkeypatch.setattr(pathlib.Path, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save_adapter(injected({**KINDS["lora"], "lora_alpha": 60}), tmp_path)
-    monkeypatch.undo()
-    with pytest.raises(AdapterError, match=f"{CONFIG}: cannot be read"):
-        load_adapter(net(), tmp_path)
-    assert os.listdir(tmp_path) == [WEIGHTS]
 
 
 def test_a_link_is_replaced_and_its_target_is_not_touched(tmp_path):

@@ -8,7 +8,11 @@ import pytest
 import torch
 from layer_helpers import TOLERANCES, bits
 from torch import nn
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
+from lora_kernels import merge_and_unload
+from lora_kernels.adapters import AdapterError, LoraConfig, inject_adapter
 from lora_kernels.nn import LoRAEmbedding
 
 OPTIONS = {
@@ -182,3 +186,76 @@ def test_a_base_that_is_not_a_plain_embedding_is_refused():
         LoRAEmbedding.from_embedding(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="embedding must be an nn.Embedding, found Scaled with a forward of its own"):
         LoRAEmbedding.from_embedding(Scaled(2, 2))
+
+
+def gemma(dtype):
+    torch.manual_seed(0)
+    return Gemma3TextScaledWordEmbedding(12, 10, None, embed_scale=10**0.5).to(dtype)
+
+
+def bart(dtype):
+    torch.manual_seed(0)
+    return BartScaledWordEmbedding(12, 10, None, embed_scale=3.3).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [gemma, bart])
+def test_an_embedding_that_scales_its_rows_scales_the_adapter_too(make, dtype):
+    model, base = nn.Sequential(make(dtype)), make(dtype)
+    ids = torch.arange(12)
+    inject_adapter(model, LoraConfig(target_modules=["0"], r=3))
+    layer = model[0]
+    assert torch.equal(layer(ids), base(ids))
+    nn.init.normal_(layer.lora_embedding_A)
+    scale = layer.embed_scale.to(dtype).double() if isinstance(layer.embed_scale, torch.Tensor) else layer.embed_scale
+    delta = layer.scaling * (layer.lora_embedding_B.double() @ layer.lora_embedding_A.double()).T
+    exact = ((layer.weight.double() + delta) * scale).detach()
+    bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
+    assert ((layer(ids).double() - exact).abs() <= bound * exact.abs() + 1e-6 * (dtype is not torch.float64)).all()
+
+    config = peft.LoraConfig(target_modules=["0"], r=3)
+    theirs = peft.get_peft_model(nn.Sequential(make(dtype)), config, autocast_adapter_dtype=False).double()
+    with torch.no_grad():
+        other = theirs.base_model.model[0]
+        other.lora_embedding_A["default"].copy_(layer.lora_embedding_A)
+        other.lora_embedding_B["default"].copy_(layer.lora_embedding_B)
+        torch.testing.assert_close(copy.deepcopy(model).double()(ids), theirs(ids), rtol=1e-6, atol=1e-6)
+
+    y = layer(ids).detach()
+    with layer.adapter_disabled():
+        assert torch.equal(layer(ids), base(ids))
+    layer.merge()
+    torch.testing.assert_close(layer(ids), y, rtol=2 * bound + 1e-6, atol=2 * bound + 1e-6)
+    layer.unmerge()
+    merge_and_unload(model)
+    assert type(model[0]) is type(base)
+    torch.testing.assert_close(model(ids), y, rtol=2 * bound + 1e-6, atol=2 * bound + 1e-6)
+    assert model.state_dict().keys() == nn.Sequential(base).state_dict().keys()
+
+
+def test_a_scaled_embedding_that_does_more_is_refused():
+    class OtherScaledWordEmbedding(nn.Embedding):
+        embed_scale = 2.0
+
+        def forward(self, ids):
+            return super().forward(ids) * 2.0 + 1.0
+
+    with pytest.raises(TypeError, match="with a forward of its own"):
+        LoRAEmbedding.from_embedding(OtherScaledWordEmbedding(5, 4))
+    with pytest.raises(AdapterError, match="computes in its own way"):
+        inject_adapter(nn.Sequential(OtherScaledWordEmbedding(5, 4)), LoraConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_autocast_and_16_bit_adapters_leave_the_sum_in_float32(cast):
+    torch.manual_seed(0)
+    layer = LoRAEmbedding(64, 48, r=32, init_lora_weights=False, dtype=torch.float32)
+    layer = layer.bfloat16() if cast else layer
+    ids = torch.arange(64)
+    delta = layer.scaling * (layer.lora_embedding_B.double() @ layer.lora_embedding_A.double()).T
+    exact = (layer.weight.double() + delta).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(ids)
+    assert y.dtype is layer.weight.dtype
+    correct = (exact.to(y.dtype).double() - exact).norm()
+    assert (y.double() - exact).norm() <= 1.02 * correct + 1e-6 * exact.norm()

@@ -1,16 +1,17 @@
-"""Merging: the adapted weight rounded once, the base bits back afterwards, no merged weight in a
-state_dict."""
+"""Merging: the adapted weight rounded once, in a parameter of the layer's own; the base parameter
+back afterwards."""
 
 import copy
 import pickle
 
 import pytest
 import torch
-from layer_helpers import KINDS, TOLERANCES, adapter, bits, ours, theirs
+from layer_helpers import KINDS, TOLERANCES, adapter, bits, ours, theirs, trained
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 
-from lora_kernels.nn import DoRALinear, LoRAEmbedding
+from lora_kernels.nn import DoRALinear, LoRAEmbedding, LoRALinear
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -54,7 +55,8 @@ def test_the_base_comes_back_bit_for_bit(kind, dtype, safe):
         layer.merge(safe=safe)
         assert layer.merged
         assert "merged=True" in repr(layer)
-        assert layer.weight is weight
+        assert layer.weight is not weight
+        assert bits(weight) == base
         assert bits(layer.weight) != base
         assert bits(layer.weight) == bits(layer.weight.detach().to(dtype))
         rounding = (exact.to(dtype).double() - exact).norm()
@@ -147,23 +149,28 @@ def test_off_a_merged_layer_is_its_base(kind):
 
 
 @layers
-def test_state_dict_holds_the_base_also_while_merged(kind):
+def test_the_state_dict_of_a_merged_layer_is_the_plain_layers(kind):
     layer = make(kind)
     before = {name: bits(t) for name, t in layer.state_dict().items()}
     model = nn.Sequential(nn.Identity(), layer)
     layer.merge()
-    assert {name: bits(t) for name, t in layer.state_dict().items()} == before
-    assert bits(model.state_dict()["1.weight"]) == before["weight"]
-    assert bits(layer.weight) != before["weight"]
-    weight = bits(layer.weight)
-    with pytest.raises(RuntimeError, match=r"1\. is merged: call unmerge\(\) before load_state_dict\(\)"):
-        model.load_state_dict(model.state_dict())
-    with pytest.raises(RuntimeError, match="is merged"):
-        layer.load_state_dict({"weight": layer.weight.detach()}, strict=False)
-    assert bits(layer.weight) == weight
+    merged = bits(layer.weight)
+    plain = ["weight"] if kind == "embedding" else ["weight", "bias"]
+    assert {name: bits(t) for name, t in layer.state_dict().items()} == {**{n: before[n] for n in plain}, "weight": merged}
+    other = nn.Embedding(12, 10) if kind == "embedding" else nn.Linear(12, 10)
+    other.load_state_dict(layer.state_dict())
+    x = example(layer)
+    assert torch.equal(other(x), layer(x))
+    for state in (model.state_dict(), {"1.weight": layer.weight.detach()}):
+        with pytest.raises(RuntimeError, match=r"1\. is merged: call unmerge\(\) before load_state_dict\(\)"):
+            model.load_state_dict(state, strict=False)
+    assert bits(layer.weight) == merged
     layer.load_state_dict({}, strict=False)
+    state = layer.state_dict()
     layer.unmerge()
     assert {name: bits(t) for name, t in layer.state_dict().items()} == before
+    with pytest.raises(RuntimeError, match="Missing key"):
+        layer.load_state_dict(state)
 
 
 @layers
@@ -194,18 +201,96 @@ def test_a_merged_layer_can_be_cast(kind):
 
 
 @kinds
-def test_a_graph_from_before_a_merge_raises_rather_than_using_the_merged_weight(kind):
+def test_a_graph_from_before_a_merge_has_the_gradients_of_before(kind):
     layer = ours(kind)
     for change in (layer.merge, layer.unmerge):
-        if layer.merged:
-            y = F.linear(torch.randn(3, 12, requires_grad=True), layer.weight)
-        else:
-            y = layer(torch.randn(3, 12, requires_grad=True))
+        x = torch.randn(3, 12, requires_grad=True)
+        (wanted,) = torch.autograd.grad(layer(x).sum(), x)
+        y = layer(x)
         change()
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            y.sum().backward()
+        y.sum().backward()
+        assert torch.equal(x.grad, wanted)
     layer(torch.randn(3, 12)).sum().backward()
     assert all(p.grad is not None for p in adapter(layer))
+
+
+class Tied(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(12, 10, dtype=dtype)
+        self.head = nn.Linear(10, 12, bias=False, dtype=dtype)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids):
+        return self.head(self.table(ids))
+
+
+@pytest.mark.parametrize("side", ["head", "table", "both"])
+@dtypes
+def test_merging_a_tied_layer_leaves_what_it_is_tied_to(side, dtype):
+    model = Tied(dtype)
+    shared, base = model.table.weight, bits(model.table.weight)
+    if side != "table":
+        model.head = trained(LoRALinear.from_linear(model.head, r=3))
+    if side != "head":
+        model.table = trained(LoRAEmbedding.from_embedding(model.table, r=3))
+    ids = torch.arange(12)
+    adapted = [m for m in (model.head, model.table) if hasattr(m, "merge")]
+    y = model(ids).detach()
+    for layer in adapted:
+        layer.merge()
+    assert bits(shared) == base
+    coarse = {torch.bfloat16: 0.1, torch.float16: 1e-2}.get(dtype, 1e-5)
+    assert (model(ids) - y).norm() <= coarse * y.norm()
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        for layer in (each.head, each.table):
+            if hasattr(layer, "unmerge"):
+                layer.unmerge()
+        assert each.head.weight is each.table.weight
+        assert bits(each.table.weight) == base
+        assert torch.equal(each(ids), y)
+    assert model.table.weight is shared
+
+
+def test_a_tied_layer_stays_tied_when_it_is_cast_while_merged():
+    model = Tied(torch.float32)
+    model.head = trained(LoRALinear.from_linear(model.head, r=3))
+    model.head.merge()
+    model.double()
+    model.head.unmerge()
+    assert model.head.weight is model.table.weight
+    assert model.head.weight.dtype is torch.float64
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def parametrized(layer):
+    parametrize.register_parametrization(layer, "weight", nn.ReLU())
+
+
+@layers
+@pytest.mark.parametrize("change", [pruned, parametrized])
+def test_a_weight_that_is_computed_is_not_merged_or_unmerged(kind, change):
+    layer = make(kind)
+    layer.requires_grad_(False)
+    change(layer)
+    x = example(layer)
+    y, keys = layer(x), sorted(layer.state_dict())
+    with pytest.raises(RuntimeError, match=r"merge\(\) needs weight to be a parameter, but pruning or a parametrization"):
+        layer.merge()
+    assert not layer.merged
+    assert torch.equal(layer(x), y)
+    assert sorted(layer.state_dict()) == keys
+    layer = make(kind)
+    layer.merge()
+    change(layer)
+    with pytest.raises(RuntimeError, match=r"unmerge\(\) needs weight to be a parameter"):
+        layer.unmerge()
+    assert layer.merged
 
 
 @layers

@@ -51,7 +51,7 @@ def merged_weight(
 def _transformed(w, a, b, scale, gain, out):
     with without_autocast(w):
         if out is None:
-            return _merged.formula(Merged(w, a, b, scale, gain))
+            return _merged.formula(MergedWeight(w, a, b, scale, gain))
         _merge_into.formula(MergeInto(w, a, b, scale, gain, out))
     return out
 
