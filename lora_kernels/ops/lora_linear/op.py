@@ -226,10 +226,9 @@ def _wrong_shape(op, name, tensor, shape):
     return ValueError(f"{op}: {name} must have shape {list(shape)}, found {list(tensor.shape)}")
 
 
-# the places of what gets a gradient
 # autograd gets what `Forward` has but for what it keeps, and looks into no structure
 _FIELDS = [name for name in Forward._fields if name not in ("keep_h", "keep_z")]
-_LEARNT = [_FIELDS.index(name) for name in Needs._fields]
+_LEARNT = [_FIELDS.index(name) for name in Needs._fields]  # what gets a gradient
 _GAIN = _FIELDS.index("gain")
 # for each field its place among the gradients, the last of which is None
 _PLACES = [Needs._fields.index(name) if name in Needs._fields else -1 for name in _FIELDS]
