@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
@@ -241,15 +241,11 @@ def slots_of(model: nn.Module, selection: Selection, config: LoraConfig) -> dict
 
 
 def _embeddings(model: nn.Module) -> list[str]:
-    """The names of a model's token embedding and head; a model of images has none."""
     ends = []
     for side in ("input", "output"):
-        try:
+        with suppress(NotImplementedError):  # transformers: of several towers, none is the model's
             ends.append(getattr(model, f"get_{side}_embeddings", lambda: None)())
-        except NotImplementedError:  # transformers: of several towers, none is the model's
-            continue
-    tables = [end for end in ends if isinstance(getattr(end, "weight", None), Tensor)]
-    return [name for name, module in model.named_modules() if any(module is end for end in tables)]
+    return [name for name, m in model.named_modules() if any(m is end for end in ends) and hasattr(m, "weight")]
 
 
 def _tensor_at(module: nn.Module, name: str) -> Tensor:

@@ -68,7 +68,7 @@ class Routes(TorchFunctionMode):
             self.note(args[0], None)
             return y
         if isinstance(y, Tensor) and y.dim():
-            self.note(y, self._of_result(name, args, kwargs, tagged, y))
+            self.note(y, self._of_result(name, function, args, kwargs, tagged, y))
         elif isinstance(y, list | tuple) and name in MOVING and y and all(isinstance(each, Tensor) for each in y):
             parts = self._moved(name, function, args, kwargs)
             for i, each in enumerate(y):
@@ -76,7 +76,7 @@ class Routes(TorchFunctionMode):
                 self.note(each, parts[i] if fits else None)
         return y
 
-    def _of_result(self, name: str, args: Any, kwargs: Any, tagged: list[Tensor], y: Tensor) -> Tensor | None:
+    def _of_result(self, name: str, function: Any, args: Any, kwargs: Any, tagged: list[Tensor], y: Tensor) -> Tensor | None:
         first = self.owners(tagged[0])
         assert first is not None
         x, wanted = tagged[0], (*y.shape[:-1], 1)
@@ -95,7 +95,7 @@ class Routes(TorchFunctionMode):
             return first[args[1]] if _leaves_last(args[1], x.dim()) else None
         if name not in MOVING:
             return None
-        moved = self._moved(name, getattr(torch, name, None), args, kwargs)
+        moved = self._moved(name, function, args, kwargs)
         return moved if isinstance(moved, Tensor) and moved.shape == wanted else None
 
     def _shared(self, tagged: list[Tensor], y: Tensor) -> Tensor | None:
@@ -136,7 +136,7 @@ class Routes(TorchFunctionMode):
             moving = [self.owners(t) for t in args[0]]
             if any(each is None for each in moving):
                 return None
-        return None if moving is None or function is None else function(moving, *args[1:], **kwargs)
+        return None if moving is None else function(moving, *args[1:], **kwargs)
 
     def through(self, layer: Any, x: Tensor, plan: BatchPlan) -> Tensor:
         with torch._C.DisableTorchFunction():

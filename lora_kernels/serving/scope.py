@@ -1,5 +1,6 @@
 """Which batch a call belongs to: by context, by generator, by thread."""
 
+import asyncio
 import contextlib
 import inspect
 import sys
@@ -25,11 +26,12 @@ OTHERS = (
 class Opening:
     """An entered batch: who entered it."""
 
-    __slots__ = "batch", "before", "code", "frame", "generator", "thread"
+    __slots__ = "batch", "before", "code", "frame", "generator", "task", "thread"
 
     def __init__(self, batch: "Batch", frame: Any, before: Frame | None) -> None:
         self.batch, self.thread, self.before = ref(batch), threading.get_ident(), before
         self.generator = frame if frame.f_code.co_flags & _GENERATOR else None
+        self.task = None if self.generator is None else _task()
         # by number: a reference would keep what the caller's variables hold
         self.frame, self.code = id(frame), frame.f_code
 
@@ -39,6 +41,8 @@ class Scope:
 
     def __init__(self) -> None:
         self.current: ContextVar[Frame | None] = ContextVar("frame", default=None)
+        self.streams: ContextVar[tuple[Opening, ...]] = ContextVar("streams", default=())
+        """Those that a generator has entered in this context, or in one that it was copied from."""
         self.openings: list[Opening] = []
         self.generators = 0
         """How many of them a generator has entered."""
@@ -68,6 +72,7 @@ class Scope:
             self.current.set(frame)
         else:
             self.generators += 1
+            self.streams.set((*(each for each in self.streams.get() if each in self.openings), opening))
         return opening
 
     def shut(self, opening: Opening) -> None:
@@ -120,10 +125,14 @@ class Scope:
             found = generators[inner].requests.frame()
             found.around = tuple(each for each in stack if each in generators)
             return found
+        frame = frame or _thread.frames.get(self)
         if frame is not None or not strict:
             return frame
         me, numbers = threading.get_ident(), {id(each): each.f_code for each in stack}
         running: set[Any] | None = None
+        for each in self.streams.get():
+            if each in self.openings and (each.thread != me or each.task is not _task()):
+                raise RuntimeError(OTHERS.format(where="in a generator"))
         for each, _ in openings:
             if each.generator is not None:
                 if running is None:
@@ -138,6 +147,14 @@ class Scope:
         return None
 
 
+class _Thread(threading.local):
+    """What a call took along into its thread, where it runs in a context of its own there."""
+
+    def __init__(self) -> None:
+        self.frames: dict[Scope, Frame] = {}
+
+
+_thread = _Thread()
 scopes: "WeakSet[Scope]" = WeakSet()
 _of_pools: "WeakKeyDictionary[Any, Scope]" = WeakKeyDictionary()
 _lock = threading.RLock()
@@ -149,6 +166,13 @@ def scope_of(pool: Any) -> Scope:
         with _lock:
             found = _of_pools.setdefault(pool, Scope())
     return found
+
+
+def _task() -> Any:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
 
 
 def _stack(frame: Any) -> Any:
@@ -194,9 +218,11 @@ def _bindings() -> list[tuple[Scope, Frame]]:
 def _bound(call: Any, bindings: list[tuple[Scope, Frame]]) -> Any:
     def call_bound(*args: Any, **kwargs: Any) -> Any:
         tokens = [(scope, scope.current.set(frame)) for scope, frame in bindings]
+        before, _thread.frames = _thread.frames, dict(bindings)
         try:
             return call(*args, **kwargs)
         finally:
+            _thread.frames = before
             for scope, token in tokens:
                 scope.current.reset(token)
 
