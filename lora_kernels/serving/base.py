@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,10 @@ class BaseWatch:
     casts, moves or writes in place changes one of these. Writing through `.data` or numpy changes
     none, and wants `AdapterPool.refresh`.
     """
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        # a copied StorageWeakRef would be given back twice
+        raise TypeError("BaseWatch: cannot be copied or pickled")
 
     def __init__(self, model: nn.Module, sites: Mapping[str, Any]) -> None:
         self._model, self._sites = model, sites

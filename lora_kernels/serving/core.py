@@ -4,7 +4,7 @@ batch."""
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,12 @@ TRIES = 8
 class PoolCore:
     """The state of a pool. What takes long (files, gains) is done without the lock; what changes
     who is where, under it, by `Residents`."""
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "AdapterPool: a pool cannot be copied or pickled, since it belongs to its model's memory; make another and load"
+            " its adapters again"
+        )
 
     def __init__(
         self, model: nn.Module, capacity_bytes: int, slots: int, max_rank: int, host_bytes: int, modules: Iterable[str] | None

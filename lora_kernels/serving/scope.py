@@ -8,7 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import thread as executors
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 from lora_kernels.serving.frame import Frame
@@ -58,6 +58,9 @@ class Scope:
         copy = memo[id(self)] = Scope()
         copy.detached = True
         return copy
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("a served model cannot be pickled, since its layers are those of its pool; unserve(model) first")
 
     def open(self, batch: "Batch") -> Opening:
         """Makes a batch current for its caller."""
