@@ -11,8 +11,9 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from lora_kernels.ops.derivatives import transformed
+from lora_kernels.ops.derivatives import transformed, under_functorch
 from lora_kernels.ops.weight_norm.op import dora_gain, row_norm_squared, weight_norm
 
 try:
@@ -69,7 +70,7 @@ class NormCache:
     def gain(self, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
         """DoRA's gain, `dora_gain(magnitude, norm)` with the norm detached: [out]. Reused as the
         norm is."""
-        if torch.is_grad_enabled() or transformed():
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or under_functorch():
             norm = self(w, a, b, scale)
             return dora_gain(magnitude.to(norm.dtype), norm)
         key = _key(scale, w, a, b, magnitude)
