@@ -1,13 +1,14 @@
-# make install | test | test-fast | test-slow | test-vllm | demo | serve-demo | lint | docs | gates | tile | bench | wheel | hub.
+# make install | test | test-fast | test-slow | test-vllm | sanitize | demo | serve-demo | lint | docs | gates | tile | bench | wheel | hub.
 # Each makes .venv on its first call and reuses it. make gpu runs in your own environment: see there.
 SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CHECKED := $(CSRC) $(wildcard tests/sanitize/*.cpp tests/sanitize/*.h)
 CUDA := $(shell find csrc tests -name '*.cu' -o -name '*.cuh')
 SOURCES := $(CSRC) $(filter csrc/%,$(CUDA)) CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml
 
-.PHONY: install test test-fast test-slow test-vllm demo serve-demo lint docs gates tile bench bench-pytest gpu wheel hub
+.PHONY: install test test-fast test-slow test-vllm sanitize demo serve-demo lint docs gates tile bench bench-pytest gpu wheel hub
 
 # $(call told,COMMAND,LINES): runs COMMAND and shows those of its lines that match, cut; all of its end if it fails
 # (by bash itself: some awk and grep hold lines back)
@@ -65,6 +66,10 @@ test-vllm: install .venv-vllm/requirements
 	PYTHONPATH="$(CURDIR):$(CURDIR)/.venv-vllm" OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -o addopts= \
 		--confcutdir=tests/engines tests/engines $(ARGS)
 
+# the CPU kernels under AddressSanitizer and ThreadSanitizer, by GCC; ARGS=--plant: only that both find planted bugs
+sanitize: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.sanitize $(ARGS)
+
 demo: .venv/demo
 	$(ASLEEP) $(BIN)/python examples/demo/finetune.py $(ARGS)
 
@@ -74,7 +79,7 @@ serve-demo: .venv/demo
 lint: .venv/requirements
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
-	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(CUDA)
+	$(BIN)/clang-format --dry-run --Werror $(CHECKED) $(CUDA)
 
 .venv/docs: requirements-docs.txt .venv/requirements
 	$(BIN)/python -m pip install --quiet -r requirements-docs.txt

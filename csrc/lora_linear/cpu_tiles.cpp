@@ -276,7 +276,7 @@ void run(const Tiles& p) {
   const int64_t column = d.column(), a_column = d.features * d.a_parts * TILE;
   const int64_t rows = (p.tokens + ROWS - 1) / ROWS * ROWS;
   const bool fits = rows / ROWS * column * 2 <= PACKED_BYTES;
-  const bool straight = !BACK && p.tokens <= DIRECT_TOKENS;
+  const bool straight = !BACK && p.tokens <= DIRECT_TOKENS && d.x_parts == 1;
   const int64_t most = fits || straight ? rows : std::min(rows, TOKENS);  // tokens at a time
   // outputs at a time: one panel where x stays in the cache, but backward W is read along its
   // outputs

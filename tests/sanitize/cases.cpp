@@ -1,0 +1,188 @@
+// Calls of the kernels of lora_linear and weight_norm that every level has.
+#include "cases.h"
+
+namespace lk::sanitize {
+
+namespace {
+
+// of x ⊙ mask, by rows
+std::vector<double> dropped(const Tensor& x, const Dropout& d) {
+  std::vector<double> all = x.values();
+  for (int64_t i = 0; i < x.rows(); i++) {
+    for (int64_t j = 0; j < x.cols(); j++) all[size_t(i * x.cols() + j)] *= mask_of(d, i, j);
+  }
+  return all;
+}
+
+void forward_small(Case& c) {
+  const auto [tokens, n_in, n_out, rank] = c.shape;
+  const DType small = c.any_type(), result = c.coin() ? c.type : DType::f32;
+  Tensor x(c.numbers, c.type, tokens, n_in, c.by_rows()), w(c.numbers, c.type, n_out, n_in, c.by_rows());
+  Tensor a(c.numbers, small, rank, n_in, c.by_rows()), b(c.numbers, small, n_out, rank, c.any_layout());
+  Tensor y(result, tokens, n_out, c.by_rows());
+  std::optional<Tensor> z, h, bias = c.vector(n_out), gain = c.vector(n_out);
+  if (c.coin()) z.emplace(result, tokens, n_out, c.by_rows());
+  if (c.coin()) h.emplace(DType::f32, tokens, rank);
+  const float scale = c.scale();
+  const Dropout dropout = c.dropout();
+  const ForwardSmall p{
+      x,     w,       a,      b,    y,     view_of(z), view_of(bias), view_of(gain), h ? h->floats() : nullptr,
+      scale, dropout, tokens, n_in, n_out, rank,       c.threads};
+  c.run([&] { c.level->forward_small(p); });
+  std::vector<double> hidden = product(dropped(x, dropout), a.values(), n_in);
+  for (double& v : hidden) v *= scale;
+  const std::vector<double> base = product(x.values(), w.values(), n_in), more = product(hidden, b.values(), rank);
+  const auto sum = [&](int64_t t, int64_t n) { return base[size_t(t * n_out + n)] + more[size_t(t * n_out + n)]; };
+  if (h) c.expect(*h, "h", [&](int64_t t, int64_t j) { return hidden[size_t(t * rank + j)]; });
+  if (z) c.expect(*z, "z", sum);
+  c.expect(y, "y", [&](int64_t t, int64_t n) { return value_of(gain, n, 1) * sum(t, n) + value_of(bias, n, 0); });
+}
+
+void base_product(Case& c) {
+  const auto [tokens, n_in, n_out, rank] = c.shape;
+  Tensor x(c.numbers, c.type, tokens, n_in, c.by_rows()), w(c.numbers, c.type, n_out, n_in, c.by_rows());
+  Tensor y(DType::f32, tokens, n_out, c.by_rows());
+  const BaseProduct p{x, w, y, tokens, n_in, n_out, c.threads};
+  c.run([&] { c.level->base_product(p); });
+  const std::vector<double> want = product(x.values(), w.values(), n_in);
+  c.expect(y, "y", [&](int64_t t, int64_t n) { return want[size_t(t * n_out + n)]; });
+}
+
+void shrink(Case& c) {
+  const auto [tokens, n_in, n_out, rank] = c.shape;
+  Tensor x(c.numbers, c.type, tokens, n_in, c.by_rows());
+  Tensor a(c.numbers, c.any_type(), rank, n_in, c.any_layout()), h(DType::f32, tokens, rank);
+  const std::optional<Tensor> gain = c.vector(n_in);
+  const float scale = c.scale();
+  const Dropout dropout = c.dropout();
+  const Shrink p{x, a, view_of(gain), h.floats(), scale, dropout, tokens, n_in, rank, c.threads};
+  c.run([&] { c.level->shrink(p); });
+  std::vector<double> right = a.values();
+  for (size_t i = 0; i < right.size(); i++) right[i] *= scale * value_of(gain, int64_t(i) % n_in, 1);
+  const std::vector<double> want = product(dropped(x, dropout), right, n_in);
+  c.expect(h, "h", [&](int64_t t, int64_t j) { return want[size_t(t * rank + j)]; });
+}
+
+void expand(Case& c) {
+  const auto [tokens, n_in, n_out, drawn] = c.shape;
+  const bool in_place = !c.fixed && c.type == DType::f32 && c.coin(), has_b = c.fixed || c.coin(), mask_from = c.coin();
+  const int64_t rank = has_b ? drawn : 0;
+  Tensor from(c.numbers, DType::f32, tokens, n_out, c.by_rows());
+  const std::vector<double> before = from.values();
+  std::optional<Tensor> to, b, h;
+  if (!in_place) to.emplace(c.type, tokens, n_out, c.by_rows());
+  if (has_b)
+    b.emplace(c.numbers, c.any_type(), rank, n_out, c.any_layout()), h.emplace(c.numbers, DType::f32, tokens, rank);
+  const std::optional<Tensor> gain = c.vector(n_out), bias = c.vector(n_out);
+  const Dropout dropout = c.dropout();
+  const Expand p{from,    to ? *to : from, view_of(b), view_of(gain), view_of(bias), h ? h->floats() : nullptr,
+                 dropout, mask_from,       tokens,     n_out,         rank,          c.threads};
+  c.run([&] { c.level->expand(p); });
+  c.expect(to ? *to : from, "to", [&](int64_t t, int64_t n) {
+    double sum = 0;
+    for (int64_t j = 0; j < rank; j++) sum += h->at(t, j) * b->at(j, n);
+    const double mask = mask_of(dropout, t, n), base = before[size_t(t * n_out + n)];
+    return value_of(gain, n, 1) * ((mask_from ? mask : 1) * base + mask * sum) + value_of(bias, n, 0);
+  });
+}
+
+void outer(Case& c) {
+  const auto [tokens, n_in, n_out, rank] = c.shape;
+  Tensor x(c.numbers, c.type, tokens, n_in, c.by_rows()), d(c.any_type(), rank, n_in, c.any_layout());
+  Tensor left(c.numbers, DType::f32, tokens, rank);
+  const std::optional<Tensor> gain = c.vector(n_in);
+  const Dropout dropout = c.dropout();
+  const Outer p{x, d, view_of(gain), left.floats(), dropout, tokens, n_in, rank, c.threads};
+  c.run([&] { c.level->outer(p); });
+  const std::vector<double> right = dropped(x, dropout);
+  c.expect(d, "d", [&](int64_t j, int64_t k) {
+    double sum = 0;
+    for (int64_t t = 0; t < tokens; t++) sum += left.at(t, j) * right[size_t(t * n_in + k)];
+    return sum * value_of(gain, k, 1);
+  });
+}
+
+void column_sums(Case& c) {
+  const auto [tokens, n_in, n_out, rank] = c.shape;
+  Tensor u(c.numbers, c.type, tokens, n_out, c.by_rows()), sums(DType::f32, 1, n_out);
+  std::optional<Tensor> v;
+  if (c.coin()) v.emplace(c.numbers, c.type, tokens, n_out, c.by_rows());
+  const ColumnSums p{u, view_of(v), sums.floats(), tokens, n_out, c.threads};
+  c.run([&] { c.level->column_sums(p); });
+  c.expect(sums, "sums", [&](int64_t, int64_t n) {
+    double sum = 0;
+    for (int64_t t = 0; t < tokens; t++) sum += u.at(t, n) * (v ? v->at(t, n) : 1);
+    return sum;
+  });
+}
+
+void weight_norm(Case& c) {
+  const auto [tokens, n_in, n_out, rank] = c.shape;
+  Tensor w(c.numbers, c.type, n_out, n_in, c.by_rows()), norm(DType::f32, 1, n_out);
+  Tensor a(c.numbers, c.any_type(), rank, n_in, c.any_layout()),
+      b(c.numbers, c.any_type(), n_out, rank, c.any_layout());
+  const float scale = c.scale(), max_condition = c.coin() ? 0.01f : 64.f;  // the first sums every row directly
+  const std::vector<double> all = w.values();
+  std::optional<Tensor> w_squared, products;
+  if (c.coin()) {
+    std::vector<double> squares(size_t(n_out), 0);
+    for (size_t i = 0; i < all.size(); i++) squares[i / size_t(n_in)] += all[i] * all[i];
+    w_squared.emplace(squares, 1, n_out);
+  }
+  if (c.coin()) products.emplace(product(a.values(), all, n_in), rank, n_out, c.any_layout());
+  const WeightNorm p{w,    a,     b,    view_of(w_squared), view_of(products), norm.floats(), scale, max_condition,
+                     n_in, n_out, rank, c.threads};
+  c.run([&] { c.level->weight_norm(p); });
+  c.expect(norm, "norm", [&](int64_t, int64_t n) {
+    double squared = 0;
+    for (int64_t k = 0; k < n_in; k++) {
+      double sum = w.at(n, k);
+      for (int64_t j = 0; j < rank; j++) sum += scale * b.at(n, j) * a.at(j, k);
+      squared += sum * sum;
+    }
+    return std::sqrt(squared);
+  });
+}
+
+void row_norm_squared(Case& c) {
+  const auto [tokens, n_in, n_out, rank] = c.shape;
+  Tensor w(c.numbers, c.type, n_out, n_in, c.by_rows()), squared(DType::f32, 1, n_out);
+  const RowNormSquared p{w, squared.floats(), n_in, n_out, c.threads};
+  c.run([&] { c.level->row_norm_squared(p); });
+  c.expect(squared, "squared", [&](int64_t, int64_t n) {
+    double sum = 0;
+    for (int64_t k = 0; k < n_in; k++) sum += w.at(n, k) * w.at(n, k);
+    return sum;
+  });
+}
+
+void checksum(Case& c) {
+  std::vector<char> bytes(size_t(c.shape.n_in * c.shape.tokens)), few(size_t(c.shape.rank));
+  for (char& byte : bytes) byte = char(c.numbers.next());
+  const Table<char> first(bytes), second(few);
+  const Bytes ranges[2] = {{first.data(), int64_t(bytes.size())}, {second.data(), int64_t(few.size())}};
+  uint64_t found = 0;
+  c.run([&] { found = c.level->checksum(ranges, 2); });
+  if (found != portable::checksum(ranges, 2))
+    throw std::runtime_error(c.said() + ": not the sum of the level portable");
+  first.data()[c.numbers.next() % bytes.size()] ^= 1;
+  if (found == c.level->checksum(ranges, 2)) throw std::runtime_error(c.said() + ": a changed bit keeps the sum");
+}
+
+}  // namespace
+
+const std::vector<KernelCase> cases{
+    {"forward_small", forward_small},
+    {"base_product", base_product},
+    {"shrink", shrink},
+    {"expand", expand},
+    {"outer", outer},
+    {"column_sums", column_sums},
+    {"weight_norm", weight_norm},
+    {"row_norm_squared", row_norm_squared},
+    {"checksum", checksum},
+    {"multi_lora", multi_lora_case},
+    {"tiles", tiles_case},
+};
+
+}  // namespace lk::sanitize
