@@ -178,11 +178,9 @@ class BaseWatch:
 
     def check(self, modules: Iterable[str]) -> None:
         """Raises BaseChangedError if one of the modules does not fit any more."""
-        if not self.unfit:
-            return
-        for name in sorted(modules):
-            if name in self.unfit:
-                why = self.unfit[name]
+        wanted = frozenset(modules)
+        for name, why in self.unfit.items():
+            if name in wanted:
                 raise BaseChangedError(f"AdapterPool: the base is another at {name}: {why}; make a new pool for it as it is")
 
 
