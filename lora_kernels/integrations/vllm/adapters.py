@@ -96,8 +96,8 @@ class Model(LoRAModel):
                 found = f"{list(lora.lora_a.shape)} and {list(lora.lora_b.shape)}"
                 raise AdapterError(f"{name}: A and B must be [r, in] and [out, r], found {found}")
             if lora.lora_a.dim() == 2 and len(lora.lora_a) != lora.rank:
-                found = len(lora.lora_a)
-                raise AdapterError(f"{name}: A must have {lora.rank} rows, the rank of its configuration, found {found}")
+                rows = len(lora.lora_a)
+                raise AdapterError(f"{name}: A must have {lora.rank} rows, the rank of its configuration, found {rows}")
         if not model.loras:
             raise AdapterError("the adapter changes no module")
         extras = {name: AdapterExtra() for name in model.loras}
