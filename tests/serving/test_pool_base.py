@@ -281,7 +281,8 @@ def test_a_quantised_base_that_hides_its_weight():
     pool.load("lora", random_adapter(1))
     x = torch.randn(1, 24)
     plain = net().half().float()
-    torch.testing.assert_close(serve(model, pool)(x, adapters=["lora"]), alone(plain, random_adapter(1), x), rtol=1e-4, atol=1e-4)
+    y = serve(model, pool)(x, adapters=["lora"])
+    torch.testing.assert_close(y, alone(plain, random_adapter(1), x), rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_served_is_said_when_the_pool_is_made():

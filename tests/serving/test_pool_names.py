@@ -130,7 +130,8 @@ def test_an_unknown_name_fails_alone():
     pool = pool_of(model)
     pool.load("a", random_adapter(0)), pool.load("b", random_adapter(1))
     x = torch.randn(3, 24)
-    wanted = {name: alone(net(), adapter, x) for name, adapter in (("a", random_adapter(0)), ("b", random_adapter(1)), (None, None))}
+    adapters = {"a": random_adapter(0), "b": random_adapter(1), None: None}
+    wanted = {name: alone(net(), adapter, x) for name, adapter in adapters.items()}
     serve(model, pool)
 
     def rows(adapters, missing, weights=None):

@@ -24,8 +24,9 @@ class Machine(RuleBasedStateMachine):
 
     names = st.sampled_from(["a", "b", "c", "d", "e"])
     adapters = st.builds(
-        random_adapter, st.integers(0, 99), st.sampled_from([1, 8, 9, 17]), st.sampled_from([("0", "2"), ("0",), ("2",)]), st.booleans()
-    )
+        random_adapter, st.integers(0, 99), st.sampled_from([1, 8, 9, 17]),
+        st.sampled_from([("0", "2"), ("0",), ("2",)]), st.booleans(),
+    )  # fmt: skip
 
     @initialize(first=st.lists(adapters, min_size=2, max_size=2), host=st.sampled_from([0, 4000, 20_000]))
     def start(self, first, host):
