@@ -108,6 +108,21 @@ def test_what_only_refresh_can_know():
     torch.testing.assert_close(model(x, adapters=["dora"]), alone(now, dora(0), x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_of_inference_mode():
+    """Its tensors count no versions."""
+    with torch.inference_mode():
+        model = net()
+        pool = pool_of(model)
+        pool.load("dora", dora(0))
+        x = torch.randn(1, 24)
+        serve(model, pool)
+        torch.testing.assert_close(model(x, adapters=["dora"]), alone(net(), dora(0), x), rtol=1e-4, atol=1e-5)
+        model.load_state_dict(other_weights(model), assign=True)
+        now = net()
+        now.load_state_dict(model.state_dict())
+        torch.testing.assert_close(model(x, adapters=["dora"]), alone(now, dora(0), x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_norm_of_weights_that_change_meanwhile(monkeypatch):
     """The gain is that of the weights after the load began, not of those before."""
     from lora_kernels.serving.site import Site
