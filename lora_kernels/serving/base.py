@@ -71,8 +71,8 @@ class BaseWatch:
     """Whether the model still has the layers and the weights that a pool knows.
 
     A layer is known by the path to it, a weight by identity, version and memory: what assigns,
-    casts, moves or writes in place changes one of these. Writing through `.data` or numpy changes
-    none, and wants `AdapterPool.refresh`.
+    casts, moves or writes in place changes one of these. Writing through `.data` or numpy, or to a
+    tensor of inference mode, changes none, and wants `AdapterPool.refresh`.
     """
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -116,8 +116,10 @@ class BaseWatch:
         self._state = {name: _state_of(w) for name, w in zip(self._sites, self._weights, strict=True)}
         # what hides its memory is known by identity alone
         plain = [(w, known) for w, known in zip(self._weights, self._state.values(), strict=True) if known is not None]
-        self._plain = [w for w, _ in plain]
-        self._versions, self._memories = [known[0] for _, known in plain], [known[1].cdata for _, known in plain]
+        self._plain, self._memories = [w for w, _ in plain], [known[1].cdata for _, known in plain]
+        # made in inference mode a tensor counts no versions, and is written to in that mode alone
+        self._counted = [w for w, known in plain if known[0] >= 0]
+        self._versions = [known[0] for _, known in plain if known[0] >= 0]
 
     def same(self, weights: bool) -> bool:
         """Whether nothing has changed that matters; `weights`: what they hold does.
@@ -134,7 +136,7 @@ class BaseWatch:
                 return True
             return (
                 all(map(operator.is_, map(_get_weight, self._holders), self._weights))
-                and list(map(_get_version, self._plain)) == self._versions
+                and list(map(_get_version, self._counted)) == self._versions
                 and list(map(_get_number, map(_get_storage, self._plain))) == self._memories
             )
         except KeyError:
@@ -182,11 +184,9 @@ class BaseWatch:
 
     def check(self, modules: Iterable[str]) -> None:
         """Raises BaseChangedError if one of the modules does not fit any more."""
-        if not self.unfit:
-            return
-        for name in sorted(modules):
-            if name in self.unfit:
-                why = self.unfit[name]
+        wanted = frozenset(modules)
+        for name, why in self.unfit.items():
+            if name in wanted:
                 raise BaseChangedError(f"AdapterPool: the base is another at {name}: {why}; make a new pool for it as it is")
 
 
@@ -196,8 +196,11 @@ _get_storage = operator.methodcaller("untyped_storage")
 
 
 def _state_of(weight: Tensor | None) -> tuple[int, StorageWeakRef] | None:
-    """Its version and its memory, whose number nothing else gets as long as this is kept."""
-    return (weight._version, StorageWeakRef(weight.untyped_storage())) if weight is not None and is_plain(weight) else None
+    """Its version (-1: it has none) and its memory, whose number nothing else gets as long as this
+    is kept."""
+    if weight is None or not is_plain(weight):
+        return None
+    return -1 if weight.is_inference() else weight._version, StorageWeakRef(weight.untyped_storage())
 
 
 def _numbers_of(state: tuple[int, StorageWeakRef] | None) -> tuple[int, int] | None:

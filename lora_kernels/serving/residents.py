@@ -266,6 +266,8 @@ class Residents:
         one replaces, then the longest unused first."""
         victims: list[Resident] = []
         short = self._short_of(adapter, victims)
+        if self.free and not short:
+            return victims
         idle = [r for r in self.by_slot.values() if not r.users and (not r.pinned or r.name is None or r is old)]
         idle.sort(key=lambda r: r.name is not None and r is not old)
         for resident in idle:

@@ -41,7 +41,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=llama.TOKENS, detokenize=False
 NUMBERS = itertools.count(1)
 WRONG = {
     "shape": "A and B must be", "nan": "not finite", "magnitude": "the magnitude is missing", "short": "magnitude must have",
-    "rank": "greater than max_lora_rank", "foreign": "modules that the model does not have", "half": "B is missing",
+    "rank": "its rank 65 is greater than max_lora_rank 64; --max-lora-rank 128 raises it",
+    "foreign": "modules that the model does not have", "half": "B is missing",
     "pissa": "init_lora_weights='pissa'", "truncated": "incomplete metadata, file not fully covered",
     "missing": "doesn't contain tensors",
 }  # fmt: skip

@@ -1,9 +1,7 @@
 """Whatever fails at whatever step, and whoever interrupts it: the pool is as before, or the change
 is whole."""
 
-import copy
 import gc
-import sys
 import threading
 
 import pytest
@@ -13,57 +11,8 @@ from torch import nn
 from lora_kernels.adapters import AdapterError
 from lora_kernels.serving import Adapter, AdapterPool, Factors, PoolFullError, serve
 from lora_kernels.serving.site import Site
+from tests.serving.faults import Fault, everything, same, with_fault_at
 from tests.serving.pools import alone, net, pool_of, random_adapter, same_state, state
-
-
-class Fault(Exception):
-    pass
-
-
-def with_fault_at(step, call, fault, opcodes=False):
-    """Calls, and raises at that step of the pool's own code: before a line, or an instruction of
-    it. Whether it was reached."""
-    left = step
-
-    def trace(frame, event, _):
-        nonlocal left
-        if "lora_kernels/serving/" not in frame.f_code.co_filename or frame.f_code.co_name == "__del__":
-            return None
-        frame.f_trace_opcodes = opcodes
-        if event == ("opcode" if opcodes else "line"):
-            left -= 1
-            if not left:
-                raise fault("injected")
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except fault as error:
-        # its traceback keeps what the call had
-        del error
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
-def everything(pool):
-    """What is where: tensors, and the books."""
-    held = pool._held
-    held.settle()
-    books = [list(held.names), sorted(held.by_slot), sorted(held.free), sorted(held.host), list(held.generations)]
-    books += [[(r.name, r.id, sorted(r.modules), sorted(r.magnitudes)) for r in held.by_slot.values()]]
-    for name in held.names.keys() & held.host.keys():
-        assert held.names[name].version == held.host[name].version
-    books += [[(sorted(s.free), s.held, s._vectors, s._entries) for s in pool.sites.values()]]
-    columns = [site.columns.clone() for site in pool.sites.values() if hasattr(site, "columns")]
-    return [*state(pool), *columns], copy.deepcopy(books)
-
-
-def same(one, other):
-    return one[1] == other[1] and same_state(one[0], other[0])
 
 
 def model_with_an_embedding():
@@ -185,72 +134,6 @@ def test_a_load_that_fails_does_not_wear_the_pool_out():
     pool.load("c", random_adapter(3))
 
 
-F = lambda **changes: Adapter({"0": Factors(**{"a": torch.ones(2, 24), "b": torch.ones(40, 2), "scale": 1.0, **changes})})  # noqa: E731
-
-
-@pytest.mark.parametrize(("source", "message"), [
-    (F(bias=torch.ones(3)), r"bias must be \[40\], found \[3\]"), (F(magnitude=torch.ones(1, 40)), r"magnitude must be \[40\]"),
-    (F(magnitude=torch.ones(39)), r"magnitude must be \[40\], found \[39\]"), (F(scale=float("inf")), "scale must be a finite"),
-    (F(scale=float("nan")), "scale must be a finite number, found nan"), (F(scale=1e39), "the scale must be a finite number"),
-    (F(scale=True), "the scale must be a finite number"), (F(scale=torch.tensor(1.0)), "the scale must be a finite number"),
-    (F(scale=1e30, bias=torch.full((40,), 1e30)), "scale times bias has values that are not finite"),
-    (F(a=torch.ones(2)), "a and b must be"), (F(a=torch.ones(0, 24), b=torch.ones(40, 0)), "a and b must be"),
-    (F(a=torch.ones(2, 24, dtype=torch.int32)), "a must be floating, found torch.int32"), (F(b=None), "b must be a tensor"),
-    (F(bias=[1.0]), "bias must be a tensor, found list"),
-])  # fmt: skip
-def test_factors_are_checked_at_the_door(source, message):
-    pool = pool_of(net(), slots=2)
-    pool.load("a", random_adapter(0))
-    before = state(pool)
-    for call in (pool.load, pool.update):
-        with pytest.raises(AdapterError, match=message):
-            call("a" if call == pool.update else "b", source)
-    assert same_state(before, state(pool))
-
-
-@pytest.mark.parametrize("name", [None, 3, b"a", ("a",)])
-def test_names_are_strings(name):
-    pool = pool_of(net())
-    with pytest.raises(TypeError, match="AdapterPool: a name must be a string, found"):
-        pool.load(name, random_adapter(0))
-    with pytest.raises(LookupError, match="no adapter is called 'zz'; there are none"):
-        pool.evict("zz")
-
-
-def test_a_trainers_tensors_are_copied():
-    """It writes to its own, and lets them go wrong; what was loaded comes back from the host."""
-    model = net()
-    pool = pool_of(model, slots=1, host_bytes=1 << 20)
-    served, x = serve(model, pool), torch.randn(1, 24)
-    live = random_adapter(0, dora=True)
-    wanted = alone(net(), live, x)
-    pool.load("policy", live)
-    pool.load("other", random_adapter(1))
-    for f in live.factors.values():
-        for t in (f.a, f.b, f.magnitude):
-            t.fill_(torch.nan)
-    torch.testing.assert_close(served(x, adapters=["policy"]), wanted)
-
-
-def test_a_name_on_the_host_is_a_name():
-    model = net()
-    pool = pool_of(model, slots=1, host_bytes=1 << 20)
-    served, x = serve(model, pool), torch.randn(1, 24)
-    pool.load("a", random_adapter(0)), pool.load("b", random_adapter(1))
-    assert "a" in pool and pool.names() == ["b"]
-    before = pool.version_of("a")
-    assert pool.update("a", random_adapter(2)) == pool.version_of("a") > before and pool.names() == ["b"]
-    with pytest.raises(ValueError, match="'a' is loaded already; replace=True"):
-        pool.load("a", random_adapter(3))
-    torch.testing.assert_close(served(x, adapters=["a"]), alone(net(), random_adapter(2), x))
-    assert pool.id_of("b") != pool.id_of("a")
-    pool.load("b", random_adapter(4), replace=True)
-    torch.testing.assert_close(served(x, adapters=["b"]), alone(net(), random_adapter(4), x))
-    pool.evict("a")
-    with pytest.raises(LookupError, match="no adapter is called 'a'; there are b"):
-        pool.version_of("a")
-
-
 def test_an_update_beside_a_batch():
     """The batch keeps its version in every layer; the next one has the new. Without room for both
     nothing changes."""
@@ -312,7 +195,9 @@ def test_a_dropped_batch_lets_go():
     batch = pool.batch(["a"])
     with pytest.raises(PoolFullError):
         pool.load("b", random_adapter(1))
-    threading.Thread(target=pool.batch, args=(["a"],)).start()
+    other = threading.Thread(target=pool.batch, args=(["a"],))
+    other.start()
+    other.join()
     del batch
     gc.collect()
     assert pool.stats().in_use == 0

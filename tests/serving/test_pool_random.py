@@ -3,6 +3,8 @@
 import random
 import resource
 import threading
+from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -12,26 +14,24 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from lora_kernels.adapters import AdapterError
 from lora_kernels.serving import PoolFullError, serve
+from tests.serving.faults import Fault, everything, same, with_fault_at
 from tests.serving.pools import alone, net, pool_of, random_adapter, same_state, state
 
 
 class Machine(RuleBasedStateMachine):
-    """Loads, evictions, exchanges, updates and batches in any order, against a dictionary of what
-    must come out."""
+    """Loads, evictions, exchanges, updates and batches in any order, beside a base that changes,
+    faults at any step and memory on the host, against a dictionary of what must come out."""
 
     names = st.sampled_from(["a", "b", "c", "d", "e"])
     adapters = st.builds(
-        random_adapter,
-        st.integers(0, 99),
-        st.sampled_from([1, 8, 9, 17]),
-        st.sampled_from([("0", "2"), ("0",), ("2",)]),
-        st.booleans(),
-    )
+        random_adapter, st.integers(0, 99), st.sampled_from([1, 8, 9, 17]),
+        st.sampled_from([("0", "2"), ("0",), ("2",)]), st.booleans(),
+    )  # fmt: skip
 
-    @initialize(first=st.lists(adapters, min_size=2, max_size=2))
-    def start(self, first):
+    @initialize(first=st.lists(adapters, min_size=2, max_size=2), host=st.sampled_from([0, 4000, 20_000]))
+    def start(self, first, host):
         self.plain, self.model = net(), net()
-        self.pool = pool_of(self.model, slots=3, pages=5)
+        self.pool = pool_of(self.model, slots=3, pages=5, host_bytes=host)
         self.served = serve(self.model, self.pool)
         self.known, self.open = {}, []
         self.x = torch.randn(4, 24, generator=torch.Generator().manual_seed(3))
@@ -43,10 +43,9 @@ class Machine(RuleBasedStateMachine):
         return data.draw(st.sampled_from(sorted(self.known) * 3 + ["a", "f"]))
 
     def forget(self):
-        """Who was evicted; never somebody that an open batch holds."""
-        gone = set(self.known) - set(self.pool.names())
+        """Who was evicted, and is not on the host; never somebody that an open batch holds."""
         held = {name for _, names, _ in self.open for name in names}
-        for name in gone:
+        for name in [name for name in self.known if name not in self.pool]:
             assert name not in held, "evicted while in use"
             del self.known[name]
 
@@ -72,14 +71,46 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), adapter=adapters)
     def update(self, data, adapter):
         name = self.pick(data)
+        before = self.pool.version_of(name) if name in self.known else 0
         try:
-            self.pool.update(name, adapter)
+            version = self.pool.update(name, adapter)
         except LookupError:
             assert name not in self.known
         except PoolFullError:
-            pass
+            assert self.pool.version_of(name) == before
         else:
+            assert version == self.pool.version_of(name) > before
             self.replaced(name, adapter)
+
+    @rule(data=st.data(), adapter=adapters, step=st.integers(1, 500), kind=st.sampled_from(["load", "update"]))
+    def fault(self, data, adapter, step, kind):
+        """At any line of the pool's own code."""
+        name = self.pick(data)
+        if name not in self.known:
+            return
+        before, version = everything(self.pool), self.pool.version_of(name)
+        change = self.pool.update if kind == "update" else partial(self.pool.load, replace=True)
+        with suppress(PoolFullError):
+            with_fault_at(step, lambda: change(name, adapter), Fault)
+        if self.pool.version_of(name) != version:
+            self.replaced(name, adapter)
+        else:
+            assert same(everything(self.pool), before)
+
+    @rule(kind=st.sampled_from(["in place", "assigned", "exchanged"]), seed=st.integers(0, 99))
+    def change_the_base(self, kind, seed):
+        weight = torch.randn(16, 40, generator=torch.Generator().manual_seed(seed)) * 0.3
+        with torch.no_grad():
+            self.plain[2].weight.copy_(weight)
+            if kind == "in place":
+                self.model[2].weight.copy_(weight)
+            elif kind == "assigned":
+                self.model.load_state_dict(self.model.state_dict() | {"2.weight": weight}, assign=True)
+            else:
+                self.model[2].weight.data = weight
+        if self.open:
+            self.pool.batch([None]).close()
+            self.pool.refresh()
 
     @rule(data=st.data())
     def evict(self, data):
@@ -94,15 +125,20 @@ class Machine(RuleBasedStateMachine):
 
     @rule(data=st.data(), count=st.integers(1, 4))
     def begin(self, data, count):
-        rows = ([self.pick(data) for _ in range(count)] + [None] * 4)[:4]
+        rows, there = ([self.pick(data) for _ in range(count)] + [None] * 4)[:4], {*self.pool.names(), None}
         try:
             batch = self.pool.batch(rows)
         except LookupError:
             assert any(name not in self.known for name in rows if name)
             return
+        except PoolFullError:
+            assert not there.issuperset(rows)
+            self.forget()
+            return
         wanted = {name: self.known[name] for name in rows if name}
         self.open.append((batch, list(wanted), wanted))
         batch.rows = rows
+        self.forget()
 
     @rule(which=st.integers(0, 9))
     def run(self, which):
@@ -113,6 +149,12 @@ class Machine(RuleBasedStateMachine):
             for i, name in enumerate(batch.rows):
                 expected = alone(self.plain, wanted[name] if name else None, self.x[i : i + 1])[0]
                 torch.testing.assert_close(y[i], expected, rtol=1e-4, atol=1e-4)
+
+    @rule(which=st.integers(0, 9))
+    def drop(self, which):
+        """Whoever loses a batch gives its adapters back."""
+        if self.open:
+            del self.open[which % len(self.open)]
 
     @rule()
     def fail(self):
@@ -125,9 +167,10 @@ class Machine(RuleBasedStateMachine):
     def books_balance(self):
         if not hasattr(self, "pool"):
             return
-        assert set(self.pool.names()) == set(self.known)
-        residents = self.pool.stats().residents
-        assert residents + len(self.pool._free) == 3
+        assert set(self.pool.names()) <= set(self.known) and all(name in self.pool for name in self.known)
+        now = self.pool.stats()
+        assert now.residents + len(self.pool._free) == 3
+        assert now.in_use <= sum(len(wanted) for _, _, wanted in self.open) and bool(now.in_use) <= bool(self.open)
         for site in self.pool.sites.values():
             pages = sorted([*site.free, *site.shared, *(page for held in site.held.values() for page in held)])
             assert pages == list(range(5))
@@ -141,7 +184,7 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
 
 

@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
+from vllm.config.lora import MaxLoRARanks
 from vllm.lora import lora_model as theirs
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
@@ -49,6 +50,23 @@ def unsupported_features(self: PEFTHelper) -> list[str]:
 _features = PEFTHelper._validate_features
 
 
+def flag_for_rank(rank: int) -> str:
+    """How a server is started that takes an adapter of that rank."""
+    enough = [most for most in get_args(MaxLoRARanks) if most >= rank]
+    return f"--max-lora-rank {min(enough)} raises it" if enough else f"--max-lora-rank goes to {max(get_args(MaxLoRARanks))}"
+
+
+def check_rank(self: PEFTHelper, lora_config: Any) -> None:
+    """Around PEFTHelper.validate_legal: what it says of the rank, and which flag that is."""
+    rank = max([self.r, *self.rank_pattern.values()])
+    if rank > lora_config.max_lora_rank:
+        raise AdapterError(f"its rank {rank} is greater than max_lora_rank {lora_config.max_lora_rank}; {flag_for_rank(rank)}")
+    _legal(self, lora_config)
+
+
+_legal = PEFTHelper.validate_legal
+
+
 class Model(LoRAModel):
     """vLLM's adapter with `extras`, by the names of its modules in vLLM's model, before packing."""
 
@@ -77,6 +95,9 @@ class Model(LoRAModel):
             if lora.lora_a.dim() == lora.lora_b.dim() == 2 and lora.lora_a.shape[0] != lora.lora_b.shape[1]:
                 found = f"{list(lora.lora_a.shape)} and {list(lora.lora_b.shape)}"
                 raise AdapterError(f"{name}: A and B must be [r, in] and [out, r], found {found}")
+            if lora.lora_a.dim() == 2 and len(lora.lora_a) != lora.rank:
+                rows = len(lora.lora_a)
+                raise AdapterError(f"{name}: A must have {lora.rank} rows, the rank of its configuration, found {rows}")
         if not model.loras:
             raise AdapterError("the adapter changes no module")
         extras = {name: AdapterExtra() for name in model.loras}
@@ -104,3 +125,4 @@ class Model(LoRAModel):
 def install_loader() -> None:
     theirs.parse_fine_tuned_lora_name = parse_name
     PEFTHelper._validate_features = unsupported_features
+    PEFTHelper.validate_legal = check_rank

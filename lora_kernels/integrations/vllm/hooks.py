@@ -22,6 +22,7 @@ from lora_kernels.integrations.vllm import adapters, log, proof
 from lora_kernels.integrations.vllm.adapters import Model
 from lora_kernels.integrations.vllm.fits import extras_by_layer
 from lora_kernels.integrations.vllm.layers import CLASSES, OnMultiLora
+from lora_kernels.integrations.vllm.server import install_answers
 from lora_kernels.integrations.vllm.step import Step, set_step, step_of
 
 
@@ -58,6 +59,7 @@ def install_hooks() -> None:
     _wrap_method(WorkerLoRAManager, "__init__", _with_our_model)
     _wrap_method(WorkerLoRAManager, "_load_adapter", proof.load_and_check)
     setattr(WorkerBase, proof.TRY, proof.try_lora)
+    _wrap_method(AsyncLLM, "__init__", _with_answers)
     for name in ("add_request", "add_lora"):
         _wrap_method(LLMEngine, name, proof.with_proof)
         setattr(AsyncLLM, name, proof.with_proof_async(getattr(AsyncLLM, name)))
@@ -77,6 +79,11 @@ def _wrap_method(owner: Any, name: str, change: Callable[..., Any]) -> None:
 def _with_our_name(original: Any, config: Any) -> str:
     """What vLLM has compiled and kept without the plugin is not for a model with it."""
     return f"{original(config)}-lora_kernels-{__version__}"
+
+
+def _with_answers(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    install_answers()
+    original(self, *args, **kwargs)
 
 
 def _with_our_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:

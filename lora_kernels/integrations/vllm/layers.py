@@ -23,6 +23,7 @@ from vllm.lora import layers as theirs
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
 from lora_kernels.adapters.config import AdapterError
+from lora_kernels.integrations.vllm.adapters import flag_for_rank
 from lora_kernels.integrations.vllm.step import Step, step_of
 from lora_kernels.ops import dora_gain, row_norm_squared, weight_norm
 from lora_kernels.ops.lora_linear.op import FLOATS
@@ -95,7 +96,7 @@ class OnMultiLora:
             if wanted != found:
                 raise AdapterError(f"{name}: A and B must be {wanted[0]} and {wanted[1]}, found {found[0]} and {found[1]}")
             if len(a) > most:
-                raise AdapterError(f"{name}: the rank may be {most} (max_lora_rank), found {len(a)}")
+                raise AdapterError(f"{name}: the rank may be {most}, found {len(a)}; {flag_for_rank(len(a))}")
         for what, parts in (("magnitude", magnitude), ("bias", bias)):
             rows = [None] * len(whole) if parts is None else self._factors_of_all_ranks(None, _columns(parts), name)[1]
             for t, size in zip(rows, whole, strict=True):

@@ -18,6 +18,7 @@ from vllm.lora.request import LoRARequest
 
 from lora_kernels.adapters.config import AdapterError
 from lora_kernels.integrations.vllm.fits import check_adapter
+from lora_kernels.integrations.vllm.server import refused
 
 TRY = "lora_kernels_try_lora"
 """The name of `try_lora` in vLLM's workers."""
@@ -100,7 +101,9 @@ def _proof_stages(engine: Any, request: Any, sleeps: bool) -> Generator[str, Any
             yield "drop" if stage == "load" else "remove"
             _proven_adapters(engine).discard(_adapter_key(request))
             message = f"the adapter {request.lora_name!r} ({request.lora_path}) cannot be served: {reason}"
-            raise VLLMValidationError(message, parameter="lora_request")
+            error = VLLMValidationError(message, parameter="lora_request")
+            refused.set(error)
+            raise error
     _proven_adapters(engine).add(_adapter_key(request))
 
 
