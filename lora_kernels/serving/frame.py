@@ -226,10 +226,11 @@ class Frame:
         """Raises ValueError where an adapter of the batch changes the layer."""
         if layer.name not in self.modules:
             return
+        why = "" if layer.layouts.get(x.dim() - 1) not in (None, UNLIKE) else layer.scope.why
         given = f"{self.batch.count} were given"
         if self.expansion > 1:
             given += f", × {self.expansion} = {self.requests} sequences"
-        raise ValueError(f"adapters: {given}, for {layer.name} with an input of {list(x.shape)}: {fault}; {WAY_OUT}")
+        raise ValueError(f"adapters: {given}, for {layer.name} with an input of {list(x.shape)}: {fault}{why}; {WAY_OUT}")
 
     def _owners(self, per: int, minor: bool) -> Tensor:
         each = torch.arange(self.batch.count, device=self.batch.ids.device).repeat_interleave(self.expansion)

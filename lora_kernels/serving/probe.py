@@ -66,7 +66,8 @@ def _learn(
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 call(model, *_changed(args, change), **_changed(kwargs, change))
-        except Exception:  # it wants other arguments than these: nothing is learned, and nothing is guessed
+        except Exception as error:  # it wants other arguments: nothing is learned, and a refusal says why
+            scope.why = f"; nothing was learned of it, since the model raised {type(error).__name__}: {str(error)[:200]}"
             return False
         finally:
             scope.current.reset(token)

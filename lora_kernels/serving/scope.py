@@ -50,6 +50,8 @@ class Scope:
         """Of the model itself, where it sends rows to experts."""
         self.unsure = True
         """Whether layers may see what nothing is known of."""
+        self.why = ""
+        """What a model raised when it was tried on other sequences."""
         self.detached = False
         scopes.add(self)
 

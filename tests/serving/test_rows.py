@@ -266,6 +266,23 @@ def test_a_model_of_images():
     assert_rows_are(y, [*NAMES, "b"], models, x, call=lambda of, x: of(pixel_values=x).logits)
 
 
+def test_a_model_that_cannot_be_tried():
+    """A refusal says what it raised on other sequences."""
+
+    class Picky(Net):
+        def forward(self, x, cache):
+            if len(x) == 3:
+                raise ArithmeticError("three")
+            return self.mlp(x)
+
+    model = Picky(None)
+    _, models = serve_two(model)
+    x = torch.randn(4, 6, 16)
+    assert_rows_are(model(x, None, adapters=NAMES), NAMES, models, x, call=lambda of, x: of(x, None))
+    with pytest.raises(ValueError, match="may be sequences or others; nothing was learned.* ArithmeticError: three"):
+        model(x[:, :4], None, adapters=NAMES)
+
+
 def test_a_copy_is_nobodys():
     """It runs its own layers, and takes no adapters of the pool."""
     model = llama().eval()
