@@ -1,6 +1,6 @@
 """A frozen embedding with a LoRA adapter."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from lora_kernels.nn.base import AdapterLayer, freeze_parameters
 from lora_kernels.nn.init import embedding_factors
 from lora_kernels.nn.snapshot import of_one_state
 from lora_kernels.ops import merged_weight
+
+_WIDE = (torch.float32, torch.float64)
 
 
 def is_scaled_embedding(module: Any) -> bool:
@@ -30,8 +32,15 @@ def is_scaled_embedding(module: Any) -> bool:
         return torch.equal(type(module).forward(module, index), nn.Embedding.forward(module, index) * factor)
 
 
-def no_autocast(device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+def _float32_product(rows: Tensor, b: Tensor) -> Tensor:
+    """rows [..., r] Bᵀ in float32 (float64 for float64), whatever autocast says."""
+    device, dtype = rows.device.type, rows.dtype
+    autocast = torch.is_autocast_enabled(device)
+    if dtype in _WIDE and dtype is b.dtype and not autocast:
+        return rows @ b.T
+    wide = torch.promote_types(torch.promote_types(rows.dtype, b.dtype), torch.float32)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        return rows.to(wide) @ b.T.to(wide)
 
 
 class LoRAEmbedding(AdapterLayer):
@@ -133,10 +142,8 @@ class LoRAEmbedding(AdapterLayer):
             return self._scaled(y)
         # never sparse: torch cannot transpose such a gradient, and PEFT's layer raises in backward
         rows = self._look_up(indices, self.lora_embedding_A.T, False)          # [..., r]
-        wide = torch.promote_types(y.dtype, torch.float32)
-        with no_autocast(y.device.type):
-            product = rows.to(wide) @ self.lora_embedding_B.T.to(wide)         # [..., dim]
-        return self._scaled(y + product * self.scaling).to(y.dtype)
+        total = y + _float32_product(rows, self.lora_embedding_B) * self.scaling
+        return (total if self.embed_scale is None else self._scaled(total)).to(y.dtype)
 
     def _scaled(self, y: Tensor) -> Tensor:
         scale = self.embed_scale
