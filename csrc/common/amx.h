@@ -126,7 +126,8 @@ inline void split(const View& m, int64_t first, int64_t rows, int64_t k, int64_t
 // side by side.
 template <bool LEFT>
 LK_INLINE void pack_tile(const bf16* rows, bf16* to) {
-  LEFT ? (void)std::copy_n(rows, TILE, to) : pack_rows(rows, DEPTH, ROWS, DEPTH, to);
+  if (!LEFT) return pack_rows(rows, DEPTH, ROWS, DEPTH, to);
+  LK_UNROLL for (int64_t i = 0; i < TILE; i += DEPTH) _mm512_store_si512(to + i, _mm512_load_si512(rows + i));
 }
 
 // with w [depth, outputs], two rows of w are interleaved

@@ -7,5 +7,7 @@ namespace lk::sanitize {
 extern int barriers;
 // which of them every thread passes without waiting: a bug on purpose; none if negative
 extern int skipped;
+// the thread that comes last to what lies before that barrier
+extern int late;
 
 }  // namespace lk::sanitize
