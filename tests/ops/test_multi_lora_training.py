@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from lora_kernels import lora_linear
 from lora_kernels.ops.multi_lora import multi_lora, multi_lora_add_
@@ -32,7 +33,26 @@ def test_gradcheck(k, outs):
         sites = [replace(s, **dict(zip(names, tensors[2 * i : 2 * i + 2], strict=True))) for i, s in enumerate(slots)]
         return multi_lora(x, w, sites, plan, bias)
 
-    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_the_tangent_of_a_batch_without_gradients():
+    """The kernels would drop it."""
+    x, w, slots, slot, weights, bias = draw(5, 6, [3, 4], [3, 2, 9], 1, torch.float32)
+    slots = clean(slots)
+    plan = planned(slots, slot, weights)
+    step = torch.randn_like(x)
+
+    def call(x):
+        return multi_lora(x, w, slots, plan, bias)
+
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            found = torch.func.jvp(call, (x,), (step,))[1]
+        torch.testing.assert_close(found, call(x + step) - call(x), rtol=1e-4, atol=1e-4)  # it is linear in x
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="multi_lora_add_: it is not differentiated"):
+        multi_lora_add_(call(x), x, slots, plan, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from lora_kernels.ops.derivatives import transformed, under_functorch
 from lora_kernels.ops.lora_linear.op import FLOATS, _any_autocast, without_autocast
 from lora_kernels.ops.multi_lora.plan import BatchPlan, Slots, tensors_of
 from lora_kernels.ops.multi_lora.training import trained
@@ -37,7 +39,8 @@ def multi_lora(
 
     Gradients flow to x, to bias, and to a, b, gain and bias of the slots where they require it; w
     is frozen. Then each adapter of the batch is one `lora_linear` of its tokens, so what its rows
-    of a and b get has the bits of training it alone; the plan is read on the host.
+    of a and b get has the bits of training it alone; the plan is read on the host. Forward mode and
+    torch.func go the same way.
 
     Raises:
         TypeError: a tensor has a dtype that is not supported.
@@ -52,7 +55,8 @@ def multi_lora(
     if w.shape[1] != x.shape[-1] or w.dtype is not x.dtype or w.device != x.device:
         wanted = f"[out, {x.shape[-1]}] {x.dtype} on {x.device} as x is"
         raise ValueError(f"multi_lora: w must be {wanted}, found {list(w.shape)} {w.dtype} on {w.device}")
-    if torch.is_grad_enabled() and _wants_grad(x, bias, *(t for s in sites for t in (s.a, s.b, s.gain, s.bias))):
+    learns = torch.is_grad_enabled() and _wants_grad(x, bias, *(t for s in sites for t in (s.a, s.b, s.gain, s.bias)))
+    if learns or ((forward_ad._current_level >= 0 or under_functorch()) and transformed()):
         y = trained(_as_rows(x), w, sites, plan, bias)
     else:
         y = _forward(MultiLoRA(*(_as_rows(x), w, *_flat_tensors(sites, plan), bias)))
@@ -71,13 +75,14 @@ def multi_lora_add_(
 
     Raises:
         as `multi_lora`; and ValueError if y has not its own memory for each element, or a gradient
-        is wanted: there is none.
+        is wanted, or forward mode or torch.func is under way: there is none.
     """
     sites = _check_arguments("multi_lora_add_", x, slots, plan, bias, y.shape[-1] if isinstance(y, Tensor) and y.dim() else -1)
     if y.shape[:-1] != x.shape[:-1] or y.dtype is not x.dtype or y.device != x.device:
         wanted = f"{[*x.shape[:-1], y.shape[-1]]} {x.dtype} on {x.device} as x is"
         raise ValueError(f"multi_lora_add_: y must be {wanted}, found {list(y.shape)} {y.dtype} on {y.device}")
-    if torch.is_grad_enabled() and _wants_grad(y, x, *(t for s in sites for t in (s.a, s.b, s.gain, s.bias))):
+    learns = torch.is_grad_enabled() and _wants_grad(y, x, *(t for s in sites for t in (s.a, s.b, s.gain, s.bias)))
+    if learns or transformed():
         raise ValueError("multi_lora_add_: it is not differentiated; use multi_lora, or torch.no_grad()")
     rows = y if y.dim() == 2 else y.view(math.prod(y.shape[:-1]), y.shape[-1])
     if any(stride == 0 and size > 1 for size, stride in zip(rows.shape, rows.stride(), strict=True)):

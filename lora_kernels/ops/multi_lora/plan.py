@@ -171,7 +171,8 @@ def members_of(
     sets error where an id is out of range or stale. Copies to the host."""
     for i, column in enumerate(ids.unbind(1)):
         slot, known = slots_of(column, s.generation)
-        error |= ((column != BASE) & ~known).any().int()
+        if ((column != BASE) & ~known).any():  # torch.func lets nobody write to a tensor from outside
+            error |= 1
         for each in slot[known].unique().tolist():
             members = torch.nonzero(known & (slot == each))[:, 0]
             yield members, each, None if weights is None else weights[members, i]
