@@ -35,7 +35,7 @@ struct Case {
     if (!coin()) return {};
     return {numbers.next(), uint32_t(0.25 * 0x1p32), float(1 / 0.75)};
   }
-  // [1, n], of 1 to 2 or of -1 to 1; or none
+  // [1, n], or none
   std::optional<Tensor> vector(int64_t n) {
     if (!coin()) return {};
     return std::optional<Tensor>(std::in_place, numbers, any_type(), 1, n);

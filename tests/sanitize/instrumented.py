@@ -11,3 +11,9 @@ assert _spec is not None and _spec.loader is not None
 # before the package is imported, which then finds it
 sys.modules[NAME] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(sys.modules[NAME])
+
+
+def pytest_sessionfinish() -> None:
+    from lora_kernels import _cpu
+
+    assert _cpu.__file__ == os.environ["LK_SANITIZED"], f"the tests ran on {_cpu.__file__}"
