@@ -97,7 +97,7 @@ def layout_of(x: Tensor, turned: Tensor, other: Tensor, lengths: Lengths) -> Lay
     if not x.shape == turned.shape == other.shape:
         return UNLIKE
     moved = float((x - turned).norm())
-    if not moved <= 1e-3 * float(x.norm()):
+    if moved != 0:  # what sequences share has the same bits each time
         for layout in _layouts(x.shape[:-1], lengths):
             if float((_split(x, layout).roll(1, _at(layout)) - _split(turned, layout)).norm()) <= 0.1 * moved:
                 by_sequence = _split(x - other, layout).movedim(_at(layout), 0)
@@ -105,7 +105,7 @@ def layout_of(x: Tensor, turned: Tensor, other: Tensor, lengths: Lengths) -> Lay
                 return layout if alone else UNLIKE
         return UNLIKE
     # the same for every sequence, such as learned queries: one copy for each, or one for all
-    if not float((x - other).norm()) <= 1e-3 * float(x.norm()):
+    if not torch.equal(x, other):
         return UNLIKE
     same = x.shape[0] == SEQUENCES and x.dim() > 2 and bool((x == x[:1]).all())
     return Layout.of(0) if same else FOREIGN
