@@ -315,3 +315,15 @@ def test_compiled_for_one_batch_and_another():
         with pool.batch(names):
             torch.testing.assert_close(compiled(x), model(x))
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_layers_that_shrink_what_they_see():
+    """Rows of different sequences are nearly equal in the last layers, and yet not shared."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(16, 16) for _ in range(6)]
+    model = nn.Sequential(*layers).requires_grad_(False)
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=0.02)
+    _, models = serve_two(model)
+    x = torch.randn(4, 5, 16)
+    assert_rows_are(model(x, adapters=NAMES), NAMES, models, x)
