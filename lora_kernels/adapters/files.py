@@ -63,8 +63,9 @@ def save_adapter(
     of twice the rank (PEFT's path_initial_model_for_weight_conversion): their base weight depends
     on random numbers, and only so can the file be read on the plain base.
 
-    Both files are replaced as one step: whatever fails, and also if the process is killed, a whole
-    older adapter or the new one is there, for a reader or another writer at the same time, too.
+    Both files are replaced as one step: whatever fails, and also if the
+    process is killed, a whole older adapter or the new one is there. So it is for a reader or
+    another writer at the same time.
     What else the folder holds stays.
 
     Raises:

@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def merge_and_unload(model: Model, *, safe: bool = False) -> Model:
     """Puts a plain module with the merged weight in the place of every layer with an adapter, in
-    place, and returns the model, which has no trace of adapters then: `save_pretrained` and
+    place, and returns the model. It has no trace of adapters then. `save_pretrained` and
     `state_dict` are those of a merged base.
 
     The plain modules have class, hooks, mode and requires_grad of before `inject_adapter`; copies

@@ -36,7 +36,7 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
 
     A layer of which another module takes the weight without calling it has no effect there, in PEFT
     either. nn.TransformerEncoder(Layer) does so in eval mode, and is kept off that path until
-    `unfuse`; of others (Mamba's and WavLM's fused kernels) the report says so under `left`.
+    `unfuse`. Of others (Mamba's and WavLM's fused kernels) the report says so under `left`.
 
     DoRA's gain is kept between calls that cannot have changed it. An edit of the base weight
     through `.data`, or through numpy, may not be seen: call `refresh(model)` after it.
@@ -120,7 +120,7 @@ def refresh(model: nn.Module) -> None:
         refresh(model)
 
     Wanted only after an edit of a base weight through `.data`, or through memory that it shares
-    with numpy, of which torch tells nobody: the gain is kept under a sample of W, about 64 elements
+    with numpy, of which torch tells nobody. The gain is kept under a sample of W, about 64 elements
     a matrix, beside its address and version. Edits of adapters, optimizers' steps, `copy_`,
     load_state_dict and moves are seen without it.
 

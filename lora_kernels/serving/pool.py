@@ -208,9 +208,8 @@ class AdapterPool(PoolCore):
         base, where rows are not sequences. Adapters in it stay until it ends.
 
         `missing` says what becomes of a name that is not known, so that it fails alone: "raise";
-        "base", which is what its sequence gets, and `batch.missing` has the name; or a function,
-        which gets the name and returns another, after a load of its own perhaps, or None for the
-        base.
+        "base", which is what its sequence gets, and `batch.missing` has the name; or a function. It
+        gets the name and returns another, after a load of its own perhaps, or None for the base.
 
         Raises:
             LookupError: a name is not known; the others are not held.
