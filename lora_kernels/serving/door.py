@@ -177,7 +177,8 @@ def _frame(
     if count != batch.count:
         if count is None and not batch.uniform:
             _refuse_count(batch.count, "a call without a tensor whose first dimension counts sequences", "", None)
-        if count is not None and count != batch.count * expansion:
+        rows_of_one = batch.count == 1 and name not in COUNTED and _is_rows(value)
+        if count is not None and count != batch.count * expansion and not rows_of_one:
             known = f", or {batch.count * expansion} as generate expands them" if expansion > 1 else ""
             _refuse_count(batch.count, f"{count} sequences{known}", name, value)
     else:
@@ -237,6 +238,11 @@ def _lengths(tensors: dict[str, Any], value: Any) -> Lengths:
         return tuple(found)
     sizes = value.shape[1:-1] if value.is_floating_point() else value.shape[1:]
     return tuple((2 + i, sizes[: i + 1].numel()) for i in range(len(sizes)))
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether a model's input is [rows, features], which may all be of one request."""
+    return isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()
 
 
 def _refuse_count(given: int, expected: str, name: str, value: Any) -> None:

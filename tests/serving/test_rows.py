@@ -327,3 +327,13 @@ def test_layers_that_shrink_what_they_see():
     _, models = serve_two(model)
     x = torch.randn(4, 5, 16)
     assert_rows_are(model(x, adapters=NAMES), NAMES, models, x)
+
+
+def test_rows_of_features_may_all_be_of_one_request():
+    model = net()
+    _, models = serve_two(model)
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(model(x, adapters=["a"]).double(), models["a"](x.double()), rtol=1e-4, atol=1e-4)
+    for wrong in (["a", "b"], ["a"] * 4):
+        with pytest.raises(ValueError, match=f"{len(wrong)} were given, for 3 sequences"):
+            model(x, adapters=wrong)
