@@ -32,6 +32,7 @@ GATES = [
             "sm_90": Change(per=12.2, wide=22, blocks=3),
             "sm_100": Change(per=99, matrix="UTCHMMA", units=8, blocks=4),
             "gfx942": Change(per=42, matrix="v_mfma", units=12, wide=18, blocks=3),
+            "sm_100, triton 3.7.1": Change(spilled=4),
         }),
     on_chips(
         "forward, bf16, r=16, dropped base", "forward_kernel", linear(8192, 16, gain=True, dropout=0.1),
