@@ -92,7 +92,7 @@ class DoRALinear(LoRALinear):
 
         Raises:
             TypeError, ValueError: x does not fit weight in dtype, shape or device, or weight
-            requires grad.
+                requires grad.
         """
         if not self.enabled:
             return F.linear(x, self._base_weight(), self.bias)

@@ -59,8 +59,7 @@ class GroupedLinear(nn.Module):
 
         Raises:
             TypeError, ValueError: x does not fit a weight in dtype, shape or device, or a weight
-            requires grad; the message
-                names the member by its index in the call.
+                requires grad; the message names the member by its index in the call.
         """
         outputs: dict[str, Tensor] = {}
         grouped: list[tuple[str, LoRALinear, float, str | None]] = []

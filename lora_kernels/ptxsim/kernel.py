@@ -100,7 +100,7 @@ class Kernel:
         Raises:
             SimulationError: something was found.
             TypeError, ValueError: the arguments do not fit the parameters; no GPU takes such a
-            grid, block or size of shared
+                grid, block or size of shared
                 memory; there is no such option or it has no such value.
         """
         tensors: dict[int, tuple[str, int, int]] = {}

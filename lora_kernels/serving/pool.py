@@ -52,7 +52,7 @@ class AdapterPool(PoolCore):
 
     Raises:
         TypeError, ValueError: a module is neither, has a dtype that is not supported, or the
-        capacity holds no page.
+            capacity holds no page.
     """
 
     def __init__(

@@ -74,8 +74,8 @@ def multi_lora_add_(
     twice, since y is rounded.
 
     Raises:
-        as `multi_lora`; and ValueError if y has not its own memory for each element, or a gradient
-        is wanted, or forward mode or torch.func is under way: there is none.
+        TypeError, ValueError: as `multi_lora`; and if y has not its own memory for each element,
+            or a gradient is wanted, or forward mode or torch.func is under way: there is none.
     """
     sites = _check_arguments("multi_lora_add_", x, slots, plan, bias, y.shape[-1] if isinstance(y, Tensor) and y.dim() else -1)
     if y.shape[:-1] != x.shape[:-1] or y.dtype is not x.dtype or y.device != x.device:
