@@ -135,9 +135,9 @@ class Tensor {
   void set(int64_t place, float value) {
     if (place >= elements_) return;
     switch (type_) {
-      case DType::f32: return driver::put(heap_.as<float>() + place, value);
-      case DType::bf16: return driver::put(heap_.as<bf16>() + place, value);
-      case DType::f16: return driver::put(heap_.as<f16>() + place, value);
+      case DType::f32: return driver::store_scalar(heap_.as<float>() + place, value);
+      case DType::bf16: return driver::store_scalar(heap_.as<bf16>() + place, value);
+      case DType::f16: return driver::store_scalar(heap_.as<f16>() + place, value);
     }
   }
 

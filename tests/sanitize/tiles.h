@@ -11,7 +11,7 @@
 namespace lk::sanitize {
 
 // a tile of 16 rows of 64 bytes; of a thread, as the processor's
-struct Tile {
+struct alignas(64) Tile {
   uint32_t row[16][16];
 };
 inline thread_local Tile tile[8];
