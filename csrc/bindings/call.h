@@ -22,10 +22,7 @@ class Call {
   // `work`: multiplications. `threads` becomes what the call is to take.
   Call(const char* kernel, double work, int& threads, std::initializer_list<Matrix*> matrices)
       : kernel_(kernel), work_(work) {
-    if (threads > 1) {
-      begin_ = Team::now();
-      threads = team().size(work, threads, begin_);
-    }
+    if (threads > 1) threads = team().size(work, threads, Team::now());
     threads_ = threads;
     if (work < LEAST && reader.fast()) return;
     unlocks_ = true;
@@ -55,13 +52,20 @@ class Call {
 
   template <typename Kernel>
   void run(Kernel&& kernel) const {
+    double begin = 0, end = 0;  // of the kernel alone: the wait for the lock after it is no stall
+    const auto timed = [&] {
+      if (threads_ == 1) return kernel();
+      begin = Team::now();
+      kernel();
+      end = Team::now();
+    };
     if (unlocks_) {
       pybind11::gil_scoped_release release;
-      time(kernel);
+      timed();
     } else {
-      time(kernel);
+      timed();
     }
-    if (threads_ > 1) team().took(work_, threads_, end_ - begin_, end_);
+    if (threads_ > 1) team().took(work_, threads_, end - begin, end);
   }
 
  private:
@@ -69,12 +73,6 @@ class Call {
   static Team& team() {
     static Team one;
     return one;
-  }
-  template <typename Kernel>
-  void time(Kernel&& kernel) const {
-    if (threads_ > 1) begin_ = Team::now();
-    kernel();
-    if (threads_ > 1) end_ = Team::now();
   }
   void hold(Matrix& m) {
     if (!m.tensor) return;
@@ -103,7 +101,6 @@ class Call {
   const char* kernel_;
   double work_;
   int threads_;
-  mutable double begin_ = 0, end_ = 0;  // ns
   bool unlocks_ = false;
   pybind11::object held_[MOST];
   int count_ = 0;

@@ -49,7 +49,7 @@ float* floats(const Matrix& m, const char* kernel) {
 }
 
 // Whether these are x [..., in], w [out, in], a [r, in], b [out, r] and vectors [out] on the CPU, x
-// as w and a as b in dtype, all of them ones that the kernels read. Then _check of
+// as w and a as b in dtype, all of them ones that the kernels read. Then _check_arguments of
 // ops/lora_linear/op.py, which is slower, raises nothing.
 bool valid_lora_linear(py::handle x, py::handle w, py::handle a, py::handle b, py::handle bias, py::handle gain) {
   lk::Tensor t[6];

@@ -107,8 +107,7 @@ struct Packed {
     int widest = 8;
     for (py::handle field : fields) {
       if (PyBytes_Check(field.ptr())) {
-        widest = ALIGNMENT;
-        put(PyBytes_AS_STRING(field.ptr()), int(PyBytes_GET_SIZE(field.ptr())), widest);
+        widest = put_map(field);
       } else if (PyFloat_Check(field.ptr())) {
         put(float(PyFloat_AS_DOUBLE(field.ptr())));
       } else if (field.is_none()) {
@@ -119,11 +118,9 @@ struct Packed {
       } else if (PyTuple_CheckExact(field.ptr())) {
         const auto map = py::reinterpret_borrow<py::tuple>(field);
         if (map.size() != 7) throw py::type_error("launch: a map is a tuple of 7");
-        const py::bytes encoded = tensor_map(address(map[0].ptr()), map[1].cast<bool>(), map[2].cast<uint64_t>(),
-                                             map[3].cast<uint64_t>(), map[4].cast<uint64_t>(), map[5].cast<uint32_t>(),
-                                             map[6].cast<uint32_t>());
-        widest = ALIGNMENT;
-        put(PyBytes_AS_STRING(encoded.ptr()), int(PyBytes_GET_SIZE(encoded.ptr())), widest);
+        widest = put_map(tensor_map(address(map[0].ptr()), map[1].cast<bool>(), map[2].cast<uint64_t>(),
+                                    map[3].cast<uint64_t>(), map[4].cast<uint64_t>(), map[5].cast<uint32_t>(),
+                                    map[6].cast<uint32_t>()));
       } else {
         put(int64_t(address(field.ptr())));
       }
@@ -134,6 +131,11 @@ struct Packed {
  private:
   static constexpr int ALIGNMENT = 64;  // of a map
 
+  // gives the alignment of the struct then
+  int put_map(py::handle encoded) {
+    put(PyBytes_AS_STRING(encoded.ptr()), int(PyBytes_GET_SIZE(encoded.ptr())), ALIGNMENT);
+    return ALIGNMENT;
+  }
   template <typename T>
   void put(T value) {
     put(&value, int(sizeof value), int(sizeof value));
