@@ -74,7 +74,7 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
         for encoder in changed:
             leave_fast_path(encoder)
         if peft:
-            peft.set_class((layer for layer in layers.values() if peft.class_refusal(layer) is None), peft.FusedLinear)
+            peft.fuse_classes(layer for layer in layers.values() if peft.class_refusal(layer) is None)
     except BaseException:
         for encoder in changed:
             restore_fast_path(encoder)
@@ -100,12 +100,13 @@ def unfuse(model: nn.Module) -> None:
     """
     _check_module("unfuse", model)
     peft = _peft_module()
-    fused = {n: m for n, m in model.named_modules() if isinstance(m, peft.FusedLinear)} if peft else {}
+    fused = {n: m for n, m in model.named_modules() if isinstance(m, peft.FUSED)} if peft else {}
     for name, layer in fused.items():
-        if type(layer) is not peft.FusedLinear:
-            raise ValueError(f"unfuse: {name} must be a FusedLinear, found its subclass {type(layer).__name__}")
+        if type(layer) not in peft.FUSED:
+            wanted = next(cls.__name__ for cls in peft.FUSED if isinstance(layer, cls))
+            raise ValueError(f"unfuse: {name} must be a {wanted}, found its subclass {type(layer).__name__}")
     if fused:
-        peft.set_class(fused.values(), peft.Linear)
+        peft.restore_classes(fused.values())
     for encoder in fast_paths(model, lambda _: True).values():
         # layers of lora_kernels.nn stay, and their encoders stay where they are right
         if not any(isinstance(module, _OURS) for module in encoder.modules()):
@@ -132,7 +133,7 @@ def refresh(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DoRALinear):
             module._norm.clear()
-        elif peft and isinstance(module, peft.FusedLinear):
+        elif peft and isinstance(module, peft.FUSED):
             peft.forget(module)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_kernels import fuse, unfuse
 from lora_kernels.integrations import peft as ours
+from lora_kernels.integrations.peft import classes
 from lora_kernels.integrations.report import Survey
 
 
@@ -47,7 +48,7 @@ def fails_at(monkeypatch, owner, name, call):
     return calls
 
 
-PLACES = [(ours, "read_state"), (ours, "class_refusal"), (Survey, "add_layer"), (ours, "_set_class")]
+PLACES = [(classes, "read_state"), (classes, "class_refusal"), (Survey, "add_layer"), (classes, "_set_class")]
 
 
 @pytest.mark.parametrize("call", [1, 2])
@@ -70,7 +71,7 @@ def test_unfuse_interrupted_changes_nothing(monkeypatch):
     fuse(one)
     before = everything(one)
     with monkeypatch.context() as patch:
-        fails_at(patch, ours, "_set_class", 2)
+        fails_at(patch, classes, "_set_class", 2)
         with pytest.raises(KeyboardInterrupt):
             unfuse(one)
     assert everything(one) == before
@@ -89,7 +90,7 @@ def test_a_refused_model_that_was_fused_before_stays_fused(monkeypatch):
         fuse(one, strict=True)
     assert everything(one) == before
     with monkeypatch.context() as patch:
-        fails_at(patch, ours, "_set_class", 2)
+        fails_at(patch, classes, "_set_class", 2)
         with pytest.raises(KeyboardInterrupt):
             fuse(one)
     assert everything(one) == before and type(one.base_model.model.a) is ours.FusedLinear

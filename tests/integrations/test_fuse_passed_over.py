@@ -118,7 +118,7 @@ def test_a_loaded_adapter(tmp_path):
     assert right(one)
 
 
-@pytest.mark.parametrize("fails", [(ours, "set_class"), (integrations, "leave_fast_path")], ids=lambda place: place[1])
+@pytest.mark.parametrize("fails", [(ours, "fuse_classes"), (integrations, "leave_fast_path")], ids=lambda place: place[1])
 def test_a_fuse_that_fails_leaves_the_encoder(fails, monkeypatch):
     one = model(net=encoder, target_modules=["linear1"]).eval()
     before = [dict(vars(m)) for m in one.modules()]

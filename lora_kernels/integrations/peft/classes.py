@@ -1,0 +1,101 @@
+"""The kinds of PEFT's LoRA layers that `fuse` covers, and the change of a layer's class."""
+
+from collections.abc import Callable, Iterable
+from types import MethodType
+from typing import Any, NamedTuple
+
+import peft
+from torch import nn
+
+from lora_kernels.integrations.peft.hooks import is_own
+from lora_kernels.integrations.peft.linear import FusedLinear, forget_all
+from lora_kernels.integrations.peft.state import read_state, type_name
+from lora_kernels.integrations.report import Survey
+
+try:
+    from peft.tuners.lora.layer import Linear, LoraLayer
+except ImportError as error:
+    raise ImportError(f"lora_kernels cannot fuse the layers of peft {peft.__version__}: {error}") from error
+
+
+class Kind(NamedTuple):
+    """A class of PEFT's and how `fuse` treats its layers."""
+
+    stock: type[nn.Module]
+    fused: type[nn.Module]
+    """A subclass of `stock` that overrides `forward` alone."""
+    survey: Callable[[str, Any, Survey], None]
+    """Adds to the survey what the layer's next call would do if it were fused."""
+
+
+def _survey_linear(name: str, layer: nn.Module, survey: Survey) -> None:
+    state: Any = read_state(layer)
+    if isinstance(state, str):
+        survey.left[name] = state
+        return
+    w, bias, a, b, scale, dropout, magnitude = state
+    if a.is_meta or b.is_meta or (magnitude is not None and magnitude.is_meta):
+        survey.left[name] = "the adapter's weights are on the meta device; once they are loaded it runs on the kernels"
+    else:
+        survey.add_layer(name, w, bias, a, b, scale, dropout, magnitude is not None)
+
+
+KINDS = (Kind(Linear, FusedLinear, _survey_linear),)
+FUSED = tuple(kind.fused for kind in KINDS)
+_KIND_OF = {cls: kind for kind in KINDS for cls in (kind.stock, kind.fused)}
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """PEFT's LoRA layers of every kind, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def class_refusal(layer: nn.Module) -> str | None:
+    """Why the layer's class can never be changed; None if it can or was."""
+    if type(layer) not in _KIND_OF:
+        return f"{type_name(layer)} layers are not covered"
+    held = "_old_forward" if "_hf_hook" in layer.__dict__ else "forward"
+    if held in layer.__dict__ and not is_own(layer, held):
+        return "its forward is replaced on the instance"
+    return None
+
+
+def survey_layer(name: str, layer: nn.Module, survey: Survey) -> None:
+    """Adds to the survey what the layer's next call would do if it were fused."""
+    reason = class_refusal(layer)
+    if reason is None:
+        _KIND_OF[type(layer)].survey(name, layer, survey)
+    else:
+        survey.left[name] = reason
+
+
+def fuse_classes(layers: Iterable[nn.Module]) -> None:
+    """Gives each layer its fused class, all or none of them; nothing else changes."""
+    _set_classes([(layer, _KIND_OF[type(layer)].fused) for layer in layers])
+
+
+def restore_classes(layers: Iterable[nn.Module]) -> None:
+    """Gives each layer PEFT's class back, all or none of them."""
+    _set_classes([(layer, _KIND_OF[type(layer)].stock) for layer in layers])
+
+
+def _set_classes(wanted: list[tuple[nn.Module, type[nn.Module]]]) -> None:
+    before = [(layer, type(layer)) for layer, _ in wanted]
+    try:
+        for layer, cls in wanted:
+            _set_class(layer, cls)
+    except BaseException:
+        for layer, old in before:
+            _set_class(layer, old)
+        raise
+
+
+def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    if type(layer) is cls:
+        return
+    # accelerate keeps the bound forward of the class that the layer had when its hook came
+    bound = [attribute for attribute in ("_old_forward", "forward") if is_own(layer, attribute)]
+    layer.__class__ = cls
+    for attribute in bound:
+        layer.__dict__[attribute] = MethodType(cls.forward, layer)
+    forget_all(layer)

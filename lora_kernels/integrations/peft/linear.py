@@ -1,0 +1,98 @@
+"""PEFT's linear layer with a forward on our kernels.
+
+All that is remembered between calls is DoRA's norm, under the bits it was computed from.
+"""
+
+from collections import Counter
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import peft
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+
+from lora_kernels.integrations.peft.state import PLAIN, read_state, type_name
+from lora_kernels.ops import NormCache, dora_gain, lora_linear, weight_norm
+from lora_kernels.ops.lora_linear.op import FLOATS
+
+try:
+    from peft.tuners.lora.layer import Linear
+except ImportError as error:
+    raise ImportError(f"lora_kernels cannot fuse the layers of peft {peft.__version__}: {error}") from error
+
+_compiling = torch.compiler.is_compiling
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._get_tracing_state
+# one for each layer, whichever adapter is active: its key is what it was computed from
+_norms: WeakKeyDictionary[nn.Module, NormCache] = WeakKeyDictionary()
+_fallbacks: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
+
+
+class FusedLinear(Linear):
+    """peft.tuners.lora.layer.Linear; a call that the kernels cover runs there, any other in PEFT's
+    own forward."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = run_fused(self, x, args, kwargs)
+        return super().forward(x, *args, **kwargs) if y is None else y
+
+
+def run_fused(layer: Linear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What the kernels give for a call of PEFT's layer, or None where PEFT's own forward must run;
+    the reason is counted."""
+    state: Any = "the call has arguments besides the input" if args or kwargs else read_state(layer)
+    reason = state if type(state) is str else _input_refusal(layer, x, state)
+    if reason is not None:
+        if not _compiling():
+            _fallbacks.setdefault(layer, Counter())[reason] += 1
+        return None
+    w, bias, a, b, scale, dropout, magnitude = state
+    gain = None if magnitude is None else _cached_gain(layer, w, a, b, scale, magnitude)
+    return lora_linear(x, w, a, b, scale, bias, gain, dropout)
+
+
+def _input_refusal(layer: Linear, x: Tensor, state: Any) -> str | None:
+    """Why this input goes to PEFT's forward, which also raises its own error where it cannot take
+    it."""
+    w, a = state[0], state[2]
+    if not _compiling():
+        if type(x) not in PLAIN:
+            return f"the input is {type_name(x)}"
+        if _functorch_level() is not None or _tracing() is not None or forward_ad._current_level >= 0:
+            return "a functional transform, a trace or forward-mode differentiation is under way"
+        if _has_any_global_hook():
+            return "a hook waits for the call of every module"
+    if x.dtype is not w.dtype or (x.dtype is not a.dtype and not layer.cast_input_dtype_enabled):
+        same = (x.dtype is torch.float64) == (w.dtype is torch.float64)
+        if not (torch.is_autocast_enabled(x.device.type) and x.dtype in FLOATS and same):
+            return f"the input is {x.dtype}, its casting is {'on' if layer.cast_input_dtype_enabled else 'off'}"
+    return None
+
+
+def _cached_gain(layer: Linear, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
+    if _compiling():
+        with torch.no_grad():
+            norm = weight_norm(w, a, b, scale)
+        return dora_gain(magnitude.to(norm.dtype), norm)
+    cache = _norms.get(layer)
+    if cache is None:
+        cache = _norms[layer] = NormCache()
+    return cache.gain(w, a, b, scale, magnitude)
+
+
+def forget(layer: nn.Module) -> None:
+    """Drops the layer's norm and gain."""
+    _norms.pop(layer, None)
+
+
+def fallbacks(layer: nn.Module) -> dict[str, int]:
+    """How many calls of the layer went to PEFT's forward since it was fused, by reason."""
+    return dict(_fallbacks.get(layer, {}))
+
+
+def forget_all(layer: nn.Module) -> None:
+    """Drops the layer's norm, gain and counts."""
+    forget(layer)
+    _fallbacks.pop(layer, None)

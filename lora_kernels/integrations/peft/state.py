@@ -1,0 +1,93 @@
+"""What a call of PEFT's linear layer computes with, read from the layer as it stands."""
+
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.integrations.peft.hooks import has_hooks
+from lora_kernels.ops.lora_linear.op import FLOATS
+
+try:
+    from peft.tuners.lora import variants
+    from peft.tuners.lora.dora import DoraLinearLayer
+    from transformers.pytorch_utils import Conv1D
+except ImportError as error:
+    raise ImportError(f"lora_kernels cannot fuse the layers of peft {peft.__version__}: {error}") from error
+
+PLAIN = (Tensor, nn.Parameter)
+_DTYPES = frozenset((w, a, a) for w in FLOATS for a in FLOATS)
+# MiCA differs from LoRA only in what it initialises and trains
+_COMPUTED_AS_LORA = tuple(v for v in (getattr(variants, "MiCALinearVariant", None),) if v is not None)
+
+
+def read_state(layer: Any) -> Any:
+    """What the layer's next call computes with, (w, bias, a, b, scale, dropout, magnitude), or why
+    PEFT must run it.
+
+    Reads the modules' own dictionaries: one lookup through nn.Module.__getattr__ costs as much as
+    ten of these checks.
+    """
+    if layer._disable_adapters:
+        return "the adapters are disabled"
+    if layer.merged_adapters:
+        return "an adapter is merged into the base weight"
+    children: dict[str, Any] = layer._modules
+    adapters = children["lora_A"]._modules
+    name = layer._active_adapter
+    if type(name) is not str:
+        here = name if len(name) == 1 else [each for each in name if each in adapters]
+        if len(here) > 1:
+            return "several adapters are active"
+        name = here[0] if here else None
+    if name not in adapters:
+        return "no active adapter has weights here"
+    base, lora_a, lora_b = children["base_layer"], adapters[name], children["lora_B"]._modules[name]
+    drop = children["lora_dropout"]._modules[name]
+    if has_hooks(base) or has_hooks(lora_a) or has_hooks(lora_b) or has_hooks(drop):
+        return "a hook waits for the call of base_layer, lora_A, lora_B or lora_dropout"
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        return f"lora_A and lora_B are {type_name(lora_a)} and {type_name(lora_b)}"
+    if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
+        return f"base_layer is {type_name(base)}"
+    w: Any  # tensors only once their types are looked at
+    a: Any
+    b: Any
+    w, a, b = base._parameters.get("weight"), lora_a._parameters.get("weight"), lora_b._parameters.get("weight")
+    if type(w) not in PLAIN or type(a) not in PLAIN or type(b) not in PLAIN:
+        return f"the weights of base_layer, lora_A and lora_B are {type_name(w)}, {type_name(a)} and {type_name(b)}"
+    if (w.dtype, a.dtype, b.dtype) not in _DTYPES:
+        return f"the weights of base_layer, lora_A and lora_B are {w.dtype}, {a.dtype} and {b.dtype}"
+    if w.requires_grad:
+        return "the base weight requires grad"
+    if w.is_meta or w.layout is not torch.strided:
+        return f"the base weight is {'on the meta device' if w.is_meta else w.layout}"
+    if lora_a._parameters["bias"] is not None or lora_b._parameters["bias"] is not None:
+        return "lora_bias adds a bias to lora_B"
+
+    variant, magnitude = layer.lora_variant.get(name), None
+    if variant is not None and type(variant) not in _COMPUTED_AS_LORA:
+        dora = children["lora_magnitude_vector"]._modules.get(name)
+        if type(variant) is not variants.DoraLinearVariant or type(dora) is not DoraLinearLayer or has_hooks(dora):
+            return f"{type_name(variant)} is not covered"
+        magnitude = dora._parameters["weight"]
+        if type(magnitude) not in PLAIN:
+            return f"lora_magnitude_vector is {type_name(magnitude)}"
+    dropout = 0.0
+    if type(drop) is nn.Dropout:
+        if drop.training and (magnitude is None or layer.training):
+            dropout = drop.p
+        if drop.inplace or dropout >= 1.0:
+            return f"lora_dropout is {drop}"
+    elif type(drop) is not nn.Identity:
+        return f"lora_dropout is {type_name(drop)}"
+    bias: Any = base._parameters["bias"]
+    if bias is not None and type(bias) not in PLAIN:
+        return f"the bias of base_layer is {type_name(bias)}"
+    w = w.t() if layer.fan_in_fan_out else w
+    return w, bias, a, b, layer.scaling[name], dropout, magnitude
+
+
+def type_name(thing: Any) -> str:
+    return "missing" if thing is None else type(thing).__name__
