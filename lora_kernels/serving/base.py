@@ -67,6 +67,37 @@ def check_kind(name: str, module: nn.Module) -> None:
         raise TypeError(f"AdapterPool: {name}: the weight is a {kind}, which no adapter can be served on: {why}; leave it out")
 
 
+class Known:
+    """A weight as the gains of its adapters know it: which it is, its version (-1: it counts none)
+    and its memory (None: it hides that)."""
+
+    __slots__ = "memory", "number", "version", "weight"
+
+    def __init__(self, weight: Tensor | None) -> None:
+        self.weight, self.version, self.number = weight, -1, None
+        if weight is not None and is_plain(weight):
+            self.version = -1 if weight.is_inference() else weight._version
+            # nothing else gets its number as long as this is kept
+            self.memory = StorageWeakRef(weight.untyped_storage())
+            self.number = self.memory.cdata
+
+    def same_as(self, other: "Known") -> bool:
+        return self.weight is other.weight and (self.version, self.number) == (other.version, other.number)
+
+    def is_still(self, weight: Tensor | None) -> bool:
+        if weight is not self.weight or weight is None:
+            return False
+        if self.number is None:
+            return True
+        if weight.untyped_storage()._cdata != self.number:
+            return False
+        return self.version < 0 or weight._version == self.version
+
+
+STALE = Known(None)
+"""Of what has no gains that could be used."""
+
+
 class BaseWatch:
     """Whether the model still has the layers and the weights that a pool knows.
 
@@ -90,15 +121,15 @@ class BaseWatch:
         """Grows whenever a weight was found to be another."""
         self.pending: set[str] = set()
         """The modules whose gains are still those of the weight before."""
-        self._remember()
+        self._remember({name: Known(held.get("weight")) for name, held in self._parameters.items()})
 
     def weight(self, name: str) -> Tensor:
         found = self._parameters[name]["weight"]
         assert found is not None
         return found
 
-    def _remember(self) -> None:
-        """Takes the model as it is for what is known."""
+    def _remember(self, state: dict[str, Known]) -> None:
+        """Takes the model as it is for what is known, and these for its weights."""
         children: dict[str, dict[str, None]] = {}
         for name in self._sites:
             parts = name.split(".") if name else []
@@ -112,14 +143,17 @@ class BaseWatch:
             except (AttributeError, KeyError):
                 continue
         self._holders = list(self._parameters.values())
-        self._weights = [held.get("weight") for held in self._holders]
-        self._state = {name: _state_of(w) for name, w in zip(self._sites, self._weights, strict=True)}
+        self._state = state
+        self.known = {name: STALE if name in self.pending or name in self.unfit else one for name, one in state.items()}
+        """By module, the weight that its gains are of."""
+        every = list(state.values())
+        self._weights = [one.weight for one in every]
         # what hides its memory is known by identity alone
-        plain = [(w, known) for w, known in zip(self._weights, self._state.values(), strict=True) if known is not None]
-        self._plain, self._memories = [w for w, _ in plain], [known[1].cdata for _, known in plain]
+        plain = [one for one in every if one.number is not None]
+        self._plain, self._memories = [one.weight for one in plain], [one.number for one in plain]
         # made in inference mode a tensor counts no versions, and is written to in that mode alone
-        self._counted = [w for w, known in plain if known[0] >= 0]
-        self._versions = [known[0] for _, known in plain if known[0] >= 0]
+        counted = [one for one in plain if one.version >= 0]
+        self._counted, self._versions = [one.weight for one in counted], [one.version for one in counted]
 
     def same(self, weights: bool) -> bool:
         """Whether nothing has changed that matters; `weights`: what they hold does.
@@ -147,23 +181,27 @@ class BaseWatch:
         all."""
         there = {name: _module_at(self._model, name) for name in self._sites}
         ours = {name for name, module in there.items() if _is_served(module, self._sites[name])}
-        old, changed, unfit = dict(zip(self._sites, self._weights, strict=True)), set(), {}
+        changed, unfit, state = set(), {}, {}
         for name, module in there.items():
             replaced = bool(ours) and name not in ours
             if module is not None and not replaced:
                 self._parameters[name] = module._parameters
+            now = state[name] = Known(self._parameters[name].get("weight"))
             why = f"{type(module).__name__} has replaced the layer of `serve`" if replaced else self._misfit(name, module)
             if why is not None:
                 unfit[name] = why
                 continue
-            weight = self._parameters[name]["weight"]
-            same = weight is old[name] and _numbers_of(self._state[name]) == _numbers_of(_state_of(weight))
-            if all_weights or not same or name in self.unfit:
+            if all_weights or not now.same_as(self._state[name]) or name in self.unfit:
                 changed.add(name)
         self.pending = (self.pending | changed) - unfit.keys()
         self.unfit = unfit
         self.mark += bool(changed)
-        self._remember()
+        self._remember(state)
+
+    def renewed(self, name: str) -> None:
+        """The gains of a module are those of its weight again."""
+        self.known[name] = self._state[name]
+        self.pending.discard(name)
 
     def _misfit(self, name: str, module: nn.Module | None) -> str | None:
         """Why the pages of a site are not for the weight that is there, or None."""
@@ -193,18 +231,6 @@ class BaseWatch:
 _get_weight = operator.itemgetter("weight")
 _get_version, _get_number = operator.attrgetter("_version"), operator.attrgetter("_cdata")
 _get_storage = operator.methodcaller("untyped_storage")
-
-
-def _state_of(weight: Tensor | None) -> tuple[int, StorageWeakRef] | None:
-    """Its version (-1: it has none) and its memory, whose number nothing else gets as long as this
-    is kept."""
-    if weight is None or not is_plain(weight):
-        return None
-    return -1 if weight.is_inference() else weight._version, StorageWeakRef(weight.untyped_storage())
-
-
-def _numbers_of(state: tuple[int, StorageWeakRef] | None) -> tuple[int, int] | None:
-    return None if state is None else (state[0], state[1].cdata)
 
 
 def _module_at(model: nn.Module, name: str) -> nn.Module | None:

@@ -49,8 +49,11 @@ class Batch:
 
         Raises:
             ValueError: they are no multiple of the requests.
+            BaseChangedError: as `AdapterPool.batch`.
         """
-        count = len(self.ids)
+        count, pool = len(self.ids), self.requests.pool
+        if pool is not None:
+            pool.follow(self.modules)
         if rows % count if count else rows:
             raise ValueError(f"adapters: {count} were given, for an input of {rows} rows; those must be a multiple")
         return self.requests.repeated_plan(rows // count if count else 0)

@@ -132,6 +132,34 @@ class PoolCore:
         if self._base.unfit:
             self._base.check(modules)
 
+    def look_at_layers(self, modules: Iterable[str]) -> None:
+        """For a batch that is open: whether the model still has its layers.
+
+        Raises:
+            BaseChangedError: as `batch`.
+        """
+        if self._base.unfit or not self._base.same(False):
+            self.follow(modules)
+
+    def look_at_weight(self, name: str, weight: Tensor | None, modules: Iterable[str]) -> None:
+        """For a layer that is about to use gains: computes them anew where the weight is another
+        than theirs.
+
+        Raises:
+            BaseChangedError: as `batch`.
+        """
+        if not self._base.known[name].is_still(weight):
+            self.follow(modules)
+
+    def follow(self, modules: Iterable[str]) -> None:
+        with self._lock:
+            self._held.settle()
+            self._follow_base(True, modules)
+
+    def _layers_look(self) -> bool:
+        """Whether each call looks at the weights itself. One that a CUDA graph repeats does not."""
+        return "_lora_kernels" in self.model.__dict__ and self.device.type == "cpu"
+
     def _renew_gains(self) -> None:
         base = self._base
         for name in list(base.pending):
@@ -139,11 +167,12 @@ class PoolCore:
             for resident in self._held.by_slot.values():
                 if name in resident.magnitudes and isinstance(site, Site):
                     site.renew_gain(resident.slot, *resident.magnitudes[name], base.weight(name), base.mark)
-            base.pending.discard(name)
+            base.renewed(name)
 
-    def _taken(self, names: Sequence[str]) -> Hold:
+    def _taken(self, names: Sequence[str], looking: bool = False) -> Hold:
         """A hold on adapters, in their order. What is on the host alone is brought into slots, for
-        which its gains are computed without the lock.
+        which its gains are computed without the lock. `looking`: the weights are looked at,
+        whether layers do so themselves or not.
 
         Raises:
             as `batch`.
@@ -162,10 +191,10 @@ class PoolCore:
                     elif name in held.host:
                         parked[name] = held.host[name]
                         modules.append(frozenset(parked[name].adapter.factors))
-                        gained = True
                     else:
                         raise self._unknown(name)
-                self._follow_base(gained, itertools.chain(*modules))
+                looked = bool(parked) or looking or (gained and not self._layers_look())
+                self._follow_base(looked, itertools.chain(*modules))
                 mark = self._base.mark
                 of = {name: (stored, mark) for name, stored in parked.items()}
                 wanted = [name for name in of if name not in ready or ready[name][:2] != of[name]]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.serving.compiled import outside
 from lora_kernels.serving.frame import Frame, Given, Lengths, Requests, checked_rows
 from lora_kernels.serving.scope import Scope, scopes
 
@@ -124,6 +125,11 @@ def _with_adapters(call: Any, pool: Any, generating: bool, probe: Callable[..., 
             if outer is None:
                 return call(self, *args, **kwargs)
             outer.batch.raise_if_ended()
+            if not outer.all_base:
+                if torch.compiler.is_compiling():
+                    outside.call(pool.look_at_layers, outer.modules)
+                else:
+                    pool.look_at_layers(outer.modules)
             return _in_frame(self, call, scope, _frame(self, outer.batch, outer, args, kwargs, generating), args, kwargs, probe)
         if scope.detached:
             raise RuntimeError("adapters: this is a copy of a served model; unserve(copy), and serve it with a pool of its own")

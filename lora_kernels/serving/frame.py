@@ -49,9 +49,11 @@ class Requests:
 
     def __init__(
         self, count: int, ids: Tensor, weights: Tensor | None, slots: int, modules: frozenset[str], uniform: bool,
-        given: Tensor | None = None,
+        given: Tensor | None = None, pool: Any = None,
     ) -> None:  # fmt: skip
         self.ids, self.weights, self._slots, self.given = ids, weights, slots, given
+        self.pool = pool
+        """The pool, if an adapter of the batch has gains, which are of the weights as they were."""
         self.modules, self.uniform = modules, uniform
         """Modules that an adapter changes; whether all requests want the same adapters."""
         self.all_base, self.ended, self.count = not modules, False, count
@@ -110,7 +112,7 @@ class Requests:
         self.ended = True
         for frame in list(self._frames.values()):
             frame.plans = {}  # a thread that goes on asks anew, and is told
-        self._frames = {}
+        self._frames, self.pool = {}, None
 
     def raise_if_ended(self) -> None:
         """Raises RuntimeError if the adapters may have been evicted."""

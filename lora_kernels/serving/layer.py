@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lora_kernels.ops.multi_lora import Slots, multi_lora, multi_lora_add_
 from lora_kernels.serving.base import is_plain
+from lora_kernels.serving.compiled import outside
 from lora_kernels.serving.frame import Layout
 from lora_kernels.serving.scope import Scope
 from lora_kernels.serving.site import EmbeddingSite
@@ -76,18 +77,29 @@ class MultiLoRALinear(nn.Linear, Served):
             plan = frame.plan_of(self, x, x.shape[:-1])
             if plan is None:
                 return F.linear(x, self.weight, self.bias)
+        pool = frame.batch.pool
+        if pool is not None:
+            weight = self._parameters.get("weight")
+            if torch.compiler.is_compiling():
+                outside.call(pool.look_at_weight, self.name, weight, frame.modules)
+            else:
+                pool.look_at_weight(self.name, weight, frame.modules)
         if frame.routes is not None:
             return frame.routes.through(self, x, plan)
         return self.with_plan(x, plan)
 
     def with_plan(self, x: Tensor, plan: Any) -> Tensor:
-        s = self.slots
+        s, held = self.slots, self._parameters
+        # an attribute of a module costs ten times as much, and may be what parametrize put there
+        weight = self.weight if (found := held.get("weight")) is None else found
+        bias = held["bias"] if "bias" in held else self.bias
         if self.quantised:
             with torch.no_grad():
-                return multi_lora_add_(F.linear(x, self.weight, self.bias), x, s, plan, self.bias)
-        trains = s.a.requires_grad or s.b.requires_grad or s.gain.requires_grad or s.bias.requires_grad
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            return multi_lora(x, self.weight, s, plan, self.bias)
+                return multi_lora_add_(F.linear(x, weight, bias), x, s, plan, bias)
+        if not torch.is_grad_enabled() or s.a.requires_grad or s.b.requires_grad or s.gain.requires_grad or s.bias.requires_grad:
+            return multi_lora(x, weight, s, plan, bias)
+        with torch.set_grad_enabled(False):
+            return multi_lora(x, weight, s, plan, bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, slots={len(self.slots.rank)}"

@@ -12,6 +12,7 @@ from lora_kernels.adapters.inject import uncompiled_model
 from lora_kernels.ops.multi_lora.plan import BASE
 from lora_kernels.serving.adapter import Source
 from lora_kernels.serving.batch import Batch, Wanted, requests_of
+from lora_kernels.serving.compiled import prepare
 from lora_kernels.serving.core import PoolCore, renamed
 from lora_kernels.serving.frame import Requests, checked_rows
 from lora_kernels.serving.residents import PoolFullError, PoolStats, Stored, UnknownAdapterError
@@ -250,7 +251,9 @@ class AdapterPool(PoolCore):
         uniform = each.count(each[0]) == len(each) if each else True
         uniform = uniform and (not counted or counted.count(counted[0]) == len(counted))
         slots = len(self._held.generations)
-        requests = Requests(len(each), ids.to(self.device), of_ids, slots, modules, uniform, given)
+        gains = self if any(resident.magnitudes for resident in hold.residents) else None
+        requests = Requests(len(each), ids.to(self.device), of_ids, slots, modules, uniform, given, gains)
+        prepare()
         batch = Batch(scope_of(self), requests, partial(self._give_back, hold))
         batch.missing = frozenset(name for name, other in absent.items() if other is None)
         return batch
@@ -262,7 +265,7 @@ class AdapterPool(PoolCore):
         Raises:
             LookupError, PoolFullError: as `batch`.
         """
-        hold = self._taken([name])
+        hold = self._taken([name], looking=True)
         try:
             return hold.residents[0].id
         finally:

@@ -2,12 +2,14 @@
 ones."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters import AdapterError
+from lora_kernels.ops.multi_lora import multi_lora
 from lora_kernels.serving import Adapter, AdapterPool, BaseChangedError, Factors, serve, unserve
 from tests.serving.pools import SIZES, alone, net, pool_of, random_adapter
 
@@ -82,6 +84,42 @@ def test_gains_follow_the_weights(change, when):
     for name, adapter in wanted.items():
         y = model(x, adapters=[name] * 3)
         torch.testing.assert_close(y, alone(now, adapter, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("call", "change"), [
+    *itertools.product(["model", "layer"], [in_place, assigned, copied, one_row, cast_and_back, data_exchanged]),
+    ("compiled", in_place), ("compiled", data_exchanged), ("plan", in_place),
+])  # fmt: skip
+def test_gains_follow_the_weights_under_an_open_batch(change, call):
+    model, pool = served_net()
+    called, x = model, torch.randn(3, 24)
+    if call == "compiled":
+        torch._dynamo.reset()
+        called = torch.compile(model, backend="eager")
+    names = {"dora": dora(0), "lora": random_adapter(1), None: None}
+
+    def check(open_batch):
+        y = x
+        if call == "layer":
+            for layer in model:
+                y = layer(y)
+        elif call == "plan":
+            plan = open_batch.plan(3)
+            y = multi_lora(x, model[0].weight, pool.sites["0"].slots, plan, model[0].bias).tanh()
+            y = multi_lora(y, model[2].weight, pool.sites["2"].slots, plan)
+        else:
+            y = called(x)
+        now = net()
+        now.load_state_dict({name: t.float() for name, t in model.state_dict().items()})
+        for i, adapter in enumerate(names.values()):
+            torch.testing.assert_close(y[i], alone(now, adapter, x)[i], rtol=1e-4, atol=1e-5)
+
+    with pool.batch(list(names)) as open_batch:
+        check(open_batch)
+        change(model)
+        check(open_batch)
+        in_place(model)
+        check(open_batch)
 
 
 def test_a_gain_anew_has_the_bits_of_a_load():
@@ -183,14 +221,19 @@ def test_pages_that_do_not_fit_any_more(change, message):
     weights = copy.deepcopy(model.state_dict())
     change(model)
     before = pool.stats()
+
+    def in_batch():
+        with pool.batch(["dora", None]):
+            model(torch.randn(2, 24, dtype=model[0].weight.dtype))
+
     for call in (
-        lambda: pool.batch(["dora", None]), lambda: model(torch.randn(1, 24, dtype=model[0].weight.dtype), adapters=["dora"]),
+        in_batch, lambda: model(torch.randn(1, 24, dtype=model[0].weight.dtype), adapters=["dora"]),
         lambda: pool.load("new", random_adapter(4)), lambda: pool.update("lora", random_adapter(4)),
     ):  # fmt: skip
         with pytest.raises(BaseChangedError, match=message):
             call()
     after = pool.stats()
-    assert pool.names() == ["dora", "lora", "first"] and (after.residents, after.in_use) == (before.residents, 0)
+    assert set(pool.names()) == {"dora", "lora", "first"} and (after.residents, after.in_use) == (before.residents, 0)
     assert after.pages_free == before.pages_free
     if change is cast:
         model.to(torch.float32).load_state_dict(weights)
@@ -199,6 +242,38 @@ def test_pages_that_do_not_fit_any_more(change, message):
     else:
         pool.batch(["first"]).close()  # it changes another layer
         unserve(model)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (resized, "another at 2: Linear has replaced"), (removed, "another at 2: Identity has replaced"),
+    (cast, r"another at 0: the pages are for a weight .* it is \[40, 24\] torch.bfloat16"),
+])  # fmt: skip
+@pytest.mark.parametrize("compiled", [False, True])
+def test_pages_that_do_not_fit_under_an_open_batch(change, message, compiled):
+    model, pool = served_net()
+    called = torch.compile(model, backend="eager") if compiled else model
+    pool.load("first", random_adapter(3, modules=["0"]))
+    with pool.batch(["dora", "lora"]):
+        called(torch.randn(2, 24))
+        change(model)
+        for _ in range(2):
+            with pytest.raises(BaseChangedError, match=message):
+                called(torch.randn(2, 24, dtype=model[0].weight.dtype))
+    if change is cast:
+        model.to(torch.float32)
+    if change is not resized:
+        with pool.batch(["first"]):
+            called(torch.randn(1, 24))  # no adapter of it changes the layer
+
+
+def test_a_cast_under_adapters_without_gains():
+    model, pool = served_net()
+    with pool.batch(["lora"]):
+        model(torch.randn(1, 24))
+        cast(model)
+        x = torch.randn(1, 24, dtype=torch.bfloat16)
+        y, wanted = model(x), alone(copy.deepcopy(unserve(model)).float(), random_adapter(1), x.float())
+        torch.testing.assert_close(y.float(), wanted, rtol=2e-2, atol=5e-2)
 
 
 def test_layers_of_a_pool_that_is_not_served():
