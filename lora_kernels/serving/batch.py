@@ -1,6 +1,5 @@
 """A batch of requests, each with its adapters, which the layers of `serve` use."""
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,8 +29,7 @@ class Batch:
 
     def __init__(self, scope: Scope, requests: Requests, let_go: Callable[[], None]) -> None:
         self.scope, self.requests = scope, requests
-        self._let_go: Callable[[], None] | None = let_go
-        self._lock = threading.Lock()
+        self._let_go = let_go
         self._entries: list[Opening] = []
 
     @property
@@ -60,14 +58,14 @@ class Batch:
 
     def close(self) -> None:
         """Lets go of the adapters; the pool may then evict them."""
-        with self._lock:
-            let_go, self._let_go = self._let_go, None
+        # of two threads one gets it
+        let_go = self.__dict__.pop("_let_go", None)
         self.requests.end()
         if let_go is not None:
             let_go()
 
     def __del__(self) -> None:
-        if self.__dict__.get("_let_go") is None:
+        if "_let_go" not in self.__dict__:
             return
         # the pool's hold is dropped with it, and given back when the pool is called next
         self.requests.end()

@@ -24,4 +24,4 @@ outside = _Outside()
 def prepare() -> None:
     """Before a call that may be compiled."""
     if outside.call is call and "torch._dynamo" in sys.modules:
-        outside.call = torch.compiler.disable(call)  # type: ignore[method-assign]
+        outside.call = torch.compiler.disable(call)

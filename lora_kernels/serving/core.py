@@ -15,6 +15,7 @@ from lora_kernels.ops.multi_lora.plan import PAGE
 from lora_kernels.serving.adapter import Adapter, Source, adapter_of, read_adapter
 from lora_kernels.serving.base import BaseChangedError, BaseWatch, check_base_name, check_kind
 from lora_kernels.serving.residents import Hold, PoolStats, Resident, Residents, Stored, UnknownAdapterError
+from lora_kernels.serving.scope import Scope
 from lora_kernels.serving.site import EmbeddingSite, Prepared, Site, pages_of, site_of
 from lora_kernels.serving.size import layers_of, size_of
 
@@ -47,6 +48,7 @@ class PoolCore:
         self._held = Residents(self.sites, self._generation, host_bytes)
         self._base = BaseWatch(self.model, self.sites)
         self._stats = PoolStats(slots=slots)
+        self.scope = Scope()
         self._versions = itertools.count(1)
         self._lock = threading.RLock()
 

@@ -73,8 +73,10 @@ class Requests:
 
     def repeated_plan(self, each: int) -> BatchPlan:
         """The plan of `each` neighbouring rows for every request."""
-        weights = None if self.weights is None else self.weights.repeat_interleave(each, 0)
-        return self._with_error(BatchPlan.build(self.ids.repeat_interleave(each, 0), self._slots, weights))
+        ids, weights = self.ids, self.weights
+        if each != 1:
+            ids, weights = ids.repeat_interleave(each, 0), None if weights is None else weights.repeat_interleave(each, 0)
+        return self._with_error(BatchPlan.build(ids, self._slots, weights))
 
     def uniform_plan(self, rows: int) -> BatchPlan:
         """The plan of rows that all want what the first request wants."""

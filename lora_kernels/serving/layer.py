@@ -96,7 +96,8 @@ class MultiLoRALinear(nn.Linear, Served):
         if self.quantised:
             with torch.no_grad():
                 return multi_lora_add_(F.linear(x, weight, bias), x, s, plan, bias)
-        if not torch.is_grad_enabled() or s.a.requires_grad or s.b.requires_grad or s.gain.requires_grad or s.bias.requires_grad:
+        trains = s.a.requires_grad or s.b.requires_grad or s.gain.requires_grad or s.bias.requires_grad
+        if trains or not torch.is_grad_enabled():
             return multi_lora(x, weight, s, plan, bias)
         with torch.set_grad_enabled(False):
             return multi_lora(x, weight, s, plan, bias)

@@ -10,7 +10,6 @@ from lora_kernels.serving.frame import Frame
 from lora_kernels.serving.layer import OWN, MultiLoRAEmbedding, MultiLoRALinear
 from lora_kernels.serving.pool import AdapterPool
 from lora_kernels.serving.probe import carry_rows, probe_call, probe_tokens, undisturbed
-from lora_kernels.serving.scope import scope_of
 from lora_kernels.serving.site import EmbeddingSite
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,7 +34,7 @@ def serve(model: Model, pool: AdapterPool) -> Model:
         raise ValueError("serve: the pool was made for another model")
     if any(isinstance(m, MultiLoRALinear | MultiLoRAEmbedding) for m in model.modules()):
         raise ValueError("serve: the model is served already; unserve(model) first")
-    scope, layers = scope_of(pool), []
+    scope, layers = pool.scope, []
     scope.block = None
     for name, site in pool.sites.items():
         parent, _, child = name.rpartition(".")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +17,6 @@ from lora_kernels.serving.compiled import prepare
 from lora_kernels.serving.core import PoolCore, renamed
 from lora_kernels.serving.frame import Requests, checked_rows
 from lora_kernels.serving.residents import PoolFullError, PoolStats, Stored, UnknownAdapterError
-from lora_kernels.serving.scope import scope_of
 from lora_kernels.serving.site import Prepared
 from lora_kernels.serving.size import MIB, PoolSize, layers_of, size_for, size_of
 
@@ -46,10 +46,11 @@ class AdapterPool(PoolCore):
     called from several threads; on a GPU all of it, the batches' kernels too, must be on one
     stream, which orders them.
 
-    The base is the model's: if its weights change, gains are computed anew when the next batch is
-    made, and where pages do not fit any more (another shape or dtype, another layer) that batch or
-    load raises BaseChangedError. A weight may be quantised if it is a tensor that nn.Linear
-    multiplies with; DoRA wants that it dequantises.
+    The base is the model's: if its weights change, the next load, or the next call of a served
+    layer, an open batch's too, computes the gains anew. Where pages do not fit any more (another
+    shape or dtype, another layer) the batch, the call or the load raises BaseChangedError. A weight
+    may be quantised if it is a tensor that nn.Linear multiplies with; DoRA wants that it
+    dequantises.
 
     Raises:
         TypeError, ValueError: a module is neither, has a dtype that is not supported, or the
@@ -178,7 +179,7 @@ class AdapterPool(PoolCore):
 
     def refresh(self) -> None:
         """Computes all gains of DoRA anew. Wanted after weights of the base were written through
-        `.data` or numpy, which nothing else shows; other changes the next batch notices.
+        `.data` or numpy, which nothing else shows; other changes the next call notices.
 
         Raises:
             BaseChangedError: as `load`.
@@ -241,21 +242,24 @@ class AdapterPool(PoolCore):
         each = [[id_of_name[n] for n in row] for row in names]
         width = max(map(len, each), default=1) or 1
         rows_of_ids = [row + [BASE] * (width - len(row)) for row in each]
-        ids = torch.tensor(rows_of_ids, dtype=torch.int64) if each else torch.empty(0, 1, dtype=torch.int64)
+        # of few numbers numpy makes a tensor in half of torch's time
+        ids = torch.from_numpy(np.array(rows_of_ids, dtype=np.int64).reshape(-1, width)).to(self._generation.device)
         of_ids = None
         if width > 1 or counted is not None:
             filled = [[1.0] * len(row) for row in each] if counted is None else counted
             padded = [row + [0.0] * (width - len(row)) for row in filled]
             of_ids = torch.tensor(padded).reshape(len(each), width).to(self.device)
-        modules = frozenset[str]().union(*(resident.modules for resident in hold.residents))
+        sets = {resident.modules for resident in hold.residents}
+        modules = sets.pop() if len(sets) == 1 else frozenset[str]().union(*sets)
         uniform = each.count(each[0]) == len(each) if each else True
         uniform = uniform and (not counted or counted.count(counted[0]) == len(counted))
         slots = len(self._held.generations)
         gains = self if any(resident.magnitudes for resident in hold.residents) else None
-        requests = Requests(len(each), ids.to(self.device), of_ids, slots, modules, uniform, given, gains)
+        requests = Requests(len(each), ids, of_ids, slots, modules, uniform, given, gains)
         prepare()
-        batch = Batch(scope_of(self), requests, partial(self._give_back, hold))
-        batch.missing = frozenset(name for name, other in absent.items() if other is None)
+        batch = Batch(self.scope, requests, partial(self._give_back, hold))
+        if absent:
+            batch.missing = frozenset(name for name, other in absent.items() if other is None)
         return batch
 
     def id_of(self, name: str) -> int:

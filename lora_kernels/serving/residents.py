@@ -178,7 +178,7 @@ class Residents:
             for module, each in prepared.items():
                 self.sites[module].put(slot, each)
             adapter, number = source.adapter, id_of(self.generations[slot], slot)
-            new = Resident(name, slot, number, frozenset(prepared), adapter.magnitudes, pinned, source.version)
+            new = Resident(name, slot, number, self._set_of(prepared), adapter.magnitudes, pinned, source.version)
             self.names[name] = self.by_slot[slot] = new
             if old is not None:
                 old.name = None
@@ -211,7 +211,7 @@ class Residents:
                     site.clear_slot(resident.slot)
                 if wanted is not None:
                     site.put(resident.slot, prepared[module])
-            resident.modules, resident.magnitudes = frozenset(prepared), source.adapter.magnitudes
+            resident.modules, resident.magnitudes = self._set_of(prepared), source.adapter.magnitudes
             resident.version = source.version
             if resident.name is not None:
                 self._keep_on_host(resident.name, source)
@@ -219,6 +219,11 @@ class Residents:
         finally:
             if self._journal is not None:
                 self.settle()
+
+    def _set_of(self, modules: Iterable[str]) -> frozenset[str]:
+        """One object for adapters that change the same, so that a batch need not compare them."""
+        found = frozenset(modules)
+        return next((r.modules for r in self.by_slot.values() if r.modules == found), found)
 
     def exchange_on_host(self, name: str, stored: Stored) -> None:
         """Other weights for an adapter that is on the host alone."""

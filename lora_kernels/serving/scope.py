@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import thread as executors
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NoReturn
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakSet, ref
 
 from lora_kernels.serving.frame import Frame
 
@@ -161,16 +161,7 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 scopes: "WeakSet[Scope]" = WeakSet()
-_of_pools: "WeakKeyDictionary[Any, Scope]" = WeakKeyDictionary()
 _lock = threading.RLock()
-
-
-def scope_of(pool: Any) -> Scope:
-    found = _of_pools.get(pool)
-    if found is None:
-        with _lock:
-            found = _of_pools.setdefault(pool, Scope())
-    return found
 
 
 def _task() -> Any:

@@ -250,6 +250,21 @@ def test_what_does_not_fit_a_foreign_base():
         assert y.equal(before)
 
 
+class Other(torch.Tensor):
+    """Sorted by torch, as on other devices."""
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (7,), (300,), (40, 3)])
+def test_plans_of_numpy_and_of_torch(shape):
+    slots = 5
+    ids = torch.randint(-1, slots + 2, shape) + (torch.randint(-1, 3, shape) << 32)
+    ids = torch.where(torch.rand(shape) < 0.3, -1, ids)
+    for some in (ids, ids.flip(0), torch.cat([ids, ids], -1)[..., ::2]):
+        one, other = BatchPlan.build(some, slots), BatchPlan.build(some.as_subclass(Other), slots)
+        assert one.order.dtype is torch.int64 and one.order.equal(other.order.as_subclass(torch.Tensor))
+        assert one.starts.dtype is torch.int64 and one.starts.equal(other.starts.as_subclass(torch.Tensor))
+
+
 @pytest.mark.parametrize(("ids", "slots", "weights", "error", "message"), [
     ([1], 2, None, TypeError, "ids must be an int64 tensor, found list"),
     (torch.zeros(2, dtype=torch.int32), 2, None, TypeError, "found torch.int32"),

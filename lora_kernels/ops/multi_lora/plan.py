@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,11 +120,14 @@ class BatchPlan:
                 raise ValueError(f"BatchPlan: weights must be {list(ids.shape)} on {ids.device}, found {found}")
             weights = (weights if weights.dim() == 2 else weights[:, None]).detach().float().contiguous()
         ids = (ids if ids.dim() == 2 else ids[:, None]).contiguous()
+        error = torch.zeros(1, dtype=torch.int32, device=ids.device)
+        if type(ids) is Tensor and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            return BatchPlan(ids, weights, *_sorted_by_numpy(ids, slots), error)
         slot = ids.flatten() & _SLOT
         known = (ids.flatten() >= 0) & (slot < slots)
         slot, order = torch.where(known, slot, slots).sort(stable=True)
         starts = torch.searchsorted(slot, torch.arange(slots + 1, device=ids.device))
-        return BatchPlan(ids, weights, order, starts, torch.zeros(1, dtype=torch.int32, device=ids.device))
+        return BatchPlan(ids, weights, order, starts, error)
 
     def raise_errors(self) -> None:
         """Raises if a kernel met an id that no pool has given or that was evicted since; its token
@@ -140,9 +144,22 @@ class BatchPlan:
         return tensors_of(self)
 
 
-def tensors_of(one: "Slots | BatchPlan") -> list[Any]:
+def _sorted_by_numpy(ids: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """`order` and `starts`: of few numbers numpy makes them in a third of torch's time."""
+    flat = ids.numpy().reshape(-1)
+    slot = flat & _SLOT
+    slot[(flat < 0) | (slot >= slots)] = slots
+    order = slot.argsort(kind="stable")
+    starts = slot[order].searchsorted(np.arange(slots + 1))
+    return torch.from_numpy(order), torch.from_numpy(starts)
+
+
+_NAMES = {kind: tuple(field.name for field in fields(kind)) for kind in (Slots, BatchPlan)}
+
+
+def tensors_of(one: Slots | BatchPlan) -> list[Any]:
     """The tensors in the order of the fields."""
-    return [getattr(one, field.name) for field in fields(one)]
+    return [getattr(one, name) for name in _NAMES[type(one)]]
 
 
 def id_of(generation: Any, slot: Any) -> Any:
