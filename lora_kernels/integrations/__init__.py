@@ -24,10 +24,10 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
 
     Each peft.tuners.lora.layer.Linear, over nn.Linear or GPT-2's Conv1D, becomes a subclass that
     overrides `forward` alone. Parameters, names, hooks and PEFT's methods stay. Each call looks at
-    the state it finds. One active LoRA, rsLoRA or DoRA adapter runs on the kernels, also with
-    dropout, bias, autocast, or adapters in another dtype than the base. Anything else runs in
-    PEFT's own forward: several active adapters, `adapter_names`, merged or disabled adapters, hooks
-    on the inner modules, other variants. The output has PEFT's dtype; dropout masks are drawn by
+    the state it finds. LoRA, rsLoRA and DoRA adapters run on the kernels, one or several active,
+    also with dropout, bias, lora_bias, autocast, or in another dtype than the base. Anything else
+    runs in PEFT's own forward: `adapter_names`, merged or disabled adapters, hooks on the inner
+    modules, other variants. The output has PEFT's dtype; dropout masks are drawn by
     us.
 
     Adapters added later to a fused layer are covered too. Modules that become LoRA layers later are

@@ -133,8 +133,11 @@ def test_the_report_names_layers_backends_and_reasons():
     report = fuse(model())
     assert set(report.fused.values()) == {"cpu"} and not report.left
     assert "2 of 2 LoRA layers fused; backend cpu" in str(report)
-    left = fuse(model(lora_bias=True))
-    assert not left.fused and set(left.left.values()) == {"lora_bias adds a bias to lora_B"}
+    trained = model()
+    for name in "ab":
+        getattr(trained.base_model.model, name).base_layer.weight.requires_grad_()
+    left = fuse(trained)
+    assert not left.fused and set(left.left.values()) == {"the base weight requires grad"}
 
 
 def test_bad_models_are_refused_unchanged():
@@ -142,7 +145,8 @@ def test_bad_models_are_refused_unchanged():
         fuse(3)
     with pytest.raises(ValueError, match="must have LoRA layers"):
         fuse(nn.Linear(3, 3))
-    one = model(lora_bias=True)
+    one = model()
+    one.base_model.model.b.base_layer.weight.requires_grad_()
     before = [type(m) for m in one.modules()]
     with pytest.raises(ValueError, match="strict wants every LoRA layer"):
         fuse(one, strict=True)

@@ -8,7 +8,7 @@ import peft
 from torch import nn
 
 from lora_kernels.integrations.peft.hooks import is_own
-from lora_kernels.integrations.peft.linear import FusedLinear, forget_all
+from lora_kernels.integrations.peft.linear import WAYS, FusedLinear, forget_all
 from lora_kernels.integrations.peft.state import read_state, type_name
 from lora_kernels.integrations.report import Survey
 
@@ -30,6 +30,8 @@ class Kind(NamedTuple):
 
 def _survey_linear(name: str, layer: nn.Module, survey: Survey) -> None:
     state: Any = read_state(layer)
+    if isinstance(state, str) and state in WAYS and (read := WAYS[state].read):
+        state = read(layer)
     if isinstance(state, str):
         survey.left[name] = state
         return

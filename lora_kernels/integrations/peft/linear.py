@@ -4,7 +4,8 @@ All that is remembered between calls is DoRA's norm, under the bits it was compu
 """
 
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import peft
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from lora_kernels.integrations.peft.state import PLAIN, read_state, type_name
+from lora_kernels.integrations.peft.state import ARGUMENTS, PLAIN, read_state, type_name
 from lora_kernels.ops import NormCache, dora_gain, lora_linear, weight_norm
 from lora_kernels.ops.lora_linear.op import FLOATS
 
@@ -30,6 +31,19 @@ _norms: WeakKeyDictionary[nn.Module, NormCache] = WeakKeyDictionary()
 _fallbacks: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
 
 
+class Way(NamedTuple):
+    """How calls run for which `read_state` has a reason instead of a state."""
+
+    run: Callable[[Any, Tensor, tuple[Any, ...], dict[str, Any]], Any]
+    """The layer, its input and the call's other arguments; gives the output, or the reason why
+    PEFT's forward must run."""
+    read: Callable[[Any], Any] | None = None
+    """A state for the report, or a reason, as `read_state` gives."""
+
+
+WAYS: dict[str, Way] = {}
+
+
 class FusedLinear(Linear):
     """peft.tuners.lora.layer.Linear; a call that the kernels cover runs there, any other in PEFT's
     own forward."""
@@ -42,18 +56,22 @@ class FusedLinear(Linear):
 def run_fused(layer: Linear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """What the kernels give for a call of PEFT's layer, or None where PEFT's own forward must run;
     the reason is counted."""
-    state: Any = "the call has arguments besides the input" if args or kwargs else read_state(layer)
-    reason = state if type(state) is str else _input_refusal(layer, x, state)
+    state: Any = ARGUMENTS if args or kwargs else read_state(layer)
+    reason = state if type(state) is str else input_refusal(layer, x, state)
     if reason is not None:
+        way = WAYS.get(reason)
+        y: Any = reason if way is None else way.run(layer, x, args, kwargs)
+        if type(y) is not str:
+            return y
         if not _compiling():
-            _fallbacks.setdefault(layer, Counter())[reason] += 1
+            _fallbacks.setdefault(layer, Counter())[y] += 1
         return None
     w, bias, a, b, scale, dropout, magnitude = state
-    gain = None if magnitude is None else _cached_gain(layer, w, a, b, scale, magnitude)
+    gain = None if magnitude is None else cached_gain(layer, w, a, b, scale, magnitude)
     return lora_linear(x, w, a, b, scale, bias, gain, dropout)
 
 
-def _input_refusal(layer: Linear, x: Tensor, state: Any) -> str | None:
+def input_refusal(layer: Linear, x: Tensor, state: Any) -> str | None:
     """Why this input goes to PEFT's forward, which also raises its own error where it cannot take
     it."""
     w, a = state[0], state[2]
@@ -71,20 +89,23 @@ def _input_refusal(layer: Linear, x: Tensor, state: Any) -> str | None:
     return None
 
 
-def _cached_gain(layer: Linear, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
+def cached_gain(owner: nn.Module, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
+    """DoRA's gain; `owner` is the module under which its norm is kept, the layer or one adapter's
+    own."""
     if _compiling():
         with torch.no_grad():
             norm = weight_norm(w, a, b, scale)
         return dora_gain(magnitude.to(norm.dtype), norm)
-    cache = _norms.get(layer)
+    cache = _norms.get(owner)
     if cache is None:
-        cache = _norms[layer] = NormCache()
+        cache = _norms[owner] = NormCache()
     return cache.gain(w, a, b, scale, magnitude)
 
 
 def forget(layer: nn.Module) -> None:
-    """Drops the layer's norm and gain."""
-    _norms.pop(layer, None)
+    """Drops the layer's norms and gains."""
+    for owner in (layer, *getattr(layer, "lora_magnitude_vector", nn.ModuleDict()).values()):
+        _norms.pop(owner, None)
 
 
 def fallbacks(layer: nn.Module) -> dict[str, int]:

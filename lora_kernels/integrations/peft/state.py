@@ -6,6 +6,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.integrations.peft.bias import bias_refusal, with_lora_bias
 from lora_kernels.integrations.peft.hooks import has_hooks
 from lora_kernels.ops.lora_linear.op import FLOATS
 
@@ -16,15 +17,23 @@ try:
 except ImportError as error:
     raise ImportError(f"lora_kernels cannot fuse the layers of peft {peft.__version__}: {error}") from error
 
+# reasons that name a way of their own, see linear.WAYS
+SEVERAL = "several adapters are active"
+ALORA = "aLoRA without alora_offsets"
+ARGUMENTS = "the call has arguments besides the input"
+
 PLAIN = (Tensor, nn.Parameter)
 _DTYPES = frozenset((w, a, a) for w in FLOATS for a in FLOATS)
 # MiCA differs from LoRA only in what it initialises and trains
 _COMPUTED_AS_LORA = tuple(v for v in (getattr(variants, "MiCALinearVariant", None),) if v is not None)
+ALORA_VARIANT = getattr(variants, "ALoraLinearVariant", None)
+_BY_NAME_AS_LORA = (*_COMPUTED_AS_LORA, ALORA_VARIANT)
 
 
-def read_state(layer: Any) -> Any:
+def read_state(layer: Any, adapter: str | None = None) -> Any:
     """What the layer's next call computes with, (w, bias, a, b, scale, dropout, magnitude), or why
-    PEFT must run it.
+    PEFT must run it: with the active adapter, or with another that has weights here. Of aLoRA this
+    is what its tokens after the invocation compute with.
 
     Reads the modules' own dictionaries: one lookup through nn.Module.__getattr__ costs as much as
     ten of these checks.
@@ -35,11 +44,11 @@ def read_state(layer: Any) -> Any:
         return "an adapter is merged into the base weight"
     children: dict[str, Any] = layer._modules
     adapters = children["lora_A"]._modules
-    name = layer._active_adapter
+    name = layer._active_adapter if adapter is None else adapter
     if type(name) is not str:
         here = name if len(name) == 1 else [each for each in name if each in adapters]
         if len(here) > 1:
-            return "several adapters are active"
+            return SEVERAL
         name = here[0] if here else None
     if name not in adapters:
         return "no active adapter has weights here"
@@ -63,15 +72,20 @@ def read_state(layer: Any) -> Any:
         return "the base weight requires grad"
     if w.is_meta or w.layout is not torch.strided:
         return f"the base weight is {'on the meta device' if w.is_meta else w.layout}"
-    if lora_a._parameters["bias"] is not None or lora_b._parameters["bias"] is not None:
-        return "lora_bias adds a bias to lora_B"
+    own_bias: Any = lora_b._parameters["bias"]
+    if (lora_a._parameters["bias"] is not None or own_bias is not None) and (reason := bias_refusal(lora_a, own_bias)):
+        return reason
 
     variant, magnitude = layer.lora_variant.get(name), None
-    if variant is not None and type(variant) not in _COMPUTED_AS_LORA:
+    if variant is not None and type(variant) not in (_COMPUTED_AS_LORA if adapter is None else _BY_NAME_AS_LORA):
+        if type(variant) is ALORA_VARIANT:
+            return ALORA
         dora = children["lora_magnitude_vector"]._modules.get(name)
         if type(variant) is not variants.DoraLinearVariant or type(dora) is not DoraLinearLayer or has_hooks(dora):
             return f"{type_name(variant)} is not covered"
         magnitude = dora._parameters["weight"]
+        if own_bias is not None:
+            return "lora_bias beside DoRA, whose norm would hold it"
         if type(magnitude) not in PLAIN:
             return f"lora_magnitude_vector is {type_name(magnitude)}"
     dropout = 0.0
@@ -86,7 +100,10 @@ def read_state(layer: Any) -> Any:
     if bias is not None and type(bias) not in PLAIN:
         return f"the bias of base_layer is {type_name(bias)}"
     w = w.t() if layer.fan_in_fan_out else w
-    return w, bias, a, b, layer.scaling[name], dropout, magnitude
+    scale = layer.scaling[name]
+    if own_bias is not None:
+        bias = with_lora_bias(bias, own_bias, scale)
+    return w, bias, a, b, scale, dropout, magnitude
 
 
 def type_name(thing: Any) -> str:

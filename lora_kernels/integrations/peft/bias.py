@@ -1,0 +1,27 @@
+"""PEFT's `lora_bias`: the bias of lora_B, which counts as the adapter does, scale times."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def bias_refusal(lora_a: nn.Module, own: Any) -> str | None:
+    """Why these biases are PEFT's; None where `with_lora_bias` has what they add."""
+    if lora_a._parameters["bias"] is not None:
+        return "lora_A has a bias"
+    return None if type(own) in _PLAIN else f"the bias of lora_B is {type(own).__name__}"
+
+
+def with_lora_bias(bias: Tensor | None, own: Tensor, scale: float | Tensor) -> Tensor:
+    """bias + scale · own, [out], in float32 or wider, so that the layer's output alone is
+    rounded; both get their gradients."""
+    wide = torch.promote_types(own.dtype, torch.float32)
+    own = own if own.dtype is wide else own.to(wide)
+    if isinstance(scale, Tensor):
+        own, scale = own * scale, 1.0
+    if bias is None:
+        return own if scale == 1.0 else own * scale
+    return torch.add(bias, own, alpha=scale)
