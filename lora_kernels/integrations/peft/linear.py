@@ -45,11 +45,10 @@ def run_fused(layer: Linear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str,
     state: Any = "the call has arguments besides the input" if args or kwargs else read_state(layer)
     reason = state if type(state) is str else _input_refusal(layer, x, state)
     if reason is not None:
-        if not _compiling():
-            _fallbacks.setdefault(layer, Counter())[reason] += 1
+        count_fallback(layer, reason)
         return None
     w, bias, a, b, scale, dropout, magnitude = state
-    gain = None if magnitude is None else _cached_gain(layer, w, a, b, scale, magnitude)
+    gain = None if magnitude is None else cached_gain(layer, w, a, b, scale, magnitude)
     return lora_linear(x, w, a, b, scale, bias, gain, dropout)
 
 
@@ -71,7 +70,8 @@ def _input_refusal(layer: Linear, x: Tensor, state: Any) -> str | None:
     return None
 
 
-def _cached_gain(layer: Linear, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
+def cached_gain(layer: nn.Module, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
+    """DoRA's gain of the layer, [out]; kept between calls as far as NormCache can."""
     if _compiling():
         with torch.no_grad():
             norm = weight_norm(w, a, b, scale)
@@ -80,6 +80,12 @@ def _cached_gain(layer: Linear, w: Tensor, a: Tensor, b: Tensor, scale: float | 
     if cache is None:
         cache = _norms[layer] = NormCache()
     return cache.gain(w, a, b, scale, magnitude)
+
+
+def count_fallback(layer: nn.Module, reason: str) -> None:
+    """Notes that a call went to PEFT's forward."""
+    if not _compiling():
+        _fallbacks.setdefault(layer, Counter())[reason] += 1
 
 
 def forget(layer: nn.Module) -> None:
