@@ -141,7 +141,7 @@ class LoRAEmbedding(AdapterLayer):
         if self.merged:
             return self._scaled(y)
         # never sparse: torch cannot transpose such a gradient, and PEFT's layer raises in backward
-        rows = self._look_up(indices, self.lora_embedding_A.T, False)          # [..., r]
+        rows = self._look_up(indices, self.lora_embedding_A.T, False)  # [..., r]
         total = y + _float32_product(rows, self.lora_embedding_B) * self.scaling
         return (total if self.embed_scale is None else self._scaled(total)).to(y.dtype)
 
@@ -175,9 +175,7 @@ class LoRAEmbedding(AdapterLayer):
         return super()._plain_weight(call)
 
     def _look_up(self, indices: Tensor, table: Tensor, sparse: bool) -> Tensor:
-        return F.embedding(
-            indices, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, sparse
-        )
+        return F.embedding(indices, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, sparse)
 
     def _adapted_weight(self) -> Tensor:
         """W + scaling·(BA)ᵀ, [num_embeddings, dim]."""

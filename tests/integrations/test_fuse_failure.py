@@ -97,10 +97,10 @@ def test_a_refused_model_that_was_fused_before_stays_fused(monkeypatch):
 
 
 def test_strict_refuses_before_it_changes_anything():
-    one = model(target_modules=["a", "b"], net=WithEmbedding)
-    one.add_adapter("words", type(one.peft_config["default"])(target_modules=["words"]))
+    one = model(target_modules=["a", "b", "words"], net=WithEmbedding)
+    one.base_model.model.words.base_layer.max_norm = 1.0
     before = everything(one)
-    with pytest.raises(ValueError, match="1 of 3 left to PEFT; base_model.model.words: Embedding layers"):
+    with pytest.raises(ValueError, match="1 of 3 left to PEFT; base_model.model.words: base_layer has max_norm"):
         fuse(one, strict=True)
     assert everything(one) == before
 

@@ -13,10 +13,12 @@ from lora_kernels.integrations.peft.classes import (
     restore_classes,
     survey_layer,
 )
+from lora_kernels.integrations.peft.embedding import FusedEmbedding
 from lora_kernels.integrations.peft.linear import FusedLinear, Linear, fallbacks, forget, run_fused
 
 __all__ = [
     "FUSED",
+    "FusedEmbedding",
     "FusedLinear",
     "Linear",
     "class_refusal",

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import peft
 from torch import nn
 
+from lora_kernels.integrations.peft.adapters import ON_META, on_meta
+from lora_kernels.integrations.peft.embedding import Embedding, FusedEmbedding, survey_embedding
 from lora_kernels.integrations.peft.hooks import is_own
 from lora_kernels.integrations.peft.linear import WAYS, FusedLinear, forget_all
 from lora_kernels.integrations.peft.state import read_state, type_name
@@ -36,13 +38,16 @@ def _survey_linear(name: str, layer: nn.Module, survey: Survey) -> None:
         survey.left[name] = state
         return
     w, bias, a, b, scale, dropout, magnitude = state
-    if a.is_meta or b.is_meta or (magnitude is not None and magnitude.is_meta):
-        survey.left[name] = "the adapter's weights are on the meta device; once they are loaded it runs on the kernels"
+    if on_meta((a, b, magnitude)):
+        survey.left[name] = ON_META
     else:
         survey.add_layer(name, w, bias, a, b, scale, dropout, magnitude is not None)
 
 
-KINDS = (Kind(Linear, FusedLinear, _survey_linear),)
+KINDS = (
+    Kind(Linear, FusedLinear, _survey_linear),
+    Kind(Embedding, FusedEmbedding, survey_embedding),
+)
 FUSED = tuple(kind.fused for kind in KINDS)
 _KIND_OF = {cls: kind for kind in KINDS for cls in (kind.stock, kind.fused)}
 

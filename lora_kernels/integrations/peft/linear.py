@@ -63,8 +63,7 @@ def run_fused(layer: Linear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str,
         y: Any = reason if way is None else way.run(layer, x, args, kwargs)
         if type(y) is not str:
             return y
-        if not _compiling():
-            _fallbacks.setdefault(layer, Counter())[y] += 1
+        count_fallback(layer, y)
         return None
     w, bias, a, b, scale, dropout, magnitude = state
     gain = None if magnitude is None else cached_gain(layer, w, a, b, scale, magnitude)
@@ -90,8 +89,8 @@ def input_refusal(layer: Linear, x: Tensor, state: Any) -> str | None:
 
 
 def cached_gain(owner: nn.Module, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
-    """DoRA's gain; `owner` is the module under which its norm is kept, the layer or one adapter's
-    own."""
+    """DoRA's gain, [out], kept between calls as far as NormCache can; `owner` is the module under
+    which it is kept, the layer or one adapter's own."""
     if _compiling():
         with torch.no_grad():
             norm = weight_norm(w, a, b, scale)
@@ -100,6 +99,12 @@ def cached_gain(owner: nn.Module, w: Tensor, a: Tensor, b: Tensor, scale: float 
     if cache is None:
         cache = _norms[owner] = NormCache()
     return cache.gain(w, a, b, scale, magnitude)
+
+
+def count_fallback(layer: nn.Module, reason: str) -> None:
+    """Notes that a call went to PEFT's forward."""
+    if not _compiling():
+        _fallbacks.setdefault(layer, Counter())[reason] += 1
 
 
 def forget(layer: nn.Module) -> None:

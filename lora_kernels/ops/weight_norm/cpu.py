@@ -12,6 +12,8 @@ from lora_kernels.ops.weight_norm.op import MAX_CONDITION
 
 STREAMED_RANKS = 64  # rows of A for which W is streamed once, without a copy
 BLOCK = 512  # rows of W copied or widened at a time
+LARGE_TABLE = 1 << 22  # elements of a transposed W from which copies of its rows cost more than GEMMs
+TABLE_BLOCK = 1 << 18  # elements of a transposed W widened at a time
 
 
 def refusal(call):
@@ -23,9 +25,24 @@ def squared_refusal(call):
     return refuse_dtypes(w=call.w) or refuse_negated(w=call.w)
 
 
+def _is_table(w):
+    """Whether W is the transpose of a matrix with contiguous rows, as that of an embedding or of
+    GPT-2's Conv1D is."""
+    return w.stride(0) == 1 and w.stride(1) > 1
+
+
+def _table_blocks(w):
+    """(columns, their rows of Wᵀ in float32) of such a W, some at a time."""
+    table = w.t()
+    step = max(1, TABLE_BLOCK // w.shape[0])
+    for first in range(0, w.shape[1], step):
+        columns = slice(first, first + step)
+        yield columns, table[columns].float()
+
+
 def _row_blocks(w):
-    """(first row, rows) of W with contiguous rows: all of it, or copies of a few if W is
-    transposed."""
+    """(first row, rows) of W with contiguous rows: all of it, or copies of a few if W is neither
+    that nor transposed."""
     if w.stride(1) == 1:
         yield 0, w
         return
@@ -39,6 +56,8 @@ def forward(call):
     norm = w.new_empty(w.shape[0], dtype=torch.float32)
     if w.numel() == 0:
         return norm.zero_()
+    if w.numel() >= LARGE_TABLE and _is_table(w):
+        return _norm_of_table(call)
     squared = None if w_squared is None else w_squared.to(torch.float32).contiguous()
     products = _products(w, a)
     for first, rows in _row_blocks(w):
@@ -48,6 +67,30 @@ def forward(call):
             norm[part], call.scale, MAX_CONDITION[w.dtype], torch.get_num_threads(),
         )  # fmt: skip
     return norm
+
+
+def _norm_of_table(call):
+    """The same formula and condition as the kernel's, over blocks of a transposed W's columns:
+    nothing is copied."""
+    w, scaled, a = call.w, call.b.float() * call.scale, call.a.float()
+    products, squared = a.new_zeros(len(a), len(w)), call.w_squared
+    base = a.new_zeros(len(w)) if squared is None else squared.float()
+    for columns, rows in _table_blocks(w):
+        products.addmm_(a[:, columns], rows)
+        if squared is None:
+            base += rows.square().sum(0)
+    cross = 2 * products.t() * scaled  # [out, r]
+    pairs = (scaled @ (a @ a.t())) * scaled
+    total, terms = base + (cross + pairs).sum(1), base + (cross.abs() + pairs.abs()).sum(1)
+    # written so that a total of zero or below is summed again, and a NaN stays
+    again = (terms > 0) & ~(total * MAX_CONDITION[w.dtype] >= terms) & terms.isfinite()
+    (few,) = again.nonzero(as_tuple=True)
+    if len(few):
+        direct = total.new_zeros(len(few))
+        for columns, rows in _table_blocks(w):
+            direct += torch.addmm(rows[:, few], a[:, columns].t(), scaled[few].t()).square_().sum(0)
+        total[few] = direct
+    return total.sqrt_()
 
 
 def _products(w, a):
@@ -94,6 +137,11 @@ def row_norm_squared(call):
     squared = w.new_empty(w.shape[0], dtype=torch.float32)
     if w.numel() == 0:
         return squared.zero_()
+    if _is_table(w):
+        squared.zero_()
+        for _, rows in _table_blocks(w):
+            squared += rows.square().sum(0)
+        return squared
     for first, rows in _row_blocks(w):
         _cpu.row_norm_squared(rows, squared[first : first + len(rows)], torch.get_num_threads())
     return squared
