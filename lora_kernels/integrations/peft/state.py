@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.integrations.peft.bias import bias_refusal, with_lora_bias
+from lora_kernels.integrations.peft.factors import RULES, are_covered
 from lora_kernels.integrations.peft.hooks import has_hooks
 from lora_kernels.ops.lora_linear.op import FLOATS
 
@@ -56,7 +57,7 @@ def read_state(layer: Any, adapter: str | None = None) -> Any:
     drop = children["lora_dropout"]._modules[name]
     if has_hooks(base) or has_hooks(lora_a) or has_hooks(lora_b) or has_hooks(drop):
         return "a hook waits for the call of base_layer, lora_A, lora_B or lora_dropout"
-    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+    if (type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear) and not are_covered(lora_a, lora_b):
         return f"lora_A and lora_B are {type_name(lora_a)} and {type_name(lora_b)}"
     if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
         return f"base_layer is {type_name(base)}"
@@ -72,22 +73,23 @@ def read_state(layer: Any, adapter: str | None = None) -> Any:
         return "the base weight requires grad"
     if w.is_meta or w.layout is not torch.strided:
         return f"the base weight is {'on the meta device' if w.is_meta else w.layout}"
-    own_bias: Any = lora_b._parameters["bias"]
-    if (lora_a._parameters["bias"] is not None or own_bias is not None) and (reason := bias_refusal(lora_a, own_bias)):
+    own_bias: Any = lora_b._parameters.get("bias")
+    if (lora_a._parameters.get("bias") is not None or own_bias is not None) and (reason := bias_refusal(lora_a, own_bias)):
         return reason
 
     variant, magnitude = layer.lora_variant.get(name), None
     if variant is not None and type(variant) not in (_COMPUTED_AS_LORA if adapter is None else _BY_NAME_AS_LORA):
         if type(variant) is ALORA_VARIANT:
             return ALORA
-        dora = children["lora_magnitude_vector"]._modules.get(name)
-        if type(variant) is not variants.DoraLinearVariant or type(dora) is not DoraLinearLayer or has_hooks(dora):
-            return f"{type_name(variant)} is not covered"
-        magnitude = dora._parameters["weight"]
-        if own_bias is not None:
-            return "lora_bias beside DoRA, whose norm would hold it"
-        if type(magnitude) not in PLAIN:
-            return f"lora_magnitude_vector is {type_name(magnitude)}"
+        if rule := RULES.get(type(variant)):
+            factors: Any = rule(layer, name, a, b)
+            if type(factors) is str:
+                return factors
+            a, b = factors
+        else:
+            magnitude = _magnitude(children, str(name), variant, own_bias)
+            if type(magnitude) is str:
+                return magnitude
     dropout = 0.0
     if type(drop) is nn.Dropout:
         if drop.training and (magnitude is None or layer.training):
@@ -104,6 +106,17 @@ def read_state(layer: Any, adapter: str | None = None) -> Any:
     if own_bias is not None:
         bias = with_lora_bias(bias, own_bias, scale)
     return w, bias, a, b, scale, dropout, magnitude
+
+
+def _magnitude(children: dict[str, Any], name: str, variant: Any, own_bias: Any) -> Any:
+    """DoRA's magnitude [out], or why PEFT must run the variant."""
+    dora = children["lora_magnitude_vector"]._modules.get(name)
+    if type(variant) is not variants.DoraLinearVariant or type(dora) is not DoraLinearLayer or has_hooks(dora):
+        return f"{type_name(variant)} is not covered"
+    if own_bias is not None:
+        return "lora_bias beside DoRA, whose norm would hold it"
+    magnitude = dora._parameters["weight"]
+    return magnitude if type(magnitude) in PLAIN else f"lora_magnitude_vector is {type_name(magnitude)}"
 
 
 def type_name(thing: Any) -> str:
