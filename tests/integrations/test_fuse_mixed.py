@@ -39,7 +39,6 @@ class Mixed(nn.Module):
 
 TARGETS = ["words", "conv", "attention", "plain", "own"]
 LEFT = {
-    "conv": "Conv2d layers are not covered",
     "attention": "MultiheadAttention layers are not covered",
     "own": "base_layer is Own",
 }
@@ -67,7 +66,7 @@ def test_each_kind_of_layer_is_named_with_its_reason():
     before = {name: type(m) for name, m in fused.named_modules()}
     report = fuse(fused)
     assert {name.removeprefix(PREFIX): reason for name, reason in report.left.items() if "base_layer" not in name} == LEFT
-    kinds = {"words": peft.tuners.lora.Embedding, "plain": peft.tuners.lora.Linear}
+    kinds = {"words": peft.tuners.lora.Embedding, "conv": peft.tuners.lora.Conv2d, "plain": peft.tuners.lora.Linear}
     assert {name.removeprefix(PREFIX) for name in report.fused} >= set(kinds)
     changed = {name for name, m in fused.named_modules() if type(m) is not before[name]}
     assert all(f"{PREFIX}{name}" in changed and before[f"{PREFIX}{name}"] is kind for name, kind in kinds.items())

@@ -13,11 +13,15 @@ from lora_kernels.integrations.peft.classes import (
     restore_classes,
     survey_layer,
 )
+from lora_kernels.integrations.peft.conv import FusedConv1d, FusedConv2d, FusedConv3d
 from lora_kernels.integrations.peft.embedding import FusedEmbedding
 from lora_kernels.integrations.peft.linear import FusedLinear, Linear, fallbacks, forget, run_fused
 
 __all__ = [
     "FUSED",
+    "FusedConv1d",
+    "FusedConv2d",
+    "FusedConv3d",
     "FusedEmbedding",
     "FusedLinear",
     "Linear",

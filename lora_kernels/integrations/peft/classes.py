@@ -8,6 +8,7 @@ import peft
 from torch import nn
 
 from lora_kernels.integrations.peft.adapters import ON_META, on_meta
+from lora_kernels.integrations.peft.conv import CONV_KINDS, survey_conv
 from lora_kernels.integrations.peft.embedding import Embedding, FusedEmbedding, survey_embedding
 from lora_kernels.integrations.peft.hooks import is_own
 from lora_kernels.integrations.peft.linear import WAYS, FusedLinear, forget_all
@@ -47,6 +48,7 @@ def _survey_linear(name: str, layer: nn.Module, survey: Survey) -> None:
 KINDS = (
     Kind(Linear, FusedLinear, _survey_linear),
     Kind(Embedding, FusedEmbedding, survey_embedding),
+    *(Kind(stock, fused, survey_conv) for stock, fused in CONV_KINDS),
 )
 FUSED = tuple(kind.fused for kind in KINDS)
 _KIND_OF = {cls: kind for kind in KINDS for cls in (kind.stock, kind.fused)}

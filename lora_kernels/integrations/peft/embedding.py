@@ -147,6 +147,7 @@ def _columns(base: nn.Embedding, a: Tensor, indices: Tensor) -> Tensor:
 
 
 def survey_embedding(name: str, layer: Any, survey: Survey) -> None:
+    """Adds to the survey what the layer's next call would do if it were fused."""
     state = read_embedding(layer)
     if isinstance(state, str):
         survey.left[name] = state
