@@ -13,18 +13,22 @@ from lora_kernels.integrations.peft.classes import (
     restore_classes,
     survey_layer,
 )
+from lora_kernels.integrations.peft.groups import Siblings, forget_siblings, watch_siblings
 from lora_kernels.integrations.peft.linear import FusedLinear, Linear, fallbacks, forget, run_fused
 
 __all__ = [
     "FUSED",
     "FusedLinear",
     "Linear",
+    "Siblings",
     "class_refusal",
     "fallbacks",
     "forget",
+    "forget_siblings",
     "fuse_classes",
     "lora_layers",
     "restore_classes",
     "run_fused",
     "survey_layer",
+    "watch_siblings",
 ]
