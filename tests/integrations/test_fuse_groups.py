@@ -175,20 +175,20 @@ def requires_grad(b, x):
 
 
 UNEXPECTED = {
-    second_tensor: {"k: another tensor came": 1, "v was called before q": 1},
-    changed_in_place: {"k: the tensor changed": 1, "v was called before q": 1},
-    grad_mode: {"k: grad mode changed": 1, "v was called before q": 1},
-    autocast: {"k: autocast changed": 1, "v was called before q": 1},
-    requires_grad: {"k: whether the tensor requires grad changed": 1, "v was called before q": 1},
-    scale: {"k: the adapter's state changed": 1, "v was called before q": 1},
-    weight: {"k: a weight changed": 1, "v was called before q": 1},
+    second_tensor: {"k: another tensor came": 1},
+    changed_in_place: {"k: the tensor changed": 1},
+    grad_mode: {"k: grad mode changed": 1},
+    autocast: {"k: autocast changed": 1},
+    requires_grad: {"k: whether the tensor requires grad changed": 1},
+    scale: {"k: the adapter's state changed": 1},
+    weight: {"k: a weight changed": 1},
     disabled: {"v: the order of the calls changed": 1},
-    (lambda b, x: (b.q(x), b.v(x), b.k(x))): {"v: the order of the calls changed": 1, "k was called before q": 1},
+    (lambda b, x: (b.q(x), b.v(x), b.k(x))): {"v: the order of the calls changed": 1},
     (lambda b, x: (b.k(x), b.q(x), b.v(x))): {"k was called before q": 1, "v: the order of the calls changed": 1},
     (lambda b, x: (b.q(x), b.q(x), b.k(x), b.v(x))): {"k was not called": 1},
     (lambda b, x: (b.q(x),)): {"k was not called": 1},
     (lambda b, x: (b.q(x), b.k(x))): {"v was not called": 1},
-    (lambda b, x: (b.q(x), b.k(x[:2]), b.v(x[:2]))): {"k: another tensor came": 1, "v was called before q": 1},
+    (lambda b, x: (b.q(x), b.k(x[:2]), b.v(x[:2]))): {"k: another tensor came": 1},
 }
 
 
@@ -241,7 +241,7 @@ def test_a_hook_of_a_layer_runs_and_what_it_changes_is_seen():
         block(one).k.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
         block(one).q.register_forward_hook(lambda m, args, y: y + 1)
     assert torch.equal(grouped(inputs()), alone(inputs()))
-    assert siblings(grouped).alone() == {"k: another tensor came": 1, "v was called before q": 1}
+    assert siblings(grouped).alone() == {"k: another tensor came": 1}
 
 
 def test_calls_outside_of_the_modules_own_run_alone():
@@ -260,7 +260,7 @@ def test_an_adapter_that_one_of_the_layers_lacks():
         randomise(one, 3)
         one.set_adapter("other")
     assert torch.equal(grouped(inputs()), alone(inputs()))
-    assert siblings(grouped).alone() == {"k is in a state that another op takes": 1, "v was called before q": 1}
+    assert siblings(grouped).alone() == {"k is in a state that another op takes": 1}
     for one in (alone, grouped):
         one.set_adapter("default")
     assert "lora_linear_group_forward" in ops(grouped, inputs())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.integrations.peft.checkpoints import UNKNOWN, epoch_of_checkpoint, next_epoch
-from lora_kernels.integrations.peft.linear import FusedLinear, _cached_gain
+from lora_kernels.integrations.peft.linear import FusedLinear, cached_gain
 from lora_kernels.integrations.peft.state import read_state
 from lora_kernels.ops import Member, group_pays, lora_linear_group
 
@@ -56,10 +56,12 @@ class _Round(NamedTuple):
 
 
 class _Thread(local):
-    """Of one thread: whether the module is being called, and the round that is open."""
+    """Of one thread: whether the module is being called, the round that is open, and whether the
+    first layer's last call had a reason to be alone, which is then the others'."""
 
     inside = False
     round: _Round | None = None
+    alone = False
 
 
 class _Chain(NamedTuple):
@@ -116,11 +118,12 @@ class Siblings:
             return self._begin(group, layer, x, state, thread)
         kept, thread.round = thread.round, None
         if kept is None:
-            if group.given_up is None and _may_group(x):
+            if not thread.alone and group.given_up is None and _may_group(x):
                 self._miss(group, f"{self._name(layer)} was called before {self._name(group.layers[0]())}")
             return None
         reason = self._difference(kept, group, index, x, state)
         if reason is not None:
+            thread.alone = True
             self._miss(kept.group, f"{self._name(layer)}: {reason}")
             return None
         y = kept.outputs.pop()
@@ -132,22 +135,24 @@ class Siblings:
         """The first layer's output; the others' are kept."""
         if thread.round is not None:
             self._drop(thread)
+        thread.alone = True
         if not _may_group(x):
             return None
         epoch = epoch_of_checkpoint()
         if epoch is UNKNOWN or (group.given_up is not None if epoch is None else not group.was_one(epoch)):
             return None
-        states = [state]
-        for other in (each() for each in group.layers[1:]):
-            found = read_state(other)
-            if other is None or not _is_plain(found) or not _takes_as(layer, state, other, found):
+        layers, states = [each() for each in group.layers], [state]
+        for other in layers[1:]:
+            states.append(None if other is None else read_state(other))
+        for other, found in zip(layers, states, strict=True):
+            if other is None or not _is_plain(other, found) or not _takes_as(layer, state, other, found):
                 self._miss(group, f"{self._name(other)} is in a state that another op takes")
                 return None
-            states.append(found)
+        thread.alone = False
         group.rounds += 1
         members = []
-        for ref_, (w, bias, a, b, scale, _, magnitude) in zip(group.layers, states, strict=True):
-            gain = None if magnitude is None else _cached_gain(ref_(), w, a, b, scale, magnitude)
+        for each, (w, bias, a, b, scale, _, magnitude) in zip(layers, states, strict=True):
+            gain = None if magnitude is None else cached_gain(each, w, a, b, scale, magnitude)
             members.append(Member(w, a, b, scale, bias, gain))
         conditions, versions = _conditions(x), [_versions(each) for each in states]
         first, *others = lora_linear_group(x, members, [each[5] for each in states])
@@ -170,11 +175,16 @@ class Siblings:
 
     def _watch(self, layer: FusedLinear, x: Tensor, state: tuple[Any, ...]) -> None:
         """Notes a call of a layer that is in no group."""
-        key = id(layer)
+        key, parent = id(layer), None if self._parent is None else self._parent()
+        if parent is None:
+            layer.__dict__.pop(KEY, None)
+            return
         if key not in self._layers:
+            if all(child is not layer for child in parent._modules.values()):
+                return  # DataParallel's replica, which dies with the call
             self._layers[key] = ref(layer, lambda _: self.forget())
         takes_part = _may_group(x)
-        if takes_part and _is_plain(state) and not layer.fan_in_fan_out:
+        if takes_part and _is_plain(layer, state):
             chain, here = self._chain, (get_ident(), _conditions(x))
             if chain is not None and chain.x() is x and chain[::2] == here and key not in chain.layers:
                 self._chain = chain._replace(layers=(*chain.layers, key))
@@ -208,7 +218,7 @@ class Siblings:
     def enter(self, parent: nn.Module, *_: Any) -> None:
         """A hook before the module's forward."""
         if not torch.compiler.is_compiling() and self.is_of(parent):
-            self._thread.inside, self._thread.round = True, None
+            self._thread.inside, self._thread.round, self._thread.alone = True, None, False
 
     def leave(self, *_: Any) -> None:
         """A hook after the module's forward, whatever came of it."""
@@ -300,9 +310,11 @@ def _children(parent: nn.Module) -> list[FusedLinear]:
     return [child for child in parent._modules.values() if isinstance(child, FusedLinear)]
 
 
-def _is_plain(state: Any) -> bool:
-    """Whether it is that of one LoRA or DoRA adapter, which a member of the op is."""
-    return type(state) is tuple and len(state) == 7
+def _is_plain(layer: FusedLinear, state: Any) -> bool:
+    """Whether the state is that of one LoRA or DoRA adapter, and the layer's own tensors: the next
+    call finds these again, not ones made anew."""
+    base = layer._modules["base_layer"]._parameters
+    return type(state) is tuple and len(state) == 7 and state[0] is base["weight"] and state[1] is base["bias"]
 
 
 def _takes_as(layer: FusedLinear, state: tuple[Any, ...], other: FusedLinear, found: tuple[Any, ...]) -> bool:
