@@ -183,6 +183,7 @@ class Siblings:
             if all(child is not layer for child in parent._modules.values()):
                 return  # DataParallel's replica, which dies with the call
             self._layers[key] = ref(layer, lambda _: self.forget())
+        epoch_of_checkpoint()  # what runs alone now does so when a checkpoint computes it again
         takes_part = _may_group(x)
         if takes_part and _is_plain(layer, state):
             chain, here = self._chain, (get_ident(), _conditions(x))
