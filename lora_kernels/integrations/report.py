@@ -28,11 +28,23 @@ class FuseReport:
     slow: Mapping[str, str] = field(default_factory=dict)
     _fallbacks: Callable[[], dict[str, dict[str, int]]] = field(default=dict, compare=False)
     kept_off: Mapping[str, str] = field(default_factory=dict)
+    _groups: Callable[[], dict[str, list[tuple[str, ...]]]] = field(default=dict, compare=False)
+    _alone: Callable[[], dict[str, dict[str, int]]] = field(default=dict, compare=False)
 
     def fallbacks(self) -> dict[str, dict[str, int]]:
         """How many calls of each fused layer went to PEFT's forward after all, by layer and reason,
         up to now."""
         return self._fallbacks()
+
+    def groups(self) -> dict[str, list[tuple[str, ...]]]:
+        """The layers that run as one op, up to now: by the module that holds them, their names within
+        it, in the order of their calls."""
+        return self._groups()
+
+    def alone(self) -> dict[str, dict[str, int]]:
+        """How many calls of a group's layers were not as the group expects them, and ran alone, by
+        module and reason, up to now."""
+        return self._alone()
 
     def summary(self) -> str:
         """One line: how many layers are fused, and on which backends."""
@@ -47,14 +59,17 @@ class FuseReport:
         return f"<FuseReport: {self.summary()}>"
 
     def __str__(self) -> str:
-        calls: Counter[str] = Counter()
-        for reasons in self.fallbacks().values():
-            calls.update(reasons)
         lines = [self.summary()]
+        sizes = Counter(len(group) for groups in self.groups().values() for group in groups)
+        if sizes:
+            (first, count), *others = sorted(sizes.items(), reverse=True)
+            text = ", ".join([f"{count} group{'s' if count > 1 else ''} of {first}", *(f"{n} of {size}" for size, n in others)])
+            lines.append(f"  layers that share an input run as one op: {text}")
         lines += _section("on the reference, because", _grouped(self.slow))
         lines += _section("left to PEFT's own forward, because", _grouped(self.left))
         lines += _section("kept off their fast path, because", _grouped(self.kept_off, "module"))
-        lines += _section("calls that went to PEFT's own forward", {r: str(n) for r, n in calls.most_common()})
+        lines += _section("calls that went to PEFT's own forward", _summed(self.fallbacks()))
+        lines += _section("calls that a group did not take", _summed(self.alone()))
         return "\n".join(lines)
 
 
@@ -105,6 +120,13 @@ def _backend(
     decision = explanation.decisions[-1]
     faster = PREFERENCE.get(device.type, ()) if decision.chosen == "reference" else ()
     return decision.chosen, "; ".join(f"{name}: {decision.others[name]}" for name in faster if name in decision.others)
+
+
+def _summed(counts: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
+    calls: Counter[str] = Counter()
+    for reasons in counts.values():
+        calls.update(reasons)
+    return {reason: str(n) for reason, n in calls.most_common()}
 
 
 def _grouped(reasons: Mapping[str, str], noun: str = "layer") -> dict[str, str]:

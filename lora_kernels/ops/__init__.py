@@ -1,7 +1,7 @@
 """The ops. One folder per op; every file in it computes the same formula."""
 
 from lora_kernels.ops.dora_linear import dora_linear
-from lora_kernels.ops.lora_linear import Member, lora_linear, lora_linear_group
+from lora_kernels.ops.lora_linear import Member, group_pays, lora_linear, lora_linear_group
 from lora_kernels.ops.merge import merged_weight
 from lora_kernels.ops.multi_lora import BatchPlan, Slots, multi_lora, multi_lora_add_
 from lora_kernels.ops.registry import FallbackWarning, explain, missing_backends, use_backend
@@ -16,6 +16,7 @@ __all__ = [
     "dora_gain",
     "dora_linear",
     "explain",
+    "group_pays",
     "lora_linear",
     "lora_linear_group",
     "merged_weight",

@@ -15,6 +15,7 @@ from lora_kernels.integrations.peft.classes import (
 )
 from lora_kernels.integrations.peft.conv import FusedConv1d, FusedConv2d, FusedConv3d
 from lora_kernels.integrations.peft.embedding import FusedEmbedding
+from lora_kernels.integrations.peft.groups import Siblings, forget_siblings, watch_siblings
 from lora_kernels.integrations.peft.linear import FusedLinear, Linear, fallbacks, forget, run_fused
 
 __all__ = [
@@ -25,12 +26,15 @@ __all__ = [
     "FusedEmbedding",
     "FusedLinear",
     "Linear",
+    "Siblings",
     "class_refusal",
     "fallbacks",
     "forget",
+    "forget_siblings",
     "fuse_classes",
     "lora_layers",
     "restore_classes",
     "run_fused",
     "survey_layer",
+    "watch_siblings",
 ]

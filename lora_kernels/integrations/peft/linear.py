@@ -1,6 +1,7 @@
 """PEFT's linear layer with a forward on our kernels.
 
-All that is remembered between calls is DoRA's norm, under the bits it was computed from.
+All that is remembered between calls is DoRA's norm, under the bits it was computed from, and within
+a call of its module what a group computed (`groups`).
 """
 
 from collections import Counter
@@ -65,6 +66,11 @@ def run_fused(layer: Linear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str,
             return y
         count_fallback(layer, y)
         return None
+    # there only for layers that are in a group, or may be
+    if not _compiling() and (siblings := layer.__dict__.get("_lora_kernels_siblings")) is not None:
+        y = siblings.call(layer, x, state)
+        if y is not None:
+            return y
     w, bias, a, b, scale, dropout, magnitude = state
     gain = None if magnitude is None else cached_gain(layer, w, a, b, scale, magnitude)
     return lora_linear(x, w, a, b, scale, bias, gain, dropout)
