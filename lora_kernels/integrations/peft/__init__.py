@@ -4,14 +4,14 @@ PEFT owns the layer: its parameters, names and methods stay, and any of them may
 calls. So each call reads the state anew, and what the kernels do not cover goes to PEFT's forward.
 """
 
-from lora_kernels.integrations.peft import several  # noqa: F401, enters linear.WAYS
+from lora_kernels.integrations.peft import inside, several  # noqa: F401, they enter linear.WAYS
 from lora_kernels.integrations.peft.classes import (
     FUSED,
     class_refusal,
     fuse_classes,
     lora_layers,
     restore_classes,
-    survey_layer,
+    survey_layers,
 )
 from lora_kernels.integrations.peft.linear import FusedLinear, Linear, fallbacks, forget, run_fused
 
@@ -26,5 +26,5 @@ __all__ = [
     "lora_layers",
     "restore_classes",
     "run_fused",
-    "survey_layer",
+    "survey_layers",
 ]
