@@ -338,9 +338,7 @@ _CONDITIONS = ("the tensor", "whether the tensor requires grad", "grad mode", "a
 
 def _conditions(x: Tensor) -> tuple[Any, ...]:
     """What a call depends on besides the layer: `_CONDITIONS` names them."""
-    autocast = (
-        (torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)) if _any_autocast() else None
-    )
+    autocast = (torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)) if _any_autocast() else None
     stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
     return x._version, x.requires_grad, torch.is_grad_enabled(), autocast, stream, _modes()
 
