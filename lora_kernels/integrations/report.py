@@ -37,8 +37,8 @@ class FuseReport:
         return self._fallbacks()
 
     def groups(self) -> dict[str, list[tuple[str, ...]]]:
-        """The layers that run as one op, up to now: by the module that holds them, their names within
-        it, in the order of their calls."""
+        """The layers that run as one op, up to now: by the module that holds them, their names
+        within it, in the order of their calls."""
         return self._groups()
 
     def alone(self) -> dict[str, dict[str, int]]:

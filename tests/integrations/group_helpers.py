@@ -1,4 +1,5 @@
-"""What the tests of fuse's groups share: a net whose layers read one tensor, and how it is called."""
+"""What the tests of fuse's groups share: a net whose layers read one tensor, and how it is
+called."""
 
 import copy
 

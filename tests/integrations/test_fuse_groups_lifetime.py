@@ -1,5 +1,5 @@
-"""What a group keeps between its layers' calls: in each thread its own, never past the module's call,
-and the same in a checkpoint's recomputation."""
+"""What a group keeps between its layers' calls: in each thread its own, never past the module's
+call, and the same in a checkpoint's recomputation."""
 
 import weakref
 from concurrent.futures import ThreadPoolExecutor

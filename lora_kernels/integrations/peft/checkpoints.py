@@ -10,15 +10,13 @@ from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
-
-try:
-    from torch.utils.checkpoint import _CheckpointFrame
-except ImportError:
-    _CheckpointFrame = None
+from torch.utils import checkpoint
 
 UNKNOWN = object()
 _epoch = 0
 _epochs: "WeakKeyDictionary[Any, int]" = WeakKeyDictionary()  # of the frames of checkpoints
+# torch's own; without it all hooks are unknown
+_Frame: Any = getattr(checkpoint, "_CheckpointFrame", None)
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
@@ -30,8 +28,8 @@ def next_epoch() -> int:
 
 
 def epoch_of_checkpoint() -> Any:
-    """The epoch in which the checkpoint that now runs, or runs again, ran first; None where there is
-    none, UNKNOWN under other hooks for saved tensors."""
+    """The epoch in which the checkpoint that now runs, or runs again, ran first; None where there
+    is none, UNKNOWN under other hooks for saved tensors."""
     hooks = _top_hooks(False) if torch.is_grad_enabled() else None
     if hooks is None:
         return None
@@ -39,6 +37,6 @@ def epoch_of_checkpoint() -> Any:
     for cell in unwrap(hooks[0]).__closure__ or () if hasattr(hooks[0], "__code__") else ():
         held = cell.cell_contents
         frame = held() if isinstance(held, ReferenceType) else held
-        if _CheckpointFrame is not None and type(frame) is _CheckpointFrame:
+        if type(frame) is _Frame:
             return _epochs.setdefault(frame, _epoch)
     return UNKNOWN

@@ -141,11 +141,10 @@ class Siblings:
         epoch = epoch_of_checkpoint()
         if epoch is UNKNOWN or (group.given_up is not None if epoch is None else not group.was_one(epoch)):
             return None
-        layers, states = [each() for each in group.layers], [state]
-        for other in layers[1:]:
-            states.append(None if other is None else read_state(other))
+        layers: list[Any] = [each() for each in group.layers]
+        states: list[Any] = [state, *(None if other is None else read_state(other) for other in layers[1:])]
         for other, found in zip(layers, states, strict=True):
-            if other is None or not _is_plain(other, found) or not _takes_as(layer, state, other, found):
+            if not _is_plain(other, found) or not _goes_with(x, layer, state, other, found):
                 self._miss(group, f"{self._name(other)} is in a state that another op takes")
                 return None
         thread.alone = False
@@ -311,25 +310,34 @@ def _children(parent: nn.Module) -> list[FusedLinear]:
     return [child for child in parent._modules.values() if isinstance(child, FusedLinear)]
 
 
-def _is_plain(layer: FusedLinear, state: Any) -> bool:
+def _is_plain(layer: Any, state: Any) -> bool:
     """Whether the state is that of one LoRA or DoRA adapter, and the layer's own tensors: the next
     call finds these again, not ones made anew."""
+    if type(state) is not tuple or len(state) != 7:
+        return False
     base = layer._modules["base_layer"]._parameters
-    return type(state) is tuple and len(state) == 7 and state[0] is base["weight"] and state[1] is base["bias"]
+    return state[0] is base["weight"] and state[1] is base["bias"]
 
 
-def _takes_as(layer: FusedLinear, state: tuple[Any, ...], other: FusedLinear, found: tuple[Any, ...]) -> bool:
-    """Whether an input that is one layer's is the other's, too."""
+def _goes_with(x: Tensor, layer: FusedLinear, state: tuple[Any, ...], other: FusedLinear, found: tuple[Any, ...]) -> bool:
+    """Whether an input that is one layer's is the other's, too, and both outputs want a gradient or
+    neither."""
     return (
         found[0].dtype is state[0].dtype
         and found[2].dtype is state[2].dtype
-        and other.cast_input_dtype_enabled == layer.cast_input_dtype_enabled
         and found[0].device == state[0].device
+        and other.cast_input_dtype_enabled == layer.cast_input_dtype_enabled
+        and (x.requires_grad or not torch.is_grad_enabled() or _is_trained(found) == _is_trained(state))
     )
 
 
+def _is_trained(state: tuple[Any, ...]) -> bool:
+    return any(isinstance(t, Tensor) and t.requires_grad for t in state)
+
+
 def _may_group(x: Tensor) -> bool:
-    """Whether calls with this tensor are for a group: it pays, and a change of the tensor would show."""
+    """Whether calls with this tensor are for a group: it pays, and a change of the tensor would
+    show."""
     return not _modes() and not x.is_inference() and x.layout is torch.strided and not x.is_nested and group_pays(x)
 
 
