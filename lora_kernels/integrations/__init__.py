@@ -27,9 +27,10 @@ def fuse(model: nn.Module, *, strict: bool = False, groups: bool = True) -> Fuse
     overrides `forward` alone. Parameters, names, hooks and PEFT's methods stay. Each call looks at
     the state it finds. LoRA, rsLoRA and DoRA adapters run on the kernels, one or several active,
     also with dropout, bias, lora_bias, autocast, or in another dtype than the base. Anything else
-    runs in PEFT's own forward: `adapter_names`, merged or disabled adapters, hooks on the inner
-    modules that do more than move their weights, other variants. The output has PEFT's dtype;
-    dropout masks are drawn by us.
+    runs in PEFT's own forward: merged or disabled adapters, hooks on the inner modules that do more
+    than move their weights, other variants. `adapter_names` may name DoRA adapters, too, and
+    aLoRA's tokens have theirs from the invocation on. The output has PEFT's dtype; dropout masks
+    are drawn by us.
 
     Adapters added later to a fused layer are covered too. Modules that become LoRA layers later are
     PEFT's until `fuse` is called again; calling it twice does no harm. Layers of lora_kernels.nn

@@ -52,7 +52,7 @@ def read_parts(layer: Any) -> Any:
         if ALORA_VARIANT is not None and type(layer.lora_variant.get(name)) is ALORA_VARIANT:
             return "aLoRA among several adapters"
         w, _, a, b, scale, dropout, magnitude = state
-        own_bias = layer.lora_B._modules[name]._parameters["bias"]
+        own_bias = layer.lora_B._modules[name]._parameters.get("bias")
         owner = None if magnitude is None else layer.lora_magnitude_vector._modules[name]
         parts.append(Part(a, b, scale, dropout, magnitude, own_bias, owner))
     if any(part.a.dtype is not parts[0].a.dtype for part in parts):
