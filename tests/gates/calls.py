@@ -49,7 +49,8 @@ def linear(
         with forced_candidate(form):
             y = lora_linear(leaves[0], w, *leaves[1:], 0.5, None, given, dropout, semantics, seed)
         with forced_candidate(form if library else "fused"):
-            y.backward(torch.empty_like(y))
+            # not backward: it would copy what it accumulates
+            torch.autograd.grad(y, [t for t in (*leaves, given) if t is not None and t.requires_grad], torch.empty_like(y))
 
     return call
 
@@ -69,7 +70,8 @@ def group(m: int, r: int, dropout: float = 0.0) -> Callable[[], None]:
         with forced_candidate("two launches"):
             ys = lora_linear_group(x, members, dropout)
         with forced_candidate("fused"):
-            torch.autograd.backward(ys, list(map(torch.empty_like, ys)))
+            leaves = [x, *(t for member in members for t in (member.a, member.b))]
+            torch.autograd.grad(ys, leaves, list(map(torch.empty_like, ys)))
 
     return call
 

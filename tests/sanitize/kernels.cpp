@@ -45,7 +45,9 @@ std::vector<const Kernels*> levels() {
   const int count = supported(found);
   std::vector<const Kernels*> all(found, found + count);
 #if defined(LK_TILES)
-  if (all.back() == &avx512::kernels) all.push_back(&amx::kernels);
+  // amx in software, which rounds to bf16 by the processor's own instruction
+  const bool rounds = __builtin_cpu_supports("avx512bf16");
+  if (all.back() == &avx512::kernels && rounds) all.push_back(&amx::kernels);
 #endif
   return all;
 }
@@ -174,6 +176,13 @@ int main(int count, char** arguments) {
     const int calls = call_all();
     std::printf("%d calls, levels", calls);
     for (const Kernels* level : levels()) std::printf(" %s", level->level);
+#if defined(LK_TILES)
+    for (const char* all : {"avx2", "avx512", "amx"}) {
+      bool ran = false;
+      for (const Kernels* level : levels()) ran = ran || std::string(level->level) == all;
+      if (!ran) std::printf(", not %s: this processor cannot", all);
+    }
+#endif
     std::printf("\n");
     return 0;
   } catch (const std::exception& error) {
