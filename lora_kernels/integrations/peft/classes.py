@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import peft
 from torch import nn
 
+from lora_kernels.integrations.peft.devices import device_refusal
 from lora_kernels.integrations.peft.hooks import is_own
 from lora_kernels.integrations.peft.linear import FusedLinear, forget_all
 from lora_kernels.integrations.peft.state import read_state, type_name
@@ -34,7 +35,9 @@ def _survey_linear(name: str, layer: nn.Module, survey: Survey) -> None:
         survey.left[name] = state
         return
     w, bias, a, b, scale, dropout, magnitude = state
-    if a.is_meta or b.is_meta or (magnitude is not None and magnitude.is_meta):
+    if (reason := device_refusal(w)) is not None:
+        survey.left[name] = reason
+    elif a.is_meta or b.is_meta or (magnitude is not None and magnitude.is_meta):
         survey.left[name] = "the adapter's weights are on the meta device; once they are loaded it runs on the kernels"
     else:
         survey.add_layer(name, w, bias, a, b, scale, dropout, magnitude is not None)
