@@ -4,6 +4,7 @@ its architecture's table.
     --quick      a few shapes, to see that it works
     --arch 90    refuses to run on another architecture
     --out DIR    where sm_<arch>.json goes; the package's own tables if not given
+    --cpu        times this CPU instead and writes cpu.json: tune_cpu.py
 
 Each shape's candidates and the library's GEMM alone run in interleaved rounds, in a random order
 each, with L2 flushed before every call, and the median counts. The fastest becomes the choice near
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from bench import tune_tiles
+from bench import tune_cpu, tune_tiles
 from lora_kernels.ops import cost, dispatch, launch, tables
 from lora_kernels.ops.chips import Chip, nearest_chip
 from lora_kernels.ops.cost import Problem
@@ -153,6 +154,9 @@ def circumstances() -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 2 if there is no such GPU."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--cpu" in argv:
+        return tune_cpu.main([word for word in argv if word != "--cpu"])
     parser = argparse.ArgumentParser(prog="bench.tune")
     parser.add_argument("--arch", type=int, help="refuse to run on another architecture; 90 is sm_90")
     parser.add_argument("--quick", action="store_true", help="a few shapes")

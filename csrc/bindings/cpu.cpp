@@ -220,11 +220,11 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("expand", [](Matrix from, Matrix to, Matrix b, Matrix gain, Matrix bias, Matrix h, Dropout dropout,
                      bool mask_from, int threads) {
-    const Call call("expand", double(from.rows) * double(from.cols) * double(b.rows + 1), threads,
+    const Call call("expand", double(to.rows) * double(to.cols) * double(b.rows + 1), threads,
                     {&from, &to, &b, &gain, &bias, &h});
-    floats(from, "expand");
-    const int64_t tokens = from.rows, n_out = from.cols;
-    call.check(to, tokens, n_out, "to");
+    const int64_t tokens = to.rows, n_out = to.cols;
+    if (from.data && from.type != to.type) floats(from, "expand");
+    call.check(from, tokens, n_out, "from");
     call.check(b, b.rows, n_out, "b");
     call.check(gain, 1, n_out, "gain");
     call.check(bias, 1, n_out, "bias");

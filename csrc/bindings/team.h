@@ -44,7 +44,7 @@ class Team {
   }
 
  private:
-  static constexpr double ALONE = 1 << 15;             // less than a team takes to begin and end
+  static constexpr double ALONE = 1 << 19;             // 30 µs: less than a team of sleepers takes to wake
   static constexpr double SLACK = 200e3;               // ns
   static constexpr double PAUSE = 2e8, LONGEST = 4e9;  // ns without a team
   static constexpr int BUCKETS = 48;

@@ -34,7 +34,7 @@ class Buffer {
 // a count of floats that ends on a cache line
 LK_INLINE int64_t lines(int64_t count) { return (count + 15) / 16 * 16; }
 
-// f16 <-> f32 without hardware support (portable level and tails)
+// f16 <-> f32 without hardware support
 LK_INLINE float f16_to_float(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3ff;
   float value;
@@ -71,7 +71,13 @@ LK_INLINE float to_float(bf16 v) {
   std::memcpy(&f, &u, 4);
   return f;
 }
-LK_INLINE float to_float(f16 v) { return f16_to_float(v.bits); }
+LK_INLINE float to_float(f16 v) {
+#if defined(__F16C__)
+  return _cvtsh_ss(v.bits);
+#else
+  return f16_to_float(v.bits);
+#endif
+}
 
 LK_INLINE void store_scalar(float* p, float v) { *p = v; }
 LK_INLINE void store_scalar(bf16* p, float v) {
@@ -80,7 +86,13 @@ LK_INLINE void store_scalar(bf16* p, float v) {
   // round to nearest even; a NaN stays a NaN
   p->bits = v != v ? uint16_t(u >> 16 | 0x40) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
-LK_INLINE void store_scalar(f16* p, float v) { p->bits = float_to_f16(v); }
+LK_INLINE void store_scalar(f16* p, float v) {
+#if defined(__F16C__)
+  p->bits = _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  p->bits = float_to_f16(v);
+#endif
+}
 
 LK_INLINE vec load(const float* p) {
   vec v;

@@ -137,8 +137,8 @@ constexpr int CR = LK_VL == 16 ? 6 : 4;  // rows in a register tile
 constexpr int64_t COLUMNS = CV * VL;
 
 // ROWS × COLUMNS of `to`; b and mask cover these columns
-template <int ROWS, typename To>
-LK_INLINE void expand_tile(const Expand& p, const float* from, To* to, const float* b, int64_t b_row, const float* h,
+template <int ROWS, typename From, typename To>
+LK_INLINE void expand_tile(const Expand& p, const From* from, To* to, const float* b, int64_t b_row, const float* h,
                            const float* gain, const float* bias, const float* mask, int64_t columns) {
   vec acc[ROWS][CV] = {};
   for (int64_t i = 0; i < p.rank; i++) {
@@ -153,8 +153,11 @@ LK_INLINE void expand_tile(const Expand& p, const float* from, To* to, const flo
     LK_UNROLL for (int c = 0; c < CV; c++) {
       const int64_t left = columns - c * VL;
       if (left <= 0) continue;
-      const float* source = from + m * p.from.row + c * VL;
-      vec base = left >= VL ? load(source) : load_first(source, left);
+      vec base = {};
+      if (from) {
+        const From* source = from + m * p.from.row + c * VL;
+        base = left >= VL ? load(source) : load_first(source, left);
+      }
       vec value = acc[m][c];
       if (mask) {
         const vec keep = load(mask + m * COLUMNS + c * VL);
@@ -170,8 +173,8 @@ LK_INLINE void expand_tile(const Expand& p, const float* from, To* to, const flo
   }
 }
 
-template <typename To>
-void expand_rows(const Expand& p, const float* from, To* to, const float* b, int64_t b_row, const float* gain,
+template <typename From, typename To>
+void expand_rows(const Expand& p, const From* from, To* to, const float* b, int64_t b_row, const float* gain,
                  const float* bias, Range tokens) {
   float mask[CR * COLUMNS];
   for (int64_t t = tokens.first; t < tokens.last; t += CR) {
@@ -183,7 +186,7 @@ void expand_rows(const Expand& p, const float* from, To* to, const float* b, int
       }
       with_count(count, [&](auto rows) {
         if constexpr (rows.value <= CR) {
-          expand_tile<rows.value>(p, from + t * p.from.row + n, to + t * p.to.row + n, b + n, b_row, p.h + t * p.rank,
+          expand_tile<rows.value>(p, from ? from + t * p.from.row + n : nullptr, to + t * p.to.row + n, b + n, b_row, p.h + t * p.rank,
                                   p.gain.data ? gain + n : nullptr, p.bias.data ? bias + n : nullptr,
                                   p.dropout.active() ? mask : nullptr, columns);
         }
@@ -207,7 +210,11 @@ void expand(const Expand& p) {
     if (thread == threads - 1 && p.bias.data) pack(p.bias, View{}, 1.f, 0, 1, p.n_out, bias, row);
 #pragma omp barrier
     with_type(p.to, [&](auto* to) {
-      expand_rows(p, static_cast<const float*>(p.from.data), to, b, row, gain, bias, tokens);
+      if (p.from.type == p.to.type) {
+        expand_rows(p, static_cast<decltype(to)>(p.from.data), to, b, row, gain, bias, tokens);
+      } else {
+        expand_rows(p, static_cast<const float*>(p.from.data), to, b, row, gain, bias, tokens);
+      }
     });
   }
 }
@@ -262,7 +269,8 @@ void outer(const Outer& p) {
           const int64_t tokens = std::min(OUTER_T, p.tokens - t);
           const float* rows = x_tile;
           int64_t rows_row = COLUMNS;
-          if (std::is_same_v<T, float> && !p.dropout.active() && width == COLUMNS) {
+          // read once, and not again for more ranks: rows a power of two apart share a cache set
+          if (std::is_same_v<T, float> && !p.dropout.active() && width == COLUMNS && p.rank <= CR) {
             rows = reinterpret_cast<const float*>(x) + t * p.x.row + k;
             rows_row = p.x.row;
           } else {
@@ -285,7 +293,11 @@ void outer(const Outer& p) {
             return;
           }
           for (int64_t i = 0; i < p.rank; i++) {
-            for (int64_t c = 0; c < width; c++) store_scalar(out + i * p.d.row + (k + c) * p.d.col, d[i * COLUMNS + c]);
+            int64_t c = 0;
+            if (p.d.col == 1) {
+              for (; c + VL <= width; c += VL) store(out + i * p.d.row + k + c, load(d + i * COLUMNS + c));
+            }
+            for (; c < width; c++) store_scalar(out + i * p.d.row + (k + c) * p.d.col, d[i * COLUMNS + c]);
           }
         });
       }

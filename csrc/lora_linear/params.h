@@ -39,7 +39,7 @@ struct Shrink {
 
 // to = gain ⊙ (from + mask ⊙ (h b)) + bias, or with mask_from gain ⊙ mask ⊙ (from + h b) + bias
 struct Expand {
-  View from, to;    // [tokens, out], may be one; from is float32
+  View from, to;    // [tokens, out], may be one; from is float32, or of the type of to, or has no data
   View b;           // [rank, out], any strides
   View gain, bias;  // [out], or no data
   const float* h;   // [tokens, rank]

@@ -10,10 +10,11 @@ MIN_ROUNDS = 10  # rounds
 
 
 def interleaved_medians(
-    calls: dict[str, Callable[[], Any]], rounds: int = 31, seconds: float = 1.0, wait: Callable[[], Any] = lambda: None
-) -> dict[str, float]:
+    calls: dict[str, Callable[[], Any]], rounds: int = 31, seconds: float = 1.0, wait: Callable[[], Any] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:  # fmt: skip
     """The median seconds of each call over interleaved rounds, at least MIN_ROUNDS; `wait` for a
-    device that runs behind.
+    device that runs behind. By `clock`, e.g. time.process_time on a busy machine.
 
     Each round has its own random order (the same in every run): what a call leaves behind, in the
     caches and in the allocator's free memory, must not always meet the same neighbour.
@@ -30,9 +31,9 @@ def interleaved_medians(
         shuffled.shuffle(order)
         for name in order:
             wait()
-            start = time.perf_counter()
+            start = clock()
             calls[name]()
             wait()
-            taken[name].append(time.perf_counter() - start)
+            taken[name].append(clock() - start)
         done += 1
     return {name: statistics.median(times) for name, times in taken.items()}

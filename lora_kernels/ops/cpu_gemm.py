@@ -1,34 +1,52 @@
-"""The product x Wᵀ on the CPU, in float32 whatever the dtype."""
+"""Products with W on the CPU, in float32 whatever the dtype: x Wᵀ and dy W."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from lora_kernels import _cpu
-from lora_kernels.ops.cpu_amx import on_tiles, product
+from lora_kernels.ops.cpu_amx import on_tiles, product, product_back
+from lora_kernels.ops.tables.cpu import CpuRow, row_for
 
 BLOCK = 256  # rows of W widened at a time: 4 MiB of float32 at 4096 columns
-PIECE = 4096  # outputs of a float32 piece, where W is read as it is
-PACKED_FROM = 25  # tokens, from which a product with x packed is faster than the kernel for few;
-# and up to which than the GEMM
-PACKED = {torch.float32: 64, torch.bfloat16: 256, torch.float16: 256}
+PIECE = 2**22  # float32 numbers of the product of 16-bit weights that are there at a time
+CHUNK = 512  # tokens that are packed at a time: 8 MiB of float32 at 4096 columns
+
+_rows: dict[tuple[str, torch.dtype], CpuRow] = {}
 
 
-def fused_token_limit(dtype: torch.dtype) -> int:
-    """Up to how many tokens the fused kernel is faster than the product and passes before and after
-    it."""
-    if dtype is torch.bfloat16 and _cpu.has_tiles():
-        return 4
-    return 64 if dtype is not torch.float32 and _cpu.level() == "portable" else 32
+def choice(dtype: torch.dtype) -> CpuRow:
+    """The table's row for a dtype on the level in use."""
+    key = (_cpu.level(), dtype)
+    found = _rows.get(key)
+    if found is None:
+        found = _rows[key] = row_for(key[0], str(dtype)[6:])
+    return found
+
+
+@contextmanager
+def forced_choice(row: CpuRow) -> Iterator[None]:
+    """Inside it a row stands in for the table's; for tests and measurements, in one thread."""
+    key = (row.level, getattr(torch, row.dtype))
+    before = _rows.get(key)
+    _rows[key] = row
+    try:
+        yield
+    finally:
+        _rows.pop(key)
+        if before is not None:
+            _rows[key] = before
 
 
 def packs_x(x: Tensor, w: Tensor) -> bool:
-    """Whether the product of x, by rows, is the one that packs x. Without AVX2 it is not faster."""
-    if not PACKED_FROM <= x.shape[0] <= PACKED.get(x.dtype, 0) or x.dtype is not w.dtype:
+    """Whether the product of x, by rows, is the one that packs x."""
+    row = choice(x.dtype)
+    if not row.packed_from <= x.shape[0] <= row.packed or x.dtype is not w.dtype:
         return False
-    return w.stride(1) == 1 and w.numel() > 0 and not on_tiles(x, w) and _cpu.level() != "portable"
+    return w.stride(1) == 1 and w.numel() > 0 and not on_tiles(x, w)
 
 
 def base_product(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
@@ -36,9 +54,9 @@ def base_product(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     tokens, (n_out, n_in) = x.shape[0], w.shape
     if packs_x(x, w):
         y = x.new_empty(tokens, n_out, dtype=torch.float32) if out is None else out
-        if _cpu.base_product(x, w, y, torch.get_num_threads()):
+        if _packed(x, w, y):
             return y
-    if tokens and w.numel() and tokens <= fused_token_limit(x.dtype):
+    if tokens and w.numel() and tokens <= choice(x.dtype).small:
         y = x.new_empty(tokens, n_out, dtype=torch.float32) if out is None else out
         a, b = _no_adapter(n_out, n_in, w.dtype)
         if _cpu.forward_small(x, w, a, b, y, None, None, None, None, 1.0, None, torch.get_num_threads()):
@@ -53,6 +71,15 @@ def base_product(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     return y
 
 
+def _packed(x: Tensor, w: Tensor, y: Tensor) -> bool:
+    """Fills y, as many tokens at a time as stay in the caches; False if y has gaps, and nothing
+    done."""
+    threads = torch.get_num_threads()
+    if len(x) <= CHUNK:
+        return _cpu.base_product(x, w, y, threads)
+    return all(_cpu.base_product(x[t : t + CHUNK], w, y[t : t + CHUNK], threads) for t in range(0, len(x), CHUNK))
+
+
 @lru_cache(maxsize=1024)
 def _no_adapter(n_out: int, n_in: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A and B of rank 0; to make them anew costs as much as a row of a small layer."""
@@ -64,9 +91,10 @@ def base_product_slices(x: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
     if x.dtype is w.dtype is torch.float32:
         yield slice(0, w.shape[0]), base_product(x, w)
         return
-    if packs_x(x, w):
-        for first in range(0, w.shape[0], PIECE):
-            rows = slice(first, min(first + PIECE, w.shape[0]))
+    if packs_x(x, w) or on_tiles(x, w):
+        piece = max(BLOCK, PIECE // len(x))
+        for first in range(0, w.shape[0], piece):
+            rows = slice(first, min(first + piece, w.shape[0]))
             yield rows, base_product(x, w[rows])
         return
     wide, scratch = x.float(), x.new_empty(min(BLOCK, w.shape[0]), w.shape[1], dtype=torch.float32)
@@ -78,3 +106,33 @@ def base_product_slices(x: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
         product = part if len(block) == len(scratch) else wide.new_empty(x.shape[0], len(block))
         torch.mm(wide, block.T, out=product)
         yield rows, product
+
+
+def back_product(dy: Tensor, w: Tensor) -> Tensor:
+    """dy W in float32; dy by rows, of the dtype of W or float32."""
+    if on_tiles(dy, w):
+        return product_back(dy, w)
+    row = choice(w.dtype)
+    if row.streamed_from <= dy.shape[0] <= row.streamed and w.stride(1) == 1:
+        return _streamed(dy, w)
+    if w.dtype is torch.float32:
+        return dy @ w
+    wide = dy.float()
+    out = wide.new_zeros(dy.shape[0], w.shape[1])
+    scratch = wide.new_empty(min(BLOCK, w.shape[0]), w.shape[1])
+    for first in range(0, w.shape[0], BLOCK):
+        rows = slice(first, min(first + BLOCK, w.shape[0]))
+        block = scratch[: rows.stop - first]
+        block.copy_(w[rows])
+        out.addmm_(wide[:, rows], block)
+    return out
+
+
+def _streamed(dy: Tensor, w: Tensor) -> Tensor:
+    """By the kernel of dA, pᵀ x with W in the place of x: a row of W is widened in the cache, for
+    all tokens."""
+    out = dy.new_empty(dy.shape[0], w.shape[1], dtype=torch.float32)
+    for t in range(0, dy.shape[0], CHUNK):
+        part = dy[t : t + CHUNK].float().T.contiguous()  # [out, tokens]
+        _cpu.outer(w, out[t : t + CHUNK], None, part, None, torch.get_num_threads())
+    return out

@@ -1,6 +1,7 @@
 """x Wᵀ with float32 sums and x packed, at each level, inside matrices of NaN, against float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ import torch
 _cpu = pytest.importorskip("lora_kernels._cpu", reason="the CPU kernels are not built here")
 
 from lora_kernels.ops import cpu_gemm as module  # noqa: E402
-from lora_kernels.ops.cpu_gemm import PACKED, PACKED_FROM, base_product, base_product_slices, packs_x  # noqa: E402
+from lora_kernels.ops.cpu_gemm import base_product, base_product_slices, choice, forced_choice, packs_x  # noqa: E402
 from tests.ops.cpu import at_level, operands  # noqa: E402
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (3, 33, 17), (16, 15, 7), (33, 64, 48), (40, 97, 50), (48, 130, 49), (49, 200, 6), (64, 500, 65)]
 SHAPES += [(65, 127, 13), (96, 193, 100), (97, 64, 55), (130, 31, 9)]
 
@@ -30,7 +32,12 @@ def product(x, w, threads=2):
     return held[: len(x), : len(w)]
 
 
-@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def packing(dtype, first, last):
+    """The row in use, but with x packed from and up to so many tokens."""
+    return forced_choice(replace(choice(dtype), packed_from=first, packed=last))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_float64(level, shape, threads, dtype):
@@ -71,9 +78,21 @@ def test_columns_are_refused():
         args[2].fill_(math.nan)
 
 
-@pytest.mark.parametrize("dtype", PACKED, ids=str)
-@pytest.mark.parametrize("tokens", [4, PACKED_FROM - 1, PACKED_FROM, 64, 65, 256, 257])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [4, 24, 25, 64, 65, 256, 257])
 def test_any_way_to_the_product(level, tokens, dtype):
+    with packing(dtype, 25, 256):
+        check_any_way(tokens, dtype)
+
+
+def test_more_tokens_than_are_packed_at_a_time(level, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 48)
+    for dtype in DTYPES:
+        with packing(dtype, 1, 200):
+            check_any_way(130, dtype)
+
+
+def check_any_way(tokens, dtype):
     x, w = operands(tokens, 200, 300, dtype)
     y = torch.full((tokens, 300), math.nan)
     found = base_product(x, w, y)
@@ -84,18 +103,22 @@ def test_any_way_to_the_product(level, tokens, dtype):
 
 
 def test_what_is_packed(level):
-    for dtype, most in PACKED.items():
-        w, tiles = torch.empty(3, 8, dtype=dtype), level == "amx" and dtype is torch.bfloat16
-        found = [tokens for tokens in range(300) if packs_x(torch.empty(tokens, 8, dtype=dtype), w)]
-        assert found == ([] if level == "portable" or tiles else list(range(PACKED_FROM, most + 1)))
-    for x, w in ((8, torch.empty(3, 8).half()), (3, torch.empty(3, 8).T), (0, torch.empty(3, 0))):
-        assert not packs_x(torch.empty(40, x), w)
+    for dtype, first, last in ((torch.float32, 25, 64), (torch.bfloat16, 1, 256), (torch.float16, 7, 7)):
+        w, tiles = torch.empty(3, 8, dtype=dtype), _cpu.has_tiles() and dtype is torch.bfloat16
+        with packing(dtype, first, last):
+            found = [tokens for tokens in range(300) if packs_x(torch.empty(tokens, 8, dtype=dtype), w)]
+        assert found == ([] if tiles else list(range(first, last + 1)))
+    with packing(torch.float32, 0, 2**31):
+        for x, w in ((8, torch.empty(3, 8).half()), (3, torch.empty(8, 3).T), (0, torch.empty(3, 0))):
+            assert not packs_x(torch.empty(40, x), w)
 
 
 def test_more_outputs_than_a_piece(monkeypatch, level):
     """The float32 product of 16-bit weights is never there as a whole."""
-    monkeypatch.setattr(module, "PIECE", 64)
+    monkeypatch.setattr(module, "PIECE", 64 * 40)
+    monkeypatch.setattr(module, "BLOCK", 16)
     x, w = operands(40, 33, 150, torch.float16)
-    pieces = list(base_product_slices(x, w))
-    assert [p.shape[1] for _, p in pieces] == ([64, 64, 22] if level != "portable" else [150])
+    with packing(torch.float16, 1, 64):
+        pieces = list(base_product_slices(x, w))
+    assert [p.shape[1] for _, p in pieces] == [64, 64, 22]
     assert torch.allclose(torch.cat([p for _, p in pieces], 1), x.float() @ w.float().T, atol=1e-4)

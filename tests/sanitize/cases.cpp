@@ -67,15 +67,16 @@ void expand(Case& c) {
   const auto [tokens, n_in, n_out, drawn] = c.shape;
   const bool in_place = !c.fixed && c.type == DType::f32 && c.coin(), has_b = c.fixed || c.coin(), mask_from = c.coin();
   const int64_t rank = has_b ? drawn : 0;
-  Tensor from(c.numbers, DType::f32, tokens, n_out, c.by_rows());
-  const std::vector<double> before = from.values();
+  const bool of_type = !c.fixed && c.coin(), absent = !c.fixed && !in_place && c.coin();
+  Tensor from(c.numbers, of_type ? c.type : DType::f32, tokens, n_out, c.by_rows());
+  const std::vector<double> before = absent ? std::vector<double>(size_t(tokens * n_out)) : from.values();
   std::optional<Tensor> to, b, h;
   if (!in_place) to.emplace(c.type, tokens, n_out, c.by_rows());
   if (has_b)
     b.emplace(c.numbers, c.any_type(), rank, n_out, c.any_layout()), h.emplace(c.numbers, DType::f32, tokens, rank);
   const std::optional<Tensor> gain = c.vector(n_out), bias = c.vector(n_out);
   const Dropout dropout = c.dropout();
-  const Expand p{from,    to ? *to : from, view_of(b), view_of(gain), view_of(bias), h ? h->floats() : nullptr,
+  const Expand p{absent ? View{} : View(from), to ? *to : from, view_of(b), view_of(gain), view_of(bias), h ? h->floats() : nullptr,
                  dropout, mask_from,       tokens,     n_out,         rank,          c.threads};
   c.run([&] { c.level->expand(p); });
   c.expect(to ? *to : from, "to", [&](int64_t t, int64_t n) {

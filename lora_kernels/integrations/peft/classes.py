@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import peft
 from torch import nn
 
+from lora_kernels.integrations.gathered import as_called, gathered_weights
 from lora_kernels.integrations.peft.adapters import ON_META, on_meta
 from lora_kernels.integrations.peft.conv import CONV_KINDS, survey_conv
+from lora_kernels.integrations.peft.devices import device_refusal
 from lora_kernels.integrations.peft.embedding import Embedding, FusedEmbedding, survey_embedding
-from lora_kernels.integrations.gathered import as_called, gathered_weights
 from lora_kernels.integrations.peft.hooks import is_own
 from lora_kernels.integrations.peft.linear import FusedLinear, forget_all, other_way
 from lora_kernels.integrations.peft.state import read_state, type_name
@@ -40,7 +41,9 @@ def _survey_linear(name: str, layer: nn.Module, survey: Survey) -> None:
         survey.left[name] = state
         return
     w, bias, a, b, scale, dropout, magnitude = state
-    if on_meta((a, b, magnitude)):
+    if (reason := device_refusal(w)) is not None:
+        survey.left[name] = reason
+    elif on_meta((a, b, magnitude)):
         survey.left[name] = ON_META
     else:
         survey.add_layer(name, w, bias, a, b, scale, dropout, magnitude is not None)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from lora_kernels.integrations.peft.devices import NO_CPU_KERNELS, device_refusal
 from lora_kernels.integrations.peft.state import ARGUMENTS, PLAIN, read_state, type_name
 from lora_kernels.ops import NormCache, dora_gain, lora_linear, weight_norm
 from lora_kernels.ops.lora_linear.op import FLOATS
@@ -90,6 +91,10 @@ def input_refusal(layer: Linear, x: Tensor, state: Any) -> str | None:
     """Why this input goes to PEFT's forward, which also raises its own error where it cannot take
     it."""
     w, a = state[0], state[2]
+    if NO_CPU_KERNELS or not x.is_cpu:
+        reason = device_refusal(x)
+        if reason is not None:
+            return reason
     if not _compiling():
         if type(x) not in PLAIN:
             return f"the input is {type_name(x)}"

@@ -1,12 +1,10 @@
-"""CPU: for few tokens one C++ kernel that streams W once; above, a GEMM between thin C++ passes in
-place: for up to 64 tokens in float32 and 256 in 16 bits our own, which packs x alone, else the
-vendor's.
+"""CPU: for few tokens one C++ kernel that streams W once; above, a product between thin C++ passes
+in place. Which product runs how many tokens stands in `ops/tables/cpu.py`.
 
-The vendor's 16-bit GEMM rounds its result before the adapter's term is added, which costs 1.4 to
-1.9 times the error of one rounding; without native support it is up to 100 times slower, and with
-AMX a NaN can reach other rows. So 16-bit products are ours: on AMX tiles where there are any, else
-W is widened block by block: where x is packed by that kernel, else into a float32 scratch that
-stays in the cache, in both directions. Sums are float32 and y is rounded once.
+The vendor's 16-bit GEMM rounds the adapter's term, or its own result before that is added, which
+costs up to 1.4 times the error of one rounding; without native support it is up to 100 times
+slower, and with AMX a NaN can reach other rows. So 16-bit products are ours, on tiles where there
+are any, and their sums float32, y rounded once; but where the table says `addmm_from`.
 """
 
 from functools import partial
@@ -15,16 +13,19 @@ import torch
 
 from lora_kernels import _cpu
 from lora_kernels.ops.cpu_amx import on_tiles, product_back
-from lora_kernels.ops.cpu_gemm import BLOCK, base_product, base_product_slices, fused_token_limit
+from lora_kernels.ops.cpu_gemm import back_product, base_product, base_product_slices, choice
 from lora_kernels.ops.cpu_tensors import dropout_args, row_major, transposed
 from lora_kernels.ops.gradients import empty_gradient, gradient_dtype
+from lora_kernels.ops.lora_linear import library
 from lora_kernels.ops.lora_linear.call import Forward, Needs
+from lora_kernels.ops.lora_linear.layer import Layer
 from lora_kernels.ops.lora_linear.loop import backward_each, forward_each, refuse_each
 from lora_kernels.ops.refusals import READ, refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 
-# tokens, up to which a pass in float32 vectors is faster than tiles and a transposing copy
-OUTER_TOKENS = 64
+# elements of W, from which the library's 16-bit GEMM is worth its calls; in sums of few numbers the
+# adapter's term, which is rounded before, may cancel with the base's
+LEAST = 2**16
 
 
 def refusal(call):
@@ -60,12 +61,17 @@ def forward(call):
     x, w = call.x, call.w
     tokens = x.shape[0]
     if tokens and not call.drop_base and w.numel():
-        if tokens <= fused_token_limit(x.dtype):
+        row = choice(x.dtype)
+        if tokens <= row.small:
             done = _forward_small(call)
             if done is not None:
                 return done
         elif on_tiles(x, w):
             return _forward_tiles(call)
+        elif tokens >= row.addmm_from and call.gain is None and w.numel() >= LEAST:
+            return _forward_library(call)
+        if tokens <= row.thin and _all_float32(call):
+            return _forward_thin(call)
     return _forward_large(call)
 
 
@@ -96,6 +102,41 @@ def _forward_tiles(call):
     in_place = a if drop is None else None
     _cpu.tiles(x, w, in_place, call.b, y, z, call.bias, call.gain, h, scale, None, False, threads)
     return y, h if call.keep_h else None, z
+
+
+def _forward_library(call):
+    layer, x, threads = Layer(call), row_major(call.x), torch.get_num_threads()
+    h = x.new_empty(x.shape[0], layer.r, dtype=torch.float32)
+    _cpu.shrink(x, layer.a, None, h, layer.scale, dropout_args(layer.dropout, call.seed), threads)
+    y = x.new_empty(x.shape[0], layer.n)
+    library.forward(_expand, x, [None], [layer], [h], [y], [None])
+    return y, h if call.keep_h else None, None
+
+
+def _expand(out, terms, *, less=0, bias=None, z_out=None):
+    """`library.Expand` of one term without a gain."""
+    (term,) = terms
+    _add_adapter(term.z, out, transposed(term.b), term.h, bias=bias, mask=dropout_args(*term.drop))
+
+
+def _all_float32(call):
+    """Whether the library's small products with A and B are as exact as ours: nothing is in 16
+    bits, and nothing dropped."""
+    wide = torch.float32
+    return call.seed is None and call.x.dtype is wide and call.w.dtype is wide and call.a.dtype is wide and call.b.dtype is wide
+
+
+def _forward_thin(call):
+    """In float32, the products with A and B by the library, too."""
+    x, gain, bias = row_major(call.x), call.gain, call.bias
+    h = torch.mm(x, call.a.T).mul_(call.scale)
+    y, z = base_product(x, call.w).addmm_(h, call.b.T), None
+    if gain is not None or bias is not None:
+        y, z = torch.empty_like(y) if call.keep_z else y, y
+        _add_adapter(z, y, None, h, gain=gain, bias=bias)
+    elif call.keep_z:
+        z = y.clone()
+    return y, h if call.keep_h else None, z if call.keep_z else None
 
 
 def _forward_large(call):
@@ -163,13 +204,19 @@ def _gradients(dx_dtype, call):
         if needs.bias:
             zeros[3] += dy.sum(0, dtype=torch.float32)
         return tuple(zeros)
+    if tokens <= choice(x.dtype).thin and not call.drop_base and _all_float32(call):
+        dx, da, db = _thin_gradients(call, dy, x, needs)
+        needs = needs._replace(x=0, a=0, b=0)
     p = x.new_empty(tokens, rank, dtype=torch.float32) if needs.x or needs.a else None
     if needs.x and on_tiles(dy, w) and not call.drop_base:
         dx = x.new_empty(x.shape, dtype=dx_dtype)
         _cpu.tiles(dy, w, transposed(b), transposed(a), dx, None, None, gain, p, scale, drop, True, threads)
     elif p is not None:
         _cpu.shrink(dy, transposed(b), gain, p, scale, None, threads)
-        if needs.x:
+        if needs.x and _by_library(call, dy, dx_dtype):
+            dx = torch.empty_like(x)
+            library.input_gradient(_expand, [dy], [None], [Layer(call)], [p], dx)
+        elif needs.x:
             dx = _input_gradient(dx_dtype, dy, w, a, gain, p, drop, call.drop_base)
     if needs.a:
         da = empty_gradient(a, needs.a)
@@ -179,7 +226,7 @@ def _gradients(dx_dtype, call):
             _cpu.outer(x, da, None, p, drop, threads)
     if needs.b:
         db = empty_gradient(b, needs.b)
-        if gain is None and tokens > OUTER_TOKENS and on_tiles(dy, dy):
+        if gain is None and tokens > choice(dy.dtype).outer and on_tiles(dy, dy):
             db.copy_(product_back(h.T, dy).T)
         else:
             _cpu.outer(dy, transposed(db), gain, h, None, threads)
@@ -188,6 +235,28 @@ def _gradients(dx_dtype, call):
     if needs.gain:
         dgain = _gain_gradient(call, dy).to(gradient_dtype(gain, needs.gain))
     return dx, da, db, dbias, dgain
+
+
+def _thin_gradients(call, dy, x, needs):
+    """dx, dA and dB in float32, the products with A and B by the library."""
+    dz = dy if call.gain is None else dy * call.gain.to(dy.dtype)
+    dx = da = db = None
+    if needs.x or needs.a:
+        p = torch.mm(dz, call.b).mul_(call.scale)
+    if needs.x:
+        dx = back_product(dz, call.w).addmm_(p, call.a)
+    if needs.a:
+        da = torch.mm(p.T, x).to(gradient_dtype(call.a, needs.a))
+    if needs.b:
+        db = torch.mm(dz.T, call.h).to(gradient_dtype(call.b, needs.b))
+    return dx, da, db
+
+
+def _by_library(call, dy, dx_dtype):
+    """Whether the table gives dx of these tokens to the library's 16-bit GEMM."""
+    if dy.shape[0] < choice(dy.dtype).addmm_back_from or call.gain is not None or call.w.numel() < LEAST:
+        return False
+    return dx_dtype is dy.dtype is call.w.dtype
 
 
 def group_refusal(call):
@@ -214,10 +283,10 @@ def _input_gradient(dtype, dy, w, a, gain, p, drop, drop_base):
     """(dy ⊙ gain) W + mask ⊙ (p A), or for a dropped base dy W + mask ⊙ ((dy ⊙ (gain - 1)) W + p
     A)."""
     if drop_base:
-        wide = _times_weight(dy * (gain - 1), w)
+        wide = back_product(dy * (gain - 1), w)
         _add_adapter(wide, wide, a, p, mask=drop, mask_from=True)
-        return (wide + _times_weight(dy, w)).to(dtype)
-    product = _times_weight(dy if gain is None else dy * gain.to(torch.float32), w)
+        return (wide + back_product(dy, w)).to(dtype)
+    product = back_product(dy if gain is None else dy * gain.to(torch.float32), w)
     dx = product if dtype is torch.float32 else torch.empty_like(product, dtype=dtype)
     _add_adapter(product, dx, a, p, mask=drop)
     return dx
@@ -243,25 +312,8 @@ def _column_sums(u, v):
 
 def _add_adapter(source, target, b, h, *, gain=None, bias=None, mask=None, mask_from=False):
     """target = gain ⊙ (source + mask ⊙ (h b)) + bias, b [rank, out]; with mask_from the mask is on
-    both terms."""
+    both terms. source is float32, or of target's dtype, or None."""
     _cpu.expand(source, target, b, gain, bias, h, mask, mask_from, torch.get_num_threads())
-
-
-def _times_weight(dy, w):
-    """dy W, in float32."""
-    if w.dtype is torch.float32:
-        return dy @ w
-    if on_tiles(dy, w):
-        return product_back(dy, w)
-    wide = dy.float()
-    out = wide.new_zeros(dy.shape[0], w.shape[1])
-    scratch = wide.new_empty(min(BLOCK, w.shape[0]), w.shape[1])
-    for first in range(0, w.shape[0], BLOCK):
-        rows = slice(first, min(first + BLOCK, w.shape[0]))
-        block = scratch[: rows.stop - first]
-        block.copy_(w[rows])
-        out.addmm_(wide[:, rows], block)
-    return out
 
 
 def _rows_or_none(vector, rows):

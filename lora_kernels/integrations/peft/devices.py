@@ -1,0 +1,31 @@
+"""Where a fused layer would gain nothing: the reference sums in float32 and is slower than PEFT's
+own forward."""
+
+from functools import cache
+
+from torch import Tensor
+
+from lora_kernels.ops.registry import PREFERENCE, forced_backend, missing_backends, refuse_device
+
+NO_CPU_KERNELS = "cpu" in missing_backends()
+"""Kept, for most calls ask nothing else."""
+
+
+def device_refusal(t: Tensor) -> str | None:
+    """Why no kernel runs where a tensor is, whatever the op; None where one may, where a backend is
+    forced, and on the meta device, where nothing is computed."""
+    if forced_backend() or t.is_meta:
+        return None
+    reason = _refusal(t.device.type)
+    return refuse_device(t) if reason is None and t.is_cuda else reason
+
+
+@cache
+def _refusal(kind: str) -> str | None:
+    kernels = [backend for backend in PREFERENCE.get(kind, ()) if backend != "reference"]
+    if not kernels:
+        return f"there are no kernels for {kind}"
+    missing = missing_backends()
+    if set(kernels) - set(missing):
+        return None
+    return f"there are no kernels for {kind}: " + "; ".join(f"{backend}: {missing[backend]}" for backend in kernels)
