@@ -252,12 +252,14 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "has_tiles", [] { return chosen->tiles != nullptr; }, "Whether this level has bf16 products with float32 sums.");
-  m.attr("built_with_tiles") =
-#if defined(LK_AMX)
-      true;
-#else
-      false;
+  py::list with_tiles;
+#if defined(LK_AVX512BF16)
+  with_tiles.append("avx512bf16");
 #endif
+#if defined(LK_AMX)
+  with_tiles.append("amx");
+#endif
+  m.attr("built_with_tiles") = with_tiles;  // levels, whatever this processor runs
   m.def("tiles", [](Matrix x, Matrix w, Matrix a, Matrix b, Matrix y, Matrix z, Matrix bias, Matrix gain, Matrix h,
                     float scale, Dropout dropout, bool back, int threads) {
     if (chosen->tiles == nullptr) throw std::runtime_error("tiles: this level has no bf16 products");

@@ -22,7 +22,7 @@ struct Kernels {
   uint64_t (*checksum)(const Bytes*, int);
   void (*multi_lora)(const MultiLora&);
   void (*base_product)(const BaseProduct&);
-  void (*tiles)(const Tiles&) = nullptr;  // only with AMX
+  void (*tiles)(const Tiles&) = nullptr;  // only with AVX512-BF16 or AMX
 };
 
 #define LK_DECLARE(level)                                                                                  \
@@ -46,6 +46,17 @@ LK_DECLARE(portable)
 LK_DECLARE(avx2)
 LK_DECLARE(avx512)
 #endif
+#if defined(LK_AVX512BF16)
+namespace avx512bf16 {
+void tiles(const Tiles&);
+inline const Kernels kernels = [] {
+  Kernels all = avx512::kernels;
+  all.level = "avx512bf16";
+  all.tiles = tiles;
+  return all;
+}();
+}  // namespace avx512bf16
+#endif
 #if defined(LK_AMX)
 namespace amx {
 void tiles(const Tiles&);
@@ -65,7 +76,7 @@ inline bool tiles_allowed() {
 #endif
 
 // the sets that this processor runs, the fastest last
-constexpr int LEVELS = 4;
+constexpr int LEVELS = 5;
 inline int supported(const Kernels* (&found)[LEVELS]) {
   int count = 0;
   found[count++] = &portable::kernels;
@@ -80,6 +91,9 @@ inline int supported(const Kernels* (&found)[LEVELS]) {
     return count;
   }
   found[count++] = &avx512::kernels;
+#if defined(LK_AVX512BF16)
+  if (__builtin_cpu_supports("avx512bf16")) found[count++] = &avx512bf16::kernels;
+#endif
 #if defined(LK_AMX)
   if (__builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") && tiles_allowed())
     found[count++] = &amx::kernels;

@@ -3,11 +3,12 @@
 //   portable     any CPU                    4 floats
 //   avx2         x86-64-v3: AVX2, FMA, F16C 8 floats
 //   avx512       x86-64-v4                  16 floats
+//   avx512bf16   avx512 and AVX512_BF16     bf16 products by vdpbf16ps (cpu_pairs.cpp), avx512 for the rest
 //   amx          avx512 and AMX_BF16        bf16 products on tiles (cpu_tiles.cpp), avx512 for the rest
 #pragma once
 
 #ifndef LK_LEVEL
-#error "compile with -DLK_LEVEL=portable|avx2|avx512|amx"
+#error "compile with -DLK_LEVEL=portable|avx2|avx512|avx512bf16|amx"
 #endif
 
 #if defined(__AVX512F__)
