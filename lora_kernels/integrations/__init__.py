@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
+from lora_kernels.integrations.gathered import as_called, gathered_weights
 from lora_kernels.integrations.report import FuseReport, Survey
 from lora_kernels.integrations.warm_up import warm_up
 from lora_kernels.nn import DoRALinear, LoRAEmbedding, LoRALinear
@@ -27,8 +28,8 @@ def fuse(model: nn.Module, *, strict: bool = False, groups: bool = True) -> Fuse
     the state it finds. LoRA, rsLoRA and DoRA adapters run on the kernels, one or several active,
     also with dropout, bias, lora_bias, autocast, or in another dtype than the base. Anything else
     runs in PEFT's own forward: `adapter_names`, merged or disabled adapters, hooks on the inner
-    modules, other variants. The output has PEFT's dtype; dropout masks are drawn by
-    us.
+    modules that do more than move their weights, other variants. The output has PEFT's dtype;
+    dropout masks are drawn by us.
 
     Adapters added later to a fused layer are covered too. Modules that become LoRA layers later are
     PEFT's until `fuse` is called again; calling it twice does no harm. Layers of lora_kernels.nn
@@ -58,8 +59,8 @@ def fuse(model: nn.Module, *, strict: bool = False, groups: bool = True) -> Fuse
     _ask_about_ours(model, survey)
     peft = _peft_module()
     layers = peft.lora_layers(model) if peft else {}
-    for name, layer in layers.items():
-        peft.survey_layer(name, layer, survey)
+    if peft:
+        peft.survey_layers(model, layers, survey)
     for name in [*survey.fused, *survey.left]:
         if reader := reader_of(model, name):
             survey.fused.pop(name, None)
@@ -165,10 +166,12 @@ def _peft_module() -> Any:
 
 
 def _ask_about_ours(model: nn.Module, survey: Survey) -> None:
+    stand_ins = gathered_weights(model)
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):
-            state = (layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling, layer.lora_dropout)
-            survey.add_layer(name, *state, isinstance(layer, DoRALinear))
+            with as_called(layer, stand_ins):
+                state = (layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling, layer.lora_dropout)
+                survey.add_layer(name, *state, isinstance(layer, DoRALinear))
         elif isinstance(layer, LoRAEmbedding):
             survey.fused[name] = "torch"
 

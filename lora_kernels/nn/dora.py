@@ -99,7 +99,7 @@ class DoRALinear(LoRALinear):
             return F.linear(x, self.weight, self.bias)
         return lora_linear(
             x,
-            self.weight,
+            self._frozen_weight(),
             self.lora_A,
             self.lora_B,
             self.scaling,
@@ -110,7 +110,7 @@ class DoRALinear(LoRALinear):
         )
 
     def _output_gain(self) -> Tensor:
-        w, a, b, scaling = self.weight, self.lora_A, self.lora_B, self.scaling
+        w, a, b, scaling = self._frozen_weight(), self.lora_A, self.lora_B, self.scaling
         if self.detach_norm:
             return self._norm.gain(w, a, b, scaling, self.lora_magnitude_vector)
         return dora_gain(self.lora_magnitude_vector, weight_norm(w, a, b, scaling))

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from lora_kernels.nn.base import AdapterLayer, check_dropout, check_flag, freeze_parameters
+from lora_kernels.nn.flat_parameters import constant
 from lora_kernels.nn.init import check_init, linear_factors
 from lora_kernels.nn.snapshot import of_one_state
 from lora_kernels.ops.lora_linear import Member, lora_linear
@@ -155,7 +156,12 @@ class LoRALinear(AdapterLayer):
             return F.linear(x, self._base_weight(), self.bias)
         if self.merged:
             return F.linear(x, self.weight, self.bias)
-        return lora_linear(x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, None, self._dropout())
+        w = self._frozen_weight()
+        return lora_linear(x, w, self.lora_A, self.lora_B, self.scaling, self.bias, None, self._dropout())
+
+    def _frozen_weight(self) -> Tensor:
+        w = self.weight
+        return constant(self, "weight", w) if w.requires_grad else w
 
     def _dropout(self) -> float:
         return self.lora_dropout if self.training else 0.0
@@ -166,7 +172,7 @@ class LoRALinear(AdapterLayer):
 
     def _group_member(self) -> Member:
         """What forward computes with, for a call that several layers share."""
-        return Member(self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, self._output_gain())
+        return Member(self._frozen_weight(), self.lora_A, self.lora_B, self.scaling, self.bias, self._output_gain())
 
     def _adapted_weight(self) -> Tensor:
         """W + scaling·BA, [out, in]."""

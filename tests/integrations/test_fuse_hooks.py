@@ -130,29 +130,102 @@ def test_a_forward_replaced_by_the_user_is_kept_under_a_hook_too():
 
 
 @pytest.mark.parametrize("first", ["offload", "fuse"])
-def test_cpu_offload_runs_in_peft_and_its_removal_on_the_kernels(first):
-    """LoRA only: PEFT's own DoRA layer cannot run under accelerate's offloading."""
-    stock = model().eval()
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_cpu_offload_runs_on_the_kernels(first, use_dora):
+    """PEFT's own DoRA layer cannot run under accelerate's offloading; here it does."""
+    stock = model(use_dora=use_dora, lora_dropout=0.1).eval()
     with torch.no_grad():
         expected = stock(inputs())
         fused = copy.deepcopy(stock)
-        acts = [lambda: accelerate.cpu_offload(fused, execution_device="cpu"), lambda: fuse(fused)]
+        reports = []
+        acts = [
+            lambda: accelerate.cpu_offload(fused, execution_device="cpu"),
+            lambda: reports.append(fuse(fused, strict=True)),
+        ]
         for act in acts if first == "offload" else reversed(acts):
             act()
-        assert layer(fused).base_layer.weight.is_meta
-        torch.testing.assert_close(fused(inputs()), expected)
-        assert layer(fused).base_layer.weight.is_meta and not runs_fused(fused)
+        for _ in range(2):
+            assert layer(fused).base_layer.weight.is_meta and layer(fused).lora_B["default"].weight.is_meta
+            torch.testing.assert_close(fused(inputs()), expected)
+        assert list(reports[0].fused.values()) == ["cpu"] * 2 and not reports[0].fallbacks()
         remove_hook_from_submodules(fused)
         torch.testing.assert_close(fused(inputs()), expected)
         assert runs_fused(fused)
 
 
-def test_dispatch_with_hooks_on_every_module():
+def test_offloaded_weights_stay_for_backward():
+    """The gradients of offloaded parameters are lost, in PEFT too; the input's is not."""
     stock, fused = pair()
+    found = []
+    for one in (stock, fused):
+        accelerate.cpu_offload(one, execution_device="cpu")
+        x = inputs().requires_grad_()
+        one(x.view(1, *x.shape)).square().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(found[1], found[0])
+    assert not fuse(fused).fallbacks()
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_dispatch_with_hooks_on_every_module(use_dora):
+    stock, fused = pair(use_dora=use_dora)
     accelerate.dispatch_model(fused, {"": "cpu"}, force_hooks=True)
-    report = fuse(fused)
-    assert set(report.left.values()) == {HOOKED} and len(report.left) == 2
+    report = fuse(fused, strict=True)
     same(stock, fused, inputs())
+    results = []
+    for one in (stock, fused):
+        one(inputs()).square().mean().backward()
+        results.append({name: p.grad for name, p in one.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(results[1], results[0])
+    assert not report.fallbacks()
     remove_hook_from_submodules(fused)
     assert not fuse(fused).left
     same(stock, fused, inputs())
+
+
+def test_a_hook_that_would_move_the_input_sends_calls_to_peft():
+    fused = pair()[1]
+    hook = AlignDevicesHook("cpu")
+    add_hook_to_module(layer(fused).base_layer, hook)
+    same(model(), fused, inputs())
+    assert runs_fused(fused)
+    hook.execution_device = "meta"
+    report = fuse(fused)
+    with pytest.raises(RuntimeError):  # PEFT's: x is moved away from the weight
+        fused(inputs())
+    (reason,) = report.fallbacks()["base_model.model.a"]
+    assert reason == "accelerate runs base_layer, lora_A or lora_B on another device than the input's"
+
+
+def test_hooks_of_both_kinds_are_peft_s():
+    stock, fused = pair()
+    for one in (stock, fused):
+        add_hook_to_module(layer(one).base_layer, AlignDevicesHook("cpu"))
+        add_hook_to_module(layer(one).base_layer, Doubles(), append=True)
+        layer(one).lora_A["default"].register_forward_hook(lambda module, args, y: 2 * y)
+    same(stock, fused, inputs())
+    assert not runs_fused(fused)
+
+
+def test_what_the_kernels_do_not_cover_runs_in_peft_inside_the_hooks():
+    stock, fused = (one.eval() for one in pair())
+    layer(stock).base_layer.weight.requires_grad_()
+    layer(fused).base_layer.weight.requires_grad_()
+    for one in (stock, fused):
+        accelerate.cpu_offload(one, execution_device="cpu")
+    report = fuse(fused)
+    assert report.left["base_model.model.a"] == "the base weight requires grad"
+    same(stock, fused, inputs())
+    assert report.fallbacks()["base_model.model.a"] == {"the base weight requires grad": 1}
+    assert layer(fused).base_layer.weight.is_meta and "forward" in vars(layer(fused).base_layer)
+
+
+def test_an_error_inside_leaves_every_module_as_it_was():
+    fused = pair()[1]
+    accelerate.dispatch_model(fused, {"": "cpu"}, force_hooks=True)
+    before = [dict(vars(module)) for module in layer(fused).modules()]
+    with pytest.raises(ValueError, match="24 features"):
+        fused(torch.randn(3, 23))
+    assert [dict(vars(module)) for module in layer(fused).modules()] == before
+    assert layer(fused).base_layer is layer(fused)._modules["base_layer"]
+    same(model(), fused, inputs())

@@ -4,14 +4,14 @@ PEFT owns the layer: its parameters, names and methods stay, and any of them may
 calls. So each call reads the state anew, and what the kernels do not cover goes to PEFT's forward.
 """
 
-from lora_kernels.integrations.peft import several  # noqa: F401, enters linear.WAYS
+from lora_kernels.integrations.peft import inside, several  # noqa: F401, they enter linear.WAYS
 from lora_kernels.integrations.peft.classes import (
     FUSED,
     class_refusal,
     fuse_classes,
     lora_layers,
     restore_classes,
-    survey_layer,
+    survey_layers,
 )
 from lora_kernels.integrations.peft.conv import FusedConv1d, FusedConv2d, FusedConv3d
 from lora_kernels.integrations.peft.embedding import FusedEmbedding
@@ -35,6 +35,6 @@ __all__ = [
     "lora_layers",
     "restore_classes",
     "run_fused",
-    "survey_layer",
+    "survey_layers",
     "watch_siblings",
 ]

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import peft
 from torch import nn
 
+from lora_kernels.integrations.gathered import as_called, gathered_weights
 from lora_kernels.integrations.peft.adapters import ON_META, on_meta
 from lora_kernels.integrations.peft.conv import CONV_KINDS, survey_conv
 from lora_kernels.integrations.peft.embedding import Embedding, FusedEmbedding, survey_embedding
 from lora_kernels.integrations.peft.hooks import is_own
-from lora_kernels.integrations.peft.linear import WAYS, FusedLinear, forget_all
+from lora_kernels.integrations.peft.linear import FusedLinear, forget_all, other_way
 from lora_kernels.integrations.peft.state import read_state, type_name
 from lora_kernels.integrations.report import Survey
 
@@ -33,8 +34,8 @@ class Kind(NamedTuple):
 
 def _survey_linear(name: str, layer: nn.Module, survey: Survey) -> None:
     state: Any = read_state(layer)
-    if isinstance(state, str) and state in WAYS and (read := WAYS[state].read):
-        state = read(layer)
+    if isinstance(state, str):
+        state = other_way(state, lambda way: state if way.read is None else way.read(layer))
     if isinstance(state, str):
         survey.left[name] = state
         return
@@ -69,8 +70,15 @@ def class_refusal(layer: nn.Module) -> str | None:
     return None
 
 
-def survey_layer(name: str, layer: nn.Module, survey: Survey) -> None:
-    """Adds to the survey what the layer's next call would do if it were fused."""
+def survey_layers(model: nn.Module, layers: dict[str, nn.Module], survey: Survey) -> None:
+    """Adds to the survey what the next call of each layer of a model would do if it were fused."""
+    stand_ins = gathered_weights(model)
+    for name, layer in layers.items():
+        with as_called(layer, stand_ins):
+            _survey_layer(name, layer, survey)
+
+
+def _survey_layer(name: str, layer: nn.Module, survey: Survey) -> None:
     reason = class_refusal(layer)
     if reason is None:
         _KIND_OF[type(layer)].survey(name, layer, survey)

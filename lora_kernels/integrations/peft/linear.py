@@ -45,6 +45,17 @@ class Way(NamedTuple):
 WAYS: dict[str, Way] = {}
 
 
+def other_way(reason: str, take: Callable[[Way], Any]) -> Any:
+    """What `take` gives of the way that a reason names, or of the one that this way's reason names,
+    and so on; the last reason if there is none."""
+    found: Any = reason
+    taken: list[str] = []
+    while type(found) is str and found in WAYS and found not in taken:
+        taken.append(found)
+        found = take(WAYS[found])
+    return found
+
+
 class FusedLinear(Linear):
     """peft.tuners.lora.layer.Linear; a call that the kernels cover runs there, any other in PEFT's
     own forward."""
@@ -60,8 +71,7 @@ def run_fused(layer: Linear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str,
     state: Any = ARGUMENTS if args or kwargs else read_state(layer)
     reason = state if type(state) is str else input_refusal(layer, x, state)
     if reason is not None:
-        way = WAYS.get(reason)
-        y: Any = reason if way is None else way.run(layer, x, args, kwargs)
+        y = other_way(reason, lambda way: way.run(layer, x, args, kwargs))
         if type(y) is not str:
             return y
         count_fallback(layer, y)

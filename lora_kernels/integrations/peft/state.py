@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lora_kernels.integrations.peft.bias import bias_refusal, with_lora_bias
 from lora_kernels.integrations.peft.factors import RULES, are_covered
-from lora_kernels.integrations.peft.hooks import has_hooks
+from lora_kernels.integrations.peft.hooks import FSDP1, HOOKED, has_hooks
+from lora_kernels.nn.flat_parameters import VIEWS, are_attributes, constant
 from lora_kernels.ops.lora_linear.op import FLOATS
 
 try:
@@ -56,8 +57,10 @@ def read_state(layer: Any, adapter: str | None = None) -> Any:
     base, lora_a, lora_b = children["base_layer"], adapters[name], children["lora_B"]._modules[name]
     drop = children["lora_dropout"]._modules[name]
     if has_hooks(base) or has_hooks(lora_a) or has_hooks(lora_b) or has_hooks(drop):
-        return "a hook waits for the call of base_layer, lora_A, lora_B or lora_dropout"
+        return HOOKED
     if (type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear) and not are_covered(lora_a, lora_b):
+        if FSDP1 in (type_name(lora_a), type_name(lora_b)):
+            return HOOKED
         return f"lora_A and lora_B are {type_name(lora_a)} and {type_name(lora_b)}"
     if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
         return f"base_layer is {type_name(base)}"
@@ -66,11 +69,16 @@ def read_state(layer: Any, adapter: str | None = None) -> Any:
     b: Any
     w, a, b = base._parameters.get("weight"), lora_a._parameters.get("weight"), lora_b._parameters.get("weight")
     if type(w) not in PLAIN or type(a) not in PLAIN or type(b) not in PLAIN:
+        if are_attributes(base, lora_a, lora_b):
+            return VIEWS
         return f"the weights of base_layer, lora_A and lora_B are {type_name(w)}, {type_name(a)} and {type_name(b)}"
     if (w.dtype, a.dtype, b.dtype) not in _DTYPES:
         return f"the weights of base_layer, lora_A and lora_B are {w.dtype}, {a.dtype} and {b.dtype}"
-    if w.requires_grad:
-        return "the base weight requires grad"
+    learnt = w.requires_grad
+    if learnt:
+        w = constant(base, "weight", w)
+        if w.requires_grad:
+            return "the base weight requires grad"
     if w.is_meta or w.layout is not torch.strided:
         return f"the base weight is {'on the meta device' if w.is_meta else w.layout}"
     own_bias: Any = lora_b._parameters.get("bias")
@@ -101,6 +109,8 @@ def read_state(layer: Any, adapter: str | None = None) -> Any:
     bias: Any = base._parameters["bias"]
     if bias is not None and type(bias) not in PLAIN:
         return f"the bias of base_layer is {type_name(bias)}"
+    if learnt and bias is not None:
+        bias = constant(base, "bias", bias)
     w = w.t() if layer.fan_in_fan_out else w
     scale = layer.scaling[name]
     if own_bias is not None:
@@ -112,10 +122,12 @@ def _magnitude(children: dict[str, Any], name: str, variant: Any, own_bias: Any)
     """DoRA's magnitude [out], or why PEFT must run the variant."""
     dora = children["lora_magnitude_vector"]._modules.get(name)
     if type(variant) is not variants.DoraLinearVariant or type(dora) is not DoraLinearLayer or has_hooks(dora):
+        if type(variant) is variants.DoraLinearVariant and (type_name(dora) == FSDP1 or has_hooks(dora)):
+            return HOOKED
         return f"{type_name(variant)} is not covered"
     if own_bias is not None:
         return "lora_bias beside DoRA, whose norm would hold it"
-    magnitude = dora._parameters["weight"]
+    magnitude = dora._parameters.get("weight")
     return magnitude if type(magnitude) in PLAIN else f"lora_magnitude_vector is {type_name(magnitude)}"
 
 
