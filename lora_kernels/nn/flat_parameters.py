@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 VIEWS = "the weights are FSDP's views and no parameters"
+_CONSTANT = "_lora_kernels_constant"
 
 
 def frozen_view(module: nn.Module, name: str, view: Tensor) -> bool:
@@ -25,8 +26,14 @@ def frozen_view(module: nn.Module, name: str, view: Tensor) -> bool:
 
 
 def constant(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
-    """The parameter of a module, without grad where it is a frozen one's view."""
-    return parameter.detach() if parameter.requires_grad and frozen_view(module, name, parameter) else parameter
+    """The parameter of a module; where it is a frozen one's view, one tensor without grad as long
+    as the view lives."""
+    if not parameter.requires_grad or not frozen_view(module, name, parameter):
+        return parameter
+    held = vars(parameter)
+    if _CONSTANT not in held:
+        held[_CONSTANT] = parameter.detach()
+    return held[_CONSTANT]  # type: ignore[no-any-return]
 
 
 def are_attributes(*modules: nn.Module) -> bool:

@@ -120,6 +120,51 @@ def test_a_compiled_model_sees_every_change(change):
     assert torch.allclose(before, call(inputs()), atol=1e-5) is (change == "merged")
 
 
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "dora dropout"])
+def test_a_changing_scale_is_a_symbol_of_one_more_graph(kind):
+    """PEFT's LoRA has two graphs, too; a graph for each value would reach the compiler's limit."""
+    _, fused = pair(**KINDS[kind])
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    call = torch.compile(fused, fullgraph=True, backend=counter)
+    for factor in (1.0, 0.3, 2.7, -1.1):
+        fused.base_model.model.a.set_scale("default", factor)
+        assert equal(results(call, fused, inputs()), results(fused, fused, inputs()))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.slow
+def test_a_changing_scale_in_inductor():
+    layer = pair()[1].base_model.model.a
+    call = compiled(layer, "inductor")
+    for factor in (1.0, 0.3, 2.7):
+        layer.set_scale("default", factor)
+        assert equal(results(call, layer, inputs()), results(layer, layer, inputs()))
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(24, 24)
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x))
+
+
+@pytest.mark.parametrize("scales, graphs", [([1.0] * 12, 1), ([1 + i / 8 for i in range(12)], 2)], ids=["one", "twelve"])
+def test_equal_blocks_with_scales_of_their_own_share_their_graphs(scales, graphs):
+    _, fused = pair(net=lambda: torch.nn.Sequential(*(Block() for _ in range(12))), target_modules=["linear"], use_dora=True)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    blocks = fused.base_model.model
+    for block, scale in zip(blocks, scales, strict=True):
+        block.linear.set_scale("default", scale)
+    with torch.no_grad():
+        expected = fused(inputs())
+        for block in blocks:
+            block.compile(fullgraph=True, backend=counter)
+        assert torch.equal(fused(inputs()), expected)
+    assert counter.frame_count == graphs
+
+
 def test_a_compiled_dora_model_sees_new_weights_without_gradients():
     stock, fused = pair(use_dora=True)
     call = compiled(fused)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.integrations.peft.groups import KEY as SIBLINGS
 from lora_kernels.integrations.peft.hooks import FSDP1, HOOKED, has_hooks, moves_weights, plain_class
 from lora_kernels.integrations.peft.linear import WAYS, Linear, Way, input_refusal, other_way, run_fused
 from lora_kernels.integrations.peft.state import read_state
@@ -32,9 +33,15 @@ def run_hooked(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
         return reason
 
     def innermost(x: Tensor) -> Tensor:
-        with stripped(layer):
-            y = run_fused(layer, x, (), {})
-            return Linear.forward(layer, x) if y is None else y
+        # the weights of a sibling are not there
+        siblings = vars(layer).pop(SIBLINGS, None)
+        try:
+            with stripped(layer):
+                y = run_fused(layer, x, (), {})
+                return Linear.forward(layer, x) if y is None else y
+        finally:
+            if siblings is not None:
+                vars(layer)[SIBLINGS] = siblings
 
     modules = [module for *_, module in _hooked(layer)]
     if x.dim() == 2 or not is_strided(x) or any(type(v).__name__ != "DoraLinearVariant" for v in layer.lora_variant.values()):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lora_kernels.integrations.peft.bias import bias_refusal, with_lora_bias
 from lora_kernels.integrations.peft.factors import RULES, are_covered
 from lora_kernels.integrations.peft.hooks import FSDP1, HOOKED, has_hooks
-from lora_kernels.nn.flat_parameters import VIEWS, are_attributes, constant, frozen_view
+from lora_kernels.nn.flat_parameters import VIEWS, are_attributes, constant
 from lora_kernels.ops.lora_linear.op import FLOATS
 
 try:
@@ -76,9 +76,9 @@ def read_state(layer: Any, adapter: str | None = None) -> Any:
         return f"the weights of base_layer, lora_A and lora_B are {w.dtype}, {a.dtype} and {b.dtype}"
     learnt = w.requires_grad
     if learnt:
-        if not frozen_view(base, "weight", w):
+        w = constant(base, "weight", w)
+        if w.requires_grad:
             return "the base weight requires grad"
-        w = w.detach()
     if w.is_meta or w.layout is not torch.strided:
         return f"the base weight is {'on the meta device' if w.is_meta else w.layout}"
     own_bias: Any = lora_b._parameters.get("bias")

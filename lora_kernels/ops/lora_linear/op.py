@@ -19,7 +19,7 @@ from lora_kernels.ops.dropout import draw_seed
 from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_gradients, requested_kinds
 from lora_kernels.ops.lora_linear.call import Backward, Forward, Needs, keeps_z
 from lora_kernels.ops.lora_linear.layouts import is_strided, strided_input
-from lora_kernels.ops.registry import declare
+from lora_kernels.ops.registry import declare, traced_scale
 
 try:
     from lora_kernels.ops.cpu_tensors import valid_lora_linear
@@ -90,13 +90,14 @@ def lora_linear(
         return as_x(lora_linear(rows, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale))
     if isinstance(scale, Tensor):
         b, scale = scaled_b(b, scale, x), 1.0
+    factor: Any = traced_scale(scale) if _compiling() else scale
     drop_base = dropout > 0 and gain is not None and dropout_semantics == "peft"
     if dropout > 0:
         seed = draw_seed() if seed is None else seed
     else:
         seed = None
     tokens = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    fields = (tokens, w, a, b, scale, bias, gain, dropout, seed, drop_base)
+    fields = (tokens, w, a, b, factor, bias, gain, dropout, seed, drop_base)
     # the first half of `transformed`, without the cost of its call
     if (forward_ad._current_level >= 0 or under_functorch()) and transformed():
         with without_autocast(x):

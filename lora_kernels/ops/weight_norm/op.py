@@ -6,7 +6,7 @@
 Sources: DoRA, arXiv:2402.09353, eq. 5 and §4.3; the factored form, arXiv:2603.22276, §2.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from lora_kernels.ops.checks import check_adapted_weight
 from lora_kernels.ops.derivatives import differentiable, transformed
 from lora_kernels.ops.gradients import gradient_dtype, gradient_kind, requested_kinds
 from lora_kernels.ops.lora_linear.op import FLOATS, without_autocast
-from lora_kernels.ops.registry import declare
+from lora_kernels.ops.registry import declare, traced_scale
 
 MAX_CONDITION = {torch.float32: 4.0, torch.bfloat16: 64.0, torch.float16: 64.0}
 """Cancellation up to which the factored form (2) is within 1e-5 (float32) and 1e-4 (16-bit)."""
@@ -43,12 +43,13 @@ def weight_norm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, w_
     if isinstance(scale, Tensor):
         wide = torch.promote_types(torch.promote_types(b.dtype, w.dtype), torch.float32)
         b, scale = b.to(wide) * scale.to(wide).reshape(()), 1.0
+    factor: Any = traced_scale(scale)
     with without_autocast(w):
         if transformed():
-            return _forward.formula(Norm(w, a, b, scale, w_squared))
+            return _forward.formula(Norm(w, a, b, factor, w_squared))
         if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-            return _WeightNorm.apply(w, a, b, scale, w_squared)
-        return _forward(Norm(w, a, b, scale, w_squared))
+            return _WeightNorm.apply(w, a, b, factor, w_squared)
+        return _forward(Norm(w, a, b, factor, w_squared))
 
 
 def row_norm_squared(w: Tensor) -> Tensor:
