@@ -60,7 +60,8 @@ def reason_of(layer, before):
 
 
 def counted(forward, is_stock):
-    """`forward` of a class of LoRA layers, PEFT's own or a fused one; counts the outermost calls."""
+    """`forward` of a class of LoRA layers, PEFT's own or a fused one; counts the outermost
+    calls."""
 
     def wrapper(self, *args, **kwargs):
         if torch.compiler.is_compiling():
