@@ -11,7 +11,7 @@ from lora_kernels.integrations.peft import groups
 def test_the_cpu_forms_no_group_and_soon_looks_for_none():
     _, one = pair()
     report = fuse(one)
-    for grad in (True, False) * 4:
+    for grad in (True, False) * 32:
         with torch.set_grad_enabled(grad):
             assert ops(one, inputs()) == ["lora_linear_forward"] * 4
     assert report.groups() == report.alone() == {} and not block(one)._forward_hooks

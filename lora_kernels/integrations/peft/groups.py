@@ -25,7 +25,8 @@ from lora_kernels.ops import Member, group_pays, lora_linear_group
 
 KEY = "_lora_kernels_siblings"  # of a layer's own dictionary
 _SIGHTINGS = 2  # of the same layers in the same order, before they form a group
-_WATCHED = 8  # calls a layer, after which one that is in no group is watched no more
+# calls of a layer, `warm_up`'s too, after which one that is in no group is watched no more
+_WATCHED = 64
 _MISSES, _IN_ROUNDS = 3, 16  # a group that misses thrice, and once in so many rounds, is given up
 _any_autocast = torch._C._is_any_autocast_enabled
 _modes = torch._C._len_torch_dispatch_stack

@@ -102,9 +102,10 @@ def group_pays(x: Tensor) -> bool:
     """Whether one call for all members is faster than a call of `lora_linear` for each: `fuse` asks
     before it forms a group.
 
-    On a GPU it is: a third of the launches for q, k and v, x is read once, and its gradient is
-    written once. On the CPU it is not: the products take the time and are the same ones. There the
-    group takes 1.02 to 1.13 of the time of a call each up to 8 tokens, and 0.97 to 1.04 from 64.
+    On a GPU by what it saves: two of three launches for q, k and v, reads of x, writes of its
+    gradient; no GPU has measured it yet. On the CPU it is not: the products take the time and are
+    the same ones. There it took 1.00 to 1.13 of the time of a call each up to 8 tokens, and 0.97 to
+    1.04 at 512.
     """
     return x.dtype is not torch.float64 and (x.is_cuda or forced_backend() in ON_GPU)
 
