@@ -80,16 +80,24 @@ def test_calls_are_counted_by_how_they_ran(outcome):
     )
 
 
-def test_what_fails_on_fused_layers_alone_is_told_from_the_rest(source, outcome, monkeypatch, tmp_path):
-    name = "tests/test_small.py::test_name"
-    assert outcome.failed == ["tests/test_small.py::test_fails_anyway", name]
+NAME, ANYWAY = "tests/test_small.py::test_name", "tests/test_small.py::test_fails_anyway"
+
+
+def test_failures_and_skips(outcome):
+    assert outcome.failed == [ANYWAY, NAME]
     assert "2 failed, 4 passed, 1 skipped, 1 deselected" in outcome.summary
+
+
+@pytest.mark.slow
+def test_a_run_on_stock_layers_tells_what_fails_anyway(source, outcome, monkeypatch, tmp_path):
     monkeypatch.setattr(suite, "FOLDER", tmp_path)
-    assert suite.failed_on_fused_alone(source, outcome.failed) == [name]
-    monkeypatch.setitem(suite.KNOWN, name, "a reason")
-    stock = suite.Outcome(Counter(), ["tests/test_small.py::test_fails_anyway"], "")
-    monkeypatch.setattr(suite, "run_tests", lambda *_, **__: stock)
-    assert suite.failed_on_fused_alone(source, outcome.failed) == []
+    assert suite.failed_on_fused_alone(source, outcome.failed) == [NAME]
+
+
+def test_a_known_difference_needs_no_run(source, monkeypatch):
+    monkeypatch.setitem(suite.KNOWN, NAME, "a reason")
+    monkeypatch.setattr(suite, "run_tests", None)
+    assert suite.failed_on_fused_alone(source, [NAME]) == []
 
 
 @pytest.mark.parametrize(
