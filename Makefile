@@ -1,4 +1,5 @@
-# make install | test | test-fast | test-slow | test-vllm | sanitize | demo | serve-demo | lint | docs | gates | tile | bench | wheel | hub.
+# make install | test | test-fast | test-slow | test-vllm | test-peft | sanitize | demo | serve-demo | lint | docs | gates | tile | bench |
+# wheel | hub.
 # Each makes .venv on its first call and reuses it. make gpu runs in your own environment: see there.
 SHELL := bash
 PYTHON ?= python3
@@ -8,7 +9,7 @@ CHECKED := $(CSRC) $(wildcard tests/sanitize/*.cpp tests/sanitize/*.h)
 CUDA := $(shell find csrc tests -name '*.cu' -o -name '*.cuh')
 SOURCES := $(CSRC) $(filter csrc/%,$(CUDA)) CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml
 
-.PHONY: install test test-fast test-slow test-vllm sanitize demo serve-demo lint docs gates tile bench bench-pytest gpu wheel hub
+.PHONY: install test test-fast test-slow test-vllm test-peft sanitize demo serve-demo lint docs gates tile bench bench-pytest gpu wheel hub
 
 # $(call told,COMMAND,LINES): runs COMMAND and shows those of its lines that match, cut; all of its end if it fails
 # (by bash itself: some awk and grep hold lines back)
@@ -65,6 +66,14 @@ test-vllm: install .venv-vllm/requirements
 	$(BIN)/python setup.py --quiet egg_info --egg-base .venv-vllm
 	PYTHONPATH="$(CURDIR):$(CURDIR)/.venv-vllm" OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -o addopts= \
 		--confcutdir=tests/engines tests/engines $(ARGS)
+
+.venv-peft/requirements: requirements-peft.txt .venv/requirements
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv-peft -r requirements-peft.txt
+	touch $@
+
+# PEFT's own tests on fused layers: which share of the calls is fast, and why the others are not. ARGS: files of PEFT's tests
+test-peft: install .venv-peft/requirements
+	PYTHONPATH="$(CURDIR)/.venv-peft" $(BIN)/python -m tests.peft_suite $(ARGS)
 
 # the CPU kernels under AddressSanitizer and ThreadSanitizer, by GCC; ARGS=--plant: only that both find planted bugs
 sanitize: install

@@ -26,7 +26,7 @@ MODELS = {
     # hidden, layers, intermediate, heads, heads of keys and values, vocabulary
     "576 × 30": (576, 30, 1536, 9, 3, 49152),
     "2048 × 4": (2048, 4, 5632, 32, 4, 32000),
-    "quick": (256, 2, 512, 4, 2, 1000),
+    "quick": (128, 2, 256, 4, 2, 500),
 }
 KINDS, DTYPES, PASSES, BATCHES = ("lora", "dora"), ("float32", "bfloat16"), ("training step", "decode"), (1, 8)
 RANK, TRAINED, PROMPT, TOKENS = 16, 512, 32, 4

@@ -9,20 +9,19 @@ others are not. Fails if a test fails on fused layers alone, or if the share is 
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tarfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.peft_suite.files import KNOWN, LEFT_OUT, MINIMUM, RUN
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "peft_suite"
 FAST = "fast"
-_FAILED = re.compile(r"^(?:FAILED|ERROR) (?:tests/)?(\S+\.py\S*(?:\[.*?\])?)(?: - .*)?$", re.MULTILINE)
 
 
 def unpacked() -> Path:
@@ -50,8 +49,17 @@ def check_files(source: Path) -> None:
         sys.exit(f"peft_suite: files.py neither runs nor leaves out {', '.join(sorted(unnamed))}")
 
 
-def run_tests(source: Path, out: Path, tests: list[str], processes: int, stock: bool = False) -> str:
-    """The output of pytest over these of PEFT's tests, on fused layers or on stock ones."""
+class Outcome(NamedTuple):
+    """What a run of PEFT's tests gave."""
+
+    calls: Counter[str]
+    failed: list[str]
+    summary: str
+    """pytest's last line."""
+
+
+def run_tests(source: Path, out: Path, tests: list[str], processes: int, stock: bool = False) -> Outcome:
+    """Runs these of PEFT's tests on fused layers or on stock ones."""
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.json"):
         old.unlink()
@@ -61,19 +69,17 @@ def run_tests(source: Path, out: Path, tests: list[str], processes: int, stock: 
         **os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "HF_HOME": str(FOLDER / "hub"),
         "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1", "LK_SUITE_OUT": str(out), "LK_SUITE_STOCK": "1" if stock else "",
     }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-p", "lora_calls", "-p", "no:cacheprovider", "-q", "--tb=short", "-rfE"]
-    # a class's tests stay in one process: its fixtures are expensive, and some use one port
-    command += ["-n", str(processes), "--dist", "loadscope"] if processes > 1 else []
+    command = [sys.executable, "-m", "pytest", "-p", "lora_calls", "-p", "no:cacheprovider", "-q", "--tb=short"]
+    command += ["-n", str(processes)] if processes > 1 else []
     done = subprocess.run([*command, *tests], cwd=source, env=environment, capture_output=True, text=True, errors="replace")
+    (out / "log").write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode not in (0, 1):
         sys.exit(f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}\npeft_suite: pytest ended with {done.returncode}")
-    (out / "log").write_text(done.stdout, encoding="utf-8")
-    return done.stdout
-
-
-def failures(output: str) -> list[str]:
-    """The tests that pytest's summary names, as FILE::CLASS::TEST."""
-    return _FAILED.findall(output)
+    found = [json.loads(file.read_text("utf-8")) for file in out.glob("*.json")]
+    calls = sum((Counter(each["calls"]) for each in found), Counter())
+    # with several processes their controller sees each failure, too
+    failed = sorted({name for each in found for name in each["failed"]})
+    return Outcome(calls, failed, done.stdout.strip().splitlines()[-1].strip("= "))
 
 
 def failed_on_fused_alone(source: Path, failed: list[str]) -> list[str]:
@@ -81,21 +87,8 @@ def failed_on_fused_alone(source: Path, failed: list[str]) -> list[str]:
     left = [name for name in failed if name not in KNOWN]
     if not left:
         return []
-    stock = failures(run_tests(source, FOLDER / "stock", [f"tests/{name}" for name in left], 1, stock=True))
-    return [name for name in left if name not in stock]
-
-
-def summary(output: str) -> str:
-    """pytest's last line."""
-    return output.strip().splitlines()[-1].strip("= ")
-
-
-def counts_in(out: Path) -> Counter[str]:
-    """How the calls ran, of all processes."""
-    calls: Counter[str] = Counter()
-    for file in out.glob("*.json"):
-        calls.update(json.loads(file.read_text("utf-8")))
-    return calls
+    stock = run_tests(source, FOLDER / "stock", left, 1, stock=True)
+    return [name for name in left if name not in stock.failed]
 
 
 def table(calls: Counter[str]) -> str:
@@ -114,20 +107,21 @@ def main() -> int:
     options = parser.parse_args()
     source, begin = unpacked(), time.monotonic()
     check_files(source)
-    out = FOLDER / "fused"
-    output = run_tests(source, out, [f"tests/{name}" for name in options.files or RUN], options.n)
-    calls = counts_in(out)
-    alone = failed_on_fused_alone(source, failures(output))
-    print(f"PEFT's tests on fused layers: {summary(output)}")
-    print(f"Calls of LoRA layers with arithmetic to do: {sum(calls.values())}\n{table(calls)}")
-    known = [name for name in failures(output) if name in KNOWN]
-    print(*(f"known to differ: {name}: {KNOWN[name]}" for name in known), sep="\n")
-    print(*(f"FAILED on fused layers alone: {name}" for name in alone), sep="\n", end="\n" * bool(alone))
-    share = calls[FAST] / max(1, sum(calls.values()))
+    outcome = run_tests(source, FOLDER / "fused", [f"tests/{name}" for name in options.files or RUN], options.n)
+    alone = failed_on_fused_alone(source, outcome.failed)
+    total = sum(outcome.calls.values())
+    print(f"PEFT's tests on fused layers: {outcome.summary}")
+    print(f"Calls of LoRA layers with arithmetic to do: {total}\n{table(outcome.calls)}")
+    for name in outcome.failed:
+        if name in KNOWN:
+            print(f"known to differ: {name}: {KNOWN[name]}")
+    for name in alone:
+        print(f"FAILED on fused layers alone: {name}")
+    share = outcome.calls[FAST] / max(1, total)
     below = not options.files and share < MINIMUM
     if below:
         print(f"FAILED: {share:.1%} of the calls are fast, wanted {MINIMUM:.0%}")
-    print(f"{time.monotonic() - begin:.0f} s")
+    print(f"{time.monotonic() - begin:.0f} s; pytest's output: {FOLDER / 'fused' / 'log'}")
     return int(bool(alone) or below)
 
 

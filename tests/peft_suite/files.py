@@ -50,12 +50,12 @@ LEFT_OUT = {
 
 _NAME = "it wants the class's name, which is FusedLinear"
 KNOWN = {
-    "test_custom_models.py::TestLayerRepr::test_repr_lora_linear": _NAME,
-    "test_custom_models.py::TestLayerRepr::test_repr_lora_conv1d": _NAME,
-    "test_tuners_utils.py::TestModelAndLayerStatus::test_module_type_small": _NAME,
-    "test_tuners_utils.py::TestModelAndLayerStatus::test_module_type_large": _NAME,
-    "test_tuners_utils.py::TestModelAndLayerStatus::test_target_parameters_and_target_modules": _NAME,
-    "test_initialization.py::TestLoraInitialization::test_lora_use_dora_linear": (
+    "tests/test_custom_models.py::TestLayerRepr::test_repr_lora_linear": _NAME,
+    "tests/test_custom_models.py::TestLayerRepr::test_repr_lora_conv1d": _NAME,
+    "tests/test_tuners_utils.py::TestModelAndLayerStatus::test_module_type_small": _NAME,
+    "tests/test_tuners_utils.py::TestModelAndLayerStatus::test_module_type_large": _NAME,
+    "tests/test_tuners_utils.py::TestModelAndLayerStatus::test_target_parameters_and_target_modules": _NAME,
+    "tests/test_initialization.py::TestLoraInitialization::test_lora_use_dora_linear": (
         "it wants float32 sums of 1000 products equal to 1e-8, whatever their order"
     ),
 }

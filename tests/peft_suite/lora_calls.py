@@ -7,6 +7,7 @@ PEFT's forward of that layer did not run in it. This module must import without 
 folder `tests`, since PEFT's tests are in a package of that name.
 """
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -26,10 +27,11 @@ FAST = "fast"
 NO_FUSE = "LK_SUITE_STOCK"
 """Set: nothing is fused, and nothing counted."""
 OUT = "LK_SUITE_OUT"
-"""The folder of the counts, a file for each process."""
+"""The folder of the counts and of the names of failed tests, a file for each process."""
 _BASE = "__base__"
 _OFFLINE = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)
 _calls: Counter[str] = Counter()
+_failed: list[str] = []
 _running: list["_Call"] = []
 
 
@@ -93,7 +95,7 @@ def count_calls():
     """Wraps the forward of every class of LoRA layers."""
     for cls in subclasses(LoraLayer):
         if "forward" in vars(cls) and cls.__module__.startswith(("peft.tuners.lora.", "lora_kernels.")):
-            cls.forward = counted(vars(cls)["forward"], cls not in integration.FUSED)
+            cls.forward = counted(vars(cls)["forward"], cls.__module__.startswith("peft."))
 
 
 def fuse_after_injection():
@@ -119,7 +121,7 @@ def pytest_configure(config):
     import tests.testing_utils
 
     # it turns the network on for a while; the models of the hub are not there anyway
-    tests.testing_utils.hub_online_once = lambda _: __import__("contextlib").nullcontext()
+    tests.testing_utils.hub_online_once = lambda _: contextlib.nullcontext()
     if not os.environ.get(NO_FUSE):
         count_calls()
         fuse_after_injection()
@@ -137,6 +139,8 @@ def pytest_runtest_makereport(item, call):
     report = yield
     if call.excinfo is not None and report.failed and _wants_the_hub(call.excinfo.value):
         report.outcome, report.longrepr = "skipped", (str(item.path), 0, "Skipped: it wants a model of the hub")
+    if report.failed:
+        _failed.append(item.nodeid)
     return report
 
 
@@ -149,6 +153,5 @@ def _wants_the_hub(error):
 
 
 def pytest_sessionfinish(session):
-    if os.environ.get(OUT) and not os.environ.get(NO_FUSE):
-        file = Path(os.environ[OUT]) / f"{os.environ.get('PYTEST_XDIST_WORKER', 'main')}.json"
-        file.write_text(json.dumps(_calls), encoding="utf-8")
+    file = Path(os.environ[OUT]) / f"{os.environ.get('PYTEST_XDIST_WORKER', 'main')}.json"
+    file.write_text(json.dumps({"calls": _calls, "failed": _failed}), encoding="utf-8")
