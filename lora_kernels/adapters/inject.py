@@ -15,7 +15,7 @@ from lora_kernels.adapters.targets import Selection, Target, select_targets
 from lora_kernels.nn import DoRALinear, LoRAEmbedding, LoRALinear
 from lora_kernels.nn.base import HOOKS
 from lora_kernels.nn.embedding import is_scaled_embedding
-from lora_kernels.nn.passed_over import fast_paths, is_off_fast_path, leave_fast_path, restore_fast_path
+from lora_kernels.nn.passed_over import fast_paths, is_off_fast_path, leave_fast_path, reader_of, restore_fast_path
 from lora_kernels.ops.lora_linear.op import FLOATS
 
 Layer = LoRALinear | LoRAEmbedding
@@ -126,8 +126,10 @@ def check_targets(model: nn.Module, selection: Selection, config: LoraConfig) ->
     modules = dict(model.named_modules(remove_duplicate=False))
     reasons = {}
     for target in selection.targets:
-        module, parent = modules[target.name], modules[target.name.rpartition(".")[0]]
-        reason = _refusal(module, parent, config)
+        module = modules[target.name]
+        reason = _refusal(module, config)
+        if reason is None and isinstance(module, nn.Linear) and (reader := reader_of(model, target.name)):
+            reason = f"{reader} may compute with this weight without calling the layer; add it to exclude_modules"
         if reason is None and config.init_lora_weights == "orthogonal" and target.r % 2:
             reason = f'init_lora_weights="orthogonal" needs an even r, found {target.r}'
         if reason is None and target.name in selection.saved:
@@ -141,7 +143,7 @@ def check_targets(model: nn.Module, selection: Selection, config: LoraConfig) ->
         raise AdapterError(f"{first_names([f'{name}: {reason}' for name, reason in reasons.items()], '; ')}")
 
 
-def _refusal(module: nn.Module, parent: nn.Module, config: LoraConfig) -> str | None:
+def _refusal(module: nn.Module, config: LoraConfig) -> str | None:
     """Why this module cannot take an adapter, in words; None if it can."""
     class_name = type(module).__name__
     plain: type[nn.Module]
@@ -151,8 +153,6 @@ def _refusal(module: nn.Module, parent: nn.Module, config: LoraConfig) -> str | 
             return "use_dora is not supported for nn.Embedding; leave it out of target_modules"
     elif isinstance(module, nn.Linear):
         plain = nn.Linear
-        if isinstance(parent, nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads this weight without calling the layer; add it to exclude_modules"
     elif class_name == "Conv1D":
         return "transformers' Conv1D stores its weight transposed and is not supported; PEFT with fuse(model) runs it"
     else:

@@ -19,10 +19,11 @@ except ImportError:  # Python 3.10
 
 _MAX_PATTERN = 16_384
 _IGNORECASE, _UNICODE = 2, 32
-_FIRST_STEPS, _STEPS_PER_NAME = 200_000, 2_000
+_FIRST_STEPS, _STEPS_PER_NAME = 100_000, 1_200
 _STEPS_PER_PATTERN, _STEPS_PER_CHARACTER = 60, 3
-"""What the patterns of one configuration may cost together: a fifth of a second, and two
-milliseconds for each name. Real ones take tens of steps, a list of module names one each."""
+_CLASS_PER_STEP = 8
+"""What the patterns of one configuration may cost together: a tenth of a second, and a millisecond
+for each name. Real ones take tens of steps, a list of module names one each."""
 
 _CATEGORIES = {
     _constants.CATEGORY_DIGIT: str.isdecimal,
@@ -86,6 +87,8 @@ class NamePattern:
         self._parsed = parsed
         self._ignore_case = bool(parsed.state.flags & _IGNORECASE)
         self._pieces = self._literal_pieces()
+        self._takes: dict[Any, dict[str, bool]] = {}
+        """By node, the characters that it was asked for: a class may list thousands."""
 
     def _literal_pieces(self) -> list[tuple[int, str]]:
         """Of a pattern of literals and dots, as module names are: its pieces of literals, each with
@@ -209,8 +212,12 @@ class NamePattern:
             return self._chars.get(chr(arg), 0)
         key = (op, id(arg) if op is _constants.IN else arg)
         if key not in self._sets:
-            places = (at for char, at in self._chars.items() if self._accepts(op, arg, char))
-            self._sets[key] = sum(places)
+            known = self._takes.setdefault(key, {})
+            for char in self._chars.keys() - known.keys():
+                if op is _constants.IN:
+                    self._budget.spend(self.where, len(arg) // _CLASS_PER_STEP)
+                known[char] = self._accepts(op, arg, char)
+            self._sets[key] = sum(at for char, at in self._chars.items() if known[char])
         return self._sets[key]
 
     def _accepts(self, op: Any, arg: Any, char: str) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError
 from lora_kernels.adapters.inject import first_names, uncompiled_model
+from lora_kernels.nn.passed_over import reader_of
 from lora_kernels.ops.multi_lora.plan import PAGE
 from lora_kernels.serving.adapter import Adapter, Source, adapter_of, read_adapter
 from lora_kernels.serving.base import BaseChangedError, BaseWatch, check_base_name, check_kind
@@ -49,6 +50,8 @@ class PoolCore:
         self._base = BaseWatch(self.model, self.sites)
         self._stats = PoolStats(slots=slots)
         self.scope = Scope()
+        linear = (name for name, layer in layers.items() if isinstance(layer, nn.Linear))
+        self._readers = {name: reader for name in linear if (reader := reader_of(self.model, name))}
         self._versions = itertools.count(1)
         self._lock = threading.RLock()
 
@@ -78,6 +81,9 @@ class PoolCore:
             raise AdapterError(f"AdapterPool: the adapter changes modules that the pool does not have: {first_names(foreign)}")
         for name, f in adapter.factors.items():
             site = self.sites[name]
+            if reader := self._readers.get(name):
+                why = f"{reader} may compute with its weight without calling the layer, which no adapter can change"
+                raise AdapterError(f"AdapterPool: {name}: {why}")
             adapter.check(name, site.shape, site.dtype, isinstance(site, EmbeddingSite))
             pages = self.size.pages - (f.vectors > 0)
             if f.r > self.max_rank or pages_of(f.r) > pages:

@@ -12,7 +12,7 @@ import peft
 import pytest
 from torch import nn
 
-from lora_kernels.adapters import AdapterError, LoraConfig, inject_adapter
+from lora_kernels.adapters import AdapterError, LoraConfig, inject_adapter, patterns
 from lora_kernels.adapters.config import CONFIG_NAME, MAX_RANK
 from lora_kernels.adapters.patterns import Budget, NamePattern
 from lora_kernels.adapters.targets import select_targets
@@ -294,6 +294,7 @@ FLOODS = {
     "alphas": {"alpha_pattern": {f"(?=.*(?=.*{i}))a": 4 for i in range(30_000)}},
     "both": {name: {f".*{i}x": 4 for i in range(20_000)} for name in ("rank_pattern", "alpha_pattern")},
     "layers": {"layers_to_transform": [1], "layers_pattern": [f"a{i}" for i in range(60_000)]},
+    "classes": {"rank_pattern": {f".*[{''.join(map(chr, range(300, 3300)))}]{i}": 4 for i in range(30)}},
 }
 
 
@@ -312,7 +313,17 @@ def test_all_patterns_of_a_configuration_share_one_budget(flood):
         patch.setattr(Budget, "spend", spend)
         with pytest.raises(AdapterError, match="takes too long to match, with the other patterns"):
             select_targets(blocks(8), config, strict=False)
-    assert sum(spent) < 400_000
+    assert sum(spent) < 200_000
+
+
+def test_a_class_of_thousands_of_characters_is_walked_once(monkeypatch):
+    walked, original = [], patterns._in_class
+    monkeypatch.setattr(patterns, "_in_class", lambda item, char: walked.append(1) or original(item, char))
+    model = blocks(40)
+    pattern = ".*[" + "".join(chr(300 + i) for i in range(1000)) + "q]_proj"
+    found = select_targets(model, LoraConfig(target_modules=pattern))
+    assert {target.name.rpartition(".")[2] for target in found.targets} == {"q_proj"}
+    assert len(walked) <= 1001 * len(set("".join(name for name, _ in model.named_modules()))) * 2
 
 
 @pytest.mark.parametrize("form", [str, lambda name: "^" + name.replace(".", r"\.")])

@@ -199,8 +199,20 @@ class Odd(nn.Linear):
         return super().forward(x) + 1
 
 
+class Reader(nn.Module):
+    """As Mamba's mixers, whose kernels take the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.with_call, self.passed_over = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.linear(self.with_call(x), self.passed_over.weight)
+
+
 def odd_model():
     model = nn.Module()
+    model.reader = Reader()
     model.fine = nn.Linear(4, 4)
     model.other = nn.Linear(4, 4)
     model.odd = Odd(4, 4)
@@ -224,7 +236,8 @@ def odd_model():
         ({"target_modules": ["fine", "conv"]}, "conv: is a Conv1d; only nn.Linear and nn.Embedding"),
         ({"target_modules": ["fine", "odd"]}, "odd: Odd computes in its own way"),
         ({"target_modules": ["fine", "wrapped"]}, "wrapped: Linear computes in its own way"),
-        ({"target_modules": ["fine", "out_proj"]}, "mha.out_proj: nn.MultiheadAttention reads this weight"),
+        ({"target_modules": ["fine", "out_proj"]}, "mha.out_proj: MultiheadAttention may compute with this weight"),
+        ({"target_modules": ["fine", "passed_over"]}, "passed_over: Reader may compute with this weight .* exclude_"),
         ({"target_modules": ["fine", "conv1d"]}, "conv1d: transformers' Conv1D"),
         ({"target_modules": ["fine", "normed"]}, "normed: its weight is not a plain parameter"),
         ({"target_modules": ["fine", "whole"]}, "whole: its weight is torch.int8"),

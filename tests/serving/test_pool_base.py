@@ -413,3 +413,19 @@ def test_torchao():
     y = serve(model, pool)(x, adapters=["dora", "lora", None])
     for row, adapter in zip((0, 1, 2), (dora(0), random_adapter(1), None), strict=True):
         torch.testing.assert_close(y[row], alone(plain, adapter, x)[row], rtol=1e-4, atol=1e-4)
+
+
+class Reader(nn.Sequential):
+    """As Mamba's mixers, whose kernels take the weight."""
+
+    def forward(self, x):
+        return nn.functional.linear(self[0](x).tanh(), self.last.weight)
+
+
+def test_a_weight_that_is_read_past_its_layer():
+    model = Reader(nn.Linear(24, 40))
+    model.last = nn.Linear(40, 16)
+    pool = AdapterPool(model, capacity_bytes=1 << 20, slots=4)
+    with pytest.raises(AdapterError, match="AdapterPool: last: Reader may compute with its weight without calling"):
+        pool.load("both", Adapter({"0": random_adapter(1).factors["0"], "last": random_adapter(1).factors["2"]}))
+    pool.load("first", random_adapter(1, modules=["0"]))
