@@ -26,7 +26,6 @@ from lora_kernels.integrations.peft.hooks import has_hooks
 from lora_kernels.integrations.peft.linear import cached_gain, count_fallback
 from lora_kernels.integrations.peft.state import PLAIN, type_name
 from lora_kernels.integrations.report import Survey
-from lora_kernels.ops.lora_linear.op import without_autocast
 
 try:
     from peft.tuners.lora import variants
@@ -35,13 +34,14 @@ try:
 except ImportError as error:
     raise ImportError(f"lora_kernels cannot fuse the layers of peft {peft.__version__}: {error}") from error
 
+SMALL_DORA = 1 << 13  # elements of W from which its norm costs PEFT more than our gain costs us
+_SMALL = 1 << 15  # elements of y below which a pass over them costs less than one more op on B
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _DORA = {
     variants.DoraConv1dVariant: DoraConv1dLayer,
     variants.DoraConv2dVariant: DoraConv2dLayer,
     variants.DoraConv3dVariant: DoraConv3dLayer,
 }
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class ConvState(NamedTuple):
@@ -105,6 +105,9 @@ def _forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
     reason = state if type(state) is str else call_refusal(x)
     if reason is None and x.dim() != state.base.weight.dim():
         reason = f"the input has {x.dim()} dimensions"
+    elif reason is None and state.magnitude is not None and torch.is_grad_enabled():
+        small = state.base.weight.numel() < SMALL_DORA
+        reason = "gradients of DoRA on a small weight cost PEFT less" if small else None
     if reason is not None:
         count_fallback(layer, reason)
         return None
@@ -117,7 +120,7 @@ def _forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
     fresh = type(base) in _CONVOLUTIONS and not has_hooks(base)
     for lora_a, lora_b, drop, scale in terms:
         x = layer._cast_input_dtype(x, lora_a.weight.dtype)
-        y = _add(y if fresh else y.clone(), lora_a(drop(x)), lora_b, lora_b.weight, scale)
+        y = _add(y if fresh else y.clone(), lora_a(drop(x)), lora_b, scale)
         fresh = True
     return y.to(dtype)
 
@@ -126,23 +129,24 @@ def _dora(layer: Any, x: Tensor, base: Any, term: tuple[Any, Any, Any, Any], mag
     lora_a, lora_b, drop, scale = term
     w, bias, axes = base.weight, base.bias, (1, -1, *(1,) * (x.dim() - 2))
     gain = cached_gain(layer, *_flattened(w, lora_a.weight), lora_b.weight.flatten(1), scale, magnitude.flatten())
-    wide = gain.view(axes)
     cast = layer._cast_input_dtype(x, lora_a.weight.dtype)
     if _drops(layer, drop):
         # PEFT drops the input of the rescaled base, too
-        y = base(x)
-        dtype, cast = y.dtype, drop(cast)
-        y = y + (wide - 1) * base._conv_forward(cast, w.to(cast.dtype), None)
-    else:
-        z = base._conv_forward(x, w, None)
-        dtype = z.dtype
-        if bias is not None and bias.dtype is dtype is gain.dtype:
-            y = torch.addcmul(bias.view(axes), z, wide)
-        else:
-            y = z * wide
-            y = y if bias is None else y.add_(bias.view(axes))
-    b = lora_b.weight * gain.view(-1, 1, *axes[2:])
-    return _add(y, lora_a(cast), lora_b, b, scale).to(dtype)
+        y, cast = base(x), drop(cast)
+        z, wide = base._conv_forward(cast, w.to(cast.dtype), None), gain.view(axes)
+        h, b = lora_a(cast), lora_b.weight * (gain * scale).view(-1, 1, *axes[2:])
+        rest = y + (wide - 1) * z
+        return rest.add_(lora_b._conv_forward(h, b.to(h.dtype), None)).to(y.dtype)
+    z, rest = base._conv_forward(x, w, None), None if bias is None else bias.view(axes)
+    dtype = z.dtype
+    z = _add(z, lora_a(cast), lora_b, scale)
+    # a 16-bit magnitude has no more digits to give
+    gain = gain.to(torch.promote_types(z.dtype, magnitude.dtype)).view(axes)
+    if rest is None:
+        return (z * gain).to(dtype)
+    if rest.dtype is z.dtype is gain.dtype:
+        return torch.addcmul(rest, z, gain).to(dtype)
+    return (z * gain).add_(rest).to(dtype)
 
 
 def _drops(layer: Any, drop: Any) -> bool:
@@ -160,75 +164,29 @@ def _flattened(w: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     return w.flatten(1), a.flatten(1)
 
 
-def _add(y: Tensor, h: Tensor, lora_b: Any, b: Tensor, scale: Any) -> Tensor:
-    """y + scale · B h, in place but for the compiler: y [n, out, …], h [n, r, …], b [out, r, …]."""
+def _add(y: Tensor, h: Tensor, lora_b: Any, scale: Any) -> Tensor:
+    """y + scale · B h, in place where the dtype allows: y [n, out, …], h [n, r, …], B [out, r,
+    1…]."""
+    b = lora_b.weight
     if isinstance(scale, Tensor):
         b, scale = b * scale, 1.0
-    wide = torch.promote_types(torch.promote_types(y.dtype, h.dtype), b.dtype)
-    if torch.is_autocast_enabled(y.device.type) and b.dtype is not torch.float64:
-        # a convolution's result tells what autocast computes with
-        wide = torch.promote_types(y.dtype, h.dtype)
+    wide = torch.promote_types(y.dtype, h.dtype)
     y, h, b = y.to(wide), h.to(wide), b.to(wide)
-    if torch.compiler.is_compiling():
-        return y + lora_b._conv_forward(h, b, None) * scale
-    if lora_b.groups > 1 or h.numel() == 0:
-        return y.add_(lora_b._conv_forward(h, b, None), alpha=scale)
-    if torch.is_grad_enabled() and (y.requires_grad or h.requires_grad or b.requires_grad):
-        return _AddProduct.apply(y, h, b.flatten(1), scale)
-    return _add_product(y, h, b.flatten(1), scale)
-
-
-def _is_channels_last(t: Tensor) -> bool:
-    form = _CHANNELS_LAST.get(t.dim())
-    return form is not None and not t.is_contiguous() and t.is_contiguous(memory_format=form)
-
-
-def _tokens(t: Tensor) -> Tensor:
-    """[n, c, …] as rows of c features; a view of a channels-last tensor."""
-    return t.movedim(1, -1).reshape(-1, t.shape[1])
-
-
-def _add_product(y: Tensor, h: Tensor, b: Tensor, scale: float) -> Tensor:
-    if _is_channels_last(y):
-        y.movedim(1, -1).view(-1, y.shape[1]).addmm_(_tokens(h), b.t(), alpha=scale)
-    elif y.is_contiguous():
-        y.flatten(2).baddbmm_(b.expand(len(y), *b.shape), h.flatten(2), alpha=scale)
-    else:
-        with without_autocast(y):
-            y.add_(torch.matmul(b, h.flatten(2)).view(y.shape), alpha=scale)
-    return y
-
-
-class _AddProduct(torch.autograd.Function):
-    """Adds in place, as autograd cannot through a view: it would copy the whole gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, b: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(h, b)
-        ctx.scale = scale
-        ctx.mark_dirty(y)
-        return _add_product(y, h, b, scale)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        h, b = ctx.saved_tensors
-        dh = db = None
-        _, wants_h, wants_b, _ = ctx.needs_input_grad
-        with without_autocast(dy):
-            b = b * ctx.scale
-            if _is_channels_last(dy):
-                flat = _tokens(dy)
-                if wants_h:
-                    dh = (flat @ b).view(h.shape[0], *h.shape[2:], h.shape[1]).movedim(-1, 1)
-                if wants_b:
-                    db = (flat.t() @ _tokens(h)) * ctx.scale
-            else:
-                flat = dy.flatten(2)
-                if wants_h:
-                    dh = torch.matmul(b.t(), flat).view(h.shape)
-                if wants_b:
-                    db = torch.bmm(flat, h.flatten(2).transpose(1, 2)).sum(0) * ctx.scale
-        return dy, dh, db, None
+    wants_grad = torch.is_grad_enabled() and (y.requires_grad or h.requires_grad or b.requires_grad)
+    if wants_grad or lora_b.groups > 1 or h.numel() == 0 or torch.compiler.is_compiling():
+        # backward of a small convolution is faster than that of products over views
+        if y.numel() < _SMALL:
+            return y.add_(lora_b._conv_forward(h, b, None), alpha=scale)
+        return y.add_(lora_b._conv_forward(h, b * scale, None))
+    b = b.flatten(1)
+    if y.is_contiguous():
+        y.flatten(2).baddbmm_(b.expand(y.shape[0], *b.shape), h.flatten(2), alpha=scale)
+        return y
+    rows = y.movedim(1, -1)
+    if rows.is_contiguous():
+        rows.flatten(0, -2).addmm_(h.movedim(1, -1).reshape(-1, h.shape[1]), b.t(), alpha=scale)
+        return y
+    return y.add_(torch.matmul(b, h.flatten(2)).view(y.shape), alpha=scale)
 
 
 class FusedConv1d(Conv1d):
