@@ -23,14 +23,23 @@ def choice(dtype: torch.dtype) -> CpuRow:
     key = (_cpu.level(), dtype)
     found = _rows.get(key)
     if found is None:
-        found = _rows[key] = row_for(key[0], str(dtype)[6:])
+        found = _rows[key] = row_for(key[0], str(dtype)[6:], native=_is_native(*key))
     return found
+
+
+def _is_native(level: str, dtype: torch.dtype) -> bool:
+    """Whether the library multiplies a dtype by instructions that our level lacks: float16 on Arm
+    and by AVX512-FP16, bf16 on Arm. Of bf16 it says so of every AVX-512, too."""
+    if dtype is torch.bfloat16:
+        return level == "portable" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype is torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 @contextmanager
 def forced_choice(row: CpuRow) -> Iterator[None]:
-    """Inside it a row stands in for the table's; for tests and measurements, in one thread."""
-    key = (row.level, getattr(torch, row.dtype))
+    """Inside it a row stands in for the table's on the level in use; for tests and measurements, in
+    one thread."""
+    key = (_cpu.level(), getattr(torch, row.dtype))
     before = _rows.get(key)
     _rows[key] = row
     try:

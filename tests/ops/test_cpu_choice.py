@@ -56,7 +56,8 @@ def test_the_table():
             assert row.addmm_from == row.addmm_back_from == NEVER
         else:
             assert row.thin == 0, "in 16 bits what the library's thin passes give would be rounded"
-    for level, dtype in product((*_cpu.levels(), "portable", "avx2", "avx512", "amx"), ("float32", "bfloat16", "float16")):
+    levels = (*_cpu.levels(), "portable", "avx2", "avx512", "amx")
+    for level, dtype in product(levels, ("float32", "bfloat16", "float16")):
         assert table.row_for(level, dtype, "nobody's").processor == ""
 
 
@@ -64,10 +65,15 @@ def test_a_row_of_the_processor_comes_first_and_a_new_level_has_the_nearest():
     one = table.row_for("avx512", "float32", "")
     own, other = replace(one, processor="AMD 26", small=7), replace(one, processor="AMD 25", small=9)
     rows = (one, own, other)
-    assert [table.row_for("avx512", "float32", p, rows).small for p in ("AMD 26", "AMD 25", "Intel 6")] == [7, 9, one.small]
-    assert table.row_for("avx99", "float32", "AMD 26", rows) == own
+    found = [table.row_for("avx512", "float32", on, rows=rows).small for on in ("AMD 26", "AMD 25", "Intel 6")]
+    assert found == [7, 9, one.small]
+    assert table.row_for("avx99", "float32", "AMD 26", rows=rows) == own
+    library = replace(one, level="avx512 native", addmm_from=1)
+    for native, wanted in ((True, library), (False, one)):
+        assert table.row_for("avx512", "float32", "", native, (*rows, library)) == wanted
+    assert table.row_for("avx512", "float32", "", True, rows) == one
     with pytest.raises(LookupError, match="avx2 and bfloat16"):
-        table.row_for("avx2", "bfloat16", "", rows)
+        table.row_for("avx2", "bfloat16", "", rows=rows)
 
 
 def test_the_file_is_read_as_it_is_written(tmp_path):

@@ -75,11 +75,14 @@ def processor() -> str:
     return f"{maker} {said.get('cpu family', '')}" if maker else ""
 
 
-def row_for(level: str, dtype: str, on: str | None = None, rows: Iterable[CpuRow] | None = None) -> CpuRow:
+def row_for(
+    level: str, dtype: str, on: str | None = None, native: bool = False, rows: Iterable[CpuRow] | None = None
+) -> CpuRow:
     """The row of a level and dtype for a processor, this one if not given; else that of all
-    others. A level without rows has those of the fastest that has."""
+    others. `native`: where the library multiplies the dtype by instructions that our level lacks,
+    rows of "<level> native" come first. A level without rows has those of avx512."""
     on, rows = processor() if on is None else on, read() if rows is None else tuple(rows)
-    for name in (level, "avx512"):
+    for name in (f"{level} native",) * native + (level, "avx512"):
         for where in (on, ""):
             for row in rows:
                 if (row.level, row.dtype, row.processor) == (name, dtype, where):
