@@ -20,7 +20,7 @@ def fused_token_limit(dtype: torch.dtype) -> int:
     """Up to how many tokens the fused kernel is faster than the product and passes before and after
     it."""
     if dtype is torch.bfloat16 and _cpu.has_tiles():
-        return 4
+        return 4 if _cpu.level() == "amx" else 12
     return 64 if dtype is not torch.float32 and _cpu.level() == "portable" else 32
 
 
