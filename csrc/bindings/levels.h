@@ -48,10 +48,14 @@ LK_DECLARE(avx512)
 #endif
 #if defined(LK_AVX512BF16)
 namespace avx512bf16 {
+void forward_small(const ForwardSmall&);
 void tiles(const Tiles&);
 inline const Kernels kernels = [] {
   Kernels all = avx512::kernels;
   all.level = "avx512bf16";
+  all.forward_small = [](const ForwardSmall& p) {
+    (p.w.type == DType::bf16 ? forward_small : avx512::forward_small)(p);
+  };
   all.tiles = tiles;
   return all;
 }();

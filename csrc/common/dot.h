@@ -1,6 +1,8 @@
 // Register-tiled dot products: NR rows of one matrix times MR rows of another, both contiguous
 // along K.
 #pragma once
+#include <type_traits>
+
 #include "vec.h"
 
 namespace lk::LK_LEVEL {
@@ -31,6 +33,29 @@ LK_INLINE void dot(const W* w, int64_t w_row, const float* x, int64_t x_row, int
     }
   }
 }
+
+#if defined(LK_PAIRS)
+// the same of pairs of bf16; one chain of float32 for each 2 of 32 columns
+template <int N, int M>
+LK_INLINE void dot(const bf16* w, int64_t w_row, const bf16* x, int64_t x_row, int64_t count, vec (&acc)[N][M]) {
+  constexpr int64_t STEP = 2 * VL, AHEAD = 16 * STEP;
+  const auto step = [&](int64_t k, auto of) __attribute__((always_inline)) {
+    __m512bh row[N];
+    LK_UNROLL for (int j = 0; j < N; j++) row[j] = (__m512bh)of(w + j * w_row + k);
+    LK_UNROLL for (int m = 0; m < M; m++) {
+      const auto v = (__m512bh)of(x + m * x_row + k);
+      LK_UNROLL for (int j = 0; j < N; j++) acc[j][m] = (vec)_mm512_dpbf16_ps((__m512)acc[j][m], row[j], v);
+    }
+  };
+  int64_t k = 0;
+  for (; k + STEP <= count; k += STEP) {
+    LK_UNROLL for (int j = 0; j < N; j++) __builtin_prefetch(w + j * w_row + k + AHEAD);
+    step(k, [](const bf16* p) { return _mm512_loadu_si512(p); });
+  }
+  const __mmask32 rest = (1u << (count - k)) - 1;
+  if (rest) step(k, [&](const bf16* p) { return _mm512_maskz_loadu_epi16(rest, p); });
+}
+#endif
 
 // f(std::integral_constant<int, n>) for the run-time 1 <= n <= 6
 template <typename F>

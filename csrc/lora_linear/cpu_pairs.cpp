@@ -341,7 +341,7 @@ void run(const Tiles& p) {
         for (int64_t k = 0; k < d.padded; k += DEPTH)
           x_rows(p, d, scaled ? gain.get() : nullptr, t + i, k, packed.rows, i);
       }
-      if (!in_place || p.a.data) {
+      if (p.a.data || !(BACK || in_place)) {
 #pragma omp barrier
       }
       for (int64_t k = blocks.first; k < blocks.last && !BACK; k += BLOCK)
@@ -375,7 +375,11 @@ void run(const Tiles& p) {
           (narrow ? forward<bf16> : forward<float>)(p, d, packed, of, some, t, tokens, n, count, s);
         }
       }
+      // what is packed first of the next tokens is not read any more, or there is a barrier before it
+      const bool read = BACK ? !in_place || !p.a.data : in_place && !p.a.data;
+      if (read && t + most < p.tokens) {
 #pragma omp barrier
+      }
     }
   }
 }

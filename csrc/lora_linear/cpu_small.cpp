@@ -14,10 +14,19 @@ namespace lk::LK_LEVEL {
 
 namespace {
 
+#if defined(LK_PAIRS)
+constexpr bool PAIRS = true;  // bf16 alone, x and W, and without widening
+#else
+constexpr bool PAIRS = false;
+#endif
+template <typename T>
+constexpr bool taken = !PAIRS || std::is_same_v<T, bf16>;
+
 // columns of W a pass: the tile of x, which every group of rows reads again, stays in the
 // first-level cache
+template <typename X>
 LK_INLINE int64_t block_k(int64_t tokens) {
-  constexpr int64_t TILE = 8 << 10, LEAST = 256;
+  constexpr int64_t TILE = (32 << 10) / sizeof(X), LEAST = 256;
   return tokens * LEAST > TILE ? LEAST : TILE / tokens / 64 * 64;
 }
 
@@ -25,7 +34,19 @@ struct Scratch {
   int64_t x_row, h_row;  // padded to whole vectors, the padding zero
   // [tokens, x_row] twice (may be one) [tokens, h_row] [threads, NR * max(x_row, h_row)]
   float *x, *x_dropped, *h, *a;
+  bf16* pairs;  // [tokens, pairs_row], or null
+  int64_t pairs_row;
 };
+
+// x as bf16
+void copy_rows(const ForwardSmall& p, const bf16* x, const Scratch& s, int64_t first, int64_t last) {
+  for (int64_t t = first; t < last; t++) {
+    bf16* row = s.pairs + t * s.pairs_row;
+    std::copy(x + t * p.x.row, x + t * p.x.row + p.n_in, row);
+    std::fill(row + p.n_in, row + s.pairs_row, bf16{0});
+    std::fill(s.h + t * s.h_row + p.rank, s.h + (t + 1) * s.h_row, 0.f);
+  }
+}
 
 // rows of x as floats; dropped rows beside them
 template <typename T>
@@ -62,13 +83,38 @@ void shrink_row(const ForwardSmall& p, const T* a, const Scratch& s, int64_t j, 
   }
 }
 
+#if defined(LK_PAIRS)
+// h of A's rows first..last, bf16, for every token
+void shrink_pairs(const ForwardSmall& p, const bf16* a, const Scratch& s, int64_t first, int64_t last) {
+  for (int64_t j = first; j < last; j += NR) {
+    with_count(int(std::min<int64_t>(NR, last - j)), [&](auto rows) {
+      for (int64_t t = 0; t < p.tokens; t += MR) {
+        with_count(int(std::min<int64_t>(MR, p.tokens - t)), [&](auto m) {
+          if constexpr (rows.value <= NR && m.value <= MR) {
+            vec acc[rows.value][m.value] = {};
+            dot(a + j * p.a.row, p.a.row, s.pairs + t * s.pairs_row, s.pairs_row, p.n_in, acc);
+            for (int i = 0; i < m.value; i++) {
+              for (int r = 0; r < rows.value; r++) {
+                const float value = p.scale * sum(acc[r][i]);
+                s.h[(t + i) * s.h_row + j + r] = value;
+                if (p.h) p.h[(t + i) * p.rank + j + r] = value;
+              }
+            }
+          }
+        });
+      }
+    });
+  }
+}
+#endif
+
 // NROWS outputs of W for every token; b is [NROWS, h_row]. partial, [tokens, NROWS], holds sums
 // between two blocks as vectors, to be added up once at the end; sums is [NROWS, tokens].
-template <int NROWS, typename W, typename Y>
-LK_INLINE void outputs(const ForwardSmall& p, const W* w, const Scratch& s, const float* b, vec* partial, float* sums,
-                       Y* y, int64_t n) {
+template <int NROWS, typename W, typename X, typename Y>
+LK_INLINE void outputs(const ForwardSmall& p, const W* w, const X* x, int64_t x_row, const Scratch& s, const float* b,
+                       vec* partial, float* sums, Y* y, int64_t n) {
   const int groups = int((p.tokens + MR - 1) / MR);
-  const int64_t block = block_k(p.tokens);
+  const int64_t block = block_k<X>(p.tokens);
   for (int64_t k = 0; k < p.n_in; k += block) {
     const int64_t count = std::min(block, p.n_in - k);
     const bool last = k + count == p.n_in;
@@ -82,7 +128,7 @@ LK_INLINE void outputs(const ForwardSmall& p, const W* w, const Scratch& s, cons
             LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
                 acc[j][i] = kept[i * NROWS + j];
           }
-          dot(w + k, p.w.row, s.x + t * s.x_row + k, s.x_row, count, acc);
+          dot(w + k, p.w.row, x + t * x_row + k, x_row, count, acc);
           if (!last) {
             LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
                 kept[i * NROWS + j] = acc[j][i];
@@ -123,8 +169,13 @@ void stream(const ForwardSmall& p, const W* w, const Scratch& s, float* b, Y* y,
       }
     });
     with_count(count, [&](auto rows_now) {
-      if constexpr (rows_now.value <= NR)
-        outputs<rows_now.value>(p, w + n * p.w.row, s, b, partial.get(), sums.get(), y, n);
+      if constexpr (rows_now.value <= NR) {
+        const auto run = [&](auto* x, int64_t x_row) {
+          outputs<rows_now.value>(p, w + n * p.w.row, x, x_row, s, b, partial.get(), sums.get(), y, n);
+        };
+        if constexpr (PAIRS) run(s.pairs, s.pairs_row);
+        else run(s.x, s.x_row);
+      }
     });
   }
 }
@@ -138,31 +189,48 @@ void forward_small(const ForwardSmall& p) {
   s.x_row = lines(p.n_in);
   if (s.x_row % 32 == 0) s.x_row += 16;
   s.h_row = lines(p.rank);
-  const int64_t copies = p.dropout.active() ? 2 : 1, a_row = NR * std::max(s.x_row, s.h_row);
-  const Buffer scratch(copies * p.tokens * s.x_row + p.tokens * s.h_row + p.threads * a_row);
+  s.pairs_row = (p.n_in + 31) / 32 * 32;
+  if (s.pairs_row % 64 == 0) s.pairs_row += 32;
+  const bool dropped = p.dropout.active();
+  // whether x is needed in float32: by W, or by A
+  const bool wide = !PAIRS || dropped || p.a.type != DType::bf16;
+  const int64_t copies = dropped ? 2 : wide ? 1 : 0, a_row = NR * std::max(s.x_row, s.h_row);
+  const int64_t of_pairs = PAIRS ? p.tokens * s.pairs_row / 2 : 0;
+  const Buffer scratch(copies * p.tokens * s.x_row + p.tokens * s.h_row + p.threads * a_row + of_pairs);
   s.x = scratch.get();
-  s.x_dropped = s.x + (copies - 1) * p.tokens * s.x_row;
+  s.x_dropped = s.x + (dropped ? p.tokens * s.x_row : 0);
   s.h = s.x + copies * p.tokens * s.x_row;
   s.a = s.h + p.tokens * s.h_row;
+  s.pairs = reinterpret_cast<bf16*>(s.a + p.threads * a_row);
 #pragma omp parallel num_threads(p.threads)
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     float* own = s.a + thread * a_row;
     const Range tokens = share(p.tokens, 1, thread, threads);
-    with_type(p.x, [&](auto* x) { widen_rows(p, x, s, tokens.first, tokens.last); });
+    if (PAIRS) copy_rows(p, static_cast<const bf16*>(p.x.data), s, tokens.first, tokens.last);
+    with_type(p.x, [&](auto* x) {
+      if constexpr (taken<std::remove_pointer_t<decltype(x)>>) {
+        if (wide) widen_rows(p, x, s, tokens.first, tokens.last);
+      }
+    });
 #pragma omp barrier
     const Range ranks = share(p.rank, 1, thread, threads);
-    with_type(p.a, [&](auto* a) {
-      for (int64_t j = ranks.first; j < ranks.last; j++) shrink_row(p, a + j * p.a.row, s, j, own);
-    });
+    if (wide) {
+      with_type(p.a, [&](auto* a) {
+        for (int64_t j = ranks.first; j < ranks.last; j++) shrink_row(p, a + j * p.a.row, s, j, own);
+      });
+    } else {
+#if defined(LK_PAIRS)
+      shrink_pairs(p, static_cast<const bf16*>(p.a.data), s, ranks.first, ranks.last);
+#endif
+    }
 #pragma omp barrier
     const Range rows = share(p.n_out, NR, thread, threads);
     with_type(p.w, [&](auto* w) {
       using T = std::remove_pointer_t<decltype(w)>;
-      if (p.y.type == DType::f32) {
-        stream(p, w, s, own, static_cast<float*>(p.y.data), rows);
-      } else {
-        stream(p, w, s, own, static_cast<T*>(p.y.data), rows);
+      if constexpr (taken<T>) {
+        if (p.y.type == DType::f32) stream(p, w, s, own, static_cast<float*>(p.y.data), rows);
+        else stream(p, w, s, own, static_cast<T*>(p.y.data), rows);
       }
     });
   }

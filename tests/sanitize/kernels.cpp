@@ -45,16 +45,19 @@ std::vector<const Kernels*> levels() {
   const int count = supported(found);
   std::vector<const Kernels*> all(found, found + count);
 #if defined(LK_TILES)
-  // amx in software, which rounds to bf16 by the processor's own instruction
-  const bool rounds = __builtin_cpu_supports("avx512bf16");
-  if (all.back() == &avx512::kernels && rounds) all.push_back(&amx::kernels);
+  const auto runs = [&](const Kernels* level) { return std::find(all.begin(), all.end(), level) != all.end(); };
+  for (const Kernels* level : {&avx512bf16::kernels, &amx::kernels}) {
+    if (runs(&avx512::kernels) && !runs(level)) all.push_back(level);
+  }
 #endif
   return all;
 }
 
-// of amx only what is its own
+// of the levels with products of bf16 only what is their own
 bool has(const Kernels* level, const KernelCase& kernel) {
-  return (std::string(level->level) == "amx") == (kernel.call == tiles_case);
+  const std::string name = level->level;
+  if (kernel.call == tiles_case) return level->tiles != nullptr;
+  return level->tiles == nullptr || (name == "avx512bf16" && std::string(kernel.name) == "forward_small");
 }
 
 Case draw(const Kernels* level, const KernelCase& kernel, size_t shape, const Shape& of, int type, int threads,
@@ -115,9 +118,9 @@ void judge(const KernelCase& kernel, Case c, const char* bug, int which) {
 }
 
 // whether the region is right without this barrier, for the operands of plant_all
-bool needless(const KernelCase& kernel, int barrier, int met, int type, bool coins) {
+bool needless(const Kernels* level, const KernelCase& kernel, int barrier, int met, int type, bool coins) {
   if (kernel.call == multi_lora_case) return barrier == 0 && DType(type) == DType::f32;  // x is read where it lies
-  if (kernel.call != tiles_case) return false;
+  if (kernel.call != tiles_case || std::string(level->level) != "amx") return false;
   // the end of the region, or nobody computes h of the tiles before
   return barrier == met - 1 || (barrier % 3 == 0 && !coins);
 }
@@ -151,7 +154,7 @@ void plant_all() {
 #elif defined(LK_THREAD)
           const int met = barriers;
           for (int i = 0; i < met; i++) {
-            if (needless(kernel, i, met, type, coins)) continue;
+            if (needless(level, kernel, i, met, type, coins)) continue;
             skipped = i;
             judge(kernel, c, "the missing barrier", i);
           }

@@ -1,6 +1,6 @@
-// Before cpu_tiles.cpp: the tile instructions and masked accesses of csrc/common/amx.h in plain C++.
-// So the kernels on tiles run on any processor with AVX-512, and the sanitizers see each access,
-// which they do not of an instruction in assembly or with a mask.
+// Before cpu_tiles.cpp, cpu_pairs.cpp and cpu_small.cpp: the instructions of AMX and AVX512_BF16, and
+// masked accesses, in plain C++. So the products of bf16 run on any processor with AVX-512, and the
+// sanitizers see each access, which they do not of an instruction in assembly or with a mask.
 #pragma once
 #include <immintrin.h>
 
@@ -51,6 +51,34 @@ __attribute__((no_sanitize("thread"))) inline void multiply(int sum, int left, i
   }
 }
 
+// vdpbf16ps: sum + odd · odd, rounded, then + even · even; numbers below 2⁻¹²⁶ stay
+__attribute__((no_sanitize("thread"))) inline __m512 dot_pairs(__m512 sum, __m512bh left, __m512bh right) {
+  float sums[16];
+  uint32_t l[16], r[16];
+  std::memcpy(sums, &sum, 64), std::memcpy(l, &left, 64), std::memcpy(r, &right, 64);
+  for (int i = 0; i < 16; i++) sums[i] = sums[i] + high(l[i]) * high(r[i]) + low(l[i]) * low(r[i]);
+  std::memcpy(&sum, sums, 64);
+  return sum;
+}
+inline uint16_t rounded(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return value != value ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline __m256bh narrow(__m512 v) {
+  uint16_t held[16];
+  for (int i = 0; i < 16; i++) held[i] = rounded(v[i]);
+  __m256bh out;
+  std::memcpy(&out, held, 32);
+  return out;
+}
+inline __m512bh narrow(__m512 high, __m512 low) {
+  const __m256bh halves[2] = {narrow(low), narrow(high)};
+  __m512bh out;
+  std::memcpy(&out, halves, 64);
+  return out;
+}
+
 // the elements of p whose bit is set, zeros elsewhere
 template <typename V, typename T>
 V masked_load(uint32_t mask, const T* p) {
@@ -77,6 +105,9 @@ const uint16_t* halves(const T* p) {
 
 }  // namespace lk::sanitize
 
+#define _mm512_dpbf16_ps(sum, left, right) lk::sanitize::dot_pairs(sum, left, right)
+#define _mm512_cvtneps_pbh(v) lk::sanitize::narrow(v)
+#define _mm512_cvtne2ps_pbh(high, low) lk::sanitize::narrow(high, low)
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_zero
