@@ -33,7 +33,7 @@ def constant(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
     held = vars(parameter)
     if _CONSTANT not in held:
         held[_CONSTANT] = parameter.detach()
-    return held[_CONSTANT]  # type: ignore[no-any-return]
+    return held[_CONSTANT]
 
 
 def are_attributes(*modules: nn.Module) -> bool:
