@@ -20,6 +20,8 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.scale import add_tensor_scale
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ON_GPU = ("triton", "cuda")
 NONE = "it has no such kernel"
@@ -87,7 +89,7 @@ class Op:
     """A declared op. Eager calls go straight to the backend; those that something watches (a
     compiler, a tracer, selective checkpointing, a tensor subclass) go through the dispatcher, whose
     kernel is this same choice: the same bits. A `scale` that a compiler holds as a symbol is a
-    tensor there, of an overload of its own (`traced_scale`)."""
+    tensor there, of an overload of its own (`scale.py`)."""
 
     def __init__(self, name: str, overload: torch._ops.OpOverload, of_symbol: torch._ops.OpOverload | None = None) -> None:
         self.name = name
@@ -104,18 +106,6 @@ class Op:
         """The reference on these arguments, whatever would run: torch's own ops, which autograd,
         forward mode and torch.func differentiate."""
         return _implementations[self.name]["reference"].run(call)
-
-
-def traced_scale(scale: float | Tensor) -> Any:
-    """The scale, or while compiling a tensor of it where it changed between calls, for a symbol
-    would become a constant in an op's argument: another graph for each value."""
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import has_static_value
-
-        if not isinstance(scale, Tensor) and not has_static_value(scale):
-            # a product, which the compiler makes one of tensors; no other maker of a tensor is
-            return torch.ones((), dtype=torch.float64, device="cpu") * scale
-    return scale
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), float, int, bool}
@@ -156,16 +146,7 @@ def declare(
     packet = getattr(torch.ops.lora_kernels, name)
     if get_type_hints(structure).get("scale") is not float:
         return Op(name, packet.default)
-
-    def run_symbol(*args: Any) -> Any:
-        call = structure(*args)
-        return run(*call._replace(scale=call.scale.item()))
-
-    of_symbol = f"{name}.scale_tensor"
-    arguments = _schema_arguments(structure, tuple(changes)).replace("float scale", "Tensor scale")
-    _library.define(f"{of_symbol}({arguments}) -> {results}")
-    _library.impl(of_symbol, run_symbol, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lora_kernels::{of_symbol}", lambda *args: fake(structure(*args)), lib=_library)
+    add_tensor_scale(_library, name, f"({_schema_arguments(structure, tuple(changes))}) -> {results}", structure, run, fake)
     return Op(name, packet.default, packet.scale_tensor)
 
 

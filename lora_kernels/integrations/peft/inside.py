@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_kernels.integrations.peft.groups import KEY as SIBLINGS
 from lora_kernels.integrations.peft.hooks import FSDP1, HOOKED, has_hooks, moves_weights, plain_class
 from lora_kernels.integrations.peft.linear import WAYS, Linear, Way, input_refusal, other_way, run_fused
+from lora_kernels.integrations.peft.parallel import is_parallel, read_parallel, run_shards
 from lora_kernels.integrations.peft.state import read_state
 from lora_kernels.nn.base import HOOKS
 from lora_kernels.nn.flat_parameters import VIEWS, registered
@@ -28,6 +29,8 @@ def run_hooked(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     must run it."""
     if args or kwargs or torch.compiler.is_compiling():
         return HOOKED
+    if is_parallel(layer):
+        return run_shards(layer, x)
     # the dtypes of weights that are elsewhere are looked at inside
     if reason := input_refusal(layer, x, (x, None, x)) or _refusal(layer, x):
         return reason
@@ -53,6 +56,8 @@ def run_hooked(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
 
 def read_hooked(layer: Any) -> Any:
     """The state inside the hooks, or a reason."""
+    if is_parallel(layer):
+        return read_parallel(layer)
     if reason := _refusal(layer, None):
         return reason
     with stripped(layer):

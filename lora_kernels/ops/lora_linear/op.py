@@ -19,7 +19,8 @@ from lora_kernels.ops.dropout import draw_seed
 from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_gradients, requested_kinds
 from lora_kernels.ops.lora_linear.call import Backward, Forward, Needs, keeps_z
 from lora_kernels.ops.lora_linear.layouts import is_strided, strided_input
-from lora_kernels.ops.registry import declare, traced_scale
+from lora_kernels.ops.registry import declare
+from lora_kernels.ops.scale import traced_scale
 
 try:
     from lora_kernels.ops.cpu_tensors import valid_lora_linear

@@ -15,7 +15,8 @@ from lora_kernels.ops.checks import check_adapted_weight
 from lora_kernels.ops.derivatives import differentiable, transformed
 from lora_kernels.ops.gradients import gradient_dtype, gradient_kind, requested_kinds
 from lora_kernels.ops.lora_linear.op import FLOATS, without_autocast
-from lora_kernels.ops.registry import declare, traced_scale
+from lora_kernels.ops.registry import declare
+from lora_kernels.ops.scale import traced_scale
 
 MAX_CONDITION = {torch.float32: 4.0, torch.bfloat16: 64.0, torch.float16: 64.0}
 """Cancellation up to which the factored form (2) is within 1e-5 (float32) and 1e-4 (16-bit)."""
