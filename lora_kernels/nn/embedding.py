@@ -12,8 +12,10 @@ from lora_kernels.nn.base import AdapterLayer, freeze_parameters
 from lora_kernels.nn.init import embedding_factors
 from lora_kernels.nn.snapshot import of_one_state
 from lora_kernels.ops import merged_weight
+from lora_kernels.ops.lora_linear.op import _any_autocast
 
 _WIDE = (torch.float32, torch.float64)
+_READ = ("weight", "lora_embedding_A", "lora_embedding_B")
 
 
 def is_scaled_embedding(module: Any) -> bool:
@@ -34,13 +36,12 @@ def is_scaled_embedding(module: Any) -> bool:
 
 def _float32_product(rows: Tensor, b: Tensor) -> Tensor:
     """rows [..., r] Bᵀ in float32 (float64 for float64), whatever autocast says."""
-    device, dtype = rows.device.type, rows.dtype
-    autocast = torch.is_autocast_enabled(device)
+    dtype, autocast = rows.dtype, _any_autocast()
     if dtype in _WIDE and dtype is b.dtype and not autocast:
-        return rows @ b.T
+        return F.linear(rows, b)
     wide = torch.promote_types(torch.promote_types(rows.dtype, b.dtype), torch.float32)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        return rows.to(wide) @ b.T.to(wide)
+    with torch.autocast(rows.device.type, enabled=False) if autocast else nullcontext():
+        return F.linear(rows.to(wide), b.to(wide))
 
 
 class LoRAEmbedding(AdapterLayer):
@@ -137,12 +138,15 @@ class LoRAEmbedding(AdapterLayer):
         """Shapes: indices [...], int32 or int64, → [..., dim]."""
         if not self.enabled:
             return self._scaled(self._look_up(indices, self._base_weight(), self.sparse))
-        y = self._look_up(indices, self.weight, self.sparse)
+        # an attribute of a module costs ten times as much, and may be what parametrize put there
+        held = self._parameters
+        weight, a, b = (p if (p := held.get(name)) is not None else getattr(self, name) for name in _READ)
+        y = self._look_up(indices, weight, self.sparse)
         if self.merged:
             return self._scaled(y)
         # never sparse: torch cannot transpose such a gradient, and PEFT's layer raises in backward
-        rows = self._look_up(indices, self.lora_embedding_A.T, False)  # [..., r]
-        total = y + _float32_product(rows, self.lora_embedding_B) * self.scaling
+        rows = self._look_up(indices, a.T, False)  # [..., r]
+        total = y + _float32_product(rows, b) * self.scaling
         return (total if self.embed_scale is None else self._scaled(total)).to(y.dtype)
 
     def _scaled(self, y: Tensor) -> Tensor:
