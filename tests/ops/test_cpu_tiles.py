@@ -18,6 +18,7 @@ if not LEVELS:
     pytest.skip("this processor has no products of bf16", allow_module_level=True)
 
 from lora_kernels.ops.cpu_amx import product, product_back  # noqa: E402
+from lora_kernels.ops.cpu_gemm import base_product, base_product_slices  # noqa: E402
 from lora_kernels.ops.cpu_tensors import dropout_args as drop_mask  # noqa: E402
 from lora_kernels.ops.cpu_tensors import transposed  # noqa: E402
 from lora_kernels.ops.dropout import mask  # noqa: E402
@@ -148,6 +149,14 @@ def test_backward(shape, dropout, with_gain, adapter_dtype, rank, threads, level
     allowed += kept * (p.double().abs() @ a.double().abs()) * (TWO_NUMBERS + (n_in + rank) * 2.0**-24)
     assert ((found() - truth).abs() <= allowed).all()
     assert untouched(dx, tokens, n_out)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 9), (40, 0, 9), (40, 8, 0)], ids=str)
+def test_a_product_of_nothing(shape):
+    x, w = operands(*shape, torch.bfloat16)
+    assert torch.equal(base_product(x, w), x.float() @ w.float().T)
+    pieces = [wide for _, wide in base_product_slices(x, w)]
+    assert torch.equal(torch.cat(pieces, 1) if pieces else x.new_zeros(40, 0).float(), x.float() @ w.float().T)
 
 
 def test_a_nan_stays_in_its_token_and_in_its_row_of_w():
