@@ -1,4 +1,4 @@
-// AMX tiles of bf16: their configuration, and operands brought into their layout.
+// Operands of bf16 brought into the layout of AMX tiles and of vdpbf16ps, and the tiles' configuration.
 #pragma once
 #include <immintrin.h>
 
@@ -108,8 +108,9 @@ void split(const T* m, int64_t row, int64_t col, int64_t rows, int64_t columns, 
   for (int64_t i = 0; i < TILE; i += VL) {
     vec rest = gain ? load(v + i) * load(gain + i % DEPTH) : load(v + i);
     for (int64_t j = 0; j < parts; j++) {
-      store(to[j] + i, rest);
-      rest -= load(to[j] + i);
+      const auto part = (__m256i)_mm512_cvtneps_pbh((__m512)rest);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to[j] + i), part);
+      rest -= (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16);
       rest = (vec)((uvec)rest & (uvec)(rest - rest == 0));  // 0 where it is not finite
     }
   }

@@ -1,4 +1,4 @@
-"""bf16 products with float32 sums on AMX tiles, where the processor has them."""
+"""bf16 products with float32 sums on AMX tiles or by vdpbf16ps, where the processor has these."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from lora_kernels import _cpu
 
 
 def on_tiles(x: Tensor, w: Tensor) -> bool:
-    """Whether the product runs on tiles: bf16 both, and w by rows."""
+    """Whether the product is the processor's own: bf16 both, and w by rows."""
     return x.dtype is w.dtype is torch.bfloat16 and w.stride(1) == 1 and _cpu.has_tiles()
 
 

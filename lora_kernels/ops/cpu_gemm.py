@@ -100,7 +100,7 @@ def base_product_slices(x: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
     if x.dtype is w.dtype is torch.float32:
         yield slice(0, w.shape[0]), base_product(x, w)
         return
-    if packs_x(x, w) or on_tiles(x, w):
+    if packs_x(x, w) or (on_tiles(x, w) and x.numel() and w.numel()):
         piece = max(BLOCK, PIECE // len(x))
         for first in range(0, w.shape[0], piece):
             rows = slice(first, min(first + piece, w.shape[0]))

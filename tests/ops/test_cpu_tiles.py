@@ -18,9 +18,11 @@ if not LEVELS:
     pytest.skip("this processor has no products of bf16", allow_module_level=True)
 
 from lora_kernels.ops.cpu_amx import product, product_back  # noqa: E402
+from lora_kernels.ops.cpu_gemm import base_product, base_product_slices  # noqa: E402
 from lora_kernels.ops.cpu_tensors import dropout_args as drop_mask  # noqa: E402
 from lora_kernels.ops.cpu_tensors import transposed  # noqa: E402
 from lora_kernels.ops.dropout import mask  # noqa: E402
+from lora_kernels.testing.tolerances import assert_within_rounding  # noqa: E402
 from tests.ops.cpu import at_level, operands  # noqa: E402
 
 SHAPES = [(1, 1, 1), (3, 33, 17), (15, 64, 31), (16, 32, 16), (17, 100, 50), (33, 31, 65), (48, 129, 97), (64, 257, 40)]
@@ -149,6 +151,14 @@ def test_backward(shape, dropout, with_gain, adapter_dtype, rank, threads, level
     assert untouched(dx, tokens, n_out)
 
 
+@pytest.mark.parametrize("shape", [(0, 8, 9), (40, 0, 9), (40, 8, 0)], ids=str)
+def test_a_product_of_nothing(shape):
+    x, w = operands(*shape, torch.bfloat16)
+    assert torch.equal(base_product(x, w), x.float() @ w.float().T)
+    pieces = [wide for _, wide in base_product_slices(x, w)]
+    assert torch.equal(torch.cat(pieces, 1) if pieces else x.new_zeros(40, 0).float(), x.float() @ w.float().T)
+
+
 def test_a_nan_stays_in_its_token_and_in_its_row_of_w():
     for tokens in (40, 130):
         x, w = operands(tokens, 129, 97, torch.bfloat16)
@@ -165,6 +175,22 @@ def test_the_result_of_a_token_is_that_of_the_token_alone():
     for tokens in (1, 16, 17, 33, 63, 64, 65, 140):
         assert torch.equal(product(x[:tokens], w), y[:tokens])
         assert torch.equal(product(x[150 - tokens :], w), y[150 - tokens :])
+
+
+def test_y_is_rounded_once_and_dx_with_a_gain_twice():
+    tokens, n_in, n_out, rank = 40, 300, 200, 16
+    x, w = operands(tokens, n_in, n_out, torch.bfloat16)
+    a, b, dy, gain = random(1, (rank, n_in), (n_out, rank), (tokens, n_out), (n_out,))
+    a, b, dy = a.bfloat16(), b.bfloat16(), dy.bfloat16()
+    y, dx = torch.empty(tokens, n_out, dtype=torch.bfloat16), torch.empty(tokens, n_in, dtype=torch.bfloat16)
+    h, p = torch.empty(tokens, rank), torch.empty(tokens, rank)
+    update = 0.1 * b.double() @ a.double()
+    _cpu.tiles(x, w, a, b, y, None, None, gain, h, 0.1, None, False, 2)
+    assert_within_rounding(y, gain.double() * (x.double() @ (w.double() + update).T), torch.bfloat16, 1.02)
+    for of, ratio in ((None, 1.02), (gain, 1.5)):
+        _cpu.tiles(dy, w, transposed(b), transposed(a), dx, None, None, of, p, 0.1, None, True, 2)
+        dz = dy.double() if of is None else dy.double() * of.double()
+        assert_within_rounding(dx, dz @ (w.double() + update), torch.bfloat16, ratio)
 
 
 def test_infinite_h_is_not_made_nan():

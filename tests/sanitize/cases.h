@@ -50,6 +50,11 @@ struct Case {
   // fails unless out[i, j] is want(i, j) up to the rounding of its type and of float32 sums
   template <typename F>
   void expect(const Tensor& out, const char* name, F&& want) const {
+    expect(out, name, out.type(), want);
+  }
+  // the same up to that of another type, which an operand was rounded to
+  template <typename F>
+  void expect(const Tensor& out, const char* name, DType type, F&& want) const {
     std::vector<double> wanted;
     double size = 1;
     for (int64_t i = 0; i < out.rows(); i++) {
@@ -58,7 +63,7 @@ struct Case {
         size = std::max(size, std::abs(wanted.back()));
       }
     }
-    const double bound = size * (out.type() == DType::f32 ? 1e-3 : out.type() == DType::f16 ? 4e-3 : 1.6e-2);
+    const double bound = size * (type == DType::f32 ? 1e-3 : type == DType::f16 ? 4e-3 : 1.6e-2);
     for (int64_t i = 0; i < out.rows(); i++) {
       for (int64_t j = 0; j < out.cols(); j++) {
         const double found = out.at(i, j), right = wanted[size_t(i * out.cols() + j)];

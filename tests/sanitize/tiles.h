@@ -124,4 +124,5 @@ const uint16_t* halves(const T* p) {
 #define _mm256_maskz_loadu_epi16(mask, p) lk::sanitize::masked_load<__m256i>(mask, lk::sanitize::halves(p))
 #define _mm512_maskz_loadu_ps(mask, p) lk::sanitize::masked_load<__m512>(mask, p)
 #define _mm512_mask_storeu_ps(p, mask, v) lk::sanitize::masked_store(p, mask, v)
+#define _mm256_mask_storeu_epi16(p, mask, v) lk::sanitize::masked_store(reinterpret_cast<uint16_t*>(p), mask, v)
 #define _mm512_mask_storeu_epi16(p, mask, v) lk::sanitize::masked_store(reinterpret_cast<uint16_t*>(p), mask, v)

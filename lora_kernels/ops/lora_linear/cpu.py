@@ -3,8 +3,9 @@ in place. Which product runs how many tokens stands in `ops/tables/cpu.py`.
 
 The vendor's 16-bit GEMM rounds the adapter's term, or its own result before that is added, which
 costs up to 1.4 times the error of one rounding; without native support it is up to 100 times
-slower, and with AMX a NaN can reach other rows. So 16-bit products are ours, on tiles where there
-are any, and their sums float32, y rounded once; but where the table says `addmm_from`.
+slower, and with AMX a NaN can reach other rows. So 16-bit products are ours, of bf16 on AMX tiles
+or by vdpbf16ps where there are these, and their sums float32, y rounded once; but where the table
+says `addmm_from`.
 """
 
 from functools import partial
