@@ -75,6 +75,8 @@ def measure(case: dict[str, Any], seconds: float, limit: float) -> dict[str, Any
     calls.pop("linear")
     if (measured_once(calls["peft"]) + measured_once(calls["ours"])) * MIN_CALLS > limit:
         return None
+    for call in calls.values():
+        warm_up(call, seconds)
     found = [interleaved_medians(calls, seconds=seconds, clock=clock)]
     if ratio(found[0]) > ALLOWED:
         found += [interleaved_medians(calls, seconds=seconds, clock=clock) for _ in range(2)]
@@ -83,6 +85,15 @@ def measure(case: dict[str, Any], seconds: float, limit: float) -> dict[str, Any
 
 
 MIN_CALLS = 18  # of each contender, at least
+
+
+def warm_up(call: Any, seconds: float) -> None:
+    """Dozens of calls: the interpreter and the allocator are slower in the first ones."""
+    end = time.perf_counter() + seconds
+    for _ in range(60):
+        call()
+        if time.perf_counter() > end:
+            return
 
 
 def measured_once(call: Any) -> float:

@@ -305,6 +305,12 @@ void outer(const Outer& p) {
   }
 }
 
+namespace {
+
+constexpr int64_t SUMMED = 32;  // tokens: their lines of a column stay in the first-level cache
+
+}  // namespace
+
 void column_sums(const ColumnSums& p) {
 #pragma omp parallel num_threads(p.threads)
   {
@@ -313,16 +319,21 @@ void column_sums(const ColumnSums& p) {
     std::fill(sums + columns.first, sums + columns.last, 0.f);
     with_type(p.u, [&](auto* u) {
       const auto* v = static_cast<decltype(u)>(p.v.data);
-      for (int64_t t = 0; t < p.tokens; t++) {
+      // sums of a few tokens, then of these: one after another, roundings would grow with the tokens
+      for (int64_t first = 0; first < p.tokens; first += SUMMED) {
+        const int64_t last = std::min(first + SUMMED, p.tokens);
         for (int64_t n = columns.first; n < columns.last; n += VL) {
           const int64_t left = columns.last - n;
-          const auto get = [&](auto* q, int64_t row) {
+          const auto get = [&](auto* q, int64_t t, int64_t row) {
             return left >= VL ? load(q + t * row + n) : load_first(q + t * row + n, left);
           };
-          vec value = get(u, p.u.row);
-          if (p.v.data) value *= get(v, p.v.row);
-          left >= VL ? store(sums + n, load(sums + n) + value)
-                     : store_first(sums + n, load_first(sums + n, left) + value, left);
+          vec part = {};
+          for (int64_t t = first; t < last; t++) {
+            const vec value = get(u, t, p.u.row);
+            part += p.v.data ? value * get(v, t, p.v.row) : value;
+          }
+          left >= VL ? store(sums + n, load(sums + n) + part)
+                     : store_first(sums + n, load_first(sums + n, left) + part, left);
         }
       }
     });

@@ -193,11 +193,6 @@ def refuses_device(refusal: Callable[[Tensor], str | None]) -> Callable[[Tensor]
     return refusal
 
 
-def refuse_device(t: Tensor) -> str | None:
-    """Why no kernel for GPUs runs where a tensor is, or None."""
-    return _refuse_device(t)
-
-
 def load_backends(package: str) -> None:
     """Imports each backend file of an op; one that is not there or cannot be imported is kept as a
     reason."""

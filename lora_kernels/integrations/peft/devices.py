@@ -5,7 +5,8 @@ from functools import cache
 
 from torch import Tensor
 
-from lora_kernels.ops.registry import PREFERENCE, forced_backend, missing_backends, refuse_device
+from lora_kernels.ops.launch import refuse_device
+from lora_kernels.ops.registry import PREFERENCE, forced_backend, missing_backends
 
 NO_CPU_KERNELS = "cpu" in missing_backends()
 """Kept, for most calls ask nothing else."""
