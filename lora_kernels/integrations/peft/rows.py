@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels.integrations.peft.bias import with_lora_bias
+from lora_kernels.integrations.peft.bias import base_bias, with_lora_bias
 from lora_kernels.integrations.peft.linear import cached_gain, input_refusal
 from lora_kernels.integrations.peft.state import read_state
 from lora_kernels.ops import BatchPlan, Slots, lora_linear, multi_lora, multi_lora_add_
@@ -104,7 +104,7 @@ def run_rows(layer: Any, x: Tensor, layout: Layout) -> Any:
         return "adapters differ by token and in dtype"
     if reason := input_refusal(layer, x, state):
         return reason
-    w, bias, learns = state[0], layer.base_layer._parameters["bias"], torch.is_grad_enabled()
+    w, bias, learns = state[0], base_bias(layer.base_layer), torch.is_grad_enabled()
     gains = [_gain(layer, layout.names[each.slot], w, each) for each in found]
     if layout.whole:
         each, joined = found[0], state[1]
