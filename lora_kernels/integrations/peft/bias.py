@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.nn.flat_parameters import constant
+
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -13,6 +15,12 @@ def bias_refusal(lora_a: nn.Module, own: Any) -> str | None:
     if lora_a._parameters["bias"] is not None:
         return "lora_A has a bias"
     return None if type(own) in _PLAIN else f"the bias of lora_B is {type(own).__name__}"
+
+
+def base_bias(base: Any) -> Tensor | None:
+    """The bias of a base layer; a frozen one has no grad, though FSDP's view of it may say so."""
+    bias = base._parameters["bias"]
+    return constant(base, "bias", bias) if bias is not None and bias.requires_grad else bias
 
 
 def with_lora_bias(bias: Tensor | None, own: Tensor, scale: float | Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels.integrations.peft.bias import with_lora_bias
+from lora_kernels.integrations.peft.bias import base_bias, with_lora_bias
 from lora_kernels.integrations.peft.linear import cached_gain, input_refusal
 from lora_kernels.integrations.peft.state import read_state
 from lora_kernels.ops import BatchPlan, Slots, lora_linear, multi_lora, multi_lora_add_
@@ -104,13 +104,15 @@ def run_rows(layer: Any, x: Tensor, layout: Layout) -> Any:
         return "adapters differ by token and in dtype"
     if reason := input_refusal(layer, x, state):
         return reason
-    w, bias, learns = state[0], layer.base_layer._parameters["bias"], torch.is_grad_enabled()
+    w, bias, learns = state[0], base_bias(layer.base_layer), torch.is_grad_enabled()
     gains = [_gain(layer, layout.names[each.slot], w, each) for each in found]
     if layout.whole:
         each, joined = found[0], state[1]
         return lora_linear(x, w, each.a, each.b, each.scale, joined, gains[0], each.dropout)
     if not learns and not any(layout.counts[each.slot] for each in found):
-        return layer.base_layer(x)
+        if _is_vendors(x) or autocasts(x.device.type):
+            return layer.base_layer(x)
+        found, gains = [], []
     rows = x.reshape(-1, x.shape[-1])
     if autocasts(x.device.type):
         cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
@@ -148,7 +150,7 @@ def _differing(
 def _on_kernels(
     x: Tensor, w: Tensor, bias: Tensor | None, layout: Layout, found: Sequence[Adapter], gains: Sequence[Tensor | None]
 ) -> Tensor:
-    slots = _slots(len(layout.names), w.shape[0], found, gains)
+    slots = _slots(len(layout.names), w, found, gains)
     if not _is_vendors(x):
         return multi_lora(x, w, slots, layout.plan, bias)
     y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
@@ -160,13 +162,13 @@ def _is_vendors(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype is not torch.float32
 
 
-def _slots(count: int, n_out: int, found: Sequence[Adapter], gains: Sequence[Tensor | None]) -> Slots:
-    """The adapters side by side in whole pages."""
+def _slots(count: int, w: Tensor, found: Sequence[Adapter], gains: Sequence[Tensor | None]) -> Slots:
+    """The adapters side by side in whole pages; none at all gives the base."""
     ranks, scales, flags = [0] * count, [0.0] * count, [0] * count
     for row, (each, gain) in enumerate(zip(found, gains, strict=True)):
         ranks[each.slot], scales[each.slot] = len(each.a), each.scale
         flags[each.slot] = GAIN * (gain is not None) + BIAS * (each.own_bias is not None) + (row << ROW)
-    device = found[0].a.device
+    device, (n_out, n_in) = w.device, w.shape
     table, rank, scale, flag, generation = _tables(tuple(ranks), tuple(scales), tuple(flags), device)
     empty = _no_vectors(n_out, device)
     gain_rows = bias_rows = empty
@@ -175,6 +177,8 @@ def _slots(count: int, n_out: int, found: Sequence[Adapter], gains: Sequence[Ten
     if any(each.own_bias is not None for each in found):
         biases = (None if each.own_bias is None else with_lora_bias(None, each.own_bias, each.scale) for each in found)
         bias_rows = torch.stack([empty[0] if bias is None else bias.float() for bias in biases])
+    if not found:
+        return Slots(w.new_empty(0, n_in), w.new_empty(0, n_out), table, rank, scale, flag, empty, empty, generation)
     pads = [-len(each.a) % PAGE for each in found]
     a = torch.cat([F.pad(each.a, (0, 0, 0, pad)) if pad else each.a for each, pad in zip(found, pads, strict=True)])
     b = torch.cat([F.pad(each.b.t(), (0, 0, 0, pad)) if pad else each.b.t() for each, pad in zip(found, pads, strict=True)])
@@ -187,7 +191,7 @@ def _tables(
 ) -> tuple[Tensor, ...]:
     """table, rank, scale, flags and generation of `Slots`."""
     pages, first = [-(-r // PAGE) for r in ranks], 0
-    table = [[0] * max(pages) for _ in ranks]
+    table = [[0] * max(1, *pages) for _ in ranks]
     for row, count in zip(table, pages, strict=True):
         row[:count] = range(first, first + count)
         first += count
@@ -210,7 +214,7 @@ def _in_torch(
     x: Tensor, w: Tensor, bias: Tensor | None, layout: Layout, found: Sequence[Adapter], gains: Sequence[Tensor | None]
 ) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
-    y = F.linear(x, w, bias)
+    y: Tensor = _Rows.apply(x, w, bias, layout, ()) if x.dtype is torch.float32 else F.linear(x, w, bias)
     for each, gain in zip(found, gains, strict=True):
         rows = layout.rows[each.slot]
         wide = torch.promote_types(x.dtype, each.a.dtype)

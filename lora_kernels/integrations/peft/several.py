@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels.integrations.peft.bias import with_lora_bias
+from lora_kernels.integrations.peft.bias import base_bias, with_lora_bias
 from lora_kernels.integrations.peft.linear import WAYS, Way, cached_gain, input_refusal
 from lora_kernels.integrations.peft.state import ALORA_VARIANT, SEVERAL, read_state
 from lora_kernels.ops import lora_linear
@@ -59,7 +59,7 @@ def read_parts(layer: Any) -> Any:
         return f"adapters of {parts[0].a.dtype} and other dtypes are active together"
     if any(part.own_bias is not None for part in parts) and any(part.magnitude is not None for part in parts):
         return "lora_bias and DoRA are active together"
-    return w, base._parameters["bias"], parts
+    return w, base_bias(base), parts
 
 
 def run_several(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
