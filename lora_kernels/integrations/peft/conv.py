@@ -61,6 +61,8 @@ def read_conv(layer: Any) -> ConvState | str:
     base, all_a, all_b = children["base_layer"], children["lora_A"]._modules, children["lora_B"]._modules
     if not isinstance(base, _CONVOLUTIONS):
         return f"base_layer is {type_name(base)}"
+    if type(base._parameters.get("weight")) not in PLAIN:
+        return f"the base weight is {type_name(base._parameters.get('weight'))}"
     names = active_names(layer, all_a)
     if not names:
         return "no active adapter has weights here"
