@@ -83,6 +83,20 @@ def right(stock, x, times=3):
     return fused, report
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_real_size(form, dtype, use_dora):
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"conv": nn.Conv2d(64, 96, 3, padding=1)}).to(dtype)
+    stock = peft.get_peft_model(base, peft.LoraConfig(r=8, lora_alpha=12, target_modules=["conv"], use_dora=use_dora))
+    fill(stock)
+    x = torch.randn(2, 64, 24, 24, generator=torch.Generator().manual_seed(2)).to(dtype, memory_format=form)
+    layer = stock.base_model.model["conv"]
+    assert 2 * 96 * 24 * 24 > conv._SMALL
+    right(layer, x)
+
+
 def fused_of(stock):
     fused = copy.deepcopy(stock)
     fuse(fused)
