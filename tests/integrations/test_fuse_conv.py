@@ -21,7 +21,7 @@ IN, OUT = 6, 10
 
 @pytest.fixture(autouse=True)
 def no_layer_is_too_small(monkeypatch):
-    monkeypatch.setattr(conv, "SMALL_DORA", 0)
+    monkeypatch.setattr(conv, "dora_gradients_refusal", lambda x, w, magnitude: None)
 
 
 class Net(nn.Module):
@@ -168,17 +168,24 @@ def test_shapes_that_are_pefts_and_empty_ones():
     torch.testing.assert_close(found, theirs)
 
 
-def test_gradients_of_dora_on_a_small_weight_are_pefts(monkeypatch):
+def test_which_gradients_of_dora_are_pefts(monkeypatch):
     monkeypatch.undo()
-    stock = made(use_dora=True)
-    fused = fused_of(stock)
-    report = fuse(fused)
-    with torch.no_grad():
-        torch.testing.assert_close(fused(image()), stock(image()))
-    assert report.fallbacks() == {}
-    assert torch.equal(fused(image()), stock(image()))
-    reasons = {"gradients of DoRA on a small weight cost PEFT less": 1}
-    assert report.fallbacks() == {PREFIX + "conv": reasons}
+    small = "gradients of DoRA on a small convolution cost PEFT less"
+    for stock, x, reason in (
+        (made(use_dora=True), image(), small),
+        (made(use_dora=True), image(batch=1, size=160), None),
+        (made(use_dora=True, options={"kernel_size": 24}), image(size=25), None),
+        (made(dtype=torch.bfloat16, adapter_dtype=False, use_dora=True), image(dtype=torch.bfloat16, size=160),
+         "gradients of a 16-bit magnitude cost PEFT less"),
+    ):  # fmt: skip
+        fused = copy.deepcopy(stock)
+        report = fuse(fused)
+        with torch.no_grad():
+            fused(x)
+        assert report.fallbacks() == {}
+        y, wanted = fused(x), stock(x)
+        assert report.fallbacks() == ({PREFIX + "conv": {reason: 1}} if reason else {})
+        assert torch.equal(y, wanted) or not reason
 
 
 def test_several_adapters_and_their_states():
