@@ -32,6 +32,10 @@ def fuse(model: nn.Module, *, strict: bool = False, groups: bool = True) -> Fuse
     aLoRA's tokens have theirs from the invocation on. The output has PEFT's dtype; dropout masks
     are drawn by us.
 
+    PEFT's Embedding and Conv1d, Conv2d, Conv3d become such subclasses, too. They run on torch's ops
+    with fewer passes over the output, and keep DoRA's norm as the linear layers do. A LoRA head
+    over `trainable_token_indices` runs without the copy of W. PEFT's MultiheadAttention is left.
+
     Adapters added later to a fused layer are covered too. Modules that become LoRA layers later are
     PEFT's until `fuse` is called again; calling it twice does no harm. Layers of lora_kernels.nn
     are reported as fused. All or nothing: if anything raises, the model is as it was.

@@ -21,7 +21,7 @@ IN, OUT = 6, 10
 
 @pytest.fixture(autouse=True)
 def no_layer_is_too_small(monkeypatch):
-    monkeypatch.setattr(conv, "SMALL_DORA", 0)
+    monkeypatch.setattr(conv, "dora_gradients_refusal", lambda x, w, magnitude: None)
 
 
 class Net(nn.Module):
@@ -81,6 +81,20 @@ def right(stock, x, times=3):
     else:
         errs_as_stock(found, theirs, results(copy.deepcopy(stock).double(), x.double()), times)
     return fused, report
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_real_size(form, dtype, use_dora):
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"conv": nn.Conv2d(64, 96, 3, padding=1)}).to(dtype)
+    stock = peft.get_peft_model(base, peft.LoraConfig(r=8, lora_alpha=12, target_modules=["conv"], use_dora=use_dora))
+    fill(stock)
+    x = torch.randn(2, 64, 24, 24, generator=torch.Generator().manual_seed(2)).to(dtype, memory_format=form)
+    layer = stock.base_model.model["conv"]
+    assert 2 * 96 * 24 * 24 > conv._SMALL
+    right(layer, x)
 
 
 def fused_of(stock):
@@ -154,17 +168,24 @@ def test_shapes_that_are_pefts_and_empty_ones():
     torch.testing.assert_close(found, theirs)
 
 
-def test_gradients_of_dora_on_a_small_weight_are_pefts(monkeypatch):
+def test_which_gradients_of_dora_are_pefts(monkeypatch):
     monkeypatch.undo()
-    stock = made(use_dora=True)
-    fused = fused_of(stock)
-    report = fuse(fused)
-    with torch.no_grad():
-        torch.testing.assert_close(fused(image()), stock(image()))
-    assert report.fallbacks() == {}
-    assert torch.equal(fused(image()), stock(image()))
-    reasons = {"gradients of DoRA on a small weight cost PEFT less": 1}
-    assert report.fallbacks() == {PREFIX + "conv": reasons}
+    small = "gradients of DoRA on a small convolution cost PEFT less"
+    for stock, x, reason in (
+        (made(use_dora=True), image(), small),
+        (made(use_dora=True), image(batch=1, size=160), None),
+        (made(use_dora=True, options={"kernel_size": 24}), image(size=25), None),
+        (made(dtype=torch.bfloat16, adapter_dtype=False, use_dora=True), image(dtype=torch.bfloat16, size=160),
+         "gradients of a 16-bit magnitude cost PEFT less"),
+    ):  # fmt: skip
+        fused = copy.deepcopy(stock)
+        report = fuse(fused)
+        with torch.no_grad():
+            fused(x)
+        assert report.fallbacks() == {}
+        y, wanted = fused(x), stock(x)
+        assert report.fallbacks() == ({PREFIX + "conv": {reason: 1}} if reason else {})
+        assert torch.equal(y, wanted) or not reason
 
 
 def test_several_adapters_and_their_states():

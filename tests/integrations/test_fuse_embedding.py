@@ -82,6 +82,15 @@ def test_outputs_and_gradients(case, use_dora):
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
+def test_a_real_size(use_dora):
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"words": nn.Embedding(9000, 480)}).bfloat16()
+    stock = peft.get_peft_model(base, peft.LoraConfig(r=16, target_modules=["words"], use_dora=use_dora))
+    fill(stock)
+    right(stock.base_model.model["words"], torch.randint(9000, (2, 130), generator=torch.Generator().manual_seed(2)))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("options", [{"padding_idx": 3}, {"scale_grad_by_freq": True}], ids=str)
 def test_options_that_act_on_gradients(options, use_dora):
     right(made(options=options, use_dora=use_dora))

@@ -115,6 +115,39 @@ def test_unfuse_refuses_a_layer_whose_class_was_changed_since():
     assert everything(one) == before
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_every_kind_is_changed_or_none(monkeypatch, use_dora):
+    stock = model(target_modules=["words", "conv1", "conv2", "conv3", "a", "b"], net=EveryKind, use_dora=use_dora)
+    one, before = copy.deepcopy(stock), {name: type(m) for name, m in stock.named_modules()}
+    changed = [f"base_model.model.{name}" for name in ("words", "conv1", "conv2", "conv3", "a", "b")]
+    assert len(changed) == len(classes.KINDS) + 1, "a kind is not tried"
+    ids, state = torch.randint(5, (2, 3)), everything(one)
+    for act in (fuse, unfuse):
+        for call in range(1, len(changed) + 1):
+            with monkeypatch.context() as patch:
+                fails_at(patch, classes, "_set_class", call)
+                with pytest.raises(KeyboardInterrupt):
+                    act(one)
+            assert everything(one) == state
+            same(stock, one, ids)
+        act(one)
+        found = {name for name, m in one.named_modules() if type(m) is not before[name]}
+        assert found == (set(changed) if act is fuse else set())
+        state = everything(one)
+
+
+class EveryKind(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(5, 8)
+        self.conv1, self.conv2, self.conv3 = nn.Conv1d(3, 4, 3), nn.Conv2d(4, 6, 1), nn.Conv3d(6, 4, 1)
+        self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, ids):
+        x = self.conv2(self.conv1(self.words(ids))[..., None])
+        return self.b(self.a(self.conv3(x[..., None]).flatten(2)))
+
+
 class WithEmbedding(nn.Module):
     def __init__(self):
         super().__init__()

@@ -39,7 +39,8 @@ class Mixed(nn.Module):
 
 TARGETS = ["words", "conv", "attention", "plain", "own"]
 LEFT = {
-    "attention": "MultiheadAttention layers are not covered",
+    "attention": "MultiheadAttention layers are not covered: it merges its adapters into the weights within each call,"
+    " that of out_proj twice",
     "own": "base_layer is Own",
 }
 
@@ -83,6 +84,18 @@ def test_each_kind_of_layer_is_named_with_its_reason():
     errs_as_stock(found, plain, exact)
     unfuse(fused)
     assert {name: type(m) for name, m in fused.named_modules()} == before
+
+
+def test_why_attention_is_pefts():
+    """What its reason says: the adapter of out_proj acts twice there."""
+    stock = model(net=lambda: nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2)}), target_modules=["attention"])
+    layer = stock.base_model.model["attention"]
+    base, inner, x = layer.base_layer, layer.base_layer.out_proj, torch.randn(4, 1, 6)
+    plain = nn.MultiheadAttention(6, 2)
+    with torch.no_grad():
+        plain.in_proj_weight.copy_(base.in_proj_weight + layer.get_delta_weight("default"))
+        plain.out_proj.weight.copy_(inner.base_layer.weight + 2 * inner.get_delta_weight("default"))
+    torch.testing.assert_close(layer(x, x, x)[0], plain(x, x, x)[0])
 
 
 def test_a_classifier_head_that_is_trained_whole(tmp_path):

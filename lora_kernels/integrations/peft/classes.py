@@ -54,6 +54,7 @@ KINDS = (
     Kind(Embedding, FusedEmbedding, survey_embedding),
     *(Kind(stock, fused, survey_conv) for stock, fused in CONV_KINDS),
 )
+_LEFT = {"MultiheadAttention": "it merges its adapters into the weights within each call, that of out_proj twice"}
 FUSED = tuple(kind.fused for kind in KINDS)
 _KIND_OF = {cls: kind for kind in KINDS for cls in (kind.stock, kind.fused)}
 
@@ -66,7 +67,7 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 def class_refusal(layer: nn.Module) -> str | None:
     """Why the layer's class can never be changed; None if it can or was."""
     if type(layer) not in _KIND_OF:
-        return f"{type_name(layer)} layers are not covered"
+        return f"{type_name(layer)} layers are not covered" + (f": {why}" if (why := _LEFT.get(type_name(layer))) else "")
     held = "_old_forward" if "_hf_hook" in layer.__dict__ else "forward"
     if held in layer.__dict__ and not is_own(layer, held):
         return "its forward is replaced on the instance"

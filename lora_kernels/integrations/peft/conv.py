@@ -34,7 +34,8 @@ try:
 except ImportError as error:
     raise ImportError(f"lora_kernels cannot fuse the layers of peft {peft.__version__}: {error}") from error
 
-SMALL_DORA = 1 << 13  # elements of W from which its norm costs PEFT more than our gain costs us
+# elements of W, and of the output, below which PEFT's norm and passes cost less than our gain
+_SMALL_DORA, _FEW_OUTPUTS = 1 << 15, 1 << 17
 _SMALL = 1 << 15  # elements of y below which a pass over them costs less than one more op on B
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _DORA = {
@@ -61,6 +62,8 @@ def read_conv(layer: Any) -> ConvState | str:
     base, all_a, all_b = children["base_layer"], children["lora_A"]._modules, children["lora_B"]._modules
     if not isinstance(base, _CONVOLUTIONS):
         return f"base_layer is {type_name(base)}"
+    if type(base._parameters.get("weight")) not in PLAIN:
+        return f"the base weight is {type_name(base._parameters.get('weight'))}"
     names = active_names(layer, all_a)
     if not names:
         return "no active adapter has weights here"
@@ -106,8 +109,7 @@ def _forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
     if reason is None and x.dim() != state.base.weight.dim():
         reason = f"the input has {x.dim()} dimensions"
     elif reason is None and state.magnitude is not None and torch.is_grad_enabled():
-        small = state.base.weight.numel() < SMALL_DORA
-        reason = "gradients of DoRA on a small weight cost PEFT less" if small else None
+        reason = dora_gradients_refusal(x, state.base.weight, state.magnitude)
     if reason is not None:
         count_fallback(layer, reason)
         return None
@@ -123,6 +125,15 @@ def _forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
         y = _add(y if fresh else y.clone(), lora_a(drop(x)), lora_b, scale)
         fresh = True
     return y.to(dtype)
+
+
+def dora_gradients_refusal(x: Tensor, w: Tensor, magnitude: Tensor) -> str | None:
+    """Why a call of DoRA with gradients goes to PEFT's forward, which is faster on such sizes."""
+    if magnitude.dtype in (torch.bfloat16, torch.float16):
+        return "gradients of a 16-bit magnitude cost PEFT less"
+    outputs = x.numel() // max(x.shape[1], 1) * w.shape[0]
+    few = w.numel() < _SMALL_DORA and outputs < _FEW_OUTPUTS
+    return "gradients of DoRA on a small convolution cost PEFT less" if few else None
 
 
 def _dora(layer: Any, x: Tensor, base: Any, term: tuple[Any, Any, Any, Any], magnitude: Tensor) -> Tensor:

@@ -72,6 +72,8 @@ def read_embedding(layer: Any) -> EmbeddingState | str:
         return f"base_layer is {type_name(base)}"
     if base.max_norm is not None or base.sparse:
         return f"base_layer has {'sparse gradients' if base.sparse else 'max_norm, by which a call changes its weights'}"
+    if type(base._parameters.get("weight")) not in PLAIN:
+        return f"the base weight is {type_name(base._parameters.get('weight'))}"
     if layer.__dict__.get("input_fns"):
         return "the embedding is sharded by tensor parallelism"
     names = active_names(layer, all_a._parameters)
