@@ -97,6 +97,8 @@ class Op:
 
     def __call__(self, call: Any) -> Any:
         if torch.compiler.is_compiling() or _modes() or _functorch() is not None or not _are_plain_tensors(call[:4]):
+            if not torch.compiler.is_compiling() and _modes():
+                import_module("lora_kernels.ops.flops").tell_counters()
             if self._of_symbol is not None and isinstance(call.scale, Tensor):
                 return self._of_symbol(*call)
             return self._overload(*call)

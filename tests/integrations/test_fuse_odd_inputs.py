@@ -8,7 +8,6 @@ import torch
 from fuse_helpers import inputs, model
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import fuse
 
@@ -78,12 +77,6 @@ def watched(manager):
     return call
 
 
-def counted(one):
-    with FlopCounterMode(display=False) as counter:
-        one(inputs())
-    return torch.tensor(float(counter.get_total_flops()))
-
-
 ASKED = {
     "dual input": dual,
     "jvp": lambda one: torch.func.jvp(one, (inputs(),), (inputs().cos(),))[1],
@@ -101,7 +94,6 @@ ASKED = {
     "csr": lambda one: one(inputs().to_sparse_csr()),
     "mkldnn": lambda one: one(inputs().to_mkldnn()).to_dense(),
     "dispatch mode": watched(Watch),
-    "flops": counted,
     "saved on cpu": watched(torch.autograd.graph.save_on_cpu),
     "no_grad": watched(torch.no_grad),
     "by name": lambda one: one(x=inputs()),

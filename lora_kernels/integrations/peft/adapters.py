@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from lora_kernels.integrations.peft.hooks import EVERY, global_hooks_look_inside
 from lora_kernels.integrations.peft.state import PLAIN, type_name
 from lora_kernels.ops.lora_linear.op import FLOATS
 
@@ -57,7 +58,7 @@ def call_refusal(x: Any) -> str | None:
         return f"the input is {type_name(x)}"
     if _functorch_level() is not None or _tracing() is not None or forward_ad._current_level >= 0:
         return "a functional transform, a trace or forward-mode differentiation is under way"
-    return "a hook waits for the call of every module" if _has_any_global_hook() else None
+    return EVERY if _has_any_global_hook() and global_hooks_look_inside() else None
 
 
 def on_meta(tensors: Any) -> bool:

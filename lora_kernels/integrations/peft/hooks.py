@@ -9,10 +9,12 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
 from lora_kernels.integrations.gathered import execution_device
 
 HOOKED = "a hook waits for the call of base_layer, lora_A, lora_B or lora_dropout"
+EVERY = "a hook waits for the call of every module"
 FSDP1 = "FullyShardedDataParallel"
 _ACCELERATE = "accelerate.hooks"
 # file and function of the forward hooks of fully_shard and ZeRO-3
@@ -20,7 +22,24 @@ _GATHERING = (
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState."),
     ("deepspeed.runtime.zero.parameter_offload", "DeepSpeedZeRoOffload._register_deepspeed_module.<locals>."),
 )
+_TRACKER = ("torch.utils.module_tracker", "ModuleTracker")
 _NAMED_IN_PROFILES = ("deepspeed.utils.nvtx", "instrument_w_nvtx.<locals>.wrapped_fn")
+
+
+def global_hooks_look_inside() -> bool:
+    """Whether a global hook may want the calls of a layer's inner modules, or change what they
+    give.
+
+    Not ModuleTracker, which keeps the names of the modules that are being called, and not one whose
+    attribute `whole_lora_layers` is true.
+    """
+    for hooks in (_module._global_forward_pre_hooks, _module._global_forward_hooks):
+        for hook in hooks.values():
+            owner = type(getattr(hook, "__self__", None))
+            tracks = (owner.__module__, owner.__qualname__) == _TRACKER
+            if not tracks and getattr(hook, "whole_lora_layers", False) is not True:
+                return True
+    return bool(_module._global_backward_hooks or _module._global_backward_pre_hooks)
 
 
 def has_hooks(module: nn.Module) -> Any:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.integrations.peft.groups import KEY as SIBLINGS
-from lora_kernels.integrations.peft.hooks import FSDP1, HOOKED, has_hooks, moves_weights, plain_class
+from lora_kernels.integrations.peft.hooks import EVERY, FSDP1, HOOKED, has_hooks, moves_weights, plain_class
 from lora_kernels.integrations.peft.linear import WAYS, Linear, Way, input_refusal, other_way, run_fused
 from lora_kernels.integrations.peft.parallel import is_parallel, read_parallel, run_shards
 from lora_kernels.integrations.peft.state import read_state
@@ -29,6 +30,9 @@ def run_hooked(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     must run it."""
     if args or kwargs or torch.compiler.is_compiling():
         return HOOKED
+    # it would see calls of inner modules with the layer's input and output
+    if _has_any_global_hook():
+        return EVERY
     if is_parallel(layer):
         return run_shards(layer, x)
     # the dtypes of weights that are elsewhere are looked at inside

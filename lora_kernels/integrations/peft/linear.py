@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.integrations.peft.devices import NO_CPU_KERNELS, device_refusal
+from lora_kernels.integrations.peft.hooks import EVERY, global_hooks_look_inside
 from lora_kernels.integrations.peft.state import ARGUMENTS, PLAIN, read_state, type_name
 from lora_kernels.ops import NormCache, dora_gain, lora_linear, weight_norm
 from lora_kernels.ops.lora_linear.op import FLOATS
@@ -100,8 +101,8 @@ def input_refusal(layer: Linear, x: Tensor, state: Any) -> str | None:
             return f"the input is {type_name(x)}"
         if _functorch_level() is not None or _tracing() is not None or forward_ad._current_level >= 0:
             return "a functional transform, a trace or forward-mode differentiation is under way"
-        if _has_any_global_hook():
-            return "a hook waits for the call of every module"
+        if _has_any_global_hook() and global_hooks_look_inside():
+            return EVERY
     if x.dtype is not w.dtype or (x.dtype is not a.dtype and not layer.cast_input_dtype_enabled):
         same = (x.dtype is torch.float64) == (w.dtype is torch.float64)
         if not (torch.is_autocast_enabled(x.device.type) and x.dtype in FLOATS and same):
