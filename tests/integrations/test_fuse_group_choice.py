@@ -27,27 +27,26 @@ def models(monkeypatch):
     return alone, one
 
 
-def test_a_gpus_call_is_the_groups(models):
+@pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=pytest.mark.slow)])
+def test_a_gpus_call_is_the_groups(backend, models):
     """Simulated: the op that is called is the one that a GPU gets."""
     alone, one = models
     x, found = inputs(torch.bfloat16, rows=2), []
     expected = [y.detach() for y in alone(x, qkv)]
-    with torch.no_grad(), use_backend("triton", simulate=True):
+    with torch.no_grad(), use_backend(backend, simulate=True):
         decisions = explain(lambda: found.extend(one(x, qkv))).decisions
-        assert [(d.op, d.chosen) for d in decisions] == [("lora_linear_group_forward", "triton (simulated)")]
+        assert [(d.op, d.chosen) for d in decisions] == [("lora_linear_group_forward", f"{backend} (simulated)")]
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_gpu_trains_in_groups(backend, models):
+def test_a_gpu_trains_in_groups(models):
     alone, one = models
     x, found = inputs(torch.bfloat16), {}
     expected = results(alone, x, qkv)
-    with use_backend(backend, simulate=True):
+    with use_backend("triton", simulate=True):
         decisions = explain(lambda: found.update(results(one, x, qkv))).decisions
     ways = ["forward", "backward"]
-    assert [(d.op, d.chosen) for d in decisions] == [(f"lora_linear_group_{w}", f"{backend} (simulated)") for w in ways]
+    assert [(d.op, d.chosen) for d in decisions] == [(f"lora_linear_group_{w}", "triton (simulated)") for w in ways]
     for name, value in expected.items():
         if value is not None:
             assert (found[name].float() - value.float()).norm() <= 0.01 * value.float().norm(), name
