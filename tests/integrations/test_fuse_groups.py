@@ -322,6 +322,14 @@ def test_weights_that_come_with_the_layers_own_call():
     assert siblings(grouped).alone() == {"k is in a state that another op takes": 1}
 
 
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_a_bias_that_each_call_makes_anew_is_in_no_group(lora_bias):
+    alone, grouped = pair(lora_bias=lora_bias, target_modules=["q", "v"])
+    for seed in range(4):
+        assert torch.equal(grouped(inputs(seed=seed)), alone(inputs(seed=seed)))
+    assert len(siblings(grouped).groups()) == (not lora_bias) and siblings(grouped).alone() == {}
+
+
 def test_autocast_is_the_groups_too():
     alone, grouped = learnt()
     with torch.autocast("cpu", torch.bfloat16):
