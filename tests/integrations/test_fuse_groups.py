@@ -311,6 +311,25 @@ def test_replicas_leave_the_group_as_it_is():
     assert "lora_linear_group_forward" in ops(one, inputs()) and siblings(one).alone() == {}
 
 
+def test_weights_that_come_with_the_layers_own_call():
+    """As sharding has it: elsewhere and empty before."""
+    alone, grouped = learnt()
+    for one in (alone, grouped):
+        weight = block(one).k.base_layer.weight
+        whole, weight.data = weight.data, torch.empty(0)
+        block(one).k.register_forward_pre_hook(lambda m, args, w=weight, whole=whole: setattr(w, "data", whole))
+    assert torch.equal(grouped(inputs()), alone(inputs()))
+    assert siblings(grouped).alone() == {"k is in a state that another op takes": 1}
+
+
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_a_bias_that_each_call_makes_anew_is_in_no_group(lora_bias):
+    alone, grouped = pair(lora_bias=lora_bias, target_modules=["q", "v"])
+    for seed in range(4):
+        assert torch.equal(grouped(inputs(seed=seed)), alone(inputs(seed=seed)))
+    assert len(siblings(grouped).groups()) == (not lora_bias) and siblings(grouped).alone() == {}
+
+
 def test_autocast_is_the_groups_too():
     alone, grouped = learnt()
     with torch.autocast("cpu", torch.bfloat16):

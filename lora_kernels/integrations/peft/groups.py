@@ -317,14 +317,18 @@ def _is_plain(layer: Any, state: Any) -> bool:
     if type(state) is not tuple or len(state) != 7:
         return False
     base = layer._modules["base_layer"]._parameters
-    return state[0] is base["weight"] and state[1] is base["bias"]
+    own = state[0] is base["weight"] and state[1] is base["bias"]
+    return own and type(state[2]) is nn.Parameter and type(state[3]) is nn.Parameter
 
 
 def _goes_with(x: Tensor, layer: FusedLinear, state: tuple[Any, ...], other: FusedLinear, found: tuple[Any, ...]) -> bool:
     """Whether an input that is one layer's is the other's, too, and both outputs want a gradient or
-    neither."""
+    neither. A sharded weight has another shape until its own layer is called."""
     return (
-        found[0].dtype is state[0].dtype
+        found[0].shape[1:] == x.shape[-1:] == found[2].shape[1:]
+        and found[0].shape[:1] == found[3].shape[:1]
+        and found[3].shape[1:] == found[2].shape[:1]
+        and found[0].dtype is state[0].dtype
         and found[2].dtype is state[2].dtype
         and found[0].device == state[0].device
         and other.cast_input_dtype_enabled == layer.cast_input_dtype_enabled
