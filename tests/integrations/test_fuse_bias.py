@@ -8,6 +8,7 @@ import pytest
 import torch
 from fuse_helpers import LLAMA_LAYERS, errs_as_stock, fused_copy, inputs, llama, model, same, step, tokens
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+from torch import nn
 
 from lora_kernels import fuse
 
@@ -131,3 +132,13 @@ def test_dora_refuses_it_as_peft_does():
     fused = copy.deepcopy(stock)
     assert "lora_bias beside DoRA" in fuse(fused).left["base_model.model.a"]
     same(stock, fused, inputs())
+
+
+@pytest.mark.parametrize("names", [["default"], ["default", "other"]], ids=["one", "two"])
+def test_adapters_on_meta_are_left_and_fuse_does_not_raise(names):
+    config = peft.LoraConfig(r=4, target_modules=["0"], lora_bias=True)
+    one = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config, low_cpu_mem_usage=True)
+    for name in names[1:]:
+        one.add_adapter(name, config, low_cpu_mem_usage=True)
+    one.base_model.set_adapter(names)
+    assert "meta device" in fuse(one).left["base_model.model.0"]

@@ -25,7 +25,10 @@ def base_bias(base: Any) -> Tensor | None:
 
 def with_lora_bias(bias: Tensor | None, own: Tensor, scale: float | Tensor) -> Tensor:
     """bias + scale · own, [out], in float32 or wider, so that the layer's output alone is
-    rounded; both get their gradients."""
+    rounded; both get their gradients. Of an adapter that has yet to be loaded only its own
+    bias."""
+    if own.is_meta:
+        return own
     wide = torch.promote_types(own.dtype, torch.float32)
     own = own if own.dtype is wide else own.to(wide)
     if isinstance(scale, Tensor):
