@@ -2,11 +2,13 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, get_ident
 
 import pytest
 import torch
-from fuse_helpers import model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from fuse_helpers import model, pair
+from peft.tuners.lora.layer import Linear
 from torch import nn
 
 from lora_kernels import fuse
@@ -123,3 +125,32 @@ def test_two_threads_with_adapters_of_their_own_on_one_base():
     for found, expected in zip(in_threads(call), right, strict=True):
         assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
     assert not torch.equal(right[0][0], right[1][0])
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_a_thread_amid_a_call_with_hooks(use_dora, monkeypatch):
+    """For a call the forwards of hooked inner modules are others: another thread finds their own,
+    in them and in PEFT's forward, and its call of the layer waits."""
+    stock, one = pair(use_dora=use_dora)
+    layer, plain = one.base_model.model.a, stock.base_model.model.a
+    inner = ["base_layer", "lora_A.default", "lora_B.default"]
+    for name in inner:
+        add_hook_to_module(layer.get_submodule(name), AlignDevicesHook(execution_device="cpu"))
+    x, others, found = torch.randn(3, 24), torch.randn(5, 24), []
+    calls = (plain.base_layer, plain), (layer.base_layer, lambda t: Linear.forward(layer, t))
+    wanted, first = [call(others) for call in calls[0]], get_ident()
+    own, pool = AlignDevicesHook.pre_forward, ThreadPoolExecutor(2)
+
+    def amid(hook, module, *args, **kwargs):
+        if get_ident() == first and module is layer.get_submodule(inner[-1]):
+            found.extend(pool.submit(call, others).result() for call in calls[1])
+            found.append(pool.submit(layer, others))
+        return own(hook, module, *args, **kwargs)
+
+    monkeypatch.setattr(AlignDevicesHook, "pre_forward", amid)
+    for _ in range(2):
+        torch.testing.assert_close(layer(x), plain(x))
+        torch.testing.assert_close([*found[:2], found[2].result()], [*wanted, plain(others)])
+        found.clear()
+    pool.shutdown()
+    assert not any(fuse(one).fallbacks().values()) and fuse(one).left == {}

@@ -3,11 +3,16 @@
 PEFT calls the inner modules one after another. Here they are called inside one another, each with
 the layer's input, and the kernels run innermost, where all of the weights are. What runs around
 them must be known to leave input and output as they are (`hooks.moves_weights`).
+
+For the time of a call an inner module's forward is another. One thread at a time calls a layer so,
+and what others call meanwhile is the module's own.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from threading import RLock, get_ident
+from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.integrations.peft.groups import KEY as SIBLINGS
 from lora_kernels.integrations.peft.hooks import EVERY, FSDP1, HOOKED, has_hooks, moves_weights, plain_class
-from lora_kernels.integrations.peft.linear import WAYS, Linear, Way, input_refusal, other_way, run_fused
+from lora_kernels.integrations.peft.linear import WAYS, Linear, Way, input_refusal, other_way, run_fused, share_kept
 from lora_kernels.integrations.peft.parallel import is_parallel, read_parallel, run_shards
 from lora_kernels.integrations.peft.state import read_state
 from lora_kernels.nn.base import HOOKS
@@ -23,6 +28,8 @@ from lora_kernels.nn.flat_parameters import VIEWS, registered
 from lora_kernels.ops.lora_linear.layouts import is_strided
 
 _REPLACED = ("forward", "_old_forward", "_hf_hook")
+_GROUPS = ("lora_dropout", "lora_A", "lora_B", "lora_magnitude_vector")
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def run_hooked(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -36,19 +43,17 @@ def run_hooked(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     if is_parallel(layer):
         return run_shards(layer, x)
     # the dtypes of weights that are elsewhere are looked at inside
-    if reason := input_refusal(layer, x, (x, None, x)) or _refusal(layer, x):
+    if reason := input_refusal(layer, x, (x, None, x)):
         return reason
+    with _locks.setdefault(layer, RLock()):
+        return _refusal(layer, x) or _run_inside(layer, x)
 
+
+def _run_inside(layer: Any, x: Tensor) -> Tensor:
     def innermost(x: Tensor) -> Tensor:
-        # the weights of a sibling are not there
-        siblings = vars(layer).pop(SIBLINGS, None)
-        try:
-            with stripped(layer):
-                y = run_fused(layer, x, (), {})
-                return Linear.forward(layer, x) if y is None else y
-        finally:
-            if siblings is not None:
-                vars(layer)[SIBLINGS] = siblings
+        bare = _bare_layer(layer)
+        y = run_fused(bare, x, (), {})
+        return Linear.forward(bare, x) if y is None else y
 
     modules = [module for *_, module in _hooked(layer)]
     if x.dim() == 2 or not is_strided(x) or any(type(v).__name__ != "DoraLinearVariant" for v in layer.lora_variant.values()):
@@ -62,16 +67,17 @@ def read_hooked(layer: Any) -> Any:
     """The state inside the hooks, or a reason."""
     if is_parallel(layer):
         return read_parallel(layer)
-    if reason := _refusal(layer, None):
-        return reason
-    with stripped(layer):
-        state = read_state(layer)
-        return other_way(state, lambda way: state if way.read is None else way.read(layer))
+    with _locks.setdefault(layer, RLock()):
+        if reason := _refusal(layer, None):
+            return reason
+        bare = _bare_layer(layer)
+    state = read_state(bare)
+    return other_way(state, lambda way: state if way.read is None else way.read(bare))
 
 
 def run_views(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The output of a call whose weights are FSDP's views, or why PEFT must run it."""
-    with registered(layer):
+    with _locks.setdefault(layer, RLock()), registered(layer):
         y = run_fused(layer, x, args, kwargs)
     return Linear.forward(layer, x, *args, **kwargs) if y is None else y
 
@@ -85,17 +91,26 @@ def _refusal(layer: Any, x: Tensor | None) -> str | None:
     return None
 
 
-@contextmanager
-def stripped(layer: Any) -> Iterator[None]:
-    """Inside it the layer's inner modules have the same parameters and no hooks."""
-    places = list(_hooked(layer))
-    for modules, name, module in places:
+def _bare_layer(layer: Any) -> Any:
+    """The layer with the same parameters, and no hooks on its inner modules; alone, since the
+    weights of its siblings are not there."""
+    bare: Any = _copy(layer, type(layer))
+    vars(bare).pop(SIBLINGS, None)
+    children = vars(bare)["_modules"] = dict(layer._modules)
+    for group in _GROUPS:
+        copy = children[group] = _copy(layer._modules[group], type(layer._modules[group]))
+        vars(copy)["_modules"] = dict(copy._modules)
+    for modules, name, module in list(_hooked(bare)):
         modules[name] = _without_hooks(module)
-    try:
-        yield
-    finally:
-        for modules, name, module in places:
-            modules[name] = module
+    share_kept(layer, bare)
+    return bare
+
+
+def _copy(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """Another module with the same attributes."""
+    copy: nn.Module = cls.__new__(cls)
+    vars(copy).update(vars(module))
+    return copy
 
 
 def _hooked(layer: Any) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
@@ -103,7 +118,7 @@ def _hooked(layer: Any) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
     place."""
     children = layer._modules
     places = [(children, "base_layer")]
-    for group in ("lora_dropout", "lora_A", "lora_B", "lora_magnitude_vector"):
+    for group in _GROUPS:
         modules = children[group]._modules
         places += [(modules, name) for name in layer.active_adapters if name in modules]
     for modules, name in places:
@@ -114,9 +129,7 @@ def _hooked(layer: Any) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
 
 def _without_hooks(module: nn.Module) -> nn.Module:
     module = _wrapped(module)
-    cls = plain_class(module)
-    bare: nn.Module = cls.__new__(cls)
-    vars(bare).update(vars(module))
+    bare = _copy(module, plain_class(module))
     for hooks in HOOKS[:-1]:
         vars(bare)[hooks] = {}
     for attribute in _REPLACED:
@@ -132,11 +145,17 @@ def _call_inside(modules: list[nn.Module], x: Tensor, innermost: Callable[[Tenso
     """innermost(x) inside the calls of all modules: each one's forward is that of the next."""
     if not modules:
         return innermost(x)
-    first, rest = modules[0], modules[1:]
-    owner = vars(_wrapped(first))
+    first, rest, thread = modules[0], modules[1:], get_ident()
+    inner = _wrapped(first)
+    owner = vars(inner)
     slot = "_old_forward" if "_hf_hook" in owner else "forward"
     held = owner.get(slot)
-    owner[slot] = lambda x, *_, **__: _call_inside(rest, x, innermost)
+    own = MethodType(type(inner).forward, inner) if held is None else held
+
+    def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
+        return _call_inside(rest, x, innermost) if get_ident() == thread else own(x, *args, **kwargs)
+
+    owner[slot] = forward
     try:
         return first(x)
     finally:

@@ -92,10 +92,6 @@ def input_refusal(layer: Linear, x: Tensor, state: Any) -> str | None:
     """Why this input goes to PEFT's forward, which also raises its own error where it cannot take
     it."""
     w, a = state[0], state[2]
-    if NO_CPU_KERNELS or not x.is_cpu:
-        reason = device_refusal(x)
-        if reason is not None:
-            return reason
     if not _compiling():
         if type(x) not in PLAIN:
             return f"the input is {type_name(x)}"
@@ -103,6 +99,10 @@ def input_refusal(layer: Linear, x: Tensor, state: Any) -> str | None:
             return "a functional transform, a trace or forward-mode differentiation is under way"
         if _has_any_global_hook() and global_hooks_look_inside():
             return EVERY
+    if NO_CPU_KERNELS or not x.is_cpu:
+        reason = device_refusal(x)
+        if reason is not None:
+            return reason
     if x.dtype is not w.dtype or (x.dtype is not a.dtype and not layer.cast_input_dtype_enabled):
         same = (x.dtype is torch.float64) == (w.dtype is torch.float64)
         if not (torch.is_autocast_enabled(x.device.type) and x.dtype in FLOATS and same):
@@ -127,6 +127,12 @@ def count_fallback(layer: nn.Module, reason: str) -> None:
     """Notes that a call went to PEFT's forward."""
     if not _compiling():
         _fallbacks.setdefault(layer, Counter())[reason] += 1
+
+
+def share_kept(layer: nn.Module, other: nn.Module) -> None:
+    """Another module stands in for the layer: what is kept and counted is the layer's."""
+    _norms[other] = _norms.setdefault(layer, NormCache())
+    _fallbacks[other] = _fallbacks.setdefault(layer, Counter())
 
 
 def forget(layer: nn.Module) -> None:
