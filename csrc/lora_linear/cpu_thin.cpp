@@ -186,8 +186,8 @@ void expand_rows(const Expand& p, const From* from, To* to, const float* b, int6
       }
       with_count(count, [&](auto rows) {
         if constexpr (rows.value <= CR) {
-          expand_tile<rows.value>(p, from ? from + t * p.from.row + n : nullptr, to + t * p.to.row + n, b + n, b_row, p.h + t * p.rank,
-                                  p.gain.data ? gain + n : nullptr, p.bias.data ? bias + n : nullptr,
+          expand_tile<rows.value>(p, from ? from + t * p.from.row + n : nullptr, to + t * p.to.row + n, b + n, b_row,
+                                  p.h + t * p.rank, p.gain.data ? gain + n : nullptr, p.bias.data ? bias + n : nullptr,
                                   p.dropout.active() ? mask : nullptr, columns);
         }
       });

@@ -15,21 +15,24 @@ BLOCK = 256  # rows of W widened at a time: 4 MiB of float32 at 4096 columns
 PIECE = 2**22  # float32 numbers of the product of 16-bit weights that are there at a time
 CHUNK = 512  # tokens that are packed at a time: 8 MiB of float32 at 4096 columns
 
+_level = _cpu.level
 _rows: dict[tuple[str, torch.dtype], CpuRow] = {}
 
 
 def choice(dtype: torch.dtype) -> CpuRow:
     """The table's row for a dtype on the level in use."""
-    key = (_cpu.level(), dtype)
-    found = _rows.get(key)
-    if found is None:
-        found = _rows[key] = row_for(key[0], str(dtype)[6:], native=_is_native(*key))
-    return found
+    try:
+        return _rows[_level(), dtype]
+    except KeyError:
+        level = _level()
+        return _rows.setdefault((level, dtype), row_for(level, str(dtype)[6:], native=_is_native(level, dtype)))
 
 
 def _is_native(level: str, dtype: torch.dtype) -> bool:
     """Whether the library multiplies a dtype by instructions that our level lacks: float16 on Arm
     and by AVX512-FP16, bf16 on Arm. Of bf16 it says so of every AVX-512, too."""
+    if not torch.backends.mkldnn.is_available():  # as in the wheels for macOS
+        return False
     if dtype is torch.bfloat16:
         return level == "portable" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype is torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())

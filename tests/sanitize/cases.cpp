@@ -76,8 +76,18 @@ void expand(Case& c) {
     b.emplace(c.numbers, c.any_type(), rank, n_out, c.any_layout()), h.emplace(c.numbers, DType::f32, tokens, rank);
   const std::optional<Tensor> gain = c.vector(n_out), bias = c.vector(n_out);
   const Dropout dropout = c.dropout();
-  const Expand p{absent ? View{} : View(from), to ? *to : from, view_of(b), view_of(gain), view_of(bias), h ? h->floats() : nullptr,
-                 dropout, mask_from,       tokens,     n_out,         rank,          c.threads};
+  const Expand p{absent ? View{} : View(from),
+                 to ? *to : from,
+                 view_of(b),
+                 view_of(gain),
+                 view_of(bias),
+                 h ? h->floats() : nullptr,
+                 dropout,
+                 mask_from,
+                 tokens,
+                 n_out,
+                 rank,
+                 c.threads};
   c.run([&] { c.level->expand(p); });
   c.expect(to ? *to : from, "to", [&](int64_t t, int64_t n) {
     double sum = 0;
