@@ -115,6 +115,19 @@ def test_a_model_without_biases_gets_them_from_its_adapter():
     assert len(fuse(fused, strict=True).fused) == 2 * len(LLAMA_LAYERS)
 
 
+def test_one_on_the_meta_device_waits_to_be_loaded(tmp_path):
+    stock = biased()
+    stock.save_pretrained(str(tmp_path))
+    fused = fused_copy(stock)
+    fused.add_adapter("empty", peft.LoraConfig(lora_bias=True, target_modules=["a", "b"]), low_cpu_mem_usage=True)
+    fused.set_adapter("empty")
+    assert all("meta device; once they are loaded" in reason for reason in fuse(fused).left.values())
+    fused.load_adapter(str(tmp_path), "loaded", low_cpu_mem_usage=True)
+    fused.set_adapter("loaded")
+    same(stock, fused, inputs())
+    assert fuse(fused, strict=True).fallbacks() == {}
+
+
 def test_a_bias_of_lora_a_is_pefts():
     stock = biased()
     layer = stock.base_model.model.a

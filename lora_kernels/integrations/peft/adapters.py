@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from lora_kernels.integrations.peft.bias import ON_META as ON_META
 from lora_kernels.integrations.peft.hooks import EVERY, global_hooks_look_inside
 from lora_kernels.integrations.peft.state import PLAIN, type_name
 from lora_kernels.ops.lora_linear.op import FLOATS
 
-ON_META = "the adapter's weights are on the meta device; once they are loaded it runs on the kernels"
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
 

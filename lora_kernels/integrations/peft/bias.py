@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lora_kernels.nn.flat_parameters import constant
 
+ON_META = "the adapter's weights are on the meta device; once they are loaded it runs on the kernels"
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -14,7 +15,9 @@ def bias_refusal(lora_a: nn.Module, own: Any) -> str | None:
     """Why these biases are PEFT's; None where `with_lora_bias` has what they add."""
     if lora_a._parameters["bias"] is not None:
         return "lora_A has a bias"
-    return None if type(own) in _PLAIN else f"the bias of lora_B is {type(own).__name__}"
+    if type(own) not in _PLAIN:
+        return f"the bias of lora_B is {type(own).__name__}"
+    return ON_META if own.is_meta else None
 
 
 def base_bias(base: Any) -> Tensor | None:
