@@ -32,7 +32,7 @@ def dora_linear(
     Raises:
         TypeError, ValueError: as `lora_linear`; magnitude is checked as its gain.
     """
-    if _check_arguments(x, w, a, b, scale, bias, magnitude, 0.0, "peft", None, op="dora_linear"):
+    if _check_arguments(x, w, a, b, scale, bias, magnitude, 0.0, "peft", None, op="dora_linear") is False:
         rows, as_x = strided_input(x)
         y, norm = dora_linear(rows, w, a, b, magnitude, scale, bias)
         return as_x(y), norm

@@ -76,7 +76,7 @@ def lora_linear_group(
             return lora_linear_group(x.to(cast), members, dropouts, dropout_semantics)
     for i, (m, p) in enumerate(zip(members, dropouts, strict=True)):
         op = f"lora_linear_group: member {i}"
-        if _check_arguments(x, m.w, m.a, m.b, m.scale, m.bias, m.gain, p, dropout_semantics, m.seed, op=op):
+        if _check_arguments(x, m.w, m.a, m.b, m.scale, m.bias, m.gain, p, dropout_semantics, m.seed, op=op) is False:
             rows, as_x = strided_input(x)
             return tuple(map(as_x, lora_linear_group(rows, members, dropouts, dropout_semantics)))
     scales, flat = [], []

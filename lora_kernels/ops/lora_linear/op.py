@@ -86,12 +86,13 @@ def lora_linear(
         with without_autocast(x):
             w = w if w_scale is not None else w.to(cast)
             return lora_linear(x.to(cast), w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale)
-    if _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale):
+    strided = _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale)
+    if strided is False:
         rows, as_x = strided_input(x)
         return as_x(lora_linear(rows, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale))
     if isinstance(scale, Tensor):
         b, scale = scaled_b(b, scale, x), 1.0
-    factor: Any = traced_scale(scale) if _compiling() else scale
+    factor: Any = scale if strided is None else traced_scale(scale)
     drop_base = dropout > 0 and gain is not None and dropout_semantics == "peft"
     if dropout > 0:
         seed = draw_seed() if seed is None else seed
@@ -146,8 +147,8 @@ def check_kinds(op: str, scale: Any, **tensors: Any) -> None:
 
 
 def _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, seed, w_scale=None, op="lora_linear"):
-    """Raises what the ops document; True where x must first go through `strided_input`, and nothing
-    was checked."""
+    """Raises what the ops document; False where x must first go through `strided_input`, and
+    nothing was checked; None where a call while nothing compiles is plainly right."""
     # fast yes; anything else goes through the checks below
     if (
         valid_lora_linear is not None
@@ -161,10 +162,10 @@ def _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, 
         and not w.requires_grad
         and valid_lora_linear(x, w, a, b, bias, gain)
     ):
-        return False
+        return None
     check_kinds(op, scale, x=x, w=w, a=a, b=b, bias=bias, gain=gain, seed=seed, w_scale=w_scale)
     if not is_strided(x):
-        return True
+        return False
     # one look at each attribute: the check is a good part of what a small call costs
     if w.dim() != 2 or a.dim() != 2 or x.dim() < 1:
         raise ValueError(
@@ -221,7 +222,7 @@ def _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, 
         raise ValueError(f"{op}: seed must be one int64, found {seed.dtype} {list(seed.shape)}")
     if seed is not None and seed.device != device and seed.device.type != "cpu":
         raise ValueError(f"{op}: seed must be on {device} (x) or the CPU, found {seed.device}")
-    return False
+    return True
 
 
 def _wrong_shape(op, name, tensor, shape):
