@@ -259,7 +259,8 @@ class Siblings:
             if layer is not None and layer.__dict__.get(KEY) is self:
                 del layer.__dict__[KEY]
         self._layers, self._places, self._groups, self._chain = {}, {}, [], None
-        self._thread = _Thread()
+        # at the interpreter's end the module's own names are gone
+        self._thread = type(self._thread)()
         parent = None if self._parent is None else self._parent()
         if parent is not None:
             for hooks in (parent._forward_pre_hooks, parent._forward_hooks):
