@@ -68,5 +68,8 @@ KNOWN = {
 }
 """Tests that may fail on fused layers alone, with the reason."""
 
+CHEAPER = frozenset({"gradients of DoRA on a small weight cost PEFT less"})
+"""Reasons that are a choice, for PEFT's forward is the faster one: these calls do not count."""
+
 MINIMUM = 0.80
 """The share of the calls with arithmetic to do that must be fast."""
