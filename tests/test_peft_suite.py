@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from tests.peft_suite import __main__ as suite
-from tests.peft_suite.files import LEFT_OUT, RUN
+from tests.peft_suite.files import CHEAPER, LEFT_OUT, RUN
 
 TESTS = """
 import peft, pytest, torch
@@ -102,7 +102,12 @@ def test_a_known_difference_needs_no_run(source, monkeypatch):
 
 @pytest.mark.parametrize(
     "calls, failed, minimum, status",
-    [({"fast": 9, "a": 1}, [], 0.9, 0), ({"fast": 9, "a": 1}, [], 0.91, 1), ({"fast": 1}, ["x"], 0.5, 1), ({}, [], 0.1, 1)],
+    [
+        ({"fast": 9, "a": 1, **dict.fromkeys(CHEAPER, 5)}, [], 0.9, 0),
+        ({"fast": 9, "a": 1}, [], 0.91, 1),
+        ({"fast": 1}, ["x"], 0.5, 1),
+        ({}, [], 0.1, 1),
+    ],
 )
 def test_the_exit_status(monkeypatch, capsys, tmp_path, calls, failed, minimum, status):
     def run_tests(*_, stock=False):

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.peft_suite.files import KNOWN, LEFT_OUT, MINIMUM, RUN
+from tests.peft_suite.files import CHEAPER, KNOWN, LEFT_OUT, MINIMUM, RUN
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "peft_suite"
@@ -91,6 +91,12 @@ def failed_on_fused_alone(source: Path, failed: list[str]) -> list[str]:
     return [name for name in left if name not in stock.failed]
 
 
+def fast_share(calls: Counter[str]) -> float:
+    """The share of the fast ones among those that PEFT's forward does not compute faster."""
+    total = sum(count for how, count in calls.items() if how not in CHEAPER)
+    return calls[FAST] / total if total else 0.0
+
+
 def table(calls: Counter[str]) -> str:
     """A line for each reason, the most frequent first."""
     total = sum(calls.values())
@@ -117,7 +123,8 @@ def main() -> int:
             print(f"known to differ: {name}: {KNOWN[name]}")
     for name in alone:
         print(f"FAILED on fused layers alone: {name}")
-    share = outcome.calls[FAST] / max(1, total)
+    share = fast_share(outcome.calls)
+    print(f"Fast, but for those that PEFT's forward computes faster: {share:.1%}")
     below = not options.files and share < MINIMUM
     if below:
         print(f"FAILED: {share:.1%} of the calls are fast, wanted {MINIMUM:.0%}")

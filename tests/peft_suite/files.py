@@ -48,18 +48,28 @@ LEFT_OUT = {
     "test_xlora.py": _HUB,
 }
 
-_NAME = "it wants the class's name, which is FusedLinear"
+_NAME = "it wants the name of PEFT's class, not the fused one's"
+_STATUS = "tests/test_tuners_utils.py::TestModelAndLayerStatus"
 KNOWN = {
     "tests/test_custom_models.py::TestLayerRepr::test_repr_lora_linear": _NAME,
+    "tests/test_custom_models.py::TestLayerRepr::test_repr_lora_embedding": _NAME,
     "tests/test_custom_models.py::TestLayerRepr::test_repr_lora_conv1d": _NAME,
-    "tests/test_tuners_utils.py::TestModelAndLayerStatus::test_module_type_small": _NAME,
-    "tests/test_tuners_utils.py::TestModelAndLayerStatus::test_module_type_large": _NAME,
-    "tests/test_tuners_utils.py::TestModelAndLayerStatus::test_target_parameters_and_target_modules": _NAME,
+    "tests/test_custom_models.py::TestLayerRepr::test_repr_lora_conv2d": _NAME,
+    f"{_STATUS}::test_module_type_small": _NAME,
+    f"{_STATUS}::test_module_type_large": _NAME,
+    f"{_STATUS}::test_model_with_injected_layers": _NAME,
+    f"{_STATUS}::test_target_parameters_and_target_modules": _NAME,
+    "tests/test_helpers.py::TestDoraCaching::test_dora_caching_conv": (
+        "it looks for the norm in PEFT's cache, which fused layers do not fill"
+    ),
     "tests/test_initialization.py::TestLoraInitialization::test_lora_use_dora_linear": (
         "it wants float32 sums of 1000 products equal to 1e-8, whatever their order"
     ),
 }
 """Tests that may fail on fused layers alone, with the reason."""
 
-MINIMUM = 0.35
+CHEAPER = frozenset({"gradients of DoRA on a small weight cost PEFT less"})
+"""Reasons that are a choice, for PEFT's forward is the faster one: these calls do not count."""
+
+MINIMUM = 0.80
 """The share of the calls with arithmetic to do that must be fast."""
