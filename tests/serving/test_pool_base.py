@@ -1,14 +1,12 @@
-"""The base under a pool: weights that change, layers that are replaced, and quantised
-ones."""
+"""The base under a pool: weights that change, and layers that are replaced."""
 
 import copy
 import itertools
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_kernels.adapters import AdapterError
 from lora_kernels.ops.multi_lora import multi_lora
 from lora_kernels.serving import Adapter, AdapterPool, BaseChangedError, Factors, serve, unserve
 from tests.serving.pools import SIZES, alone, net, pool_of, random_adapter
@@ -310,122 +308,3 @@ def test_a_vocabulary_that_grows():
     with pytest.raises(BaseChangedError, match="at lm_head: the pages are for a weight"):
         pool.batch(["head"])
     AdapterPool(plain, capacity_bytes=8 << 20, slots=4)
-
-
-class Halved(Tensor):
-    """Stands for a weight that is quantised: of a kind of its own, with kernels of its own."""
-
-    @staticmethod
-    def __new__(cls, whole, **_):
-        return Tensor._make_wrapper_subclass(cls, whole.shape, dtype=whole.dtype)
-
-    def __init__(self, whole, opaque=False, broken=False):
-        self.half, self.opaque, self.broken = whole.half(), opaque, broken
-
-    def dequantize(self):
-        if self.opaque:
-            raise NotImplementedError("it is packed")
-        return self.half.to(self.dtype)
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.detach.default:
-            one = args[0]
-            return Halved(one.half.to(one.dtype), opaque=one.opaque, broken=one.broken)
-        raise NotImplementedError(f"Halved cannot {func}")
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is nn.functional.linear and not args[1].broken:
-            x, w, *bias = args
-            return nn.functional.linear(x, w.half.to(x.dtype), *bias)
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
-def quantised(**options):
-    model = net()
-    for name in SIZES:
-        layer = model.get_submodule(name)
-        layer.weight = nn.Parameter(Halved(layer.weight.data, **options), requires_grad=False)
-    return model
-
-
-def test_a_quantised_base_is_served():
-    """Its own product first, and the adapters' part added; DoRA's norm of what it dequantises
-    to."""
-    model, plain = quantised(), net().half().float()
-    pool = pool_of(model)
-    pool.load("dora", dora(0)), pool.load("lora", random_adapter(1))
-    x = torch.randn(3, 24)
-    y = serve(model, pool)(x, adapters=["dora", "lora", None])
-    for row, adapter in zip((0, 1, 2), (dora(0), random_adapter(1), None), strict=True):
-        torch.testing.assert_close(y[row], alone(plain, adapter, x)[row], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(unserve(model)(x), alone(plain, None, x), rtol=1e-4, atol=1e-4)
-
-
-def test_a_quantised_base_that_hides_its_weight():
-    model = quantised(opaque=True)
-    pool = pool_of(model)
-    with pytest.raises(AdapterError, match="DoRA needs the norm of W, which Halved hides: it is packed"):
-        pool.load("dora", dora(0))
-    pool.load("lora", random_adapter(1))
-    x = torch.randn(1, 24)
-    plain = net().half().float()
-    y = serve(model, pool)(x, adapters=["lora"])
-    torch.testing.assert_close(y, alone(plain, random_adapter(1), x), rtol=1e-4, atol=1e-4)
-
-
-def test_what_cannot_be_served_is_said_when_the_pool_is_made():
-    with pytest.raises(TypeError, match="AdapterPool: 0: the weight is a Halved, which no adapter can be served on: "):
-        pool_of(quantised(broken=True))
-
-    class Linear4bit(nn.Linear):
-        """As that of bitsandbytes: bytes, and a forward of its own."""
-
-        def __init__(self):
-            super().__init__(24, 40)
-            self.weight = nn.Parameter(torch.zeros(480, 1, dtype=torch.uint8), requires_grad=False)
-
-    model = nn.Sequential(Linear4bit(), nn.Linear(40, 16))
-    with pytest.raises(TypeError, match="AdapterPool: 0: Linear4bit holds its weight as torch.uint8"):
-        AdapterPool(model, capacity_bytes=1 << 20)
-    assert list(AdapterPool(model, capacity_bytes=1 << 20, modules=["1"]).sites) == ["1"]
-
-
-def test_a_base_that_is_quantised_below_its_pool():
-    model, pool = served_net()
-    model[0].weight = nn.Parameter(Halved(model[0].weight.data), requires_grad=False)
-    with pytest.raises(BaseChangedError, match="at 0: its weight was a Parameter, and is a"):
-        model(torch.randn(1, 24), adapters=["dora"])
-
-
-def test_torchao():
-    quantization = pytest.importorskip("torchao.quantization")
-    model = net()
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    plain = net()
-    with torch.no_grad():
-        for name in SIZES:
-            plain.get_submodule(name).weight.copy_(model.get_submodule(name).weight.dequantize())
-    pool = pool_of(model)
-    pool.load("dora", dora(0)), pool.load("lora", random_adapter(1))
-    x = torch.randn(3, 24)
-    y = serve(model, pool)(x, adapters=["dora", "lora", None])
-    for row, adapter in zip((0, 1, 2), (dora(0), random_adapter(1), None), strict=True):
-        torch.testing.assert_close(y[row], alone(plain, adapter, x)[row], rtol=1e-4, atol=1e-4)
-
-
-class Reader(nn.Sequential):
-    """As Mamba's mixers, whose kernels take the weight."""
-
-    def forward(self, x):
-        return nn.functional.linear(self[0](x).tanh(), self.last.weight)
-
-
-def test_a_weight_that_is_read_past_its_layer():
-    model = Reader(nn.Linear(24, 40))
-    model.last = nn.Linear(40, 16)
-    pool = AdapterPool(model, capacity_bytes=1 << 20, slots=4)
-    with pytest.raises(AdapterError, match="AdapterPool: last: Reader may compute with its weight without calling"):
-        pool.load("both", Adapter({"0": random_adapter(1).factors["0"], "last": random_adapter(1).factors["2"]}))
-    pool.load("first", random_adapter(1, modules=["0"]))
