@@ -72,7 +72,7 @@ KNOWN = {
 """Tests that may fail on fused layers alone, with the reason."""
 
 CHEAPER = " cost PEFT less"
-"""Ends reasons that are a choice, for PEFT's forward is the faster one: these calls do not count."""
+"""Ends reasons that are a choice, for PEFT's forward is faster there: such calls do not count."""
 
 MINIMUM = 0.80
 """The share of the calls with arithmetic to do that must be fast."""
