@@ -147,6 +147,14 @@ def test_dropout_draws_pefts_masks(use_dora):
     right(stock, image())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"kernel_size": 1, "bias": False}, {"groups": 2}], ids=str)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_lora_bias(dims, options, dtype):
+    fused, _ = right(made(dims, dtype, options=options, lora_bias=True), image(dims, dtype))
+    assert {"bias"} < {n.split(".")[-1] for n, p in fused.named_parameters() if p.grad is not None}
+
+
 def test_groups_and_other_layers_options():
     right(made(options={"groups": 2}), image())
     right(made(options={"padding": 1, "padding_mode": "reflect"}), image())
@@ -154,7 +162,6 @@ def test_groups_and_other_layers_options():
         assert fuse(made(options=options)).left == {PREFIX + "conv": reason}
     left = fuse(made(options={"padding": 1, "padding_mode": "reflect"}, use_dora=True)).left[PREFIX + "conv"]
     assert left.startswith("base_layer is Conv2d") and "reflect" in left
-    assert fuse(made(lora_bias=True)).left == {PREFIX + "conv": "lora_bias adds a bias to lora_B"}
 
 
 def test_shapes_that_are_pefts_and_empty_ones():

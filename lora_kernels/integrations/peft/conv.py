@@ -1,10 +1,11 @@
 """PEFT's convolutions with a forward of few passes over their output:
 
-    y = gain ⊙ (W * x + scaling · B (A * drop(x))) + bias                                        (1)
+    y = gain ⊙ (W * x + scaling · (B (A * drop(x)) + c)) + bias                                  (1)
 
-The product with B is added in place, on the layout that the convolution gave, and 1×1 convolutions
-are no exception. DoRA's norm is that of W and A flattened to [out, in · window] and [r, in ·
-window]: BA is not formed, and the norm is kept as that of a linear layer is.
+with c the bias of lora_B, LoRA's alone. The product with B is added in place, on the layout that
+the convolution gave, and 1×1 convolutions are no exception. DoRA's norm is that of W and A
+flattened to [out, in · window] and [r, in · window]: BA is not formed, and the norm is kept as that
+of a linear layer is.
 """
 
 from typing import Any, NamedTuple
@@ -74,14 +75,17 @@ def read_conv(layer: Any) -> ConvState | str:
             return f"lora_A and lora_B are {type_name(lora_a)} and {type_name(lora_b)}, or a hook waits for lora_B"
         if refusal := factors_refusal(lora_a._parameters.get("weight"), lora_b._parameters.get("weight")):
             return refusal
-        if lora_b._parameters["bias"] is not None:
-            return "lora_bias adds a bias to lora_B"
+        own_bias = lora_b._parameters["bias"]
+        if own_bias is not None and type(own_bias) not in PLAIN:
+            return f"the bias of lora_B is {type_name(own_bias)}"
         if _window(lora_a) != _window(base):
             return "lora_A and base_layer have different windows"
         terms.append((lora_a, lora_b, drop, layer.scaling[name]))
         variant = layer.lora_variant.get(name)
         if variant is None:
             continue
+        if own_bias is not None:
+            return "lora_bias beside DoRA, whose norm would hold it"
         dora = children["lora_magnitude_vector"]._modules.get(name)
         if type(dora) is not _DORA.get(type(variant)) or has_hooks(dora):
             return f"{type_name(variant)} is not covered"
@@ -124,6 +128,8 @@ def _forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
         x = layer._cast_input_dtype(x, lora_a.weight.dtype)
         y = _add(y if fresh else y.clone(), lora_a(drop(x)), lora_b, scale)
         fresh = True
+        if lora_b.bias is not None:
+            y.add_(lora_b.bias.mul(scale).to(y.dtype).view(-1, *(1,) * (y.dim() - 2)))
     return y.to(dtype)
 
 
