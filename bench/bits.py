@@ -78,4 +78,5 @@ def compare(before: Path, after: Path) -> int:
 
 
 if __name__ == "__main__":
+
     sys.exit(compare(*map(Path, sys.argv[1:3])))

@@ -1,6 +1,6 @@
 """Fine-tunes a causal language model with LoRA and TRL's SFTTrainer, on the kernels.
 
-python examples/finetune_sft.py MODEL DATA OUT   DATA: JSON of "text" or "prompt", "completion"
+    python examples/finetune_sft.py MODEL DATA OUT   DATA: JSON of "text" or "prompt", "completion"
 """
 
 import sys
@@ -17,12 +17,7 @@ trainer = SFTTrainer(
     model=name,
     train_dataset=load_dataset("json", data_files=data, split="train"),
     args=SFTConfig(
-        out,
-        num_train_epochs=1,
-        per_device_train_batch_size=4,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
+        out, num_train_epochs=1, per_device_train_batch_size=4, logging_steps=1, report_to=[], save_strategy="no",
         bf16=torch.cuda.is_available(),
     ),  # fmt: skip
     peft_config=peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"),

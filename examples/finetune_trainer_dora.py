@@ -1,6 +1,6 @@
 """Fine-tunes a causal language model with DoRA and transformers' Trainer, on the kernels.
 
-python examples/finetune_trainer_dora.py MODEL TEXT OUT   TEXT: a file, one example a line
+    python examples/finetune_trainer_dora.py MODEL TEXT OUT   TEXT: a file, one example a line
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Fine-tunes a causal language model with DoRA without PEFT; the files are PEFT's all the same.
 
-python examples/finetune_without_peft.py MODEL TEXT OUT   TEXT: a file, one example a line
+    python examples/finetune_without_peft.py MODEL TEXT OUT   TEXT: a file, one example a line
 """
 
 import sys

@@ -26,7 +26,6 @@ def planted(p, name):
 
 def run(folder, shapes, op=None, clock=None):
     """tune() with calls that only say what they are and a clock that asks `planted`."""
-
     def calls(p):
         return {name: lambda name=name: (p, name) for name in (*cost.NAMES[p.direction], bench.BASE)}
 

@@ -95,7 +95,7 @@ def deterministic_mode_checks(setting: Setting) -> Iterator[Check]:
         for dtype in [BF16] if setting.dry else DTYPES:
             yield f"weight_norm r {r} {str(dtype)[6:]}", partial(check_weight_norm, setting, r, dtype)
             yield f"merged_weight r {r} {str(dtype)[6:]}", partial(check_merged_weight, setting, r, dtype)
-    for kind in [nn.DoRALinear] if setting.tiny else [nn.LoRALinear, nn.DoRALinear]:
+    for kind in ([nn.DoRALinear] if setting.tiny else [nn.LoRALinear, nn.DoRALinear]):
         for dtype in [BF16] if setting.dry else DTYPES:
             yield f"nn.{kind.__name__} {str(dtype)[6:]}", partial(check_layer, setting, kind, dtype)
     for rows in (5,) if setting.dry else (1, 5, 64, 300):

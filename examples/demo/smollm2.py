@@ -46,7 +46,9 @@ def packaged_file(name: str, version: str, suffix: str) -> Path:
     try:
         files = metadata.distribution(name).files or []
     except metadata.PackageNotFoundError:
-        raise MissingPackageError(f"the demo needs the package {name}, which is not installed; run: {command}") from None
+        raise MissingPackageError(
+            f"the demo needs the package {name}, which is not installed; run: {command}"
+        ) from None
     for file in files:
         path = Path(str(file.locate()))
         if str(file).endswith(suffix) and path.is_file():

@@ -255,7 +255,9 @@ def short_key(key: Any) -> str:
 def _check_depth(values: Any, path: Path) -> None:
     level = [values]
     for _ in range(_MAX_JSON_DEPTH):
-        level = [inner for v in level if isinstance(v, dict | list) for inner in (v.values() if isinstance(v, dict) else v)]
+        level = [
+            inner for v in level if isinstance(v, dict | list) for inner in (v.values() if isinstance(v, dict) else v)
+        ]
         if not level:
             return
     raise AdapterError(f"{path}: JSON is nested deeper than {_MAX_JSON_DEPTH}")

@@ -65,5 +65,7 @@ def what_is_there(folder: Path) -> str:
             return f" ({pickle.name}: is a pickle, which can run code when read; save the adapter as safetensors)"
     others = sorted(path.name for path in folder.glob("*.safetensors") if path.name != WEIGHTS_NAME)
     if others:
-        return f" ({others[0]} alone is diffusers' or kohya's form: load it with diffusers (load_lora_weights), then {_SAVE})"
+        return (
+            f" ({others[0]} alone is diffusers' or kohya's form: load it with diffusers (load_lora_weights), then {_SAVE})"
+        )
     return ""

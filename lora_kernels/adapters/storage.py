@@ -96,7 +96,9 @@ def _unreadable(path: Path, error: OSError) -> AdapterError:
     return AdapterError(f"{path}: cannot be read: {error.strerror or error}")
 
 
-def _open_once(folder: Path, names: Sequence[str], stack: ExitStack) -> tuple[list[tuple[BufferedReader, int]], bool]:
+def _open_once(
+    folder: Path, names: Sequence[str], stack: ExitStack
+) -> tuple[list[tuple[BufferedReader, int]], bool]:
     """The files, and whether they are of one save: the first is still where it was found once the
     last is open, and no save puts a file back."""
     where: int | None = None

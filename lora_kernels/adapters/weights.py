@@ -53,7 +53,9 @@ def check_finite(key: str, tensor: Tensor, where: str) -> None:
             raise AdapterError(f"{where}: {key} has {wrong} of {tensor.numel()} values that are not finite")
 
 
-def read_tensors(path: Path, slots: Mapping[str, Slot], opened: tuple[BufferedReader, int] | None = None) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, slots: Mapping[str, Slot], opened: tuple[BufferedReader, int] | None = None
+) -> dict[str, Tensor]:
     """The tensors of a safetensors file, which must be those of `slots`; nothing is allocated
     before that is known. `opened` is the file with its size, if it is open already."""
     if opened is None:

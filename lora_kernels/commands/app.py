@@ -76,7 +76,9 @@ def tune(
     raise typer.Exit(tuner.tune(seconds, dtype, rank, layer or []))
 
 
-@app.command("serve-demo", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@app.command(
+    "serve-demo", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
 def serve_demo(context: typer.Context) -> None:
     """Many adapters over one model, beside PEFT's ways; needs a checkout of the repository.
     serve-demo --help: its options."""

@@ -243,7 +243,9 @@ class AdapterLayer(nn.Module):
             error_msgs.append(f"{prefix or self._class_name()} is merged: call unmerge() before load_state_dict()")
             return
         with changing(self):
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
 
     def _adapter_repr(self) -> str:
         text = f"r={self.r}, lora_alpha={self.lora_alpha:g}, scaling={self.scaling:g}"

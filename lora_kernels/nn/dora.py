@@ -66,7 +66,8 @@ class DoRALinear(LoRALinear):
             raise TypeError(f"{cls.__name__}: detach_norm must be True or False, found {detach_norm!r}")
         if dropout_semantics not in DROPOUT_SEMANTICS:
             raise ValueError(
-                f"{cls.__name__}: dropout_semantics must be one of {', '.join(DROPOUT_SEMANTICS)}, found {dropout_semantics!r}"
+                f"{cls.__name__}: dropout_semantics must be one of {', '.join(DROPOUT_SEMANTICS)},"
+                f" found {dropout_semantics!r}"
             )
 
     def _add_adapter(self, linear: nn.Linear, *options: Any) -> Self:

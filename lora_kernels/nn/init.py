@@ -52,7 +52,9 @@ def _check_pair(layer: str, init: tuple[Any, ...], r: int, weight: Tensor) -> tu
     n_out, n_in = weight.shape
     for name, tensor, shape in (("A", init[0], (r, n_in)), ("B", init[1], (n_out, r))):
         if tensor.shape != shape:
-            raise ValueError(f"{layer}: init_lora_weights: {name} must have shape {list(shape)}, found {list(tensor.shape)}")
+            raise ValueError(
+                f"{layer}: init_lora_weights: {name} must have shape {list(shape)}, found {list(tensor.shape)}"
+            )
         if not tensor.is_floating_point():
             raise TypeError(f"{layer}: init_lora_weights: {name} must be floating, found {tensor.dtype}")
         if not tensor.is_meta and not bool(tensor.isfinite().all()):

@@ -1,5 +1,6 @@
 """What the C++ kernels are told of a tensor: its address, shape, strides and dtype."""
 
+
 import torch
 from torch import Tensor
 

@@ -34,6 +34,7 @@ CLOCKS = {"%clock": 32, "%clock64": 64, "%globaltimer": 64, "%globaltimer_lo": 3
 NOTHING = ("prefetch", "prefetchu", "discard", "applypriority")
 
 
+
 class Decoded:
     """A kernel that can be launched: `program` is the simulator's, `parameters` say where the
     arguments go."""

@@ -13,7 +13,9 @@ WIDTH = {
 }  # fmt: skip
 GAP = 256  # bytes around a variable that belong to nobody
 _VARIABLE = re.compile(r"(?m)^\s*(?:\.(?:visible|weak|common)\s+)*\.(global|const)\b([^;]*);")
-_DECLARED = re.compile(r"(?:\s*\.align\s+(\d+))?\s*(?:\.v([24]))?\s*\.(\w+)\s+([\w$.]+)((?:\[\d+\])*)\s*(?:=\s*(.*))?", re.S)
+_DECLARED = re.compile(
+    r"(?:\s*\.align\s+(\d+))?\s*(?:\.v([24]))?\s*\.(\w+)\s+([\w$.]+)((?:\[\d+\])*)\s*(?:=\s*(.*))?", re.S
+)
 _FUNCTION = re.compile(r"\.func\b\s*(?:\(([^)]*)\)\s*)?([\w$]+)\s*(?:\(([^)]*)\))?([^{};]*)\{")
 
 

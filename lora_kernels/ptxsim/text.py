@@ -8,7 +8,6 @@ from lora_kernels.ptxsim.module import WIDTH, Function, Unsupported, Variable, f
 
 __all__ = ["WIDTH", "Kernel", "Parameter", "Statement", "Unsupported", "parse", "split"]
 
-
 @dataclass
 class Statement:
     """One instruction: `@!%p add.s32 %r1, %r2, 3` is guard "!%p", opcode "add.s32" and three
@@ -64,7 +63,9 @@ def parse(text: str, entry: str | None = None) -> Kernel:
     called = functions(clean)
     body = clean[head.end() : end] + "".join(clean[each.begin :].split("\n}", 1)[0] for each in called.values())
     kernel.variables = variables(clean, body)
-    for found in re.finditer(r"(?m)^\s*(?:\.(?:visible|weak|extern|common)\s+)*(\.shared\b[^;]*);", clean[: head.start()]):
+    for found in re.finditer(
+        r"(?m)^\s*(?:\.(?:visible|weak|extern|common)\s+)*(\.shared\b[^;]*);", clean[: head.start()]
+    ):
         name = re.search(r"([\w$.]+)(?:\[\d*\])*\s*$", found.group(1))
         # others are another kernel's
         if name and re.search(rf"(?<![\w$.]){re.escape(name[1])}(?![\w$])", body):

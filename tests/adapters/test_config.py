@@ -272,7 +272,9 @@ def test_patterns_that_hang_re_are_simply_matched(pattern):
     ],
     ids=lambda value: value[:12],
 )
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"])
+@pytest.mark.parametrize(
+    "field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
+)
 def test_a_pattern_is_refused_by_name_in_every_field(field, pattern, says):
     model = nn.ModuleDict({"a" * 36: nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(2, 2)})])})
     values = {field: {pattern: 4} if field in ("rank_pattern", "alpha_pattern") else pattern}

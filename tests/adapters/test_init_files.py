@@ -133,7 +133,9 @@ def test_a_file_of_one_kind_is_not_taken_by_layers_of_another(of, into, tmp_path
 @pytest.mark.parametrize("into", ["base", "layers"])
 def test_a_drawn_file_of_peft_is_refused_with_the_way_that_works(into, tmp_path):
     torch.manual_seed(5)
-    theirs = peft.get_peft_model(net(), peft.LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights="pissa_niter_4"))
+    theirs = peft.get_peft_model(
+        net(), peft.LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights="pissa_niter_4")
+    )
     theirs.save_pretrained(tmp_path / "start")
     trained(theirs)
     theirs.save_pretrained(tmp_path / "drawn")

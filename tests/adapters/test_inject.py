@@ -46,7 +46,9 @@ def small(kind):
     config = transformers.LlamaConfig(
         vocab_size=32, num_key_value_heads=1, attention_bias=True, tie_word_embeddings=False, pad_token_id=0, **sizes
     )
-    return (transformers.LlamaForSequenceClassification if kind == "classifier" else transformers.LlamaForCausalLM)(config)
+    return (transformers.LlamaForSequenceClassification if kind == "classifier" else transformers.LlamaForCausalLM)(
+        config
+    )
 
 
 def pefts(model, values):
@@ -181,7 +183,9 @@ class Snapshot:
 
     @staticmethod
     def snapshot(model):
-        modules = {n: (id(m), type(m), m.training, set(vars(m))) for n, m in model.named_modules(remove_duplicate=False)}
+        modules = {
+            n: (id(m), type(m), m.training, set(vars(m))) for n, m in model.named_modules(remove_duplicate=False)
+        }
         tensors = {
             name: (id(t), t.data_ptr(), t.dtype, t.requires_grad, bytes(t.detach().clone().untyped_storage()))
             for name, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]

@@ -40,9 +40,7 @@ def code(text, kernel="k"):
 
 
 def test_the_loop_with_the_most_matrix_instructions():
-    loop = main_loop(
-        code(
-            textwrap.dedent("""\
+    loop = main_loop(code(textwrap.dedent("""\
         .L_few:
         HMMA.16816.F32 R0, R0, R0, R0
         @P0 BRA `(.L_few)
@@ -56,17 +54,13 @@ def test_the_loop_with_the_most_matrix_instructions():
         BRA.U !UP0, `(.L_outer)
         EXIT
         .L_trap:
-        BRA `(.L_trap)""")
-        )
-    )
+        BRA `(.L_trap)""")))
     assert loop == MainLoop("HMMA", 2, 6, copies=1)
 
 
 def test_the_inner_of_two_loops():
     """As in a persistent kernel, whose tiles end with the adapter's product."""
-    loop = main_loop(
-        code(
-            textwrap.dedent("""\
+    loop = main_loop(code(textwrap.dedent("""\
         .L_tile:
         NOP
         .L_depth:
@@ -74,16 +68,12 @@ def test_the_inner_of_two_loops():
         @P0 BRA `(.L_depth)
         HMMA.16816.F32 R0, R0, R0, R0
         @P1 BRA `(.L_tile)
-        EXIT""")
-        )
-    )
+        EXIT""")))
     assert loop == MainLoop("HMMA", 1, 2, copies=0)
 
 
 def test_a_jump_back_from_behind_the_end_is_no_loop():
-    loop = main_loop(
-        code(
-            textwrap.dedent("""\
+    loop = main_loop(code(textwrap.dedent("""\
         HMMA.16816.F32 R0, R0, R0, R0
         HMMA.16816.F32 R0, R0, R0, R0
         @P1 BRA `(.L_wait)
@@ -95,16 +85,12 @@ def test_a_jump_back_from_behind_the_end_is_no_loop():
         EXIT
         .L_wait:
         NOP
-        BRA `(.L_back)""")
-        )
-    )
+        BRA `(.L_back)""")))
     assert loop == MainLoop("HMMA", 1, 2, copies=0)
 
 
 def test_what_waits_behind_the_loop_belongs_to_it_and_is_no_copy():
-    loop = main_loop(
-        code(
-            textwrap.dedent("""\
+    loop = main_loop(code(textwrap.dedent("""\
         BSSY B0, `(.L_after)
         .L_loop:
         UTCHMMA gdesc[UR14], gdesc[UR16], tmem[UR8]
@@ -120,9 +106,7 @@ def test_what_waits_behind_the_loop_belongs_to_it_and_is_no_copy():
         .L_wait:
         SYNCS.PHASECHK.TRANS64.TRYWAIT P5, [UR13], R28
         @!P5 BRA `(.L_wait)
-        BRA `(.L_back)""")
-        )
-    )
+        BRA `(.L_back)""")))
     assert loop == MainLoop("UTCHMMA", 1, 8, copies=0)
 
 
@@ -359,14 +343,12 @@ def test_the_command(tmp_path):
     if MATMUL.kernel.missing("sm_80"):
         pytest.skip(MATMUL.kernel.missing("sm_80"))
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "configurations.py").write_text(
-        textwrap.dedent("""
+    (tmp_path / "mine" / "configurations.py").write_text(textwrap.dedent("""
         from dataclasses import replace
         from lora_kernels.testing.gates import Change
         from tests.gates.configurations import GATES
         GATES = [replace(GATES[-1], rows={"sm_90": Change(per=2)}, without={"sm_86 sm_89 sm_100 sm_120": "not asked"})]
-    """)
-    )
+    """))
     command = [sys.executable, "-m", "lora_kernels.testing.gates", "mine", "--jobs", "1"]
     places = os.pathsep.join([str(tmp_path), str(HERE.parents[1])])
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": places}, capture_output=True, text=True)

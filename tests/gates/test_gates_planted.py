@@ -74,7 +74,7 @@ def test_a_copy_loop_that_is_not_unrolled(tmp_path, arch):
 
 def test_a_matrix_loop_that_is_not_unrolled(tmp_path):
     loop = "for (int kk = 0;"
-    kernel = edited(tmp_path, "matmul.cu", loop, f'_Pragma("unroll 1") {loop}')
+    kernel = edited(tmp_path, "matmul.cu", loop, f"_Pragma(\"unroll 1\") {loop}")
     found, _ = faults(kernel, "sm_80", MATMUL.budget("sm_80"))
     assert "main loop: 8 HMMA of the 16 wanted, so it is not unrolled" in found
 

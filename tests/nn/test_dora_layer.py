@@ -200,7 +200,9 @@ CHANGES = {
     "weight.data": lambda layer: setattr(layer.weight, "data", layer.weight.data * 3),
     "another weight": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight * 3, requires_grad=False)),
     "cast": to_and_fro,
-    "vector_to_parameters": lambda layer: nn.utils.vector_to_parameters(torch.arange(66.0) / 50, [layer.lora_A, layer.lora_B]),
+    "vector_to_parameters": lambda layer: nn.utils.vector_to_parameters(
+        torch.arange(66.0) / 50, [layer.lora_A, layer.lora_B]
+    ),
 }
 
 

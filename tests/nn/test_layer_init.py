@@ -16,7 +16,9 @@ CHANGES_BASE = ("pissa", "olora")
 def pefts(base, init, r, use_dora=False):
     """PEFT's adapter of a base layer, as get_peft_model leaves it: float32 over a 16-bit base."""
     model = nn.ModuleDict({"q": base})
-    config = peft.LoraConfig(r=r, lora_alpha=6, init_lora_weights=init, use_dora=use_dora, target_modules=["q"], bias="none")
+    config = peft.LoraConfig(
+        r=r, lora_alpha=6, init_lora_weights=init, use_dora=use_dora, target_modules=["q"], bias="none"
+    )
     model.forward = lambda x: model["q"](x)
     wrapped = peft.get_peft_model(model, config)
     layer = wrapped.base_model.model["q"]

@@ -72,7 +72,9 @@ LORA_LINEAR = [
 ]
 
 
-@pytest.mark.parametrize("error, changed, message", LORA_LINEAR, ids=lambda v: None if isinstance(v, type) else str(v)[:50])
+@pytest.mark.parametrize(
+    "error, changed, message", LORA_LINEAR, ids=lambda v: None if isinstance(v, type) else str(v)[:50]
+)
 def test_lora_linear(error, changed, message):
     with pytest.raises(error, match="^lora_linear: " + message):
         lora_linear(**arguments(**changed))
@@ -96,7 +98,9 @@ WEIGHT_NORM = [
 ]
 
 
-@pytest.mark.parametrize("error, changed, message", WEIGHT_NORM, ids=lambda v: None if isinstance(v, type) else str(v)[:50])
+@pytest.mark.parametrize(
+    "error, changed, message", WEIGHT_NORM, ids=lambda v: None if isinstance(v, type) else str(v)[:50]
+)
 def test_weight_norm(error, changed, message):
     call = arguments(**changed)
     call.pop("x")

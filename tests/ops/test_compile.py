@@ -58,7 +58,9 @@ def test_opcheck_weight_norm(backend, dtype):
     check(OPS.weight_norm_backward.default, (torch.ones(20), n, p.w, p.a, p.b, 1.5, [True, True]))
 
 
-@pytest.mark.parametrize("needs", [[False] * 5, [True, False, True, False, True], [False, True, False, True, False]], ids=str)
+@pytest.mark.parametrize(
+    "needs", [[False] * 5, [True, False, True, False, True], [False, True, False, True, False]], ids=str
+)
 def test_the_fake_has_the_shapes_and_strides_of_the_op(backend, needs):
     for tokens in (0, 3, 70):
         for dtype in (torch.float32, torch.bfloat16):
@@ -112,7 +114,9 @@ def compiled_step(p, backend):
 @pytest.mark.parametrize("flags", [FLAGS[0], FLAGS[3], {"scale": torch.tensor(0.5), "gain": True}], ids=str)
 @pytest.mark.parametrize("tokens", [3, (2, 35)], ids=str)
 def test_compiled_gives_the_bits_of_eager(backend, flags, tokens):
-    eager, compiled = compiled_step(make_problem(tokens, 24, 20, 4, torch.bfloat16, torch.float32, **flags), "aot_eager")
+    eager, compiled = compiled_step(
+        make_problem(tokens, 24, 20, 4, torch.bfloat16, torch.float32, **flags), "aot_eager"
+    )
     for name in eager:
         assert eager[name].equal(compiled[name]), name
 

@@ -124,7 +124,6 @@ def test_a_seed_on_the_device(simulated):
     launched = []
     real = skinny.launch_cuda
     with pytest.MonkeyPatch.context() as patch:
-
         def on_device(source, kernel, grid, threads, args, *rest, **more):
             launched.append(kernel)
             args = args | {"dropout.at": torch.tensor(5), "dropout.seed": 0}

@@ -161,7 +161,9 @@ def all_needs(problems):
 def test_opcheck(backend, tokens, dtype, flags):
     problems, arguments = forward_arguments(tokens, dtype, flags)
     torch.library.opcheck(OPS.lora_linear_group_forward.default, arguments)
-    torch.library.opcheck(OPS.lora_linear_group_backward.default, backward_arguments(problems, arguments, all_needs(problems)))
+    torch.library.opcheck(
+        OPS.lora_linear_group_backward.default, backward_arguments(problems, arguments, all_needs(problems))
+    )
 
 
 @flags_of

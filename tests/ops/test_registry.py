@@ -65,7 +65,9 @@ def test_a_fallback_warns_once_for_each_reason(op):
 def test_a_warning_points_at_the_caller(monkeypatch):
     monkeypatch.setattr(registry, "_warned", set())
     p = make_problem(3, 8, 8, 2, torch.float32, torch.float64)
-    with pytest.warns(FallbackWarning, match="lora_linear_forward runs on the slow reference. cpu: a is .*float64") as seen:
+    with pytest.warns(
+        FallbackWarning, match="lora_linear_forward runs on the slow reference. cpu: a is .*float64"
+    ) as seen:
         lora_linear(*p.arguments())
     assert os.path.basename(seen[0].filename) == os.path.basename(__file__)
 
@@ -81,7 +83,9 @@ def test_float64_is_the_reference_without_a_warning():
 def test_a_forced_backend_refuses_in_words(op):
     with use_backend("cpu"):
         assert op(Call(torch.ones(2))).equal(torch.full((2,), 2.0))
-        with pytest.raises(NotImplementedError, match=f"^{op.name} cannot run on cpu: x has 4 elements, the limit is 3$"):
+        with pytest.raises(
+            NotImplementedError, match=f"^{op.name} cannot run on cpu: x has 4 elements, the limit is 3$"
+        ):
             op(Call(torch.ones(4)))
     with use_backend("cuda"), pytest.raises(NotImplementedError, match=f"^{op.name} cannot run on cuda: "):
         op(Call(torch.ones(2)))

@@ -188,7 +188,6 @@ def test_no_neighbour_is_compiled_when_the_time_is_over(monkeypatch):
 
 def test_a_little_faster_is_noise():
     with interpreted(80):
-
         def clock(calls):
             return {name: 2e-6 if name in ("table", "addmm", "one pass", "cuda") else 1.96e-6 for name in calls}
 

@@ -191,7 +191,9 @@ def test_the_norm_of_dora_does_not_see_the_length_of_a_row():
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
 def test_who_gets_a_gradient(backend, needs):
     w, a, b = draw(20, 30, 4, torch.float32, b_size=0.3)
-    full = torch.autograd.grad(weight_norm(w, a.clone().requires_grad_(), (c := b.clone().requires_grad_()), 1.0).sum(), c)[0]
+    full = torch.autograd.grad(
+        weight_norm(w, a.clone().requires_grad_(), (c := b.clone().requires_grad_()), 1.0).sum(), c
+    )[0]
     a.requires_grad_(needs[0]), b.requires_grad_(needs[1])
     n = weight_norm(w, a, b, 1.0)
     assert n.requires_grad == any(needs)
@@ -269,7 +271,9 @@ def test_layouts(backend, layout, name):
         packed = [t.detach().contiguous() for t in (w, a, b)]
         again = weight_norm(packed[0], packed[1].requires_grad_(), packed[2].requires_grad_(), 1.5)
         dn = torch.ones(1).expand(33)
-        for one, two in zip(torch.autograd.grad(n, (a, b), dn), torch.autograd.grad(again, packed[1:], dn), strict=True):
+        for one, two in zip(
+            torch.autograd.grad(n, (a, b), dn), torch.autograd.grad(again, packed[1:], dn), strict=True
+        ):
             torch.testing.assert_close(one, two)
         torch.testing.assert_close(row_norm_squared(w), row_norm_squared(packed[0]))
 

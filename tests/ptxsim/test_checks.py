@@ -357,3 +357,5 @@ def test_arguments():
         kernel.launch((1,), (2048,), [torch.zeros(1), 1.0])
     with pytest.raises(ValueError, match="has no kernel other"):
         Kernel(kernel_text([], HEAD, []), "other")
+
+

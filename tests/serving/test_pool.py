@@ -1,5 +1,6 @@
 """The pool: what it holds, whom it evicts, and that nothing that fails changes anything."""
 
+
 import pytest
 import torch
 

@@ -71,7 +71,7 @@ def forward(call):
             return _forward_tiles(call)
         elif tokens >= row.addmm_from and call.gain is None and w.numel() >= LEAST:
             return _forward_library(call)
-        if tokens <= row.thin and _all_float32(call):
+        if tokens <= row.thin and _may_be_thin(call):
             return _forward_thin(call)
     return _forward_large(call)
 
@@ -120,11 +120,12 @@ def _expand(out, terms, *, less=0, bias=None, z_out=None):
     _add_adapter(term.z, out, transposed(term.b), term.h, bias=bias, mask=dropout_args(*term.drop))
 
 
-def _all_float32(call):
+def _may_be_thin(call):
     """Whether the library's small products with A and B are as exact as ours: nothing is in 16
-    bits, and nothing dropped."""
-    wide = torch.float32
-    return call.seed is None and call.x.dtype is wide and call.w.dtype is wide and call.a.dtype is wide and call.b.dtype is wide
+    bits, and nothing dropped. Their bits may follow the threads, and a row's the number of rows."""
+    if call.seed is not None or torch.are_deterministic_algorithms_enabled():
+        return False
+    return call.x.dtype is call.w.dtype is call.a.dtype is call.b.dtype is torch.float32
 
 
 def _forward_thin(call):
@@ -205,7 +206,7 @@ def _gradients(dx_dtype, call):
         if needs.bias:
             zeros[3] += dy.sum(0, dtype=torch.float32)
         return tuple(zeros)
-    if tokens <= choice(x.dtype).thin and not call.drop_base and _all_float32(call):
+    if tokens <= choice(x.dtype).thin and not call.drop_base and _may_be_thin(call):
         dx, da, db = _thin_gradients(call, dy, x, needs)
         needs = needs._replace(x=0, a=0, b=0)
     p = x.new_empty(tokens, rank, dtype=torch.float32) if needs.x or needs.a else None

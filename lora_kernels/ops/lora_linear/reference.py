@@ -15,8 +15,8 @@ def forward(call):
     dtype, gain, bias = call.x.dtype, call.gain, call.bias
     x, w, a, b = _in_sum_dtype(call.x, _plain_weight(call), call.a, call.b)
     x_dropped = x * _dropout_factor(call)
-    h = call.scale * (x_dropped @ a.T)  # [tokens, r]
-    z = (x_dropped if call.drop_base else x) @ w.T + h @ b.T  # [tokens, out]
+    h = call.scale * (x_dropped @ a.T)                                # [tokens, r]
+    z = (x_dropped if call.drop_base else x) @ w.T + h @ b.T          # [tokens, out]
     y = z if gain is None else z * gain.to(z.dtype)
     if call.drop_base:
         y = y + (x - x_dropped) @ w.T
@@ -38,8 +38,8 @@ def gradients(call):
     dy, x, w, a, b = _in_sum_dtype(call.dy, call.x, _plain_weight(call), call.a, call.b)
     keep = _dropout_factor(call)
     h = call.scale * ((x * keep) @ a.T) if call.h is None else call.h
-    dz = dy if gain is None else dy * gain.to(dy.dtype)  # [tokens, out]
-    p = call.scale * (dz @ b)  # [tokens, r]
+    dz = dy if gain is None else dy * gain.to(dy.dtype)               # [tokens, out]
+    p = call.scale * (dz @ b)                                         # [tokens, r]
     if call.drop_base:
         dx = dy @ w + keep * ((dz - dy) @ w + p @ a)
     else:

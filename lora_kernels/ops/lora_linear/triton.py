@@ -266,7 +266,9 @@ def _launch_last(x, dys, layers, hs, ps, dgains, sums, dx):
         return
     gains, two_sums = any(layer.gain is not None for layer in layers), any(layer.drop_base for layer in layers)
     ws, ns = _field_of_each(layers, "w"), _field_of_each(layers, "n")
-    t = tile("input_gradient", x, dtype=x.dtype, m=tall(m), k=k, n=sum(ns), layers=len(layers), gains=gains, two_sums=two_sums)
+    t = tile(
+        "input_gradient", x, dtype=x.dtype, m=tall(m), k=k, n=sum(ns), layers=len(layers), gains=gains, two_sums=two_sums
+    )
     by_maps, bk, bn = t.maps and loads_by_tma(dys, ws), t.columns, t.depth
     # dy ⊙ gain is float32 there, as ps are
     factors = ps if x.dtype is torch.float16 and gains else ws

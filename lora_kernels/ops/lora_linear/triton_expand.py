@@ -71,7 +71,9 @@ def expand_kernel(
     tl.store(out + offsets, total.to(out.dtype.element_ty), mask=mask)
 
 
-def expand(out: Tensor, terms: list[Term], *, less: int = 0, bias: Tensor | None = None, z_out: Tensor | None = None) -> None:
+def expand(
+    out: Tensor, terms: list[Term], *, less: int = 0, bias: Tensor | None = None, z_out: Tensor | None = None
+) -> None:
     """Fills out and z_out, which have rows without gaps as every z has."""
     m, n = out.shape
     t = tile("expand", out, dtype=out.dtype, m=m, n=n, r=max(term.b.shape[1] for term in terms), layers=len(terms))

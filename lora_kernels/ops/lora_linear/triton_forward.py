@@ -233,5 +233,7 @@ def forward_kernel(
                     accumulator, h, layers[g].a, shared.scratch, shared.ticket, tile, SPLITS, BM, BN, BR
                 )
             if last_block:
-                epilogue(accumulator, dropped, h, layers[g], shared.parts, rows, columns, column, m, PRECISION, BR, RANK_STAGES)
+                epilogue(
+                    accumulator, dropped, h, layers[g], shared.parts, rows, columns, column, m, PRECISION, BR, RANK_STAGES
+                )
         column -= blocks

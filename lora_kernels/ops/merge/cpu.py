@@ -18,7 +18,7 @@ def merge(call, out):
     for first in range(0, n, rows):
         part = slice(first, first + rows)
         block = sums[: min(rows, n - first)]
-        block.copy_(w[part]).addmm_(b[part], a, alpha=call.scale)  # [rows, in]
+        block.copy_(w[part]).addmm_(b[part], a, alpha=call.scale)               # [rows, in]
         if gain is not None:
             block.mul_(gain[part])
         out[part].copy_(block)

@@ -1,6 +1,7 @@
 """CUDA C++ for 16-bit W: csrc/merge/cuda.cu where A and B have the type of W, few ranks, and rows
 in pieces of 16 bytes; else, where Triton does not run, csrc/merge/cuda_any.cu."""
 
+
 from lora_kernels.ops.chips import nearest_chip
 from lora_kernels.ops.cuda_alone import refuse_beside_triton
 from lora_kernels.ops.cuda_shared_memory import shared_of_update, shared_of_update_any

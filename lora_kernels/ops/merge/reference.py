@@ -22,7 +22,7 @@ def merge_into(call):
 def _merged(call):
     wide = torch.promote_types(call.w.dtype, torch.float32)
     w, a, b = call.w.to(wide), call.a.to(wide), call.b.to(wide)
-    merged = w + call.scale * (b @ a)  # [out, in]
+    merged = w + call.scale * (b @ a)                                      # [out, in]
     if call.gain is not None:
         merged = call.gain.to(wide)[:, None] * merged
     return merged

@@ -23,7 +23,9 @@ from lora_kernels.ops.multi_lora.training import trained
 from lora_kernels.ops.registry import declare
 
 
-def multi_lora(x: Tensor, w: Tensor, slots: Slots | Sequence[Slots], plan: BatchPlan, bias: Tensor | None = None) -> Tensor:
+def multi_lora(
+    x: Tensor, w: Tensor, slots: Slots | Sequence[Slots], plan: BatchPlan, bias: Tensor | None = None
+) -> Tensor:
     """Formula (1).
 
     Shapes: x [..., in], w [out, in], bias [out]; returns [..., out] in the dtype of x. `plan` has

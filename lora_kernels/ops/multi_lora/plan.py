@@ -181,7 +181,9 @@ def unflatten(slots: list[Tensor]) -> list[Slots]:
     return [Slots(*slots[i : i + TENSORS]) for i in range(0, len(slots), TENSORS)]
 
 
-def members_of(s: Slots, ids: Tensor, weights: Tensor | None, error: Tensor) -> Iterator[tuple[Tensor, int, Tensor | None]]:
+def members_of(
+    s: Slots, ids: Tensor, weights: Tensor | None, error: Tensor
+) -> Iterator[tuple[Tensor, int, Tensor | None]]:
     """The tokens of each adapter, its slot, and what it counts, one column of ids after the other;
     sets error where an id is out of range or stale. Copies to the host."""
     for i, column in enumerate(ids.unbind(1)):

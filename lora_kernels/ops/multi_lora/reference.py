@@ -26,7 +26,7 @@ def _adapted(call, z):
         last = first + s.b.shape[1]
         for members, slot, v in members_of(s, call.ids, call.weights, call.error):
             of = adapter_in_slot(s, slot, z.dtype)
-            share = x[members] @ of.a.T @ of.b  # [members, out]
+            share = x[members] @ of.a.T @ of.b                              # [members, out]
             if of.gain is not None:
                 share = (of.gain - 1) * z[members, first:last] + of.gain * share
             share = share if of.bias is None else share + of.bias

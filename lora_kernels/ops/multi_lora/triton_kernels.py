@@ -275,7 +275,9 @@ def multi_lora_kernel(
         tl.extra.cuda.gdc_wait()
     if SPLITS > 1:
         h = tl.zeros((BM, BR), tl.float32)
-        last_block, accumulator, h = reduce_split_k(accumulator, h, None, batch.scratch, batch.ticket, tile, SPLITS, BM, BN, BR)
+        last_block, accumulator, h = reduce_split_k(
+            accumulator, h, None, batch.scratch, batch.ticket, tile, SPLITS, BM, BN, BR
+        )
     if last_block:
         epilogue(
             accumulator, batch, slices, rows, mask, columns, column, g, begin, m, SLICES, EACH, ONE_ADAPTER, ON_Y, RANKS,

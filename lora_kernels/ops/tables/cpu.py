@@ -39,7 +39,8 @@ class CpuRow:
     """dA and dB by passes in float32 vectors; above on tiles, where there are any."""
     thin: int = 0
     """float32: up to so many tokens the library multiplies with A and B, too, forward above `small`
-    and backward, where nothing is dropped. Ours begin by packing them."""
+    and backward, where nothing is dropped. Ours begin by packing them. Not in torch's deterministic
+    mode, and not where ours are as fast: the library's bits may follow the number of threads."""
     processor: str = ""
     """As `processor()` has it; empty for all others."""
     measured: str = ""

@@ -9,7 +9,7 @@ from lora_kernels.ops.registry import implements
 
 @implements("weight_norm_forward", "reference")
 def forward(call):
-    squared = _adapted(call).square().sum(1)  # [out]
+    squared = _adapted(call).square().sum(1)                               # [out]
     zero = squared == 0
     # a zero row has no direction: its gradient is zero, not that of a root
     return torch.where(zero, 0.0, torch.where(zero, 1.0, squared).sqrt())
@@ -20,7 +20,7 @@ def backward(call):
     dn, n, a, b, scale = call.dn, call.n, call.a, call.b, call.scale
     # [out]; a zero row has no direction, and none of its derivatives one
     c = torch.where(n > 0, dn / torch.where(n > 0, n, 1.0), 0.0)
-    dv = c[:, None] * _adapted(call)  # [out, in]
+    dv = c[:, None] * _adapted(call)                                       # [out, in]
     da, db = scale * (b.to(dv.dtype).T @ dv), scale * (dv @ a.to(dv.dtype).T)
     grads = zip((da, db), (a, b), call.needs, strict=True)
     return tuple(g.to(gradient_dtype(t, need)) if need else None for g, t, need in grads)
@@ -34,4 +34,4 @@ def row_norm_squared(call):
 def _adapted(call):
     wide = torch.promote_types(call.w.dtype, torch.float32)
     w, a, b = call.w.to(wide), call.a.to(wide), call.b.to(wide)
-    return w + call.scale * (b @ a)  # [out, in]
+    return w + call.scale * (b @ a)                                        # [out, in]

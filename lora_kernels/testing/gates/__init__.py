@@ -1,8 +1,8 @@
 """Gates that a kernel's code passes without a GPU: see README.md.
 
-python -m lora_kernels.testing.gates            compiles all configurations, writes
-                                                tests/gates/table.json
-python -m lora_kernels.testing.gates --show     prints it
+    python -m lora_kernels.testing.gates            compiles all configurations, writes
+                                                    tests/gates/table.json
+    python -m lora_kernels.testing.gates --show     prints it
 """
 
 from lora_kernels.testing.gates.configuration import Budget, Change, Configuration, Cuda, Triton
