@@ -16,8 +16,8 @@ from lora_kernels.ops.dropout import mask  # noqa: E402
 from lora_kernels.ops.lora_linear import cpu as module  # noqa: E402
 from lora_kernels.ops.tables import cpu as table  # noqa: E402
 from lora_kernels.testing import assert_problem, exact, make_problem, rms, run  # noqa: E402
-from tests.ops.interpreted import deterministic  # noqa: E402
 from tests.ops.cpu import at_level, operands  # noqa: E402
+from tests.ops.interpreted import deterministic  # noqa: E402
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FLAGS = {
