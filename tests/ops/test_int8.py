@@ -236,21 +236,26 @@ def test_backward_reads_w_once_in_bytes():
     assert sim.launches == 1
 
 
-@needs_nvcc
-@pytest.mark.parametrize(("old", "new"), [
+MORE_BUGS_OF_DX = [
     ("  __syncthreads();  // all copies", "  __syncwarp();  //"),
     ("cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
     ("step + 1) * STEP, end);\n    __syncthreads();", "step + 1) * STEP, end);"),
     ("step + 1) * STEP, end);", "step) * STEP, end);"),
-    ("    __syncthreads();  // the tiles have been read\n", ""),
-    ("0x3120", "0x3210"),
     ("make_uint2(__byte_perm(v.x, v.y, 0x7632)", "make_uint2(__byte_perm(v.x, v.y, 0x5410)"),
     ("low ? rest : tile", "tile"),
     ("if (blockIdx.y == 0) add_adapter", "add_adapter"),
     ("if (!is_last_block(p.tickets + blockIdx.x, parts)) return;", ""),
-    ("token < p.m && at < p.k", "at < p.k"),
     ("rank + r < p.r && at < p.k", "at < p.k"),
+]  # fmt: skip
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("old", "new"), [
+    ("    __syncthreads();  // the tiles have been read\n", ""),
+    ("0x3120", "0x3210"),
+    ("token < p.m && at < p.k", "at < p.k"),
     ("", ""),
+    *(pytest.param(*bug, marks=pytest.mark.slow) for bug in MORE_BUGS_OF_DX),
 ])  # fmt: skip
 def test_planted_bugs_of_dx(planted, old, new):
     planted(cuda_backward.DX_SMALL, old, new, keep="lora_linear_dx_small_16")
