@@ -74,5 +74,5 @@ KNOWN = {
 CHEAPER = " cost PEFT less"
 """Ends reasons that are a choice, for PEFT's forward is faster there: such calls do not count."""
 
-MINIMUM = 0.80
+MINIMUM = 0.86
 """The share of the calls with arithmetic to do that must be fast."""
