@@ -103,3 +103,25 @@ def errs_as_stock(fused, stock, exact, times=8):
     assert [t.dtype for t in fused.values()] == [t.dtype for t in stock.values()]
     ours, theirs = worst_error(fused, exact), worst_error(stock, exact)
     assert ours <= times * theirs, (ours, theirs)
+
+
+def gradients(one, x, **keywords):
+    """The output and every gradient, that of x among them, for one random dy."""
+    one.zero_grad(set_to_none=True)
+    x = x.detach().requires_grad_()
+    y = one(x, **keywords)
+    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)).sum().backward()
+    return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
+
+
+def losses(one):
+    """Of three optimizer steps on one batch."""
+    optimizer = torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], 1e-2)
+    found = []
+    for _ in range(3):
+        loss = one(**tokens(), use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found

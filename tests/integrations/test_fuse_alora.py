@@ -6,7 +6,7 @@ import copy
 import peft
 import pytest
 import torch
-from fuse_helpers import LLAMA_LAYERS, Net, errs_as_stock, fused_copy, llama, model, randomise, tokens
+from fuse_helpers import LLAMA_LAYERS, Net, errs_as_stock, fused_copy, gradients, llama, model, randomise, tokens
 from peft.tuners.lora.variants import ALoraLinearVariant
 
 from lora_kernels import explain, fuse
@@ -32,14 +32,6 @@ def activated(dtype=torch.float32, **values):
             if "lora_B" in name and name.endswith("bias"):
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
     return made
-
-
-def gradients(layer, x, **keywords):
-    layer.zero_grad(set_to_none=True)
-    x = x.detach().requires_grad_()
-    y = layer(x, **keywords)
-    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)).sum().backward()
-    return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
 
 
 def batch(length=5, dtype=torch.float32, count=7):

@@ -6,7 +6,7 @@ import copy
 import peft
 import pytest
 import torch
-from fuse_helpers import LLAMA_LAYERS, errs_as_stock, fused_copy, inputs, llama, model, same, step, tokens
+from fuse_helpers import LLAMA_LAYERS, errs_as_stock, fused_copy, gradients, inputs, llama, model, same, step, tokens
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 
@@ -24,14 +24,6 @@ def biased(dtype=torch.float32, **values):
             if name.endswith("bias"):
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
     return made
-
-
-def gradients(one, x):
-    one.zero_grad(set_to_none=True)
-    x = x.detach().requires_grad_()
-    y = one(x)
-    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)).sum().backward()
-    return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
 
 
 @dtypes

@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from fuse_helpers import errs_as_stock, fused_copy, inputs, model, same
+from fuse_helpers import errs_as_stock, fused_copy, gradients, inputs, model, same
 from torch import nn
 
 from lora_kernels import fuse
@@ -35,14 +35,6 @@ VARIANTS = {
 variants = pytest.mark.parametrize("variant", VARIANTS)
 DTYPES = {"float32": (torch.float32, True), "bfloat16": (torch.bfloat16, True), "all bfloat16": (torch.bfloat16, False)}
 dtypes = pytest.mark.parametrize("dtype, adapter_dtype", DTYPES.values(), ids=DTYPES)
-
-
-def gradients(one, x):
-    one.zero_grad(set_to_none=True)
-    x = x.detach().requires_grad_()
-    y = one(x)
-    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)).sum().backward()
-    return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
 
 
 @variants

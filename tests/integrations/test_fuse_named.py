@@ -6,7 +6,20 @@ import copy
 import peft
 import pytest
 import torch
-from fuse_helpers import LLAMA_LAYERS, errs_as_stock, fused_copy, gpt2, inputs, llama, model, randomise, same, step, tokens
+from fuse_helpers import (
+    LLAMA_LAYERS,
+    errs_as_stock,
+    fused_copy,
+    gpt2,
+    gradients,
+    inputs,
+    llama,
+    model,
+    randomise,
+    same,
+    step,
+    tokens,
+)
 
 from lora_kernels import fuse
 from lora_kernels.integrations.peft.rows import layout_of
@@ -44,14 +57,6 @@ def named(mix, dtype=torch.float32, net=None, learns=True, **common):
 def sequences(count=7, length=None, dtype=torch.float32):
     shape = (count, 24) if length is None else (count, length, 24)
     return torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-
-
-def gradients(one, x, **keywords):
-    one.zero_grad(set_to_none=True)
-    x = x.detach().requires_grad_()
-    y = one(x, **keywords)
-    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)).sum().backward()
-    return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("mix", MIXES)

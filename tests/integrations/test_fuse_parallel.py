@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_kernels import fuse, unfuse
-from tests.integrations.fuse_helpers import LLAMA_LAYERS, llama, randomise, tokens
+from tests.integrations.fuse_helpers import LLAMA_LAYERS, llama, losses, randomise
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32" or not dist.is_gloo_available(), reason="torch has no gloo")
 
@@ -23,19 +23,6 @@ def model(use_dora):
     made = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=LLAMA_LAYERS, use_dora=use_dora))
     randomise(made)
     return made
-
-
-def losses(one):
-    """Of three optimizer steps on one batch."""
-    optimizer = torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], 1e-2)
-    found = []
-    for _ in range(3):
-        loss = one(**tokens(), use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
-    return found
 
 
 def sharded(one):

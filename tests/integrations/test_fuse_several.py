@@ -6,7 +6,20 @@ import copy
 import peft
 import pytest
 import torch
-from fuse_helpers import LLAMA_LAYERS, errs_as_stock, fused_copy, gpt2, inputs, llama, model, randomise, same, step, tokens
+from fuse_helpers import (
+    LLAMA_LAYERS,
+    errs_as_stock,
+    fused_copy,
+    gpt2,
+    gradients,
+    inputs,
+    llama,
+    model,
+    randomise,
+    same,
+    step,
+    tokens,
+)
 
 from lora_kernels import fuse
 
@@ -42,14 +55,6 @@ def several(mix, dtype=torch.float32, adapter_dtype=True, net=None, **common):
                 p.copy_(torch.randn(p.shape, generator=generator))
     made.base_model.set_adapter(["default", *(f"other{i}" for i in range(len(mix) - 1))])
     return made
-
-
-def gradients(one, x):
-    one.zero_grad(set_to_none=True)
-    x = x.detach().requires_grad_()
-    y = one(x)
-    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)).sum().backward()
-    return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
 
 
 @mixes

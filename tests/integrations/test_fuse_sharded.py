@@ -17,7 +17,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_kernels import LoraConfig, fuse, inject_adapter
-from tests.integrations.fuse_helpers import LLAMA_LAYERS, llama, randomise, tokens
+from tests.integrations.fuse_helpers import LLAMA_LAYERS, llama, losses, randomise, tokens
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32" or not dist.is_gloo_available(), reason="torch has no gloo")
 CPU = torch.device("cpu")
@@ -36,19 +36,6 @@ def native(use_dora):
     inject_adapter(made, LoraConfig(r=4, target_modules=LLAMA_LAYERS, use_dora=use_dora))
     randomise(made)
     return made
-
-
-def losses(one):
-    """Of three optimizer steps on one batch."""
-    optimizer = torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], 1e-2)
-    found = []
-    for _ in range(3):
-        loss = one(**tokens(), use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
-    return found
 
 
 def lora_layers(one):

@@ -48,16 +48,23 @@ def quantised(**options):
     return model
 
 
-def test_a_quantised_base_is_served():
-    """Its own product first, and the adapters' part added; DoRA's norm of what it dequantises
-    to."""
-    model, plain = quantised(), net().half().float()
+def assert_served_as(plain, model):
+    """Serves a batch of DoRA, LoRA and base rows; each is that of the plain model. Gives the
+    input."""
     pool = pool_of(model)
     pool.load("dora", dora(0)), pool.load("lora", random_adapter(1))
     x = torch.randn(3, 24)
     y = serve(model, pool)(x, adapters=["dora", "lora", None])
     for row, adapter in zip((0, 1, 2), (dora(0), random_adapter(1), None), strict=True):
         torch.testing.assert_close(y[row], alone(plain, adapter, x)[row], rtol=1e-4, atol=1e-4)
+    return x
+
+
+def test_a_quantised_base_is_served():
+    """Its own product first, and the adapters' part added; DoRA's norm of what it dequantises
+    to."""
+    model, plain = quantised(), net().half().float()
+    x = assert_served_as(plain, model)
     torch.testing.assert_close(unserve(model)(x), alone(plain, None, x), rtol=1e-4, atol=1e-4)
 
 
@@ -105,12 +112,7 @@ def test_torchao():
     with torch.no_grad():
         for name in SIZES:
             plain.get_submodule(name).weight.copy_(model.get_submodule(name).weight.dequantize())
-    pool = pool_of(model)
-    pool.load("dora", dora(0)), pool.load("lora", random_adapter(1))
-    x = torch.randn(3, 24)
-    y = serve(model, pool)(x, adapters=["dora", "lora", None])
-    for row, adapter in zip((0, 1, 2), (dora(0), random_adapter(1), None), strict=True):
-        torch.testing.assert_close(y[row], alone(plain, adapter, x)[row], rtol=1e-4, atol=1e-4)
+    assert_served_as(plain, model)
 
 
 class Reader(nn.Sequential):
