@@ -16,6 +16,7 @@ from lora_kernels.integrations import FuseReport, fuse, refresh, unfuse, warm_up
 from lora_kernels.ops import (
     FallbackWarning,
     Member,
+    QuantisedWeight,
     dora_linear,
     explain,
     lora_linear,
@@ -36,6 +37,7 @@ __all__ = [
     "FuseReport",
     "LoraConfig",
     "Member",
+    "QuantisedWeight",
     "__version__",
     "adapter_disabled",
     "dora_linear",

@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "team.h"
-#include "tensor.h"
+#include "weight.h"
 
 namespace lk {
 
@@ -30,6 +30,18 @@ class Call {
   }
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
+
+  // W, after the other matrices.
+  void hold_weight(Weight& w) {
+    if (!unlocks_) return;
+    if (!w.quantised()) return hold(w);
+    for (;;) {
+      const int before = count_;
+      for (int i = 0; i < w.count; i++) keep(storage_of(w.sources[i]));
+      if (w.same()) return;
+      while (count_ > before) held_[--count_] = pybind11::object();
+    }
+  }
 
   // A further tensor, to be read after this.
   void hold(PyObject* tensor) {

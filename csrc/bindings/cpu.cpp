@@ -16,6 +16,7 @@ namespace {
 using lk::Call;
 using lk::Dropout;
 using lk::Matrix;
+using lk::Weight;
 
 const lk::Kernels* chosen = [] {
   const lk::Kernels* found[lk::LEVELS];
@@ -175,10 +176,11 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "forward_small",
-      [](Matrix x, Matrix w, Matrix a, Matrix b, Matrix y, Matrix z, Matrix bias, Matrix gain, Matrix h, float scale,
+      [](Matrix x, Weight w, Matrix a, Matrix b, Matrix y, Matrix z, Matrix bias, Matrix gain, Matrix h, float scale,
          Dropout dropout, int threads) {
-        const Call call("forward_small", double(x.rows) * double(x.cols + a.rows) * double(w.rows), threads,
-                        {&x, &w, &a, &b, &y, &z, &bias, &gain, &h});
+        Call call("forward_small", double(x.rows) * double(x.cols + a.rows) * double(w.rows), threads,
+                  {&x, &a, &b, &y, &z, &bias, &gain, &h});
+        call.hold_weight(w);
         if (!x.by_rows() || !w.by_rows() || !a.by_rows()) return false;
         const int64_t tokens = x.rows, n_in = x.cols, n_out = w.rows, rank = a.rows;
         call.check_alike(x, w, "x and w");
@@ -191,21 +193,22 @@ PYBIND11_MODULE(_cpu, m) {
         call.check(gain, 1, n_out, "gain");
         call.check(h, tokens, rank, "h");
         const lk::ForwardSmall p{x,     w,       a,      b,    y,     z,    bias,   gain, floats(h, "forward_small"),
-                                 scale, dropout, tokens, n_in, n_out, rank, threads};
+                                 scale, dropout, tokens, n_in, n_out, rank, threads, w.packed()};
         call.run([&] { chosen->forward_small(p); });
         return true;
       },
       "False, and nothing done, unless the rows of x, w and a are contiguous.");
   m.def(
       "base_product",
-      [](Matrix x, Matrix w, Matrix y, int threads) {
-        const Call call("base_product", double(x.rows) * double(x.cols) * double(w.rows), threads, {&x, &w, &y});
+      [](Matrix x, Weight w, Matrix y, int threads) {
+        Call call("base_product", double(x.rows) * double(x.cols) * double(w.rows), threads, {&x, &y});
+        call.hold_weight(w);
         if (!x.by_rows() || !w.by_rows() || !y.by_rows()) return false;
         floats(y, "base_product");
         call.check_alike(x, w, "x and w");
         call.check(w, w.rows, x.cols, "w");
         call.check(y, x.rows, w.rows, "y");
-        const lk::BaseProduct p{x, w, y, x.rows, x.cols, w.rows, threads};
+        const lk::BaseProduct p{x, w, y, x.rows, x.cols, w.rows, threads, w.packed()};
         call.run([&] { chosen->base_product(p); });
         return true;
       },
@@ -260,11 +263,12 @@ PYBIND11_MODULE(_cpu, m) {
   with_tiles.append("amx");
 #endif
   m.attr("built_with_tiles") = with_tiles;  // levels, whatever this processor runs
-  m.def("tiles", [](Matrix x, Matrix w, Matrix a, Matrix b, Matrix y, Matrix z, Matrix bias, Matrix gain, Matrix h,
+  m.def("tiles", [](Matrix x, Weight w, Matrix a, Matrix b, Matrix y, Matrix z, Matrix bias, Matrix gain, Matrix h,
                     float scale, Dropout dropout, bool back, int threads) {
     if (chosen->tiles == nullptr) throw std::runtime_error("tiles: this level has no bf16 products");
-    const Call call("tiles", double(x.rows) * double(w.rows) * double(w.cols), threads,
-                    {&x, &w, &a, &b, &y, &z, &bias, &gain, &h});
+    Call call("tiles", double(x.rows) * double(w.rows) * double(w.cols), threads,
+              {&x, &a, &b, &y, &z, &bias, &gain, &h});
+    call.hold_weight(w);
     const int64_t tokens = x.rows, n_in = x.cols, n_out = y.cols, rank = h.cols;
     call.check(w, back ? n_in : n_out, back ? n_out : n_in, "w");
     call.check(a, rank, n_in, "a");
@@ -275,8 +279,20 @@ PYBIND11_MODULE(_cpu, m) {
     call.check(gain, 1, back ? n_in : n_out, "gain");
     call.check(h, tokens, rank, "h");
     const lk::Tiles p{x,     w,       a,    b,      y,    z,     bias, gain,   floats(h, "tiles"),
-                      scale, dropout, back, tokens, n_in, n_out, rank, threads};
+                      scale, dropout, back, tokens, n_in, n_out, rank, threads, w.packed()};
     call.run([&] { chosen->tiles(p); });
+  });
+
+  m.def("dequantise", [](Weight w, Matrix to, int threads) {
+    Call call("dequantise", double(w.rows) * double(w.cols), threads, {&to});
+    call.hold_weight(w);
+    if (!w.quantised()) throw py::type_error("dequantise: w has no codes");
+    call.check(to, w.rows, w.cols, "to");
+    if (!to.by_rows() || (to.type != w.type && to.type != lk::DType::f32)) {
+      throw py::value_error("dequantise: the result is by rows, and of the type of w or float32");
+    }
+    const lk::Dequantise p{w.codes, to, w.rows, threads};
+    call.run([&] { chosen->dequantise(p); });
   });
 
   m.def("weight_norm", [](Matrix w, Matrix a, Matrix b, Matrix w_squared, Matrix products, Matrix norm, float scale,

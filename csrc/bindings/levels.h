@@ -2,6 +2,7 @@
 #pragma once
 #include "../lora_linear/params.h"
 #include "../multi_lora/params.h"
+#include "../quantised/params.h"
 #include "../weight_norm/params.h"
 #if defined(LK_AMX)
 #include <sys/syscall.h>
@@ -22,6 +23,7 @@ struct Kernels {
   uint64_t (*checksum)(const Bytes*, int);
   void (*multi_lora)(const MultiLora&);
   void (*base_product)(const BaseProduct&);
+  void (*dequantise)(const Dequantise&);
   void (*tiles)(const Tiles&) = nullptr;  // only with AVX512-BF16 or AMX
 };
 
@@ -37,8 +39,9 @@ struct Kernels {
   uint64_t checksum(const Bytes*, int);                                                                    \
   void multi_lora(const MultiLora&);                                                                       \
   void base_product(const BaseProduct&);                                                                   \
-  constexpr Kernels kernels{#level,      forward_small,    shrink,   expand,     outer,       column_sums, \
-                            weight_norm, row_norm_squared, checksum, multi_lora, base_product};            \
+  void dequantise(const Dequantise&);                                                                      \
+  constexpr Kernels kernels{#level,      forward_small,    shrink,   expand,     outer,        column_sums, \
+                            weight_norm, row_norm_squared, checksum, multi_lora, base_product, dequantise}; \
   }
 
 LK_DECLARE(portable)

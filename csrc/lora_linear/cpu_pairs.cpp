@@ -12,6 +12,7 @@
 #include <omp.h>
 
 #include "../common/philox.h"
+#include "../quantised/rows.h"
 #include "pairs_pack.h"
 
 namespace lk::LK_LEVEL {
@@ -128,11 +129,6 @@ void x_lanes(const Tiles& p, const Depth& d, const Rows& x, const Groups& of, in
   }
 }
 
-LK_INLINE void store_some(float* to, vec v, int64_t count) { _mm512_mask_storeu_ps(to, lanes(count), (__m512)v); }
-LK_INLINE void store_some(bf16* to, vec v, int64_t count) {
-  _mm256_mask_storeu_epi16(to, lanes(count), (__m256i)_mm512_cvtneps_pbh((__m512)v));
-}
-
 // h of `count` tokens from t, whose rows begin at `at`
 void h_of(const Tiles& p, const Depth& d, const Packed& packed, int64_t t, int64_t at, int64_t count) {
   alignas(64) float sums[16 * MAX_LANES];
@@ -190,11 +186,13 @@ void forward(const Tiles& p, const Depth& d, const Packed& x, const Groups& of, 
     const int64_t depth = std::min(BLOCK, p.n_in - k), padded = std::min(BLOCK, d.padded - k);
     const bf16* rows = w + k;
     int64_t row = p.w.row;
-    if (depth % 2) {
+    if (p.packed || depth % 2) {
       // the last pair would reach beyond the row
       for (int64_t i = 0; i < count; i++) {
-        std::copy(rows + i * row, rows + i * row + depth, s.w + i * BLOCK);
-        s.w[i * BLOCK + depth] = bf16{0};
+        bf16* to = s.w + i * BLOCK;
+        if (p.packed) dequantise_row(*p.packed, n + i, k, depth, to);
+        else std::copy(rows + i * row, rows + i * row + depth, to);
+        if (depth % 2) to[depth] = bf16{0};
       }
       rows = s.w, row = BLOCK;
     }
@@ -238,11 +236,6 @@ void forward(const Tiles& p, const Depth& d, const Packed& x, const Groups& of, 
   }
 }
 
-// asks for the first `count` columns of a row
-LK_INLINE void prefetch(const bf16* row, int64_t count) {
-  for (int64_t i = 0; i < count; i += DEPTH) __builtin_prefetch(row + i, 0, 2);
-}
-
 // outputs n..n+count of the tokens in `mine`, whose rows begin at 0; the tokens begin at t
 template <typename Y>
 void backward(const Tiles& p, const Depth& d, const Packed& x, Range mine, int64_t t, int64_t n, int64_t count,
@@ -251,6 +244,7 @@ void backward(const Tiles& p, const Depth& d, const Packed& x, Range mine, int64
   const auto* w = static_cast<const bf16*>(p.w.data) + n;
   const int64_t tokens = mine.last - mine.first;
   float mask[MAX_LANES];
+  alignas(64) bf16 two[2 * ROW];
   for (int64_t j = 0; j < count && p.rank > 0; j += MAX_LANES) {
     bf16* panel = s.b + j * d.more;
     for (int64_t i = 0; i < MAX_LANES; i += ROWS) {
@@ -271,8 +265,15 @@ void backward(const Tiles& p, const Depth& d, const Packed& x, Range mine, int64
   for (int64_t k = 0; k < p.n_in || k == 0; k += BLOCK) {
     const int64_t depth = std::min(BLOCK, p.n_in - k);
     for (int64_t i = 0; i < depth; i += 2) {
+      const bool both = i + 1 < depth;
+      const bf16* rows = w + (k + i) * p.w.row;
+      int64_t row = p.w.row;
+      if (p.packed) {
+        for (int64_t j = 0; j <= both; j++) dequantise_row(*p.packed, k + i + j, n, count, two + j * ROW);
+        rows = two, row = ROW;
+      }
       for (int64_t j = 0; j < count; j += MAX_LANES) {
-        interleave(w + (k + i) * p.w.row + j, p.w.row, count - j, i + 1 < depth, s.w + j * BLOCK + i * MAX_LANES);
+        interleave(rows + j, row, count - j, both, s.w + j * BLOCK + i * MAX_LANES);
       }
     }
     const int64_t next = std::min(BLOCK, std::max<int64_t>(0, p.n_in - k - BLOCK));
@@ -289,7 +290,10 @@ void backward(const Tiles& p, const Depth& d, const Packed& x, Range mine, int64
           product.also({rows, x.rows.row, s.w + j * BLOCK, up(depth, 2) / 2, 0});
         }
         multiply(4, std::min(STEP, tokens - i), product);
-        for (call++; asked < next * call / calls; asked++) prefetch(w + (k + BLOCK + asked) * p.w.row, count);
+        for (call++; asked < next * call / calls; asked++) {
+          if (p.packed) ask_for(*p.packed, k + BLOCK + asked, n, count);
+          else prefetch(w + (k + BLOCK + asked) * p.w.row, count);
+        }
       }
     }
   }

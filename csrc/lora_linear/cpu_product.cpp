@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "../common/dot.h"
+#include "../quantised/rows.h"
 #include "params.h"
 
 namespace lk::LK_LEVEL {
@@ -126,6 +127,10 @@ struct Block {
 };
 Block block_of(const BaseProduct& p, int64_t n, int64_t count, int64_t k, int64_t depth, float* wide) {
   Block found{wide, DEPTH};
+  if (p.packed) {
+    for (int64_t i = 0; i < count; i++) dequantise_row(*p.packed, n + i, k, depth, wide + i * DEPTH);
+    return found;
+  }
   with_type(p.w, [&](auto* w) {
     w += n * p.w.row + k;
     if constexpr (std::is_same_v<decltype(w), float*>) {

@@ -8,6 +8,7 @@
 
 #include "../common/dot.h"
 #include "../common/philox.h"
+#include "../quantised/rows.h"
 #include "params.h"
 
 namespace lk::LK_LEVEL {
@@ -36,6 +37,13 @@ struct Scratch {
   float *x, *x_dropped, *h, *a;
   bf16* pairs;  // [tokens, pairs_row], or null
   int64_t pairs_row;
+};
+
+// Rows of W one after another, `row` elements from one to the next.
+template <typename W>
+struct Rows {
+  const W* at;
+  int64_t row;
 };
 
 // x as bf16
@@ -111,7 +119,7 @@ void shrink_pairs(const ForwardSmall& p, const bf16* a, const Scratch& s, int64_
 // NROWS outputs of W for every token; b is [NROWS, h_row]. partial, [tokens, NROWS], holds sums
 // between two blocks as vectors, to be added up once at the end; sums is [NROWS, tokens].
 template <int NROWS, typename W, typename X, typename Y>
-LK_INLINE void outputs(const ForwardSmall& p, const W* w, const X* x, int64_t x_row, const Scratch& s, const float* b,
+LK_INLINE void outputs(const ForwardSmall& p, const Rows<W>& w, const X* x, int64_t x_row, const Scratch& s, const float* b,
                        vec* partial, float* sums, Y* y, int64_t n) {
   const int groups = int((p.tokens + MR - 1) / MR);
   const int64_t block = block_k<X>(p.tokens);
@@ -128,7 +136,7 @@ LK_INLINE void outputs(const ForwardSmall& p, const W* w, const X* x, int64_t x_
             LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
                 acc[j][i] = kept[i * NROWS + j];
           }
-          dot(w + k, p.w.row, x + t * x_row + k, x_row, count, acc);
+          dot(w.at + k, w.row, x + t * x_row + k, x_row, count, acc);
           if (!last) {
             LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
                 kept[i * NROWS + j] = acc[j][i];
@@ -156,8 +164,9 @@ LK_INLINE void outputs(const ForwardSmall& p, const W* w, const X* x, int64_t x_
   }
 }
 
+// w(n, count): rows of W
 template <typename W, typename Y>
-void stream(const ForwardSmall& p, const W* w, const Scratch& s, float* b, Y* y, Range rows) {
+void stream(const ForwardSmall& p, const W& w, const Scratch& s, float* b, Y* y, Range rows) {
   const auto sums = std::make_unique<float[]>(NR * p.tokens);
   const auto partial = std::make_unique<vec[]>(NR * p.tokens);
   for (int64_t n = rows.first; n < rows.last; n += NR) {
@@ -168,10 +177,11 @@ void stream(const ForwardSmall& p, const W* w, const Scratch& s, float* b, Y* y,
         std::fill(b + j * s.h_row + p.rank, b + (j + 1) * s.h_row, 0.f);
       }
     });
+    const auto rows_of_w = w(n, count);
     with_count(count, [&](auto rows_now) {
       if constexpr (rows_now.value <= NR) {
         const auto run = [&](auto* x, int64_t x_row) {
-          outputs<rows_now.value>(p, w + n * p.w.row, x, x_row, s, b, partial.get(), sums.get(), y, n);
+          outputs<rows_now.value>(p, rows_of_w, x, x_row, s, b, partial.get(), sums.get(), y, n);
         };
         if constexpr (PAIRS) run(s.pairs, s.pairs_row);
         else run(s.x, s.x_row);
@@ -196,12 +206,17 @@ void forward_small(const ForwardSmall& p) {
   const bool wide = !PAIRS || dropped || p.a.type != DType::bf16;
   const int64_t copies = dropped ? 2 : wide ? 1 : 0, a_row = NR * std::max(s.x_row, s.h_row);
   const int64_t of_pairs = PAIRS ? p.tokens * s.pairs_row / 2 : 0;
-  const Buffer scratch(copies * p.tokens * s.x_row + p.tokens * s.h_row + p.threads * a_row + of_pairs);
+  using Wide = std::conditional_t<PAIRS, bf16, float>;  // what a row of codes becomes
+  const int64_t w_row = PAIRS ? s.pairs_row : s.x_row;
+  const int64_t of_w = p.packed ? NR * w_row * int64_t(sizeof(Wide)) / 4 : 0;
+  const Buffer scratch(copies * p.tokens * s.x_row + p.tokens * s.h_row + p.threads * a_row + lines(of_pairs) +
+                       p.threads * of_w);
   s.x = scratch.get();
   s.x_dropped = s.x + (dropped ? p.tokens * s.x_row : 0);
   s.h = s.x + copies * p.tokens * s.x_row;
   s.a = s.h + p.tokens * s.h_row;
   s.pairs = reinterpret_cast<bf16*>(s.a + p.threads * a_row);
+  float* wide_w = s.a + p.threads * a_row + lines(of_pairs);
 #pragma omp parallel num_threads(p.threads)
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -226,11 +241,20 @@ void forward_small(const ForwardSmall& p) {
     }
 #pragma omp barrier
     const Range rows = share(p.n_out, NR, thread, threads);
+    const auto run = [&](const auto& w, auto* y) {
+      if (p.y.type == DType::f32) stream(p, w, s, own, static_cast<float*>(p.y.data), rows);
+      else stream(p, w, s, own, y, rows);
+    };
     with_type(p.w, [&](auto* w) {
       using T = std::remove_pointer_t<decltype(w)>;
       if constexpr (taken<T>) {
-        if (p.y.type == DType::f32) stream(p, w, s, own, static_cast<float*>(p.y.data), rows);
-        else stream(p, w, s, own, static_cast<T*>(p.y.data), rows);
+        auto* y = static_cast<T*>(p.y.data);
+        if (!p.packed) return run([&](int64_t n, int) { return Rows<T>{w + n * p.w.row, p.w.row}; }, y);
+        auto* to = reinterpret_cast<Wide*>(wide_w + thread * of_w);
+        run([&](int64_t n, int count) {
+          for (int j = 0; j < count; j++) dequantise_row(*p.packed, n + j, 0, p.n_in, to + j * w_row);
+          return Rows<Wide>{to, w_row};
+        }, y);
       }
     });
   }

@@ -13,6 +13,7 @@
 
 #include "../common/dot.h"
 #include "../common/philox.h"
+#include "../quantised/rows.h"
 #include "params.h"
 #include "tiles_pack.h"
 
@@ -165,6 +166,7 @@ LK_INLINE void epilogue(const Tiles& p, const float* left, const float* right, i
 
 struct Scratch {
   bf16* panels;               // [outputs / 32] [CHUNK, 2] tiles
+  bf16* w;                    // of codes, forward [outputs, CHUNK · 32], back [CHUNK · 32, outputs]
   float *sums, *gain, *bias;  // [outputs / 32] [columns, 2] squares; [outputs] [outputs]
 };
 
@@ -203,7 +205,7 @@ template <typename Y>
 void direct_panel(const Tiles& p, const Depth& d, const bf16* x, int64_t n, const Scratch& s) {
   const int64_t columns = (p.tokens + ROWS - 1) / ROWS;
   vectors(p, n, PANEL, s);
-  for (int64_t k = 0; k < d.more(); k++) w_tiles<false>(p, d, n, k, s.panels + k * 2 * TILE);
+  for (int64_t k = 0; k < d.more(); k++) w_tiles<false>(p, d, {}, n, k, s.panels + k * 2 * TILE);
   if (columns <= 2) {
     (columns == 1 ? direct<2, 1> : direct<2, 2>)(p, d, s.panels, n, x, s.sums);
   } else {
@@ -231,6 +233,19 @@ void mask_sums(const Tiles& p, int64_t t, int64_t columns, int64_t n, float* sum
   }
 }
 
+// W's outputs from n at `steps` steps of depth: where it lies, or from its codes
+template <bool BACK>
+Piece piece_of(const Tiles& p, int64_t n, int64_t outputs, int64_t first, int64_t steps, bf16* to) {
+  if (!p.packed) return {static_cast<const bf16*>(p.w.data), p.w.row, 0, 0};
+  const int64_t k = first * DEPTH, depth = std::min(steps * DEPTH, p.n_in - k), row = BACK ? outputs : CHUNK * DEPTH;
+  const int64_t some = std::min(outputs, p.n_out - n);
+  for (int64_t i = 0; i < (BACK ? depth : some); i++) {
+    if (BACK) dequantise_row(*p.packed, k + i, n, some, to + i * row);
+    else dequantise_row(*p.packed, n + i, k, depth, to + i * row);
+  }
+  return {to, row, n, k};
+}
+
 // outputs n..n+outputs of the tokens from t, whose `columns` of packed tiles begin at x
 template <bool BACK, typename Y>
 void block(const Tiles& p, const Depth& d, const bf16* x, int64_t t, int64_t columns, int64_t n, int64_t outputs,
@@ -242,9 +257,11 @@ void block(const Tiles& p, const Depth& d, const bf16* x, int64_t t, int64_t col
     next = std::min(first + CHUNK, apart && first < more ? more : all);
     const int64_t count = next - first, parts = first < more ? 1 : d.x_parts;
     const bf16* from = x + (first < more ? first : more + (first - more) * parts) * TILE;
+    const int64_t features = std::max(first, more);  // the first step of W
+    const Piece w = piece_of<BACK>(p, n, panels * PANEL, features - more, std::max<int64_t>(0, next - features), s.w);
     for (int64_t i = 0; i < count; i++) {
       for (int64_t j = 0; j < panels; j++) {
-        w_tiles<BACK>(p, d, n + j * PANEL, first + i, s.panels + (j * CHUNK + i) * 2 * TILE);
+        w_tiles<BACK>(p, d, w, n + j * PANEL, first + i, s.panels + (j * CHUNK + i) * 2 * TILE);
       }
     }
     for (int64_t i = 0; i < panels; i++) {
@@ -276,7 +293,7 @@ void run(const Tiles& p) {
   const int64_t column = d.column(), a_column = d.features * d.a_parts * TILE;
   const int64_t rows = (p.tokens + ROWS - 1) / ROWS * ROWS;
   const bool fits = rows / ROWS * column * 2 <= PACKED_BYTES;
-  const bool straight = !BACK && p.tokens <= DIRECT_TOKENS && d.x_parts == 1;
+  const bool straight = !BACK && p.tokens <= DIRECT_TOKENS && d.x_parts == 1 && !p.packed;
   const int64_t most = fits || straight ? rows : std::min(rows, TOKENS);  // tokens at a time
   // outputs at a time: one panel where x stays in the cache, but backward W is read along its
   // outputs
@@ -298,12 +315,14 @@ void run(const Tiles& p) {
     _tile_loadconfig(&config);
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     const int64_t held = straight ? std::max(d.more(), CHUNK) : CHUNK;
-    const Buffer own(wide / PANEL * (held * TILE + most / ROWS * 2 * SQUARE) + 2 * wide);
+    const int64_t of_codes = p.packed ? wide * CHUNK * DEPTH / 2 : 0;
+    const Buffer own(wide / PANEL * (held * TILE + most / ROWS * 2 * SQUARE) + 2 * wide + of_codes);
     Scratch s;
     s.panels = reinterpret_cast<bf16*>(own.get());
     s.sums = own.get() + wide / PANEL * held * TILE;
     s.gain = s.sums + wide / PANEL * most / ROWS * 2 * SQUARE;
     s.bias = s.gain + wide;
+    s.w = reinterpret_cast<bf16*>(s.bias + wide);
     // few outputs: the threads share the tokens instead
     const bool by_tokens = !straight && p.n_out <= PANEL * (threads - 1);
     const Range outputs = by_tokens ? Range{0, p.n_out} : share(p.n_out, PANEL, thread, threads);

@@ -141,6 +141,16 @@ inline void a_lanes(const Tiles& p, const Depth& d, int64_t k, bf16* to) {
   }
 }
 
+LK_INLINE void store_some(float* to, vec v, int64_t count) { _mm512_mask_storeu_ps(to, lanes(count), (__m512)v); }
+LK_INLINE void store_some(bf16* to, vec v, int64_t count) {
+  _mm256_mask_storeu_epi16(to, lanes(count), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+
+// asks for the first `count` columns of a row
+LK_INLINE void prefetch(const bf16* row, int64_t count) {
+  for (int64_t i = 0; i < count; i += DEPTH) __builtin_prefetch(row + i, 0, 2);
+}
+
 // two rows of w, [2, columns], as 64 lanes; zeros for a row or columns that are not there
 LK_INLINE void interleave(const bf16* w, int64_t row, int64_t columns, bool both, bf16* to) {
   // lane j: number j of the first row, then of the second, which counts on from 32

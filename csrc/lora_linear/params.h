@@ -2,6 +2,7 @@
 // row stride.
 #pragma once
 #include "../common/types.h"
+#include "../quantised/params.h"
 
 namespace lk {
 
@@ -17,6 +18,7 @@ struct ForwardSmall {
   Dropout dropout;
   int64_t tokens, n_in, n_out, rank;
   int threads;
+  const Quantised* packed = nullptr;  // W, in the place of the numbers of w
 };
 
 // y = x Wᵀ, by rows all, y in float32. For some dozens of tokens, which a vendor's GEMM takes
@@ -25,6 +27,7 @@ struct BaseProduct {
   View x, w, y;  // [tokens, in] [out, in] [tokens, out]
   int64_t tokens, n_in, n_out;
   int threads;
+  const Quantised* packed = nullptr;  // W, in the place of the numbers of w
 };
 
 // h = scale · drop(x) (a ⊙ gain)ᵀ: [tokens, rank]
@@ -81,6 +84,7 @@ struct Tiles {
   bool back;
   int64_t tokens, n_in, n_out, rank;
   int threads;
+  const Quantised* packed = nullptr;  // W, in the place of the numbers of w
 };
 
 }  // namespace lk

@@ -55,9 +55,15 @@ void a_tiles(const Tiles& p, const Depth& d, int64_t step, int64_t column, bf16*
   }
 }
 
+// W, or a piece of it, from output n and depth k
+struct Piece {
+  const bf16* at;
+  int64_t row, n, k;
+};
+
 // the two tiles of outputs n..n+32 at one step: of B, parts high, high, low, or of W
 template <bool BACK>
-LK_INLINE void w_tiles(const Tiles& p, const Depth& d, int64_t n, int64_t step, bf16* to) {
+LK_INLINE void w_tiles(const Tiles& p, const Depth& d, const Piece& w, int64_t n, int64_t step, bf16* to) {
   if (step < d.more()) {
     alignas(64) bf16 parts[2][TILE];
     const int64_t k = step % d.ranks * DEPTH, low = step / d.ranks == 2;
@@ -73,10 +79,9 @@ LK_INLINE void w_tiles(const Tiles& p, const Depth& d, int64_t n, int64_t step, 
     return;
   }
   const int64_t k = (step - d.more()) * DEPTH, depth = p.n_in - k;
-  const auto* w = static_cast<const bf16*>(p.w.data);
   for (int64_t i = 0; i < 2; i++, n += ROWS, to += TILE) {
-    if (BACK) pack_pairs(w + k * p.w.row + n, p.w.row, p.n_out - n, depth, to);
-    else left_tile(w + n * p.w.row + k, p.w.row, p.n_out - n, depth, to);
+    if (BACK) pack_pairs(w.at + (k - w.k) * w.row + n - w.n, w.row, p.n_out - n, depth, to);
+    else left_tile(w.at + (n - w.n) * w.row + k - w.k, w.row, p.n_out - n, depth, to);
   }
 }
 

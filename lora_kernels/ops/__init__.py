@@ -4,6 +4,7 @@ from lora_kernels.ops.dora_linear import dora_linear
 from lora_kernels.ops.lora_linear import Member, group_pays, lora_linear, lora_linear_group
 from lora_kernels.ops.merge import merged_weight
 from lora_kernels.ops.multi_lora import BatchPlan, Slots, multi_lora, multi_lora_add_
+from lora_kernels.ops.quantised import QuantisedWeight
 from lora_kernels.ops.registry import FallbackWarning, explain, missing_backends, use_backend
 from lora_kernels.ops.weight_norm import NormCache, dora_gain, row_norm_squared, weight_norm
 
@@ -12,6 +13,7 @@ __all__ = [
     "FallbackWarning",
     "Member",
     "NormCache",
+    "QuantisedWeight",
     "Slots",
     "dora_gain",
     "dora_linear",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_kernels import _cpu
 from lora_kernels.ops.cpu_amx import on_tiles, product, product_back
+from lora_kernels.ops.cpu_quantised import Packed, some_rows, widen_into
 from lora_kernels.ops.tables.cpu import CpuRow, row_for
 
 BLOCK = 256  # rows of W widened at a time: 4 MiB of float32 at 4096 columns
@@ -53,7 +54,7 @@ def forced_choice(row: CpuRow) -> Iterator[None]:
             _rows[key] = before
 
 
-def packs_x(x: Tensor, w: Tensor) -> bool:
+def packs_x(x: Tensor, w: Tensor | Packed) -> bool:
     """Whether the product of x, by rows, is the one that packs x."""
     row = choice(x.dtype)
     if not row.packed_from <= x.shape[0] <= row.packed or x.dtype is not w.dtype:
@@ -61,7 +62,7 @@ def packs_x(x: Tensor, w: Tensor) -> bool:
     return w.stride(1) == 1 and w.numel() > 0 and not on_tiles(x, w)
 
 
-def base_product(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+def base_product(x: Tensor, w: Tensor | Packed, out: Tensor | None = None) -> Tensor:
     """x Wᵀ in float32, for float32 in `out`; x by rows."""
     tokens, (n_out, n_in) = x.shape[0], w.shape
     if packs_x(x, w):
@@ -75,15 +76,15 @@ def base_product(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
             return y
     if on_tiles(x, w) and tokens and w.numel():
         return product(x, w)
-    if x.dtype is torch.float32:
+    if x.dtype is torch.float32 and isinstance(w, Tensor):
         return torch.mm(x, w.T, out=out)
-    y = x.new_empty(tokens, n_out, dtype=torch.float32)
+    y = x.new_empty(tokens, n_out, dtype=torch.float32) if out is None else out
     for rows, wide in base_product_slices(x, w):
         y[:, rows] = wide
     return y
 
 
-def _packed(x: Tensor, w: Tensor, y: Tensor) -> bool:
+def _packed(x: Tensor, w: Tensor | Packed, y: Tensor) -> bool:
     """Fills y, as many tokens at a time as stay in the caches; False if y has gaps, and nothing
     done."""
     threads = torch.get_num_threads()
@@ -98,36 +99,36 @@ def _no_adapter(n_out: int, n_in: int, dtype: torch.dtype) -> tuple[Tensor, Tens
     return torch.empty(0, n_in, dtype=dtype), torch.empty(n_out, 0, dtype=dtype)
 
 
-def base_product_slices(x: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def base_product_slices(x: Tensor, w: Tensor | Packed) -> Iterator[tuple[slice, Tensor]]:
     """x Wᵀ as (rows of W, product): in float32 one piece, of 16-bit weights float32 pieces."""
-    if x.dtype is w.dtype is torch.float32:
+    if x.dtype is w.dtype is torch.float32 and isinstance(w, Tensor):
         yield slice(0, w.shape[0]), base_product(x, w)
         return
     if packs_x(x, w) or (on_tiles(x, w) and x.numel() and w.numel()):
         piece = max(BLOCK, PIECE // len(x))
         for first in range(0, w.shape[0], piece):
             rows = slice(first, min(first + piece, w.shape[0]))
-            yield rows, base_product(x, w[rows])
+            yield rows, base_product(x, some_rows(w, rows))
         return
     wide, scratch = x.float(), x.new_empty(min(BLOCK, w.shape[0]), w.shape[1], dtype=torch.float32)
     part = wide.new_empty(x.shape[0], len(scratch))
     for first in range(0, w.shape[0], BLOCK):
         rows = slice(first, min(first + BLOCK, w.shape[0]))
         block = scratch[: rows.stop - first]
-        block.copy_(w[rows])
+        widen_into(block, some_rows(w, rows))
         product = part if len(block) == len(scratch) else wide.new_empty(x.shape[0], len(block))
         torch.mm(wide, block.T, out=product)
         yield rows, product
 
 
-def back_product(dy: Tensor, w: Tensor) -> Tensor:
+def back_product(dy: Tensor, w: Tensor | Packed) -> Tensor:
     """dy W in float32; dy by rows, of the dtype of W or float32."""
     if on_tiles(dy, w):
         return product_back(dy, w)
     row = choice(w.dtype)
-    if row.streamed_from <= dy.shape[0] <= row.streamed and w.stride(1) == 1:
+    if isinstance(w, Tensor) and row.streamed_from <= dy.shape[0] <= row.streamed and w.stride(1) == 1:
         return _streamed(dy, w)
-    if w.dtype is torch.float32:
+    if isinstance(w, Tensor) and w.dtype is torch.float32:
         return dy @ w
     wide = dy.float()
     out = wide.new_zeros(dy.shape[0], w.shape[1])
@@ -135,7 +136,7 @@ def back_product(dy: Tensor, w: Tensor) -> Tensor:
     for first in range(0, w.shape[0], BLOCK):
         rows = slice(first, min(first + BLOCK, w.shape[0]))
         block = scratch[: rows.stop - first]
-        block.copy_(w[rows])
+        widen_into(block, some_rows(w, rows))
         out.addmm_(wide[:, rows], block)
     return out
 

@@ -24,6 +24,11 @@ def refuse_dtypes(**tensors: Any) -> str | None:
     return None
 
 
+def refuse_quantised(call: Any) -> str | None:
+    """Of a backend that has no kernel for a QuantisedWeight."""
+    return "w is a QuantisedWeight, for which there is no kernel here" if call.layout else None
+
+
 def refuse_rows(**tensors: Any) -> str | None:
     """Names the first matrix whose rows cannot be read 16 bytes at a time."""
     for name, t in tensors.items():

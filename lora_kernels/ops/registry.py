@@ -155,6 +155,7 @@ def declare(
 _TYPES = {
     Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", list[Tensor]: "Tensor[]",
     list[Tensor | None]: "Tensor?[]", list[float]: "float[]", list[int]: "int[]",
+    list[Tensor] | None: "Tensor[]?", list[int] | None: "int[]?",
 }  # fmt: skip
 
 

@@ -6,19 +6,28 @@
 Source: DoRA, arXiv:2402.09353, eq. 5.
 """
 
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels.ops.derivatives import transformed
+from lora_kernels.ops.dora_linear.two_ops import norm_then_linear
 from lora_kernels.ops.lora_linear.layouts import strided_input
 from lora_kernels.ops.lora_linear.op import _check_arguments, without_autocast
+from lora_kernels.ops.quantised import QuantisedWeight
 from lora_kernels.ops.registry import declare
 
 
 def dora_linear(
-    x: Tensor, w: Tensor, a: Tensor, b: Tensor, magnitude: Tensor, scale: float = 1.0, bias: Tensor | None = None
+    x: Tensor,
+    w: Tensor | QuantisedWeight,
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y [..., out] in the dtype of x and the norm n [out] in float32 (float64 for float64) of
     formula (1).
@@ -37,6 +46,11 @@ def dora_linear(
         y, norm = dora_linear(rows, w, a, b, magnitude, scale, bias)
         return as_x(y), norm
     tokens = x.reshape(-1, x.shape[-1])
+    if isinstance(w, QuantisedWeight):
+        with nullcontext() if transformed() else torch.no_grad(), without_autocast(x):
+            quantised: Any = w
+            y, norm = norm_then_linear(DoRALinear(tokens, quantised, a, b, scale, bias, magnitude))
+        return y.view(*x.shape[:-1], len(b)), norm
     if transformed():
         with without_autocast(x):
             y, norm = _dora_linear.formula(DoRALinear(tokens, w, a, b, scale, bias, magnitude))

@@ -43,6 +43,9 @@ class Forward(NamedTuple):
     keep_z: bool
     """Whether z = x Wᵀ + h Bᵀ [tokens, out] is wanted, for the gradient of gain."""
     w_scale: Tensor | None = None
+    parts: list[Tensor] | None = None
+    layout: list[int] | None = None
+    """Where W is quantised; w, parts and layout are then `QuantisedWeight.fields()`."""
 
 
 class Backward(NamedTuple):
@@ -65,6 +68,8 @@ class Backward(NamedTuple):
     needs: list[int]
     """As `Needs`; of an op's schema it can be a list alone."""
     w_scale: Tensor | None = None
+    parts: list[Tensor] | None = None
+    layout: list[int] | None = None
 
 
 class GroupForward(NamedTuple):

@@ -15,6 +15,7 @@ import torch
 from lora_kernels import _cpu
 from lora_kernels.ops.cpu_amx import on_tiles, product_back
 from lora_kernels.ops.cpu_gemm import back_product, base_product, base_product_slices, choice
+from lora_kernels.ops.cpu_quantised import Packed, refuse_codes, some_rows, widened
 from lora_kernels.ops.cpu_tensors import dropout_args, row_major, transposed
 from lora_kernels.ops.gradients import empty_gradient, gradient_dtype
 from lora_kernels.ops.lora_linear import library
@@ -31,6 +32,9 @@ LEAST = 2**16
 
 def refusal(call):
     x, w, a, b, bias, gain = call.x, call.w, call.a, call.b, call.bias, call.gain
+    if call.layout:
+        others = {"x": x, "a": a, "b": b, "bias": bias, "gain": gain}
+        return refuse_codes(w, call.parts, call.layout) or refuse_dtypes(**others) or refuse_negated(**others)
     readable = (
         x.dtype in READ
         and w.dtype in READ
@@ -59,6 +63,15 @@ def backward_refusal(call):
 
 @implements("lora_linear_forward", "cpu", refusal)
 def forward(call):
+    return _forward(_packed(call) if call.layout else call)
+
+
+def _packed(call):
+    """The same call with a w that the kernels read."""
+    return call._replace(w=Packed.of(call.w, call.parts, call.layout), parts=None, layout=None)
+
+
+def _forward(call):
     x, w = call.x, call.w
     tokens = x.shape[0]
     if tokens and not call.drop_base and w.numel():
@@ -69,7 +82,7 @@ def forward(call):
                 return done
         elif on_tiles(x, w):
             return _forward_tiles(call)
-        elif tokens >= row.addmm_from and call.gain is None and w.numel() >= LEAST:
+        elif tokens >= row.addmm_from and call.gain is None and w.numel() >= LEAST and not isinstance(w, Packed):
             return _forward_library(call)
         if tokens <= row.thin and _may_be_thin(call):
             return _forward_thin(call)
@@ -181,7 +194,7 @@ def _forward_large(call):
             z[:, rows].copy_(wide)
         _add_adapter(wide, wide, None, h, gain=slice_gain, bias=slice_bias)
         if rest is not None:
-            wide += rest @ w[rows].to(rest.dtype).T
+            wide += rest @ widened(some_rows(w, rows)).T
         target.copy_(wide)
     return y, h if call.keep_h else None, z if keep_z else None
 
@@ -192,6 +205,10 @@ def backward(call):
 
 
 def _gradients(dx_dtype, call):
+    return _gradients_of(dx_dtype, _packed(call) if call.layout else call)
+
+
+def _gradients_of(dx_dtype, call):
     """dx in dx_dtype, float32 or that of x."""
     w, a, b, bias, gain, scale, h = call.w, call.a, call.b, call.bias, call.gain, call.scale, call.h
     dy, x, drop, needs = row_major(call.dy), row_major(call.x), dropout_args(call.dropout, call.seed), Needs(*call.needs)
@@ -258,6 +275,8 @@ def _by_library(call, dy, dx_dtype):
     """Whether the table gives dx of these tokens to the library's 16-bit GEMM."""
     if dy.shape[0] < choice(dy.dtype).addmm_back_from or call.gain is not None or call.w.numel() < LEAST:
         return False
+    if isinstance(call.w, Packed):
+        return False
     return dx_dtype is dy.dtype is call.w.dtype
 
 
@@ -301,7 +320,7 @@ def _gain_gradient(call, dy):
         without = Forward(
             call.x, call.w, call.a, call.b, call.scale, None, None, call.dropout, call.seed, False, False, False, call.w_scale
         )
-        return _column_sums(dy, forward(without)[0])
+        return _column_sums(dy, _forward(without)[0])
     return _column_sums(dy, call.y) / call.gain
 
 

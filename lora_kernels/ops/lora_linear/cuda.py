@@ -29,7 +29,7 @@ from lora_kernels.ops.lora_linear.call import Backward, Needs
 from lora_kernels.ops.lora_linear.cuda_skinny import EXPAND, part_of_a, shrink
 from lora_kernels.ops.lora_linear.layer import Layer, layers_of
 from lora_kernels.ops.lora_linear.loop import forward_each, refuse_each
-from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_rows
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_quantised, refuse_rows
 from lora_kernels.ops.registry import implements, note_plan
 from lora_kernels.ops.tables.tiles import compiled
 
@@ -38,6 +38,8 @@ SMALL_TOKENS = 64  # the most of `launch_small`
 
 
 def refusal(call):
+    if call.layout:
+        return refuse_quantised(call)
     if call.w_scale is not None:
         return refuse_int8(call) or _refuse_operands(call)
     return _refuse_operands(call) or _refuse_beside_triton(call)
@@ -159,6 +161,8 @@ def group_forward(call):
 
 def backward_refusal(call):
     x, w, dy = call.x, call.w, call.dy
+    if call.layout:
+        return refuse_quantised(call)
     if dy.dtype is not x.dtype:
         return f"dy is {dy.dtype} and x {x.dtype}; the kernels read the same for both"
     if call.w_scale is None:

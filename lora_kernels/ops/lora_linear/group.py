@@ -20,7 +20,8 @@ from lora_kernels.ops.dropout import draw_seed
 from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_gradients, requested_kinds
 from lora_kernels.ops.lora_linear.call import GroupBackward, GroupForward, drops_base, keeps_z
 from lora_kernels.ops.lora_linear.layouts import strided_input
-from lora_kernels.ops.lora_linear.op import _any_autocast, _check_arguments, scaled_b, without_autocast
+from lora_kernels.ops.lora_linear.op import _any_autocast, _check_arguments, lora_linear, scaled_b, without_autocast
+from lora_kernels.ops.quantised import QuantisedWeight
 from lora_kernels.ops.registry import ON_GPU, declare, forced_backend
 
 
@@ -28,7 +29,7 @@ class Member(NamedTuple):
     """One layer of a group: what `lora_linear` takes besides x and dropout, in its shapes and
     dtypes."""
 
-    w: Tensor
+    w: Tensor | QuantisedWeight
     a: Tensor
     b: Tensor
     scale: float | Tensor = 1.0
@@ -52,6 +53,7 @@ def lora_linear_group(
     None may differ from member to member. Sums are taken in float32 (float64 for float64) and
     rounded as `lora_linear`'s are, the gradient of x, which sums over the members, too, or by the
     library's GEMM as often as there are members. Under autocast x and each w are cast to its dtype.
+    Where a w is quantised the members run one by one, and autograd sums their gradients of x.
 
     Gradients flow to x and to each a, b, bias, gain and tensor scale; every w is frozen. Further
     derivatives, forward mode, torch.func and `grad_dtype` of a leaf are as in `lora_linear`. A
@@ -79,6 +81,12 @@ def lora_linear_group(
         if _check_arguments(x, m.w, m.a, m.b, m.scale, m.bias, m.gain, p, dropout_semantics, m.seed, op=op) is False:
             rows, as_x = strided_input(x)
             return tuple(map(as_x, lora_linear_group(rows, members, dropouts, dropout_semantics)))
+    if any(isinstance(m.w, QuantisedWeight) for m in members):
+        calls = [
+            (m.w, m.a, m.b, m.scale, m.bias, m.gain, p, dropout_semantics, m.seed)
+            for m, p in zip(members, dropouts, strict=True)
+        ]
+        return tuple(lora_linear(x, *each) for each in calls)
     scales, flat = [], []
     for m, p in zip(members, dropouts, strict=True):
         b, scale = (scaled_b(m.b, m.scale, x), 1.0) if isinstance(m.scale, Tensor) else (m.b, m.scale)

@@ -19,6 +19,7 @@ from lora_kernels.ops.dropout import draw_seed
 from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_gradients, requested_kinds
 from lora_kernels.ops.lora_linear.call import Backward, Forward, Needs, keeps_z
 from lora_kernels.ops.lora_linear.layouts import is_strided, strided_input
+from lora_kernels.ops.quantised import QuantisedWeight
 from lora_kernels.ops.registry import declare
 from lora_kernels.ops.scale import traced_scale
 
@@ -35,7 +36,7 @@ _compiling = torch.compiler.is_compiling
 
 def lora_linear(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | QuantisedWeight,
     a: Tensor,
     b: Tensor,
     scale: float | Tensor = 1.0,
@@ -69,7 +70,8 @@ def lora_linear(
 
     w may be int8 with `w_scale` [out], floating: then W = w_scale ⊙ w, one scale for each row, as
     bitsandbytes' `SCB` / 127 is. W is not formed: w is read as bytes, and the gradient of x is that
-    of W. w_scale gets none.
+    of W. w_scale gets none. Or w is a `QuantisedWeight` of the dtype of x, whose numbers are
+    rounded to that dtype once, in both directions; W is not formed either.
 
     A nested x gives a nested result, mkldnn one of its kind, and a sparse one is made dense.
 
@@ -99,11 +101,14 @@ def lora_linear(
     else:
         seed = None
     tokens = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    parts = layout = None
+    if isinstance(w, QuantisedWeight):
+        w, parts, layout = w.fields()
     fields = (tokens, w, a, b, factor, bias, gain, dropout, seed, drop_base)
     # the first half of `transformed`, without the cost of its call
     if (forward_ad._current_level >= 0 or under_functorch()) and transformed():
         with without_autocast(x):
-            y = _forward.formula(Forward(*fields, False, False, w_scale))[0]
+            y = _forward.formula(Forward(*fields, False, False, w_scale, parts, layout))[0]
     elif torch.is_grad_enabled() and (
         a.requires_grad
         or b.requires_grad
@@ -111,10 +116,10 @@ def lora_linear(
         or (gain is not None and gain.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        y = _LoRALinear.apply(*fields, w_scale)
+        y = _LoRALinear.apply(*fields, w_scale, parts, layout)
     else:
-        y = _forward(Forward(*fields, False, False, w_scale))[0]
-    return y if tokens is x else y.view(*x.shape[:-1], w.shape[0])
+        y = _forward(Forward(*fields, False, False, w_scale, parts, layout))[0]
+    return y if tokens is x else y.view(*x.shape[:-1], b.shape[0])
 
 
 def scaled_b(b: Tensor, scale: Tensor, x: Tensor) -> Tensor:
@@ -140,6 +145,8 @@ def check_kinds(op: str, scale: Any, **tensors: Any) -> None:
     """Raises TypeError unless `scale` is a number or tensor and the others are tensors or None, but
     for the first three."""
     for i, (name, tensor) in enumerate(tensors.items()):
+        if name == "w" and isinstance(tensor, QuantisedWeight):
+            continue
         if not isinstance(tensor, Tensor) and (tensor is not None or i < 3):
             raise TypeError(f"{op}: {name} must be a tensor, found {type(tensor).__name__}")
     if not isinstance(scale, Tensor | float | int | torch.SymFloat | torch.SymInt):
@@ -187,6 +194,8 @@ def _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, 
     if w_scale is None and w.dtype is not dtype:
         hint = " (int8 wants w_scale)" if w.dtype is torch.int8 else ""
         raise TypeError(f"{op}: w must have the dtype of x, {dtype}, found {w.dtype}{hint}")
+    if w_scale is not None and isinstance(w, QuantisedWeight):
+        raise TypeError(f"{op}: w is a QuantisedWeight, which has its scales; w_scale must be None")
     if w_scale is not None and w.dtype is not torch.int8:
         raise TypeError(f"{op}: w must be int8, since w_scale is given, found {w.dtype}")
     if b.dtype is not adapter_dtype or adapter_dtype not in FLOATS:
@@ -239,21 +248,23 @@ _PLACES = [Needs._fields.index(name) if name in Needs._fields else -1 for name i
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, w_scale):
+    def forward(ctx, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, w_scale, parts, layout):
         learns_gain = gain is not None and ctx.needs_input_grad[_GAIN]
         keep_z = learns_gain and keeps_z(bias, gain, drop_base)
-        y, h, z = _forward(Forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, True, keep_z, w_scale))
+        call = Forward(x, w, a, b, scale, bias, gain, dropout, seed, drop_base, True, keep_z, w_scale, parts, layout)
+        y, h, z = _forward(call)
         kept_y = y if learns_gain and not keep_z else None
-        ctx.save_for_backward(x, w, a, b, bias, gain, seed, w_scale, h, kept_y, z if keep_z else None)
-        ctx.rest = scale, dropout, drop_base, [OWN_DTYPE, *map(gradient_kind, (a, b, bias, gain))]
+        ctx.save_for_backward(x, w, a, b, bias, gain, seed, w_scale, h, kept_y, z if keep_z else None, *(parts or ()))
+        ctx.rest = scale, dropout, drop_base, layout, [OWN_DTYPE, *map(gradient_kind, (a, b, bias, gain))]
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, w, a, b, bias, gain, seed, w_scale, h, y, z = ctx.saved_tensors
-        (scale, dropout, drop_base, kinds), wants = ctx.rest, ctx.needs_input_grad
+        x, w, a, b, bias, gain, seed, w_scale, h, y, z, *parts = ctx.saved_tensors
+        (scale, dropout, drop_base, layout, kinds), wants = ctx.rest, ctx.needs_input_grad
         needs = requested_kinds(kinds, [wants[i] for i in _LEARNT])
-        call = Backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop_base, h, y, z, needs, w_scale)
+        of_layer = (x, w, a, b, scale, bias, gain, dropout, seed, drop_base)
+        call = Backward(dy, *of_layer, h, y, z, needs, w_scale, parts, layout)
         grads = (*differentiable(_gradients, _formula, call, dy), None)
         return tuple([grads[i] for i in _PLACES])
 

@@ -38,7 +38,7 @@ from lora_kernels.ops.lora_linear.triton_backward import (
 )
 from lora_kernels.ops.lora_linear.triton_expand import expand
 from lora_kernels.ops.lora_linear.triton_forward import ForwardInput, ForwardLayer, forward_kernel
-from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_quantised
 from lora_kernels.ops.registry import implements, note_plan
 from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import rank_stages, sound_schedule
@@ -50,7 +50,7 @@ from lora_kernels.ops.triton_tma import loads_by_tma, tensor_map, tensor_maps
 
 def refusal(call):
     tensors = {"x": call.x, "w": call.w, "a": call.a, "b": call.b, "bias": call.bias, "gain": call.gain}
-    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(call.x)
+    return refuse_quantised(call) or refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(call.x)
 
 
 def backward_refusal(call):

@@ -15,16 +15,23 @@ from torch import Tensor
 from lora_kernels.ops.checks import check_adapted_weight
 from lora_kernels.ops.derivatives import transformed
 from lora_kernels.ops.lora_linear.op import FLOATS, without_autocast
+from lora_kernels.ops.quantised import QuantisedWeight
 from lora_kernels.ops.registry import declare
 
 
 def merged_weight(
-    w: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, gain: Tensor | None = None, out: Tensor | None = None
+    w: Tensor | QuantisedWeight,
+    a: Tensor,
+    b: Tensor,
+    scale: float = 1.0,
+    gain: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Formula (1), W read once and the result written once.
 
     Shapes: w [out, in], a [r, in], b [out, r], gain [out]; returns [out, in] in the dtype of w,
-    with its strides if it has no gaps. Sums are float32 (float64 if w is float64) and rounded once;
+    with its strides if it has no gaps. Of a `QuantisedWeight` the result is a plain weight of its
+    dtype. Sums are float32 (float64 if w is float64) and rounded once;
     no copy of W is made in their dtype. `out` takes the result and is returned: w itself, which is
     then changed in place, or a tensor that lies apart. Backward does not reach it: it runs as under
     torch.no_grad(), and the result does not require grad. Forward mode and torch.func go through.
@@ -36,6 +43,9 @@ def merged_weight(
         NotImplementedError: the forced backend refuses; the message says why.
     """
     _check_arguments(w, a, b, scale, gain, out)
+    if isinstance(w, QuantisedWeight):
+        w = w.dequantise()
+        out = w if out is None else out
     if transformed():
         return _transformed(w, a, b, scale, gain, out)
     with torch.no_grad(), without_autocast(w):
@@ -76,7 +86,7 @@ def _check_out(w, a, b, gain, out):
     if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
         raise ValueError(f"merged_weight: out must have its own memory for each element, found strides {list(out.stride())}")
     for name, tensor in (("w", w), ("a", a), ("b", b), ("gain", gain)):
-        if tensor is None or not torch._C._is_alias_of(out, tensor):
+        if not isinstance(tensor, Tensor) or not torch._C._is_alias_of(out, tensor):
             continue
         if tensor is w and _layout(out) == _layout(w):
             continue

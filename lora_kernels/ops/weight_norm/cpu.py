@@ -5,6 +5,7 @@ import torch
 
 from lora_kernels import _cpu
 from lora_kernels.ops.cpu_amx import on_tiles, product
+from lora_kernels.ops.cpu_quantised import Packed, refuse_codes, some_rows, widened
 from lora_kernels.ops.gradients import gradient_dtype
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
@@ -17,11 +18,14 @@ TABLE_BLOCK = 1 << 18  # elements of a transposed W widened at a time
 
 
 def refusal(call):
-    tensors = {"w": call.w, "a": call.a, "b": call.b}
-    return refuse_dtypes(**tensors) or refuse_negated(**tensors)
+    tensors = {"a": call.a, "b": call.b} if call.layout else {"w": call.w, "a": call.a, "b": call.b}
+    of_codes = refuse_codes(call.w, call.parts, call.layout) if call.layout else None
+    return of_codes or refuse_dtypes(**tensors) or refuse_negated(**tensors)
 
 
 def squared_refusal(call):
+    if call.layout:
+        return refuse_codes(call.w, call.parts, call.layout)
     return refuse_dtypes(w=call.w) or refuse_negated(w=call.w)
 
 
@@ -40,9 +44,20 @@ def _table_blocks(w):
         yield columns, table[columns].float()
 
 
+def _weight(call):
+    return Packed.of(call.w, call.parts, call.layout) if call.layout else call.w
+
+
 def _row_blocks(w):
     """(first row, rows) of W with contiguous rows: all of it, or copies of a few if W is neither
-    that nor transposed."""
+    that nor transposed, or is quantised."""
+    if isinstance(w, Packed):
+        scratch = w.codes.new_empty(min(BLOCK, w.shape[0]), w.shape[1], dtype=w.dtype)
+        for first in range(0, w.shape[0], BLOCK):
+            rows = scratch[: min(BLOCK, w.shape[0] - first)]
+            _cpu.dequantise(w.some(slice(first, first + len(rows))), rows, torch.get_num_threads())
+            yield first, rows
+        return
     if w.stride(1) == 1:
         yield 0, w
         return
@@ -52,20 +67,23 @@ def _row_blocks(w):
 
 @implements("weight_norm_forward", "cpu", refusal)
 def forward(call):
-    w, a, b, w_squared = call.w, call.a, call.b, call.w_squared
-    norm = w.new_empty(w.shape[0], dtype=torch.float32)
+    w, a, b, w_squared = _weight(call), call.a, call.b, call.w_squared
+    norm = call.w.new_empty(w.shape[0], dtype=torch.float32)
     if w.numel() == 0:
         return norm.zero_()
-    if w.numel() >= LARGE_TABLE and _is_table(w):
+    if w.numel() >= LARGE_TABLE and _is_table(w):  # never of codes
         return _norm_of_table(call)
     squared = None if w_squared is None else w_squared.to(torch.float32).contiguous()
-    products = _products(w, a)
+    products = None if isinstance(w, Packed) else _products(w, a)
     for first, rows in _row_blocks(w):
         part = slice(first, first + len(rows))
-        _cpu.weight_norm(
-            rows, a, b[part], None if squared is None else squared[part], None if products is None else products[:, part],
-            norm[part], call.scale, MAX_CONDITION[w.dtype], torch.get_num_threads(),
-        )  # fmt: skip
+        if isinstance(w, Packed):  # of these rows while they are in the cache
+            of_part = _products(rows, a)
+        else:
+            of_part = None if products is None else products[:, part]
+        of_rows = None if squared is None else squared[part]
+        condition, threads = MAX_CONDITION[w.dtype], torch.get_num_threads()
+        _cpu.weight_norm(rows, a, b[part], of_rows, of_part, norm[part], call.scale, condition, threads)
     return norm
 
 
@@ -114,15 +132,15 @@ def _products(w, a):
 def backward(call):
     """With c = dn / n: dB = s·c ⊙ (W + s·BA) Aᵀ, dA = s·(c ⊙ B)ᵀ (W + s·BA), in blocks of rows; BA
     is not formed."""
-    w, a, b, scale = call.w, call.a, call.b, call.scale
+    w, a, b, scale = _weight(call), call.a, call.b, call.scale
     c = torch.where(call.n > 0, call.dn / call.n, 0.0)[:, None]
     wide_a, wide_b = a.float(), b.float()
     gram, weighted = wide_a @ wide_a.T, c * wide_b
     da = wide_a.new_zeros(a.shape)
     db = torch.empty_like(wide_b)
     for first in range(0, w.shape[0], BLOCK):
-        part = slice(first, first + BLOCK)
-        rows = w[part].float()
+        part = slice(first, min(first + BLOCK, w.shape[0]))
+        rows = widened(some_rows(w, part))
         da.addmm_(weighted[part].T, rows)
         torch.mm(rows, wide_a.T, out=db[part])
     da.addmm_(weighted.T @ wide_b, wide_a, alpha=scale)
@@ -133,8 +151,8 @@ def backward(call):
 
 @implements("row_norm_squared", "cpu", squared_refusal)
 def row_norm_squared(call):
-    w = call.w
-    squared = w.new_empty(w.shape[0], dtype=torch.float32)
+    w = _weight(call)
+    squared = call.w.new_empty(w.shape[0], dtype=torch.float32)
     if w.numel() == 0:
         return squared.zero_()
     if _is_table(w):

@@ -9,7 +9,7 @@ from lora_kernels.ops.cuda_shared_memory import shared_of_update, shared_of_upda
 from lora_kernels.ops.gradients import gradient_dtype
 from lora_kernels.ops.launch import KERNEL_SUFFIX, ceil_div, launch_cuda, power_of_two, refuse_cuda
 from lora_kernels.ops.lora_linear.cuda_skinny import both_sides, factors, sum_partials
-from lora_kernels.ops.refusals import refuse_dtypes, refuse_factors, refuse_negated
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_factors, refuse_negated, refuse_quantised
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import compiled
 
@@ -24,16 +24,19 @@ def refuse_operands(w, a=None, b=None):
 
 
 def refusal(call):
+    if call.layout:
+        return refuse_quantised(call)
     reason = refuse_factors(call.w, call.a, call.b, MOST)
     return refuse_operands(call.w, call.a, call.b) or (reason and refuse_beside_triton(reason))
 
 
 def backward_refusal(call):
-    return refuse_operands(call.w, call.a, call.b) or refuse_beside_triton("they read W once for both gradients, too")
+    reason = refuse_quantised(call) or refuse_operands(call.w, call.a, call.b)
+    return reason or refuse_beside_triton("they read W once for both gradients, too")
 
 
 def squared_refusal(call):
-    return refuse_operands(call.w) or refuse_beside_triton("they read W in pieces of 16 bytes")
+    return refuse_quantised(call) or refuse_operands(call.w) or refuse_beside_triton("they read W in pieces of 16 bytes")
 
 
 @implements("weight_norm_forward", "cuda", refusal)

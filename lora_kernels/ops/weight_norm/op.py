@@ -15,6 +15,8 @@ from lora_kernels.ops.checks import check_adapted_weight
 from lora_kernels.ops.derivatives import differentiable, transformed
 from lora_kernels.ops.gradients import gradient_dtype, gradient_kind, requested_kinds
 from lora_kernels.ops.lora_linear.op import FLOATS, without_autocast
+from lora_kernels.ops.quantised import QuantisedWeight
+from lora_kernels.ops.quantised.weight import DTYPES
 from lora_kernels.ops.registry import declare
 from lora_kernels.ops.scale import traced_scale
 
@@ -22,10 +24,13 @@ MAX_CONDITION = {torch.float32: 4.0, torch.bfloat16: 64.0, torch.float16: 64.0}
 """Cancellation up to which the factored form (2) is within 1e-5 (float32) and 1e-4 (16-bit)."""
 
 
-def weight_norm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, w_squared: Tensor | None = None) -> Tensor:
+def weight_norm(
+    w: Tensor | QuantisedWeight, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, w_squared: Tensor | None = None
+) -> Tensor:
     """Norm (1) of each row of the adapted weight.
 
-    Shapes: w [out, in], a [r, in], b [out, r]; returns [out] in float32 (float64 if w is float64).
+    Shapes: w [out, in], which may be a `QuantisedWeight`, a [r, in], b [out, r]; returns [out] in
+    float32 (float64 if w is float64).
     `w_squared` is `row_norm_squared(w)` when the caller has it: w is frozen, so it need not be
     summed again. Sums are float32, never TF32. Rows in which the terms of (2) cancel are summed
     directly as (1). So the error stays below 1e-4 (16-bit w) and 1e-5 (float32 w) of ‖W‖ +
@@ -45,21 +50,24 @@ def weight_norm(w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, w_
         wide = torch.promote_types(torch.promote_types(b.dtype, w.dtype), torch.float32)
         b, scale = b.to(wide) * scale.to(wide).reshape(()), 1.0
     factor: Any = traced_scale(scale)
-    with without_autocast(w):
+    codes, parts, layout = w.fields() if isinstance(w, QuantisedWeight) else (w, None, None)
+    with without_autocast(codes):
         if transformed():
-            return _forward.formula(Norm(w, a, b, factor, w_squared))
+            return _forward.formula(Norm(codes, a, b, factor, w_squared, parts, layout))
         if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-            return _WeightNorm.apply(w, a, b, factor, w_squared)
-        return _forward(Norm(w, a, b, factor, w_squared))
+            return _WeightNorm.apply(codes, a, b, factor, w_squared, parts, layout)
+        return _forward(Norm(codes, a, b, factor, w_squared, parts, layout))
 
 
-def row_norm_squared(w: Tensor) -> Tensor:
+def row_norm_squared(w: Tensor | QuantisedWeight) -> Tensor:
     """‖W‖² of each row: w [out, in] → [out] in float32 (float64 if w is float64), by the sum that
     `weight_norm` uses."""
     if w.dim() != 2:
         raise ValueError(f"row_norm_squared: w must be [out, in], found {list(w.shape)}")
     if w.dtype not in FLOATS:
         raise TypeError(f"row_norm_squared: w must be floating, found {w.dtype}")
+    if isinstance(w, QuantisedWeight):
+        return _row_norm_squared(RowNorm(*w.fields()))
     return _row_norm_squared.formula(RowNorm(w)) if transformed() else _row_norm_squared(RowNorm(w.detach()))
 
 
@@ -80,19 +88,19 @@ def _check_arguments(w, a, b, scale, w_squared):
 
 class _WeightNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w, a, b, scale, w_squared):
-        n = _forward(Norm(w, a, b, scale, w_squared))
-        ctx.save_for_backward(w, a, b, n)
-        ctx.scale, ctx.kinds = scale, (gradient_kind(a), gradient_kind(b))
+    def forward(ctx, w, a, b, scale, w_squared, parts, layout):
+        n = _forward(Norm(w, a, b, scale, w_squared, parts, layout))
+        ctx.save_for_backward(w, a, b, n, *(parts or ()))
+        ctx.scale, ctx.layout, ctx.kinds = scale, layout, (gradient_kind(a), gradient_kind(b))
         return n
 
     @staticmethod
     def backward(ctx, dn):
         needs = requested_kinds(ctx.kinds, ctx.needs_input_grad[1:3])
-        w, a, b, n = ctx.saved_tensors
-        call = NormBackward(dn, n, w, a, b, ctx.scale, needs)
+        w, a, b, n, *parts = ctx.saved_tensors
+        call = NormBackward(dn, n, w, a, b, ctx.scale, needs, parts, ctx.layout)
         da, db = differentiable(_gradients, _formula, call, dn)
-        return None, da, db, None, None
+        return None, da, db, None, None, None, None
 
 
 def _gradients(call):
@@ -114,6 +122,9 @@ class Norm(NamedTuple):
     b: Tensor
     scale: float
     w_squared: Tensor | None
+    parts: list[Tensor] | None = None
+    layout: list[int] | None = None
+    """Where W is quantised: w, parts and layout are then `QuantisedWeight.fields()`."""
 
 
 class NormBackward(NamedTuple):
@@ -127,15 +138,22 @@ class NormBackward(NamedTuple):
     b: Tensor
     scale: float
     needs: list[int]
+    parts: list[Tensor] | None = None
+    layout: list[int] | None = None
 
 
 class RowNorm(NamedTuple):
     """The argument of ‖W‖²."""
 
     w: Tensor
+    parts: list[Tensor] | None = None
+    layout: list[int] | None = None
 
 
 def _fake_norm(call):
+    if call.layout:
+        _, n_out, _, dtype, *_ = call.layout
+        return call.w.new_empty(n_out, dtype=torch.promote_types(DTYPES[dtype], torch.float32))
     return call.w.new_empty(call.w.shape[0], dtype=torch.promote_types(call.w.dtype, torch.float32))
 
 

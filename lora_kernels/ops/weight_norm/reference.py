@@ -4,6 +4,8 @@ tested against them."""
 import torch
 
 from lora_kernels.ops.gradients import gradient_dtype
+from lora_kernels.ops.quantised import QuantisedWeight
+from lora_kernels.ops.quantised.formula import dequantised
 from lora_kernels.ops.registry import implements
 
 
@@ -28,10 +30,15 @@ def backward(call):
 
 @implements("row_norm_squared", "reference")
 def row_norm_squared(call):
-    return call.w.to(torch.promote_types(call.w.dtype, torch.float32)).square().sum(1)
+    return _wide_weight(call).square().sum(1)
+
+
+def _wide_weight(call):
+    w = dequantised(QuantisedWeight.of_fields(call.w, call.parts, call.layout)) if call.layout else call.w
+    return w.to(torch.promote_types(w.dtype, torch.float32))
 
 
 def _adapted(call):
-    wide = torch.promote_types(call.w.dtype, torch.float32)
-    w, a, b = call.w.to(wide), call.a.to(wide), call.b.to(wide)
+    w = _wide_weight(call)
+    a, b = call.a.to(w.dtype), call.b.to(w.dtype)
     return w + call.scale * (b @ a)                                        # [out, in]

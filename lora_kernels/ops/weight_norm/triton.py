@@ -13,7 +13,7 @@ import triton.language as tl
 
 from lora_kernels.ops.gradients import gradient_dtype
 from lora_kernels.ops.launch import ceil_div, launch_triton, power_of_two, refuse_device
-from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_quantised
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import sound_schedule
@@ -86,11 +86,11 @@ def row_norm_squared_kernel(w, squared, n, k, w0, w1, BN: tl.constexpr, BK: tl.c
 
 def refusal(call):
     tensors = {"w": call.w, "a": call.a, "b": call.b}
-    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(call.w)
+    return refuse_quantised(call) or refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(call.w)
 
 
 def squared_refusal(call):
-    return refuse_dtypes(w=call.w) or refuse_negated(w=call.w) or refuse_device(call.w)
+    return refuse_quantised(call) or refuse_dtypes(w=call.w) or refuse_negated(w=call.w) or refuse_device(call.w)
 
 
 @implements("weight_norm_forward", "triton", refusal)
