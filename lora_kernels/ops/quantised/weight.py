@@ -49,6 +49,7 @@ class QuantisedWeight:
     outer_block: int = 256
 
     requires_grad = False  # frozen
+    layout = torch.strided
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", torch.Size(self.shape))
@@ -89,6 +90,14 @@ class QuantisedWeight:
     @property
     def device(self) -> torch.device:
         return self.codes.device
+
+    @property
+    def is_meta(self) -> bool:
+        return self.codes.is_meta
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.codes.is_cuda
 
     def dim(self) -> int:
         return 2
