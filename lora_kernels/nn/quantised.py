@@ -106,7 +106,7 @@ def _of_8bit(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
 
 def _plain(weight: Tensor) -> Tensor:
     """The tensor without the library's class, which asks for its functions again at each call."""
-    return weight.data.as_subclass(Tensor)
+    return weight.detach().as_subclass(Tensor)  # not .data, whose version stays as it is
 
 
 def _floats(tensor: Tensor) -> Tensor:

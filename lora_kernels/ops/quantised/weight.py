@@ -75,6 +75,7 @@ class QuantisedWeight:
     zero_rounded: bool = False
 
     requires_grad = False  # frozen
+    layout = torch.strided
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", torch.Size(self.shape))
@@ -132,6 +133,14 @@ class QuantisedWeight:
     @property
     def device(self) -> torch.device:
         return self.codes.device
+
+    @property
+    def is_meta(self) -> bool:
+        return self.codes.is_meta
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.codes.is_cuda
 
     def dim(self) -> int:
         return 2
