@@ -30,7 +30,15 @@ Reader = Callable[[Any, torch.dtype], QuantisedWeight | str]
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether the module is a linear layer of a library that quantises, whatever its state."""
+    """Whether the module is a linear layer of bitsandbytes, whatever its state. Such a layer holds
+    more than parameters; the others of this file may be an `nn.Linear` over a tensor of a
+    library's.
+    """
+    return _reader(module) in (_of_4bit, _of_8bit)
+
+
+def holds_codes(module: nn.Module) -> bool:
+    """Whether the module is a linear layer of any library named above, whatever its state."""
     return _reader(module) is not None
 
 
@@ -175,6 +183,7 @@ def _of_compressed(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
     blocks = {"tensor": shape, "channel": (1, n_in), "group": (1, how.group_size), "block": how.block_structure}.get(strategy)
     if blocks is None or held.get("weight_global_scale") is not None:
         return f"compressed-tensors' strategy {strategy} has scales of scales, or is none of a weight"
+    scales = scales.view(POWERS) if scales.dtype is torch.uint8 else scales
     packed = held.get("weight_packed")
     if packed is None:
         return _of_blocks(_plain(held["weight"]), scales, zeros, blocks, dtype)
@@ -182,7 +191,6 @@ def _of_compressed(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
         return f"compressed-tensors packs {how.num_bits} bits and rows of {n_in}; wanted are 4 and a multiple of 8"
     codes = _plain(packed).view(torch.uint8)
     if packed.dtype is torch.uint8:
-        scales = scales.view(POWERS) if scales.dtype is torch.uint8 else scales
         return _of_blocks(codes, scales, zeros, blocks, dtype, shape, table=_table(E2M1, codes), order=LOW_FIRST)
     if zeros is not None and zeros.dtype is torch.int32:  # eight rows in a number
         shifts = torch.arange(0, 32, 4, device=zeros.device)
@@ -200,7 +208,8 @@ def _of_blocks(
             return f"a part of the weight is {'on the meta device' if part.is_meta else f'a {type(part).__name__}'}"
     rows, columns = block
     n_out, n_in = shape = shape or (codes.shape[0], codes.shape[1])
-    if zeros is not None and bool((zeros != 0).any()):
+    # which a compiler cannot ask; to subtract zeros gives the same bits
+    if zeros is not None and (torch.compiler.is_compiling() or bool((zeros != 0).any())):
         rounds = zeros.is_floating_point()  # integers and their differences are exact in 16 bits
         named |= {"zeros": _floats(zeros.to(dtype) if rounds else zeros).contiguous(), "zero_rounded": rounds}
     if rows >= n_out and columns >= n_in:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_kernels import QuantisedWeight, lora_linear
-from lora_kernels.nn.quantised import is_quantised, quantised_weight
+from lora_kernels.nn.quantised import holds_codes, is_quantised, quantised_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -21,7 +21,8 @@ def seed():
 
 def assert_reads(module, wanted, dtype):
     """W is `wanted` and takes no more memory than its codes and float32 scales."""
-    assert is_quantised(module)
+    assert holds_codes(module)
+    assert not is_quantised(module)  # which is bitsandbytes'
     w = quantised_weight(module, dtype)
     assert isinstance(w, QuantisedWeight), w
     assert w.dtype is dtype
@@ -37,7 +38,7 @@ def linear(n_in=256, n_out=96, dtype=torch.float32):
 
 
 def test_a_plain_layer_is_not_quantised():
-    assert not is_quantised(linear())
+    assert not holds_codes(linear())
     assert quantised_weight(linear(), torch.float32) == "Linear is no quantised layer that is known here"
 
 
@@ -83,7 +84,7 @@ def test_torchao_float8_tiles(ao, shape):
 def test_torchao_layers_that_are_left(ao):
     module = nn.Sequential(linear())
     ao.quantize_(module, ao.Int8DynamicActivationInt8WeightConfig())
-    assert is_quantised(module[0])
+    assert holds_codes(module[0])
     assert quantised_weight(module[0], torch.float32).startswith("torchao changes the input of this layer, too")
     kernels = nn.Sequential(linear(dtype=torch.bfloat16))
     packed = ao.Int4Tensor(
@@ -157,7 +158,7 @@ def test_fp8_layers_that_are_left(fp8):
     assert quantised_weight(grouped, torch.bfloat16) == "the float8 layer has a weight for each group of its inputs"
     wide = fp8.FP8Linear(256, 96, (128, 128))
     wide.weight = nn.Parameter(torch.randn(96, 256).bfloat16())
-    assert not is_quantised(wide)
+    assert not holds_codes(wide)
     ragged = fp8_linear(fp8, 256, 96, (128, 128))
     ragged.weight_scale_inv.data = torch.ones(3, 3)
     assert "scales must be 2 numbers" in quantised_weight(ragged, torch.bfloat16)
@@ -246,6 +247,7 @@ def compressed(weights, n_in=256, n_out=96, dtype=torch.bfloat16):
     {"num_bits": 8, "strategy": "tensor", "symmetric": True, "type": "float"},
     {"num_bits": 8, "strategy": "block", "block_structure": [32, 128], "symmetric": True, "type": "float"},
     {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True, "type": "float"},
+    {"num_bits": 8, "strategy": "group", "group_size": 32, "symmetric": True, "type": "float", "scale_dtype": torch.uint8},
 ], ids=lambda w: f"{w['num_bits']}-{w['strategy']}-{w['symmetric']}-{w.get('type', 'int')}")  # fmt: skip
 def test_compressed_tensors(weights):
     module, wanted = compressed(weights)
@@ -260,7 +262,7 @@ def test_compressed_layers_that_are_left():
     module = linear()
     scheme = SimpleNamespace(input_activations=None, output_activations=None, weights=SimpleNamespace())
     module.quantization_scheme, module.quantization_status = scheme, SimpleNamespace(name="FROZEN")
-    assert is_quantised(module)
+    assert holds_codes(module)
     assert "it rounds its weight at each call" in quantised_weight(module, torch.float32)
     module.quantization_status = SimpleNamespace(name="COMPRESSED")
     scheme.input_activations = "dynamic"

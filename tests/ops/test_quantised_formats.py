@@ -10,10 +10,10 @@ import torch
 from lora_kernels import QuantisedWeight, lora_linear, use_backend, weight_norm
 from lora_kernels.ops.cpu_quantised import Packed, widened
 from lora_kernels.ops.quantised.formula import dequantised
-from lora_kernels.ops.quantised.weight import E2M1, HALVES, HIGH_FIRST, LOW_FIRST
+from lora_kernels.ops.quantised.weight import E2M1, HALVES, HIGH_FIRST, LOW_FIRST, beyond_blocks
 from lora_kernels.testing import assert_problem, make_problem
 from tests.ops.cpu import at_level
-from tests.ops.quantised import FORMATS, make_format
+from tests.ops.quantised import FORMATS, KINDS, make_format, make_quantised
 from tests.ops.test_cpu_levels import levels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -171,6 +171,20 @@ def test_a_plain_layout_stays_short():
         "QuantisedWeight([8, 64], 4-bit codes, blocks of 1×32, scales of 8 bits, torch.float32)"
     )
     assert "blocks of 1×32, zeros" in str(make_format("int8 zeros", 8, 64))
+
+
+def test_what_goes_beyond_blocks():
+    """The words for kernels that read no more."""
+    found = {name: beyond_blocks(make_format(name, 8, 64).fields()[2]) for name in FORMATS}
+    order = "4-bit codes in another order"
+    assert found == {
+        "mxfp4": f"tiles of scales and {order} and powers of two as scales",
+        "int4 zeros": f"tiles of scales and {order} and zeros", "hqq": f"{order} and zeros",
+        "int8 zeros": "tiles of scales and zeros", "int8 tiles": "tiles of scales", "e4m3 tiles": "tiles of scales",
+        "e5m2 rows": "codes of float8_e5m2", "e4m3 powers": "tiles of scales and powers of two as scales",
+    }  # fmt: skip
+    for kind in KINDS:
+        assert beyond_blocks(make_quantised(kind, 8, 64).fields()[2]) is None
 
 
 @pytest.mark.parametrize(("name", "change", "error", "message"), [

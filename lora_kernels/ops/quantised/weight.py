@@ -200,6 +200,16 @@ class QuantisedWeight:
         return f"QuantisedWeight({list(self.shape)}, {_KINDS[self.kind]}, blocks of {blocks}{nested}{zeros}, {self.dtype})"
 
 
+def beyond_blocks(layout: list[int]) -> str | None:
+    """What a weight, given by the numbers of its `fields`, has beyond codes of 4 bits in the order
+    HIGH_FIRST, int8 or float8_e4m3fn with a scale for a block across rows, in words: for kernels
+    that read no more than these."""
+    words = "tiles of scales", "4-bit codes in another order", "powers of two as scales", "zeros"
+    found = ["codes of float8_e5m2"] if layout[0] == E5M2 else []
+    found += [word for word, given in zip(words, layout[6:10], strict=False) if given]
+    return " and ".join(found) or None
+
+
 def _bytes(tensor: Tensor) -> Tensor:
     """Few of torch's functions take 8-bit floats."""
     return tensor.view(torch.uint8)
