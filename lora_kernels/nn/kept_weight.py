@@ -39,7 +39,8 @@ class KeptWeight:
         if weight is not None and known == rest and weight.dtype is dtype and all(map(is_, parts, held)):
             kept: QuantisedWeight = weight
             return kept
-        found = quantised_weight(module, dtype)
+        with torch.inference_mode(False):  # it stays for calls that autograd records
+            found = quantised_weight(module, dtype)
         if isinstance(found, QuantisedWeight):
             self._held = (parts, rest, found)
         return found
