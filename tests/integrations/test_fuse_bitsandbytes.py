@@ -8,23 +8,12 @@ import peft
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_kernels import explain, fuse, refresh, unfuse, warm_up
 from lora_kernels.integrations.peft import linear
 from lora_kernels.integrations.peft import quantised as over_quantised
 from lora_kernels.nn.quantised import quantised_weight
-from tests.integrations.fuse_helpers import (
-    VOCABULARY,
-    errs_as_stock,
-    fused_copy,
-    gradients,
-    losses,
-    randomise,
-    tokens,
-    worst_error,
-)
+from tests.integrations.fuse_helpers import errs_as_stock, fused_copy, gradients, randomise, worst_error
 
 bnb = pytest.importorskip("bitsandbytes")
 from tests.integrations.bitsandbytes_helpers import KINDS, exact, inputs, model, numbers, quantised_linear, quietly  # noqa: E402
@@ -38,11 +27,12 @@ def layer_a(made):
 
 
 def compare(stock, x, times=2, **lora):
-    """The fused model errs no more than stock PEFT, against float64; gives both their values."""
+    """The fused model errs no more than stock PEFT, against float64; gives its values."""
     fused, true = fused_copy(stock), exact(stock, **lora)
     found, theirs = gradients(fused, x), gradients(copy.deepcopy(stock), x)
     errs_as_stock(found, theirs, gradients(true, x.double()), times)
-    return found, theirs
+    assert linear.fallbacks(layer_a(fused)) == {}
+    return found
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -77,15 +67,11 @@ def test_numbers_are_the_librarys_8bit():
     torch.testing.assert_close(quantised_weight(base, F32).dequantise(), library, rtol=2.0**-22, atol=0)
 
 
-@pytest.mark.parametrize("compute", [F32, BF16], ids=str)
 @pytest.mark.parametrize("x_dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_outputs_and_gradients(kind, x_dtype, compute):
-    if kind == "int8" and compute is BF16:
-        pytest.skip("it computes in the dtype of x")
-    lora = {}
-    stock = model(kind, compute, nested=kind == "nf4", **lora)
-    found, _ = compare(stock, inputs(x_dtype), **lora)
+@pytest.mark.parametrize("kind,compute", [("nf4", F32), ("nf4", BF16), ("fp4", F32), ("fp4", BF16), ("int8", None)])
+def test_outputs_and_gradients(kind, compute, x_dtype):
+    """An 8-bit base computes in the dtype of x."""
+    found = compare(model(kind, compute, nested=kind == "nf4"), inputs(x_dtype))
     assert found["y"].dtype is x_dtype
 
 
@@ -95,9 +81,6 @@ def test_outputs_and_gradients(kind, x_dtype, compute):
 def test_variants(kind, lora, compute):
     stock = model(kind, compute, **lora)
     compare(stock, inputs(compute if kind == "int8" else F32), **lora)
-    fused = fused_copy(stock)
-    fused(inputs())
-    assert linear.fallbacks(layer_a(fused)) == {}
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -377,56 +360,6 @@ def test_outliers_are_exact():
     y = fused(x)
     layer_a(fused).base_layer.state.threshold = 6.0
     assert torch.equal(fused(x), y)
-    base = layer_a(fused).base_layer
-    found = layer_a(fused)(x) - F.linear(F.linear(x, layer_a(fused).lora_A["default"].weight), layer_a(fused).lora_B["default"].weight) * 1.5
-    assert worst_error({"y": found}, {"y": F.linear(x.double(), numbers(base).double(), base.bias.double())}) < 1e-5
-
-
-@pytest.fixture(scope="module")
-def saved_llama(tmp_path_factory):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=32, **sizes)).save_pretrained(folder)
-    return folder
-
-
-def trained_llama(folder, kind, compute, reentrant, **lora):
-    """As a QLoRA script makes it."""
-    config = BitsAndBytesConfig(
-        load_in_8bit=kind == "int8", load_in_4bit=kind != "int8", bnb_4bit_quant_type="nf4" if kind == "int8" else kind,
-        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute,
-    )  # fmt: skip
-    base = LlamaForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu", dtype=compute)
-    base = peft.prepare_model_for_kbit_training(
-        base, use_gradient_checkpointing=reentrant is not None, gradient_checkpointing_kwargs={"use_reentrant": reentrant}
-    )
-    base.enable_input_require_grads()
-    torch.manual_seed(1)
-    made = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **lora))
-    return made.train()
-
-
-@pytest.mark.parametrize(
-    "kind,compute,reentrant,dora",
-    [("nf4", F32, False, False), ("nf4", F32, True, True), ("fp4", BF16, None, False), ("int8", F32, True, False)],
-)
-def test_losses_of_a_quantised_llama(saved_llama, kind, compute, reentrant, dora):
-    stock, fused = (trained_llama(saved_llama, kind, compute, reentrant, use_dora=dora) for _ in range(2))
-    report = fuse(fused)
-    assert len(report.fused) == 14 and not report.left
-    with torch.autocast("cpu", BF16, enabled=compute is BF16):
-        wanted, found = losses(stock), losses(fused)
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=5e-3 if compute is BF16 else 1e-5, atol=0)
-    assert found[2] < found[0] - 0.01 and report.fallbacks() == {}
-
-
-def test_generation_of_a_quantised_llama(saved_llama):
-    """Without gradients, in eval mode, where bitsandbytes would pack the weights."""
-    fused = trained_llama(saved_llama, "nf4", F32, None, use_dora=True)
-    report = fuse(fused.eval())
-    ids = tokens()["input_ids"][:, :4]
-    with torch.no_grad():
-        wanted = fused(ids).logits[:, -1].argmax(-1)
-    found = fused.generate(input_ids=ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert torch.equal(found[:, 4], wanted) and report.fallbacks() == {}
+    layer = layer_a(fused)
+    lora = exact(fused).base_model.model.a
+    assert worst_error({"y": layer(x)}, {"y": lora(x.double())}) < 1e-5
