@@ -63,7 +63,8 @@ def _forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
     dtype, wanted, cast = _computes_in(base, x), x.dtype, x
     if _any_autocast() and torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        wanted = _autocast_output(layer, base, x.dtype, dtype, kwargs)
+        # a base of 8 bits answers in autocast's dtype, in training alone
+        wanted = dtype if "state" in base.__dict__ and base.training else x.dtype
     elif x.dtype is not dtype:
         if not layer.cast_input_dtype_enabled:
             count_fallback(layer, UNCAST)
@@ -78,18 +79,6 @@ def _forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
         kept.clear()
         return None
     return y if y.dtype is wanted else y.to(wanted)
-
-
-def _autocast_output(layer: Any, base: Any, dtype: torch.dtype, autocast: torch.dtype, kwargs: dict[str, Any]) -> torch.dtype:
-    """PEFT's: that of the base's output, which the adapters' outputs are added to."""
-    if kwargs.get("adapter_names") is not None:
-        return dtype
-    # a base of 8 bits computes under autocast in training alone
-    dtype = torch.promote_types(autocast if "state" in base.__dict__ and base.training else dtype, autocast)
-    for name in layer.active_adapters:
-        if name in layer.lora_variant and name in layer.lora_magnitude_vector:
-            dtype = torch.promote_types(dtype, layer.lora_magnitude_vector[name].weight.dtype)
-    return dtype
 
 
 QUANTISED_KINDS: list[tuple[type[nn.Module], type[nn.Module]]] = []

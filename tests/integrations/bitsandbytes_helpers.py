@@ -1,0 +1,92 @@
+"""PEFT models over bitsandbytes' layers on the CPU, and the same models over what their weights
+are in float64."""
+
+import copy
+import warnings
+
+import bitsandbytes as bnb
+import peft
+import torch
+from torch import nn
+
+from tests.integrations.fuse_helpers import randomise
+
+KINDS = ("nf4", "fp4", "int8")
+
+
+def quantised_linear(kind, n_in, n_out, bias=True, compute=torch.float32, nested=True, storage=torch.uint8):
+    if kind == "int8":
+        return bnb.nn.Linear8bitLt(n_in, n_out, bias=bias, has_fp16_weights=False)
+    return bnb.nn.Linear4bit(
+        n_in, n_out, bias=bias, compute_dtype=compute, quant_type=kind, compress_statistics=nested, quant_storage=storage
+    )
+
+
+class Net(nn.Module):
+    """Blocks of 64 numbers end within the rows of none of its layers, as the library's CPU kernels
+    want it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.a, self.b = linear(128, 64, True), linear(64, 32, False)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+def model(kind, compute=torch.float32, nested=True, storage=torch.uint8, **lora):
+    """A PEFT model over quantised layers, with a random adapter whose outputs are of the size of
+    the base's."""
+    torch.manual_seed(0)
+    net = Net(lambda n_in, n_out, bias: quantised_linear(kind, n_in, n_out, bias, compute, nested, storage)).to("cpu")
+    net.is_loaded_in_8bit, net.is_loaded_in_4bit = kind == "int8", kind != "int8"
+    made = peft.get_peft_model(net, _config(lora))
+    randomise(made)
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if "lora_B" in name:
+                p.mul_(0.1)
+    return made
+
+
+def _config(lora):
+    return peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["a", "b"]} | lora)
+
+
+def exact(quantised, **lora):
+    """The model over plain layers, in float64, of the numbers that the library itself makes of its
+    weights."""
+    made = peft.get_peft_model(Net(nn.Linear), _config(lora)).double()
+    with torch.no_grad():
+        for name in ("a", "b"):
+            base, plain = (getattr(m.base_model.model, name).get_base_layer() for m in (quantised, made))
+            plain.weight.copy_(numbers(base))
+            if base.bias is not None:
+                plain.bias.copy_(base.bias)
+        own = dict(made.named_parameters())
+        for name, p in quantised.named_parameters():
+            if "lora" in name:
+                own[name].copy_(p)
+    return made
+
+
+def numbers(base, dtype=None):
+    """W as the library dequantises it for a compute dtype."""
+    if isinstance(base, bnb.nn.Linear8bitLt):
+        codes, largest = base.weight.data, base.weight.SCB if base.state.SCB is None else base.state.SCB
+        # in float32 and then rounded, as its training does
+        return (codes.float() * largest[:, None].mul(1 / 127)).to(dtype or torch.float32)
+    state = copy.copy(base.weight.quant_state)
+    state.dtype = dtype or base.compute_dtype or torch.float32
+    return bnb.functional.dequantize_4bit(base.weight.data, state)
+
+
+def inputs(dtype=torch.float32, rows=7):
+    return torch.randn(rows, 128, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def quietly(function, *arguments, **keywords):
+    """PEFT warns of what merging to few bits rounds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*arguments, **keywords)
