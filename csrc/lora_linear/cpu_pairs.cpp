@@ -187,12 +187,12 @@ void forward(const Tiles& p, const Depth& d, const Packed& x, const Groups& of, 
     const bf16* rows = w + k;
     int64_t row = p.w.row;
     if (p.packed || depth % 2) {
+      if (p.packed) dequantise_rows(*p.packed, n, count, k, depth, s.w, BLOCK);
       // the last pair would reach beyond the row
-      for (int64_t i = 0; i < count; i++) {
+      for (int64_t i = 0; i < count && depth % 2; i++) {
         bf16* to = s.w + i * BLOCK;
-        if (p.packed) dequantise_row(*p.packed, n + i, k, depth, to);
-        else std::copy(rows + i * row, rows + i * row + depth, to);
-        if (depth % 2) to[depth] = bf16{0};
+        if (!p.packed) std::copy(rows + i * row, rows + i * row + depth, to);
+        to[depth] = bf16{0};
       }
       rows = s.w, row = BLOCK;
     }
@@ -244,7 +244,7 @@ void backward(const Tiles& p, const Depth& d, const Packed& x, Range mine, int64
   const auto* w = static_cast<const bf16*>(p.w.data) + n;
   const int64_t tokens = mine.last - mine.first;
   float mask[MAX_LANES];
-  alignas(64) bf16 two[2 * ROW];
+  alignas(64) bf16 some[ROWS * ROW];  // rows of W
   for (int64_t j = 0; j < count && p.rank > 0; j += MAX_LANES) {
     bf16* panel = s.b + j * d.more;
     for (int64_t i = 0; i < MAX_LANES; i += ROWS) {
@@ -269,8 +269,8 @@ void backward(const Tiles& p, const Depth& d, const Packed& x, Range mine, int64
       const bf16* rows = w + (k + i) * p.w.row;
       int64_t row = p.w.row;
       if (p.packed) {
-        for (int64_t j = 0; j <= both; j++) dequantise_row(*p.packed, k + i + j, n, count, two + j * ROW);
-        rows = two, row = ROW;
+        if (i % ROWS == 0) dequantise_rows(*p.packed, k + i, std::min(ROWS, depth - i), n, count, some, ROW);
+        rows = some + i % ROWS * ROW, row = ROW;
       }
       for (int64_t j = 0; j < count; j += MAX_LANES) {
         interleave(rows + j, row, count - j, both, s.w + j * BLOCK + i * MAX_LANES);

@@ -128,7 +128,7 @@ struct Block {
 Block block_of(const BaseProduct& p, int64_t n, int64_t count, int64_t k, int64_t depth, float* wide) {
   Block found{wide, DEPTH};
   if (p.packed) {
-    for (int64_t i = 0; i < count; i++) dequantise_row(*p.packed, n + i, k, depth, wide + i * DEPTH);
+    dequantise_rows(*p.packed, n, count, k, depth, wide, DEPTH);
     return found;
   }
   with_type(p.w, [&](auto* w) {

@@ -252,7 +252,7 @@ void forward_small(const ForwardSmall& p) {
         if (!p.packed) return run([&](int64_t n, int) { return Rows<T>{w + n * p.w.row, p.w.row}; }, y);
         auto* to = reinterpret_cast<Wide*>(wide_w + thread * of_w);
         run([&](int64_t n, int count) {
-          for (int j = 0; j < count; j++) dequantise_row(*p.packed, n + j, 0, p.n_in, to + j * w_row);
+          dequantise_rows(*p.packed, n, count, 0, p.n_in, to, w_row);
           return Rows<Wide>{to, w_row};
         }, y);
       }

@@ -239,10 +239,8 @@ Piece piece_of(const Tiles& p, int64_t n, int64_t outputs, int64_t first, int64_
   if (!p.packed) return {static_cast<const bf16*>(p.w.data), p.w.row, 0, 0};
   const int64_t k = first * DEPTH, depth = std::min(steps * DEPTH, p.n_in - k), row = BACK ? outputs : CHUNK * DEPTH;
   const int64_t some = std::min(outputs, p.n_out - n);
-  for (int64_t i = 0; i < (BACK ? depth : some); i++) {
-    if (BACK) dequantise_row(*p.packed, k + i, n, some, to + i * row);
-    else dequantise_row(*p.packed, n + i, k, depth, to + i * row);
-  }
+  if (BACK) dequantise_rows(*p.packed, k, depth, n, some, to, row);
+  else dequantise_rows(*p.packed, n, some, k, depth, to, row);
   return {to, row, n, k};
 }
 

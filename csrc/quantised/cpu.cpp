@@ -11,7 +11,7 @@ void dequantise(const Dequantise& p) {
   {
     const Range mine = share(p.rows, 1, omp_get_thread_num(), omp_get_num_threads());
     with_type(p.to, [&](auto* to) {
-      for (int64_t i = mine.first; i < mine.last; i++) dequantise_row(p.w, i, 0, p.w.n_in, to + i * p.to.row);
+      dequantise_rows(p.w, mine.first, mine.last - mine.first, 0, p.w.n_in, to + mine.first * p.to.row, p.to.row);
     });
   }
 }

@@ -6,6 +6,7 @@
 #include "../common/vec.h"
 #include "nibbles.h"
 #include "params.h"
+#include "steps.h"
 
 namespace lk::LK_LEVEL {
 
@@ -162,6 +163,18 @@ void dequantise_row(const Quantised& q, int64_t n, int64_t k, int64_t count, T* 
     some = std::min(some, count - i);
     numbers(q, block_of(q, block), first + i, some, to + i);
   }
+}
+
+// to [rows, count] = W[n : n + rows, k : k + count]
+template <typename T>
+void dequantise_rows(const Quantised& q, int64_t n, int64_t rows, int64_t k, int64_t count, T* to, int64_t row) {
+#if LK_VL == 16
+  if (in_steps(q) && k % STEP == 0 && count % STEP == 0) {
+    if (q.code == Code::nibbles) return rows_in_steps<Nibbles>(q, n, rows, k, count, to, row);
+    return rows_in_steps<Int8>(q, n, rows, k, count, to, row);
+  }
+#endif
+  for (int64_t i = 0; i < rows; i++) dequantise_row(q, n + i, k, count, to + i * row);
 }
 
 }  // namespace lk::LK_LEVEL

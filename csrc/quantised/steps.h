@@ -1,0 +1,156 @@
+// W's codes with AVX-512 in whole steps of 32 numbers: of 4 bits a block's 16 values lie in one
+// register, codes are places there. 64 numbers are 32 bytes and, as bf16, 16 instructions; the
+// scales of a piece are read first, all at once.
+#pragma once
+#include <algorithm>
+
+#include "../common/vec.h"
+#include "params.h"
+
+#if LK_VL == 16
+namespace lk::LK_LEVEL {
+
+constexpr int64_t STEP = 32, MOST_SCALES = 64;
+
+// whether rows are whole steps, each of one scale
+LK_INLINE bool in_steps(const Quantised& q) {
+  return q.code != Code::e4m3 && q.block % STEP == 0 && q.n_in % STEP == 0;
+}
+
+// the scales of `count` blocks
+LK_INLINE void scales_of(const Quantised& q, int64_t first, int64_t count, float* to) {
+  if (q.scales) {
+    std::copy(q.scales + first, q.scales + first + count, to);
+    return;
+  }
+  for (int64_t i = 0; i < count;) {
+    const int64_t outer = (first + i) / q.outer_block, last = std::min(count, (outer + 1) * q.outer_block - first);
+    const float by = q.outer[outer];
+    for (; i < last; i++) to[i] = q.outer_table[q.inner[first + i]] * by;
+  }
+  asm volatile("" ::: "memory");  // not fused with the multiplication
+  for (int64_t i = 0; i < count; i++) to[i] += *q.offset;
+}
+
+#if defined(__AVX512BF16__)
+// what enters a product as zero there, below 2⁻¹²⁶, is zero here
+LK_INLINE __m256i narrow(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+#else
+LK_INLINE __m256i narrow(__m512 v) {
+  alignas(32) bf16 kept[VL];
+  store(kept, (vec)v);
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(kept));
+}
+#endif
+
+// v as W's type has it, in 16 bits or in float32; 16 bits twice
+template <typename T>
+LK_INLINE __m512i rounded_once(DType type, __m512 v) {
+  if constexpr (sizeof(T) == 2) {
+    const bool brain = std::is_same_v<T, bf16>;
+    return _mm512_broadcast_i64x4(brain ? narrow(v) : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  } else {
+    if (type == DType::bf16) v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(v)), 16));
+    if (type == DType::f16) v = _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    return _mm512_castps_si512(v);
+  }
+}
+
+// 4-bit codes, that in the high half of a byte first
+struct Nibbles {
+  __m512 table;
+  __m512i bytes, high;
+  LK_INLINE explicit Nibbles(const Quantised& q) : table(_mm512_loadu_ps(q.table)) {
+    // each byte twice, side by side; the first of the two is shifted to its high half
+    const __m128i twice = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m512i lane = _mm512_inserti64x4(_mm512_set1_epi8(0), _mm256_set1_epi8(8), 1);
+    const __m512i half = _mm512_mask_blend_epi64(0xcc, _mm512_setzero_si512(), _mm512_set1_epi8(4));
+    bytes = _mm512_add_epi8(_mm512_broadcast_i32x4(twice), _mm512_add_epi8(lane, half));
+    high = _mm512_set1_epi32(4);
+  }
+  static constexpr int64_t BYTES = STEP / 2;
+  using Scale = __m512i;  // the values of a block
+  template <typename T>
+  LK_INLINE Scale scale(const Quantised& q, float of) const {
+    return rounded_once<T>(q.type, table * _mm512_set1_ps(of));
+  }
+  // 32 numbers of 16 bits; bit 4 of a place does not matter, there are the same values above
+  LK_INLINE __m512i step(const uint8_t* codes, Scale values) const {
+    const __m128i loaded = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    const __m512i spread = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(loaded), bytes);
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(spread, high), values);
+  }
+  template <typename T>
+  LK_INLINE void step(const Quantised&, const uint8_t* codes, Scale values, T* to) const {
+    if constexpr (sizeof(T) == 2) {
+      _mm512_storeu_si512(to, step(codes, values));
+      return;
+    } else {
+      const __m512 of = _mm512_castsi512_ps(values);
+      const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+      const __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), of), odd = _mm512_permutexvar_ps(wide, of);
+      const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, first, odd));
+      _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(even, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd));
+    }
+  }
+};
+
+struct Int8 {
+  LK_INLINE explicit Int8(const Quantised&) {}
+  static constexpr int64_t BYTES = STEP;
+  using Scale = __m512;
+  template <typename T>
+  LK_INLINE Scale scale(const Quantised&, float of) const {
+    return _mm512_set1_ps(of);
+  }
+  static LK_INLINE __m512 half(const uint8_t* codes, Scale scale) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)))) * scale;
+  }
+  // 32 bf16 numbers
+  LK_INLINE __m512i step(const uint8_t* codes, Scale scale) const {
+#if defined(__AVX512BF16__)
+    return (__m512i)_mm512_cvtne2ps_pbh(half(codes + 16, scale), half(codes, scale));
+#else
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(half(codes, scale))), narrow(half(codes + 16, scale)), 1);
+#endif
+  }
+  template <typename T>
+  LK_INLINE void step(const Quantised& q, const uint8_t* codes, Scale scale, T* to) const {
+    if constexpr (std::is_same_v<T, bf16>) {
+      _mm512_storeu_si512(to, step(codes, scale));
+      return;
+    } else {
+      for (int i = 0; i < 2; i++) {
+        const __m512 v = half(codes + i * VL, scale);
+        if constexpr (std::is_same_v<T, float>) store(to + i * VL, (vec)rounded_once<float>(q.type, v));
+        else store(to + i * VL, (vec)v);
+      }
+    }
+  }
+};
+
+template <typename C, typename T>
+LK_INLINE void rows_in_steps(const Quantised& q, int64_t n, int64_t rows, int64_t k, int64_t count, T* to, int64_t row) {
+  const C of(q);
+  float scales[MOST_SCALES];
+  for (int64_t j = 0; j < rows; j++) {
+    int64_t at = (q.first + n + j) * q.n_in + k;
+    const int64_t end = at + count;
+    T* next = to + j * row;
+    const uint8_t* codes = q.codes + at * C::BYTES / STEP;
+    for (int64_t block = at / q.block; at < end; block += MOST_SCALES) {
+      const int64_t last = std::min(end, (block + MOST_SCALES) * q.block);
+      scales_of(q, block, (last - 1) / q.block - block + 1, scales);
+      int64_t stop = (block + 1) * q.block;
+      for (const float* scale = scales; at < last; scale++, stop += q.block) {
+        const auto by = of.template scale<T>(q, *scale);
+        for (const int64_t until = std::min(stop, last); at < until; at += STEP, codes += C::BYTES, next += STEP)
+          of.step(q, codes, by, next);
+      }
+    }
+  }
+}
+
+}  // namespace lk::LK_LEVEL
+#endif
