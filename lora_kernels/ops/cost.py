@@ -4,6 +4,8 @@ Forward, y = gain ⊙ (x Wᵀ + h Bᵀ) + bias with h = s·drop(x) Aᵀ:
     two launches    F1 reads x and A and writes h; F2 reads x, W, h and B and writes y
     one pass        one launch: h is summed beside y in the loop over the depth, anew in every
                     column tile
+    codes           of a quantised W, the same from its codes; in the others a launch before makes
+                    W of them
     addmm           F1; h Bᵀ is written, and the library's GEMM adds x Wᵀ. With a gain: x Wᵀ, and a
                     pass over y. With a dropped base: F1 writes drop(x), too; drop(x) Wᵀ; a pass
                     that reads it and writes y; the GEMM adds x Wᵀ
@@ -33,7 +35,7 @@ from lora_kernels.ops.chips import Chip
 from lora_kernels.ops.cuda_split_k import part_of_rows
 from lora_kernels.ops.tables.tiles import Tile, compiled, tile
 
-LIBRARY, CUDA, SPECIALISED = "addmm", "cuda", "specialised"
+LIBRARY, CUDA, SPECIALISED, CODES = "addmm", "cuda", "specialised", "codes"
 FORWARD, BACKWARD = ("two launches", "one pass", LIBRARY), ("fused", LIBRARY)
 # by which backends; the others by Triton's
 OFFERED = {CUDA: ("cuda",), SPECIALISED: ("cuda",), LIBRARY: ("triton", "cuda")}
@@ -59,6 +61,8 @@ class Problem(NamedTuple):
     drop_base: bool = False
     dropout: bool = False
     tf32: bool = False
+    codes: int = 0
+    """Bytes of all parts of a quantised W; 0 where it is plain."""
 
     @property
     def is_half(self) -> bool:
@@ -66,11 +70,12 @@ class Problem(NamedTuple):
 
     @property
     def flags(self) -> tuple[str, ...]:
-        return tuple(name for name in ("gain", "drop_base", "dropout", "tf32") if getattr(self, name))
+        return tuple(name for name in ("gain", "drop_base", "dropout", "tf32", "codes") if getattr(self, name))
 
     def __str__(self) -> str:
         n, r = (" + ".join(map(str, numbers)) for numbers in (self.n, self.r))
-        return ", ".join([f"{self.direction} m {self.m}, k {self.k}, n {n}, r {r}", str(self.dtype)[6:], *self.flags])
+        flags = [f"w of {self.codes / 2**20:.2f} MiB" if flag == "codes" else flag for flag in self.flags]
+        return ", ".join([f"{self.direction} m {self.m}, k {self.k}, n {n}, r {r}", str(self.dtype)[6:], *flags])
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,24 @@ def candidate_launches(p: Problem, arch: int = 80) -> dict[str, list[Step]]:
     """
     if p.direction not in NAMES:
         raise ValueError(f"dispatch: direction must be forward or backward, found {p.direction!r}")
-    return _forward(p, arch) if p.direction == "forward" else _backward(p, arch)
+    made = _forward(p, arch) if p.direction == "forward" else _backward(p, arch)
+    return _of_codes(p, made) if p.codes else made
+
+
+def _of_codes(p: Problem, made: dict[str, list[Step]]) -> dict[str, list[Step]]:
+    """The candidates of a quantised W: each with a launch that makes W for it, and those that read
+    the codes themselves."""
+    whole = _operand_bytes(p)[1]
+    slab = Step("thin", {"codes": p.codes}, {"w": whole}, 0.0, _ceil_div(p.k * sum(p.n), tile("dequantise", 80).columns))
+    found = {}
+    for name, steps in made.items():
+        first = next(i for i, step in enumerate(steps) if "w" in step.reads)
+        found[name] = [*steps[:first], slab, *steps[first:]]
+    if p.direction == "forward":
+        (single,) = made["one pass"]
+        others = {name: size for name, size in single.reads.items() if name != "w"}
+        found[CODES] = [replace(single, reads={**others, "codes": p.codes})]
+    return found
 
 
 def _forward(p: Problem, arch: int) -> dict[str, list[Step]]:
@@ -316,6 +338,13 @@ def refusal(name: str, p: Problem, arch: int, deterministic: bool = False) -> st
             return f"r is {max(p.r)}: above 64, h does not fit beside the sums"
         if p.m > 256 and arch < 100:
             return f"m is {p.m}: above 256, before sm_100, h in every column tile costs more than a launch"
+    elif name == CODES:
+        if p.m > MEMORY_BOUND_ROWS:
+            return f"m is {p.m}: above {MEMORY_BOUND_ROWS}, codes become numbers once and not in each row of tiles"
+        if p.drop_base:
+            return "the base is dropped, too, which takes two sums of their own"
+        if max(p.r, default=0) > 64:
+            return f"r is {max(p.r)}: above 64, h does not fit beside the sums"
     elif name == CUDA:
         if not p.is_half:
             return f"{str(p.dtype)[6:]}: it takes 16 bits"

@@ -100,7 +100,7 @@ def _cached_plan(
         for name, steps in cost.candidate_launches(asked, arch).items()
         if any(backend in backends for backend in cost.OFFERED.get(name, ("triton",)))
     )  # fmt: skip
-    if force in cost.NAMES[problem.direction]:
+    if force in (*cost.NAMES[problem.direction], *[cost.CODES] * (problem.direction == "forward")):
         # for the rows that there are, in the deterministic mode, too
         reason = cost.refusal(force, problem, arch, deterministic) or also.get(force)
         if force not in [candidate.name for candidate in candidates]:
@@ -158,7 +158,7 @@ def forced_candidate(name: str) -> Iterator[None]:
     Raises:
         ValueError: no candidate has that name.
     """
-    known = dict.fromkeys(cost.NAMES["forward"] + cost.BACKWARD)
+    known = dict.fromkeys((*cost.NAMES["forward"], *cost.BACKWARD, cost.CODES))
     if name not in known:
         raise ValueError(f"a candidate must be one of {', '.join(known)}, found {name!r}")
     with _with_settings(name, _settings.get()[1]):

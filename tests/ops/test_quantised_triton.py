@@ -3,29 +3,39 @@ read, and planted bugs."""
 
 import importlib.util
 import math
+import sys
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from lora_kernels import QuantisedWeight, use_backend
+from lora_kernels import QuantisedWeight, explain, lora_linear, use_backend
 from lora_kernels.ops import missing_backends
 from lora_kernels.ops.quantised.formula import dequantised
 from lora_kernels.ptxsim import SimulationError, device
+from lora_kernels.testing import assert_problem, make_problem
 from tests.ops.quantised import KINDS, NF4, make_quantised
 
 if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)
 
 from lora_kernels.ops import triton_quantised
+from lora_kernels.ops.cost import Problem
+from lora_kernels.ops.dispatch import choose_plan, forced_candidate
+from lora_kernels.ops.lora_linear import triton_quantised as kernels
 from lora_kernels.ops.triton_quantised import Quantised, dequantise_rows
+from tests.ops.interpreted import deterministic
+
+backend = sys.modules["lora_kernels.ops.lora_linear.triton"]
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @pytest.fixture(autouse=True)
 def simulated():
-    with use_backend("triton", simulate=True):
+    with use_backend("triton", simulate=True), deterministic(False):
         yield
 
 
@@ -128,3 +138,123 @@ def test_planted_bugs(old, new, plant):
             assert "out of bounds" in str(error)
             return
     pytest.fail("not found")
+
+
+def check(tokens, n_in, n_out, rank, kind="nested", dtype=BF16, block=64, **flags):
+    w = make_quantised(kind, n_out, n_in, block, dtype)
+    p = make_problem(tokens, n_in, n_out, rank, dtype, **flags)
+    results = assert_problem(replace(p, w=dequantised(w)), w)
+    return p, w, results
+
+
+def chosen(p, w):
+    return explain(lora_linear, p.x, w, p.a, p.b, p.scale, p.bias, p.gain).decisions[0].plan.winner
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tokens"), [*((kind, BF16, 5) for kind in KINDS), ("nested", F16, 20), ("nibbles", F32, 3)]
+)
+def test_few_tokens(kind, dtype, tokens):
+    """From the codes; of the depth some tiles more than one program, blocks end inside a tile."""
+    p, w, _ = check(tokens, 96, 70, 8, kind, dtype, 32, gain=True, bias=True)
+    assert chosen(p, w) == "codes"
+
+
+@pytest.mark.parametrize(("tokens", "sizes", "block"), [(40, (130, 33, 40), 64), (2, (65, 31, 3), 64), (17, (1088, 32, 16), 7)])
+def test_few_tokens_of_odd_sizes(tokens, sizes, block):
+    check(tokens, *sizes, block=block, dropout=0.3, gain=True, dropout_semantics="lora_only")
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("nested", BF16), ("int8", BF16), ("float8", F16), ("nested", F32)])
+def test_many_tokens(kind, dtype):
+    """From W itself, as many rows as there are."""
+    p, w, _ = check(70, 96, 80, 8, kind, dtype, gain=True, bias=True)
+    assert chosen(p, w) == "addmm"
+
+
+@pytest.mark.parametrize("flags", [{"gain": True, "dropout": 0.3}, {"gain": True}, {}], ids=str)
+def test_the_other_candidates(flags):
+    """A launch that makes W, and then as of a plain W: the same bits."""
+    p, w, _ = check(9, 64, 40, 80, **flags)
+    plain = replace(p, w=dequantised(w))
+    for name in ("two launches", "addmm"):
+        with forced_candidate(name):
+            y = lora_linear(p.x, w, *plain.arguments()[2:])
+            assert torch.equal(y, lora_linear(*plain.arguments()))
+
+
+def test_deterministic():
+    """The same bits twice, with blocks in another order, and of a row alone."""
+    for exactly, tokens in ((False, 20), (True, 20)):
+        p, w = make_problem(20, 1088, 40, 8, BF16), make_quantised("nested", 40, 1088, 64, BF16)
+        ys = []
+        for seed in (0, 0, 5):
+            with device(seed=seed), deterministic(exactly):
+                ys.append(lora_linear(p.x, w, p.a, p.b))
+                if exactly:
+                    assert torch.equal(lora_linear(p.x[3:4], w, p.a, p.b), ys[0][3:4])
+        assert torch.equal(ys[0], ys[1]) and torch.equal(ys[0], ys[2])
+
+
+@pytest.mark.parametrize(("arch", "tokens"), [(80, 16), (80, 64), (90, 16), (90, 64)])
+def test_codes_are_read_once(arch, tokens):
+    """From memory all that there is once, up to 64 tokens; and in the memory of a block no more
+    accesses at a time than there must be."""
+    w, p = make_quantised("nested", 128, 1024, 64, BF16), make_problem(tokens, 1024, 128, 16, BF16)
+    with device(arch, trace=True) as sim, forced_candidate("codes"):
+        lora_linear(p.x, w, p.a, p.b)
+    read, _ = sim.dram()
+    assert sim.launches == 1
+    assert read <= 1.01 * (w.nbytes + sum(t.nbytes for t in (p.x, p.a, p.b)))
+    assert sim.counters["shared_wavefronts"] <= 1.05 * sim.counters["shared_ideal"]
+
+
+def test_a_step_never_holds_two_weights(monkeypatch):
+    """Forward and backward of many tokens: each makes W, and lets it go."""
+    made = []
+
+    def noted(*args):
+        assert not any(known() is not None for known in made)
+        w = dequantise_rows(*args)
+        made.append(weakref.ref(w))
+        return w
+
+    monkeypatch.setattr(backend, "dequantise_rows", noted)
+    w, p = make_quantised("nested", 48, 64, 64, BF16), make_problem(80, 64, 48, 8, BF16)
+    x, a, b = (t.requires_grad_() for t in (p.x, p.a, p.b))
+    torch.autograd.grad(lora_linear(x, w, a, b), (x, a, b), p.dy)
+    assert len(made) == 2 and not any(known() is not None for known in made)
+
+
+def test_explain():
+    w, p = make_quantised("nested", 4096, 4096, 64, BF16), make_problem(1, 4096, 4096, 16, BF16)
+    for m, arch in ((1, 80), (16, 90), (64, 100)):
+        problem = Problem("forward", m, 4096, (4096,), (16,), BF16, codes=w.nbytes)
+        plan = choose_plan(problem, arch)
+        found = {c.name: c for c in plan.candidates}
+        assert plan.winner == "codes" and found["codes"].launches == 1
+        assert w.nbytes < found["codes"].bytes < 1.2 * w.nbytes
+        assert found["one pass"].bytes == found["codes"].bytes + 2 * 2 * 4096**2
+        assert f"w of {w.nbytes / 2**20:.2f} MiB" in str(plan)
+    assert choose_plan(problem._replace(m=65), 90).winner == "addmm"
+    assert choose_plan(problem, 90, True).winner == "two launches"
+    assert [c.launches for c in choose_plan(problem._replace(direction="backward"), 90).candidates] == [4, 6]
+    with forced_candidate("codes"), pytest.raises(NotImplementedError, match="m is 65: above 64"):
+        choose_plan(problem._replace(m=65), 90)
+    with forced_candidate("codes"), pytest.raises(NotImplementedError, match="cannot run as codes"):
+        choose_plan(problem._replace(codes=0), 90)
+
+
+MAIN_BUGS = [
+    ("along = first // GROUP", "along = tl.maximum(first // GROUP - 1, 0)"),
+    ("rows[:, None] * (k // GROUP) + along", "rows[:, None] * (k // GROUP + 1) + along"),
+    ("columns, first + BK, layer.n", "columns, first, layer.n"),
+    ("        scales = next_scales\n", "        scales = tl.flip(next_scales, 0)\n"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new"), MAIN_BUGS)
+def test_planted_bugs_of_the_main_loop(old, new, plant):
+    plant(kernels, old, new, ["quantised_forward_kernel"], backend)
+    with pytest.raises((AssertionError, SimulationError)):
+        check(5, 256, 40, 8)

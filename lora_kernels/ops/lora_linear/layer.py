@@ -6,10 +6,12 @@ from lora_kernels.ops.lora_linear.call import Backward, Forward, GroupBackward, 
 
 
 class Layer:
-    """A layer of a call, what is to be had of it, and its sizes n × r."""
+    """A layer of a call, what is to be had of it, and its sizes n × r. `fields`: those of a
+    quantised W, whose codes w then is until a backend has made numbers of them."""
 
     def __init__(self, call: Forward | Backward) -> None:
         self.w, self.a, self.b, self.scale = call.w, call.a, call.b, call.scale
+        self.fields = (call.w, call.parts, call.layout) if call.layout else None
         self.n, self.r = call.b.shape
         self.bias, self.gain = _contiguous_or_none(call.bias), _contiguous_or_none(call.gain)
         self.dropout = call.dropout if call.seed is not None else 0.0

@@ -38,19 +38,29 @@ from lora_kernels.ops.lora_linear.triton_backward import (
 )
 from lora_kernels.ops.lora_linear.triton_expand import expand
 from lora_kernels.ops.lora_linear.triton_forward import ForwardInput, ForwardLayer, forward_kernel
-from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_quantised
+from lora_kernels.ops.lora_linear.triton_quantised import quantised_forward_kernel
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements, note_plan
 from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import rank_stages, sound_schedule
 from lora_kernels.ops.triton_dropout import dropout_fields
 from lora_kernels.ops.triton_partials import Sums, sum_partials_of_each
+from lora_kernels.ops.triton_quantised import Quantised, dequantise_rows
 from lora_kernels.ops.triton_skinny import Side, both_sides, outer_product, precision, shrink, strides
 from lora_kernels.ops.triton_tma import loads_by_tma, tensor_map, tensor_maps
 
 
+WARPS = 1024  # that programs which share a tile's depth come to, of all tiles
+
+
 def refusal(call):
-    tensors = {"x": call.x, "w": call.w, "a": call.a, "b": call.b, "bias": call.bias, "gain": call.gain}
-    return refuse_quantised(call) or refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(call.x)
+    tensors = {"x": call.x, "a": call.a, "b": call.b, "bias": call.bias, "gain": call.gain}
+    if call.layout:
+        if reason := Quantised(call.w, call.parts, call.layout).refusal():
+            return reason
+    else:
+        tensors["w"] = call.w
+    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(call.x)
 
 
 def backward_refusal(call):
@@ -116,6 +126,7 @@ def planned(direction, x, layers):
         direction, *x.shape, _field_of_each(layers, "n"), _field_of_each(layers, "r"), x.dtype,
         any(layer.gain is not None for layer in layers), any(layer.drop_base for layer in layers),
         any(layer.drop[1] is not None for layer in layers), precision(x) == "tf32",
+        sum(Quantised(*layer.fields).nbytes for layer in layers if layer.fields),
     ), architecture(x), deterministic, multiprocessors(x), gpu=gpu_name(x))  # fmt: skip
     note_plan(p)
     return p.winner, deterministic
@@ -125,6 +136,9 @@ def _forward(x, layers, keep):
     """The y, the h [m, r] if kept and the z if kept of each layer: two launches, or one, or those
     around the library's GEMM."""
     form, deterministic = planned("forward", x, layers)
+    if form == cost.CODES:
+        return _forward_of_codes(x, *layers, keep, deterministic)
+    make_weights(layers)
     if form == cost.LIBRARY:
         return _forward_by_library(x, layers, keep)
     m, k = x.shape
@@ -174,9 +188,45 @@ def _forward(x, layers, keep):
     return ys, tuple(h[0] for h in hs) if keep and in_one_part else wholes, zs
 
 
-def _forward_layer(layer, one_pass, h, y, z, whole, drop):
-    w, a, b = layer.w, layer.a if one_pass else None, layer.b
-    (w0, w1), (a0, a1), (b0, b1) = w.stride(), strides(a), b.stride()
+def make_weights(layers):
+    """Gives each layer whose W is quantised W itself in the dtype of x, for as long as the call
+    takes."""
+    for layer in layers:
+        if layer.fields:
+            layer.w = dequantise_rows(Quantised(*layer.fields))
+
+
+def _forward_of_codes(x, layer, keep, deterministic):
+    """The same of a quantised W and few tokens: one launch, which reads the codes."""
+    (m, k), n, w = x.shape, layer.n, Quantised(*layer.fields)
+    y = x.new_empty(m, n)
+    z, h = torch.empty_like(y) if layer.keep_z else None, x.new_empty(m, layer.r, dtype=torch.float32) if keep else None
+    t = tile("quantised_forward", x, dtype=x.dtype, m=tall(m), r=layer.r)
+    bm, br = power_of_two(tall(m), most=t.rows), power_of_two(layer.r, most=t.ranks)
+    # products of W, which comes from registers, and of A
+    warps, stages = sound_schedule(x, [layer.a], precision(x), max(t.columns, br), t.warps, t.stages, changed=True, narrow=True)
+    count = ceil_div(m, bm) * ceil_div(n, t.columns)
+    splits = 1 if deterministic else max(1, min(8, WARPS // (count * warps), k // 512))
+    scratch = x.new_empty(count * splits * bm * (t.columns + br), dtype=torch.float32) if splits > 1 else None
+    ticket = tile_tickets(x.device, count) if splits > 1 else None
+    args = {
+        "shared": ForwardInput(x=x, scratch=scratch, ticket=ticket, k=k, x0=x.stride(0), x1=x.stride(1), parts=1),
+        "layer": _forward_layer(layer, True, None, y, z, h, layer.drop, of_codes=True), **w.arguments(t.depth), "m": m,
+        "SPLITS": splits, "PRECISION": precision(x), "BM": bm, "BN": t.columns, "BK": t.depth, "BR": br,
+        "RANK_STAGES": rank_stages(x, precision(x), bm, warps),
+    }  # fmt: skip
+    fills = [t for t in (y, z, h, scratch) if t is not None]
+    changes = [] if ticket is None else [ticket]
+    launch_triton(
+        quantised_forward_kernel, (count, splits), args, fills, changes=changes, warps=warps, stages=stages,
+        registers=t.registers,
+    )  # fmt: skip
+    return (y,), (h,), (z,)
+
+
+def _forward_layer(layer, one_pass, h, y, z, whole, drop, of_codes=False):
+    w, a, b = None if of_codes else layer.w, layer.a if one_pass else None, layer.b
+    (w0, w1), (a0, a1), (b0, b1) = strides(w), strides(a), b.stride()
     return ForwardLayer(
         w=w, a=a, h=h, b=b, bias=layer.bias, gain=layer.gain, y=y, z=z, whole=whole, drop=dropout_fields(*drop),
         scale=float(layer.scale), n=layer.n, r=layer.r, w0=w0, w1=w1, a0=a0, a1=a1, b0=b0, b1=b1,
@@ -241,6 +291,9 @@ def _backward(x, dys, layers, hs, ys, zs, needs):
         grads.append((da, db, dbias, dgain))
         dgains.append(dgain if from_y else None)
     dx = x.new_empty(x.shape) if needs_dx else None
+    # the last that reads W, so that what the launches before needed is free
+    if needs_dx or any(d is not None for d in dgains):
+        make_weights(layers)
     if by_library:
         library.input_gradient(expand, dys, [side.scaled for side in sides], layers, ps, dx)
     _launch_last(x, dys, layers, hs, ps, dgains, sums, None if by_library else dx)
@@ -287,8 +340,9 @@ def _launch_last(x, dys, layers, hs, ps, dgains, sums, dx):
 def _backward_layer(layer, dy, h, p, dgain, looks, makes_dx):
     """`looks`: for gains of zero. `makes_dx`: the kernel makes dx, too."""
     w, (p, a) = layer.w, (p, layer.a) if makes_dx else (None, None)
+    w = w if makes_dx or looks else None  # else it may be codes
     h, b, dgain = (h, layer.b, dgain) if looks else (None, None, None)
-    (d0, d1), (w0, w1), (a0, a1), (b0, b1) = dy.stride(), w.stride(), strides(a), strides(b)
+    (d0, d1), (w0, w1), (a0, a1), (b0, b1) = dy.stride(), strides(w), strides(a), strides(b)
     return BackwardLayer(
         dy=dy, w=w, gain=layer.gain, p=p, a=a, drop=dropout_fields(*layer.drop) if makes_dx else None, h=h, b=b, dgain=dgain,
         n=layer.n, r=layer.r, parts=None if p is None else len(p), d0=d0, d1=d1, w0=w0, w1=w1, a0=a0, a1=a1, b0=b0, b1=b1,
