@@ -246,9 +246,13 @@ def slots_of(model: nn.Module, selection: Selection, config: LoraConfig) -> dict
 def matrix_shape(module: nn.Module) -> torch.Size:
     """Of a layer's weight; codes may lie in another."""
     held: Any = module
-    if is_quantised(module) or getattr(module, "_quantised", None) is not None:
+    if _holds_codes(module):
         return torch.Size((held.out_features, held.in_features))
     return _tensor_at(module, "weight").shape
+
+
+def _holds_codes(module: nn.Module) -> bool:
+    return is_quantised(module) or getattr(module, "_quantised", None) is not None
 
 
 def _embeddings(model: nn.Module) -> list[str]:
@@ -256,7 +260,7 @@ def _embeddings(model: nn.Module) -> list[str]:
     for side in ("input", "output"):
         with suppress(NotImplementedError):  # transformers: of several towers, none is the model's
             ends.append(getattr(model, f"get_{side}_embeddings", lambda: None)())
-    ends = [end for end in ends if hasattr(end, "weight") and matrix_shape(end) == _tensor_at(end, "weight").shape]
+    ends = [end for end in ends if hasattr(end, "weight") and not _holds_codes(end)]
     return [name for name, m in model.named_modules() if any(m is end for end in ends)]
 
 

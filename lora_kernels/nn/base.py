@@ -178,12 +178,10 @@ class AdapterLayer(nn.Module):
     def _replace_weight(self, weight: nn.Parameter) -> None:
         self._parameters["weight"] = weight
 
-    def plain_layer(
-        self, merged: bool, safe: bool = False, dtype: torch.dtype | None = None, requantise: bool = False
-    ) -> nn.Module:
+    def plain_layer(self, merged: bool, safe: bool = False) -> nn.Module:
         """The module that this layer replaced, anew: with its class, hooks and mode, and with the
-        merged weight or the base's. A quantised base that is merged to floating numbers gives an
-        nn.Linear.
+        merged weight or the base's. A quantised base that is merged to floating numbers, as it is
+        if the layer is not merged yet, gives an nn.Linear.
 
         Raises:
             RuntimeError: not `merged`, and the initialisation changed the base weight; or as merge.
@@ -199,7 +197,7 @@ class AdapterLayer(nn.Module):
         if not merged:
             weight = weight if base is None else base
         elif base is None:
-            weight, held, _ = self._merged_parameter(safe, dtype, requantise)
+            weight, held = nn.Parameter(self._merged_weight(safe), requires_grad=False), None
         else:
             held = self._requantised
         plain = self._empty_origin(held)

@@ -31,14 +31,19 @@ class QuantisedBase:
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         self._kept: Kept = NOTHING
-        self.dtype = _floating_dtype(module)
-        """What the weight was in before it was quantised, as far as the module says so."""
+        self._look_at_dtype()
         found = quantised_weight(module, self.dtype)
         if isinstance(found, str):
             raise TypeError(found)
         self.shape = found.shape
         self._traced: QuantisedWeight | None = found
         """What a compiler finds: it cannot look into the library's parameter."""
+
+    def _look_at_dtype(self) -> None:
+        said = _floating_dtype(self.module)
+        self.says_dtype = said is not None
+        self.dtype = torch.get_default_dtype() if said is None else said
+        """What the weight was in before it was quantised, as far as the module says so."""
 
     @staticmethod
     def of(layer: str, module: nn.Module) -> "QuantisedBase | None":
@@ -123,6 +128,7 @@ class QuantisedBase:
             state.to(weight.device)
             self.module.quant_state, weight.module = state, self.module
         self._kept = NOTHING
+        self._look_at_dtype()
         found = quantised_weight(self.module, self.dtype)
         self._traced = None if isinstance(found, str) else found
 
@@ -216,11 +222,11 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found.to(wanted.dtype) - wanted).norm()) / size if size else 0.0
 
 
-def _floating_dtype(module: Any) -> torch.dtype:
+def _floating_dtype(module: Any) -> torch.dtype | None:
     weight, bias = module._parameters["weight"], module._parameters.get("bias")
     state = getattr(weight, "quant_state", None) or module.__dict__.get("quant_state")
     dtypes: Iterable[Any] = (getattr(state, "dtype", None), weight.dtype, None if bias is None else bias.dtype)
-    return next((dtype for dtype in dtypes if dtype in FLOATS), torch.get_default_dtype())
+    return next((dtype for dtype in dtypes if dtype in FLOATS), None)
 
 
 def _sources(module: Any) -> tuple[tuple[int, int], tuple[Any, ...]]:

@@ -301,7 +301,8 @@ def test_plain_layers(codes):
     back = layer.plain_layer(False)
     assert type(back) is type(base) and back is not base and back.weight is base.weight
     assert torch.equal(dense(back), dense(base))
-    again = layer.plain_layer(True, requantise=True)
+    layer.merge(requantise=True)
+    again = layer.plain_layer(True)
     assert type(again) is type(base) and {*again.state_dict()} == {*base.state_dict()}
     close(F.linear(x, dense(again), base.bias), wanted.double(), 0.2)
     seen.clear()
