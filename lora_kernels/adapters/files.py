@@ -42,7 +42,9 @@ from lora_kernels.adapters.storage import CONFIG_NAME, WEIGHTS_NAME, open_togeth
 from lora_kernels.adapters.targets import Selection, select_targets
 from lora_kernels.adapters.weights import Slot, check_finite, read_tensors
 from lora_kernels.nn import DoRALinear, LoRAEmbedding
-from lora_kernels.nn.base import check_flag, initial_scaling
+from lora_kernels.nn.base import initial_scaling
+from lora_kernels.nn.checks import check_flag
+from lora_kernels.nn.quantised import is_quantised
 from lora_kernels.nn.snapshot import changing
 
 
@@ -213,7 +215,7 @@ def slots_of(model: nn.Module, selection: Selection, config: LoraConfig) -> dict
     adapted = {target.name for target in selection.targets}
     for target in selection.targets:
         module = model.get_submodule(target.name)
-        rows, columns = _tensor_at(module, "weight").shape
+        rows, columns = matrix_shape(module)
         path = f"{PREFIX}{target.name}"
         shapes: dict[str, tuple[int, ...]]
         if isinstance(module, nn.Embedding | LoRAEmbedding):
@@ -241,12 +243,25 @@ def slots_of(model: nn.Module, selection: Selection, config: LoraConfig) -> dict
     return slots
 
 
+def matrix_shape(module: nn.Module) -> torch.Size:
+    """Of a layer's weight; codes may lie in another."""
+    held: Any = module
+    if _holds_codes(module):
+        return torch.Size((held.out_features, held.in_features))
+    return _tensor_at(module, "weight").shape
+
+
+def _holds_codes(module: nn.Module) -> bool:
+    return is_quantised(module) or getattr(module, "_quantised", None) is not None
+
+
 def _embeddings(model: nn.Module) -> list[str]:
-    ends = []
+    ends: list[Any] = []
     for side in ("input", "output"):
         with suppress(NotImplementedError):  # transformers: of several towers, none is the model's
             ends.append(getattr(model, f"get_{side}_embeddings", lambda: None)())
-    return [name for name, m in model.named_modules() if any(m is end for end in ends) and hasattr(m, "weight")]
+    ends = [end for end in ends if hasattr(end, "weight") and not _holds_codes(end)]
+    return [name for name, m in model.named_modules() if any(m is end for end in ends)]
 
 
 def _tensor_at(module: nn.Module, name: str) -> Tensor:

@@ -15,7 +15,10 @@ from lora_kernels.adapters.targets import Selection, Target, select_targets
 from lora_kernels.nn import DoRALinear, LoRAEmbedding, LoRALinear
 from lora_kernels.nn.base import HOOKS
 from lora_kernels.nn.embedding import is_scaled_embedding
+from lora_kernels.nn.init import CHANGES_CODES
 from lora_kernels.nn.passed_over import fast_paths, is_off_fast_path, leave_fast_path, reader_of, restore_fast_path
+from lora_kernels.nn.quantised import is_quantised
+from lora_kernels.nn.quantised_base import QuantisedBase
 from lora_kernels.ops.lora_linear.op import FLOATS
 
 Layer = LoRALinear | LoRAEmbedding
@@ -157,6 +160,8 @@ def _refusal(module: nn.Module, config: LoraConfig) -> str | None:
         return "transformers' Conv1D stores its weight transposed and is not supported; PEFT with fuse(model) runs it"
     else:
         return f"is a {class_name}; only nn.Linear and nn.Embedding can take an adapter"
+    if is_quantised(module):
+        return _refuse_codes(module, config)
     scaled = is_scaled_embedding(module)
     if (type(module).forward is not plain.forward and not scaled) or "forward" in vars(module):
         return f"{class_name} computes in its own way, which the adapter's layer would replace"
@@ -168,12 +173,28 @@ def _refusal(module: nn.Module, config: LoraConfig) -> str | None:
     return None
 
 
+def _refuse_codes(module: nn.Module, config: LoraConfig) -> str | None:
+    if "forward" in vars(module):
+        return f"{type(module).__name__} computes in its own way, which the adapter's layer would replace"
+    if _changes_base(config):
+        return f"init_lora_weights={config.init_lora_weights!r} {CHANGES_CODES}"
+    try:
+        QuantisedBase(module)
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def _changes_base(config: LoraConfig) -> bool:
+    return str(config.init_lora_weights).startswith(("pissa", "olora"))
+
+
 def build_layers(model: nn.Module, selection: Selection, config: LoraConfig, undo: ExitStack) -> dict[str, nn.Module]:
     """The new layers, not yet in the model; what building them changes in the base is put back by
     `undo`."""
     for parameter in model.parameters():
         undo.callback(parameter.requires_grad_, parameter.requires_grad)
-    changes_base = str(config.init_lora_weights).startswith(("pissa", "olora"))
+    changes_base = _changes_base(config)
     new: dict[str, nn.Module] = {}
     for target in selection.targets:
         module = model.get_submodule(target.name)

@@ -1,19 +1,34 @@
 """A model with adapters as a plain one: for good, or while a block runs."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError
-from lora_kernels.adapters.inject import Base, Layer, adapter_layers, first_names, install_module, refuse_peft, uncompiled_model
+from lora_kernels.adapters.inject import (
+    ADAPTER_PARAMETERS,
+    Base,
+    Layer,
+    adapter_layers,
+    first_names,
+    install_module,
+    refuse_peft,
+    uncompiled_model,
+)
 from lora_kernels.nn import LoRALinear
+from lora_kernels.nn.quantised import is_quantised
+from lora_kernels.ops.lora_linear.op import FLOATS
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def merge_and_unload(model: Model, *, safe: bool = False) -> Model:
+def merge_and_unload(
+    model: Model, *, safe: bool = False, dtype: torch.dtype | None = None, requantise: bool = False
+) -> Model:
     """Puts a plain module with the merged weight in the place of every layer with an adapter, in
     place, and returns the model. It has no trace of adapters then. `save_pretrained` and
     `state_dict` are those of a merged base.
@@ -25,23 +40,80 @@ def merge_and_unload(model: Model, *, safe: bool = False) -> Model:
     what it did, and the call can be repeated. With `safe`, merged weights that are not finite are
     refused before anything changes.
 
+    A quantised base (bitsandbytes) becomes floating: nn.Linear with weights of `dtype`, if not
+    given that in which they were before they were quantised, or that of the model's other
+    parameters where the weights do not say. A transformers configuration then names only what is
+    still quantised. With `requantise` the base's library quantises the merged weights in the same
+    way; that rounds, and a warning says the relative errors.
+
     Raises:
-        AdapterError: there is no adapter.
+        AdapterError: there is no adapter, or `dtype` or `requantise` is given where no base is
+            quantised, or where a layer is merged to something else already.
+        TypeError: dtype is not a floating one.
         RuntimeError: a weight is computed by pruning or a parametrization; nothing has changed.
         ValueError: an embedding has max_norm, or `safe` and a merged weight is not finite; nothing
             has changed.
     """
     plain = uncompiled_model(model)
     layers = _layers_of(plain, "merge_and_unload")
-    for layer in layers.values():
-        layer.check_merge(safe)
-    shared = _shared_weights(plain, layers)
-    for layer in layers.values():
+    on_codes = {name: layer for name, layer in layers.items() if layer._quantised is not None}
+    _check_codes(on_codes, dtype, requantise)
+    for name, layer in layers.items():
+        layer.check_merge(safe, *((dtype, requantise) if name in on_codes else ()))
+    shared, errors, beside = _shared_weights(plain, layers), {}, _floating_dtype(plain)
+    for name, layer in layers.items():
+        base = layer._quantised
+        if base is not None and not layer.merged:
+            wanted = dtype if base.says_dtype or requantise else dtype or beside
+            errors[name] = layer.merge(safe, dtype=wanted, requantise=requantise)
         _install_everywhere(plain, layer, layer.plain_layer(True))
     if shared:
         _untie(plain)
+    if on_codes and not requantise:
+        _became_floating(plain)
     _forget(plain)
+    rounded = {name: error for name, error in errors.items() if error is not None}
+    if rounded:
+        worst = max(rounded, key=rounded.__getitem__)
+        warnings.warn(
+            f"merge_and_unload: {len(rounded)} merged weights were quantised again, with relative errors of"
+            f" {min(rounded.values()):.2g} to {rounded[worst]:.2g} ({worst})",
+            stacklevel=2,
+        )
     return model
+
+
+def _check_codes(layers: dict[str, Layer], dtype: torch.dtype | None, requantise: bool) -> None:
+    if not layers and (requantise or dtype is not None):
+        raise AdapterError(f"merge_and_unload: {'requantise' if requantise else 'dtype'} is for a quantised base; no base is")
+    for name, layer in layers.items():
+        asked = requantise, dtype or layer.weight.dtype
+        if layer.merged and asked != (layer._requantised is not None, layer.weight.dtype):
+            raise AdapterError(f"merge_and_unload: {name} is merged to {layer.weight.dtype} already; unmerge() it first")
+
+
+def _floating_dtype(model: nn.Module) -> torch.dtype | None:
+    """Of the model's own parameters."""
+    own = ((name.rpartition(".")[2], p) for name, p in model.named_parameters())
+    return next((p.dtype for name, p in own if name not in ADAPTER_PARAMETERS and p.dtype in FLOATS), None)
+
+
+def _became_floating(model: Any) -> None:
+    """Transformers loads a model as its configuration says: quantised but for what this leaves
+    out."""
+    config = getattr(model, "config", None)
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is None:
+        return
+    if any(map(is_quantised, model.modules())):
+        quantisation.llm_int8_skip_modules = [name for name, m in model.named_modules() if type(m) is nn.Linear]
+        return
+    remove = getattr(getattr(model, "hf_quantizer", None), "remove_quantization_config", None)
+    if remove is not None:
+        remove(model)
+    else:
+        del model.config.quantization_config
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
 
 
 def unload(model: Model) -> Model:

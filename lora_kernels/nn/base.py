@@ -2,7 +2,6 @@
 base weight."""
 
 import math
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lora_kernels.nn.checks import check_flag, check_number, check_rank, check_weight
+from lora_kernels.nn.quantised_base import QuantisedBase, relative_error
 from lora_kernels.nn.snapshot import changing
 from lora_kernels.ops.lora_linear.op import FLOATS
 
@@ -29,20 +30,28 @@ class AdapterLayer(nn.Module):
     enabled: bool
     """Whether the adapter takes part; if not, the layer computes what its base does."""
     _changes = 0
+    _quantised: QuantisedBase | None = None
+    """Where the weight is kept as codes: what says how."""
+    _requantised: QuantisedBase | None = None
+    """The same of a merged weight that was quantised again."""
 
     def _set_up(self, module: nn.Module, r: int, lora_alpha: float, use_rslora: bool) -> None:
         """Takes the options, checked, and the weight of the module to replace; others may own it,
         too."""
         name = type(self).__name__
-        weight = check_weight(name, module._parameters.get("weight"))
+        base = QuantisedBase.of(name, module)
+        weight = check_weight(name, module._parameters.get("weight")) if base is None else base.module.weight
         self.r = check_rank(name, r)
         self.lora_alpha = check_number(name, "lora_alpha", lora_alpha)
         self.use_rslora = check_flag(name, "use_rslora", use_rslora)
         self.scaling = self._initial_scaling()
         self.enabled = True
         self.weight = weight
+        if base is not None:
+            self._quantised = base
         self._made_on_meta = weight.is_meta
-        self._origin = type(module), {key: value for key, value in vars(module).items() if key not in _MODULE_KEYS}
+        values = vars(module) if base is None else {}
+        self._origin = type(module), {key: value for key, value in values.items() if key not in _MODULE_KEYS}
         self._origin_parameters = tuple(module._parameters)
         self._trained = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
         # the base weight while another is in its place; past nn.Module, which would register it
@@ -51,12 +60,12 @@ class AdapterLayer(nn.Module):
     def _initial_scaling(self) -> float:
         return initial_scaling(self.lora_alpha, self.r, self.use_rslora)
 
-    def _adapted_weight(self) -> Tensor:
+    def _adapted_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight that makes a plain layer compute what this one does in eval mode, rounded once
-        to its dtype."""
+        to its dtype; over codes to the one given, or the base's."""
         raise NotImplementedError
 
-    def _base_weight(self) -> Tensor:
+    def _base_weight(self) -> nn.Parameter:
         held = self._unmerged
         return self.weight if held is None else held
 
@@ -65,7 +74,7 @@ class AdapterLayer(nn.Module):
         """Whether `weight` holds the adapter."""
         return self._unmerged is not None
 
-    def merge(self, safe: bool = False) -> None:
+    def merge(self, safe: bool = False, *, dtype: torch.dtype | None = None, requantise: bool = False) -> float | None:
         """Puts the adapter into `weight`: sums in float32 (float64 for float64), one rounding to
         the weight's dtype.
 
@@ -75,33 +84,66 @@ class AdapterLayer(nn.Module):
         weight; `save_adapter` still saves the adapter. With `safe`, values that are not finite are
         refused.
 
+        Over a quantised base the merged weight is floating, of `dtype`: if not given, that in which
+        the base weight was before it was quantised, as far as it says so. With `requantise` the
+        library that quantised the base does so again, in the same way. That rounds: what is
+        returned then is the relative error ‖Q(W') − W'‖ / ‖W'‖ of the merged W'.
+
         Raises:
             RuntimeError: the layer is merged already, or its weight is computed by pruning or a
                 parametrization.
-            TypeError: safe is not True or False.
-            ValueError: `safe`, and the merged weight is not finite; nothing has changed.
+            TypeError: a flag is not True or False, or `dtype` is not a floating one.
+            ValueError: `safe`, and the merged weight is not finite; or `dtype` or `requantise` for
+                a base that is not quantised, or both. Nothing has changed.
+            NotImplementedError: `requantise`, and the library cannot.
         """
         if self.merged:
             raise RuntimeError(f"{self._class_name()}: merge() on a merged layer; call unmerge() first")
         base = self._plain_weight("merge")
-        check_flag(self._class_name(), "merge: safe", safe)
-        own = nn.Parameter(self._merged_weight(safe), requires_grad=False)
+        own, again, error = self._merged_parameter(safe, dtype, requantise)
         with changing(self):
             self.__dict__["_unmerged"] = base
+            self._requantised = again
             self._replace_weight(own)
+        return error
 
-    def check_merge(self, safe: bool = False) -> None:
+    def check_merge(self, safe: bool = False, dtype: torch.dtype | None = None, requantise: bool = False) -> None:
         """Raises what `merge` would."""
-        check_flag(self._class_name(), "merge: safe", safe)
+        self._check_merge_options(safe, dtype, requantise)
         self._plain_weight("merge")
         if safe and not self.merged:
-            self._merged_weight(safe)
+            self._merged_weight(safe, dtype)
 
-    def _merged_weight(self, safe: bool) -> Tensor:
+    def _check_merge_options(self, safe: bool, dtype: torch.dtype | None, requantise: bool) -> None:
+        name = self._class_name()
+        check_flag(name, "merge: safe", safe)
+        check_flag(name, "merge: requantise", requantise)
+        if dtype is not None and dtype not in FLOATS:
+            raise TypeError(f"{name}: merge: dtype must be float32, bfloat16, float16 or float64, found {dtype}")
+        if self._quantised is None and (requantise or dtype is not None):
+            given = "requantise" if requantise else "dtype"
+            raise ValueError(f"{name}: merge: {given} is for a quantised base; this one is {self._base_weight().dtype}")
+        if requantise and dtype is not None:
+            raise ValueError(f"{name}: merge: dtype is of a floating weight; requantise=True makes none")
+
+    def _merged_parameter(
+        self, safe: bool, dtype: torch.dtype | None, requantise: bool
+    ) -> tuple[nn.Parameter, QuantisedBase | None, float | None]:
+        """The merged weight; and where it is quantised again, what says how, and its relative
+        error."""
+        self._check_merge_options(safe, dtype, requantise)
+        base = self._quantised
+        if base is None or not requantise:
+            return nn.Parameter(self._merged_weight(safe, dtype), requires_grad=False), None, None
+        adapted = self._merged_weight(safe, torch.float32)
+        again = base.requantised(adapted)
+        return again.module.weight, again, relative_error(again.weight(torch.float32).dequantise(), adapted)
+
+    def _merged_weight(self, safe: bool, dtype: torch.dtype | None = None) -> Tensor:
         # the merged tensor must be as the weight is: one made in inference mode could never be
         # trained through
         with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
-            adapted = self._adapted_weight()
+            adapted = self._adapted_weight(dtype)
         if safe:
             wrong = adapted.numel() - int(adapted.isfinite().sum())
             if wrong:
@@ -122,7 +164,7 @@ class AdapterLayer(nn.Module):
         self._plain_weight("unmerge")
         with changing(self):
             self._replace_weight(self._unmerged)
-            self._unmerged = None
+            self._unmerged = self._requantised = None
 
     def _plain_weight(self, call: str) -> nn.Parameter:
         weight = self._parameters.get("weight")
@@ -138,7 +180,8 @@ class AdapterLayer(nn.Module):
 
     def plain_layer(self, merged: bool, safe: bool = False) -> nn.Module:
         """The module that this layer replaced, anew: with its class, hooks and mode, and with the
-        merged weight or the base's.
+        merged weight or the base's. A quantised base that is merged to floating numbers, as it is
+        if the layer is not merged yet, gives an nn.Linear.
 
         Raises:
             RuntimeError: not `merged`, and the initialisation changed the base weight; or as merge.
@@ -150,24 +193,37 @@ class AdapterLayer(nn.Module):
                 f"{self._class_name()}: the first values of the adapter were taken out of the base weight (pissa, olora),"
                 " so without it the weight is a residual; merge it"
             )
-        weight = self._plain_weight("plain_layer")
+        weight, held = self._plain_weight("plain_layer"), self._quantised
         if not merged:
             weight = weight if base is None else base
         elif base is None:
-            weight = nn.Parameter(self._merged_weight(safe), requires_grad=False)
-        kind, values = self._origin
-        plain: nn.Module = kind.__new__(kind)
-        nn.Module.__init__(plain)
-        vars(plain).update(values)
+            weight, held = nn.Parameter(self._merged_weight(safe), requires_grad=False), None
+        else:
+            held = self._requantised
+        plain = self._empty_origin(held)
         for hooks in HOOKS:
             setattr(plain, hooks, getattr(self, hooks))
-        for name in self._origin_parameters:
+        became_floating = held is None and self._quantised is not None
+        for name in ("weight", "bias") if became_floating else self._origin_parameters:
             plain.register_parameter(name, weight if name == "weight" else self._parameters[name])
         for name in self._trained:
             plain.get_parameter(name).requires_grad_(True)
         for name in plain_buffers(self):
             plain.register_buffer(name, self._buffers[name], persistent=name not in self._non_persistent_buffers_set)
         plain.training = self.training
+        return plain
+
+    def _empty_origin(self, held: QuantisedBase | None) -> nn.Module:
+        """The module that this layer replaced, without its parameters; of a quantised one that has
+        become floating, an nn.Linear."""
+        if held is not None:
+            return held.shell()
+        kind, values = self._origin
+        if self._quantised is not None:
+            kind, values = nn.Linear, {"out_features": self._quantised.shape[0], "in_features": self._quantised.shape[1]}
+        plain: nn.Module = kind.__new__(kind)
+        nn.Module.__init__(plain)
+        vars(plain).update(values)
         return plain
 
     def _base_changed(self) -> bool:
@@ -213,14 +269,24 @@ class AdapterLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with changing(self):
-            if self._unmerged is None:
-                return super()._apply(fn, recurse)
-            # as one of the parameters: what is tied to it must stay so
-            self._parameters["_unmerged"] = self._unmerged
+            if self._quantised is not None:
+                fn = _keeping_codes(fn, self._quantised, self._requantised)
+            if self._unmerged is not None:
+                # as one of the parameters: what is tied to it must stay so
+                self._parameters["_unmerged"] = self._unmerged
             try:
                 return super()._apply(fn, recurse)
             finally:
-                self.__dict__["_unmerged"] = self._parameters.pop("_unmerged")
+                if self._unmerged is not None:
+                    self.__dict__["_unmerged"] = self._parameters.pop("_unmerged")
+                self._share_parameters()
+
+    def _share_parameters(self) -> None:
+        """Gives what says how codes lie the parameters that the layer has now."""
+        if self._quantised is not None:
+            self._quantised.take({**self._parameters, "weight": self._base_weight()})
+        if self._requantised is not None:
+            self._requantised.take(self._parameters)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -228,6 +294,9 @@ class AdapterLayer(nn.Module):
             # with the adapter beside it, a reader would add it twice
             for name in self._parameters.keys() - {*self._origin_parameters}:
                 destination.pop(f"{prefix}{name}", None)
+        held = self._requantised if self.merged else self._quantised
+        if held is not None:
+            held.save(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self,
@@ -246,6 +315,10 @@ class AdapterLayer(nn.Module):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
+            if self._quantised is not None:
+                self._share_parameters()
+                self._quantised.load(state_dict, prefix, unexpected_keys, error_msgs)
+                self._share_parameters()
 
     def _adapter_repr(self) -> str:
         text = f"r={self.r}, lora_alpha={self.lora_alpha:g}, scaling={self.scaling:g}"
@@ -266,6 +339,19 @@ HOOKS = (
 _MODULE_KEYS = frozenset(vars(nn.Module()))
 
 
+def _keeping_codes(fn: Callable[[Tensor], Tensor], *bases: QuantisedBase | None) -> Callable[[Tensor], Tensor]:
+    """A function of `_apply` that casts no codes, which may lie in memory of a floating dtype."""
+    codes = [base.module.weight for base in bases if base is not None]
+
+    def kept(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        if any(tensor is each for each in codes) and moved.dtype is not tensor.dtype:
+            return tensor.to(moved.device)
+        return moved
+
+    return kept
+
+
 def plain_buffers(layer: nn.Module) -> list[str]:
     """The buffers that a layer has from the module that it replaced."""
     return [name for name in layer._buffers if not name.startswith("initial_")]
@@ -280,43 +366,3 @@ def freeze_parameters(*parameters: nn.Parameter | None) -> None:
     for parameter in parameters:
         if parameter is not None:
             parameter.requires_grad_(False)
-
-
-def check_flag(layer: str, name: str, value: Any, hint: str = "") -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{layer}: {name} must be True or False, found {value!r}{hint}")
-    return value
-
-
-def check_weight(layer: str, weight: Any) -> nn.Parameter:
-    if type(weight) is not nn.Parameter:
-        raise TypeError(f"{layer}: weight must be a plain parameter, found {type(weight).__name__}")
-    if weight.dtype not in FLOATS:
-        raise TypeError(f"{layer}: weight must be float32, bfloat16, float16 or float64, found {weight.dtype}")
-    return weight
-
-
-def check_rank(layer: str, r: Any) -> int:
-    if isinstance(r, bool) or not hasattr(r, "__index__"):
-        raise TypeError(f"{layer}: r must be an integer, found {r!r}")
-    r = operator.index(r)
-    if r < 1:
-        raise ValueError(f"{layer}: r must be at least 1, found {r}")
-    return r
-
-
-def check_number(layer: str, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{layer}: {name} must be a number, found {value!r}")
-    if not -1e300 < value < 1e300:
-        found = value if isinstance(value, float) else f"an integer of {value.bit_length()} bits"
-        raise ValueError(f"{layer}: {name} must be finite, found {found}")
-    return value
-
-
-def check_dropout(layer: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{layer}: lora_dropout must be a number, found {value!r}")
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{layer}: lora_dropout must be in [0, 1), found {value}")
-    return float(value)

@@ -12,6 +12,7 @@ from lora_kernels.nn.lora import LoRALinear
 from lora_kernels.nn.snapshot import changing, of_one_state
 from lora_kernels.ops import NormCache, dora_gain, lora_linear, merged_weight, weight_norm
 from lora_kernels.ops.lora_linear.op import DROPOUT_SEMANTICS
+from lora_kernels.ops.quantised import QuantisedWeight
 
 
 class DoRALinear(LoRALinear):
@@ -74,14 +75,14 @@ class DoRALinear(LoRALinear):
         super()._add_adapter(linear, *options)
         self._norm = NormCache()
         with torch.no_grad():
-            norm = weight_norm(self.weight, self.lora_A, self.lora_B, self.scaling)
+            norm = weight_norm(self._weight_for_norm(), self.lora_A, self.lora_B, self.scaling)
         self.lora_magnitude_vector = nn.Parameter(norm)
         return self
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        self.lora_magnitude_vector.copy_(weight_norm(self.weight, self.lora_A, self.lora_B, self.scaling))
+        self.lora_magnitude_vector.copy_(weight_norm(self._weight_for_norm(), self.lora_A, self.lora_B, self.scaling))
         self._norm.clear()
 
     reset_parameters.__doc__ = LoRALinear.reset_parameters.__doc__
@@ -94,31 +95,42 @@ class DoRALinear(LoRALinear):
             TypeError, ValueError: x does not fit weight in dtype, shape or device, or weight
                 requires grad.
         """
+        if self._quantised is not None:
+            return self._on_codes(x, self._quantised)
         if not self.enabled:
             return F.linear(x, self._base_weight(), self.bias)
         if self.merged:
             return F.linear(x, self.weight, self.bias)
+        return self._adapted(x, self._frozen_weight())
+
+    def _adapted(self, x: Tensor, w: Tensor | QuantisedWeight) -> Tensor:
         return lora_linear(
             x,
-            self._frozen_weight(),
+            w,
             self.lora_A,
             self.lora_B,
             self.scaling,
             self.bias,
-            self._output_gain(),
+            self._output_gain(w),
             self._dropout(),
             self.dropout_semantics,
         )
 
-    def _output_gain(self) -> Tensor:
-        w, a, b, scaling = self._frozen_weight(), self.lora_A, self.lora_B, self.scaling
+    def _output_gain(self, w: Any) -> Tensor:
+        a, b, scaling = self.lora_A, self.lora_B, self.scaling
         if self.detach_norm:
             return self._norm.gain(w, a, b, scaling, self.lora_magnitude_vector)
         return dora_gain(self.lora_magnitude_vector, weight_norm(w, a, b, scaling))
 
-    def _adapted_weight(self) -> Tensor:
+    def _weight_for_norm(self) -> Tensor | QuantisedWeight:
+        """W as calls see it, so that the first gain is 1: over codes, in a compute dtype that is
+        known before there is an x."""
+        held = self._quantised
+        return self.weight if held is None else held.weight(held.compute_dtype(None))
+
+    def _adapted_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """gain ⊙ (W + scaling·BA), [out, in]."""
-        w, a, b, scaling = self.weight, self.lora_A, self.lora_B, self.scaling
+        w, a, b, scaling = self._weight_in(dtype), self.lora_A, self.lora_B, self.scaling
         return merged_weight(w, a, b, scaling, dora_gain(self.lora_magnitude_vector, weight_norm(w, a, b, scaling)))
 
     def _replace_weight(self, weight: nn.Parameter) -> None:

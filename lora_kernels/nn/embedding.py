@@ -181,7 +181,7 @@ class LoRAEmbedding(AdapterLayer):
     def _look_up(self, indices: Tensor, table: Tensor, sparse: bool) -> Tensor:
         return F.embedding(indices, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, sparse)
 
-    def _adapted_weight(self) -> Tensor:
+    def _adapted_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W + scaling·(BA)ᵀ, [num_embeddings, dim]."""
         return merged_weight(self.weight, self.lora_embedding_B.T, self.lora_embedding_A.T, self.scaling)
 

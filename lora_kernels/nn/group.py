@@ -26,9 +26,9 @@ class GroupedLinear(nn.Module):
     them "0", "1", …. They stay ordinary layers and submodules under these names: they may be
     trained, merged, disabled and called alone.
 
-    A layer that is merged or has its adapter off, that has hooks or a forward of its own, or that
-    was replaced by another module, is called by itself. Two groups of layers with dropout whose
-    `dropout_semantics` differ are two calls.
+    A layer that is merged, has its adapter off or a quantised base, that has hooks or a forward of
+    its own, or that was replaced by another module, is called by itself. Two groups of layers with
+    dropout whose `dropout_semantics` differ are two calls.
 
     Raises:
         TypeError: a layer is not a LoRALinear or DoRALinear.
@@ -94,6 +94,7 @@ def _is_called_alone(layer: LoRALinear) -> bool:
     return bool(
         not layer.enabled
         or layer.merged
+        or layer._quantised is not None
         or type(layer).forward not in _FORWARDS
         or "forward" in layer.__dict__
         or layer._forward_hooks

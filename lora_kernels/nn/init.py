@@ -10,16 +10,21 @@ from torch import Tensor, nn
 
 INITS = ("True", "False", "gaussian", "pissa", "pissa_niter_[number]", "olora", "orthogonal")
 
+CHANGES_CODES = (
+    "takes a product out of the base weight, which is quantised: what is left would be rounded to codes again; take it out"
+    " of the floating weight and quantise that"
+)
+
 _NITER = re.compile(r"pissa_niter_([0-9]{1,6})")
 
 
-def check_init(layer: str, init: Any, r: int, weight: Tensor, scaling: float) -> Any:
+def check_init(layer: str, init: Any, r: int, weight: Tensor, scaling: float, quantised: bool = False) -> Any:
     """The initialisation in its canonical form, if these sizes can have it.
 
     Raises:
         TypeError: init is neither a bool, a name nor a pair of floating tensors.
-        ValueError: there is no such name, or r, scaling or the tensors do not fit; the message says
-            what would.
+        ValueError: there is no such name, or r, scaling or the tensors do not fit, or the weight is
+            quantised and would have to change; the message says what would.
     """
     if isinstance(init, bool):
         return init
@@ -35,6 +40,8 @@ def check_init(layer: str, init: Any, r: int, weight: Tensor, scaling: float) ->
     if name == "orthogonal" and r % 2:
         raise ValueError(f"{layer}: init_lora_weights='orthogonal' needs an even r, found {r}")
     if name.startswith(("pissa", "olora")):
+        if quantised:
+            raise ValueError(f"{layer}: init_lora_weights={init!r} {CHANGES_CODES}")
         if r > min(weight.shape):
             raise ValueError(
                 f"{layer}: init_lora_weights={init!r} needs an r of at most {min(weight.shape)}"

@@ -7,12 +7,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from lora_kernels.nn.base import AdapterLayer, check_dropout, check_flag, freeze_parameters
+from lora_kernels.nn.base import AdapterLayer, freeze_parameters
+from lora_kernels.nn.checks import check_dropout, check_flag
 from lora_kernels.nn.flat_parameters import constant
 from lora_kernels.nn.init import check_init, linear_factors
+from lora_kernels.nn.quantised import is_quantised
+from lora_kernels.nn.quantised_base import QuantisedBase
 from lora_kernels.nn.snapshot import of_one_state
 from lora_kernels.ops.lora_linear import Member, lora_linear
 from lora_kernels.ops.merge import merged_weight
+from lora_kernels.ops.quantised import QuantisedWeight
 
 
 class LoRALinear(AdapterLayer):
@@ -77,7 +81,7 @@ class LoRALinear(AdapterLayer):
     @classmethod
     def _empty_layer(cls, linear: Any) -> Self:
         """An empty layer, if `linear` is one that it can replace."""
-        if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        if not isinstance(linear, nn.Linear) or not (type(linear).forward is nn.Linear.forward or is_quantised(linear)):
             own = " with a forward of its own" if isinstance(linear, nn.Linear) else ""
             raise TypeError(f"{cls.__name__}: linear must be an nn.Linear, found {type(linear).__name__}{own}")
         layer = cls.__new__(cls)
@@ -96,12 +100,15 @@ class LoRALinear(AdapterLayer):
         """Builds the adapter; every check comes before the first change."""
         name = type(self).__name__
         self._set_up(linear, r, lora_alpha, use_rslora)
-        self.out_features, self.in_features = self.weight.shape
+        self.out_features, self.in_features = self._weight_shape()
         self.lora_dropout = check_dropout(name, lora_dropout)
-        init = check_init(name, init_lora_weights, self.r, self.weight, self.scaling)
-        self.register_parameter("bias", linear.bias)
+        held = self._quantised
+        weight = self.weight if held is None else held.like_weight()
+        init = check_init(name, init_lora_weights, self.r, weight, self.scaling, held is not None)
+        for parameter in (p for p in linear._parameters if p != "weight"):
+            self.register_parameter(parameter, linear._parameters[parameter])
         self._init = init if isinstance(init, bool | str) else "given"
-        a, b = linear_factors(init, self.r, self.weight, self.scaling)
+        a, b = linear_factors(init, self.r, weight, self.scaling)
         self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
         if self._init_is_drawn():
             # without them nobody could tell in another process what the base weight was
@@ -129,7 +136,8 @@ class LoRALinear(AdapterLayer):
                 f"{name}: reset_parameters() cannot repeat init_lora_weights={self._init!r}: the tensors were given, or the"
                 " base weight is a residual already"
             )
-        a, b = linear_factors(self._init, self.r, self.weight, self.scaling)
+        weight = self.weight if self._quantised is None else self._quantised.like_weight()
+        a, b = linear_factors(self._init, self.r, weight, self.scaling)
         self.lora_A.copy_(a)
         self.lora_B.copy_(b)
         if self._init_is_drawn():
@@ -152,12 +160,32 @@ class LoRALinear(AdapterLayer):
             TypeError, ValueError: x does not fit weight in dtype, shape or device, or weight
                 requires grad.
         """
+        if self._quantised is not None:
+            return self._on_codes(x, self._quantised)
         if not self.enabled:
             return F.linear(x, self._base_weight(), self.bias)
         if self.merged:
             return F.linear(x, self.weight, self.bias)
         w = self._frozen_weight()
         return lora_linear(x, w, self.lora_A, self.lora_B, self.scaling, self.bias, None, self._dropout())
+
+    def _adapted(self, x: Tensor, w: Tensor | QuantisedWeight) -> Tensor:
+        return lora_linear(x, w, self.lora_A, self.lora_B, self.scaling, self.bias, None, self._dropout())
+
+    def _on_codes(self, x: Tensor, base: QuantisedBase) -> Tensor:
+        """The forward over a quantised base: in its compute dtype, and back to that of x."""
+        wanted = x.dtype
+        dtype = base.compute_dtype(x)
+        x = x if dtype is wanted else x.to(dtype)
+        if self.enabled and self.merged:
+            w, again = self.weight, self._requantised
+            if again is not None:
+                y = again.product(x, self.bias)
+            else:
+                y = F.linear(x.to(w.dtype), w, None if self.bias is None else self.bias.to(w.dtype))
+        else:
+            y = self._adapted(x, base.weight(dtype)) if self.enabled else base.product(x, self.bias)
+        return y if y.dtype is wanted else y.to(wanted)
 
     def _frozen_weight(self) -> Tensor:
         w = self.weight
@@ -166,17 +194,28 @@ class LoRALinear(AdapterLayer):
     def _dropout(self) -> float:
         return self.lora_dropout if self.training else 0.0
 
-    def _output_gain(self) -> Tensor | None:
+    def _output_gain(self, w: Any) -> Tensor | None:
         """What multiplies the outputs of the adapted product, [out]."""
         return None
 
     def _group_member(self) -> Member:
         """What forward computes with, for a call that several layers share."""
-        return Member(self._frozen_weight(), self.lora_A, self.lora_B, self.scaling, self.bias, self._output_gain())
+        w = self._frozen_weight()
+        return Member(w, self.lora_A, self.lora_B, self.scaling, self.bias, self._output_gain(w))
 
-    def _adapted_weight(self) -> Tensor:
+    def _weight_shape(self) -> torch.Size:
+        """[out, in]."""
+        return self.weight.shape if self._quantised is None else self._quantised.shape
+
+    def _weight_in(self, dtype: torch.dtype | None = None) -> Tensor | QuantisedWeight:
+        """The base weight as the ops take it: over codes in a dtype, or that which it was in
+        before."""
+        held = self._quantised
+        return self.weight if held is None else held.weight(held.dtype if dtype is None else dtype)
+
+    def _adapted_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W + scaling·BA, [out, in]."""
-        return merged_weight(self.weight, self.lora_A, self.lora_B, self.scaling)
+        return merged_weight(self._weight_in(dtype), self.lora_A, self.lora_B, self.scaling)
 
     def extra_repr(self) -> str:
         dropout = f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else ""

@@ -1,0 +1,244 @@
+"""What stands under an adapter where the base weight is kept as codes: another library's module,
+held beside the parameters that the layer shares with it."""
+
+import copy
+import operator
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.nn.quantised import is_quantised, quantised_weight
+from lora_kernels.ops.lora_linear import lora_linear
+from lora_kernels.ops.lora_linear.op import FLOATS
+from lora_kernels.ops.quantised import QuantisedWeight
+
+Kept = tuple[tuple[int, int], tuple[Any, ...], dict[torch.dtype, QuantisedWeight]]
+NOTHING: Kept = ((-1, -1), (), {})
+
+
+class QuantisedBase:
+    """A quantised module as a layer computes with it. The module itself is never called: of
+    bitsandbytes' the first call in eval mode on a CPU would pack the codes anew, and round their
+    scales.
+
+    Raises:
+        TypeError: the module's weight cannot be read; the message says why.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+        self._kept: Kept = NOTHING
+        self._look_at_dtype()
+        found = quantised_weight(module, self.dtype)
+        if isinstance(found, str):
+            raise TypeError(found)
+        self.shape = found.shape
+        self._traced: QuantisedWeight | None = found
+        """What a compiler finds: it cannot look into the library's parameter."""
+
+    def _look_at_dtype(self) -> None:
+        said = _floating_dtype(self.module)
+        self.says_dtype = said is not None
+        self.dtype = torch.get_default_dtype() if said is None else said
+        """What the weight was in before it was quantised, as far as the module says so."""
+
+    @staticmethod
+    def of(layer: str, module: nn.Module) -> "QuantisedBase | None":
+        """Of a module that is to get an adapter; None if it is not quantised.
+
+        Raises:
+            TypeError: its weight cannot be read; the message names the layer.
+        """
+        if not is_quantised(module):
+            return None
+        try:
+            return QuantisedBase(module)
+        except TypeError as error:
+            raise TypeError(f"{layer}: the weight of the {type(module).__name__} cannot be read: {error}") from None
+
+    def weight(self, dtype: torch.dtype) -> QuantisedWeight:
+        """W for inputs of a dtype, as the module has it now.
+
+        Raises:
+            RuntimeError: it cannot be read any more; the message says why.
+        """
+        if torch.compiler.is_compiling() and self._traced is not None:
+            return self._traced.to(dtype)
+        place, sources = _sources(self.module)
+        known, of, by_dtype = self._kept
+        if known != place or not all(map(operator.is_, of, sources)):
+            by_dtype = {}
+            self._kept = place, sources, by_dtype
+        found = by_dtype.get(dtype)
+        if found is None:
+            found = by_dtype[dtype] = self._read(dtype)
+        return found
+
+    def _read(self, dtype: torch.dtype) -> QuantisedWeight:
+        found = quantised_weight(self.module, dtype)
+        if isinstance(found, str):
+            raise RuntimeError(f"{type(self.module).__name__}: {found}")
+        return found
+
+    def compute_dtype(self, x: Tensor | None) -> torch.dtype:
+        """What the product of x is computed in: the module's own dtype where it was given one, else
+        that of x; without an x, that of the weight before it was quantised."""
+        held = self.module.__dict__
+        given = held.get("compute_dtype") if held.get("compute_type_is_set", True) else None
+        if given is not None:
+            return given
+        return self.dtype if x is None else x.dtype
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x Wᵀ + bias in the dtype of x, with the gradients of x and bias."""
+        n_out, n_in = self.shape
+        # an adapter of one zero: the op has the product without one in no other form
+        zeros = x.new_zeros(1)
+        return lora_linear(x, self.weight(x.dtype), zeros.expand(1, n_in), zeros.expand(n_out, 1), 1.0, bias)
+
+    def like_weight(self) -> Tensor:
+        """A tensor with the shape and device of W, for what asks no more of it."""
+        return self.weight(self.dtype).scales.new_zeros(1, dtype=torch.float32).expand(self.shape)
+
+    def shell(self) -> nn.Module:
+        """A copy of the module without its parameters."""
+        module = copy.copy(self.module)
+        module._parameters, module._buffers = {}, dict(module._buffers)
+        if getattr(self.module.weight, "quant_state", None) is not None:
+            module.quant_state, self.module.weight.module = self.module.weight.quant_state, module
+        return module
+
+    def take(self, parameters: Mapping[str, nn.Parameter | None]) -> None:
+        """Makes the module's parameters those of its layer again, and what stands beside the codes
+        their companions."""
+        for name in self.module._parameters:
+            self.module._parameters[name] = parameters[name]
+        weight = self.module._parameters["weight"]
+        held: Any
+        for held in (weight, self.module.__dict__.get("state")):
+            if getattr(held, "CB", None) is not None:
+                held.CB = weight.data  # the same memory, which a move or a copy would double
+            if getattr(held, "SCB", None) is not None:
+                held.SCB = held.SCB.to(weight.device)
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            state.to(weight.device)
+            self.module.quant_state, weight.module = state, self.module
+        self._kept = NOTHING
+        self._look_at_dtype()
+        found = quantised_weight(self.module, self.dtype)
+        self._traced = None if isinstance(found, str) else found
+
+    def save(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Adds what the module's own `state_dict` has beside the weight."""
+        self.module._save_to_state_dict(destination, prefix, keep_vars)
+
+    def load(self, state_dict: Mapping[str, Any], prefix: str, unexpected: list[str], errors: list[str]) -> None:
+        """Takes what `save` added, beside the codes that the layer has loaded already."""
+        state = getattr(self.module.weight, "quant_state", None) or self.module.__dict__.get("quant_state")
+        if state is not None:
+            found = {key: state_dict[key] for key in state_dict if key.startswith(f"{prefix}weight.")}
+            self._load_state(state, found, prefix, errors)
+        elif "state" in self.module.__dict__:
+            found = {key: state_dict[key] for key in (f"{prefix}SCB", f"{prefix}weight_format") if key in state_dict}
+            self._load_scales(found, prefix, errors)
+        else:
+            return
+        if not found and f"{prefix}weight" in state_dict:
+            errors.append(f"{prefix}weight has codes, and the state_dict nothing that says what they mean")
+        unexpected[:] = [key for key in unexpected if key not in found]
+
+    def _load_state(self, state: Any, found: dict[str, Tensor], prefix: str, errors: list[str]) -> None:
+        if not found:
+            return
+        weight = self.module.weight
+        try:
+            new = type(state).from_dict({key.removeprefix(prefix): t for key, t in found.items()}, weight.device)
+        except (AssertionError, KeyError, ValueError, TypeError) as error:
+            errors.append(f"{prefix}weight: what stands beside its codes cannot be read: {error}")
+            return
+        if new.shape != self.shape:
+            errors.append(f"{prefix}weight: the codes are of a weight {list(self.shape)}, found {list(new.shape or ())}")
+            return
+        weight.quant_state = self.module.quant_state = new
+
+    def _load_scales(self, found: dict[str, Tensor], prefix: str, errors: list[str]) -> None:
+        scales = found.get(f"{prefix}SCB")
+        if scales is None:
+            return
+        weight, state = self.module.weight, self.module.state
+        if scales.numel() != self.shape[0]:
+            errors.append(f"{prefix}SCB must have {self.shape[0]} numbers, found {list(scales.shape)}")
+            return
+        own = scales.detach().to(weight.device, torch.float32, copy=True).reshape(-1)
+        if state.SCB is None:
+            weight.SCB = own
+        else:
+            state.SCB = own
+
+    def requantised(self, w: Tensor) -> "QuantisedBase":
+        """A module like this one whose weight is w [out, in], quantised by its library in the same
+        way.
+
+        Raises:
+            NotImplementedError: the library has no call for that.
+        """
+        module, device = copy.copy(self.module), w.device
+        state = module.__dict__.get("quant_state")
+        kinds: Any = getattr(sys.modules.get("bitsandbytes"), "nn", None)
+        if state is not None:
+            new = kinds.Params4bit(
+                w, requires_grad=False, blocksize=state.blocksize, compress_statistics=state.nested,
+                quant_type=state.quant_type, quant_storage=module.quant_storage,
+            ).to(device)  # fmt: skip
+            new.quant_state.dtype = state.dtype
+            new.module, module.quant_state = module, new.quant_state
+        elif "state" in module.__dict__:
+            new = kinds.Int8Params(w.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+            before, module.state = module.state, type(module.state)()
+            module.state.threshold, module.state.has_fp16_weights = before.threshold, False
+            module.state.use_pool = before.use_pool
+        else:
+            raise NotImplementedError(f"a {type(module).__name__} cannot be quantised again; merge it to floating numbers")
+        module._parameters = {**module._parameters, "weight": new}
+        return QuantisedBase(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantisedBase":
+        again = copy.copy(self)
+        again.module, again._kept = copy.deepcopy(self.module, memo), NOTHING
+        again.take(again.module._parameters)
+        return again
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": NOTHING}
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """‖found − wanted‖ / ‖wanted‖ over all numbers."""
+    size = float(wanted.norm())
+    return float((found.to(wanted.dtype) - wanted).norm()) / size if size else 0.0
+
+
+def _floating_dtype(module: Any) -> torch.dtype | None:
+    weight, bias = module._parameters["weight"], module._parameters.get("bias")
+    state = getattr(weight, "quant_state", None) or module.__dict__.get("quant_state")
+    dtypes: Iterable[Any] = (getattr(state, "dtype", None), weight.dtype, None if bias is None else bias.dtype)
+    return next((dtype for dtype in dtypes if dtype in FLOATS), None)
+
+
+def _sources(module: Any) -> tuple[tuple[int, int], tuple[Any, ...]]:
+    """What is another where the module has got another weight: where the codes lie, the version of
+    scales that are read as a copy, and what holds them all. Writing into the memory of the rest
+    changes nothing that is kept."""
+    held = module.__dict__
+    weight, state = held["_parameters"]["weight"], held.get("state")
+    own = weight.__dict__
+    # the library's class would be asked for a function of its own, at twenty times the cost
+    with torch._C.DisableTorchFunctionSubclass():
+        place = weight.data_ptr()
+    codes, scales = (None, own.get("SCB")) if state is None or state.CB is None else (state.CB, state.SCB)
+    version = -1 if scales is None or scales.is_inference() else scales._version
+    return (place, version), (weight, own.get("quant_state"), held.get("quant_state"), codes, scales)
