@@ -91,7 +91,7 @@ class Call {
     for (;;) {
       pybind11::object storage = storage_of(m.tensor);
       // a new Python object may have run the collector, and that another thread
-      Matrix now = reader.matrix(m.tensor);
+      Matrix now = reader.matrix(m.tensor, m.flat);
       if (m.transposed) now.transpose();
       const bool same = now.data == m.data;
       m = now;

@@ -7,22 +7,20 @@
 #include <string>
 
 #include "call.h"
-#include "levels.h"
+#include "forward.h"
+#include "function.h"
+#include "plain_layer.h"
 
 namespace py = pybind11;
 
 namespace {
 
 using lk::Call;
+using lk::chosen;
 using lk::Dropout;
+using lk::floats;
 using lk::Matrix;
 using lk::Weight;
-
-const lk::Kernels* chosen = [] {
-  const lk::Kernels* found[lk::LEVELS];
-  const int count = lk::supported(found);
-  return found[count - 1];
-}();
 
 py::list levels() {
   const lk::Kernels* found[lk::LEVELS];
@@ -44,31 +42,7 @@ void set_level(const std::string& name) {
   throw std::invalid_argument("set_level: this processor has no level " + name);
 }
 
-float* floats(const Matrix& m, const char* kernel) {
-  if (m.data && m.type != lk::DType::f32) throw py::type_error(std::string(kernel) + ": a float32 result is wanted");
-  return static_cast<float*>(m.data);
-}
-
-// Whether these are x [..., in], w [out, in], a [r, in], b [out, r] and vectors [out] on the CPU, x
-// as w and a as b in dtype, all of them ones that the kernels read. Then _check_arguments of
-// ops/lora_linear/op.py, which is slower, raises nothing.
-bool valid_lora_linear(py::handle x, py::handle w, py::handle a, py::handle b, py::handle bias, py::handle gain) {
-  lk::Tensor t[6];
-  const py::handle given[6] = {x, w, a, b, bias, gain};
-  for (int i = 0; i < 6; i++) {
-    if (i > 3 && given[i].is_none()) continue;
-    if (!lk::reader.try_read(given[i].ptr(), &t[i]) || t[i].device.type != lk::CPU || !lk::readable(t[i].type))
-      return false;
-    if (i == 0 ? t[i].dimensions < 1 : t[i].dimensions != (i < 4 ? 2 : 1)) return false;
-    if (i > 3 && t[i].shape[0] != t[1].shape[0]) return false;
-  }
-  const auto alike = [](const lk::DataType& one, const lk::DataType& other) {
-    return one.code == other.code && one.bits == other.bits;
-  };
-  const int64_t n_out = t[1].shape[0], n_in = t[1].shape[1], rank = t[2].shape[0];
-  return alike(t[0].type, t[1].type) && alike(t[2].type, t[3].type) && rank > 0 && t[2].shape[1] == n_in &&
-         t[0].shape[t[0].dimensions - 1] == n_in && t[3].shape[0] == n_out && t[3].shape[1] == rank;
-}
+lk::PlainLayer plain_layer;
 
 uint64_t mix(uint64_t sum, uint64_t value) {
   sum = (sum ^ value) * 0x9E3779B97F4A7C15u;
@@ -157,6 +131,15 @@ void multi_lora(Matrix x, Matrix a, Matrix b, Matrix from, Matrix to, Matrix bia
   call.run([&] { chosen->multi_lora(p); });
 }
 
+PyObject* forward_plain_of(PyObject* const* given) {
+  const auto number = [&](int i) { return PyLong_AsLongLong(given[i]); };
+  if (!PyFloat_CheckExact(given[4])) return nullptr;
+  return lk::forward_plain(given[0], given[1], given[2], given[3], PyFloat_AS_DOUBLE(given[4]), given[5], given[6],
+                           number(7), int(number(8)), given[9] == Py_True);
+}
+
+PyObject* plain_call_of(PyObject* const* given) { return plain_layer.read(given[0], given[1]); }
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -166,38 +149,26 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "read_tensors", [](py::object capsule, py::object describe) { lk::reader.set(capsule, describe); },
       "How tensors are read: torch's DLPack exchange functions, or where there are none a Python function.");
+  m.def(
+      "plain_tensors", [](py::object tensor, py::object parameter) { lk::reader.set_plain(tensor, parameter); },
+      "The classes of tensors that are no subclass's.");
   m.def("reads_fast", [] { return lk::reader.fast(); }, "Whether tensors are read by torch's own C function.");
   py::class_<lk::Team>(m, "Team", "How many threads a call takes; times in ns.")
       .def(py::init())
       .def("size", &lk::Team::size, py::arg("work"), py::arg("threads"), py::arg("time"))
       .def("took", &lk::Team::took, py::arg("work"), py::arg("threads"), py::arg("nanoseconds"), py::arg("time"));
-  m.def("valid_lora_linear", &valid_lora_linear,
+  m.def("valid_lora_linear", &lk::valid_lora_linear,
         "Whether x, w, a, b, bias and gain are valid for lora_linear; where it is False they may be so, too.");
 
+  m.def("forward_small", &lk::forward_small, "False, and nothing done, unless the rows of x, w and a are contiguous.");
   m.def(
-      "forward_small",
-      [](Matrix x, Weight w, Matrix a, Matrix b, Matrix y, Matrix z, Matrix bias, Matrix gain, Matrix h, float scale,
-         Dropout dropout, int threads) {
-        Call call("forward_small", double(x.rows) * double(x.cols + a.rows) * double(w.rows), threads,
-                  {&x, &a, &b, &y, &z, &bias, &gain, &h});
-        call.hold_weight(w);
-        if (!x.by_rows() || !w.by_rows() || !a.by_rows()) return false;
-        const int64_t tokens = x.rows, n_in = x.cols, n_out = w.rows, rank = a.rows;
-        call.check_alike(x, w, "x and w");
-        call.check(w, n_out, n_in, "w");
-        call.check(a, rank, n_in, "a");
-        call.check(b, n_out, rank, "b");
-        call.check(y, tokens, n_out, "y");
-        call.check(z, tokens, n_out, "z");
-        call.check(bias, 1, n_out, "bias");
-        call.check(gain, 1, n_out, "gain");
-        call.check(h, tokens, rank, "h");
-        const lk::ForwardSmall p{x,     w,       a,      b,    y,     z,    bias,   gain, floats(h, "forward_small"),
-                                 scale, dropout, tokens, n_in, n_out, rank, threads, w.packed()};
-        call.run([&] { chosen->forward_small(p); });
-        return true;
-      },
-      "False, and nothing done, unless the rows of x, w and a are contiguous.");
+      "plain_classes", [](const py::dict& classes) { plain_layer.set(classes); },
+      "What a plain layer of PEFT's is of.");
+  lk::add_function<forward_plain_of, 10>(
+      m, "forward_plain",
+      "lora_linear of few tokens without gradients; None where the arguments are not such a call's.");
+  lk::add_function<plain_call_of, 2>(
+      m, "plain_call", "The state of a plain layer of PEFT's for a plain input; None where either is not plain.");
   m.def(
       "base_product",
       [](Matrix x, Weight w, Matrix y, int threads) {

@@ -43,8 +43,8 @@ inline bool readable(const DataType& t) {
 // a View with its shape; a vector is one row
 struct Matrix : View {
   int64_t rows = 0, cols = 0;
-  PyObject* tensor = nullptr;  // which it was read from, borrowed from the caller
-  bool transposed = false;
+  PyObject* tensor = nullptr;             // which it was read from, borrowed from the caller
+  bool transposed = false, flat = false;  // how it was read
   bool by_rows() const { return col == 1 || cols < 2; }
   void transpose() {
     std::swap(row, col);
@@ -62,6 +62,15 @@ class Reader {
     api_ = capsule.is_none() ? nullptr : capsule.cast<pybind11::capsule>().get_pointer<ExchangeApi>();
     if (api_ && (api_->major != 1 || !api_->tensor_of)) api_ = nullptr;
     describe_ = std::move(describe).release().ptr();  // for the life of the process
+  }
+  // torch's own classes of tensors
+  void set_plain(pybind11::object tensor, pybind11::object parameter) {
+    plain_[0] = std::move(tensor).release().ptr(), plain_[1] = std::move(parameter).release().ptr();
+  }
+  // whether this is a tensor of torch's own, and of no subclass
+  bool is_plain(PyObject* object) const {
+    PyObject* const cls = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    return cls == plain_[0] || cls == plain_[1];
   }
   bool fast() const { return api_ != nullptr; }
 
@@ -91,19 +100,37 @@ class Reader {
     return false;
   }
 
-  Matrix matrix(PyObject* object) const {
+  // from one row to the next, where all dimensions but the last count as rows
+  static int64_t row_of(const Tensor& t) {
+    for (int i = t.dimensions - 2; i > 0; i--) {
+      if (t.shape[i] > 1) return t.strides[i];
+    }
+    return t.strides[0];
+  }
+  static bool collapses(const Tensor& t) {
+    int64_t rows = 1;
+    for (int i = t.dimensions - 2; i >= 0; i--) {
+      if (t.shape[i] > 1 && t.strides[i] != row_of(t) * rows) return false;
+      rows *= t.shape[i];
+    }
+    return true;
+  }
+  // `flat`: of more than two dimensions all but the last are rows, which must `collapse`
+  Matrix matrix(PyObject* object, bool flat = false) const {
     int64_t held[4];
     const Tensor t = read(object, held);
-    if (t.device.type != CPU || t.dimensions < 1 || t.dimensions > 2 || !in_memory(t)) {
+    const int last = t.dimensions - 1;
+    if (t.device.type != CPU || last < 0 || (last > 1 && !(flat && api_ && collapses(t))) || !in_memory(t)) {
       throw pybind11::value_error("the CPU kernels read matrices and vectors in the memory of the CPU");
     }
     Matrix m;
     m.tensor = object;
+    m.flat = flat;
     m.data = t.data;
     m.type = type_of(t);
-    const int last = t.dimensions - 1;
-    m.rows = last ? t.shape[0] : 1;
-    m.row = last ? t.strides[0] : 0;
+    m.rows = 1;
+    for (int i = 0; i < last; i++) m.rows *= t.shape[i];
+    m.row = last ? row_of(t) : 0;
     m.cols = t.shape[last];
     m.col = t.strides[last];
     return m;
@@ -122,7 +149,7 @@ class Reader {
   }
 
   const ExchangeApi* api_ = nullptr;
-  PyObject* describe_ = nullptr;
+  PyObject *describe_ = nullptr, *plain_[2] = {};
 };
 inline Reader reader;
 

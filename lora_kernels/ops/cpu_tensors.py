@@ -1,6 +1,5 @@
 """What the C++ kernels are told of a tensor: its address, shape, strides and dtype."""
 
-
 import torch
 from torch import Tensor
 
@@ -19,9 +18,12 @@ def describe(t: Tensor) -> tuple[int, ...]:
     return (t.data_ptr(), device, code, t.element_size() * 8, t.dim(), *sizes, *strides)
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
 _cpu.read_tensors(getattr(Tensor, "__dlpack_c_exchange_api__", None), describe)
+_cpu.plain_tensors(*PLAIN)
 valid_lora_linear = _cpu.valid_lora_linear if _cpu.reads_fast() else None
 fingerprint = _cpu.fingerprint
+plain_call, plain_classes = _cpu.plain_call, _cpu.plain_classes
 
 
 def transposed(t: Tensor) -> tuple[Tensor]:

@@ -258,6 +258,11 @@ def forced_backend() -> str | None:
     return _forced.get() or _FROM_ENVIRONMENT
 
 
+def is_watched() -> bool:
+    """Whether a backend is forced, `explain` asks, or something looks at the ops that run."""
+    return _modes() > 0 or _functorch() is not None or bool(forced_backend()) or _recorder.get() is not None
+
+
 def simulates() -> bool:
     """Whether kernels for GPUs run in the simulator."""
     return _simulated.get()
@@ -288,8 +293,7 @@ def explain(call: Callable[..., Any] | Tensor, *args: Any, **kwargs: Any) -> Exp
 
 
 def note_plan(plan: Any) -> None:
-    """Called by a backend while it runs: `explain` shows this plan below the decision that led
-    there. It may be a function that makes the plan, which is called if somebody asks."""
+    """Called by a backend while it runs: `explain` shows this plan, of a function what it gives."""
     recorder = _recorder.get()
     if recorder is not None and recorder.decisions:
         made = plan() if callable(plan) else plan

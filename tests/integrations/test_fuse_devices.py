@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_kernels import fuse, use_backend
-from lora_kernels.integrations.peft import devices, fallbacks, linear
+from lora_kernels.integrations.peft import FUSED, adapters, devices, fallbacks, linear
 
 REASON = "there are no kernels for cpu: cpu: not built: no compiler"
 
@@ -17,7 +17,8 @@ REASON = "there are no kernels for cpu: cpu: not built: no compiler"
 def without_kernels(monkeypatch):
     devices._refusal.cache_clear()
     monkeypatch.setattr(devices, "missing_backends", lambda: {"cpu": "not built: no compiler"})
-    monkeypatch.setattr(linear, "NO_CPU_KERNELS", True)
+    monkeypatch.setattr(adapters, "NO_CPU_KERNELS", True)
+    monkeypatch.setattr(linear, "plain_call", None)
     yield
     devices._refusal.cache_clear()
 
@@ -48,20 +49,29 @@ def test_a_gpu_without_triton(monkeypatch):
     devices._refusal.cache_clear()
 
 
+NETS = {
+    "linear": (lambda: nn.Linear(24, 40), lambda: torch.randn(3, 24)),
+    "embedding": (lambda: nn.Embedding(24, 40), lambda: torch.arange(5)),
+    "convolution": (lambda: nn.Conv2d(4, 6, 3), lambda: torch.randn(2, 4, 5, 5)),
+}
+
+
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-def test_the_layer_is_pefts(without_kernels, use_dora):
+@pytest.mark.parametrize("net, an_input", NETS.values(), ids=NETS)
+def test_the_layer_is_pefts(without_kernels, net, an_input, use_dora):
     def made():
         torch.manual_seed(0)
         config = peft.LoraConfig(r=4, target_modules=["0"], use_dora=use_dora, init_lora_weights=False)
-        return peft.get_peft_model(nn.Sequential(nn.Linear(24, 40)), config)
+        return peft.get_peft_model(nn.Sequential(net()), config)
 
     stock, ours = made(), made()
     report = fuse(ours)
     assert not report.fused and list(report.left.values()) == [REASON] and not report.slow
-    x = torch.randn(3, 24)
-    assert torch.equal(ours(x), stock(x))
-    [layer] = [module for module in ours.modules() if isinstance(module, linear.FusedLinear)]
+    x = an_input()
+    with torch.no_grad():
+        assert torch.equal(ours(x), stock(x))
+    [layer] = [module for module in ours.modules() if isinstance(module, FUSED)]
     assert fallbacks(layer) == {REASON: 1}
-    with use_backend("reference"):
+    with use_backend("reference"), torch.no_grad():
         torch.testing.assert_close(ours(x), stock(x))
     assert fallbacks(layer) == {REASON: 1}, "a backend that was asked for runs"

@@ -1,5 +1,5 @@
-"""What the kinds of PEFT's layers besides the linear one share: their active adapters, and what no
-kind takes."""
+"""What the kinds of PEFT's layers share: which calls none of them takes, and of those besides the
+linear one the active adapters."""
 
 from typing import Any
 
@@ -9,10 +9,12 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.integrations.peft.bias import ON_META as ON_META
+from lora_kernels.integrations.peft.devices import NO_CPU_KERNELS, device_refusal
 from lora_kernels.integrations.peft.hooks import EVERY, global_hooks_look_inside
 from lora_kernels.integrations.peft.state import PLAIN, type_name
 from lora_kernels.ops.lora_linear.op import FLOATS
 
+_compiling = torch.compiler.is_compiling
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
 
@@ -51,11 +53,17 @@ def frozen_refusal(w: Any) -> str | None:
 
 
 def call_refusal(x: Any) -> str | None:
-    """Why a call with this input goes to PEFT's forward, as in `linear.input_refusal`."""
-    if torch.compiler.is_compiling():
-        return None
-    if type(x) not in PLAIN:
-        return f"the input is {type_name(x)}"
+    """Why a call with this input goes to PEFT's forward, whatever the layer."""
+    if not _compiling():
+        if type(x) not in PLAIN:
+            return f"the input is {type_name(x)}"
+        if (reason := watcher_refusal()) is not None:
+            return reason
+    return device_refusal(x) if NO_CPU_KERNELS or not x.is_cpu else None
+
+
+def watcher_refusal() -> str | None:
+    """Why any call goes to PEFT's forward now: something wants to see what runs there."""
     if _functorch_level() is not None or _tracing() is not None or forward_ad._current_level >= 0:
         return "a functional transform, a trace or forward-mode differentiation is under way"
     return EVERY if _has_any_global_hook() and global_hooks_look_inside() else None

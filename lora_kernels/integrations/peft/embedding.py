@@ -23,6 +23,7 @@ from lora_kernels.integrations.peft.adapters import (
     layer_refusal,
     on_meta,
 )
+from lora_kernels.integrations.peft.devices import device_refusal
 from lora_kernels.integrations.peft.hooks import has_hooks
 from lora_kernels.integrations.peft.linear import cached_gain, count_fallback
 from lora_kernels.integrations.peft.state import PLAIN, type_name
@@ -155,5 +156,7 @@ def survey_embedding(name: str, layer: Any, survey: Survey) -> None:
         survey.left[name] = state
     elif on_meta(t for a, b, _ in state.terms for t in (a, b, state.magnitude)):
         survey.left[name] = ON_META
+    elif reason := device_refusal(state.base.weight):
+        survey.left[name] = reason
     else:
         survey.fused[name] = "torch"

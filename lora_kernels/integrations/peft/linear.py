@@ -13,24 +13,25 @@ from weakref import WeakKeyDictionary
 import peft
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 
-from lora_kernels.integrations.peft.devices import NO_CPU_KERNELS, device_refusal
-from lora_kernels.integrations.peft.hooks import EVERY, global_hooks_look_inside
-from lora_kernels.integrations.peft.state import ARGUMENTS, PLAIN, read_state, type_name
+from lora_kernels.integrations.peft.adapters import call_refusal, watcher_refusal
+from lora_kernels.integrations.peft.state import ARGUMENTS, read_state
 from lora_kernels.nn.kept_weight import KeptWeight
 from lora_kernels.ops import NormCache, QuantisedWeight, dora_gain, lora_linear, weight_norm
 from lora_kernels.ops.lora_linear.op import FLOATS
 
 try:
+    from lora_kernels.ops.cpu_tensors import plain_call, plain_classes
+except ImportError:
+    plain_call = plain_classes = None  # type: ignore[assignment]
+try:
+    from peft.tuners.lora.dora import DoraLinearLayer
     from peft.tuners.lora.layer import Linear
+    from peft.tuners.lora.variants import DoraLinearVariant
 except ImportError as error:
     raise ImportError(f"lora_kernels cannot fuse the layers of peft {peft.__version__}: {error}") from error
 
 _compiling = torch.compiler.is_compiling
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_tracing = torch._C._get_tracing_state
 # one for each layer, whichever adapter is active: its key is what it was computed from
 _norms: WeakKeyDictionary[nn.Module, NormCache] = WeakKeyDictionary()
 _fallbacks: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
@@ -71,11 +72,22 @@ class FusedLinear(Linear):
         return super().forward(x, *args, **kwargs) if y is None else y
 
 
+if plain_classes is not None:
+    _parts = (nn.Linear, nn.Identity, nn.Dropout, DoraLinearVariant, DoraLinearLayer)
+    plain_classes({cls.__name__: cls for cls in (FusedLinear, *_parts)})
+
+
 def run_fused(layer: Linear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """What the kernels give for a call of PEFT's layer, or None where PEFT's own forward must run;
     the reason is counted."""
-    state: Any = ARGUMENTS if args or kwargs else read_state(layer)
-    reason = state if type(state) is str else input_refusal(layer, x, state)
+    state: Any = None
+    reason: str | None = None
+    # a quick yes to what follows
+    if not (plain_call is None or args or kwargs or _compiling() or watcher_refusal()):
+        state = plain_call(layer, x)
+    if state is None:
+        state = ARGUMENTS if args or kwargs else read_state(layer)
+        reason = state if type(state) is str else input_refusal(layer, x, state)
     if reason is not None:
         y = other_way(reason, lambda way: way.run(layer, x, args, kwargs))
         if type(y) is not str:
@@ -95,18 +107,9 @@ def run_fused(layer: Linear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str,
 def input_refusal(layer: Linear, x: Tensor, state: Any) -> str | None:
     """Why this input goes to PEFT's forward, which also raises its own error where it cannot take
     it."""
+    if (reason := call_refusal(x)) is not None:
+        return reason
     w, a = state[0], state[2]
-    if not _compiling():
-        if type(x) not in PLAIN:
-            return f"the input is {type_name(x)}"
-        if _functorch_level() is not None or _tracing() is not None or forward_ad._current_level >= 0:
-            return "a functional transform, a trace or forward-mode differentiation is under way"
-        if _has_any_global_hook() and global_hooks_look_inside():
-            return EVERY
-    if NO_CPU_KERNELS or not x.is_cpu:
-        reason = device_refusal(x)
-        if reason is not None:
-            return reason
     if x.dtype is not w.dtype or (x.dtype is not a.dtype and not layer.cast_input_dtype_enabled):
         same = (x.dtype is torch.float64) == (w.dtype is torch.float64)
         if not (torch.is_autocast_enabled(x.device.type) and x.dtype in FLOATS and same):

@@ -25,8 +25,9 @@ from lora_kernels.ops.scale import traced_scale
 
 try:
     from lora_kernels.ops.cpu_tensors import valid_lora_linear
+    from lora_kernels.ops.lora_linear.plain import plain_forward
 except ImportError:
-    valid_lora_linear = None
+    valid_lora_linear = plain_forward = None
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DROPOUT_SEMANTICS = ("peft", "lora_only")
@@ -83,6 +84,11 @@ def lora_linear(
             names the tensor.
         NotImplementedError: the forced backend refuses; the message says why.
     """
+    # a quick yes to what follows
+    if plain_forward is not None and not _compiling() and dropout == 0.0 and seed is None and w_scale is None:
+        y = plain_forward(x, w, a, b, scale, bias, gain) if dropout_semantics == "peft" else None
+        if y is not None:
+            return y
     if _any_autocast() and torch.is_autocast_enabled(x.device.type):
         cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
         with without_autocast(x):
