@@ -58,7 +58,7 @@ def model_table(path: str, result: dict[str, Any]) -> str:
         for model, kind, dtype in distinct(rows, "model", "kind", "dtype")
     ]
     heading = ["Llama, hidden × layers"] + [f"{what}, batch {batch}" for what, batch in columns]
-    said = "Our time over PEFT's, and in brackets over that of the model without an adapter.\n"
+    said = "Whole models: our time over PEFT's, and in brackets over that of the model without an adapter.\n"
     (threads,), (rank,) = distinct(rows, "threads")[0], distinct(rows, "r")[0]
     return f"{said}\n{markdown_table(heading, lines)}\n{measured(result['stamp'], f'r={rank}, {threads} threads')}: `{path}`.\n"
 
