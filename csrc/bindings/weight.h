@@ -12,7 +12,8 @@ namespace lk {
 // In Python a tensor, None, or a tuple (codes, parts, layout, first, rows) of ops/cpu_quantised.py:
 // `parts` and `layout` as QuantisedWeight.fields() gives them, and which rows.
 struct Weight : Matrix {
-  static constexpr int MOST = 6;
+  static constexpr int MOST = 7;
+  static constexpr size_t LAYOUT = 11;
   Quantised codes;
   PyObject* sources[MOST] = {};  // the tensors of codes, borrowed from the caller
   int count = 0;
@@ -26,31 +27,45 @@ struct Weight : Matrix {
     const py::handle given(from);
     const auto parts = py::reinterpret_borrow<py::sequence>(given[py::int_(1)]);
     const auto layout = py::reinterpret_borrow<py::sequence>(given[py::int_(2)]);
-    if (layout.size() != 6) throw py::value_error("a quantised w: 6 numbers say how it lies");
-    int64_t numbers[6];
-    for (int i = 0; i < 6; i++) numbers[i] = layout[i].cast<int64_t>();
+    const size_t given_numbers = layout.size();
+    if (given_numbers != 6 && given_numbers != LAYOUT)
+      throw py::value_error("a quantised w: 6 or 11 numbers say how it lies");
+    int64_t numbers[LAYOUT] = {};
+    for (size_t i = 0; i < given_numbers; i++) numbers[i] = layout[i].cast<int64_t>();
     tuple = from, count = 0;
     const int64_t elements = numbers[1] * numbers[2];
     codes.code = Code(numbers[0]), codes.n_in = numbers[2], codes.type = DType(numbers[3]);
     codes.block = numbers[4], codes.outer_block = numbers[5];
+    codes.block_rows = numbers[6], codes.order = Order(numbers[7]), codes.numbers = elements;
+    codes.zero_rounded = numbers[10];
     codes.first = given[py::int_(3)].cast<int64_t>(), rows = given[py::int_(4)].cast<int64_t>();
-    if (numbers[0] < 0 || numbers[0] > 2 || numbers[3] < 0 || numbers[3] > 2 || codes.block < 1 ||
-        codes.outer_block < 1 || codes.first < 0 || rows < 0 || codes.first + rows > numbers[1]) {
+    if (numbers[0] < 0 || numbers[0] > 3 || numbers[3] < 0 || numbers[3] > 2 || codes.block < 1 ||
+        codes.outer_block < 1 || codes.block_rows < 0 || numbers[7] < 0 || numbers[7] > 2 ||
+        (codes.order == Order::halves && elements % 2) || codes.first < 0 || rows < 0 ||
+        codes.first + rows > numbers[1]) {
       throw py::value_error("a quantised w: its layout is not one that the kernels read");
     }
-    const bool nibbles = codes.code == Code::nibbles, nested = parts.size() == 4 + size_t(nibbles);
-    if (!nested && parts.size() != 1 + size_t(nibbles)) throw py::value_error("a quantised w: parts are missing");
-    const int64_t blocks = (elements + codes.block - 1) / codes.block;
+    const bool nibbles = codes.code == Code::nibbles, zeros = numbers[9], exponents = numbers[8];
+    const size_t others = size_t(nibbles) + size_t(zeros);
+    const bool nested = parts.size() == 4 + others;
+    if ((!nested && parts.size() != 1 + others) || (nested && exponents)) {
+      throw py::value_error("a quantised w: parts are missing");
+    }
+    const auto over = [](int64_t some, int64_t by) { return (some + by - 1) / by; };
+    const int64_t blocks = codes.block_rows ? over(numbers[1], codes.block_rows) * over(numbers[2], codes.block)
+                                            : over(elements, codes.block);
     codes.codes = static_cast<const uint8_t*>(part(given[py::int_(0)], nibbles ? (elements + 1) / 2 : elements, 8));
     int next = 0;
     codes.table = nibbles ? floats(parts[next++], 16) : nullptr;
-    codes.scales = nested ? nullptr : floats(parts[next++], blocks);
+    codes.exponents = exponents ? static_cast<const uint8_t*>(part(parts[next++], blocks, 8)) : nullptr;
+    codes.scales = nested || exponents ? nullptr : floats(parts[next++], blocks);
     if (nested) {
       codes.inner = static_cast<const uint8_t*>(part(parts[next++], blocks, 8));
       codes.outer_table = floats(parts[next++], 256);
       codes.outer = floats(parts[next++], (blocks + codes.outer_block - 1) / codes.outer_block);
       codes.offset = floats(parts[next++], 1);
     }
+    codes.zeros = zeros ? floats(parts[next++], blocks) : nullptr;
     cols = codes.n_in, row = 0, col = 1, type = codes.type;
     data = const_cast<uint8_t*>(codes.codes);
   }
@@ -61,7 +76,8 @@ struct Weight : Matrix {
     now.read(tuple);
     const auto addresses = [](const Weight& w) {
       const Quantised& q = w.codes;
-      return std::make_tuple(q.codes, q.table, q.scales, q.inner, q.outer_table, q.outer, q.offset);
+      return std::make_tuple(q.codes, q.table, q.scales, q.exponents, q.inner, q.outer_table, q.outer, q.offset,
+                             q.zeros);
     };
     const bool alike = addresses(now) == addresses(*this);
     *this = now;

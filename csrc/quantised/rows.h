@@ -1,9 +1,10 @@
-// Pieces of rows of a quantised W, as numbers of its type or as float32. A block's 16 values are
-// multiplied and rounded once; codes are then places in a register.
+// Pieces of rows of a quantised W, as numbers of its type or as float32.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "../common/vec.h"
+#include "nibbles.h"
 #include "params.h"
 
 namespace lk::LK_LEVEL {
@@ -16,6 +17,12 @@ LK_INLINE float apart(float v) {
 
 LK_INLINE float scale_of(const Quantised& q, int64_t block) {
   if (q.scales) return q.scales[block];
+  if (q.exponents) {
+    const uint32_t e = q.exponents[block], bits = e == 255 ? 0x7fc00000 : e ? e << 23 : 0x00400000;
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    return scale;
+  }
   return apart(q.outer_table[q.inner[block]] * q.outer[block / q.outer_block]) + *q.offset;
 }
 
@@ -34,132 +41,126 @@ LK_INLINE vec rounded(DType type, vec v) {
   return v;
 }
 
-// the 16 values of a block, twice
-template <typename T>
-struct Values {
-  alignas(64) T of[32];
+// what all numbers of a block share
+struct Block {
+  float scale, zero;
+  bool zeros;
 };
-template <typename T>
-LK_INLINE void values_of(const Quantised& q, float scale, Values<T>& values) {
-  for (int i = 0; i < 16; i += VL) {
-    const vec v = rounded(q.type, load(q.table + i) * splat(scale));
-    store(values.of + i, v), store(values.of + 16 + i, v);
-  }
+LK_INLINE Block block_of(const Quantised& q, int64_t block) {
+  return {scale_of(q, block), q.zeros ? q.zeros[block] : 0.f, q.zeros != nullptr};
 }
 
-// `count` values, of whole bytes from the first
+// of a number of T, W's type or float; a store to W's own type rounds by itself
 template <typename T>
-LK_INLINE void look_up(const Values<T>& values, const uint8_t* codes, int64_t count, T* to) {
-  int64_t i = 0;
-#if LK_VL == 16
-  if constexpr (sizeof(T) == 2) {
-    // each byte twice, side by side; the first of the two is shifted to its high half. A place has
-    // five bits, the highest of which does not matter
-    const __m128i twice = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    const __m512i lane = _mm512_inserti64x4(_mm512_set1_epi8(0), _mm256_set1_epi8(8), 1);
-    const __m512i half = _mm512_mask_blend_epi64(0xcc, _mm512_setzero_si512(), _mm512_set1_epi8(4));
-    const __m512i bytes = _mm512_add_epi8(_mm512_broadcast_i32x4(twice), _mm512_add_epi8(lane, half));
-    const __m512i high = _mm512_set1_epi32(4), table = _mm512_load_si512(values.of);
-    for (; i + 32 <= count; i += 32) {
-      const __m128i loaded = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i / 2));
-      const __m512i spread = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(loaded), bytes);
-      _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(_mm512_srlv_epi16(spread, high), table));
-    }
-  } else {
-    const __m512 table = _mm512_load_ps(values.of);
-    for (; i + 16 <= count; i += 16) {
-      const __m128i loaded = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i / 2));
-      const __m512i wide = _mm512_cvtepu8_epi64(loaded);
-      const __m512i places = _mm512_or_si512(_mm512_srli_epi64(wide, 4), _mm512_slli_epi64(wide, 32));
-      _mm512_storeu_ps(to + i, _mm512_permutexvar_ps(places, table));
-    }
+LK_INLINE vec product(const Quantised& q, const Block& b, vec v) {
+  if (b.zeros) {
+    v -= splat(b.zero);
+    if (q.zero_rounded) v = rounded(q.type, v);
   }
-#elif LK_VL == 8
-  if constexpr (sizeof(T) == 2) {
-    const __m128i even = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, -1, -1, -1, -1, -1, -1, -1, -1);
-    const __m128i first = _mm_load_si128(reinterpret_cast<const __m128i*>(values.of));
-    const __m128i second = _mm_load_si128(reinterpret_cast<const __m128i*>(values.of + 8));
-    const __m128i odd = _mm_add_epi8(even, _mm_setr_epi8(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0));
-    const __m128i low = _mm_unpacklo_epi64(_mm_shuffle_epi8(first, even), _mm_shuffle_epi8(second, even));
-    const __m128i high = _mm_unpacklo_epi64(_mm_shuffle_epi8(first, odd), _mm_shuffle_epi8(second, odd));
-    for (; i + 16 <= count; i += 16) {
-      const __m128i loaded = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i / 2));
-      const __m128i mask = _mm_set1_epi8(15);
-      const __m128i places =
-          _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(loaded, 4), mask), _mm_and_si128(loaded, mask));
-      const __m128i l = _mm_shuffle_epi8(low, places), h = _mm_shuffle_epi8(high, places);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm_unpacklo_epi8(l, h));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i + 8), _mm_unpackhi_epi8(l, h));
-    }
-  } else {
-    const __m256 low = _mm256_load_ps(values.of), high = _mm256_load_ps(values.of + 8);
-    const __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
-    for (; i + 8 <= count; i += 8) {
-      int32_t loaded;
-      std::memcpy(&loaded, codes + i / 2, 4);
-      const __m256i places = _mm256_srlv_epi32(_mm256_set1_epi32(loaded), shifts);
-      const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(places, 28));  // bit 3 as the sign
-      const __m256 found = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, places),
-                                            _mm256_permutevar8x32_ps(high, places), upper);
-      _mm256_storeu_ps(to + i, found);
-    }
-  }
-#endif
-  for (; i < count; i++) to[i] = values.of[i % 2 ? codes[i / 2] & 15 : codes[i / 2] >> 4];
+  v *= splat(b.scale);
+  return std::is_same_v<T, float> ? rounded(q.type, v) : v;
+}
+
+template <typename T>
+LK_INLINE void values_of(const Quantised& q, const Block& b, Values<T>& values) {
+  for (int i = 0; i < 16; i += VL) store(values.of + i, product<T>(q, b, load(q.table + i)));
 }
 
 typedef int8_t signed_bytes __attribute__((vector_size(VL)));
+typedef int32_t ivec __attribute__((vector_size(VL * 4)));
 typedef uint8_t bytes __attribute__((vector_size(VL)));
 
-LK_INLINE vec value_of(Code code, const uint8_t* codes) {
-  if (code == Code::int8) {
-    signed_bytes c;
-    std::memcpy(&c, codes, sizeof c);
-    return __builtin_convertvector(c, vec);
-  }
-  bytes c;
+LK_INLINE vec load_int8(const uint8_t* codes) {
+  signed_bytes c;
   std::memcpy(&c, codes, sizeof c);
-  const uvec u = __builtin_convertvector(c, uvec), size = u & 0x7f;
-  // the exponent's bias is 127 - 120; what is subnormal there is a plain number here
-  const vec v = (vec)((u & 0x80) << 24 | size << 20) * splat(0x1p120f);
-  const uvec nan = (uvec)(size == 0x7f);
-  return (vec)(((uvec)v & ~nan) | (0x7fc00000u & nan));
+  return __builtin_convertvector(c, vec);
 }
 
-// `count` numbers of one byte each, all of one scale
-template <typename T>
-LK_INLINE void convert(const Quantised& q, const uint8_t* codes, int64_t count, float scale, T* to) {
+// No step has a subnormal float32 as its operand: processors may be slow at them, or take them for zero.
+template <bool E5M2>
+LK_INLINE vec load_float8(const uint8_t* codes) {
+#if LK_VL == 16
+  // float16 has the exponents of e5m2, and those of e4m3 with another bias
+  __m256i c = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))), 8);
+  if constexpr (E5M2) return (vec)_mm512_cvtph_ps(c);
+  c = _mm256_and_si256(_mm256_srai_epi16(c, 1), _mm256_set1_epi16(int16_t(0xbfff)));
+  const __mmask16 nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(c, _mm256_set1_epi16(0x7fff)),
+                                                _mm256_set1_epi16(0x3f80));
+  return (vec)_mm512_cvtph_ps(_mm256_mask_mov_epi16(c, nan, _mm256_set1_epi16(0x7fff))) * splat(256.f);
+#elif LK_VL == 8
+  __m128i c = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))), 8);
+  if constexpr (E5M2) return (vec)_mm256_cvtph_ps(c);
+  c = _mm_and_si128(_mm_srai_epi16(c, 1), _mm_set1_epi16(int16_t(0xbfff)));
+  const __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(c, _mm_set1_epi16(0x7fff)), _mm_set1_epi16(0x3f80));
+  return (vec)_mm256_cvtph_ps(_mm_or_si128(c, _mm_and_si128(nan, _mm_set1_epi16(0x7fff)))) * splat(256.f);
+#else
+  constexpr int BITS = E5M2 ? 2 : 3, BIAS = E5M2 ? 15 : 7;
+  constexpr uint32_t ONE = 1u << BITS;
+  bytes loaded;
+  std::memcpy(&loaded, codes, sizeof loaded);
+  const uvec c = __builtin_convertvector(loaded, uvec), size = c & 0x7f, plain = (uvec)(size >= ONE);
+  const ivec significand = (ivec)((size & (ONE - 1)) | (plain & ONE));
+  const uvec exponent = size >> BITS, power = (exponent + (~plain & 1u)) + (127 - BIAS - BITS);
+  uvec v = (uvec)(__builtin_convertvector(significand, vec) * (vec)(power << 23));
+  const uvec nan = (uvec)(size > (E5M2 ? 0x7cu : 0x7eu)), infinite = (uvec)(size == (E5M2 ? 0x7cu : 0xffu));
+  v = (v & ~(nan | infinite)) | (nan & 0x7fc00000u) | (infinite & 0x7f800000u);
+  return (vec)(v | (c & 0x80) << 24);
+#endif
+}
+
+// `count` numbers of one byte each, all of one block
+template <typename T, typename Load>
+LK_INLINE void convert(const Quantised& q, const Block& b, const uint8_t* codes, int64_t count, T* to,
+                       Load load_codes) {
   int64_t i = 0;
-  for (; i + VL <= count; i += VL) store(to + i, rounded(q.type, value_of(q.code, codes + i) * splat(scale)));
+  for (; i + VL <= count; i += VL) store(to + i, product<T>(q, b, load_codes(codes + i)));
   if (i < count) {
     uint8_t last[VL] = {};
     std::copy(codes + i, codes + count, last);
-    store_first(to + i, rounded(q.type, value_of(q.code, last) * splat(scale)), count - i);
+    store_first(to + i, product<T>(q, b, load_codes(last)), count - i);
   }
+}
+
+// numbers `at` to `at` + `count`, all of one block
+template <typename T>
+LK_INLINE void numbers(const Quantised& q, const Block& b, int64_t at, int64_t count, T* to) {
+  switch (q.code) {
+    case Code::int8: return convert(q, b, q.codes + at, count, to, load_int8);
+    case Code::e4m3: return convert(q, b, q.codes + at, count, to, load_float8<false>);
+    case Code::e5m2: return convert(q, b, q.codes + at, count, to, load_float8<true>);
+    case Code::nibbles: break;
+  }
+  Values<T> values;
+  values_of(q, b, values);
+  if (q.order == Order::halves) {
+    const int64_t half = q.numbers / 2, high = std::clamp<int64_t>(half - at, 0, count);
+    if (high) look_up_half(values, 4, q.codes + at, high, to);
+    if (high < count) look_up_half(values, 0, q.codes + (at + high - half), count - high, to + high);
+    return;
+  }
+  const bool low_first = q.order == Order::low_first;
+  if (at % 2) *to++ = values.of[low_first ? q.codes[at / 2] >> 4 : q.codes[at / 2] & 15], at++, count--;
+  if (count) look_up(values, low_first, q.codes + at / 2, count, to);
 }
 
 // asks for the codes of W[n, k : k + count]
 LK_INLINE void ask_for(const Quantised& q, int64_t n, int64_t k, int64_t count) {
-  const int64_t at = (q.first + n) * q.n_in + k, in_byte = q.code == Code::nibbles ? 2 : 1;
+  const bool bytes = q.code != Code::nibbles || q.order == Order::halves;
+  int64_t at = (q.first + n) * q.n_in + k;
+  if (q.order == Order::halves && at >= q.numbers / 2) at -= q.numbers / 2;
+  const int64_t in_byte = bytes ? 1 : 2;
   for (int64_t i = at / in_byte; i < (at + count) / in_byte; i += 64) __builtin_prefetch(q.codes + i, 0, 2);
 }
 
 // W[n, k : k + count]; T is the type of W or float
 template <typename T>
 void dequantise_row(const Quantised& q, int64_t n, int64_t k, int64_t count, T* to) {
-  int64_t at = (q.first + n) * q.n_in + k, block = at / q.block;
-  for (const int64_t end = at + count; at < end; block++) {
-    const int64_t next = std::min(end, (block + 1) * q.block);
-    const float scale = scale_of(q, block);
-    if (q.code == Code::nibbles) {
-      Values<T> values;
-      values_of(q, scale, values);
-      if (at % 2) *to++ = values.of[q.codes[at / 2] & 15], at++;
-      if (at < next) look_up(values, q.codes + at / 2, next - at, to);
-    } else {
-      convert(q, q.codes + at, next - at, scale, to);
-    }
-    to += next - at, at = next;
+  const int64_t row = q.first + n, first = row * q.n_in + k, along = q.block_rows ? k : first;
+  const int64_t before = q.block_rows ? row / q.block_rows * ((q.n_in + q.block - 1) / q.block) : 0;
+  int64_t block = before + along / q.block, some = q.block - along % q.block;
+  for (int64_t i = 0; i < count; i += some, some = q.block, block++) {
+    some = std::min(some, count - i);
+    numbers(q, block_of(q, block), first + i, some, to + i);
   }
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lora_kernels.ops import explain, lora_linear
+from lora_kernels.ops import QuantisedWeight, explain, lora_linear
 from lora_kernels.ops.registry import PREFERENCE
 
 _NAMES_SHOWN = 3
@@ -85,7 +85,7 @@ class Survey:
     def add_layer(
         self,
         name: str,
-        w: Tensor,
+        w: Tensor | QuantisedWeight,
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
@@ -94,8 +94,7 @@ class Survey:
         has_gain: bool,
     ) -> None:
         """Notes which backend takes one token through these weights, or why none does."""
-        tensors = (w, bias, a, b)
-        kind = (*((t.shape, t.stride(), t.dtype, t.device) for t in tensors if t is not None), dropout > 0, has_gain)
+        kind = (*(_kind(t) for t in (w, bias, a, b) if t is not None), dropout > 0, has_gain)
         try:
             if kind not in self._answers:
                 self._answers[kind] = _backend(w, bias, a, b, scale, dropout, has_gain)
@@ -107,16 +106,30 @@ class Survey:
             self.slow[name] = reasons
 
 
+def _kind(t: Tensor | QuantisedWeight) -> tuple[object, ...]:
+    """What the choice of a backend may look at."""
+    if isinstance(t, QuantisedWeight):
+        return (*t.fields()[2], t.device)
+    return t.shape, t.stride(), t.dtype, t.device
+
+
 def _backend(
-    w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor, dropout: float, has_gain: bool
+    w: Tensor | QuantisedWeight,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    dropout: float,
+    has_gain: bool,
 ) -> tuple[str, str]:
     """The backend that is chosen, and for the reference the reasons of the faster ones."""
     device = w.device
-    gain = torch.ones(len(w), device=device) if has_gain else None
+    gain = torch.ones(w.shape[0], device=device) if has_gain else None
     # a given seed, so that asking draws nothing from the user's generator
     seed = torch.zeros((), dtype=torch.int64)
+    x = torch.zeros(1, w.shape[1], dtype=w.dtype, device=device)
     with torch.no_grad():
-        explanation = explain(lora_linear, w.new_zeros(1, w.shape[1]), w, a, b, scale, bias, gain, dropout, seed=seed)
+        explanation = explain(lora_linear, x, w, a, b, scale, bias, gain, dropout, seed=seed)
     decision = explanation.decisions[-1]
     faster = PREFERENCE.get(device.type, ()) if decision.chosen == "reference" else ()
     return decision.chosen, "; ".join(f"{name}: {decision.others[name]}" for name in faster if name in decision.others)

@@ -1,34 +1,67 @@
-"""The quantised weights of other libraries' layers, as they lie, nothing copied.
+"""The quantised weights of other libraries' layers, as they lie, codes not copied.
 
-Of bitsandbytes 0.4x to 0.50 (4-bit: QLoRA, arXiv:2305.14314; int8: arXiv:2208.07339). The library
-is not imported here: a module can be one of its classes only if somebody did.
+    bitsandbytes        Linear4bit (QLoRA, arXiv:2305.14314), Linear8bitLt (arXiv:2208.07339)
+    torchao             Int8Tensor, Float8Tensor, IntxUnpackedToInt8Tensor of an nn.Linear
+    transformers        FP8Linear: float8 with a scale for a tile or the matrix, MXFP4
+    HQQ                 HQQLinear of 4 bits in groups along the input
+    compressed-tensors  4-bit integers, MXFP4, int8 and float8 of a compressed nn.Linear
+
+Versions tried: bitsandbytes 0.50, torchao 0.18, transformers 5.23, HQQ 0.2.8, compressed-tensors
+0.20. A layer that changes its inputs, too, computes something else than x Wᵀ and is not read; the
+one exception is FP8Linear, whose own product rounds x to float8 for its kernels' sake.
+
+No library is imported here: a module can be one of its classes only if somebody did.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.ops.quantised import QuantisedWeight
+from lora_kernels.ops.quantised.weight import E2M1, HALVES, LOW_FIRST, POWERS
 
 INT8_STEP = 1.0 / 127.0
 """Of a row's largest number, which bitsandbytes keeps as SCB."""
 
+Reader = Callable[[Any, torch.dtype], QuantisedWeight | str]
+
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether the module is a linear layer of a library that quantises, whatever its state."""
-    library = sys.modules.get("bitsandbytes")
-    return library is not None and isinstance(module, library.nn.Linear4bit | library.nn.Linear8bitLt)
+    return _reader(module) is not None
 
 
 def quantised_weight(module: nn.Module, dtype: torch.dtype) -> QuantisedWeight | str:
     """The weight of such a layer for inputs of a dtype, or in words why it cannot be read."""
-    library: Any = sys.modules["bitsandbytes"]
+    read = _reader(module)
+    if read is None:
+        return f"{type(module).__name__} is no quantised layer that is known here"
     try:
-        return (_of_4bit if isinstance(module, library.nn.Linear4bit) else _of_8bit)(module, dtype)
+        return read(module, dtype)
     except (TypeError, ValueError) as error:
         return str(error)
+
+
+def _reader(module: nn.Module) -> Reader | None:
+    library: Any = sys.modules.get("bitsandbytes")
+    if library is not None and isinstance(module, library.nn.Linear4bit | library.nn.Linear8bitLt):
+        return _of_4bit if isinstance(module, library.nn.Linear4bit) else _of_8bit
+    library = sys.modules.get("hqq.core.quantize")
+    if library is not None and isinstance(module, library.HQQLinear):
+        return _of_hqq
+    if not isinstance(module, nn.Linear):
+        return None
+    weight = module._parameters.get("weight")
+    if type(weight).__module__.startswith("torchao."):
+        return _of_torchao
+    if "quantization_scheme" in module.__dict__:
+        return _of_compressed
+    if weight is not None and weight.element_size() == 1 and "weight_scale_inv" in module._parameters:
+        return _of_fp8
+    return None
 
 
 def _of_4bit(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
@@ -73,8 +106,111 @@ def _of_8bit(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
 
 def _plain(weight: Tensor) -> Tensor:
     """The tensor without the library's class, which asks for its functions again at each call."""
-    return weight.data.as_subclass(Tensor)
+    return weight.detach().as_subclass(Tensor)  # not .data, whose version stays as it is
 
 
 def _floats(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype is torch.float32 else tensor.float()
+    tensor = _plain(tensor)
+    return tensor if tensor.dtype in (torch.float32, POWERS) else tensor.float()
+
+
+def _of_torchao(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
+    weight = module._parameters["weight"]
+    name = type(weight).__name__
+    if name not in ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor"):
+        return f"torchao's {name} lies as one of its kernels wants it"
+    for rest in ("act_quant_kwargs", "act_pre_scale", "activation_quantization"):
+        if getattr(weight, rest, None) is not None:
+            return f"torchao changes the input of this layer, too ({rest})"
+    return _of_blocks(weight.qdata, weight.scale, getattr(weight, "zero_point", None), weight.block_size, dtype)
+
+
+def _of_fp8(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
+    weight, scales = _plain(module.weight), _plain(module.weight_scale_inv)
+    n_out, n_in = module.out_features, module.in_features
+    if getattr(module, "activation_scale", None) is not None:
+        return "the float8 layer has a fixed scale for its inputs, too"
+    if hasattr(module, "n_groups"):
+        return "the float8 layer has a weight for each group of its inputs"
+    scales = scales.view(POWERS) if scales.dtype is torch.uint8 else scales
+    if weight.dtype is torch.int8:  # two numbers of MXFP4
+        weight, blocks = weight.view(torch.uint8), (1, n_in // scales.shape[-1])
+        return _of_blocks(weight, scales, None, blocks, dtype, (n_out, n_in), table=_table(E2M1, weight), order=LOW_FIRST)
+    return _of_blocks(weight, scales, None, (n_out, n_in) if scales.numel() == 1 else module.block_size, dtype)
+
+
+def _of_hqq(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
+    codes, meta = module.W_q, module.meta
+    if codes is None or meta is None:
+        return "the HQQ layer is not quantised yet"
+    if meta["packing"] != "4bit_u8":
+        return f"HQQ's weight of {meta['nbits']} bits is packed as {meta['packing']}, not as 4bit_u8"
+    if "zero" not in meta or "scale" not in meta:
+        return "HQQ's scales or zeros are quantised themselves"
+    scales, zeros, shape = meta["scale"], meta["zero"], meta["shape"]
+    if meta["axis"] != 1 and scales.numel() > 1:
+        return "HQQ's groups go down the columns (axis 0), so that neighbours in a row have no scale in common"
+    rounds = meta.get("compute_dtype", torch.float16)
+    if {scales.dtype, zeros.dtype} != {rounds}:
+        return f"HQQ's scales and zeros are {scales.dtype} and {zeros.dtype}, not of its compute dtype {rounds}"
+    numbers = shape[0] * shape[1]
+    return QuantisedWeight(
+        _plain(codes).view(torch.uint8), shape, _floats(scales), numbers // scales.numel(), dtype, _table(range(16), codes),
+        order=HALVES, zeros=_floats(zeros), zero_rounded=True,
+    )  # fmt: skip
+
+
+def _of_compressed(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
+    scheme, status = module.quantization_scheme, getattr(module.__dict__.get("quantization_status"), "name", None)
+    if status != "COMPRESSED":
+        return "the layer of compressed-tensors is not compressed: it rounds its weight at each call"
+    if scheme.input_activations is not None or scheme.output_activations is not None:
+        return "compressed-tensors changes the input or the output of this layer, too"
+    held, how = module._parameters | module._buffers, scheme.weights
+    if held.get("weight_g_idx") is not None:
+        return "the columns of the weight are in the order of their activations (weight_g_idx)"
+    shape = n_out, n_in = module.out_features, module.in_features
+    scales, zeros = _plain(held["weight_scale"]), held.get("weight_zero_point")
+    strategy = str(getattr(how.strategy, "value", how.strategy))
+    blocks = {"tensor": shape, "channel": (1, n_in), "group": (1, how.group_size), "block": how.block_structure}.get(strategy)
+    if blocks is None or held.get("weight_global_scale") is not None:
+        return f"compressed-tensors' strategy {strategy} has scales of scales, or is none of a weight"
+    packed = held.get("weight_packed")
+    if packed is None:
+        return _of_blocks(_plain(held["weight"]), scales, zeros, blocks, dtype)
+    if how.num_bits != 4 or n_in % 8:
+        return f"compressed-tensors packs {how.num_bits} bits and rows of {n_in}; wanted are 4 and a multiple of 8"
+    codes = _plain(packed).view(torch.uint8)
+    if packed.dtype is torch.uint8:
+        scales = scales.view(POWERS) if scales.dtype is torch.uint8 else scales
+        return _of_blocks(codes, scales, zeros, blocks, dtype, shape, table=_table(E2M1, codes), order=LOW_FIRST)
+    if zeros is not None and zeros.dtype is torch.int32:  # eight rows in a number
+        shifts = torch.arange(0, 32, 4, device=zeros.device)
+        zeros = ((_plain(zeros)[:, None] >> shifts[:, None]) & 15).reshape(-1, zeros.shape[-1])[:n_out] - 8
+    return _of_blocks(codes, scales, zeros, blocks, dtype, shape, table=_table(range(-8, 8), codes), order=LOW_FIRST)
+
+
+def _of_blocks(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, block: Any, dtype: torch.dtype,
+    shape: tuple[int, int] | None = None, **named: Any,
+) -> QuantisedWeight | str:  # fmt: skip
+    """A weight with a scale for each block of [rows, columns]."""
+    for part in (codes, scales, zeros):
+        if part is not None and (part.is_meta or type(part) not in (Tensor, nn.Parameter)):
+            return f"a part of the weight is {'on the meta device' if part.is_meta else f'a {type(part).__name__}'}"
+    rows, columns = block
+    n_out, n_in = shape = shape or (codes.shape[0], codes.shape[1])
+    if zeros is not None and bool((zeros != 0).any()):
+        rounds = zeros.is_floating_point()  # integers and their differences are exact in 16 bits
+        named |= {"zeros": _floats(zeros.to(dtype) if rounds else zeros).contiguous(), "zero_rounded": rounds}
+    if rows >= n_out and columns >= n_in:
+        size, block_rows = n_out * n_in, 0
+    else:
+        size, block_rows = columns, 0 if rows == 1 and n_in % columns == 0 else rows
+    return QuantisedWeight(
+        _plain(codes), torch.Size(shape), _floats(scales).contiguous(), size, dtype, block_rows=block_rows, **named
+    )
+
+
+def _table(values: Any, like: Tensor) -> Tensor:
+    return torch.tensor(tuple(values), dtype=torch.float32, device=like.device)

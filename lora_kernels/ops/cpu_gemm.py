@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_kernels import _cpu
 from lora_kernels.ops.cpu_amx import on_tiles, product, product_back
-from lora_kernels.ops.cpu_quantised import Packed, some_rows, widen_into
+from lora_kernels.ops.cpu_quantised import Packed, held, some_rows, widen_into
 from lora_kernels.ops.tables.cpu import CpuRow, row_for
 
 BLOCK = 256  # rows of W widened at a time: 4 MiB of float32 at 4096 columns
@@ -90,6 +90,7 @@ def _packed(x: Tensor, w: Tensor | Packed, y: Tensor) -> bool:
     threads = torch.get_num_threads()
     if len(x) <= CHUNK:
         return _cpu.base_product(x, w, y, threads)
+    w = held(w)
     return all(_cpu.base_product(x[t : t + CHUNK], w, y[t : t + CHUNK], threads) for t in range(0, len(x), CHUNK))
 
 
@@ -104,6 +105,7 @@ def base_product_slices(x: Tensor, w: Tensor | Packed) -> Iterator[tuple[slice, 
     if x.dtype is w.dtype is torch.float32 and isinstance(w, Tensor):
         yield slice(0, w.shape[0]), base_product(x, w)
         return
+    w = held(w)
     if packs_x(x, w) or (on_tiles(x, w) and x.numel() and w.numel()):
         piece = max(BLOCK, PIECE // len(x))
         for first in range(0, w.shape[0], piece):
@@ -130,7 +132,7 @@ def back_product(dy: Tensor, w: Tensor | Packed) -> Tensor:
         return _streamed(dy, w)
     if isinstance(w, Tensor) and w.dtype is torch.float32:
         return dy @ w
-    wide = dy.float()
+    w, wide = held(w), dy.float()
     out = wide.new_zeros(dy.shape[0], w.shape[1])
     scratch = wide.new_empty(min(BLOCK, w.shape[0]), w.shape[1])
     for first in range(0, w.shape[0], BLOCK):
@@ -145,6 +147,7 @@ def _streamed(dy: Tensor, w: Tensor) -> Tensor:
     """By the kernel of dA, pᵀ x with W in the place of x: a row of W is widened in the cache, for
     all tokens."""
     out = dy.new_empty(dy.shape[0], w.shape[1], dtype=torch.float32)
+    w = held(w) if len(dy) > CHUNK else w
     for t in range(0, dy.shape[0], CHUNK):
         part = dy[t : t + CHUNK].float().T.contiguous()  # [out, tokens]
         _cpu.outer(w, out[t : t + CHUNK], None, part, None, torch.get_num_threads())

@@ -11,7 +11,7 @@ from lora_kernels.ops.refusals import READ
 
 
 class Packed(NamedTuple):
-    """Rows `first` to `first + count` of a QuantisedWeight, given by its fields. C++ reads this
+    """Rows `first` to `first + rows` of a QuantisedWeight, given by its fields. C++ reads this
     tuple (csrc/bindings/weight.h); Python what a tensor of those rows would say of itself."""
 
     codes: Tensor
@@ -42,6 +42,14 @@ class Packed(NamedTuple):
     def some(self, rows: slice) -> "Packed":
         """Some of these rows."""
         return self._replace(first=self.first + rows.start, rows=rows.stop - rows.start)
+
+
+def held(w: Tensor | Packed) -> Tensor | Packed:
+    """The same memory under other tensors, for what reads W piece by piece: `.data =` of another
+    thread does not reach them."""
+    if isinstance(w, Packed):
+        return w._replace(codes=w.codes.detach(), parts=[t.detach() for t in w.parts])
+    return w.detach()
 
 
 def some_rows(w: Tensor | Packed, rows: slice) -> Tensor | Packed:

@@ -33,7 +33,7 @@ def _backward(call: Backward) -> int:
 
 
 def _norm(call: Norm) -> int:
-    (n, k), r = call.w.shape, call.a.shape[0]
+    (n, r), k = call.b.shape, call.a.shape[1]  # not of w, which may be codes
     return 2 * r * (n * k + r * k + n * r)
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from lora_kernels import QuantisedWeight
+from lora_kernels.ops.quantised.weight import E2M1, HALVES, LOW_FIRST
 
 # of bitsandbytes' nf4 and fp4, whose values its own tests hold
 NF4 = (
@@ -39,3 +40,46 @@ def make_quantised(kind, n_out, n_in, block=64, dtype=torch.float32, seed=0):
         return QuantisedWeight(codes.view(torch.int8), (n_out, n_in), scales / 64, block, dtype)
     codes[codes & 127 == 127] = 0  # NaN has a test of its own
     return QuantisedWeight(codes.view(torch.float8_e4m3fn), (n_out, n_in), scales / 64, block, dtype)
+
+
+FORMATS = ("mxfp4", "int4 zeros", "hqq", "int8 zeros", "int8 tiles", "e4m3 tiles", "e5m2 rows", "e4m3 powers")
+
+
+def make_format(name, n_out, n_in, dtype=torch.float32, block=32, block_rows=3, seed=0):
+    """A weight of one of FORMATS with random codes. HALVES want an even count of numbers: where
+    there is none, W gets one row more."""
+    generator = torch.Generator().manual_seed(seed)
+    n_out += name == "hqq" and n_out * n_in % 2
+
+    def codes(*shape):
+        return torch.randint(256, shape, generator=generator).to(torch.uint8)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    tiles = name.endswith("tiles")
+    rows = {"hqq": 0, "e5m2 rows": 0}.get(name, block_rows if tiles else 1)
+    block = n_in if name == "e5m2 rows" else block
+    blocks = -(-n_out // rows) * -(-n_in // block) if rows else -(-n_out * n_in // block)
+    scales = (uniform(blocks) + 0.5) * n_in**-0.5
+    named = {"shape": (n_out, n_in), "block": block, "block_rows": rows, "dtype": dtype, "scales": scales}
+    if name in ("mxfp4", "int4 zeros", "hqq"):
+        named["codes"] = codes(-(-n_out * n_in // 2))
+        named["order"] = HALVES if name == "hqq" else LOW_FIRST
+        named["table"] = torch.tensor(E2M1) if name == "mxfp4" else torch.arange(16.0)
+    elif name.startswith("int8"):
+        named |= {"codes": codes(n_out, n_in).view(torch.int8), "scales": scales / 64}
+    else:
+        five = name.startswith("e5m2")
+        random = codes(n_out, n_in)
+        # beyond and NaN have a test of their own
+        random[(random & 127) >= (0x78 if five else 0x7F)] = 0
+        named["codes"] = random.view(torch.float8_e5m2 if five else torch.float8_e4m3fn)
+        named["scales"] = scales / (4096 if five else 64)
+    if "zeros" in name:
+        named["zeros"] = torch.randint(16, (blocks,), generator=generator).float()
+    if name == "hqq":
+        named |= {"zeros": (uniform(blocks) * 15).to(dtype).float(), "zero_rounded": True}
+    if name in ("mxfp4", "e4m3 powers"):
+        named["scales"] = (codes(blocks) % 7 + (118 if name == "mxfp4" else 112)).view(torch.float8_e8m0fnu)
+    return QuantisedWeight(**named)

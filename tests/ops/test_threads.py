@@ -12,6 +12,7 @@ import torch
 from lora_kernels import _cpu, lora_linear, multi_lora, weight_norm
 from lora_kernels.ops.multi_lora import BatchPlan
 from tests.ops import multi
+from tests.ops.quantised import make_quantised
 
 SECONDS = 0.4  # of each race; before the storages were held 100 to 247 of 400 calls were wrong
 
@@ -24,15 +25,15 @@ def quick_switches():
     sys.setswitchinterval(before)
 
 
-def replacing(tensors, call):
-    """What `call` gives, again and again, while another thread gives each tensor new storage of
-    the same values and fills what was freed with NaN."""
+def replacing(tensors, call, other_values=torch.clone):
+    """What `call` gives, again and again, while another thread gives each tensor new storage, of
+    the same values if no others are wanted, and fills what was freed with NaN."""
     done = threading.Event()
 
     def replace():
         while not done.is_set():
             for t in tensors:
-                t.data = t.data.clone()
+                t.data = other_values(t.data)
             torch.full((1 << 20,), float("nan"))
 
     other = threading.Thread(target=replace)
@@ -93,3 +94,41 @@ def test_a_tensor_of_another_shape_is_refused(name):
     given[name] = torch.zeros([n + 1 for n in given[name].shape])
     with pytest.raises(ValueError, match=r"forward_small: \w+ must be \["):
         _cpu.forward_small(*given.values(), 1.0, None, 1)
+
+
+def parts_of(w):
+    return [t for t in (w.codes, w.table, w.scales, w.outer_table, w.outer, w.offset) if t is not None]
+
+
+@pytest.mark.parametrize(("kind", "tokens", "dtype"), [
+    ("nested", 1, torch.bfloat16), ("float8", 40, torch.float32), ("nested", 300, torch.bfloat16),
+    ("int8", 1500, torch.float32),
+])  # fmt: skip
+def test_codes_are_replaced_while_a_layer_runs(quick_switches, kind, tokens, dtype):
+    w = make_quantised(kind, 512, 512, 64, dtype)
+    _, a, b = factors(512, 512, 16, dtype)
+    x = torch.randn(tokens, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = lora_linear(x, w, a, b, 0.5)
+    assert expected.isfinite().all()
+    assert wrong(replacing(parts_of(w), lambda: lora_linear(x, w, a, b, 0.5)), expected) == 0
+
+
+def test_codes_are_replaced_while_a_norm_is_taken(quick_switches):
+    w, (_, a, b) = make_quantised("nested", 1024, 512, 64), factors(1024, 512, 16, torch.float32)
+    expected = weight_norm(w, a, b, 0.5)
+    assert wrong(replacing(parts_of(w), lambda: weight_norm(w, a, b, 0.5)), expected) == 0
+
+
+@pytest.mark.parametrize("kind", ["dense", "nested"])
+def test_a_product_in_pieces_is_of_one_state(quick_switches, kind):
+    """Of W before or after another thread's change, not of both."""
+    w, a, b = factors(512, 512, 16, torch.float32)
+    w = make_quantised(kind, 512, 512, 64) if kind != "dense" else w
+    part = w if kind == "dense" else w.outer
+    x, states, expected = torch.randn(1500, 512), (part.clone(), part * 2), []
+    for state in states:
+        part.data = state
+        expected.append(lora_linear(x, w, a, b, 0.5))
+    turns = count()
+    results = replacing([part], lambda: lora_linear(x, w, a, b, 0.5), lambda t: states[next(turns) % 2].clone())
+    assert all(any(torch.equal(y, one) for one in expected) for y in results)

@@ -1,5 +1,5 @@
 // Calls of the kernels of lora_linear and weight_norm that every level has.
-#include "cases.h"
+#include "weights.h"
 
 namespace lk::sanitize {
 
@@ -17,7 +17,8 @@ std::vector<double> dropped(const Tensor& x, const Dropout& d) {
 void forward_small(Case& c) {
   const auto [tokens, n_in, n_out, rank] = c.shape;
   const DType small = c.any_type(), result = c.coin() ? c.type : DType::f32;
-  Tensor x(c.numbers, c.type, tokens, n_in, c.by_rows()), w(c.numbers, c.type, n_out, n_in, c.by_rows());
+  Tensor x(c.numbers, c.type, tokens, n_in, c.by_rows());
+  const Weight w(c, c.type, n_out, n_in);
   Tensor a(c.numbers, small, rank, n_in, c.by_rows()), b(c.numbers, small, n_out, rank, c.any_layout());
   Tensor y(result, tokens, n_out, c.by_rows());
   std::optional<Tensor> z, h, bias = c.vector(n_out), gain = c.vector(n_out);
@@ -27,7 +28,7 @@ void forward_small(Case& c) {
   const Dropout dropout = c.dropout();
   const ForwardSmall p{
       x,     w,       a,      b,    y,     view_of(z), view_of(bias), view_of(gain), h ? h->floats() : nullptr,
-      scale, dropout, tokens, n_in, n_out, rank,       c.threads};
+      scale, dropout, tokens, n_in, n_out, rank,       c.threads,     w.packed()};
   c.run([&] { c.level->forward_small(p); });
   std::vector<double> hidden = product(dropped(x, dropout), a.values(), n_in);
   for (double& v : hidden) v *= scale;
@@ -40,9 +41,10 @@ void forward_small(Case& c) {
 
 void base_product(Case& c) {
   const auto [tokens, n_in, n_out, rank] = c.shape;
-  Tensor x(c.numbers, c.type, tokens, n_in, c.by_rows()), w(c.numbers, c.type, n_out, n_in, c.by_rows());
+  Tensor x(c.numbers, c.type, tokens, n_in, c.by_rows());
+  const Weight w(c, c.type, n_out, n_in);
   Tensor y(DType::f32, tokens, n_out, c.by_rows());
-  const BaseProduct p{x, w, y, tokens, n_in, n_out, c.threads};
+  const BaseProduct p{x, w, y, tokens, n_in, n_out, c.threads, w.packed()};
   c.run([&] { c.level->base_product(p); });
   const std::vector<double> want = product(x.values(), w.values(), n_in);
   c.expect(y, "y", [&](int64_t t, int64_t n) { return want[size_t(t * n_out + n)]; });
@@ -180,6 +182,20 @@ void checksum(Case& c) {
   if (found == c.level->checksum(ranges, 2)) throw std::runtime_error(c.said() + ": a changed bit keeps the sum");
 }
 
+// to the last bit
+void dequantise(Case& c) {
+  const auto [tokens, n_in, n_out, rank] = c.shape;
+  const Weight w(c, c.type, n_out, n_in);
+  Tensor to(c.coin() ? c.type : DType::f32, n_out, n_in, c.by_rows());
+  const Dequantise p{*w.packed(), to, n_out, c.threads};
+  c.run([&] { c.level->dequantise(p); });
+  for (int64_t n = 0; n < n_out; n++) {
+    for (int64_t k = 0; k < n_in; k++) {
+      if (to.at(n, k) != w.at(n, k)) throw std::runtime_error(c.said() + ": not the formula's number");
+    }
+  }
+}
+
 }  // namespace
 
 const std::vector<KernelCase> cases{
@@ -194,6 +210,10 @@ const std::vector<KernelCase> cases{
     {"checksum", checksum},
     {"multi_lora", multi_lora_case},
     {"tiles", tiles_case},
+    {"dequantise", dequantise, true},
+    {"forward_small", forward_small, true},
+    {"base_product", base_product, true},
+    {"tiles", tiles_case, true},
 };
 
 }  // namespace lk::sanitize

@@ -25,8 +25,11 @@ struct Case {
   // what every coin shows, for planted bugs; drawn if there is none
   std::optional<bool> fixed;
   bool planted;  // ends the process after the kernel's call
+  bool codes;    // W is quantised
 
   bool coin() { return fixed ? *fixed : numbers.next() >> 63; }
+  // the first for planted bugs
+  int64_t among(const std::vector<int64_t>& all) { return fixed ? all[0] : all[numbers.next() % all.size()]; }
   DType any_type() { return fixed ? type : DType(numbers.next() % 3); }
   Layout by_rows() { return coin() ? Layout::GAPS : Layout::ROWS; }
   Layout any_layout() { return coin() ? Layout::COLUMNS : by_rows(); }
@@ -74,8 +77,8 @@ struct Case {
     }
   }
   std::string said() const {
-    return kernel + " of " + level->level + ", tokens " + std::to_string(shape.tokens) + ", in " +
-           std::to_string(shape.n_in) + ", out " + std::to_string(shape.n_out) + ", rank " +
+    return kernel + (codes ? " of codes" : "") + " of " + level->level + ", tokens " + std::to_string(shape.tokens) +
+           ", in " + std::to_string(shape.n_in) + ", out " + std::to_string(shape.n_out) + ", rank " +
            std::to_string(shape.rank) + ", dtype " + std::to_string(int(type)) + ", threads " + std::to_string(threads);
   }
 };
@@ -102,6 +105,7 @@ inline std::vector<double> product(const std::vector<double>& left, const std::v
 struct KernelCase {
   const char* name;
   void (*call)(Case&);
+  bool codes = false;  // of a quantised W
 };
 extern const std::vector<KernelCase> cases;
 void multi_lora_case(Case& c);

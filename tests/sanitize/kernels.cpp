@@ -64,7 +64,7 @@ Case draw(const Kernels* level, const KernelCase& kernel, size_t shape, const Sh
           int round) {
   uint64_t seed = shape * 64 + uint64_t(type) * 16 + uint64_t(round);
   for (const char* at = kernel.name; *at; at++) seed = seed * 31 + uint64_t(*at);
-  return {level, kernel.name, of, DType(type), threads, {seed}, {}, false};
+  return {level, kernel.name, of, DType(type), threads, {seed}, {}, false, kernel.codes};
 }
 
 int call_all() {
@@ -152,7 +152,7 @@ void plant_all() {
             judge(kernel, c, "the short operand", i);
           }
 #elif defined(LK_THREAD)
-          const int met = barriers;
+          const int met = kernel.codes ? 0 : barriers;  // they are those of the kernel without codes
           for (int i = 0; i < met; i++) {
             if (needless(level, kernel, i, met, type, coins)) continue;
             skipped = i;

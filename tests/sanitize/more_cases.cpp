@@ -1,5 +1,5 @@
 // Calls of multi_lora and of the kernel on tiles.
-#include "cases.h"
+#include "weights.h"
 
 namespace lk::sanitize {
 
@@ -117,7 +117,7 @@ void tiles_case(Case& c) {
              has_a = has_rank && c.coin();
   const int64_t rank = has_rank ? drawn : 0;
   Tensor x(c.numbers, x_type, tokens, n_in, x_type == DType::f32 ? c.any_layout() : c.by_rows());
-  Tensor w(c.numbers, DType::bf16, back ? n_in : n_out, back ? n_out : n_in, c.by_rows());
+  const Weight w(c, DType::bf16, back ? n_in : n_out, back ? n_out : n_in);
   Tensor y(y_type, tokens, n_out, c.by_rows());
   std::optional<Tensor> a, b, z, h, gain = c.vector(back ? n_in : n_out);
   std::optional<Tensor> bias = back ? std::optional<Tensor>() : c.vector(n_out);
@@ -130,7 +130,7 @@ void tiles_case(Case& c) {
   const float scale = c.scale();
   const Tiles p{
       x,     w,       view_of(a), view_of(b), y,    view_of(z), view_of(bias), view_of(gain), h ? h->floats() : nullptr,
-      scale, dropout, back,       tokens,     n_in, n_out,      rank,          c.threads};
+      scale, dropout, back,       tokens,     n_in, n_out,      rank,          c.threads,     w.packed()};
   c.run([&] { c.level->tiles(p); });
   std::vector<double> left = x.values(), right = w.values();
   for (size_t i = 0; back && i < left.size(); i++) left[i] *= value_of(gain, int64_t(i) % n_in, 1);

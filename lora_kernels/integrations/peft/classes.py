@@ -14,6 +14,7 @@ from lora_kernels.integrations.peft.devices import device_refusal
 from lora_kernels.integrations.peft.embedding import Embedding, FusedEmbedding, survey_embedding
 from lora_kernels.integrations.peft.hooks import is_own
 from lora_kernels.integrations.peft.linear import FusedLinear, forget_all, other_way
+from lora_kernels.integrations.peft.quantised import QUANTISED_KINDS
 from lora_kernels.integrations.peft.state import read_state, type_name
 from lora_kernels.integrations.report import Survey
 
@@ -53,6 +54,7 @@ KINDS = (
     Kind(Linear, FusedLinear, _survey_linear),
     Kind(Embedding, FusedEmbedding, survey_embedding),
     *(Kind(stock, fused, survey_conv) for stock, fused in CONV_KINDS),
+    *(Kind(stock, fused, _survey_linear) for stock, fused in QUANTISED_KINDS),
 )
 _LEFT = {"MultiheadAttention": "it merges its adapters into the weights within each call, that of out_proj twice"}
 FUSED = tuple(kind.fused for kind in KINDS)

@@ -20,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.integrations.peft.groups import KEY as SIBLINGS
 from lora_kernels.integrations.peft.hooks import EVERY, FSDP1, HOOKED, has_hooks, moves_weights, plain_class
-from lora_kernels.integrations.peft.linear import WAYS, Linear, Way, input_refusal, other_way, run_fused, share_kept
+from lora_kernels.integrations.peft.linear import WAYS, Way, input_refusal, other_way, run_fused, share_kept
 from lora_kernels.integrations.peft.parallel import is_parallel, read_parallel, run_shards
 from lora_kernels.integrations.peft.state import read_state
 from lora_kernels.nn.base import HOOKS
@@ -53,7 +53,7 @@ def _run_inside(layer: Any, x: Tensor) -> Tensor:
     def innermost(x: Tensor) -> Tensor:
         bare = _bare_layer(layer)
         y = run_fused(bare, x, (), {})
-        return Linear.forward(bare, x) if y is None else y
+        return _stock_forward(bare, x) if y is None else y
 
     modules = [module for *_, module in _hooked(layer)]
     if x.dim() == 2 or not is_strided(x) or any(type(v).__name__ != "DoraLinearVariant" for v in layer.lora_variant.values()):
@@ -79,7 +79,13 @@ def run_views(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, An
     """The output of a call whose weights are FSDP's views, or why PEFT must run it."""
     with _locks.setdefault(layer, RLock()), registered(layer):
         y = run_fused(layer, x, args, kwargs)
-    return Linear.forward(layer, x, *args, **kwargs) if y is None else y
+    return _stock_forward(layer, x, *args, **kwargs) if y is None else y
+
+
+def _stock_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's own."""
+    stock: Any = next(cls for cls in type(layer).__mro__ if cls.__module__.startswith("peft."))
+    return stock.forward(layer, x, *args, **kwargs)
 
 
 def _refusal(layer: Any, x: Tensor | None) -> str | None:

@@ -1,7 +1,8 @@
 """PEFT's linear layer with a forward on our kernels.
 
-All that is remembered between calls is DoRA's norm, under the bits it was computed from, and within
-a call of its module what a group computed (`groups`).
+All that is remembered between calls is DoRA's norm, under the bits it was computed from, how a
+quantised weight lies (`quantised`), and within a call of its module what a group computed
+(`groups`).
 """
 
 from collections import Counter
@@ -18,7 +19,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from lora_kernels.integrations.peft.devices import NO_CPU_KERNELS, device_refusal
 from lora_kernels.integrations.peft.hooks import EVERY, global_hooks_look_inside
 from lora_kernels.integrations.peft.state import ARGUMENTS, PLAIN, read_state, type_name
-from lora_kernels.ops import NormCache, dora_gain, lora_linear, weight_norm
+from lora_kernels.nn.kept_weight import KeptWeight
+from lora_kernels.ops import NormCache, QuantisedWeight, dora_gain, lora_linear, weight_norm
 from lora_kernels.ops.lora_linear.op import FLOATS
 
 try:
@@ -32,6 +34,8 @@ _tracing = torch._C._get_tracing_state
 # one for each layer, whichever adapter is active: its key is what it was computed from
 _norms: WeakKeyDictionary[nn.Module, NormCache] = WeakKeyDictionary()
 _fallbacks: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
+kept_weights: WeakKeyDictionary[nn.Module, KeptWeight] = WeakKeyDictionary()
+"""By layer over a quantised base."""
 
 
 class Way(NamedTuple):
@@ -110,7 +114,9 @@ def input_refusal(layer: Linear, x: Tensor, state: Any) -> str | None:
     return None
 
 
-def cached_gain(owner: nn.Module, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
+def cached_gain(
+    owner: nn.Module, w: Tensor | QuantisedWeight, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor
+) -> Tensor:
     """DoRA's gain, [out], kept between calls as far as NormCache can; `owner` is the module under
     which it is kept, the layer or one adapter's own."""
     if _compiling():
@@ -133,10 +139,13 @@ def share_kept(layer: nn.Module, other: nn.Module) -> None:
     """Another module stands in for the layer: what is kept and counted is the layer's."""
     _norms[other] = _norms.setdefault(layer, NormCache())
     _fallbacks[other] = _fallbacks.setdefault(layer, Counter())
+    if layer in kept_weights:
+        kept_weights[other] = kept_weights[layer]
 
 
 def forget(layer: nn.Module) -> None:
-    """Drops the layer's norms and gains."""
+    """Drops the layer's norms and gains, and the parts of a quantised weight."""
+    kept_weights.pop(layer, None)
     for owner in (layer, *getattr(layer, "lora_magnitude_vector", nn.ModuleDict()).values()):
         _norms.pop(owner, None)
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lora_kernels.integrations.peft.bias import base_bias, with_lora_bias
 from lora_kernels.integrations.peft.linear import cached_gain, input_refusal
 from lora_kernels.integrations.peft.state import read_state
-from lora_kernels.ops import BatchPlan, Slots, lora_linear, multi_lora, multi_lora_add_
+from lora_kernels.ops import BatchPlan, QuantisedWeight, Slots, lora_linear, multi_lora, multi_lora_add_
 from lora_kernels.ops.lora_linear.op import autocasts, without_autocast
 from lora_kernels.ops.multi_lora.plan import BASE, BIAS, GAIN, PAGE, ROW
 
@@ -109,6 +109,8 @@ def run_rows(layer: Any, x: Tensor, layout: Layout) -> Any:
     if layout.whole:
         each, joined = found[0], state[1]
         return lora_linear(x, w, each.a, each.b, each.scale, joined, gains[0], each.dropout)
+    if isinstance(w, QuantisedWeight):
+        return "adapters differ by token over a quantised base"
     if not learns and not any(layout.counts[each.slot] for each in found):
         if _is_vendors(x) or autocasts(x.device.type):
             return layer.base_layer(x)

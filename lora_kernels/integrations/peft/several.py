@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lora_kernels.integrations.peft.bias import base_bias, with_lora_bias
 from lora_kernels.integrations.peft.linear import WAYS, Way, cached_gain, input_refusal
 from lora_kernels.integrations.peft.state import ALORA_VARIANT, SEVERAL, read_state
-from lora_kernels.ops import lora_linear
+from lora_kernels.ops import QuantisedWeight, lora_linear
 
 # tokens; below it the adapters' copies cost more than passes over the output
 JOIN_FROM = 2
@@ -127,7 +127,7 @@ def _joined(w: Tensor, bias: Tensor | None, parts: list[Part]) -> Any:
     return w, bias, a, torch.cat(bs, 1), scale, 0.0
 
 
-def _followed(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, part: Part) -> Tensor:
+def _followed(y: Tensor, x: Tensor, w: Tensor | QuantisedWeight, bias: Tensor | None, part: Part) -> Tensor:
     """One step of formula (1)."""
     if not torch.is_grad_enabled() and _is_added_in_place(y, x, part):
         h = F.linear(x.reshape(-1, x.shape[-1]), part.a)
@@ -139,7 +139,7 @@ def _followed(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, part: Part) 
         return y + delta
     gain = cached_gain(part.owner, w, part.a, part.b, part.scale, part.magnitude)
     if part.dropout > 0.0:
-        base = F.linear(dropped, w.to(dropped.dtype))
+        base = F.linear(dropped, w.dequantise(dropped.dtype) if isinstance(w, QuantisedWeight) else w.to(dropped.dtype))
     else:
         base = y if bias is None else y - bias
     return y + (gain - 1) * base + gain * delta

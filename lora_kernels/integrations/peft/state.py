@@ -1,5 +1,6 @@
 """What a call of PEFT's linear layer computes with, read from the layer as it stands."""
 
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -11,6 +12,7 @@ from lora_kernels.integrations.peft.factors import RULES, are_covered
 from lora_kernels.integrations.peft.hooks import FSDP1, HOOKED, has_hooks
 from lora_kernels.nn.flat_parameters import VIEWS, are_attributes, constant
 from lora_kernels.ops.lora_linear.op import FLOATS
+from lora_kernels.ops.quantised import QuantisedWeight
 
 try:
     from peft.tuners.lora import variants
@@ -25,6 +27,9 @@ ALORA = "aLoRA without alora_offsets"
 ARGUMENTS = "the call has arguments besides the input"
 
 PLAIN = (Tensor, nn.Parameter)
+READERS: dict[type[nn.Module], Callable[[Any, Any], Any]] = {}
+"""By class of a quantised base layer: (layer, base layer) to its `QuantisedWeight`, or a reason."""
+_WEIGHTS = (*PLAIN, QuantisedWeight)
 _DTYPES = frozenset((w, a, a) for w in FLOATS for a in FLOATS)
 # MiCA differs from LoRA only in what it initialises and trains
 _COMPUTED_AS_LORA = tuple(v for v in (getattr(variants, "MiCALinearVariant", None),) if v is not None)
@@ -62,13 +67,16 @@ def read_state(layer: Any, adapter: str | None = None) -> Any:
         if FSDP1 in (type_name(lora_a), type_name(lora_b)):
             return HOOKED
         return f"lora_A and lora_B are {type_name(lora_a)} and {type_name(lora_b)}"
-    if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
-        return f"base_layer is {type_name(base)}"
     w: Any  # tensors only once their types are looked at
     a: Any
     b: Any
     w, a, b = base._parameters.get("weight"), lora_a._parameters.get("weight"), lora_b._parameters.get("weight")
-    if type(w) not in PLAIN or type(a) not in PLAIN or type(b) not in PLAIN:
+    if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
+        read = READERS.get(type(base))
+        w = f"base_layer is {type_name(base)}" if read is None else read(layer, base)
+        if type(w) is str:
+            return w
+    if type(w) not in _WEIGHTS or type(a) not in PLAIN or type(b) not in PLAIN:
         if are_attributes(base, lora_a, lora_b):
             return VIEWS
         return f"the weights of base_layer, lora_A and lora_B are {type_name(w)}, {type_name(a)} and {type_name(b)}"

@@ -15,7 +15,7 @@ import torch
 from lora_kernels import _cpu
 from lora_kernels.ops.cpu_amx import on_tiles, product_back
 from lora_kernels.ops.cpu_gemm import back_product, base_product, base_product_slices, choice
-from lora_kernels.ops.cpu_quantised import Packed, refuse_codes, some_rows, widened
+from lora_kernels.ops.cpu_quantised import Packed, held, refuse_codes, some_rows, widened
 from lora_kernels.ops.cpu_tensors import dropout_args, row_major, transposed
 from lora_kernels.ops.gradients import empty_gradient, gradient_dtype
 from lora_kernels.ops.lora_linear import library
@@ -178,7 +178,7 @@ def _forward_large(call):
     dropped = x
     rest = None
     if drop_base:
-        wide = x.float()
+        w, wide = held(w), x.float()
         dropped = torch.empty_like(wide)
         _add_adapter(wide, dropped, None, h, mask=drop, mask_from=True)
         rest = wide - dropped
@@ -304,6 +304,7 @@ def _input_gradient(dtype, dy, w, a, gain, p, drop, drop_base):
     """(dy ⊙ gain) W + mask ⊙ (p A), or for a dropped base dy W + mask ⊙ ((dy ⊙ (gain - 1)) W + p
     A)."""
     if drop_base:
+        w = held(w)
         wide = back_product(dy * (gain - 1), w)
         _add_adapter(wide, wide, a, p, mask=drop, mask_from=True)
         return (wide + back_product(dy, w)).to(dtype)

@@ -45,7 +45,7 @@ def merged_weight(
     _check_arguments(w, a, b, scale, gain, out)
     if isinstance(w, QuantisedWeight):
         w = w.dequantise()
-        out = w if out is None else out
+        out = w if out is None and not transformed() else out  # which may be of a batch or a tangent
     if transformed():
         return _transformed(w, a, b, scale, gain, out)
     with torch.no_grad(), without_autocast(w):

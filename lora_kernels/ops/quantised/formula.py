@@ -2,17 +2,30 @@
 
 import torch
 
-from lora_kernels.ops.quantised.weight import NIBBLES
+from lora_kernels.ops.quantised.weight import HALVES, LOW_FIRST, NIBBLES
 
 
 def dequantised(w):
     """W of a QuantisedWeight, [out, in] in its dtype."""
     flat, numbers = w.codes.reshape(-1), w.numel()
     if w.kind == NIBBLES:
-        flat = w.table[torch.stack((flat >> 4, flat & 15), 1).reshape(-1)[:numbers].long()]
-    scales = w.scales
+        high, low = flat >> 4, flat & 15
+        pair = (low, high) if w.order == LOW_FIRST else (high, low)
+        flat = w.table[torch.stack(pair, 0 if w.order == HALVES else 1).reshape(-1)[:numbers].long()]
+    scales = w.scales.float()
     if w.outer is not None:
         outer = w.outer.repeat_interleave(w.outer_block)[: scales.numel()]
-        scales = w.outer_table[scales.reshape(-1).long()] * outer + w.offset
-    product = flat.float() * scales.reshape(-1).repeat_interleave(w.block)[:numbers]
-    return product.to(w.dtype).view(w.shape)
+        scales = w.outer_table[w.scales.reshape(-1).long()] * outer + w.offset
+    value = flat.float()
+    if w.zeros is not None:
+        value = value - _spread(w, w.zeros)
+        value = value.to(w.dtype).float() if w.zero_rounded else value
+    return (value * _spread(w, scales)).to(w.dtype).view(w.shape)
+
+
+def _spread(w, of_blocks):
+    """A number of each block for each number of W."""
+    if not w.block_rows:
+        return of_blocks.reshape(-1).repeat_interleave(w.block)[: w.numel()]
+    across = of_blocks.reshape(-1, -(-w.shape[1] // w.block)).repeat_interleave(w.block, 1)[:, : w.shape[1]]
+    return across.repeat_interleave(w.block_rows, 0)[: w.shape[0]].reshape(-1)

@@ -6,32 +6,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NIBBLES, INT8, E4M3 = range(3)
-"""What a code is: half a byte, the high half first, a place among 16 values; int8;
-float8_e4m3fn."""
+NIBBLES, INT8, E4M3, E5M2 = range(4)
+"""What a code is: half a byte, a place among 16 values; int8; float8_e4m3fn; float8_e5m2."""
+
+HIGH_FIRST, LOW_FIRST, HALVES = range(3)
+"""Where the 4-bit codes of two neighbours lie: in the high and the low half of one byte; in its low
+and its high half; or, as HQQ has it, number i of the first half of all in the high half of byte i,
+and number i of the second half in its low half."""
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The table of MXFP4 (Open Compute Project, Microscaling formats 1.0, §5.3.3)."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_CODES = {torch.int8: INT8, torch.float8_e4m3fn: E4M3, torch.uint8: NIBBLES}
+_CODES = {torch.int8: INT8, torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2, torch.uint8: NIBBLES}
+POWERS = torch.float8_e8m0fnu
+_KINDS = ("4-bit codes", "int8", "float8_e4m3fn", "float8_e5m2")
 
 
 @dataclass(frozen=True, eq=False)
 class QuantisedWeight:
     """W [out, in] as codes and scales, for ops in the place of `w`:
 
-        W[n, k] = value(code[n, k]) · scale(n, k), in float32 and then rounded to `dtype`    (1)
+        W[n, k] = (value(code[n, k]) - zero(n, k)) · scale(n, k)                             (1)
 
-    Numbers count row by row, and each `block` of them, across the ends of rows, has one scale; the
-    last block may be shorter. A scale may be a code of 8 bits itself ("double quantised"):
+    in float32, and then rounded to `dtype`. Numbers count row by row, and each `block` of them,
+    across the ends of rows, has one scale and, with `zeros`, one zero; the last block may be
+    shorter. With `block_rows` blocks are of that many rows and of `block` columns instead, counted
+    row by row, and those at W's edges may be smaller. A scale may be a power of two
+    (float8_e8m0fnu, as in MXFP4), or an 8-bit code ("double quantised"):
 
         scale[i] = outer_table[scales[i]] · outer[i // outer_block] + offset                 (2)
 
     This is how bitsandbytes keeps nf4 and fp4 (QLoRA, arXiv:2305.14314, §3). With a block of a
     whole row it is a scale for each row, with one of all numbers a scale for the matrix.
 
-    `codes`: uint8 with two numbers in a byte, the first in its high half, and then `table`, 16
-    float32; or int8; or float8_e4m3fn. Whatever their shape, they lie without gaps. `scales`:
-    float32 [blocks], or uint8 where `outer`, `outer_table` (256 float32) and `offset` (one float32)
-    are given. Nothing gets a gradient.
+    | codes                | scales of                   | who writes it                          |
+    |----------------------|-----------------------------|----------------------------------------|
+    | 4 bits, any table    | a block, double quantised   | bitsandbytes nf4 and fp4               |
+    | 4 bits, `E2M1`       | 32 of a row, powers of two  | MXFP4: gpt-oss, transformers           |
+    | 4 bits, 0 … 15       | a group of a row, zeros     | HQQ, compressed-tensors                |
+    | int8                 | row, group or matrix, zeros | bitsandbytes, torchao                  |
+    | float8, e4m3 or e5m2 | row, 128×128 block, matrix  | torchao, transformers, DeepSeek        |
+
+    `codes`: uint8 with two numbers in a byte, in one of the orders `HIGH_FIRST`, `LOW_FIRST` and
+    `HALVES`, and then `table`, 16 float32; or int8, float8_e4m3fn, float8_e5m2. Whatever their
+    shape, they lie without gaps. `scales`: float32 or float8_e8m0fnu [blocks], or uint8 where
+    `outer`, `outer_table` (256 float32) and `offset` (one float32) are given. `zeros`: float32
+    [blocks]; with `zero_rounded` the difference in (1) is rounded to `dtype` before it is
+    multiplied, as HQQ does, whose zeros are fractions. Nothing gets a gradient.
 
     Raises:
         TypeError, ValueError: a part has a dtype or a size that does not fit; the message names it.
@@ -47,30 +69,45 @@ class QuantisedWeight:
     outer_table: Tensor | None = None
     offset: Tensor | None = None
     outer_block: int = 256
+    block_rows: int = 0
+    order: int = HIGH_FIRST
+    zeros: Tensor | None = None
+    zero_rounded: bool = False
 
     requires_grad = False  # frozen
+    layout = torch.strided
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", torch.Size(self.shape))
         if len(self.shape) != 2:
             raise ValueError(f"QuantisedWeight: shape must be [out, in], found {list(self.shape)}")
         if self.codes.dtype not in _CODES:
-            raise TypeError(f"QuantisedWeight: codes must be uint8, int8 or float8_e4m3fn, found {self.codes.dtype}")
+            raise TypeError(
+                f"QuantisedWeight: codes must be uint8, int8, float8_e4m3fn or float8_e5m2, found {self.codes.dtype}"
+            )
         if self.dtype not in DTYPES:
             raise TypeError(f"QuantisedWeight: dtype must be a floating one of at least 16 bits, found {self.dtype}")
         if self.block < 1 or self.outer_block < 1:
             raise ValueError(f"QuantisedWeight: blocks must have numbers, found {self.block} and {self.outer_block}")
-        nibbles, numbers = self.kind == NIBBLES, self.numel()
-        blocks = -(-numbers // self.block)
+        nibbles, numbers, blocks = self.kind == NIBBLES, self.numel(), self.blocks
+        if self.block_rows < 0:
+            raise ValueError(f"QuantisedWeight: block_rows must be at least 0, found {self.block_rows}")
+        if self.order not in ((HIGH_FIRST, LOW_FIRST, HALVES) if nibbles else (HIGH_FIRST,)):
+            raise ValueError(f"QuantisedWeight: order {self.order} is none of codes of {self.codes.dtype}")
+        if self.order == HALVES and numbers % 2:
+            raise ValueError(f"QuantisedWeight: halves want an even count of numbers, found {list(self.shape)}")
         wanted = {"codes": (self.codes, self.codes.dtype, -(-numbers // 2) if nibbles else numbers)}
         nested = self.outer is not None
-        wanted["scales"] = (self.scales, torch.uint8 if nested else torch.float32, blocks)
+        powers = not nested and isinstance(self.scales, Tensor) and self.scales.dtype is POWERS
+        wanted["scales"] = (self.scales, torch.uint8 if nested else POWERS if powers else torch.float32, blocks)
         if nibbles:
             wanted["table"] = (self.table, torch.float32, 16)
         if nested:
             wanted["outer"] = (self.outer, torch.float32, -(-blocks // self.outer_block))
             wanted["outer_table"] = (self.outer_table, torch.float32, 256)
             wanted["offset"] = (self.offset, torch.float32, 1)
+        if self.zeros is not None:
+            wanted["zeros"] = (self.zeros, torch.float32, blocks)
         for name, (tensor, dtype, size) in wanted.items():
             if not isinstance(tensor, Tensor) or tensor.dtype is not dtype:
                 found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -83,12 +120,27 @@ class QuantisedWeight:
 
     @property
     def kind(self) -> int:
-        """NIBBLES, INT8 or E4M3."""
+        """NIBBLES, INT8, E4M3 or E5M2."""
         return _CODES[self.codes.dtype]
+
+    @property
+    def blocks(self) -> int:
+        """How many there are."""
+        if self.block_rows:
+            return -(-self.shape[0] // self.block_rows) * -(-self.shape[1] // self.block)
+        return -(-self.numel() // self.block)
 
     @property
     def device(self) -> torch.device:
         return self.codes.device
+
+    @property
+    def is_meta(self) -> bool:
+        return self.codes.is_meta
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.codes.is_cuda
 
     def dim(self) -> int:
         return 2
@@ -113,25 +165,41 @@ class QuantisedWeight:
         return dequantise(self if dtype is None else self.to(dtype))
 
     def fields(self) -> tuple[Tensor, list[Tensor], list[int]]:
-        """(codes, other tensors, numbers), as the ops pass them on."""
-        tensors = (self.table, self.scales, self.outer_table, self.outer, self.offset)
+        """(codes, other tensors, numbers), as the ops pass them on. The numbers are (kind, out, in,
+        dtype, block, outer_block), and more only where one of these is not 0: (block_rows, order,
+        whether scales are powers, whether there are zeros, zero_rounded)."""
+        scales, powers = self.scales, self.scales.dtype is POWERS
+        tensors = (self.table, _bytes(scales) if powers else scales, self.outer_table, self.outer, self.offset, self.zeros)
         layout = [self.kind, *self.shape, DTYPES.index(self.dtype), self.block, self.outer_block]
-        # as bytes: few of torch's functions take float8
-        codes = self.codes.view(torch.uint8) if self.kind == E4M3 else self.codes
-        return codes, [t for t in tensors if t is not None], layout
+        more = [self.block_rows, self.order, int(powers), int(self.zeros is not None), int(self.zero_rounded)]
+        codes = _bytes(self.codes) if self.kind >= E4M3 else self.codes
+        return codes, [t for t in tensors if t is not None], layout + more if any(more) else layout
 
     @staticmethod
     def of_fields(codes: Tensor, parts: list[Tensor], layout: list[int]) -> "QuantisedWeight":
         """What `fields` gave, again."""
-        kind, n_out, n_in, dtype, block, outer_block = layout
-        rest, codes = list(parts), codes.view(torch.float8_e4m3fn) if kind == E4M3 else codes
+        kind, n_out, n_in, dtype, block, outer_block, *more = layout
+        block_rows, order, powers, has_zeros, zero_rounded = more or (0,) * 5
+        rest = list(parts)
+        if kind >= E4M3:
+            codes = codes.view(torch.float8_e4m3fn if kind == E4M3 else torch.float8_e5m2)
         named: dict[str, Any] = {"table": rest.pop(0)} if kind == NIBBLES else {}
+        named |= {"zeros": rest.pop()} if has_zeros else {}
+        if powers:
+            rest[0] = rest[0].view(POWERS)
         named |= dict(zip(("scales", "outer_table", "outer", "offset"), rest, strict=False))
         return QuantisedWeight(
-            codes, torch.Size((n_out, n_in)), block=block, dtype=DTYPES[dtype], outer_block=outer_block, **named
-        )
+            codes, torch.Size((n_out, n_in)), block=block, dtype=DTYPES[dtype], outer_block=outer_block,
+            block_rows=block_rows, order=order, zero_rounded=bool(zero_rounded), **named,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
-        kind = ("4-bit codes", "int8", "float8_e4m3fn")[self.kind]
-        nested = ", scales of 8 bits" if self.outer is not None else ""
-        return f"QuantisedWeight({list(self.shape)}, {kind}, blocks of {self.block}{nested}, {self.dtype})"
+        nested = ", scales of 8 bits" if self.outer is not None or self.scales.dtype is POWERS else ""
+        zeros = ", zeros" if self.zeros is not None else ""
+        blocks = f"{self.block_rows}×{self.block}" if self.block_rows else f"{self.block}"
+        return f"QuantisedWeight({list(self.shape)}, {_KINDS[self.kind]}, blocks of {blocks}{nested}{zeros}, {self.dtype})"
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Few of torch's functions take 8-bit floats."""
+    return tensor.view(torch.uint8)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lora_kernels.ops.derivatives import transformed, under_functorch
+from lora_kernels.ops.quantised import QuantisedWeight
 from lora_kernels.ops.weight_norm.op import dora_gain, row_norm_squared, weight_norm
 
 try:
@@ -33,9 +34,11 @@ class NormCache:
     devices than the CPU, while compiling, and without the CPU extension, nothing is reused.
     `clear()` forgets, and `lora_kernels.refresh(model)` does for a model: needed only after an edit
     of W through `.data`, or through memory that it shares with numpy, that leaves the sampled
-    elements, about 64 a matrix, as they were. What is
-    given is the kept tensor itself: do not change it. What another thread changed, or cleared,
-    while a norm was computed is not kept; nor is anything under torch.func and forward mode.
+    elements, about 64 a matrix, as they were. Of a `QuantisedWeight` the codes are sampled so, and
+    of its scales and tables the address and version are looked at; a norm is that of one such
+    object. What is given is the kept tensor itself: do not change it. What another thread changed,
+    or cleared, while a norm was computed is not kept; nor is anything under torch.func and forward
+    mode.
     """
 
     __slots__ = ("_squared", "_norm", "_gain", "_clears")
@@ -51,7 +54,7 @@ class NormCache:
         self._norm: tuple[Any, Tensor | None] = (None, None)
         self._gain: tuple[Any, Tensor | None] = (None, None)
 
-    def __call__(self, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+    def __call__(self, w: Tensor | QuantisedWeight, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
         """`weight_norm(w, a, b, scale)` without gradient and tangent: [out]."""
         if transformed():
             return weight_norm(w, a, b, scale).detach()
@@ -67,7 +70,7 @@ class NormCache:
                 self._norm = (key, norm)
         return norm
 
-    def gain(self, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
+    def gain(self, w: Tensor | QuantisedWeight, a: Tensor, b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
         """DoRA's gain, `dora_gain(magnitude, norm)` with the norm detached: [out]. Reused as the
         norm is."""
         if torch.is_grad_enabled() or forward_ad._current_level >= 0 or under_functorch():
@@ -83,7 +86,7 @@ class NormCache:
                 self._gain = (key, gain)
         return gain
 
-    def _computed(self, w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+    def _computed(self, w: Tensor | QuantisedWeight, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
         key = _key(0.0, w)
         if key is None:
             return weight_norm(w, a, b, scale)
@@ -102,14 +105,14 @@ class NormCache:
         return NormCache, ()
 
 
-def _key(scale: float | Tensor, w: Tensor, *others: Tensor) -> Any:
+def _key(scale: float | Tensor, w: Any, *others: Tensor) -> Any:
     """What identifies W as far as a sample of it can, and every bit of the others; None where
     nothing can be reused."""
     if fingerprint is None or isinstance(scale, Tensor) or torch.compiler.is_compiling():
         return None
     for t in (w, *others):
         if type(t) not in _PLAIN:
-            return None
+            return _quantised_key(scale, w, others) if isinstance(w, QuantisedWeight) else None
         if t.is_neg():
             return None
     if w.is_inference():  # such tensors have no version
@@ -117,3 +120,15 @@ def _key(scale: float | Tensor, w: Tensor, *others: Tensor) -> Any:
     found = fingerprint(w, *others)
     # the tensor itself, lest another one at the same address be taken for it
     return found and (found, scale, w._version, ref(w if w._base is None else w._base))
+
+
+def _quantised_key(scale: float, w: QuantisedWeight, others: tuple[Tensor, ...]) -> Any:
+    """As `_key`, of codes and scales."""
+    if any(type(t) not in _PLAIN or t.is_neg() for t in others):
+        return None
+    codes, parts, _ = w.fields()
+    if any(t.is_inference() for t in (codes, *parts)):
+        return None
+    found = fingerprint(codes if codes.dim() == 2 else codes.view(-1, 1), *others)
+    versions = [codes._version, *((t.data_ptr(), t._version) for t in parts)]
+    return found and (found, scale, versions, ref(w))

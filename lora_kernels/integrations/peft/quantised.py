@@ -1,0 +1,125 @@
+"""PEFT's layers over bitsandbytes' 4-bit and 8-bit linear layers, with a forward on our kernels.
+
+Such a base computes in a dtype of its own and answers in that of its input: of 4 bits in
+`compute_dtype`, which the first input sets where nobody did, of 8 bits in that of the input. So x
+is cast to it, the adapter's input with it, and y is cast back.
+
+The 8-bit base is exact here: x is not rounded to int8, as LLM.int8() rounds it outside of training.
+"""
+
+from typing import Any
+
+import torch
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from torch import Tensor, nn
+
+from lora_kernels.integrations.peft.linear import PLAIN, count_fallback, kept_weights, run_fused
+from lora_kernels.integrations.peft.state import READERS
+from lora_kernels.nn.kept_weight import KeptWeight
+from lora_kernels.nn.quantised import quantised_weight
+from lora_kernels.ops import QuantisedWeight
+
+UNCAST = "the input is of another dtype than the base computes in, and its casting is off"
+_DEVICES = ("cpu", "meta")  # with kernels that read codes; on meta nothing is computed
+_compiling = torch.compiler.is_compiling
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
+def _read(layer: Any, base: Any) -> QuantisedWeight | str:
+    """The layer's W for the dtype of its last call, or why PEFT must run it."""
+    kept = kept_weights.get(layer)
+    # none: the survey, before any call
+    w = quantised_weight(base, _usual_dtype(base)) if kept is None else kept(base)
+    if isinstance(w, QuantisedWeight) and w.device.type not in _DEVICES:
+        return f"there are no kernels for quantised weights on {w.device.type}"
+    return w
+
+
+def _usual_dtype(base: Any) -> torch.dtype:
+    dtype = getattr(base, "compute_dtype", None) or getattr(base.__dict__.get("quant_state"), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _computes_in(base: Any, x: Tensor) -> torch.dtype:
+    """The dtype in which the base computes with this input; the first one may set it."""
+    is_set = base.__dict__.get("compute_type_is_set")
+    if is_set is None:
+        return x.dtype
+    if not is_set:
+        base.set_compute_type(x)
+        base.compute_type_is_set = True
+    return base.compute_dtype or x.dtype
+
+
+def _forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What the kernels give for a call, or None where PEFT's own forward must run; the reason is
+    counted."""
+    if _compiling():
+        return None
+    if type(x) not in PLAIN:
+        count_fallback(layer, f"the input is {type(x).__name__}")
+        return None
+    base = layer._modules["base_layer"]
+    dtype, wanted, cast = _computes_in(base, x), x.dtype, x
+    if _any_autocast() and torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        wanted = _autocast_output(layer, base, x.dtype, dtype, kwargs)
+    elif x.dtype is not dtype:
+        if not layer.cast_input_dtype_enabled:
+            count_fallback(layer, UNCAST)
+            return None
+        cast = x.to(dtype)
+    kept = kept_weights.get(layer)
+    if kept is None:
+        kept = kept_weights[layer] = KeptWeight()
+    kept.dtype = dtype
+    y = run_fused(layer, cast, args, kwargs)
+    if y is None:
+        kept.clear()
+        return None
+    return y if y.dtype is wanted else y.to(wanted)
+
+
+def _autocast_output(layer: Any, base: Any, dtype: torch.dtype, autocast: torch.dtype, kwargs: dict[str, Any]) -> torch.dtype:
+    """PEFT's: that of the base's output, which the adapters' outputs are added to."""
+    if kwargs.get("adapter_names") is not None:
+        return dtype
+    # a base of 8 bits computes under autocast in training alone
+    dtype = torch.promote_types(autocast if "state" in base.__dict__ and base.training else dtype, autocast)
+    for name in layer.active_adapters:
+        if name in layer.lora_variant and name in layer.lora_magnitude_vector:
+            dtype = torch.promote_types(dtype, layer.lora_magnitude_vector[name].weight.dtype)
+    return dtype
+
+
+QUANTISED_KINDS: list[tuple[type[nn.Module], type[nn.Module]]] = []
+"""PEFT's classes and ours; none where bitsandbytes is not there, and so PEFT's are not."""
+
+if is_bnb_available():
+    import bitsandbytes
+    from peft.tuners.lora.bnb import Linear8bitLt
+
+    class FusedLinear8bitLt(Linear8bitLt):
+        """peft.tuners.lora.bnb.Linear8bitLt; a call that the kernels cover runs there, any other in
+        PEFT's own forward."""
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            y = _forward(self, x, args, kwargs)
+            return super().forward(x, *args, **kwargs) if y is None else y
+
+    QUANTISED_KINDS.append((Linear8bitLt, FusedLinear8bitLt))
+    READERS[bitsandbytes.nn.Linear8bitLt] = _read
+
+if is_bnb_4bit_available():
+    from peft.tuners.lora.bnb import Linear4bit
+
+    class FusedLinear4bit(Linear4bit):
+        """peft.tuners.lora.bnb.Linear4bit, as FusedLinear8bitLt."""
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            y = _forward(self, x, args, kwargs)
+            return super().forward(x, *args, **kwargs) if y is None else y
+
+    QUANTISED_KINDS.append((Linear4bit, FusedLinear4bit))
+    for _base in (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.LinearNF4, bitsandbytes.nn.LinearFP4):
+        READERS[_base] = _read

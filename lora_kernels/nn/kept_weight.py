@@ -1,0 +1,83 @@
+"""The quantised weight of one layer, kept while the library's layer holds the parts it is made
+of: to look at them costs a tenth of making it anew."""
+
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.nn.quantised import quantised_weight
+from lora_kernels.ops.quantised import QuantisedWeight
+
+
+class KeptWeight:
+    """The last `QuantisedWeight` of one layer; call it with the module as it stands.
+
+    It is given again while the parts that the module holds are the same objects at the same
+    address, no version of theirs changed, and the dtype is the same. Codes and float32 scales are
+    not copied, so an edit of them shows at once; one through `.data` of parts that are copied, as
+    the scales of int8 are, shows after `clear()`.
+    """
+
+    __slots__ = ("dtype", "_held")
+
+    def __init__(self) -> None:
+        self.dtype = torch.float32
+        """Of the inputs that the layer's calls have."""
+        self._held: tuple[Any, ...] = ((), None, None)
+
+    def clear(self) -> None:
+        """Forgets the weight."""
+        self._held = ((), None, None)
+
+    def __call__(self, module: nn.Module) -> QuantisedWeight | str:
+        """`quantised_weight(module, self.dtype)`."""
+        dtype = self.dtype
+        parts, rest = _parts(module)
+        held, known, weight = self._held
+        if weight is not None and known == rest and weight.dtype is dtype and all(map(is_, parts, held)):
+            kept: QuantisedWeight = weight
+            return kept
+        found = quantised_weight(module, dtype)
+        if isinstance(found, QuantisedWeight):
+            self._held = (parts, rest, found)
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KeptWeight":
+        return KeptWeight()
+
+    def __reduce__(self) -> Any:
+        return KeptWeight, ()
+
+
+def _parts(module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What `quantised_weight` looks at in a module of bitsandbytes: the objects, and the address of
+    the codes and the versions of what may be copied."""
+    weight: Any = module._parameters.get("weight")
+    if weight is None:
+        return (None,), ()
+    # the class of a 4-bit weight asks Python for each attribute
+    with torch._C.DisableTorchFunctionSubclass():
+        address = weight.data_ptr()
+    int8 = module.__dict__.get("state")
+    if int8 is not None:
+        codes, largest = int8.CB, int8.SCB
+        if largest is None:
+            largest = getattr(weight, "SCB", None)
+        return (weight, codes, largest), (address, int8.has_fp16_weights, *_versions(largest))
+    state: Any = weight.__dict__.get("quant_state")
+    if state is None:
+        state = module.__dict__.get("quant_state")
+    if state is None:
+        return (weight, None), (address,)
+    packed = state.__dict__.get("packing_format_for_cpu", False)
+    if not state.nested:
+        return (weight, state, state.absmax, state.code), (address, packed, *_versions(state.absmax, state.code))
+    outer = state.state2
+    parts = (state.absmax, state.code, state.offset, outer.absmax, outer.code)
+    return (weight, state, outer, *parts), (address, packed, *_versions(*parts))
+
+
+def _versions(*tensors: Tensor | None) -> list[int]:
+    return [-1 if t is None or t.is_inference() else t._version for t in tensors]
