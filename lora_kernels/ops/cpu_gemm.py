@@ -147,8 +147,8 @@ def _streamed(dy: Tensor, w: Tensor) -> Tensor:
     """By the kernel of dA, pᵀ x with W in the place of x: a row of W is widened in the cache, for
     all tokens."""
     out = dy.new_empty(dy.shape[0], w.shape[1], dtype=torch.float32)
-    w = held(w) if len(dy) > CHUNK else w
+    rows = held(w) if len(dy) > CHUNK else w
     for t in range(0, dy.shape[0], CHUNK):
         part = dy[t : t + CHUNK].float().T.contiguous()  # [out, tokens]
-        _cpu.outer(w, out[t : t + CHUNK], None, part, None, torch.get_num_threads())
+        _cpu.outer(rows, out[t : t + CHUNK], None, part, None, torch.get_num_threads())
     return out

@@ -13,8 +13,8 @@ import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from torch import Tensor, nn
 
-from lora_kernels.integrations.peft.linear import PLAIN, count_fallback, kept_weights, run_fused
-from lora_kernels.integrations.peft.state import READERS
+from lora_kernels.integrations.peft.linear import count_fallback, kept_weights, run_fused
+from lora_kernels.integrations.peft.state import PLAIN, READERS
 from lora_kernels.nn.kept_weight import KeptWeight
 from lora_kernels.nn.quantised import quantised_weight
 from lora_kernels.ops import QuantisedWeight

@@ -49,7 +49,6 @@ from lora_kernels.ops.triton_quantised import Quantised, dequantise_rows
 from lora_kernels.ops.triton_skinny import Side, both_sides, outer_product, precision, shrink, strides
 from lora_kernels.ops.triton_tma import loads_by_tma, tensor_map, tensor_maps
 
-
 WARPS = 1024  # that programs which share a tile's depth come to, of all tiles
 
 
