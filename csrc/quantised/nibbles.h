@@ -48,8 +48,8 @@ LK_INLINE void found(const Values<float>& values, __m256i places, float* to) {
 #endif
 
 // `count` values of bytes that hold two numbers each, from the first of them
-template <typename T>
-LK_INLINE void look_up(const Values<T>& values, bool low_first, const uint8_t* codes, int64_t count, T* to) {
+template <bool LOW_FIRST, typename T>
+LK_INLINE void look_up(const Values<T>& values, const uint8_t* codes, int64_t count, T* to) {
   int64_t i = 0;
 #if LK_VL == 16
   const __m512i table = in_register(values);
@@ -59,33 +59,32 @@ LK_INLINE void look_up(const Values<T>& values, bool low_first, const uint8_t* c
     const __m512i lane = _mm512_inserti64x4(_mm512_set1_epi8(0), _mm256_set1_epi8(8), 1);
     const __m512i half = _mm512_mask_blend_epi64(0xcc, _mm512_setzero_si512(), _mm512_set1_epi8(4));
     const __m512i bytes = _mm512_add_epi8(_mm512_broadcast_i32x4(twice), _mm512_add_epi8(lane, half));
-    const __m512i shifts = _mm512_set1_epi32(low_first ? 4 << 16 : 4);
+    const __m512i shifts = _mm512_set1_epi32(LOW_FIRST ? 4 << 16 : 4);
     for (; i + 32 <= count; i += 32) {
       const __m128i loaded = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i / 2));
       const __m512i spread = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(loaded), bytes);
       _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(_mm512_srlv_epi16(spread, shifts), table));
     }
   } else {
-    const __m128i down = _mm_cvtsi32_si128(low_first ? 0 : 4), up = _mm_cvtsi32_si128(low_first ? 28 : 32);
     for (; i + 16 <= count; i += 16) {
       const __m128i loaded = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i / 2));
       const __m512i wide = _mm512_cvtepu8_epi64(loaded);
-      const __m512i places = _mm512_or_si512(_mm512_srl_epi64(wide, down), _mm512_sll_epi64(wide, up));
+      const __m512i first = LOW_FIRST ? wide : _mm512_srli_epi64(wide, 4);
+      const __m512i places = _mm512_or_si512(first, _mm512_slli_epi64(wide, LOW_FIRST ? 28 : 32));
       _mm512_storeu_ps(to + i, _mm512_permutexvar_ps(places, _mm512_castsi512_ps(table)));
     }
   }
 #elif LK_VL == 8
   if constexpr (sizeof(T) == 2) {
     const Halves halves = in_registers(values);
-    const __m128i mask = _mm_set1_epi8(15), shift = _mm_cvtsi32_si128(low_first ? 0 : 4);
-    const __m128i other = _mm_cvtsi32_si128(low_first ? 4 : 0);
+    const __m128i mask = _mm_set1_epi8(15);
     for (; i + 16 <= count; i += 16) {
       const __m128i loaded = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i / 2));
-      const __m128i first = _mm_and_si128(_mm_srl_epi16(loaded, shift), mask);
-      found(halves, _mm_unpacklo_epi8(first, _mm_and_si128(_mm_srl_epi16(loaded, other), mask)), to + i);
+      const __m128i high = _mm_and_si128(_mm_srli_epi16(loaded, 4), mask), low = _mm_and_si128(loaded, mask);
+      found(halves, LOW_FIRST ? _mm_unpacklo_epi8(low, high) : _mm_unpacklo_epi8(high, low), to + i);
     }
   } else {
-    const __m256i swap = _mm256_set1_epi32(low_first ? 4 : 0);
+    const __m256i swap = _mm256_set1_epi32(LOW_FIRST ? 4 : 0);
     const __m256i shifts = _mm256_xor_si256(_mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24), swap);
     for (; i + 8 <= count; i += 8) {
       int32_t loaded;
@@ -94,7 +93,7 @@ LK_INLINE void look_up(const Values<T>& values, bool low_first, const uint8_t* c
     }
   }
 #endif
-  for (; i < count; i++) to[i] = values.of[(i % 2 != 0) == low_first ? codes[i / 2] >> 4 : codes[i / 2] & 15];
+  for (; i < count; i++) to[i] = values.of[(i % 2 != 0) == LOW_FIRST ? codes[i / 2] >> 4 : codes[i / 2] & 15];
 }
 
 // `count` values of one half of a byte each, that at bit `shift`

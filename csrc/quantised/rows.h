@@ -72,9 +72,15 @@ typedef int32_t ivec __attribute__((vector_size(VL * 4)));
 typedef uint8_t bytes __attribute__((vector_size(VL)));
 
 LK_INLINE vec load_int8(const uint8_t* codes) {
+#if LK_VL == 16  // the compiler makes single conversions of a vector's
+  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+#elif LK_VL == 8
+  return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
+#else
   signed_bytes c;
   std::memcpy(&c, codes, sizeof c);
   return __builtin_convertvector(c, vec);
+#endif
 }
 
 // No step has a subnormal float32 as its operand: processors may be slow at them, or take them for zero.
@@ -122,26 +128,17 @@ LK_INLINE void convert(const Quantised& q, const Block& b, const uint8_t* codes,
   }
 }
 
-// numbers `at` to `at` + `count`, all of one block
+// numbers `at` to `at` + `count` of one block
+template <bool LOW_FIRST, typename T>
+LK_INLINE void pairs(const Quantised& q, const Values<T>& values, int64_t at, int64_t count, T* to) {
+  if (at % 2) *to++ = values.of[LOW_FIRST ? q.codes[at / 2] >> 4 : q.codes[at / 2] & 15], at++, count--;
+  if (count) look_up<LOW_FIRST>(values, q.codes + at / 2, count, to);
+}
 template <typename T>
-LK_INLINE void numbers(const Quantised& q, const Block& b, int64_t at, int64_t count, T* to) {
-  switch (q.code) {
-    case Code::int8: return convert(q, b, q.codes + at, count, to, load_int8);
-    case Code::e4m3: return convert(q, b, q.codes + at, count, to, load_float8<false>);
-    case Code::e5m2: return convert(q, b, q.codes + at, count, to, load_float8<true>);
-    case Code::nibbles: break;
-  }
-  Values<T> values;
-  values_of(q, b, values);
-  if (q.order == Order::halves) {
-    const int64_t half = q.numbers / 2, high = std::clamp<int64_t>(half - at, 0, count);
-    if (high) look_up_half(values, 4, q.codes + at, high, to);
-    if (high < count) look_up_half(values, 0, q.codes + (at + high - half), count - high, to + high);
-    return;
-  }
-  const bool low_first = q.order == Order::low_first;
-  if (at % 2) *to++ = values.of[low_first ? q.codes[at / 2] >> 4 : q.codes[at / 2] & 15], at++, count--;
-  if (count) look_up(values, low_first, q.codes + at / 2, count, to);
+LK_INLINE void halves(const Quantised& q, const Values<T>& values, int64_t at, int64_t count, T* to) {
+  const int64_t half = q.numbers / 2, high = std::clamp<int64_t>(half - at, 0, count);
+  if (high) look_up_half(values, 4, q.codes + at, high, to);
+  if (high < count) look_up_half(values, 0, q.codes + (at + high - half), count - high, to + high);
 }
 
 // asks for the codes of W[n, k : k + count]
@@ -153,15 +150,47 @@ LK_INLINE void ask_for(const Quantised& q, int64_t n, int64_t k, int64_t count) 
   for (int64_t i = at / in_byte; i < (at + count) / in_byte; i += 64) __builtin_prefetch(q.codes + i, 0, 2);
 }
 
-// W[n, k : k + count]; T is the type of W or float
-template <typename T>
-void dequantise_row(const Quantised& q, int64_t n, int64_t k, int64_t count, T* to) {
+// calls piece(block, at, count, to) for the numbers of each block in W[n, k : k + count]
+template <typename T, typename Piece>
+LK_INLINE void by_block(const Quantised& q, int64_t n, int64_t k, int64_t count, T* to, Piece piece) {
   const int64_t row = q.first + n, first = row * q.n_in + k, along = q.block_rows ? k : first;
   const int64_t before = q.block_rows ? row / q.block_rows * ((q.n_in + q.block - 1) / q.block) : 0;
   int64_t block = before + along / q.block, some = q.block - along % q.block;
   for (int64_t i = 0; i < count; i += some, some = q.block, block++) {
     some = std::min(some, count - i);
-    numbers(q, block_of(q, block), first + i, some, to + i);
+    piece(block_of(q, block), first + i, some, to + i);
+  }
+}
+
+// W[n, k : k + count]; T is the type of W or float
+template <typename T>
+void dequantise_row(const Quantised& q, int64_t n, int64_t k, int64_t count, T* to) {
+  const auto bytes = [&](auto load_codes) {
+    by_block(q, n, k, count, to, [&](const Block& b, int64_t at, int64_t some, T* piece) {
+      convert(q, b, q.codes + at, some, piece, load_codes);
+    });
+  };
+  const auto nibbles = [&](auto look) {
+    by_block(q, n, k, count, to, [&](const Block& b, int64_t at, int64_t some, T* piece) {
+      Values<T> values;
+      values_of(q, b, values);
+      look(values, at, some, piece);
+    });
+  };
+  switch (q.code) {
+    case Code::int8: return bytes([](const uint8_t* c) { return load_int8(c); });
+    case Code::e4m3: return bytes([](const uint8_t* c) { return load_float8<false>(c); });
+    case Code::e5m2: return bytes([](const uint8_t* c) { return load_float8<true>(c); });
+    case Code::nibbles: break;
+  }
+  using Of = const Values<T>&;
+  switch (q.order) {
+    case Order::high_first:
+      return nibbles([&](Of v, int64_t at, int64_t some, T* piece) { pairs<false>(q, v, at, some, piece); });
+    case Order::low_first:
+      return nibbles([&](Of v, int64_t at, int64_t some, T* piece) { pairs<true>(q, v, at, some, piece); });
+    case Order::halves:
+      return nibbles([&](Of v, int64_t at, int64_t some, T* piece) { halves(q, v, at, some, piece); });
   }
 }
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.ops.launch import ceil_div, launch_triton, refuse_device
-from lora_kernels.ops.quantised.weight import DTYPES, NIBBLES
+from lora_kernels.ops.quantised.weight import DTYPES, NIBBLES, beyond_blocks
 from lora_kernels.ops.refusals import READ
 from lora_kernels.ops.tables.tiles import tile
 
@@ -65,6 +65,9 @@ class Quantised(NamedTuple):
         """Why the kernels do not read it."""
         if self.dtype not in READ:
             return f"w is {self.dtype}; the kernels read float32, bfloat16 and float16"
+        beyond = beyond_blocks(self.layout)
+        if beyond:
+            return f"w has {beyond}, which the kernels here do not read"
         for tensor in (self.codes, *self.parts):
             if not tensor.is_contiguous() or tensor.is_neg():
                 return "a part of the quantised w has gaps or is a negated view; contiguous() and resolve_neg() mend that"
