@@ -18,12 +18,7 @@ LK_INLINE float apart(float v) {
 
 LK_INLINE float scale_of(const Quantised& q, int64_t block) {
   if (q.scales) return q.scales[block];
-  if (q.exponents) {
-    const uint32_t e = q.exponents[block], bits = e == 255 ? 0x7fc00000 : e ? e << 23 : 0x00400000;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    return scale;
-  }
+  if (q.exponents) return power(q.exponents[block]);
   return apart(q.outer_table[q.inner[block]] * q.outer[block / q.outer_block]) + *q.offset;
 }
 

@@ -7,20 +7,33 @@
 #include "../common/vec.h"
 #include "params.h"
 
-#if LK_VL == 16
 namespace lk::LK_LEVEL {
 
+// 2^(exponent - 127); 255 is no number
+LK_INLINE float power(uint32_t exponent) {
+  const uint32_t bits = exponent == 255 ? 0x7fc00000 : exponent ? exponent << 23 : 0x00400000;
+  float p;
+  std::memcpy(&p, &bits, 4);
+  return p;
+}
+
+#if LK_VL == 16
 constexpr int64_t STEP = 32, MOST_SCALES = 64;
 
-// whether rows are whole steps, each of one scale
+// whether rows are whole steps, each of one scale, without zeros
 LK_INLINE bool in_steps(const Quantised& q) {
-  return q.code != Code::e4m3 && q.block % STEP == 0 && q.n_in % STEP == 0;
+  const bool codes = q.code == Code::int8 || (q.code == Code::nibbles && q.order != Order::halves);
+  return codes && !q.zeros && !q.block_rows && q.block % STEP == 0 && q.n_in % STEP == 0;
 }
 
 // the scales of `count` blocks
 LK_INLINE void scales_of(const Quantised& q, int64_t first, int64_t count, float* to) {
   if (q.scales) {
     std::copy(q.scales + first, q.scales + first + count, to);
+    return;
+  }
+  if (q.exponents) {
+    for (int64_t i = 0; i < count; i++) to[i] = power(q.exponents[first + i]);
     return;
   }
   for (int64_t i = 0; i < count;) {
@@ -56,17 +69,20 @@ LK_INLINE __m512i rounded_once(DType type, __m512 v) {
   }
 }
 
-// 4-bit codes, that in the high half of a byte first
+// 4-bit codes, two in a byte
 struct Nibbles {
   __m512 table;
-  __m512i bytes, high;
+  __m512i bytes, shifts, pairs;
   LK_INLINE explicit Nibbles(const Quantised& q) : table(_mm512_loadu_ps(q.table)) {
-    // each byte twice, side by side; the first of the two is shifted to its high half
+    // each byte twice, side by side; that of the number in the high half is shifted
     const __m128i twice = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     const __m512i lane = _mm512_inserti64x4(_mm512_set1_epi8(0), _mm256_set1_epi8(8), 1);
     const __m512i half = _mm512_mask_blend_epi64(0xcc, _mm512_setzero_si512(), _mm512_set1_epi8(4));
     bytes = _mm512_add_epi8(_mm512_broadcast_i32x4(twice), _mm512_add_epi8(lane, half));
-    high = _mm512_set1_epi32(4);
+    const bool low_first = q.order == Order::low_first;
+    shifts = _mm512_set1_epi32(low_first ? 4 << 16 : 4);
+    const __m512i high_first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    pairs = _mm512_xor_si512(high_first, _mm512_set1_epi32(low_first ? 16 : 0));
   }
   static constexpr int64_t BYTES = STEP / 2;
   using Scale = __m512i;  // the values of a block
@@ -78,7 +94,7 @@ struct Nibbles {
   LK_INLINE __m512i step(const uint8_t* codes, Scale values) const {
     const __m128i loaded = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
     const __m512i spread = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(loaded), bytes);
-    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(spread, high), values);
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(spread, shifts), values);
   }
   template <typename T>
   LK_INLINE void step(const Quantised&, const uint8_t* codes, Scale values, T* to) const {
@@ -88,10 +104,9 @@ struct Nibbles {
     } else {
       const __m512 of = _mm512_castsi512_ps(values);
       const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-      const __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), of), odd = _mm512_permutexvar_ps(wide, of);
-      const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, first, odd));
-      _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(even, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd));
+      const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), of), low = _mm512_permutexvar_ps(wide, of);
+      _mm512_storeu_ps(to, _mm512_permutex2var_ps(high, pairs, low));
+      _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(high, _mm512_add_epi32(pairs, _mm512_set1_epi32(8)), low));
     }
   }
 };
@@ -131,7 +146,8 @@ struct Int8 {
 };
 
 template <typename C, typename T>
-LK_INLINE void rows_in_steps(const Quantised& q, int64_t n, int64_t rows, int64_t k, int64_t count, T* to, int64_t row) {
+LK_INLINE void rows_in_steps(const Quantised& q, int64_t n, int64_t rows, int64_t k, int64_t count, T* to,
+                             int64_t row) {
   const C of(q);
   float scales[MOST_SCALES];
   for (int64_t j = 0; j < rows; j++) {
@@ -152,5 +168,6 @@ LK_INLINE void rows_in_steps(const Quantised& q, int64_t n, int64_t rows, int64_
   }
 }
 
-}  // namespace lk::LK_LEVEL
 #endif
+
+}  // namespace lk::LK_LEVEL
