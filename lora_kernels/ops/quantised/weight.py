@@ -171,7 +171,9 @@ class QuantisedWeight:
         scales, powers = self.scales, self.scales.dtype is POWERS
         tensors = (self.table, _bytes(scales) if powers else scales, self.outer_table, self.outer, self.offset, self.zeros)
         layout = [self.kind, *self.shape, DTYPES.index(self.dtype), self.block, self.outer_block]
-        more = [self.block_rows, self.order, int(powers), int(self.zeros is not None), int(self.zero_rounded)]
+        # pieces of one row that fill it are blocks across rows
+        block_rows = 0 if self.block_rows == 1 and self.shape[1] % self.block == 0 else self.block_rows
+        more = [block_rows, self.order, int(powers), int(self.zeros is not None), int(self.zero_rounded)]
         codes = _bytes(self.codes) if self.kind >= E4M3 else self.codes
         return codes, [t for t in tensors if t is not None], layout + more if any(more) else layout
 
