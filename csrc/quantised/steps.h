@@ -11,6 +11,7 @@
 namespace lk::LK_LEVEL {
 
 constexpr int64_t STEP = 32, MOST_SCALES = 64;
+constexpr int64_t AHEAD = 4096;  // numbers of a piece of rows after which its codes are asked for
 
 // whether rows are whole steps, each of one scale
 LK_INLINE bool in_steps(const Quantised& q) {
@@ -131,14 +132,17 @@ struct Int8 {
 };
 
 template <typename C, typename T>
-LK_INLINE void rows_in_steps(const Quantised& q, int64_t n, int64_t rows, int64_t k, int64_t count, T* to, int64_t row) {
+LK_INLINE void rows_in_steps(const Quantised& q, int64_t n, int64_t rows, int64_t k, int64_t count, T* to,
+                             int64_t row) {
   const C of(q);
   float scales[MOST_SCALES];
+  const int64_t bytes = count * C::BYTES / STEP, ahead = std::max<int64_t>(1, AHEAD / count) * q.n_in * C::BYTES / STEP;
   for (int64_t j = 0; j < rows; j++) {
     int64_t at = (q.first + n + j) * q.n_in + k;
     const int64_t end = at + count;
     T* next = to + j * row;
     const uint8_t* codes = q.codes + at * C::BYTES / STEP;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + ahead + i);
     for (int64_t block = at / q.block; at < end; block += MOST_SCALES) {
       const int64_t last = std::min(end, (block + MOST_SCALES) * q.block);
       scales_of(q, block, (last - 1) / q.block - block + 1, scales);
