@@ -303,9 +303,8 @@ void forward_small(const ForwardSmall& p) {
             run(
                 [&](int64_t n, int count) {
                   const int64_t first = q.first + n, row = p.n_in * C::BYTES / STEP;
-                  if (!q.scales) scales_of(q, first * blocks, count * blocks, scales);
-                  return Coded<C>{
-                      q, decoder, q.codes + first * row, row, q.scales ? q.scales + first * blocks : scales, blocks};
+                  const float* of = scales_of(q, -1, first * blocks, count * blocks, scales);
+                  return Coded<C>{q, decoder, q.codes + first * row, row, of, blocks};
                 },
                 y);
           };
