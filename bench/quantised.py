@@ -2,7 +2,7 @@
 
     ours       lora_linear over the packed weight; DoRA's norm anew in a step, kept in a forward
     peft       PEFT's layer over bitsandbytes' as a model in training has it
-    peft eval  the same in eval mode, where bitsandbytes packs 4-bit weights anew for some processors
+    peft eval  the same in eval mode, in which bitsandbytes packs 4-bit weights for some processors
     dense      our layer over the dequantised weight
     linear     nn.Linear over that, without an adapter
 

@@ -207,12 +207,14 @@ PYBIND11_MODULE(_cpu, m) {
                        dropout, mask_from, tokens, n_out, b.rows, threads};
     call.run([&] { chosen->expand(p); });
   });
-  m.def("outer", [](Matrix x, Matrix d, Matrix gain, Matrix p, Dropout dropout, int threads) {
-    const Call call("outer", double(x.rows) * double(x.cols) * double(p.cols), threads, {&x, &d, &gain, &p});
+  m.def("outer", [](Weight x, Matrix d, Matrix gain, Matrix p, Dropout dropout, int threads) {
+    Call call("outer", double(x.rows) * double(x.cols) * double(p.cols), threads, {&d, &gain, &p});
+    call.hold_weight(x);
+    if (x.quantised() && dropout.active()) throw py::value_error("outer: codes are not dropped");
     call.check(d, p.cols, x.cols, "d");
     call.check(gain, 1, x.cols, "gain");
     call.check(p, x.rows, p.cols, "p");
-    const lk::Outer params{x, d, gain, floats(p, "outer"), dropout, x.rows, x.cols, p.cols, threads};
+    const lk::Outer params{x, d, gain, floats(p, "outer"), dropout, x.rows, x.cols, p.cols, threads, x.packed()};
     call.run([&] { chosen->outer(params); });
   });
   m.def("column_sums", [](Matrix u, Matrix v, Matrix sums, int threads) {

@@ -83,10 +83,10 @@ void tile_of(int64_t count, const Product& p, int64_t first) {
   if constexpr (O > 1) tile_of<V, O - 1>(count, p, first);
 }
 
-// `count` rows
-void multiply(int64_t vectors, int64_t count, const Product& p) {
+// rows first..last
+void multiply(int64_t vectors, int64_t first, int64_t last, const Product& p) {
   static constexpr void (*of[])(int64_t, const Product&, int64_t) = {tile_of<1>, tile_of<2>, tile_of<3>, tile_of<4>};
-  for (int64_t i = 0; i < count; i += rows_of(int(vectors))) of[vectors - 1](count - i, p, i);
+  for (int64_t i = first; i < last; i += rows_of(int(vectors))) of[vectors - 1](last - i, p, i);
 }
 
 // Groups of one to four vectors of tokens, as equal as can be.
@@ -144,7 +144,7 @@ void h_of(const Tiles& p, const Depth& d, const Packed& packed, int64_t t, int64
         const bf16* lanes = packed.a + (j * d.a_parts + c / d.x_parts * vectors * VL) * d.padded;
         product.also({rows, packed.rows.row, lanes, pairs, 0});
       }
-      multiply(vectors, last - first, product);
+      multiply(vectors, 0, last - first, product);
       for (int64_t r = first; r < last; r++) {
         for (int64_t l = 0; l < ranks; l += VL) {
           const vec h = p.scale * load(sums + (r - first) * vectors * VL + l);
@@ -187,12 +187,10 @@ void forward(const Tiles& p, const Depth& d, const Packed& x, const Groups& of, 
     const bf16* rows = w + k;
     int64_t row = p.w.row;
     if (p.packed || depth % 2) {
-      if (p.packed) dequantise_rows(*p.packed, n, count, k, depth, s.w, BLOCK);
       // the last pair would reach beyond the row
       for (int64_t i = 0; i < count && depth % 2; i++) {
-        bf16* to = s.w + i * BLOCK;
-        if (!p.packed) std::copy(rows + i * row, rows + i * row + depth, to);
-        to[depth] = bf16{0};
+        if (!p.packed) std::copy(rows + i * row, rows + i * row + depth, s.w + i * BLOCK);
+        s.w[i * BLOCK + depth] = bf16{0};
       }
       rows = s.w, row = BLOCK;
     }
@@ -212,7 +210,14 @@ void forward(const Tiles& p, const Depth& d, const Packed& x, const Groups& of, 
       for (int64_t part = 0; part < d.w_parts; part++) {
         product.also({rows, row, lanes + part * lane * padded, up(depth, 2) / 2, ahead});
       }
-      multiply(vectors, count, product);
+      // codes become numbers just before their first product, which hides how long they take to come
+      const bool widens = p.packed && g == mine.first;
+      const int64_t at_once = widens ? rows_of(int(vectors)) : count;
+      for (int64_t i = 0; i < count; i += at_once) {
+        const int64_t some = std::min(at_once, count - i);
+        if (widens) dequantise_rows(*p.packed, n + i, some, k, depth, s.w + i * BLOCK, BLOCK);
+        multiply(vectors, i, i + some, product);
+      }
     }
   }
   vectors_of(p, n, count, s);
@@ -253,7 +258,7 @@ void backward(const Tiles& p, const Depth& d, const Packed& x, Range mine, int64
     if (!p.dropout.active()) continue;
     Product product{{}, 0, s.sums + j, ROW, false};
     product.also({x.h + mine.first * d.more, d.more, panel, d.more / 2, 0});
-    multiply(4, tokens, product);
+    multiply(4, 0, tokens, product);
     for (int64_t i = 0; i < tokens; i++) {
       dropout_mask(p.dropout, t + mine.first + i, n + j, MAX_LANES, mask);
       float* row = s.sums + i * ROW + j;
@@ -289,7 +294,7 @@ void backward(const Tiles& p, const Depth& d, const Packed& x, Range mine, int64
           const bf16* rows = x.rows.data + part * x.rows.part + (mine.first + i) * x.rows.row + k;
           product.also({rows, x.rows.row, s.w + j * BLOCK, up(depth, 2) / 2, 0});
         }
-        multiply(4, std::min(STEP, tokens - i), product);
+        multiply(4, 0, std::min(STEP, tokens - i), product);
         for (call++; asked < next * call / calls; asked++) {
           if (p.packed) ask_for(*p.packed, k + BLOCK + asked, n, count);
           else prefetch(w + (k + BLOCK + asked) * p.w.row, count);

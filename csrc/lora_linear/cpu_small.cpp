@@ -46,6 +46,49 @@ struct Rows {
   int64_t row;
 };
 
+template <typename W, typename X, int N, int M>
+LK_INLINE void multiply(const Rows<W>& w, int64_t k, const X* x, int64_t x_row, int64_t count, vec (&acc)[N][M]) {
+  dot(w.at + k, w.row, x, x_row, count, acc);
+}
+
+#if defined(LK_PAIRS)
+constexpr int64_t DECODED = 4;  // tokens up to which codes are not worth a place in memory as numbers
+
+// Rows of codes, C how they are decoded; each row begins with a block.
+template <typename C>
+struct Coded {
+  const Quantised& q;
+  C decoder;
+  const uint8_t* codes;
+  int64_t row;
+  const float* scales;  // [rows, blocks]
+  int64_t blocks;
+};
+
+// numbers of W are in registers only, for a product with each token
+template <typename C, int N, int M>
+LK_INLINE void multiply(const Coded<C>& w, int64_t k, const bf16* x, int64_t x_row, int64_t count, vec (&acc)[N][M]) {
+  const int64_t end = k + count;
+  const uint8_t* codes = w.codes + k * C::BYTES / STEP;
+  for (int64_t block = k / w.q.block; k < end; block++) {
+    typename C::Scale by[N];
+    LK_UNROLL for (int j = 0; j < N; j++) {
+      by[j] = w.decoder.template scale<bf16>(w.q, w.scales[j * w.blocks + block]);
+      __builtin_prefetch(codes + (N + j) * w.row);
+    }
+    for (const int64_t until = std::min((block + 1) * w.q.block, end); k < until; k += STEP) {
+      __m512bh row[N];
+      LK_UNROLL for (int j = 0; j < N; j++) row[j] = (__m512bh)w.decoder.step(codes + j * w.row, by[j]);
+      LK_UNROLL for (int m = 0; m < M; m++) {
+        const auto v = (__m512bh)_mm512_loadu_si512(x + m * x_row);
+        LK_UNROLL for (int j = 0; j < N; j++) acc[j][m] = (vec)_mm512_dpbf16_ps((__m512)acc[j][m], row[j], v);
+      }
+      codes += C::BYTES, x += STEP;
+    }
+  }
+}
+#endif
+
 // x as bf16
 void copy_rows(const ForwardSmall& p, const bf16* x, const Scratch& s, int64_t first, int64_t last) {
   for (int64_t t = first; t < last; t++) {
@@ -119,7 +162,7 @@ void shrink_pairs(const ForwardSmall& p, const bf16* a, const Scratch& s, int64_
 // NROWS outputs of W for every token; b is [NROWS, h_row]. partial, [tokens, NROWS], holds sums
 // between two blocks as vectors, to be added up once at the end; sums is [NROWS, tokens].
 template <int NROWS, typename W, typename X, typename Y>
-LK_INLINE void outputs(const ForwardSmall& p, const Rows<W>& w, const X* x, int64_t x_row, const Scratch& s, const float* b,
+LK_INLINE void outputs(const ForwardSmall& p, const W& w, const X* x, int64_t x_row, const Scratch& s, const float* b,
                        vec* partial, float* sums, Y* y, int64_t n) {
   const int groups = int((p.tokens + MR - 1) / MR);
   const int64_t block = block_k<X>(p.tokens);
@@ -136,7 +179,7 @@ LK_INLINE void outputs(const ForwardSmall& p, const Rows<W>& w, const X* x, int6
             LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
                 acc[j][i] = kept[i * NROWS + j];
           }
-          dot(w.at + k, w.row, x + t * x_row + k, x_row, count, acc);
+          multiply(w, k, x + t * x_row + k, x_row, count, acc);
           if (!last) {
             LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
                 kept[i * NROWS + j] = acc[j][i];
@@ -250,11 +293,31 @@ void forward_small(const ForwardSmall& p) {
       if constexpr (taken<T>) {
         auto* y = static_cast<T*>(p.y.data);
         if (!p.packed) return run([&](int64_t n, int) { return Rows<T>{w + n * p.w.row, p.w.row}; }, y);
+#if defined(LK_PAIRS)
+        const Quantised& q = *p.packed;
+        if (p.tokens <= DECODED && in_steps(q) && p.n_in % q.block == 0) {
+          const int64_t blocks = p.n_in / q.block;
+          float* scales = wide_w + thread * of_w;
+          const auto coded = [&](auto decoder) {
+            using C = decltype(decoder);
+            run(
+                [&](int64_t n, int count) {
+                  const int64_t first = q.first + n, row = p.n_in * C::BYTES / STEP;
+                  const float* of = scales_of(q, -1, first * blocks, count * blocks, scales);
+                  return Coded<C>{q, decoder, q.codes + first * row, row, of, blocks};
+                },
+                y);
+          };
+          return q.code == Code::nibbles ? coded(Nibbles(q)) : coded(Int8(q));
+        }
+#endif
         auto* to = reinterpret_cast<Wide*>(wide_w + thread * of_w);
-        run([&](int64_t n, int count) {
-          dequantise_rows(*p.packed, n, count, 0, p.n_in, to, w_row);
-          return Rows<Wide>{to, w_row};
-        }, y);
+        run(
+            [&](int64_t n, int count) {
+              dequantise_rows(*p.packed, n, count, 0, p.n_in, to, w_row);
+              return Rows<Wide>{to, w_row};
+            },
+            y);
       }
     });
   }

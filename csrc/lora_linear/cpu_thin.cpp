@@ -7,6 +7,7 @@
 
 #include "../common/dot.h"
 #include "../common/philox.h"
+#include "../quantised/rows.h"
 #include "params.h"
 
 namespace lk::LK_LEVEL {
@@ -270,7 +271,9 @@ void outer(const Outer& p) {
           const float* rows = x_tile;
           int64_t rows_row = COLUMNS;
           // read once, and not again for more ranks: rows a power of two apart share a cache set
-          if (std::is_same_v<T, float> && !p.dropout.active() && width == COLUMNS && p.rank <= CR) {
+          if (p.packed) {
+            dequantise_rows(*p.packed, t, tokens, k, width, x_tile, COLUMNS);
+          } else if (std::is_same_v<T, float> && !p.dropout.active() && width == COLUMNS && p.rank <= CR) {
             rows = reinterpret_cast<const float*>(x) + t * p.x.row + k;
             rows_row = p.x.row;
           } else {

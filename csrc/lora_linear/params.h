@@ -59,6 +59,7 @@ struct Outer {
   Dropout dropout;
   int64_t tokens, n_in, rank;
   int threads;
+  const Quantised* packed = nullptr;  // x, in the place of its numbers; without dropout
 };
 
 // sums[n] = Σ over tokens of u[t, n] · v[t, n], or of u[t, n] where v has no data; v has the type

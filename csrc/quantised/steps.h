@@ -19,6 +19,7 @@ LK_INLINE float power(uint32_t exponent) {
 
 #if LK_VL == 16
 constexpr int64_t STEP = 32, MOST_SCALES = 64;
+constexpr int64_t AHEAD = 4096;  // numbers of a piece of rows after which its codes are asked for
 
 // whether rows are whole steps, each of one scale, without zeros
 LK_INLINE bool in_steps(const Quantised& q) {
@@ -26,24 +27,24 @@ LK_INLINE bool in_steps(const Quantised& q) {
   return codes && !q.zeros && !q.block_rows && q.block % STEP == 0 && q.n_in % STEP == 0;
 }
 
-// the scales of `count` blocks
-LK_INLINE void scales_of(const Quantised& q, int64_t first, int64_t count, float* to) {
-  if (q.scales) {
-    std::copy(q.scales + first, q.scales + first + count, to);
-    return;
-  }
+// the scales of `count` blocks, or where they lie; `shift` is that of a division by outer_block, or -1
+LK_INLINE const float* scales_of(const Quantised& q, int shift, int64_t first, int64_t count, float* to) {
+  if (q.scales) return q.scales + first;
   if (q.exponents) {
     for (int64_t i = 0; i < count; i++) to[i] = power(q.exponents[first + i]);
-    return;
+    return to;
   }
   for (int64_t i = 0; i < count;) {
-    const int64_t outer = (first + i) / q.outer_block, last = std::min(count, (outer + 1) * q.outer_block - first);
+    const int64_t outer = shift < 0 ? (first + i) / q.outer_block : (first + i) >> shift;
+    const int64_t last = std::min(count, (outer + 1) * q.outer_block - first);
     const float by = q.outer[outer];
     for (; i < last; i++) to[i] = q.outer_table[q.inner[first + i]] * by;
   }
   asm volatile("" ::: "memory");  // not fused with the multiplication
   for (int64_t i = 0; i < count; i++) to[i] += *q.offset;
+  return to;
 }
+LK_INLINE int shift_of(int64_t by) { return by & (by - 1) ? -1 : __builtin_ctzll(uint64_t(by)); }
 
 #if defined(__AVX512BF16__)
 // what enters a product as zero there, below 2⁻¹²⁶, is zero here
@@ -149,19 +150,25 @@ template <typename C, typename T>
 LK_INLINE void rows_in_steps(const Quantised& q, int64_t n, int64_t rows, int64_t k, int64_t count, T* to,
                              int64_t row) {
   const C of(q);
-  float scales[MOST_SCALES];
-  for (int64_t j = 0; j < rows; j++) {
-    int64_t at = (q.first + n + j) * q.n_in + k;
+  float kept[MOST_SCALES];
+  const int shift = shift_of(q.outer_block);
+  const int64_t bytes = count * C::BYTES / STEP, ahead = std::max<int64_t>(1, AHEAD / count) * q.n_in * C::BYTES / STEP;
+  // a division takes as long as a block: rows that begin with one need no more than the first
+  const int64_t per_row = q.n_in % q.block ? 0 : q.n_in / q.block;
+  int64_t at = (q.first + n) * q.n_in + k, block = at / q.block, blocks = (at + count - 1) / q.block - block + 1;
+  for (int64_t j = 0; j < rows; j++, at += q.n_in - count, block += per_row) {
     const int64_t end = at + count;
+    if (j && !per_row) block = at / q.block, blocks = (end - 1) / q.block - block + 1;
     T* next = to + j * row;
     const uint8_t* codes = q.codes + at * C::BYTES / STEP;
-    for (int64_t block = at / q.block; at < end; block += MOST_SCALES) {
-      const int64_t last = std::min(end, (block + MOST_SCALES) * q.block);
-      scales_of(q, block, (last - 1) / q.block - block + 1, scales);
-      int64_t stop = (block + 1) * q.block;
-      for (const float* scale = scales; at < last; scale++, stop += q.block) {
-        const auto by = of.template scale<T>(q, *scale);
-        for (const int64_t until = std::min(stop, last); at < until; at += STEP, codes += C::BYTES, next += STEP)
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + ahead + i);
+    int64_t stop = (block + 1) * q.block;
+    for (int64_t i = 0; i < blocks; i += MOST_SCALES) {
+      const int64_t some = std::min(MOST_SCALES, blocks - i);
+      const float* scales = scales_of(q, shift, block + i, some, kept);
+      for (int64_t b = 0; b < some; b++, stop += q.block) {
+        const auto by = of.template scale<T>(q, scales[b]);
+        for (const int64_t until = std::min(stop, end); at < until; at += STEP, codes += C::BYTES, next += STEP)
           of.step(q, codes, by, next);
       }
     }

@@ -128,7 +128,7 @@ def back_product(dy: Tensor, w: Tensor | Packed) -> Tensor:
     if on_tiles(dy, w):
         return product_back(dy, w)
     row = choice(w.dtype)
-    if isinstance(w, Tensor) and row.streamed_from <= dy.shape[0] <= row.streamed and w.stride(1) == 1:
+    if row.streamed_from <= dy.shape[0] <= row.streamed and w.stride(1) == 1:
         return _streamed(dy, w)
     if isinstance(w, Tensor) and w.dtype is torch.float32:
         return dy @ w
@@ -143,7 +143,7 @@ def back_product(dy: Tensor, w: Tensor | Packed) -> Tensor:
     return out
 
 
-def _streamed(dy: Tensor, w: Tensor) -> Tensor:
+def _streamed(dy: Tensor, w: Tensor | Packed) -> Tensor:
     """By the kernel of dA, pᵀ x with W in the place of x: a row of W is widened in the cache, for
     all tokens."""
     out = dy.new_empty(dy.shape[0], w.shape[1], dtype=torch.float32)
