@@ -192,8 +192,9 @@ PYBIND11_MODULE(_cpu, m) {
         call.check(bias, 1, n_out, "bias");
         call.check(gain, 1, n_out, "gain");
         call.check(h, tokens, rank, "h");
-        const lk::ForwardSmall p{x,     w,       a,      b,    y,     z,    bias,   gain, floats(h, "forward_small"),
-                                 scale, dropout, tokens, n_in, n_out, rank, threads, w.packed()};
+        const lk::ForwardSmall p{
+            x,     w,       a,      b,    y,     z,    bias,    gain,      floats(h, "forward_small"),
+            scale, dropout, tokens, n_in, n_out, rank, threads, w.packed()};
         call.run([&] { chosen->forward_small(p); });
         return true;
       },
@@ -278,7 +279,7 @@ PYBIND11_MODULE(_cpu, m) {
     call.check(bias, 1, n_out, "bias");
     call.check(gain, 1, back ? n_in : n_out, "gain");
     call.check(h, tokens, rank, "h");
-    const lk::Tiles p{x,     w,       a,    b,      y,    z,     bias, gain,   floats(h, "tiles"),
+    const lk::Tiles p{x,     w,       a,    b,      y,    z,     bias, gain,    floats(h, "tiles"),
                       scale, dropout, back, tokens, n_in, n_out, rank, threads, w.packed()};
     call.run([&] { chosen->tiles(p); });
   });
