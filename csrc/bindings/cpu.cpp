@@ -251,7 +251,7 @@ PYBIND11_MODULE(_cpu, m) {
     call.check(bias, 1, n_out, "bias");
     call.check(gain, 1, back ? n_in : n_out, "gain");
     call.check(h, tokens, rank, "h");
-    const lk::Tiles p{x,     w,       a,    b,      y,    z,     bias, gain,   floats(h, "tiles"),
+    const lk::Tiles p{x,     w,       a,    b,      y,    z,     bias, gain,    floats(h, "tiles"),
                       scale, dropout, back, tokens, n_in, n_out, rank, threads, w.packed()};
     call.run([&] { chosen->tiles(p); });
   });

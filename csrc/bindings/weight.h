@@ -2,14 +2,16 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
+#include <tuple>
 
 #include "../quantised/params.h"
 #include "tensor.h"
 
 namespace lk {
 
-// In Python a tensor, None, or a tuple (codes, parts, layout, first, rows) of ops/cpu_quantised.py:
+// In Python a tensor or a tuple (codes, parts, layout, first, rows) of ops/cpu_quantised.py:
 // `parts` and `layout` as QuantisedWeight.fields() gives them, and which rows.
 struct Weight : Matrix {
   static constexpr int MOST = 7;
@@ -33,7 +35,12 @@ struct Weight : Matrix {
     int64_t numbers[LAYOUT] = {};
     for (size_t i = 0; i < given_numbers; i++) numbers[i] = layout[i].cast<int64_t>();
     tuple = from, count = 0;
-    const int64_t elements = numbers[1] * numbers[2];
+    const auto small = [](int64_t n) { return n >= 0 && n >> 62 == 0; };  // no sum of two overflows
+    int64_t elements = 0;
+    if (!std::all_of(numbers, numbers + LAYOUT, small) || __builtin_mul_overflow(numbers[1], numbers[2], &elements) ||
+        !small(elements)) {
+      throw py::value_error("a quantised w: its layout has a number below 0 or beyond any memory");
+    }
     codes.code = Code(numbers[0]), codes.n_in = numbers[2], codes.type = DType(numbers[3]);
     codes.block = numbers[4], codes.outer_block = numbers[5];
     codes.block_rows = numbers[6], codes.order = Order(numbers[7]), codes.numbers = elements;
@@ -42,7 +49,7 @@ struct Weight : Matrix {
     if (numbers[0] < 0 || numbers[0] > 3 || numbers[3] < 0 || numbers[3] > 2 || codes.block < 1 ||
         codes.outer_block < 1 || codes.block_rows < 0 || numbers[7] < 0 || numbers[7] > 2 ||
         (codes.order == Order::halves && elements % 2) || codes.first < 0 || rows < 0 ||
-        codes.first + rows > numbers[1]) {
+        rows > numbers[1] - codes.first) {
       throw py::value_error("a quantised w: its layout is not one that the kernels read");
     }
     const bool nibbles = codes.code == Code::nibbles, zeros = numbers[9], exponents = numbers[8];
@@ -118,7 +125,7 @@ struct type_caster<lk::Weight> {
   bool load(handle source, bool) {
     if (PyTuple_Check(source.ptr()) && PyTuple_GET_SIZE(source.ptr()) == 5) {
       value.read(source.ptr());
-    } else if (!source.is_none()) {
+    } else {
       static_cast<lk::Matrix&>(value) = lk::reader.matrix(source.ptr());
     }
     return true;

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lora_kernels import _cpu, lora_linear, multi_lora, weight_norm
+from lora_kernels.ops.cpu_quantised import Packed
 from lora_kernels.ops.multi_lora import BatchPlan
 from tests.ops import multi
 from tests.ops.quantised import make_quantised
@@ -117,6 +118,30 @@ def test_codes_are_replaced_while_a_norm_is_taken(quick_switches):
     w, (_, a, b) = make_quantised("nested", 1024, 512, 64), factors(1024, 512, 16, torch.float32)
     expected = weight_norm(w, a, b, 0.5)
     assert wrong(replacing(parts_of(w), lambda: weight_norm(w, a, b, 0.5)), expected) == 0
+
+
+def test_scales_are_replaced_between_two_looks_at_them():
+    """Once their address is read, and before their storage is held."""
+    w, changes = make_quantised("nibbles", 1024, 1024, 64), []
+
+    class Codes(torch.Tensor):
+        def untyped_storage(self):
+            while changes:
+                changes.pop()()
+            with torch._C.DisableTorchFunctionSubclass():
+                return super().untyped_storage()
+
+    def change():
+        old = w.scales.data
+        w.scales.data = old * 2
+        old.fill_(float("nan"))
+
+    codes, parts, layout = w.fields()
+    expected, found = 2 * w.dequantise(), torch.empty(1024, 1024)
+    changes.append(change)
+    _cpu.dequantise(Packed.of(codes.as_subclass(Codes), parts, layout), found, 1)
+    assert not changes
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["dense", "nested"])

@@ -14,7 +14,7 @@ def dequantised(w):
         flat = w.table[torch.stack(pair, 0 if w.order == HALVES else 1).reshape(-1)[:numbers].long()]
     scales = w.scales.float()
     if w.outer is not None:
-        outer = w.outer.repeat_interleave(w.outer_block)[: scales.numel()]
+        outer = w.outer.repeat_interleave(min(w.outer_block, scales.numel()))[: scales.numel()]
         scales = w.outer_table[w.scales.reshape(-1).long()] * outer + w.offset
     value = flat.float()
     if w.zeros is not None:
@@ -26,6 +26,8 @@ def dequantised(w):
 def _spread(w, of_blocks):
     """A number of each block for each number of W."""
     if not w.block_rows:
-        return of_blocks.reshape(-1).repeat_interleave(w.block)[: w.numel()]
-    across = of_blocks.reshape(-1, -(-w.shape[1] // w.block)).repeat_interleave(w.block, 1)[:, : w.shape[1]]
-    return across.repeat_interleave(w.block_rows, 0)[: w.shape[0]].reshape(-1)
+        return of_blocks.reshape(-1).repeat_interleave(min(w.block, w.numel()))[: w.numel()]
+    n_out, n_in = w.shape
+    tiles = of_blocks.reshape(-(-n_out // w.block_rows), -(-n_in // w.block))
+    across = tiles.repeat_interleave(min(w.block, n_in), 1)[:, :n_in]
+    return across.repeat_interleave(min(w.block_rows, n_out), 0)[:n_out].reshape(-1)

@@ -79,7 +79,7 @@ class QuantisedWeight:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", torch.Size(self.shape))
-        if len(self.shape) != 2:
+        if len(self.shape) != 2 or min(self.shape) < 0:
             raise ValueError(f"QuantisedWeight: shape must be [out, in], found {list(self.shape)}")
         if self.codes.dtype not in _CODES:
             raise TypeError(
@@ -117,6 +117,12 @@ class QuantisedWeight:
                 raise ValueError(f"QuantisedWeight: {name} must be {size} numbers without gaps, found {tensor.numel()}{where}")
             if tensor.device != self.codes.device:
                 raise ValueError(f"QuantisedWeight: {name} must be on {self.codes.device} (codes), found {tensor.device}")
+            if tensor.requires_grad:
+                object.__setattr__(self, name, tensor.detach())
+        for name in ("table", "outer_table", "offset"):
+            if name not in wanted and getattr(self, name) is not None:
+                where = "codes of 4 bits" if name == "table" else "outer"
+                raise ValueError(f"QuantisedWeight: {name} must be None without {where}")
 
     @property
     def kind(self) -> int:
