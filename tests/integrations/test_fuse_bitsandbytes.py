@@ -205,20 +205,30 @@ def _edits(base):
     if state is None:
         owner = weight if base.state.SCB is None else base.state
         yield "SCB", lambda: owner.SCB.mul_(2)
-        yield "another SCB", lambda: setattr(owner, "SCB", owner.SCB * 2)
+        yield "another SCB", lambda: setattr(owner, "SCB", _another(owner.SCB))
         return
     yield "codes by data", lambda: setattr(weight, "data", weight.data.flip(0))
     yield "absmax", lambda: state.absmax.copy_(state.absmax.flip(0))
-    yield "another absmax", lambda: setattr(state, "absmax", state.absmax.flip(0))
+    yield "another absmax", lambda: setattr(state, "absmax", _another(state.absmax))
     if state.nested:
         yield "nested absmax", lambda: state.state2.absmax.mul_(2)
+        yield "another nested absmax", lambda: setattr(state.state2, "absmax", _another(state.state2.absmax))
         yield "offset", lambda: state.offset.add_(0.5)
     yield "another state", lambda: setattr(weight, "quant_state", _doubled(state))
 
 
+def _another(tensor):
+    """Other numbers of the same version."""
+    other = tensor.flip(0) * 2
+    while other._version < tensor._version:
+        other.add_(0)
+    return other
+
+
 def _doubled(state):
     state = copy.deepcopy(state)
-    (state.state2 if state.nested else state).absmax.mul_(2)
+    scales = state.state2 if state.nested else state
+    scales.absmax = _another(scales.absmax)
     return state
 
 
