@@ -12,7 +12,7 @@ from lora_kernels import fuse
 from tests.integrations.fuse_helpers import VOCABULARY, fused_copy, gradients, losses, tokens
 
 pytest.importorskip("bitsandbytes")
-from tests.integrations.bitsandbytes_helpers import inputs, model  # noqa: E402
+from tests.integrations.bitsandbytes_helpers import inputs, model
 
 F32, BF16 = torch.float32, torch.bfloat16
 
