@@ -32,6 +32,9 @@ def fuse(model: nn.Module, *, strict: bool = False, groups: bool = True) -> Fuse
     aLoRA's tokens have theirs from the invocation on. The output has PEFT's dtype; dropout masks
     are drawn by us.
 
+    On the CPU so does PEFT's layer over a 4-bit or 8-bit linear layer of bitsandbytes, in the
+    base's compute dtype; W is read as codes, and of 8 bits x is not rounded.
+
     PEFT's Embedding and Conv1d, Conv2d, Conv3d become such subclasses, too. They run on torch's ops
     with fewer passes over the output, and keep DoRA's norm as the linear layers do. A LoRA head
     over `trainable_token_indices` runs without the copy of W. PEFT's MultiheadAttention is left.

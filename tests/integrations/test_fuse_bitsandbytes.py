@@ -7,6 +7,7 @@ import weakref
 import peft
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
 from lora_kernels import explain, fuse, refresh, unfuse, warm_up
@@ -205,20 +206,30 @@ def _edits(base):
     if state is None:
         owner = weight if base.state.SCB is None else base.state
         yield "SCB", lambda: owner.SCB.mul_(2)
-        yield "another SCB", lambda: setattr(owner, "SCB", owner.SCB * 2)
+        yield "another SCB", lambda: setattr(owner, "SCB", _another(owner.SCB))
         return
     yield "codes by data", lambda: setattr(weight, "data", weight.data.flip(0))
     yield "absmax", lambda: state.absmax.copy_(state.absmax.flip(0))
-    yield "another absmax", lambda: setattr(state, "absmax", state.absmax.flip(0))
+    yield "another absmax", lambda: setattr(state, "absmax", _another(state.absmax))
     if state.nested:
         yield "nested absmax", lambda: state.state2.absmax.mul_(2)
+        yield "another nested absmax", lambda: setattr(state.state2, "absmax", _another(state.state2.absmax))
         yield "offset", lambda: state.offset.add_(0.5)
     yield "another state", lambda: setattr(weight, "quant_state", _doubled(state))
 
 
+def _another(tensor):
+    """Other numbers of the same version."""
+    other = tensor.flip(0) * 2
+    while other._version < tensor._version:
+        other.add_(0)
+    return other
+
+
 def _doubled(state):
     state = copy.deepcopy(state)
-    (state.state2 if state.nested else state).absmax.mul_(2)
+    scales = state.state2 if state.nested else state
+    scales.absmax = _another(scales.absmax)
     return state
 
 
@@ -310,6 +321,21 @@ def test_hooks_of_inner_modules():
         layer_a(made).base_layer.register_forward_hook(lambda module, args, y: seen.append(1) or y * 2)
     torch.testing.assert_close(fused(x), stock(x))
     assert len(seen) == 2 and sum(linear.fallbacks(layer_a(fused)).values()) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_hooks_that_move_weights(kind):
+    """As accelerate's `device_map` hangs them on each module; what is kept is kept."""
+    stock = model(kind, BF16, use_dora=True)
+    fused, plain, x = fused_copy(stock), fused_copy(stock), inputs(BF16)
+    layer = layer_a(fused)
+    for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    assert torch.equal(fused(x), plain(x))
+    w, gain = linear.kept_weights[layer](layer.base_layer), linear._norms[layer]._gain
+    assert torch.equal(fused(x), plain(x)) and linear.fallbacks(layer) == {}
+    assert linear.kept_weights[layer](layer.base_layer) is w and linear._norms[layer]._gain is gain
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, BF16], ids=str)

@@ -1,14 +1,19 @@
-"""A small Llama, quantised by transformers and bitsandbytes, trained as QLoRA scripts do."""
+"""Models over quantised layers as QLoRA scripts make, shard and train them."""
 
 import peft
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_kernels import fuse
-from tests.integrations.fuse_helpers import VOCABULARY, losses, tokens
+from tests.integrations.fuse_helpers import VOCABULARY, fused_copy, gradients, losses, tokens
 
 pytest.importorskip("bitsandbytes")
+from tests.integrations.bitsandbytes_helpers import inputs, model
+
 F32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -59,3 +64,22 @@ def test_generation_of_a_quantised_llama(saved_llama):
         wanted = fused(ids).logits[:, -1].argmax(-1)
     found = fused.generate(input_ids=ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert torch.equal(found[:, 4], wanted) and report.fallbacks() == {}
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, BF16], ids=str)
+def test_fully_shard(storage):
+    """The gathered parameter has no quant_state; its module has."""
+    sharded = model("nf4", BF16, storage=storage)
+    wanted = gradients(fused_copy(sharded), inputs())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(sharded.base_model.model, mesh=init_device_mesh("cpu", (1,)))
+        report = fuse(sharded)
+        assert len(report.fused) == 2
+        found = gradients(sharded, inputs())
+        for name, value in found.items():
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            assert torch.equal(value, wanted[name]), name
+        assert report.fallbacks() == {}
+    finally:
+        dist.destroy_process_group()
