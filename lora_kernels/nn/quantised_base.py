@@ -20,9 +20,8 @@ NOTHING: Kept = ((-1, -1), (), {})
 
 
 class QuantisedBase:
-    """A quantised module as a layer computes with it. The module itself is never called: of
-    bitsandbytes' the first call in eval mode on a CPU would pack the codes anew, and round their
-    scales.
+    """A quantised module as a layer computes with it. On a CPU the module itself is never called:
+    of bitsandbytes' the first call in eval mode would pack the codes anew, and round their scales.
 
     Raises:
         TypeError: the module's weight cannot be read; the message says why.
@@ -93,11 +92,20 @@ class QuantisedBase:
         return self.dtype if x is None else x.dtype
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x Wᵀ + bias in the dtype of x, with the gradients of x and bias."""
+        """x Wᵀ + bias in the dtype of x, with the gradients of x and bias; on other devices than
+        the CPU, as the library computes it."""
+        if x.device.type != "cpu":
+            return self.module.forward(x)
         n_out, n_in = self.shape
         # an adapter of one zero: the op has the product without one in no other form
         zeros = x.new_zeros(1)
         return lora_linear(x, self.weight(x.dtype), zeros.expand(1, n_in), zeros.expand(n_out, 1), 1.0, bias)
+
+    def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What the module alone makes of x: in its compute dtype, and back to that of x."""
+        dtype = self.compute_dtype(x)
+        y = self.product(x if x.dtype is dtype else x.to(dtype), bias)
+        return y if y.dtype is x.dtype else y.to(x.dtype)
 
     def like_weight(self) -> Tensor:
         """A tensor with the shape and device of W, for what asks no more of it."""
@@ -214,6 +222,13 @@ class QuantisedBase:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": NOTHING}
+
+
+def form_of_codes(module: Any) -> tuple[tuple[int, int], torch.dtype]:
+    """[out, in] of a quantised module, and the dtype in which it multiplies, as far as it says
+    so."""
+    given = module.compute_dtype if getattr(module, "compute_type_is_set", False) else None
+    return (module.out_features, module.in_features), given or _floating_dtype(module) or torch.get_default_dtype()
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
