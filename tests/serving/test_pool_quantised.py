@@ -19,6 +19,12 @@ from tests.serving.served import base, save_all, tokens
 NAMES = ["lora", None, "dora", "lora", "wide"]
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+
 def net(codes, seed=0, **options):
     first, last = (module(codes, *SIZES[name], seed=seed + i, bias=not i, **options) for i, name in enumerate(SIZES))
     return nn.Sequential(first, nn.Tanh(), last)
