@@ -99,7 +99,7 @@ class DoRALinear(LoRALinear):
             return self._on_codes(x, self._quantised)
         if not self.enabled:
             return F.linear(x, self._base_weight(), self.bias)
-        if self.merged:
+        if self._unmerged is not None:
             return F.linear(x, self.weight, self.bias)
         return self._adapted(x, self._frozen_weight())
 

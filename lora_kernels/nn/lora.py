@@ -164,7 +164,7 @@ class LoRALinear(AdapterLayer):
             return self._on_codes(x, self._quantised)
         if not self.enabled:
             return F.linear(x, self._base_weight(), self.bias)
-        if self.merged:
+        if self._unmerged is not None:
             return F.linear(x, self.weight, self.bias)
         w = self._frozen_weight()
         return lora_linear(x, w, self.lora_A, self.lora_B, self.scaling, self.bias, None, self._dropout())

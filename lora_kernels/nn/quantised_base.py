@@ -2,7 +2,6 @@
 held beside the parameters that the layer shares with it."""
 
 import copy
-import operator
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,19 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.nn.kept_weight import KeptWeight
 from lora_kernels.nn.quantised import is_quantised, quantised_weight
 from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.ops.lora_linear.op import FLOATS
 from lora_kernels.ops.quantised import QuantisedWeight
 
-Kept = tuple[tuple[int, int], tuple[Any, ...], dict[torch.dtype, QuantisedWeight]]
-NOTHING: Kept = ((-1, -1), (), {})
-
 
 class QuantisedBase:
-    """A quantised module as a layer computes with it. The module itself is never called: of
-    bitsandbytes' the first call in eval mode on a CPU would pack the codes anew, and round their
-    scales.
+    """A quantised module as a layer computes with it. On a CPU the module itself is never called:
+    of bitsandbytes' the first call in eval mode would pack the codes anew, and round their scales.
 
     Raises:
         TypeError: the module's weight cannot be read; the message says why.
@@ -30,7 +26,7 @@ class QuantisedBase:
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
-        self._kept: Kept = NOTHING
+        self._kept: dict[torch.dtype, KeptWeight] = {}
         self._look_at_dtype()
         found = quantised_weight(module, self.dtype)
         if isinstance(found, str):
@@ -38,6 +34,12 @@ class QuantisedBase:
         self.shape = found.shape
         self._traced: QuantisedWeight | None = found
         """What a compiler finds: it cannot look into the library's parameter."""
+
+    def _look_again(self) -> None:
+        self._kept = {}
+        self._look_at_dtype()
+        found = quantised_weight(self.module, self.dtype)
+        self._traced = None if isinstance(found, str) else found
 
     def _look_at_dtype(self) -> None:
         said = _floating_dtype(self.module)
@@ -67,18 +69,12 @@ class QuantisedBase:
         """
         if torch.compiler.is_compiling() and self._traced is not None:
             return self._traced.to(dtype)
-        place, sources = _sources(self.module)
-        known, of, by_dtype = self._kept
-        if known != place or not all(map(operator.is_, of, sources)):
-            by_dtype = {}
-            self._kept = place, sources, by_dtype
-        found = by_dtype.get(dtype)
-        if found is None:
-            found = by_dtype[dtype] = self._read(dtype)
-        return found
-
-    def _read(self, dtype: torch.dtype) -> QuantisedWeight:
-        found = quantised_weight(self.module, dtype)
+        kept = self._kept.get(dtype)
+        if kept is None:
+            kept = KeptWeight()
+            kept.dtype = dtype
+            self._kept[dtype] = kept
+        found = kept(self.module)
         if isinstance(found, str):
             raise RuntimeError(f"{type(self.module).__name__}: {found}")
         return found
@@ -93,11 +89,20 @@ class QuantisedBase:
         return self.dtype if x is None else x.dtype
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x Wᵀ + bias in the dtype of x, with the gradients of x and bias."""
+        """x Wᵀ + bias in the dtype of x, with the gradients of x and bias; on other devices than
+        the CPU, as the library computes it."""
+        if x.device.type != "cpu":
+            return self.module.forward(x)
         n_out, n_in = self.shape
         # an adapter of one zero: the op has the product without one in no other form
         zeros = x.new_zeros(1)
         return lora_linear(x, self.weight(x.dtype), zeros.expand(1, n_in), zeros.expand(n_out, 1), 1.0, bias)
+
+    def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What the module alone makes of x: in its compute dtype, and back to that of x."""
+        dtype = self.compute_dtype(x)
+        y = self.product(x if x.dtype is dtype else x.to(dtype), bias)
+        return y if y.dtype is x.dtype else y.to(x.dtype)
 
     def like_weight(self) -> Tensor:
         """A tensor with the shape and device of W, for what asks no more of it."""
@@ -127,10 +132,7 @@ class QuantisedBase:
         if state is not None:
             state.to(weight.device)
             self.module.quant_state, weight.module = state, self.module
-        self._kept = NOTHING
-        self._look_at_dtype()
-        found = quantised_weight(self.module, self.dtype)
-        self._traced = None if isinstance(found, str) else found
+        self._look_again()
 
     def save(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Adds what the module's own `state_dict` has beside the weight."""
@@ -208,12 +210,23 @@ class QuantisedBase:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantisedBase":
         again = copy.copy(self)
-        again.module, again._kept = copy.deepcopy(self.module, memo), NOTHING
+        again.module = copy.deepcopy(self.module, memo)
         again.take(again.module._parameters)
         return again
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": NOTHING}
+        return {**self.__dict__, "_kept": {}, "_traced": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._look_again()
+
+
+def form_of_codes(module: Any) -> tuple[tuple[int, int], torch.dtype]:
+    """[out, in] of a quantised module, and the dtype in which it multiplies, as far as it says
+    so."""
+    given = module.compute_dtype if getattr(module, "compute_type_is_set", False) else None
+    return (module.out_features, module.in_features), given or _floating_dtype(module) or torch.get_default_dtype()
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
@@ -227,18 +240,3 @@ def _floating_dtype(module: Any) -> torch.dtype | None:
     state = getattr(weight, "quant_state", None) or module.__dict__.get("quant_state")
     dtypes: Iterable[Any] = (getattr(state, "dtype", None), weight.dtype, None if bias is None else bias.dtype)
     return next((dtype for dtype in dtypes if dtype in FLOATS), None)
-
-
-def _sources(module: Any) -> tuple[tuple[int, int], tuple[Any, ...]]:
-    """What is another where the module has got another weight: where the codes lie, the version of
-    scales that are read as a copy, and what holds them all. Writing into the memory of the rest
-    changes nothing that is kept."""
-    held = module.__dict__
-    weight, state = held["_parameters"]["weight"], held.get("state")
-    own = weight.__dict__
-    # the library's class would be asked for a function of its own, at twenty times the cost
-    with torch._C.DisableTorchFunctionSubclass():
-        place = weight.data_ptr()
-    codes, scales = (None, own.get("SCB")) if state is None or state.CB is None else (state.CB, state.SCB)
-    version = -1 if scales is None or scales.is_inference() else scales._version
-    return (place, version), (weight, own.get("quant_state"), held.get("quant_state"), codes, scales)

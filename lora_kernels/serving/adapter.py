@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError, LoraConfig
-from lora_kernels.adapters.files import open_adapter, slots_of
+from lora_kernels.adapters.files import matrix_shape, open_adapter, slots_of
 from lora_kernels.adapters.foreign import PREFIX
 from lora_kernels.adapters.inits import check_init
 from lora_kernels.adapters.inject import first_names, uncompiled_model
@@ -202,7 +202,7 @@ def _select_slots(model: nn.Module, config: LoraConfig) -> tuple[list[Target], d
     if config.extra.get("lora_bias"):
         for target in selection.targets:
             key = f"{PREFIX}{target.name}.lora_B.bias"
-            slots[key] = Slot(target.name, "lora_B.bias", torch.Size([modules[target.name].weight.shape[0]]))
+            slots[key] = Slot(target.name, "lora_B.bias", matrix_shape(modules[target.name])[:1])
     return selection.targets, slots
 
 

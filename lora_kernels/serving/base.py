@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_kernels.adapters.config import AdapterError
+from lora_kernels.nn.quantised import is_quantised
+from lora_kernels.nn.quantised_base import QuantisedBase, form_of_codes
+from lora_kernels.ops.quantised import QuantisedWeight
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -26,12 +29,28 @@ def is_plain(weight: Tensor) -> bool:
     return type(weight) in PLAIN
 
 
-def plain_weight(weight: Tensor) -> Tensor:
-    """W in memory, dequantised if need be.
+def in_memory(weight: Tensor) -> bool:
+    """Whether a weight's numbers, or codes, lie in memory of its own."""
+    return is_plain(weight) or type(weight).__name__ in ("Params4bit", "Int8Params")
+
+
+def form_of(module: nn.Module) -> tuple[tuple[int, int], torch.dtype]:
+    """[rows, columns] of a layer's weight, and the dtype that it is multiplied in."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if is_quantised(module):
+        return form_of_codes(module)
+    rows, columns = weight.shape
+    return (rows, columns), weight.dtype
+
+
+def weight_of(weight: Tensor | QuantisedWeight) -> Any:
+    """W in memory or as codes that the ops read, dequantised if need be.
 
     Raises:
         AdapterError: its kind does not say what W is.
     """
+    if isinstance(weight, QuantisedWeight):
+        return weight
     if is_plain(weight):
         return weight.detach()
     kind = type(weight).__name__
@@ -49,6 +68,13 @@ def check_kind(name: str, module: nn.Module) -> None:
     plain, one row is tried."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     if is_plain(weight):
+        return
+    if is_quantised(module):
+        try:
+            QuantisedBase(module)
+        except TypeError as error:
+            kind = type(module).__name__
+            raise TypeError(f"AdapterPool: {name}: no adapter can be served on this {kind}: {error}; leave it out") from None
         return
     wanted, why = weight.shape[0], ""
     try:
@@ -75,7 +101,7 @@ class Known:
 
     def __init__(self, weight: Tensor | None) -> None:
         self.weight, self.version, self.number = weight, -1, None
-        if weight is not None and is_plain(weight):
+        if weight is not None and in_memory(weight):
             self.version = -1 if weight.is_inference() else weight._version
             # nothing else gets its number as long as this is kept
             self.memory = StorageWeakRef(weight.untyped_storage())
@@ -89,6 +115,12 @@ class Known:
             return False
         if self.number is None:
             return True
+        if not is_plain(weight):
+            with torch._C.DisableTorchFunctionSubclass():
+                return self._lies_still(weight)
+        return self._lies_still(weight)
+
+    def _lies_still(self, weight: Tensor) -> bool:
         if weight.untyped_storage()._cdata != self.number:
             return False
         return self.version < 0 or weight._version == self.version
@@ -114,6 +146,7 @@ class BaseWatch:
         self._model, self._sites = model, sites
         modules = {name: model.get_submodule(name) for name in sites}
         self._parameters = {name: module._parameters for name, module in modules.items()}
+        self._coded = {name: QuantisedBase(m) for name, m in modules.items() if is_quantised(m)}
         self._kinds = {name: type(module.weight) for name, module in modules.items()}
         self.unfit: dict[str, str] = {}
         """By module, why its pages cannot be used with the model as it is."""
@@ -123,7 +156,9 @@ class BaseWatch:
         """The modules whose gains are still those of the weight before."""
         self._remember({name: Known(held.get("weight")) for name, held in self._parameters.items()})
 
-    def weight(self, name: str) -> Tensor:
+    def weight(self, name: str) -> Tensor | QuantisedWeight:
+        if name in self._coded:
+            return self._coded[name].weight(self._sites[name].dtype)
         found = self._parameters[name]["weight"]
         assert found is not None
         return found
@@ -168,13 +203,19 @@ class BaseWatch:
                     return False
             if not (weights or self.unfit):
                 return True
-            return (
-                all(map(operator.is_, map(_get_weight, self._holders), self._weights))
-                and list(map(_get_version, self._counted)) == self._versions
-                and list(map(_get_number, map(_get_storage, self._plain))) == self._memories
-            )
+            if self._coded:  # whose classes would be asked for functions of their own
+                with torch._C.DisableTorchFunctionSubclass():
+                    return self._same_weights()
+            return self._same_weights()
         except KeyError:
             return False
+
+    def _same_weights(self) -> bool:
+        return (
+            all(map(operator.is_, map(_get_weight, self._holders), self._weights))
+            and list(map(_get_version, self._counted)) == self._versions
+            and list(map(_get_number, map(_get_storage, self._plain))) == self._memories
+        )
 
     def follow(self, all_weights: bool = False) -> None:
         """Looks at every layer anew: `unfit`, and `pending` for weights that are others now, or for
@@ -186,6 +227,8 @@ class BaseWatch:
             replaced = bool(ours) and name not in ours
             if module is not None and not replaced:
                 self._parameters[name] = module._parameters
+                if is_quantised(module):
+                    self._coded[name] = QuantisedBase(module)
             now = state[name] = Known(self._parameters[name].get("weight"))
             why = f"{type(module).__name__} has replaced the layer of `serve`" if replaced else self._misfit(name, module)
             if why is not None:
@@ -212,10 +255,12 @@ class BaseWatch:
             return f"the {type(module).__name__} there has no weight of its own"
         if type(weight) is not self._kinds[name]:
             return f"its weight was a {self._kinds[name].__name__}, and is a {type(weight).__name__}"
+        if name in self._coded and (module.out_features, module.in_features) != site.shape:
+            return f"the pages are for a weight {list(site.shape)}, it is {[module.out_features, module.in_features]}"
         wanted, found = (
             f"{list(shape)} {dtype} on {device}"
             for shape, dtype, device in (
-                (site.weight_shape, site.dtype, site.device), (weight.shape, weight.dtype, weight.device)
+                (site.weight_shape, site.weight_dtype, site.device), (weight.shape, weight.dtype, weight.device)
             )
         )  # fmt: skip
         return None if wanted == found else f"the pages are for a weight {wanted}, it is {found}"

@@ -84,7 +84,9 @@ def unserve(model: Model) -> Model:
     inner = uncompiled_model(model)
     for name, module in list(inner.named_modules()):
         if isinstance(module, MultiLoRALinear | MultiLoRAEmbedding):
-            kind = nn.Linear if isinstance(module, MultiLoRALinear) else nn.Embedding
+            kind: Any = nn.Linear if isinstance(module, MultiLoRALinear) else nn.Embedding
+            if isinstance(module, MultiLoRALinear) and module._quantised is not None:
+                kind = type(module._quantised.module)
             parent, _, child = name.rpartition(".")
             plain = kind.__new__(kind)
             plain.__dict__.update({key: value for key, value in module.__dict__.items() if key not in OWN})

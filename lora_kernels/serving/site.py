@@ -3,20 +3,22 @@
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.ops import dora_gain, row_norm_squared, weight_norm
 from lora_kernels.ops.multi_lora.plan import BIAS, GAIN, PAGE, ROW, Slots, rows_of, slots_of
+from lora_kernels.ops.quantised import QuantisedWeight
 from lora_kernels.serving.adapter import Factors, vectors_of
-from lora_kernels.serving.base import plain_weight
+from lora_kernels.serving.base import form_of, weight_of
 
 
 def bytes_of_page(module: nn.Module, max_rank: int) -> int:
     rows, columns = _matrix_shape(module)
     own = PAGE * pages_of(max_rank) if isinstance(module, nn.Embedding) else 0
-    return PAGE * (rows + columns + own) * module.weight.element_size()  # type: ignore[operator]
+    return PAGE * (rows + columns + own) * form_of(module)[1].itemsize
 
 
 def bytes_of_slots(module: nn.Module, slots: int, max_rank: int) -> int:
@@ -26,7 +28,7 @@ def bytes_of_slots(module: nn.Module, slots: int, max_rank: int) -> int:
 
 def _matrix_shape(module: nn.Module) -> tuple[int, int]:
     """Rows of B and columns of A."""
-    rows, columns = module.weight.shape  # type: ignore[misc]
+    rows, columns = form_of(module)[0]
     return (columns, rows) if isinstance(module, nn.Embedding) else (rows, columns)
 
 
@@ -234,12 +236,13 @@ class Site(Pages):
     lock."""
 
     def __init__(self, module: nn.Linear, generation: Tensor, pages: int, max_rank: int) -> None:
-        self.shape = _matrix_shape(module)
-        super().__init__(*self.shape, module.weight.dtype, generation, pages, max_rank)
-        self.weight_shape, self.dtype, self.device = tuple(module.weight.shape), module.weight.dtype, module.weight.device
+        self.shape, self.dtype = form_of(module)
+        super().__init__(*self.shape, self.dtype, generation, pages, max_rank)
+        self.weight_shape, self.weight_dtype = tuple(module.weight.shape), module.weight.dtype
+        self.device = module.weight.device
         self._squared: tuple[int, Tensor] | None = None
 
-    def gain(self, f: Factors, weight: Tensor, mark: int) -> Tensor | None:
+    def gain(self, f: Factors, weight: Tensor | QuantisedWeight, mark: int) -> Tensor | None:
         """Of DoRA, m / ‖W + s·BA‖: one pass over W, whose own norm is kept for as long as `mark` is
         the same. May be called without the pool's lock.
 
@@ -248,7 +251,7 @@ class Site(Pages):
         """
         if f.magnitude is None:
             return None
-        w, known = plain_weight(weight), self._squared
+        w, known = weight_of(weight), self._squared
         if known is None or known[0] != mark:
             known = self._squared = mark, row_norm_squared(w)
         a, b = (t.to(self.device, self.dtype, non_blocking=True) for t in (f.a, f.b))
@@ -261,7 +264,7 @@ class Site(Pages):
         bias = None if f.bias is None else f.scale * f.bias.to(self.device, torch.float32, non_blocking=True)
         return Prepared(a, b.T, f.scale, gain, bias)
 
-    def renew_gain(self, slot: int, magnitude: Tensor, scale: float, weight: Tensor, mark: int) -> None:
+    def renew_gain(self, slot: int, magnitude: Tensor, scale: float, weight: Any, mark: int) -> None:
         """The gain of an adapter in a slot, for a weight that is another now."""
         at = rows_of(self.slots, slot)
         gain = self.gain(Factors(self.slots.a[at], self.slots.b[at].T, scale, magnitude), weight, mark)
@@ -277,11 +280,12 @@ class EmbeddingSite(Pages):
     def __init__(self, module: nn.Embedding, generation: Tensor, pages: int, max_rank: int) -> None:
         self.shape = _matrix_shape(module)
         super().__init__(self.shape[0], PAGE * pages_of(max_rank), module.weight.dtype, generation, pages, max_rank)
-        self.weight_shape, self.dtype, self.device = tuple(module.weight.shape), module.weight.dtype, module.weight.device
+        self.weight_shape, self.device = tuple(module.weight.shape), module.weight.device
+        self.dtype = self.weight_dtype = module.weight.dtype
         self.columns = torch.zeros(self.shape[1], pages, PAGE, dtype=self.dtype, device=self.device)
         """[entries, pages, 8]: Aᵀ, in the pages that B has."""
 
-    def gain(self, f: Factors, weight: Tensor, mark: int) -> None:
+    def gain(self, f: Factors, weight: Any, mark: int) -> None:
         """An embedding has none."""
 
     def prepared(self, f: Factors, gain: Tensor | None) -> Prepared:

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from lora_kernels.nn.quantised import is_quantised
 from lora_kernels.ops.lora_linear.op import FLOATS
 from lora_kernels.serving.adapter import vectors_of
+from lora_kernels.serving.base import form_of
 from lora_kernels.serving.site import bytes_of_page, bytes_of_slots, pages_of, vectors_of_page
 
 MIB = 1 << 20
@@ -94,7 +96,7 @@ def _size_without_pages(layers: Iterable[nn.Linear | nn.Embedding], slots: int, 
     layers = list(layers)
     page = sum(bytes_of_page(layer, max_rank) for layer in layers)
     tables = sum(bytes_of_slots(layer, slots, max_rank) for layer in layers)
-    return PoolSize(slots, max_rank, 0, page, tables, min(vectors_of_page(layer.weight.dtype) for layer in layers))
+    return PoolSize(slots, max_rank, 0, page, tables, min(vectors_of_page(form_of(layer)[1]) for layer in layers))
 
 
 def _pages_for(ranks: list[int], dora: bool, lora_bias: bool, per_page: int) -> int:
@@ -108,7 +110,7 @@ def _is_plain(module: Any) -> bool:
     """Whether it is an nn.Linear or nn.Embedding that computes as one."""
     if "forward" in vars(module):
         return False
-    return type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None)
+    return is_quantised(module) or type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None)
 
 
 def layers_of(model: nn.Module, modules: Iterable[str] | None) -> dict[str, nn.Linear | nn.Embedding]:
@@ -120,20 +122,20 @@ def layers_of(model: nn.Module, modules: Iterable[str] | None) -> dict[str, nn.L
     found = dict(model.named_modules())
     for name, module in found.items() if modules is None else ():
         weight = module._parameters.get("weight")
-        if isinstance(module, nn.Linear) and weight is not None and not weight.is_floating_point():
+        if isinstance(module, nn.Linear) and weight is not None and not (weight.is_floating_point() or is_quantised(module)):
             kind = type(module).__name__
             raise TypeError(
                 f"AdapterPool: {name}: {kind} holds its weight as {weight.dtype}, which no adapter can be served on;"
                 " modules=[...] can leave it out"
             )
-    names = [n for n, m in found.items() if type(m) is nn.Linear and _is_plain(m)] if modules is None else list(modules)
+    names = [n for n, m in found.items() if isinstance(m, nn.Linear) and _is_plain(m)] if modules is None else list(modules)
     layers: dict[str, nn.Linear | nn.Embedding] = {}
     for name in names:
         module = found.get(name)
         if not isinstance(module, nn.Linear | nn.Embedding) or not _is_plain(module):
             kinds = "nn.Linear or nn.Embedding without max_norm"
             raise TypeError(f"AdapterPool: {name!r} must be a plain {kinds} of the model, found {type(module).__name__}")
-        if module.weight.dtype not in FLOATS:
+        if module.weight.dtype not in FLOATS and not is_quantised(module):
             raise TypeError(f"AdapterPool: {name}: the weight must be floating, found {module.weight.dtype}")
         layers[name] = module
     if not layers:

@@ -10,8 +10,8 @@ bnb = pytest.importorskip("bitsandbytes")
 CODES = ["nf4", "nested", "fp4", "int8"]
 
 
-def module(codes, n_in=64, n_out=48, bias=True, compute=None, dtype=torch.float32, seed=0):
-    """A layer whose weight, drawn in `dtype`, the library has quantised."""
+def module(codes, n_in=64, n_out=48, bias=True, compute=None, dtype=torch.float32, seed=0, weight=None):
+    """A layer whose weight, drawn in `dtype` if not given, the library has quantised."""
     generator = torch.Generator().manual_seed(seed)
     plain = torch.nn.Linear(n_in, n_out, bias)
     with torch.no_grad():
@@ -25,7 +25,7 @@ def module(codes, n_in=64, n_out=48, bias=True, compute=None, dtype=torch.float3
             n_in, n_out, bias, compute_dtype=compute, quant_type=kind, compress_statistics=codes == "nested"
         )
     layer.load_state_dict(plain.state_dict())
-    layer.weight.data = layer.weight.data.to(dtype)
+    layer.weight.data = layer.weight.data.to(dtype) if weight is None else weight.clone()
     return layer.to("cpu")
 
 

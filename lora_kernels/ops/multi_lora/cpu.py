@@ -5,6 +5,7 @@ import torch
 
 from lora_kernels import _cpu
 from lora_kernels.ops.cpu_gemm import base_product
+from lora_kernels.ops.cpu_quantised import Packed, refuse_codes
 from lora_kernels.ops.cpu_tensors import row_major
 from lora_kernels.ops.multi_lora.plan import TENSORS
 from lora_kernels.ops.refusals import READ, refuse_dtypes, refuse_negated
@@ -12,6 +13,8 @@ from lora_kernels.ops.registry import implements
 
 
 def refusal(call):
+    if call.layout:
+        return _refuse_operands(call, None) or refuse_codes(call.w, call.parts, call.layout)
     return _refuse_operands(call, call.w)
 
 
@@ -29,9 +32,9 @@ def _refuse_operands(call, w):
 
 @implements("multi_lora_forward", "cpu", refusal)
 def forward(call):
-    x = row_major(call.x)
-    y = x.new_empty(x.shape[0], call.w.shape[0])
-    apply_adapters(call, base_product(x, call.w, y if x.dtype is torch.float32 else None), y, x, False)
+    x, w = row_major(call.x), Packed.of(call.w, call.parts, call.layout) if call.layout else call.w
+    y = x.new_empty(x.shape[0], w.shape[0])
+    apply_adapters(call, base_product(x, w, y if x.dtype is torch.float32 else None), y, x, False)
     return y
 
 

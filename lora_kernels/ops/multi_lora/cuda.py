@@ -21,7 +21,7 @@ from lora_kernels.ops.launch import (
 )
 from lora_kernels.ops.lora_linear.cuda_skinny import matrix_fields
 from lora_kernels.ops.multi_lora.plan import PAGE, unflatten
-from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_rows
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_quantised, refuse_rows
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import compiled
 
@@ -31,6 +31,8 @@ SPLIT_K_ENTRIES = 64  # entries, up to which the depth of h is shared
 
 
 def refusal(call):
+    if call.layout:
+        return refuse_quantised(call)
     reason = refuse_small(call)
     return refuse_operands(call, w=call.w) or (reason and refuse_beside_triton(reason))
 

@@ -20,11 +20,12 @@ from lora_kernels.ops.derivatives import transformed, under_functorch
 from lora_kernels.ops.lora_linear.op import FLOATS, _any_autocast, without_autocast
 from lora_kernels.ops.multi_lora.plan import BatchPlan, Slots, tensors_of
 from lora_kernels.ops.multi_lora.training import trained
+from lora_kernels.ops.quantised import QuantisedWeight
 from lora_kernels.ops.registry import declare
 
 
 def multi_lora(
-    x: Tensor, w: Tensor, slots: Slots | Sequence[Slots], plan: BatchPlan, bias: Tensor | None = None
+    x: Tensor, w: Tensor | QuantisedWeight, slots: Slots | Sequence[Slots], plan: BatchPlan, bias: Tensor | None = None
 ) -> Tensor:
     """Formula (1).
 
@@ -32,7 +33,8 @@ def multi_lora(
     as many tokens as x has rows. `slots` are the adapters of w, or of several slices of its rows
     (q, k and v of one matrix) in their order. x and w share a dtype: float32, bfloat16, float16 or
     float64. So do a and b of the slots. Sums are float32 (float64 for float64), and y is rounded
-    once. Under autocast x and w are cast to its dtype.
+    once. Under autocast x and w are cast to its dtype. w may be a `QuantisedWeight` of the dtype of
+    x: it is read as codes, and formed only where gradients are wanted.
 
     An id that is out of range or stale counts as no adapter, and sets `plan.error`; weights of
     others are never read.
@@ -51,16 +53,18 @@ def multi_lora(
         cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
         with without_autocast(x):
             return multi_lora(x.to(cast), w.to(cast), slots, plan, bias)
-    sites = _check_arguments("multi_lora", x, slots, plan, bias, w.shape[0] if isinstance(w, Tensor) and w.dim() == 2 else -1)
+    n_out = w.shape[0] if isinstance(w, Tensor | QuantisedWeight) and w.dim() == 2 else -1
+    sites = _check_arguments("multi_lora", x, slots, plan, bias, n_out)
     if w.shape[1] != x.shape[-1] or w.dtype is not x.dtype or w.device != x.device:
         wanted = f"[out, {x.shape[-1]}] {x.dtype} on {x.device} as x is"
         raise ValueError(f"multi_lora: w must be {wanted}, found {list(w.shape)} {w.dtype} on {w.device}")
     learns = torch.is_grad_enabled() and _wants_grad(x, bias, *(t for s in sites for t in (s.a, s.b, s.gain, s.bias)))
     if learns or ((forward_ad._current_level >= 0 or under_functorch()) and transformed()):
-        y = trained(_as_rows(x), w, sites, plan, bias)
+        y = trained(_as_rows(x), w if isinstance(w, Tensor) else w.dequantise(), sites, plan, bias)
     else:
-        y = _forward(MultiLoRA(*(_as_rows(x), w, *_flat_tensors(sites, plan), bias)))
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
+        codes, parts, layout = (w, None, None) if isinstance(w, Tensor) else w.fields()
+        y = _forward(MultiLoRA(*(_as_rows(x), codes, *_flat_tensors(sites, plan), bias, parts, layout)))
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], n_out)
 
 
 def multi_lora_add_(
@@ -152,6 +156,9 @@ class MultiLoRA(NamedTuple):
     starts: Tensor
     error: Tensor
     bias: Tensor | None
+    parts: list[Tensor] | None = None
+    layout: list[int] | None = None
+    """Where W is quantised: w, parts and layout are then `QuantisedWeight.fields()`."""
 
 
 class MultiLoRAAdd(NamedTuple):
@@ -169,7 +176,7 @@ class MultiLoRAAdd(NamedTuple):
 
 
 def _fake_result(call):
-    return call.x.new_empty(call.x.shape[0], call.w.shape[0])
+    return call.x.new_empty(call.x.shape[0], call.layout[1] if call.layout else call.w.shape[0])
 
 
 _forward = declare("multi_lora_forward", MultiLoRA, "Tensor", _fake_result, changes=("error",))

@@ -13,7 +13,7 @@ from lora_kernels.ops.multi_lora.plan import PAGE, unflatten
 from lora_kernels.ops.multi_lora.triton_kernels import multi_lora_kernel, multi_shrink_kernel
 from lora_kernels.ops.multi_lora.triton_slices import Batch, ExpandSlice, ShrinkSlice
 from lora_kernels.ops.multi_lora.triton_small import multi_small_kernel
-from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_quantised
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import sound_schedule
@@ -28,7 +28,7 @@ PROGRAMS = 2048
 
 
 def refusal(call):
-    return _refuse_operands(call, w=call.w)
+    return refuse_quantised(call) or _refuse_operands(call, w=call.w)
 
 
 def _refuse_operands(call, **more):
