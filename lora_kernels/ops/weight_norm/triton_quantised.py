@@ -13,9 +13,11 @@ from lora_kernels.ops.triton_skinny import dot_accumulate, load_tile
 @triton.jit
 def quantised_norm_kernel(
     layer, weight, KIND: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr, OUTER_SHIFT: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    DTYPE: tl.constexpr, MORE: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BR: tl.constexpr,
 ):  # fmt: skip
-    """norm [n] = ‖w + scale · b a‖ of a `NormLayer` whose w is a `Parts`; without a it is ‖w‖²."""
+    """norm [n] = ‖w + scale · b a‖ of a `NormLayer` whose w is a `Parts`; without a it is ‖w‖².
+    MORE: there are more ranks than BR."""
     n, k, r = layer.n, layer.k, layer.r
     rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     ranks, table = tl.arange(0, BR).to(tl.int64), load_table(weight, KIND)
@@ -27,11 +29,14 @@ def quantised_norm_kernel(
         adapted = tl.reshape(rounded(numbers, DTYPE), (BN, BK))
         if layer.a is not None:
             depth = first + tl.arange(0, BK).to(tl.int64)
-            update = tl.zeros((BN, BK), tl.float32)
-            for rank in tl.range(0, r, BR, num_stages=1):
-                bs = load_tile(layer.b, rows, rank + ranks, layer.b0, layer.b1, n, r)  # [BN, BR]
-                as_ = load_tile(layer.a, rank + ranks, depth, layer.a0, layer.a1, r, k)  # [BR, BK]
-                update = dot_accumulate(bs, as_, update, PRECISION)
+            bs = load_tile(layer.b, rows, ranks, layer.b0, layer.b1, n, r)  # [BN, BR]
+            as_ = load_tile(layer.a, ranks, depth, layer.a0, layer.a1, r, k)  # [BR, BK]
+            update = dot_accumulate(bs, as_, tl.zeros((BN, BK), tl.float32), PRECISION)
+            if MORE:
+                for rank in range(BR, r, BR):
+                    more_b = load_tile(layer.b, rows, rank + ranks, layer.b0, layer.b1, n, r)  # [BN, BR]
+                    more_a = load_tile(layer.a, rank + ranks, depth, layer.a0, layer.a1, r, k)  # [BR, BK]
+                    update = dot_accumulate(more_b, more_a, update, PRECISION)
             adapted += layer.scale * update
         squares += adapted * adapted
     found = tl.sum(squares, 1)
@@ -44,6 +49,7 @@ def norms(w, layer, precision=None):
     norm = w.codes.new_empty(n, dtype=torch.float32)
     args = {
         "layer": layer._replace(norm=norm, n=n, k=k), **w.arguments(t.depth), "DTYPE": w.layout[3], "PRECISION": precision,
+        "MORE": layer.r is not None and layer.r > t.ranks,
         "BN": t.rows, "BK": t.depth, "BR": power_of_two(layer.r or 1, most=t.ranks),
     }  # fmt: skip
     launch_triton(quantised_norm_kernel, (ceil_div(n, t.rows),), args, [norm], warps=t.warps, stages=t.stages)
