@@ -199,7 +199,7 @@ def test_the_other_candidates(flags):
 
 def test_deterministic():
     """The same bits twice, with blocks in another order, and of a row alone."""
-    for exactly, tokens in ((False, 20), (True, 20)):
+    for exactly in (False, True):
         p, w = make_problem(20, 1088, 40, 8, BF16), make_quantised("nested", 40, 1088, 64, BF16)
         ys = []
         for seed in (0, 0, 5):
@@ -241,7 +241,7 @@ def test_a_step_never_holds_two_weights(monkeypatch):
 
 
 def test_explain():
-    w, p = make_quantised("nested", 4096, 4096, 64, BF16), make_problem(1, 4096, 4096, 16, BF16)
+    w = make_quantised("nested", 4096, 4096, 64, BF16)
     for m, arch in ((1, 80), (16, 90), (64, 100)):
         problem = Problem("forward", m, 4096, (4096,), (16,), BF16, codes=w.nbytes)
         plan = choose_plan(problem, arch)
