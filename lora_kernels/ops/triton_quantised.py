@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.ops.launch import ceil_div, launch_triton, refuse_device
-from lora_kernels.ops.quantised.weight import DTYPES, NIBBLES
+from lora_kernels.ops.quantised.weight import DTYPES, NIBBLES, beyond_blocks
 from lora_kernels.ops.refusals import READ
 from lora_kernels.ops.tables.tiles import tile
 
@@ -53,7 +53,7 @@ class Quantised(NamedTuple):
 
     def arguments(self, most: int) -> dict[str, Any]:
         """Of a kernel, with groups of `most` numbers at most, which is a power of two."""
-        kind, _, k, _, block, outer_block = self.layout
+        kind, _, k, _, block, outer_block = self.layout[:6]
         rest = list(self.parts)
         table = rest.pop(0) if kind == NIBBLES else None
         scales, outer_table, outer, offset = (*rest, None, None, None)[:4]
@@ -65,6 +65,8 @@ class Quantised(NamedTuple):
         """Why the kernels do not read it."""
         if self.dtype not in READ:
             return f"w is {self.dtype}; the kernels read float32, bfloat16 and float16"
+        if more := beyond_blocks(self.layout):
+            return f"w has {more}, which the kernels do not read"
         for tensor in (self.codes, *self.parts):
             if not tensor.is_contiguous() or tensor.is_neg():
                 return "a part of the quantised w has gaps or is a negated view; contiguous() and resolve_neg() mend that"

@@ -16,7 +16,7 @@ from lora_kernels.ops import missing_backends, row_norm_squared
 from lora_kernels.ops.quantised.formula import dequantised
 from lora_kernels.ptxsim import SimulationError, device
 from lora_kernels.testing import assert_problem, make_problem
-from tests.ops.quantised import KINDS, NF4, make_quantised
+from tests.ops.quantised import FORMATS, KINDS, NF4, make_format, make_quantised
 
 if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)
@@ -300,6 +300,15 @@ def test_norms_read_codes_once():
             run()
         read, written = sim.dram()
         assert sim.launches == 1 and read <= 1.01 * (w.nbytes + others) and written == 64 * 4
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_other_formats_are_refused(name):
+    """In words, by every op."""
+    w, p = make_format(name, 40, 96, BF16), make_problem(5, 96, 40, 8, BF16)
+    for run in (w.dequantise, lambda: lora_linear(p.x, w, p.a, p.b), lambda: weight_norm(w, p.a, p.b)):
+        with pytest.raises(NotImplementedError, match="cannot run on triton: w has .*, which the kernels do not read"):
+            run()
 
 
 def test_dora():
