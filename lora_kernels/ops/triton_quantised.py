@@ -53,7 +53,7 @@ class Quantised(NamedTuple):
 
     def arguments(self, most: int) -> dict[str, Any]:
         """Of a kernel, with groups of `most` numbers at most, which is a power of two."""
-        kind, _, k, _, block, outer_block = self.layout
+        kind, _, k, _, block, outer_block = self.layout[:6]
         rest = list(self.parts)
         table = rest.pop(0) if kind == NIBBLES else None
         scales, outer_table, outer, offset = (*rest, None, None, None)[:4]
@@ -65,9 +65,8 @@ class Quantised(NamedTuple):
         """Why the kernels do not read it."""
         if self.dtype not in READ:
             return f"w is {self.dtype}; the kernels read float32, bfloat16 and float16"
-        beyond = beyond_blocks(self.layout)
-        if beyond:
-            return f"w has {beyond}, which the kernels here do not read"
+        if more := beyond_blocks(self.layout):
+            return f"w has {more}, which the kernels do not read"
         for tensor in (self.codes, *self.parts):
             if not tensor.is_contiguous() or tensor.is_neg():
                 return "a part of the quantised w has gaps or is a negated view; contiguous() and resolve_neg() mend that"
@@ -105,6 +104,29 @@ def quotient(number, divisor, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def groups_of_tile(rows, first, n, k, GROUP: tl.constexpr, BK: tl.constexpr):
+    """The groups of numbers `first` to `first + BK` of these rows, one after another, and which of
+    them there are."""
+    each: tl.constexpr = BK // GROUP
+    size: tl.constexpr = rows.shape[0] * each
+    along = first // GROUP + tl.arange(0, each)
+    groups = rows[:, None] * (k // GROUP) + along[None, :]
+    inside = (rows < n)[:, None] & (along < k // GROUP)[None, :]
+    return tl.reshape(groups, (size,)), tl.reshape(inside, (size,))
+
+
+@triton.jit
+def rounded(numbers, DTYPE: tl.constexpr):
+    """Float32 numbers as they are in a dtype, which is a place among `DTYPES`."""
+    if DTYPE == 1:
+        return numbers.to(tl.bfloat16).to(tl.float32)
+    elif DTYPE == 2:
+        return numbers.to(tl.float16).to(tl.float32)
+    else:
+        return numbers
+
+
+@triton.jit
 def load_table(weight, KIND: tl.constexpr):
     """The 16 values of codes of 4 bits."""
     if KIND == 0:
@@ -123,6 +145,7 @@ def load_scales(weight, groups, inside, GROUP: tl.constexpr, SHIFT: tl.constexpr
         fine = tl.load(weight.outer_table + scales.to(tl.int32), mask=inside, other=0.0)
         # the compiler would fuse a plain product with the sum, which has two roundings
         scales = tl.fma(fine, outer, tl.zeros(fine.shape, tl.float32)) + tl.load(weight.offset)
+        scales = tl.where(inside, scales, 0.0)
     return scales
 
 

@@ -287,7 +287,7 @@ def test_forced_nests_and_restores():
             assert choose_plan(forward(16), 90).winner == choose_plan(backward(16), 90).winner == "addmm"
         assert choose_plan(forward(16), 90).winner == "two launches"
     assert choose_plan(forward(16), 90).winner == "one pass"
-    named = "must be one of two launches, one pass, addmm, cuda, specialised, fused, found 'both'"
+    named = "must be one of two launches, one pass, addmm, cuda, specialised, fused, codes, found 'both'"
     with pytest.raises(ValueError, match=named), forced_candidate("both"):
         pass
     with forced_candidate("cuda"):

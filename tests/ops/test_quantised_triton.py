@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels import QuantisedWeight, explain, lora_linear, use_backend
-from lora_kernels.ops import missing_backends
+from lora_kernels import QuantisedWeight, dora_linear, explain, lora_linear, use_backend, weight_norm
+from lora_kernels.ops import missing_backends, row_norm_squared
 from lora_kernels.ops.quantised.formula import dequantised
 from lora_kernels.ptxsim import SimulationError, device
 from lora_kernels.testing import assert_problem, make_problem
-from tests.ops.quantised import KINDS, NF4, make_quantised
+from tests.ops.quantised import FORMATS, KINDS, NF4, make_format, make_quantised
 
 if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)
@@ -43,8 +43,10 @@ def same_bits(found, wanted):
     return torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*((kind, BF16) for kind in KINDS), ("nested", F32), pytest.param("nibbles", F16, marks=pytest.mark.slow)],
+)
 def test_numbers_are_the_formulas(kind, dtype):
     """Bit for bit: blocks that end within rows, within bytes, and beyond the last number."""
     for n_out, n_in, block in ((33, 64, 64), (3, 33, 64), (17, 100, 32), (31, 66, 7), (3, 1100, 2048), (4, 64, 192)):
@@ -94,18 +96,21 @@ def test_dequantise_reads_and_writes_once(kind):
 
 @pytest.fixture
 def plant(monkeypatch, tmp_path):
-    """Kernels from a changed copy of their file in the place of their own."""
+    """Kernels from changed copies of their files in the place of their own."""
 
-    def planted(module, old, new, names, where=None):
-        text = Path(module.__file__).read_text()
-        assert text.count(old) == 1, old
-        copy = tmp_path / f"planted_{len(list(tmp_path.iterdir()))}.py"
-        copy.write_text(text.replace(old, new))
-        spec = importlib.util.spec_from_file_location(copy.stem, copy)
-        changed = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(changed)
-        for name in names:
-            monkeypatch.setattr(where or module, name, getattr(changed, name))
+    def planted(old, new):
+        texts = [Path(module.__file__).read_text() for module in (triton_quantised, kernels)]
+        assert sum(text.count(old) for text in texts) == 1, old
+        for name, text in zip(("planted_numbers", "planted_kernels"), texts, strict=True):
+            copy = tmp_path / f"{name}.py"
+            text = text.replace(f"from {triton_quantised.__name__} import", "from planted_numbers import")
+            copy.write_text(text.replace(old, new))
+            spec = importlib.util.spec_from_file_location(name, copy)
+            changed = importlib.util.module_from_spec(spec)
+            monkeypatch.setitem(sys.modules, name, changed)
+            spec.loader.exec_module(changed)
+        monkeypatch.setattr(triton_quantised, "dequantise_kernel", sys.modules["planted_numbers"].dequantise_kernel)
+        monkeypatch.setattr(backend, "quantised_forward_kernel", changed.quantised_forward_kernel)
 
     return planted
 
@@ -127,7 +132,7 @@ BUGS = [
 @pytest.mark.parametrize(("old", "new"), BUGS)
 def test_planted_bugs(old, new, plant):
     """Numbers that are not the formula's, or an access out of bounds."""
-    plant(triton_quantised, old, new, ["dequantise_kernel"])
+    plant(old, new)
     # the last block is short; an outer block ends inside; rows begin inside bytes
     for n_out, n_in, block in ((3, 64, 128), (3, 33, 8), (300, 128, 128)):
         w = make_quantised("nested", n_out, n_in, block, F32)
@@ -152,7 +157,8 @@ def chosen(p, w):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "tokens"), [*((kind, BF16, 5) for kind in KINDS), ("nested", F16, 20), ("nibbles", F32, 3)]
+    ("kind", "dtype", "tokens"),
+    [*((kind, BF16, 5) for kind in KINDS), ("nibbles", F32, 3), pytest.param("nested", F16, 20, marks=pytest.mark.slow)],
 )
 def test_few_tokens(kind, dtype, tokens):
     """From the codes; of the depth some tiles more than one program, blocks end inside a tile."""
@@ -160,19 +166,27 @@ def test_few_tokens(kind, dtype, tokens):
     assert chosen(p, w) == "codes"
 
 
-@pytest.mark.parametrize(("tokens", "sizes", "block"), [(40, (130, 33, 40), 64), (2, (65, 31, 3), 64), (17, (1088, 32, 16), 7)])
+@pytest.mark.parametrize(("tokens", "sizes", "block"), [
+    pytest.param(40, (130, 33, 40), 64, marks=pytest.mark.slow), pytest.param(2, (65, 31, 3), 64, marks=pytest.mark.slow),
+    (17, (1088, 32, 16), 7),
+])  # fmt: skip
 def test_few_tokens_of_odd_sizes(tokens, sizes, block):
     check(tokens, *sizes, block=block, dropout=0.3, gain=True, dropout_semantics="lora_only")
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("nested", BF16), ("int8", BF16), ("float8", F16), ("nested", F32)])
+@pytest.mark.parametrize(("kind", "dtype"), [
+    ("nested", BF16), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("float8", F16), ("int8", F32))),
+])  # fmt: skip
 def test_many_tokens(kind, dtype):
     """From W itself, as many rows as there are."""
     p, w, _ = check(70, 96, 80, 8, kind, dtype, gain=True, bias=True)
     assert chosen(p, w) == "addmm"
 
 
-@pytest.mark.parametrize("flags", [{"gain": True, "dropout": 0.3}, {"gain": True}, {}], ids=str)
+@pytest.mark.parametrize("flags", [
+    pytest.param({"gain": True, "dropout": 0.3}, marks=pytest.mark.slow), {"gain": True},
+    pytest.param({}, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
 def test_the_other_candidates(flags):
     """A launch that makes W, and then as of a plain W: the same bits."""
     p, w, _ = check(9, 64, 40, 80, **flags)
@@ -185,7 +199,7 @@ def test_the_other_candidates(flags):
 
 def test_deterministic():
     """The same bits twice, with blocks in another order, and of a row alone."""
-    for exactly, tokens in ((False, 20), (True, 20)):
+    for exactly in (False, True):
         p, w = make_problem(20, 1088, 40, 8, BF16), make_quantised("nested", 40, 1088, 64, BF16)
         ys = []
         for seed in (0, 0, 5):
@@ -227,7 +241,7 @@ def test_a_step_never_holds_two_weights(monkeypatch):
 
 
 def test_explain():
-    w, p = make_quantised("nested", 4096, 4096, 64, BF16), make_problem(1, 4096, 4096, 16, BF16)
+    w = make_quantised("nested", 4096, 4096, 64, BF16)
     for m, arch in ((1, 80), (16, 90), (64, 100)):
         problem = Problem("forward", m, 4096, (4096,), (16,), BF16, codes=w.nbytes)
         plan = choose_plan(problem, arch)
@@ -255,6 +269,52 @@ MAIN_BUGS = [
 
 @pytest.mark.parametrize(("old", "new"), MAIN_BUGS)
 def test_planted_bugs_of_the_main_loop(old, new, plant):
-    plant(kernels, old, new, ["quantised_forward_kernel"], backend)
+    plant(old, new)
     with pytest.raises((AssertionError, SimulationError)):
         check(5, 256, 40, 8)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "factors"), [
+    ("nested", BF16, BF16),
+    *(pytest.param(*each, marks=pytest.mark.slow)
+      for each in (("int8", F16, F32), ("float8", BF16, F32), ("nibbles", F32, F32))),
+])  # fmt: skip
+def test_norms(kind, dtype, factors):
+    for n_out, n_in, rank in ((40, 96, 8), (33, 65, 70)):
+        w, p = make_quantised(kind, n_out, n_in, 32, dtype), make_problem(1, n_in, n_out, rank, dtype, factors)
+        dense = dequantised(w)
+        adapted = dense.double() + 1.5 * (p.b.double() @ p.a.double())
+        torch.testing.assert_close(weight_norm(w, p.a, p.b, 1.5).double(), adapted.norm(dim=1), rtol=2e-6, atol=0)
+        torch.testing.assert_close(row_norm_squared(w).double(), dense.double().square().sum(1), rtol=1e-6, atol=0)
+    a, b = (t.float().requires_grad_() for t in (p.a, p.b))
+    found = torch.autograd.grad(weight_norm(w, a, b, 1.5).sum(), (a, b))
+    wanted = torch.autograd.grad((dense.double() + 1.5 * (b.double() @ a.double())).norm(dim=1).sum(), (a, b))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_read_codes_once():
+    w, p = make_quantised("nested", 64, 512, 64, BF16), make_problem(1, 512, 64, 16, BF16)
+    for run, others in ((lambda: weight_norm(w, p.a, p.b), p.a.nbytes + p.b.nbytes), (lambda: row_norm_squared(w), 0)):
+        with device(trace=True) as sim:
+            run()
+        read, written = sim.dram()
+        assert sim.launches == 1 and read <= 1.01 * (w.nbytes + others) and written == 64 * 4
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_other_formats_are_refused(name):
+    """In words, by every op."""
+    w, p = make_format(name, 40, 96, BF16), make_problem(5, 96, 40, 8, BF16)
+    for run in (w.dequantise, lambda: lora_linear(p.x, w, p.a, p.b), lambda: weight_norm(w, p.a, p.b)):
+        with pytest.raises(NotImplementedError, match="cannot run on triton: w has .*, which the kernels do not read"):
+            run()
+
+
+def test_dora():
+    """Its norm from the codes, and then the product from them."""
+    w, p = make_quantised("nested", 40, 96, 64, BF16), make_problem(5, 96, 40, 8, BF16)
+    magnitude = torch.rand(40) + 0.5
+    y, norm = dora_linear(p.x, w, p.a, p.b, magnitude, 0.5)
+    assert torch.equal(norm, weight_norm(w, p.a, p.b, 0.5))
+    assert torch.equal(y, lora_linear(p.x, w, p.a, p.b, 0.5, None, magnitude / norm))

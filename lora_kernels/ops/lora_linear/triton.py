@@ -7,6 +7,9 @@ triton_backward.py. h, P, dA and dB are in ops/triton_skinny.py. For many tokens
 library's GEMM with triton_expand.py beside it (library.py), until a GPU has shown that ours is
 faster. In bfloat16 dy ⊙ gain is rounded before its product with W, which makes the error of dx 1.4
 times that of rounding it alone.
+
+Of a quantised W few tokens read the codes (triton_quantised.py); for many, and in backward, W is
+made of them first, in the dtype of x, and freed after its product.
 """
 
 import torch

@@ -7,20 +7,8 @@ import triton.language as tl
 
 from lora_kernels.ops.lora_linear.triton_forward import epilogue, reduce_split_k
 from lora_kernels.ops.triton_dropout import dropout_mask
-from lora_kernels.ops.triton_quantised import load_scales, load_table, load_values
+from lora_kernels.ops.triton_quantised import groups_of_tile, load_scales, load_table, load_values
 from lora_kernels.ops.triton_skinny import dot_accumulate, load_tile
-
-
-@triton.jit
-def groups_of_tile(rows, first, n, k, GROUP: tl.constexpr, BK: tl.constexpr):
-    """The groups of numbers `first` to `first + BK` of these rows, one after another, and which of
-    them there are."""
-    each: tl.constexpr = BK // GROUP
-    size: tl.constexpr = rows.shape[0] * each
-    along = first // GROUP + tl.arange(0, each)
-    groups = rows[:, None] * (k // GROUP) + along[None, :]
-    inside = (rows < n)[:, None] & (along < k // GROUP)[None, :]
-    return tl.reshape(groups, (size,)), tl.reshape(inside, (size,))
 
 
 @triton.jit

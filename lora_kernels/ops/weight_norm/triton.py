@@ -13,12 +13,14 @@ import triton.language as tl
 
 from lora_kernels.ops.gradients import gradient_dtype
 from lora_kernels.ops.launch import ceil_div, launch_triton, power_of_two, refuse_device
-from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_quantised
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import sound_schedule
 from lora_kernels.ops.triton_partials import sum_partials
+from lora_kernels.ops.triton_quantised import Quantised, dequantise_rows
 from lora_kernels.ops.triton_skinny import HALVES, Side, both_sides, dot_accumulate, load_tile, outer_product, shrink
+from lora_kernels.ops.weight_norm.triton_quantised import norms
 
 
 class NormLayer(NamedTuple):
@@ -85,17 +87,23 @@ def row_norm_squared_kernel(w, squared, n, k, w0, w1, BN: tl.constexpr, BK: tl.c
 
 
 def refusal(call):
-    tensors = {"w": call.w, "a": call.a, "b": call.b}
-    return refuse_quantised(call) or refuse_dtypes(**tensors) or refuse_negated(**tensors) or refuse_device(call.w)
+    tensors = {"a": call.a, "b": call.b}
+    return squared_refusal(call) or refuse_dtypes(**tensors) or refuse_negated(**tensors)
 
 
 def squared_refusal(call):
-    return refuse_quantised(call) or refuse_dtypes(w=call.w) or refuse_negated(w=call.w) or refuse_device(call.w)
+    if call.layout:
+        return Quantised(call.w, call.parts, call.layout).refusal()
+    return refuse_dtypes(w=call.w) or refuse_negated(w=call.w) or refuse_device(call.w)
 
 
 @implements("weight_norm_forward", "triton", refusal)
 def forward(call):
     w, a, b = call.w, call.a, call.b
+    if call.layout:
+        (a0, a1), (b0, b1), none = a.stride(), b.stride(), dict.fromkeys(NormLayer._fields)
+        of_factors = {"a": a, "b": b, "scale": float(call.scale), "r": len(a), "a0": a0, "a1": a1, "b0": b0, "b1": b1}
+        return norms(Quantised(w, call.parts, call.layout), NormLayer(**none | of_factors), _precision(a))
     (n, k), r = w.shape, a.shape[0]
     norm = w.new_empty(n, dtype=torch.float32)
     t = tile("norm", w, dtype=w.dtype, factors=a.dtype, r=r)
@@ -120,6 +128,7 @@ def backward(call):
     """With c = dn / n: dB = s·c ⊙ (W Aᵀ + s·B A Aᵀ), dA = s·((c ⊙ B)ᵀ W + s·(c ⊙ B)ᵀ B A); BA is
     not formed."""
     w, a, b, scale, needs = call.w, call.a, call.b, call.scale, call.needs
+    w = dequantise_rows(Quantised(w, call.parts, call.layout)) if call.layout else w
     c = torch.where(call.n > 0, call.dn / call.n, 0.0)[:, None]
     weighted = (c * b.float()).contiguous()
     of_w = Side(w, len(a), v=a.T if needs[1] else None, h=weighted if needs[0] else None)
@@ -139,6 +148,8 @@ def backward(call):
 
 @implements("row_norm_squared", "triton", squared_refusal)
 def row_norm_squared(call):
+    if call.layout:
+        return norms(Quantised(call.w, call.parts, call.layout), NormLayer(*[None] * len(NormLayer._fields)))
     w, (n, k) = call.w, call.w.shape
     squared = w.new_empty(n, dtype=torch.float32)
     t = tile("row_norm_squared", w, dtype=w.dtype)

@@ -1,0 +1,97 @@
+"""The configurations of the Triton kernels that read a quantised weight, and the budgets of a
+person."""
+
+from collections.abc import Callable
+
+import torch
+
+from lora_kernels import QuantisedWeight, lora_linear, weight_norm
+from lora_kernels.ops.dispatch import forced_candidate
+from lora_kernels.testing.gates import Budget, Change
+from tests.gates.calls import BF16, F32, WIDE, on_chips
+
+
+def weight(kind: str, dtype: torch.dtype = BF16) -> QuantisedWeight:
+    """As bitsandbytes lays it: nf4 with nested scales, int8 with one for each row; or float8 in
+    blocks."""
+    size = WIDE * WIDE
+    block = WIDE if kind == "int8" else 64
+    if kind == "nf4":
+        codes, scales = (torch.empty(n, dtype=torch.uint8) for n in (size // 2, size // block))
+        nested = torch.empty(size // block // 256), torch.empty(256), torch.empty(())
+        return QuantisedWeight(codes, (WIDE, WIDE), scales, block, dtype, torch.empty(16), *nested)
+    codes = torch.empty(WIDE, WIDE, dtype={"int8": torch.int8, "float8": torch.float8_e4m3fn}[kind])
+    return QuantisedWeight(codes, (WIDE, WIDE), torch.empty(size // block), block, dtype)
+
+
+def few(kind: str, m: int, r: int = 16, dtype: torch.dtype = BF16, dropout: float = 0.0) -> Callable[[], None]:
+    def call() -> None:
+        x, a, b = (torch.empty(s, dtype=dtype) for s in ((m, WIDE), (r, WIDE), (WIDE, r)))
+        seed = torch.tensor(2**40) if dropout else None
+        with forced_candidate("codes"):
+            lora_linear(x, weight(kind, dtype), a, b, 0.5, None, None, dropout, seed=seed)
+
+    return call
+
+
+def whole(kind: str) -> Callable[[], None]:
+    def call() -> None:
+        weight(kind).dequantise()
+
+    return call
+
+
+def norm(kind: str, r: int) -> Callable[[], None]:
+    def call() -> None:
+        weight_norm(weight(kind), torch.empty(r, WIDE, dtype=BF16), torch.empty(WIDE, r, dtype=BF16), 0.5)
+
+    return call
+
+
+GATES = [
+    on_chips("dequantise, nf4", "dequantise_kernel", whole("nf4"), Budget(19.6, units=6, blocks=6), {
+        "gfx942": Change(per=26, units=5, blocks=4),
+    }),
+    on_chips("dequantise, int8", "dequantise_kernel", whole("int8"), Budget(34.5, units=2, blocks=6), {
+        "gfx942": Change(per=38, blocks=4),
+    }),
+    on_chips("dequantise, float8", "dequantise_kernel", whole("float8"), Budget(84, units=2, blocks=6), {
+        "gfx942": Change(per=68, blocks=4),
+    }),
+    on_chips(
+        "codes, nf4, r=16, 16 tokens", "quantised_forward_kernel", few("nf4", 16),
+        Budget(21, "HMMA", units=16, wide=24, blocks=3), {
+            "gfx942": Change(per=43, matrix="v_mfma", units=8, wide=4, blocks=2),
+        }),
+    on_chips(
+        "codes, int8, r=16, 16 tokens", "quantised_forward_kernel", few("int8", 16),
+        Budget(21.8, "HMMA", units=16, wide=25, blocks=2), {
+            "gfx942": Change(per=44, matrix="v_mfma", units=8, wide=9),
+        }),
+    on_chips(
+        "codes, float8, r=16, 16 tokens", "quantised_forward_kernel", few("float8", 16),
+        Budget(46, "HMMA", units=16, wide=25, blocks=2), {
+            "gfx942": Change(per=62, matrix="v_mfma", units=8, wide=9),
+        }),
+    on_chips(
+        "codes, nf4, r=64, 64 tokens", "quantised_forward_kernel", few("nf4", 64, 64),
+        Budget(8.9, "HMMA", units=48, wide=47, blocks=2), {
+            "gfx942": Change(per=24.7, matrix="v_mfma", units=16, wide=46, blocks=1),
+        }),
+    on_chips(
+        "codes, nf4, r=16, dropout, 64 tokens", "quantised_forward_kernel", few("nf4", 64, dropout=0.1),
+        Budget(25, "HMMA", units=40, wide=29, blocks=2), {
+            "sm_90 sm_100": Change(per=46.5, units=12, wide=9, blocks=4),
+            "gfx942": Change(per=62, matrix="v_mfma", units=12, wide=26),
+        }),
+    on_chips(
+        "codes, nf4, fp32, r=16, 16 tokens", "quantised_forward_kernel", few("nf4", 16, dtype=F32),
+        Budget(40, units=6, blocks=2), {
+            "gfx942": Change(per=8.8, matrix="v_mfma", units=16),
+        }),
+    on_chips(
+        "norm of codes, nf4, r=16", "quantised_norm_kernel", norm("nf4", 16),
+        Budget(59.5, "HMMA", units=4, wide=2, blocks=7), {
+            "gfx942": Change(per=60, matrix="v_mfma", wide=0, blocks=3),
+        }),
+]  # fmt: skip
