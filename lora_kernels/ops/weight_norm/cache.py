@@ -22,9 +22,6 @@ except ImportError:
     fingerprint = None  # type: ignore[assignment]
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
 class NormCache:
     """The last norm and gain of one layer; call it with the layer's present weights.
 
@@ -106,13 +103,6 @@ def _key(scale: float | Tensor, w: Tensor, *others: Tensor) -> Any:
     """What identifies W as far as a sample of it can, and every bit of the others; None where
     nothing can be reused."""
     if fingerprint is None or isinstance(scale, Tensor) or torch.compiler.is_compiling():
-        return None
-    for t in (w, *others):
-        if type(t) not in _PLAIN:
-            return None
-        if t.is_neg():
-            return None
-    if w.is_inference():  # such tensors have no version
         return None
     found = fingerprint(w, *others)
     # the tensor itself, lest another one at the same address be taken for it
