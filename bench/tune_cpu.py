@@ -45,8 +45,10 @@ def candidates(level: str, dtype: str, direction: str) -> dict[str, CpuRow]:
     return {"streamed": replace(plain, streamed=ALL), **found}
 
 
-def measure(level: str, dtype: str, direction: str, rows: Mapping[str, CpuRow], quick: bool = False) -> Times:
-    """Runs candidates; each of `rows` is one."""
+def measure(
+    level: str, dtype: str, direction: str, rows: Mapping[str, CpuRow], quick: bool = False, codes: bool = False
+) -> Times:
+    """Runs candidates; each of `rows` is one. `codes`: over a W of 4 bits."""
     import torch
 
     from lora_kernels.commands.paired import interleaved_medians
@@ -57,7 +59,7 @@ def measure(level: str, dtype: str, direction: str, rows: Mapping[str, CpuRow], 
     for size in SIZES[:1] if quick else SIZES:
         alive = dict(rows)
         for tokens in TOKENS[::4] if quick else TOKENS:
-            calls = {name: layer_call(row, size, tokens, direction) for name, row in alive.items()}
+            calls = {name: layer_call(row, size, tokens, direction, codes) for name, row in alive.items()}
             taken = interleaved_medians(calls, rounds=15, seconds=0.01 if quick else 0.15, clock=clock, pick=pick)
             times[size, tokens] = taken
             best = min(taken.values())
@@ -65,11 +67,11 @@ def measure(level: str, dtype: str, direction: str, rows: Mapping[str, CpuRow], 
     return times
 
 
-def layer_call(row: CpuRow, size: int, tokens: int, direction: str) -> Callable[[], object]:
-    """One direction of a LoRA layer by a row."""
+def layer_call(row: CpuRow, size: int, tokens: int, direction: str, codes: bool = False) -> Callable[[], object]:
+    """One direction of a LoRA layer by a row, over a plain W or one of 4 bits."""
     import torch
 
-    from lora_kernels import lora_linear
+    from lora_kernels import QuantisedWeight, lora_linear
     from lora_kernels.ops.cpu_gemm import forced_choice
 
     dtype, generator = getattr(torch, row.dtype), torch.Generator().manual_seed(0)
@@ -78,6 +80,9 @@ def layer_call(row: CpuRow, size: int, tokens: int, direction: str) -> Callable[
         for shape, scale in (((tokens, size), 1), ((size, size), 0.03), ((RANK, size), 0.03), ((size, RANK), 0.02))
     )
     dy = x.clone()
+    if codes:
+        some = torch.randint(256, (size * size // 2,), generator=generator).to(torch.uint8)
+        w = QuantisedWeight(some, w.shape, torch.full((size * size // 64,), 0.03), 64, dtype, torch.linspace(-1, 1, 16))
     if direction == "forward":
 
         def forward() -> object:
@@ -147,6 +152,12 @@ def fit_thin(row: CpuRow, times: Times) -> CpuRow:
     return replace(row, thin=thin if begin == 1 else 0)
 
 
+def fit_codes(row: CpuRow, times: Times) -> CpuRow:
+    """With the limit of the kernel that streams W's codes, from the times of "small" and "own"."""
+    begin, small = span(winners(times, ["own", "small"]), "small")
+    return replace(row, small_codes=small if begin == 1 else 0)
+
+
 def run_level(level: str, threads: int, quick: bool) -> int:
     """Measures a level in this process, a line of JSON for each row."""
     import torch
@@ -166,6 +177,8 @@ def run_level(level: str, threads: int, quick: bool) -> int:
         if dtype == "float32":
             own = measure(level, dtype, "backward", {"own": row, "library": replace(row, thin=ALL)}, quick)
             row = fit_thin(row, own)
+        own = {"own": replace(row, small=0), "small": replace(row, small=ALL)}
+        row = fit_codes(row, measure(level, dtype, "forward", own, quick, codes=True))
         print(json.dumps(asdict(row)), flush=True)
     return 0
 

@@ -78,6 +78,9 @@ def test_a_row_is_what_won():
     assert made == wanted
     assert tune_cpu.fit_thin(made, planted({1: "library", 4: "library", 16: "own"}, ["own", "library"])).thin == 8
     assert tune_cpu.fit_thin(made, planted({1: "own", 4: "library", 16: "own"}, ["own", "library"])).thin == 0
+    streamed = planted({1: "small", 4: "small", 16: "own"}, ["own", "small"])
+    assert tune_cpu.fit_codes(made, streamed).small_codes == 8
+    assert tune_cpu.fit_codes(made, planted({1: "own", 4: "small"}, ["own", "small"])).small_codes == 0
 
 
 def test_what_was_dropped_has_lost():
@@ -113,5 +116,6 @@ def test_each_candidate_runs_in_both_directions():
     for direction in ("forward", "backward"):
         rows = tune_cpu.candidates(_cpu.level(), "float32", direction)
         for name, each in rows.items():
+            assert tune_cpu.layer_call(each, 64, 3, direction, codes=True)() is not None
             found = tune_cpu.layer_call(each, 32, 3, direction)()
             assert isinstance(found, torch.Tensor if direction == "forward" else tuple), name

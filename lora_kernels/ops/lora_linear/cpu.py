@@ -76,7 +76,7 @@ def _forward(call):
     tokens = x.shape[0]
     if tokens and not call.drop_base and w.numel():
         row = choice(x.dtype)
-        if tokens <= row.small:
+        if tokens <= row.small or (tokens <= row.small_codes and isinstance(w, Packed)):
             done = _forward_small(call)
             if done is not None:
                 return done

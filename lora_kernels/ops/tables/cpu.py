@@ -45,6 +45,8 @@ class CpuRow:
     """As `processor()` has it; empty for all others."""
     measured: str = ""
     """Where and how."""
+    small_codes: int = 0
+    """`small` where W is quantised, if that is more: what streams W reads its codes once, too."""
 
 
 ALL = NEVER = 2**31
