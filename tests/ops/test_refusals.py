@@ -6,6 +6,7 @@ import torch
 
 from lora_kernels import (
     Member,
+    QuantisedWeight,
     dora_linear,
     explain,
     lora_linear,
@@ -31,6 +32,7 @@ def every_op(dtype):
         row_norm_squared(w)
         dora_linear(x, w, a, b, m, 0.5)
         merged_weight(w, a, b, 0.5)
+        QuantisedWeight(torch.ones(16, 24, dtype=torch.int8), (16, 24), torch.ones(16), 24, dtype).dequantise()
         merged_weight(w, a, b, 0.5, out=w.clone())
     slots = make_slots(24, [16], [4], dtype)
     plan = BatchPlan.build(ids_of(torch.zeros(3, dtype=torch.int64), slots), 1)
