@@ -147,6 +147,12 @@ def test_a_gradient_is_never_lost(name):
         assert agree(args)
 
 
+@pytest.mark.parametrize("name", ["x", "w", "a", "b", "bias", "gain"])
+def test_a_negated_view_is_not_read_as_it_lies(name):
+    args = call_of(bias=True, gain=True)
+    assert not agree({**args, name: torch._neg_view(args[name])})
+
+
 class Watcher(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -182,13 +188,14 @@ def test_inference_mode():
     assert was_short and y.is_inference()
 
 
-def test_the_deterministic_kernel_is_that_of_the_level_in_use():
+def test_each_level_gives_the_same_both_ways():
     from lora_kernels import _cpu
 
     before = _cpu.level()
     try:
         for level in _cpu.levels():
             _cpu.set_level(level)
-            agree(call_of((4, 20), torch.bfloat16))
+            with torch.no_grad():
+                assert agree(call_of((4, 20), torch.bfloat16))
     finally:
         _cpu.set_level(before)
