@@ -51,45 +51,60 @@ uint64_t mix(uint64_t sum, uint64_t value) {
 
 // A number that says whether a matrix and some tensors are still what they were: address, shape,
 // strides and dtype of each, every bit of the tensors, and of the matrix one element of each of 64
-// rows, its column walking across. None where there is no such number: not on the CPU, or a tensor
-// that is not contiguous.
-py::object fingerprint(py::handle w, const py::args& tensors) {
-  lk::Bytes bytes[8];
-  const int count = int(tensors.size());
-  if (count > 8) throw std::invalid_argument("fingerprint: at most 8 tensors");
+// rows, its column walking across. None where there is no such number: not on the CPU, a tensor
+// that is not contiguous, one of a subclass or negated, or a matrix made in inference mode, which
+// has no version.
+PyObject* fingerprint(PyObject* const* given, Py_ssize_t count) {
+  static PyObject* const is_inference = PyUnicode_InternFromString("is_inference");
+  constexpr int MOST = 9, SAMPLE = 64;
+  if (count < 1 || count > MOST) throw std::invalid_argument("fingerprint: a matrix and at most 8 tensors");
+  for (int i = 0; i < count; i++) {
+    if (!lk::reader.is_plain(given[i]) || lk::reader.is_negated(given[i])) return nullptr;
+  }
+  if (lk::reader.asks(given[0], is_inference)) return nullptr;
+  lk::Bytes bytes[MOST];
+  const char* sampled[SAMPLE];
+  int64_t size_of_w = 0;
   uint64_t sum = 0;
-  for (int i = -1; i < count; i++) {
+  for (int i = 0; i < count; i++) {
     int64_t held[4];
     lk::Tensor t{};
     try {
-      t = lk::reader.read(i < 0 ? w.ptr() : tensors[i].ptr(), held);
+      t = lk::reader.read(given[i], held);
     } catch (py::error_already_set&) {
-      return py::none();
+      return nullptr;
     }
     const int64_t size = t.type.bits / 8;
-    if (size > 8 || t.device.type != lk::CPU || t.dimensions > 2 || (i < 0 && t.dimensions != 2)) return py::none();
+    if (size > 8 || t.device.type != lk::CPU || t.dimensions > 2 || (i == 0 && t.dimensions != 2)) return nullptr;
     sum = mix(sum, reinterpret_cast<uint64_t>(t.data));
     sum = mix(sum, uint64_t(t.type.code) << 8 | t.type.bits);
     int64_t elements = 1;
     for (int d = t.dimensions - 1; d >= 0; d--) {
-      if (i >= 0 && t.shape[d] > 1 && t.strides[d] != elements) return py::none();
+      if (i > 0 && t.shape[d] > 1 && t.strides[d] != elements) return nullptr;
       sum = mix(mix(sum, uint64_t(t.shape[d])), uint64_t(t.strides[d]));
       elements *= t.shape[d];
     }
-    if (i >= 0) {
-      bytes[i] = {t.data, elements * size};
+    if (elements && !t.data) return nullptr;
+    if (i > 0) {
+      bytes[i - 1] = {t.data, elements * size};
       continue;
     }
-    if (elements == 0) return py::none();
+    if (elements == 0) return nullptr;
     const int64_t rows = t.shape[0], columns = t.shape[1];
-    for (int64_t j = 0; j < 64; j++) {
-      const int64_t row = rows * j / 64, column = (columns * (2 * j + 1) / 128 + j) % columns;
-      uint64_t bits = 0;
-      std::memcpy(&bits, static_cast<const char*>(t.data) + (row * t.strides[0] + column * t.strides[1]) * size, size);
-      sum = mix(sum, bits);
+    size_of_w = size;
+    for (int64_t j = 0; j < SAMPLE; j++) {
+      const int64_t row = rows * j / SAMPLE, column = (columns * (2 * j + 1) / (2 * SAMPLE) + j) % columns;
+      sampled[j] = static_cast<const char*>(t.data) + (row * t.strides[0] + column * t.strides[1]) * size;
+      __builtin_prefetch(sampled[j]);  // they come while the others are read
     }
   }
-  return py::int_(count ? mix(sum, chosen->checksum(bytes, count)) : sum);
+  if (count > 1) sum = mix(sum, chosen->checksum(bytes, int(count) - 1));
+  for (const char* each : sampled) {
+    uint64_t bits = 0;
+    std::memcpy(&bits, each, size_t(size_of_w));
+    sum = mix(sum, bits);
+  }
+  return PyLong_FromUnsignedLongLong(sum);
 }
 
 void multi_lora(Matrix x, Matrix a, Matrix b, Matrix from, Matrix to, Matrix bias, bool holds_bias, int64_t first,
@@ -131,14 +146,14 @@ void multi_lora(Matrix x, Matrix a, Matrix b, Matrix from, Matrix to, Matrix bia
   call.run([&] { chosen->multi_lora(p); });
 }
 
-PyObject* forward_plain_of(PyObject* const* given) {
+PyObject* forward_plain_of(PyObject* const* given, Py_ssize_t) {
   const auto number = [&](int i) { return PyLong_AsLongLong(given[i]); };
   if (!PyFloat_CheckExact(given[4])) return nullptr;
   return lk::forward_plain(given[0], given[1], given[2], given[3], PyFloat_AS_DOUBLE(given[4]), given[5], given[6],
                            number(7), int(number(8)), given[9] == Py_True);
 }
 
-PyObject* plain_call_of(PyObject* const* given) { return plain_layer.read(given[0], given[1]); }
+PyObject* plain_call_of(PyObject* const* given, Py_ssize_t) { return plain_layer.read(given[0], given[1]); }
 
 }  // namespace
 
@@ -291,5 +306,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("multi_lora", &multi_lora,
         "tables: table, rank, scale, flags, gain, bias, generation of the slots; ids, weights, order, starts, error of "
         "the plan. Columns `first` to `first` + those of b of `from` and `to`.");
-  m.def("fingerprint", &fingerprint, "A 64-bit number of (W, tensors…) as they are; None where there is none.");
+  lk::add_function<fingerprint, 0>(m, "fingerprint",
+                                   "A 64-bit number of (W, tensors...) as they are; None where there is none.");
 }

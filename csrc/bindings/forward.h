@@ -79,7 +79,6 @@ inline PyObject* forward_plain(pybind11::handle x, pybind11::handle w, pybind11:
                                double scale, pybind11::handle bias, pybind11::handle gain, int64_t most, int threads,
                                bool grad) {
   static PyObject* const learns = PyUnicode_InternFromString("requires_grad");
-  static PyObject* const negated = PyUnicode_InternFromString("is_neg");
   static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
   constexpr int DIMENSIONS = 8;
   const pybind11::handle given[GIVEN] = {x, w, a, b, bias, gain};
@@ -88,13 +87,7 @@ inline PyObject* forward_plain(pybind11::handle x, pybind11::handle w, pybind11:
     PyObject* const t = given[i].ptr();
     if (i > 3 && given[i].is_none()) continue;
     if (!reader.is_plain(t)) return nullptr;
-    const auto says = [&](PyObject* found) {
-      if (!found) throw pybind11::error_already_set();
-      Py_DECREF(found);  // True and False live for ever
-      return found != Py_False;
-    };
-    if (says(PyObject_CallMethodNoArgs(t, negated))) return nullptr;
-    if ((grad || i == 1) && says(PyObject_GetAttr(t, learns))) return nullptr;
+    if (reader.is_negated(t) || ((grad || i == 1) && reader.has(t, learns))) return nullptr;
   }
   Tensor read[GIVEN];
   if (!are_valid(given, read)) return nullptr;

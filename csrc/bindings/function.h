@@ -6,12 +6,14 @@
 
 namespace lk {
 
-// `F` takes COUNT borrowed arguments and gives a new reference, or null for None; it may throw.
-template <PyObject* (*F)(PyObject* const*), Py_ssize_t COUNT>
+// `F` takes borrowed arguments, COUNT or if that is 0 any number, and gives a new reference, or null
+// for None; it may throw.
+template <PyObject* (*F)(PyObject* const*, Py_ssize_t), Py_ssize_t COUNT>
 PyObject* fast_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  if (count != COUNT) return PyErr_Format(PyExc_TypeError, "%zd arguments are wanted, found %zd", COUNT, count);
+  if (COUNT && count != COUNT)
+    return PyErr_Format(PyExc_TypeError, "%zd arguments are wanted, found %zd", COUNT, count);
   try {
-    if (PyObject* const found = F(given)) return found;
+    if (PyObject* const found = F(given, count)) return found;
     if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;
   } catch (pybind11::error_already_set& error) {
@@ -24,7 +26,7 @@ PyObject* fast_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return nullptr;
 }
 
-template <PyObject* (*F)(PyObject* const*), Py_ssize_t COUNT>
+template <PyObject* (*F)(PyObject* const*, Py_ssize_t), Py_ssize_t COUNT>
 void add_function(pybind11::module_& module, const char* name, const char* says) {
   static PyMethodDef definition[] = {{}, {}};
   definition[0] = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&fast_call<F, COUNT>)),

@@ -72,6 +72,15 @@ class Reader {
     PyObject* const cls = reinterpret_cast<PyObject*>(Py_TYPE(object));
     return cls == plain_[0] || cls == plain_[1];
   }
+  // What a plain tensor answers to a question without arguments, or has for an attribute: the name is
+  // interned.
+  static bool asks(PyObject* tensor, PyObject* method) { return is_true(PyObject_CallMethodNoArgs(tensor, method)); }
+  static bool has(PyObject* tensor, PyObject* attribute) { return is_true(PyObject_GetAttr(tensor, attribute)); }
+  // whether its memory holds the negative of its values
+  static bool is_negated(PyObject* tensor) {
+    static PyObject* const name = PyUnicode_InternFromString("is_neg");
+    return asks(tensor, name);
+  }
   bool fast() const { return api_ != nullptr; }
 
   Tensor read(PyObject* object, int64_t (&held)[4]) const {
@@ -137,6 +146,11 @@ class Reader {
   }
 
  private:
+  static bool is_true(PyObject* answer) {
+    if (!answer) throw pybind11::error_already_set();
+    Py_DECREF(answer);  // True and False live for ever
+    return answer != Py_False;
+  }
   // a wrapper of other tensors, or torch's tensor of zeros, has elements and no memory
   static bool in_memory(const Tensor& t) {
     int64_t elements = 1;

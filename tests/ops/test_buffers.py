@@ -138,3 +138,34 @@ def test_kernels_refuse_what_they_cannot_read():
         _cpu.column_sums(torch.ones(3, 2, 3), None, sums, 1)
     with pytest.raises((BufferError, RuntimeError, ValueError)):
         _cpu.column_sums(torch.ones(3, 6, device="meta"), None, sums, 1)
+
+
+def test_a_fingerprint_is_of_plain_tensors_alone():
+    class Other(torch.nn.Parameter):
+        pass
+
+    w, a, b = torch.randn(8, 6), torch.randn(2, 6), torch.randn(8, 2)
+    found = _cpu.fingerprint(w, a, b)
+    assert found is not None and found == _cpu.fingerprint(w, torch.nn.Parameter(a), b)
+    for wrong in (Other(a), torch._neg_view(a), a.to("meta"), a.to_sparse(), torch.randn(6, 2).T, a[None], [1.0], None):
+        assert _cpu.fingerprint(w, wrong, b) is None
+    for wrong in (Other(w), torch._neg_view(w), w[:0], w[0], w[None], w.to("meta"), 1.0):
+        assert _cpu.fingerprint(wrong, a, b) is None
+    with torch.inference_mode():
+        without_version = w.clone()
+    assert _cpu.fingerprint(without_version, a, b) is None
+    assert _cpu.fingerprint(w, without_version, b) is not None
+    with pytest.raises(RuntimeError, match="at most 8 tensors"):
+        _cpu.fingerprint(w, *[a] * 9)
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (64, 64), (300, 70)])
+def test_a_fingerprint_changes_with_each_bit(shape):
+    w, a = torch.randn(shape), torch.randn(2, shape[1])
+    first = _cpu.fingerprint(w, a)
+    for tensor, place in ((a, (1, 3)), (a, (0, 0)), (a, (1, shape[1] - 1)), (w, (0, shape[1] // 128))):
+        before = tensor[place].clone()
+        tensor[place] += 1e-3
+        assert _cpu.fingerprint(w, a) != first
+        tensor[place] = before
+        assert _cpu.fingerprint(w, a) == first

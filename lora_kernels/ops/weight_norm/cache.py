@@ -23,9 +23,6 @@ except ImportError:
     fingerprint = None  # type: ignore[assignment]
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
 class NormCache:
     """The last norm and gain of one layer; call it with the layer's present weights.
 
@@ -110,13 +107,8 @@ def _key(scale: float | Tensor, w: Any, *others: Tensor) -> Any:
     nothing can be reused."""
     if fingerprint is None or isinstance(scale, Tensor) or torch.compiler.is_compiling():
         return None
-    for t in (w, *others):
-        if type(t) not in _PLAIN:
-            return _quantised_key(scale, w, others) if isinstance(w, QuantisedWeight) else None
-        if t.is_neg():
-            return None
-    if w.is_inference():  # such tensors have no version
-        return None
+    if isinstance(w, QuantisedWeight):
+        return _quantised_key(scale, w, others)
     found = fingerprint(w, *others)
     # the tensor itself, lest another one at the same address be taken for it
     return found and (found, scale, w._version, ref(w if w._base is None else w._base))
@@ -124,10 +116,8 @@ def _key(scale: float | Tensor, w: Any, *others: Tensor) -> Any:
 
 def _quantised_key(scale: float, w: QuantisedWeight, others: tuple[Tensor, ...]) -> Any:
     """As `_key`, of codes and scales."""
-    if any(type(t) not in _PLAIN or t.is_neg() for t in others):
-        return None
     codes, parts, _ = w.fields()
-    if any(t.is_inference() for t in (codes, *parts)):
+    if codes.is_inference() or any(t.is_inference() for t in parts):
         return None
     found = fingerprint(codes if codes.dim() == 2 else codes.view(-1, 1), *others)
     versions = [codes._version, *((t.data_ptr(), t._version) for t in parts)]
