@@ -30,6 +30,14 @@ py::list levels() {
   return names;
 }
 
+PyObject* level(PyObject* const*, Py_ssize_t) {
+  static const lk::Kernels* last = nullptr;
+  static PyObject* name = nullptr;
+  if (last != chosen) last = chosen, name = PyUnicode_InternFromString(chosen->level);
+  Py_XINCREF(name);
+  return name;
+}
+
 void set_level(const std::string& name) {
   const lk::Kernels* found[lk::LEVELS];
   const int count = lk::supported(found);
@@ -159,7 +167,7 @@ PyObject* plain_call_of(PyObject* const* given, Py_ssize_t) { return plain_layer
 
 PYBIND11_MODULE(_cpu, m) {
   m.def("levels", &levels, "The instruction sets that this processor runs, the fastest last.");
-  m.def("level", [] { return chosen->level; }, "The instruction set in use.");
+  lk::add_function<level, 0>(m, "level", "The instruction set in use.");
   m.def("set_level", &set_level, "Uses another instruction set, for tests and benchmarks.");
   m.def(
       "read_tensors", [](py::object capsule, py::object describe) { lk::reader.set(capsule, describe); },

@@ -72,6 +72,14 @@ inline bool forward_small(Matrix x, Weight w, Matrix a, Matrix b, Matrix y, Matr
   return true;
 }
 
+inline int64_t tokens_of(pybind11::handle x) {
+  Tensor t;
+  if (!reader.try_read(x.ptr(), &t)) return 0;
+  int64_t tokens = 1;
+  for (int i = 0; i < t.dimensions - 1; i++) tokens *= t.shape[i];
+  return tokens;
+}
+
 // What lora_linear gives of few tokens where nothing gets a gradient, in the shape of x; null, and
 // nothing done, where any tensor is not torch's own, plain and valid, or there are more than `most`
 // tokens. With `grad`, where one of those that may learn does, too.
@@ -82,7 +90,8 @@ inline PyObject* forward_plain(pybind11::handle x, pybind11::handle w, pybind11:
   static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
   constexpr int DIMENSIONS = 8;
   const pybind11::handle given[GIVEN] = {x, w, a, b, bias, gain};
-  if (!std::isfinite(scale)) return nullptr;
+  // most calls that are not such have more tokens
+  if (!std::isfinite(scale) || !reader.is_plain(x.ptr()) || tokens_of(x) > most) return nullptr;
   for (int i = 0; i < GIVEN; i++) {
     PyObject* const t = given[i].ptr();
     if (i > 3 && given[i].is_none()) continue;
@@ -92,9 +101,7 @@ inline PyObject* forward_plain(pybind11::handle x, pybind11::handle w, pybind11:
   Tensor read[GIVEN];
   if (!are_valid(given, read)) return nullptr;
   const int last = read[0].dimensions - 1;
-  const int64_t n_out = read[1].shape[0];
-  int64_t tokens = 1;
-  for (int i = 0; i < last; i++) tokens *= read[0].shape[i];
+  const int64_t n_out = read[1].shape[0], tokens = tokens_of(x);
   if (last > DIMENSIONS - 1 || tokens < 1 || tokens > most || n_out < 1 || read[1].shape[1] < 1) return nullptr;
 
   PyObject* arguments[1 + DIMENSIONS] = {x.ptr()};

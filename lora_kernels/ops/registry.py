@@ -260,7 +260,7 @@ def forced_backend() -> str | None:
 
 def is_watched() -> bool:
     """Whether a backend is forced, `explain` asks, or something looks at the ops that run."""
-    return _modes() > 0 or _functorch() is not None or bool(forced_backend()) or _recorder.get() is not None
+    return bool(_modes() or _forced.get() or _FROM_ENVIRONMENT or _recorder.get() is not None) or _functorch() is not None
 
 
 def simulates() -> bool:

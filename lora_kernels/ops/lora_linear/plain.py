@@ -30,7 +30,10 @@ def plain_forward(
 ) -> Tensor | None:
     """`lora_linear` without dropout, or None where the call is not one of these; then nothing was
     checked."""
+    grad = torch.is_grad_enabled()
+    if grad and type(a) in PLAIN and a.requires_grad:  # as in training: nothing more is asked
+        return None
     if type(x) not in PLAIN or x.dtype not in READ or _any_autocast() or forward_ad._current_level >= 0 or is_watched():
         return None
     most = choice(x.dtype).small
-    return _forward(x, w, a, b, scale, bias, gain, most, torch.get_num_threads(), torch.is_grad_enabled())
+    return _forward(x, w, a, b, scale, bias, gain, most, torch.get_num_threads(), grad)
