@@ -192,6 +192,7 @@ void dequantise_row(const Quantised& q, int64_t n, int64_t k, int64_t count, T* 
 // to [rows, count] = W[n : n + rows, k : k + count]
 template <typename T>
 void dequantise_rows(const Quantised& q, int64_t n, int64_t rows, int64_t k, int64_t count, T* to, int64_t row) {
+  if (!count) return;
 #if LK_VL == 16
   if (in_steps(q) && k % STEP == 0 && count % STEP == 0) {
     if (q.code == Code::nibbles) return rows_in_steps<Nibbles>(q, n, rows, k, count, to, row);

@@ -10,7 +10,6 @@ which also runs where its forward raises. A call outside of the module's own run
 """
 
 from collections import Counter
-from operator import is_
 from threading import get_ident, local
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
@@ -169,7 +168,7 @@ class Siblings:
         if now != kept.conditions:
             at = next(i for i, (one, other) in enumerate(zip(now, kept.conditions, strict=True)) if one != other)
             return f"{_CONDITIONS[at]} changed"
-        if len(state) != len(kept.states[index]) or not all(map(is_, state, kept.states[index])):
+        if len(state) != len(kept.states[index]) or not all(map(_same, state, kept.states[index])):
             return "the adapter's state changed"
         return None if _versions(state) == kept.versions[index] else "a weight changed"
 
@@ -310,6 +309,11 @@ def _siblings_of(parent: nn.Module, layers: list[Any]) -> list[Siblings]:
 
 def _children(parent: nn.Module) -> list[FusedLinear]:
     return [child for child in parent._modules.values() if isinstance(child, FusedLinear)]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether both are one tensor, or one number."""
+    return one is other or (type(one) is type(other) is float and one == other)
 
 
 def _is_plain(layer: Any, state: Any) -> bool:
