@@ -17,6 +17,14 @@ OURS = str(Path(lora_kernels.__file__).parent)
 CONFIG = {"target_modules": ["0", "2"], "r": 2, "bias": "all", "modules_to_save": ["3"], "init_lora_weights": False}
 
 
+@pytest.fixture(autouse=True)
+def default_handler():
+    """A shell's background job begins with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def net():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3), nn.Linear(3, 2))
