@@ -1,6 +1,6 @@
 """A quantised weight as the C++ kernels read it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,11 @@ class Packed(NamedTuple):
     def some(self, rows: slice) -> "Packed":
         """Some of these rows."""
         return self._replace(first=self.first + rows.start, rows=rows.stop - rows.start)
+
+
+def weight_of(call: Any) -> Tensor | Packed:
+    """W of an op's arguments as the kernels read it, quantised or not."""
+    return Packed.of(call.w, call.parts, call.layout) if call.layout else call.w
 
 
 def held(w: Tensor | Packed) -> Tensor | Packed:

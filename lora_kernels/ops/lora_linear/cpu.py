@@ -15,7 +15,7 @@ import torch
 from lora_kernels import _cpu
 from lora_kernels.ops.cpu_amx import on_tiles, product_back
 from lora_kernels.ops.cpu_gemm import back_product, base_product, base_product_slices, choice
-from lora_kernels.ops.cpu_quantised import Packed, held, refuse_codes, some_rows, widened
+from lora_kernels.ops.cpu_quantised import Packed, held, refuse_codes, some_rows, weight_of, widened
 from lora_kernels.ops.cpu_tensors import dropout_args, row_major, transposed
 from lora_kernels.ops.gradients import empty_gradient, gradient_dtype
 from lora_kernels.ops.lora_linear import library
@@ -68,7 +68,7 @@ def forward(call):
 
 def _packed(call):
     """The same call with a w that the kernels read."""
-    return call._replace(w=Packed.of(call.w, call.parts, call.layout), parts=None, layout=None)
+    return call._replace(w=weight_of(call), parts=None, layout=None)
 
 
 def _forward(call):

@@ -7,8 +7,7 @@ from lora_kernels.ops.dropout import mask
 from lora_kernels.ops.gradients import gradient_dtype
 from lora_kernels.ops.lora_linear.call import Needs
 from lora_kernels.ops.lora_linear.loop import backward_each, forward_each
-from lora_kernels.ops.quantised import QuantisedWeight
-from lora_kernels.ops.quantised.formula import dequantised
+from lora_kernels.ops.quantised.formula import weight_of
 from lora_kernels.ops.registry import implements
 
 
@@ -69,10 +68,8 @@ def _in_sum_dtype(x, *others):
 
 
 def _plain_weight(call):
-    if call.layout:
-        return dequantised(QuantisedWeight.of_fields(call.w, call.parts, call.layout))
     wide = torch.promote_types(call.x.dtype, torch.float32)
-    return call.w if call.w_scale is None else call.w.to(wide) * call.w_scale.to(wide)[:, None]
+    return weight_of(call) if call.w_scale is None else call.w.to(wide) * call.w_scale.to(wide)[:, None]
 
 
 def _dropout_factor(call):

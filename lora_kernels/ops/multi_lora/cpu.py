@@ -5,7 +5,7 @@ import torch
 
 from lora_kernels import _cpu
 from lora_kernels.ops.cpu_gemm import base_product
-from lora_kernels.ops.cpu_quantised import Packed, refuse_codes
+from lora_kernels.ops.cpu_quantised import refuse_codes, weight_of
 from lora_kernels.ops.cpu_tensors import row_major
 from lora_kernels.ops.multi_lora.plan import TENSORS
 from lora_kernels.ops.refusals import READ, refuse_dtypes, refuse_negated
@@ -32,7 +32,7 @@ def _refuse_operands(call, w):
 
 @implements("multi_lora_forward", "cpu", refusal)
 def forward(call):
-    x, w = row_major(call.x), Packed.of(call.w, call.parts, call.layout) if call.layout else call.w
+    x, w = row_major(call.x), weight_of(call)
     y = x.new_empty(x.shape[0], w.shape[0])
     apply_adapters(call, base_product(x, w, y if x.dtype is torch.float32 else None), y, x, False)
     return y

@@ -4,16 +4,14 @@ float64)."""
 import torch
 
 from lora_kernels.ops.multi_lora.plan import adapter_in_slot, members_of, unflatten
-from lora_kernels.ops.quantised.formula import dequantised
-from lora_kernels.ops.quantised.weight import QuantisedWeight
+from lora_kernels.ops.quantised.formula import weight_of
 from lora_kernels.ops.registry import implements
 
 
 @implements("multi_lora_forward", "reference")
 def forward(call):
     x, wide = call.x, torch.promote_types(call.x.dtype, torch.float32)
-    w = dequantised(QuantisedWeight.of_fields(call.w, call.parts, call.layout)) if call.layout else call.w
-    return _adapted(call, x.to(wide) @ w.to(wide).T).to(x.dtype)
+    return _adapted(call, x.to(wide) @ weight_of(call).to(wide).T).to(x.dtype)
 
 
 @implements("multi_lora_add", "reference")

@@ -2,7 +2,12 @@
 
 import torch
 
-from lora_kernels.ops.quantised.weight import HALVES, LOW_FIRST, NIBBLES
+from lora_kernels.ops.quantised.weight import HALVES, LOW_FIRST, NIBBLES, QuantisedWeight
+
+
+def weight_of(call):
+    """W of an op's arguments as a tensor, quantised or not."""
+    return dequantised(QuantisedWeight.of_fields(call.w, call.parts, call.layout)) if call.layout else call.w
 
 
 def dequantised(w):

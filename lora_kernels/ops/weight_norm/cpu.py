@@ -5,7 +5,7 @@ import torch
 
 from lora_kernels import _cpu
 from lora_kernels.ops.cpu_amx import on_tiles, product
-from lora_kernels.ops.cpu_quantised import Packed, held, refuse_codes, some_rows, widened
+from lora_kernels.ops.cpu_quantised import Packed, held, refuse_codes, some_rows, weight_of, widened
 from lora_kernels.ops.gradients import gradient_dtype
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
@@ -46,7 +46,7 @@ def _table_blocks(w):
 
 def _weight(call):
     """W as the kernels read it, the same memory for all of them."""
-    return held(Packed.of(call.w, call.parts, call.layout) if call.layout else call.w)
+    return held(weight_of(call))
 
 
 def _row_blocks(w):

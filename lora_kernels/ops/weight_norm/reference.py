@@ -4,8 +4,7 @@ tested against them."""
 import torch
 
 from lora_kernels.ops.gradients import gradient_dtype
-from lora_kernels.ops.quantised import QuantisedWeight
-from lora_kernels.ops.quantised.formula import dequantised
+from lora_kernels.ops.quantised.formula import weight_of
 from lora_kernels.ops.registry import implements
 
 
@@ -34,7 +33,7 @@ def row_norm_squared(call):
 
 
 def _wide_weight(call):
-    w = dequantised(QuantisedWeight.of_fields(call.w, call.parts, call.layout)) if call.layout else call.w
+    w = weight_of(call)
     return w.to(torch.promote_types(w.dtype, torch.float32))
 
 
