@@ -30,7 +30,8 @@ from lora_kernels.ops.tables.cpu import ALL, NEVER, CpuRow
 
 TOKENS, SIZES, RANK = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 1024), (576, 1024, 4096), 16
 LOST = 3.0
-"""A candidate that takes so many times as long as the best is not timed for more tokens."""
+"""A candidate that takes so many times as long as the best, and more so than for fewer tokens, is
+not timed for more."""
 
 Times = Mapping[tuple[int, int], Mapping[str, float]]
 """By size and tokens: the seconds of each candidate."""
@@ -42,7 +43,7 @@ def candidates(level: str, dtype: str, direction: str) -> dict[str, CpuRow]:
     found = {"gemm": plain} if dtype == "float32" else {"gemm": plain, "addmm": replace(plain, addmm_from=0, addmm_back_from=0)}
     if direction == "forward":
         return {"small": replace(plain, small=ALL), "packed": replace(plain, packed=ALL), **found}
-    return {"streamed": replace(plain, streamed=ALL), **found}
+    return {"small": replace(plain, small_back=ALL), "streamed": replace(plain, streamed=ALL), **found}
 
 
 def measure(
@@ -57,13 +58,14 @@ def measure(
     clock, pick = (time.process_time, min) if one else (time.perf_counter, statistics.median)
     times: dict[tuple[int, int], dict[str, float]] = {}
     for size in SIZES[:1] if quick else SIZES:
-        alive = dict(rows)
+        alive, before = dict(rows), dict.fromkeys(rows, math.inf)
         for tokens in TOKENS[::4] if quick else TOKENS:
             calls = {name: layer_call(row, size, tokens, direction, codes) for name, row in alive.items()}
             taken = interleaved_medians(calls, rounds=15, seconds=0.01 if quick else 0.15, clock=clock, pick=pick)
             times[size, tokens] = taken
-            best = min(taken.values())
-            alive = {name: row for name, row in alive.items() if taken[name] < LOST * best}
+            ratios = {name: each / min(taken.values()) for name, each in taken.items()}
+            alive = {name: row for name, row in alive.items() if ratios[name] < max(LOST, before[name])}
+            before = ratios
     return times
 
 
@@ -131,13 +133,16 @@ def fit(level: str, dtype: str, forward: Times, back: Times, where: str) -> CpuR
     ahead, behind = list(candidates(level, dtype, "forward")), list(candidates(level, dtype, "backward"))
     ours, ours_back = [n for n in ahead if n != "addmm"], [n for n in behind if n != "addmm"]
     begin, small = span(winners(forward, ours), "small")
+    begin_back, small_back = span(winners(back, ours_back), "small")
     packed = span(winners(forward, ours), "packed")
     streamed = span(winners(back, ours_back), "streamed")
     won, won_back = winners(forward, ahead), winners(back, behind)
     addmm_from = _from(span(won, "addmm"))
     small = min(small, span(won, "small")[1]) if begin == 1 else 0
+    small_back = min(small_back, span(won_back, "small")[1]) if begin_back == 1 else 0
+    addmm_back_from = _from(span(won_back, "addmm"))
     return CpuRow(
-        level, dtype, small, *packed, addmm_from, *streamed, _from(span(won_back, "addmm")), 64, 0, table.processor(), where
+        level, dtype, small, *packed, addmm_from, *streamed, addmm_back_from, 64, 0, table.processor(), where, 0, small_back
     )
 
 

@@ -72,9 +72,10 @@ def planted(won, names, sizes=(576, 1024)):
 
 def test_a_row_is_what_won():
     forward = planted({1: "small", 4: "small", 16: "packed", 64: "packed", 256: "gemm"}, ["small", "packed", "gemm"])
-    back = planted({1: "gemm", 4: "streamed", 16: "streamed", 64: "streamed", 256: "streamed"}, ["streamed", "gemm"])
+    back = {1: "small", 4: "streamed", 16: "streamed", 64: "streamed", 256: "streamed"}
+    back = planted(back, ["small", "streamed", "gemm"])
     made = tune_cpu.fit("avx2", "float32", forward, back, "here")
-    wanted = CpuRow("avx2", "float32", 8, 9, 128, ALL, 3, ALL, ALL, 64, 0, table.processor(), "here")
+    wanted = CpuRow("avx2", "float32", 8, 9, 128, ALL, 3, ALL, ALL, 64, 0, table.processor(), "here", 0, 2)
     assert made == wanted
     assert tune_cpu.fit_thin(made, planted({1: "library", 4: "library", 16: "own"}, ["own", "library"])).thin == 8
     assert tune_cpu.fit_thin(made, planted({1: "own", 4: "library", 16: "own"}, ["own", "library"])).thin == 0
@@ -88,7 +89,8 @@ def test_what_was_dropped_has_lost():
     for at, taken in times.items():
         if at[1] == 16:
             del taken["small"], taken["packed"], taken["gemm"]
-    made = tune_cpu.fit("avx512", "bfloat16", times, planted({1: "addmm", 16: "gemm"}, ["streamed", "gemm", "addmm"]), "")
+    back = planted({1: "addmm", 16: "gemm"}, ["small", "streamed", "gemm", "addmm"])
+    made = tune_cpu.fit("avx512", "bfloat16", times, back, "")
     assert (made.small, made.packed, made.addmm_from, made.addmm_back_from) == (2, 0, 3, ALL)
 
 

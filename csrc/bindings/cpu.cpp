@@ -207,6 +207,33 @@ PYBIND11_MODULE(_cpu, m) {
         return true;
       },
       "False, and nothing done, unless the rows of x, w and y are contiguous.");
+  m.def(
+      "backward_small",
+      [](Matrix dy, Matrix x, Weight w, Matrix a, Matrix b, Matrix gain, Matrix h, Matrix dx, Matrix da, Matrix db,
+         float scale, Dropout dropout, int threads) {
+        const int64_t tokens = x.rows, n_in = x.cols, n_out = dy.cols, rank = a.rows;
+        Call call("backward_small", double(tokens) * double(n_out) * double(n_in), threads,
+                  {&dy, &x, &a, &b, &gain, &h, &dx, &da, &db});
+        call.hold_weight(w);
+        if (!dy.by_rows() || !x.by_rows() || !w.by_rows() || (dx.data && !dx.by_rows())) return false;
+        call.check_alike(x, w, "x and w");
+        call.check_alike(x, dy, "x and dy");
+        call.check(dy, tokens, n_out, "dy");
+        call.check(w, n_out, n_in, "w");
+        call.check(a, rank, n_in, "a");
+        call.check(b, n_out, rank, "b");
+        call.check(gain, 1, n_out, "gain");
+        call.check(h, tokens, rank, "h");
+        call.check(dx, tokens, n_in, "dx");
+        call.check(da, rank, n_in, "da");
+        call.check(db, n_out, rank, "db");
+        const lk::BackwardSmall p{
+            dy,    x,       w,      a,    b,     gain, dx,      da,        db, floats(h, "backward_small"),
+            scale, dropout, tokens, n_in, n_out, rank, threads, w.packed()};
+        call.run([&] { chosen->backward_small(p); });
+        return true;
+      },
+      "False, and nothing done, unless the rows of dy, x, w and dx are contiguous.");
   m.def("shrink", [](Matrix x, Matrix a, Matrix gain, Matrix h, float scale, Dropout dropout, int threads) {
     const Call call("shrink", double(x.rows) * double(x.cols) * double(a.rows), threads, {&x, &a, &gain, &h});
     call.check(a, a.rows, x.cols, "a");
@@ -258,6 +285,7 @@ PYBIND11_MODULE(_cpu, m) {
 #if defined(LK_AMX)
   with_tiles.append("amx");
 #endif
+  m.attr("many_ranks") = lk::MANY_RANKS;
   m.attr("built_with_tiles") = with_tiles;  // levels, whatever this processor runs
   m.def("tiles", [](Matrix x, Weight w, Matrix a, Matrix b, Matrix y, Matrix z, Matrix bias, Matrix gain, Matrix h,
                     float scale, Dropout dropout, bool back, int threads) {

@@ -24,24 +24,27 @@ struct Kernels {
   void (*multi_lora)(const MultiLora&);
   void (*base_product)(const BaseProduct&);
   void (*dequantise)(const Dequantise&);
+  void (*backward_small)(const BackwardSmall&);
   void (*tiles)(const Tiles&) = nullptr;  // only with AVX512-BF16 or AMX
 };
 
-#define LK_DECLARE(level)                                                                                   \
-  namespace level {                                                                                         \
-  void forward_small(const ForwardSmall&);                                                                  \
-  void shrink(const Shrink&);                                                                               \
-  void expand(const Expand&);                                                                               \
-  void outer(const Outer&);                                                                                 \
-  void column_sums(const ColumnSums&);                                                                      \
-  void weight_norm(const WeightNorm&);                                                                      \
-  void row_norm_squared(const RowNormSquared&);                                                             \
-  uint64_t checksum(const Bytes*, int);                                                                     \
-  void multi_lora(const MultiLora&);                                                                        \
-  void base_product(const BaseProduct&);                                                                    \
-  void dequantise(const Dequantise&);                                                                       \
-  constexpr Kernels kernels{#level,      forward_small,    shrink,   expand,     outer,        column_sums, \
-                            weight_norm, row_norm_squared, checksum, multi_lora, base_product, dequantise}; \
+#define LK_DECLARE(level)                                                                        \
+  namespace level {                                                                              \
+  void forward_small(const ForwardSmall&);                                                       \
+  void backward_small(const BackwardSmall&);                                                     \
+  void shrink(const Shrink&);                                                                    \
+  void expand(const Expand&);                                                                    \
+  void outer(const Outer&);                                                                      \
+  void column_sums(const ColumnSums&);                                                           \
+  void weight_norm(const WeightNorm&);                                                           \
+  void row_norm_squared(const RowNormSquared&);                                                  \
+  uint64_t checksum(const Bytes*, int);                                                          \
+  void multi_lora(const MultiLora&);                                                             \
+  void base_product(const BaseProduct&);                                                         \
+  void dequantise(const Dequantise&);                                                            \
+  constexpr Kernels kernels{#level,       forward_small, shrink,           expand,   outer,      \
+                            column_sums,  weight_norm,   row_norm_squared, checksum, multi_lora, \
+                            base_product, dequantise,    backward_small};                        \
   }
 
 LK_DECLARE(portable)

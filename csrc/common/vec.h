@@ -141,6 +141,23 @@ LK_INLINE void store(f16* p, vec v) {
 }
 
 // the first n < VL elements; the rest read as zero and are not written
+#if LK_VL == 16
+LK_INLINE __mmask16 first_lanes(int64_t n) { return __mmask16((1u << n) - 1); }
+LK_INLINE vec load_first(const float* p, int64_t n) { return (vec)_mm512_maskz_loadu_ps(first_lanes(n), p); }
+LK_INLINE vec load_first(const bf16* p, int64_t n) {
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)), 16);
+}
+LK_INLINE vec load_first(const f16* p, int64_t n) {
+  return (vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+LK_INLINE void store_first(float* p, vec v, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v); }
+template <typename T>
+LK_INLINE void store_first(T* p, vec v, int64_t n) {
+  alignas(32) T narrow[VL];
+  store(narrow, v);
+  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm256_load_si256((const __m256i*)narrow));
+}
+#else
 template <typename T>
 LK_INLINE vec load_first(const T* p, int64_t n) {
   vec v = {};
@@ -150,6 +167,22 @@ LK_INLINE vec load_first(const T* p, int64_t n) {
 template <typename T>
 LK_INLINE void store_first(T* p, vec v, int64_t n) {
   for (int64_t i = 0; i < n; i++) store_scalar(p + i, v[i]);
+}
+#endif
+// at most VL
+template <typename T>
+LK_INLINE vec load_some(const T* p, int64_t n) {
+  return n >= VL ? load(p) : load_first(p, n);
+}
+
+// numbers `stride` apart as floats, one after another
+template <typename T>
+LK_INLINE void widen(const T* from, int64_t stride, int64_t count, float* to) {
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + VL <= count; i += VL) store(to + i, load(from + i));
+  }
+  for (; i < count; i++) to[i] = to_float(from[i * stride]);
 }
 
 // the sums of four vectors

@@ -199,7 +199,7 @@ void forward(const Tiles& p, const Depth& d, const Packed& x, const Groups& of, 
       Product product{{}, 0, s.sums + of.first(g) * OUTPUTS[0] * VL, lane, k > 0};
       const bf16* h = x.h + of.first(g) * d.more * VL;
       if (k == 0 && b_in_place) {
-        product.also({b, p.b.row, h, d.ranks / 2, 0}), product.also({b, p.b.row, h + d.ranks * lane, d.ranks / 2, 0});
+        for (int64_t i = 0; i < d.h_parts; i++) product.also({b, p.b.row, h + i * d.ranks * lane, d.ranks / 2, 0});
       } else if (k == 0) {
         product.also({s.b, d.more, h, d.more / 2, 0});
       }

@@ -104,7 +104,7 @@ template <typename T>
 void widen_rows(const ForwardSmall& p, const T* x, const Scratch& s, int64_t first, int64_t last) {
   for (int64_t t = first; t < last; t++) {
     float* row = s.x + t * s.x_row;
-    for (int64_t k = 0; k < p.n_in; k++) row[k] = to_float(x[t * p.x.row + k]);
+    widen(x + t * p.x.row, 1, p.n_in, row);
     std::fill(row + p.n_in, row + s.x_row, 0.f);
     std::fill(s.h + t * s.h_row + p.rank, s.h + (t + 1) * s.h_row, 0.f);
     if (!p.dropout.active()) continue;
@@ -118,7 +118,7 @@ void widen_rows(const ForwardSmall& p, const T* x, const Scratch& s, int64_t fir
 // h of one row of A for every token
 template <typename T>
 void shrink_row(const ForwardSmall& p, const T* a, const Scratch& s, int64_t j, float* a_row) {
-  for (int64_t k = 0; k < p.n_in; k++) a_row[k] = to_float(a[k]);
+  widen(a, 1, p.n_in, a_row);
   std::fill(a_row + p.n_in, a_row + s.x_row, 0.f);
   for (int64_t t = 0; t < p.tokens; t += 4) {
     const int count = int(std::min<int64_t>(4, p.tokens - t));
@@ -216,7 +216,7 @@ void stream(const ForwardSmall& p, const W& w, const Scratch& s, float* b, Y* y,
     const int count = int(std::min<int64_t>(NR, rows.last - n));
     with_type(p.b, [&](auto* from) {
       for (int j = 0; j < count; j++) {
-        for (int64_t i = 0; i < p.rank; i++) b[j * s.h_row + i] = to_float(from[(n + j) * p.b.row + i * p.b.col]);
+        widen(from + (n + j) * p.b.row, p.b.col, p.rank, b + j * s.h_row);
         std::fill(b + j * s.h_row + p.rank, b + (j + 1) * s.h_row, 0.f);
       }
     });

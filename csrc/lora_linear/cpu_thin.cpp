@@ -28,7 +28,8 @@ void pack(const View& m, const View& gain, float scale, int64_t row_first, int64
         for (int64_t k = 0; k < count; k += SIDE) {
           const int64_t columns = std::min(SIDE, count - k);
           for (int64_t c = 0; c < columns; c++) {
-            for (int64_t r = 0; r < rows; r++) square[c][r] = scale * to_float(from[j + r + (k + c) * m.col]);
+            for (int64_t r = 0; r < rows; r += VL)
+              store(square[c] + r, scale * load_some(from + j + r + (k + c) * m.col, rows - r));
           }
           for (int64_t r = 0; r < rows; r++) {
             for (int64_t c = 0; c < columns; c++) to[(j + r) * to_row + k + c] = square[c][r];
@@ -290,8 +291,14 @@ void outer(const Outer& p) {
         }
         with_type(p.d, [&](auto* out) {
           if (p.d.row == 1) {
-            for (int64_t c = 0; c < width; c++) {
-              for (int64_t i = 0; i < p.rank; i++) store_scalar(out + i + (k + c) * p.d.col, d[i * COLUMNS + c]);
+            float some[VL];
+            for (int64_t i = 0; i < p.rank; i += VL) {
+              const int64_t ranks = std::min<int64_t>(VL, p.rank - i);
+              for (int64_t c = 0; c < width; c++) {
+                for (int64_t r = 0; r < ranks; r++) some[r] = d[(i + r) * COLUMNS + c];
+                auto* to = out + i + (k + c) * p.d.col;
+                ranks == VL ? store(to, load(some)) : store_first(to, load(some), ranks);
+              }
             }
             return;
           }

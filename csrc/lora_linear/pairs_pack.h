@@ -29,7 +29,9 @@ struct Depth {
     // of the call; but not where the rank suffices for the adapter to cancel W
     w_parts = p.x.type == DType::bf16 && 2 * p.rank < std::min(p.n_in, p.n_out) ? 1 : x_parts;
     a_parts = p.a.type == DType::bf16 ? 1 : 2;
-    h_parts = p.b.type == DType::bf16 ? 2 : 3;
+    // so is h where it is a good part of the call
+    const bool rounds_h = p.rank >= MANY_RANKS && 2 * p.rank < std::min(p.n_in, p.n_out);
+    h_parts = p.b.type != DType::bf16 ? 3 : rounds_h ? 1 : 2;
     more = h_parts * ranks;
   }
 };

@@ -21,6 +21,19 @@ struct ForwardSmall {
   const Quantised* packed = nullptr;  // W, in the place of the numbers of w
 };
 
+// The gradients of ForwardSmall, W read once: with dz = dy ⊙ gain and p = scale · dz B,
+// dx = dz W + mask ⊙ (p A), dA = pᵀ drop(x), dB = dzᵀ h. For few tokens.
+struct BackwardSmall {
+  View dy, x, w, a, b, gain;  // [tokens, out] [tokens, in] [out, in] by rows, of one type; A, B any strides
+  View dx, da, db;            // those with data are wanted; dx by rows, A's and B's with any strides
+  const float* h;             // [tokens, rank]
+  float scale;
+  Dropout dropout;
+  int64_t tokens, n_in, n_out, rank;
+  int threads;
+  const Quantised* packed = nullptr;  // W, in the place of the numbers of w
+};
+
 // y = x Wᵀ, by rows all, y in float32. For some dozens of tokens, which a vendor's GEMM takes
 // longer for.
 struct BaseProduct {
@@ -70,6 +83,10 @@ struct ColumnSums {
   int64_t tokens, n_out;
   int threads;
 };
+
+// From so many ranks on, bf16 products by pairs take h and p rounded to bf16, as y and the gradients
+// are after them: two roundings, 1.41 times the error of one where the adapter dominates.
+constexpr int64_t MANY_RANKS = 48;
 
 // y = gain ⊙ z + bias with z = x Wᵀ + h Bᵀ; or back, y = (x ⊙ gain) W + mask ⊙ (h Bᵀ). W is bf16,
 // by rows; x is too, or float32 with any strides; y and z are bf16 or float32, both alike. With a,

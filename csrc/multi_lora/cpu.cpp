@@ -297,17 +297,11 @@ void multi_lora(const MultiLora& p) {
     const Range tokens = share(p.tokens, 1, thread, threads);
     if (!wide) {
       with_type(p.x, [&](auto* from) {
-        for (int64_t t = tokens.first; t < tokens.last; t++) {
-          int64_t k = 0;
-          for (; k + VL <= p.n_in; k += VL) store(x + t * x_row + k, load(from + t * p.x.row + k));
-          for (; k < p.n_in; k++) x[t * x_row + k] = to_float(from[t * p.x.row + k]);
-        }
+        for (int64_t t = tokens.first; t < tokens.last; t++) widen(from + t * p.x.row, 1, p.n_in, x + t * x_row);
       });
     }
     if (thread == 0 && bias) {
-      with_type(p.bias, [&](auto* v) {
-        for (int64_t n = 0; n < p.n_out; n++) bias[n] = to_float(v[n * p.bias.col]);
-      });
+      with_type(p.bias, [&](auto* v) { widen(v, p.bias.col, p.n_out, bias); });
     }
 #pragma omp barrier
     const Range pages = share(work.items.back(), 1, thread, threads);

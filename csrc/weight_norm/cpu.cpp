@@ -134,10 +134,7 @@ void norms(const WeightNorm& p, const W* w, int rows, const Factors& f, const Sc
     } else {
       for (int i = 0; i < rows; i++) {
         const W* row = w + i * p.w.row + k;
-        float* to = s.tile + i * block;
-        int64_t c = 0;
-        for (; c + VL <= count; c += VL) store(to + c, load(row + c));
-        for (; c < count; c++) to[c] = to_float(row[c]);
+        widen(row, 1, count, s.tile + i * block);
       }
     }
     for (int i = 0; i < rows; i += NR) {
@@ -216,7 +213,7 @@ void weight_norm(const WeightNorm& p) {
         for (int64_t k = 0; k < p.n_in; k += block) {
           const int64_t count = std::min(block, p.n_in - k);
           float* to = f.at(j, k);
-          for (int64_t c = 0; c < count; c++) to[c] = to_float(from[j * p.a.row + (k + c) * p.a.col]);
+          widen(from + j * p.a.row + k * p.a.col, p.a.col, count, to);
           std::fill(to + count, to + block, 0.f);
         }
       }

@@ -27,7 +27,7 @@ FLAGS = {
 }  # fmt: skip
 ALL = NEVER = table.ALL
 PLAIN = {"small": 0, "packed_from": 1, "packed": 0, "addmm_from": NEVER, "streamed_from": 1, "streamed": 0, "thin": 0}
-PLAIN |= {"addmm_back_from": NEVER}
+PLAIN |= {"addmm_back_from": NEVER, "small_back": 0}
 ADDMM = {"addmm_from": 0, "addmm_back_from": 0}
 
 
@@ -94,7 +94,7 @@ def test_a_forced_row_ends_with_its_block(level):
     *((_cpu.levels()[-1], flags) for flags in FLAGS), *product(_cpu.levels()[:-1], ("dropout", "dora_bias")),
 ])  # fmt: skip
 @pytest.mark.parametrize(("dtype", "numbers"), [
-    (F32, {"small": ALL}), (F32, {"packed": ALL, "streamed": ALL}), (F32, {}), (F32, {"thin": ALL}),
+    *((dtype, {"small": ALL, "small_back": ALL}) for dtype in (F32, BF16, F16)), (F32, {"packed": ALL, "streamed": ALL}), (F32, {}), (F32, {"thin": ALL}),
     (BF16, {"packed": ALL, "streamed": ALL}), (BF16, {}),
     (BF16, ADDMM), (F16, {"packed": ALL, "streamed": ALL}),
     (F16, ADDMM),
@@ -131,6 +131,7 @@ def test_the_ways_are_those(level, monkeypatch):
 
     tiles = _cpu.has_tiles()
     assert products(F32, packed=64, streamed=64) == []
+    assert products(F32, small=64, small_back=64) == products(BF16, small=64, small_back=64) == []
     assert products(F32) == [F32]  # dx by the operator @
     assert set(products(F32, thin=64)) == {F32} and len(products(F32, thin=64)) == 7
     assert products(F32, mode=True, thin=64) == [F32], "the library's bits follow the threads"

@@ -39,6 +39,45 @@ void forward_small(Case& c) {
   c.expect(y, "y", [&](int64_t t, int64_t n) { return value_of(gain, n, 1) * sum(t, n) + value_of(bias, n, 0); });
 }
 
+void backward_small(Case& c) {
+  const auto [tokens, n_in, n_out, rank] = c.shape;
+  const DType small = c.any_type();
+  Tensor dy(c.numbers, c.type, tokens, n_out, c.by_rows()), x(c.numbers, c.type, tokens, n_in, c.by_rows());
+  const Weight w(c, c.type, n_out, n_in);
+  Tensor a(c.numbers, small, rank, n_in, c.any_layout()), b(c.numbers, small, n_out, rank, c.any_layout());
+  Tensor h(c.numbers, DType::f32, tokens, rank);
+  const std::optional<Tensor> gain = c.vector(n_out);
+  std::optional<Tensor> dx, da, db;
+  if (c.fixed || c.coin()) dx.emplace(c.coin() ? c.type : DType::f32, tokens, n_in, c.by_rows());
+  if (c.fixed || c.coin()) da.emplace(small, rank, n_in, c.any_layout());
+  if (c.coin() || !(dx || da)) db.emplace(small, n_out, rank, c.any_layout());
+  const float scale = c.scale();
+  const Dropout dropout = c.dropout();
+  const BackwardSmall p{dy,         x,     w,       a,      b,    view_of(gain), view_of(dx), view_of(da), view_of(db),
+                        h.floats(), scale, dropout, tokens, n_in, n_out,         rank,        c.threads,   w.packed()};
+  c.run([&] { c.level->backward_small(p); });
+  std::vector<double> dz = dy.values();
+  for (size_t i = 0; i < dz.size(); i++) dz[i] *= value_of(gain, int64_t(i) % n_out, 1);
+  const std::vector<double> across = transposed(b.values(), rank);
+  std::vector<double> hidden = product(dz, across, n_out);
+  for (double& v : hidden) v *= scale;
+  if (dx) {
+    const std::vector<double> base = product(dz, transposed(w.values(), n_in), n_out),
+                              more = product(hidden, transposed(a.values(), n_in), rank);
+    c.expect(*dx, "dx", [&](int64_t t, int64_t k) {
+      return base[size_t(t * n_in + k)] + mask_of(dropout, t, k) * more[size_t(t * n_in + k)];
+    });
+  }
+  if (da) {
+    const std::vector<double> want = product(transposed(hidden, rank), transposed(dropped(x, dropout), n_in), tokens);
+    c.expect(*da, "da", [&](int64_t j, int64_t k) { return want[size_t(j * n_in + k)]; });
+  }
+  if (db) {
+    const std::vector<double> want = product(transposed(dz, n_out), transposed(h.values(), rank), tokens);
+    c.expect(*db, "db", [&](int64_t n, int64_t j) { return want[size_t(n * rank + j)]; });
+  }
+}
+
 void base_product(Case& c) {
   const auto [tokens, n_in, n_out, rank] = c.shape;
   Tensor x(c.numbers, c.type, tokens, n_in, c.by_rows());
@@ -200,6 +239,7 @@ void dequantise(Case& c) {
 
 const std::vector<KernelCase> cases{
     {"forward_small", forward_small},
+    {"backward_small", backward_small},
     {"base_product", base_product},
     {"shrink", shrink},
     {"expand", expand},
@@ -212,6 +252,7 @@ const std::vector<KernelCase> cases{
     {"tiles", tiles_case},
     {"dequantise", dequantise, true},
     {"forward_small", forward_small, true},
+    {"backward_small", backward_small, true},
     {"base_product", base_product, true},
     {"tiles", tiles_case, true},
 };

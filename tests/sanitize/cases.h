@@ -102,6 +102,14 @@ inline std::vector<double> product(const std::vector<double>& left, const std::v
   return out;
 }
 
+// [rows, columns] as [columns, rows]
+inline std::vector<double> transposed(const std::vector<double>& of, int64_t columns) {
+  const size_t width = size_t(columns), rows = of.size() / width;
+  std::vector<double> out(of.size());
+  for (size_t i = 0; i < of.size(); i++) out[i % width * rows + i / width] = of[i];
+  return out;
+}
+
 struct KernelCase {
   const char* name;
   void (*call)(Case&);

@@ -24,10 +24,12 @@ from lora_kernels.ops.lora_linear.layer import Layer
 from lora_kernels.ops.lora_linear.loop import backward_each, forward_each, refuse_each
 from lora_kernels.ops.refusals import READ, refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
+from lora_kernels.ops.tables.cpu import NEVER
 
 # elements of W, from which the library's 16-bit GEMM is worth its calls; in sums of few numbers the
 # adapter's term, which is rounded before, may cancel with the base's
 LEAST = 2**16
+LEAST_ROUNDED = 64  # tokens: of fewer numbers the sum in float32 is cheap
 
 
 def refusal(call):
@@ -223,7 +225,14 @@ def _gradients_of(dx_dtype, call):
         if needs.bias:
             zeros[3] += dy.sum(0, dtype=torch.float32)
         return tuple(zeros)
-    if tokens <= choice(x.dtype).thin and not call.drop_base and _may_be_thin(call):
+    row = choice(x.dtype)
+    small = None
+    if tokens <= row.small_back and not call.drop_base:
+        small = _small_gradients(dx_dtype, call, dy, x, drop, needs)
+    if small is not None:
+        dx, da, db = small
+        needs = needs._replace(x=0, a=0, b=0)
+    elif tokens <= row.thin and not call.drop_base and _may_be_thin(call):
         dx, da, db = _thin_gradients(call, dy, x, needs)
         needs = needs._replace(x=0, a=0, b=0)
     p = x.new_empty(tokens, rank, dtype=torch.float32) if needs.x or needs.a else None
@@ -239,14 +248,14 @@ def _gradients_of(dx_dtype, call):
             dx = _input_gradient(dx_dtype, dy, w, a, gain, p, drop, call.drop_base)
     if needs.a:
         da = empty_gradient(a, needs.a)
-        if drop is None and on_tiles(x, x) and da.dtype is not torch.float16:
-            product_back(p.T, x, out=da)
+        if drop is None and (rows := _rows_on_tiles(p, x, da, 0)) is not None:
+            product_back(rows, x, out=da)
         else:
             _cpu.outer(x, da, None, p, drop, threads)
     if needs.b:
         db = empty_gradient(b, needs.b)
-        if gain is None and tokens > choice(dy.dtype).outer and on_tiles(dy, dy):
-            db.copy_(product_back(h.T, dy).T)
+        if gain is None and (rows := _rows_on_tiles(h, dy, db, row.outer)) is not None:
+            db.copy_(product_back(rows, dy).T)
         else:
             _cpu.outer(dy, transposed(db), gain, h, None, threads)
     if needs.bias:
@@ -254,6 +263,20 @@ def _gradients_of(dx_dtype, call):
     if needs.gain:
         dgain = _gain_gradient(call, dy).to(gradient_dtype(gain, needs.gain))
     return dx, da, db, dbias, dgain
+
+
+def _small_gradients(dx_dtype, call, dy, x, drop, needs):
+    """dx, dA and dB, W read once; None if W is not by rows, or dy of another dtype."""
+    w, a, b = call.w, call.a, call.b
+    if not dy.dtype is x.dtype is w.dtype:
+        return None
+    dx = x.new_empty(x.shape, dtype=dx_dtype) if needs.x else None
+    da = empty_gradient(a, needs.a) if needs.a else None
+    db = empty_gradient(b, needs.b) if needs.b else None
+    threads = torch.get_num_threads()
+    if _cpu.backward_small(dy, x, w, a, b, call.gain, call.h, dx, da, db, call.scale, drop, threads):
+        return dx, da, db
+    return None
 
 
 def _thin_gradients(call, dy, x, needs):
@@ -269,6 +292,18 @@ def _thin_gradients(call, dy, x, needs):
     if needs.b:
         db = torch.mm(dz.T, call.h).to(gradient_dtype(call.b, needs.b))
     return dx, da, db
+
+
+def _rows_on_tiles(p, x, d, above):
+    """pᵀ as the product pᵀ x = d takes it on tiles, of more tokens than `above`; None where float32
+    vectors are faster. They are beside vdpbf16ps, to which an exact p is three numbers, but for many
+    ranks, and a d that is rounded itself."""
+    if not on_tiles(x, x) or d.dtype is torch.float16:
+        return None
+    if choice(x.dtype).outer != NEVER:
+        return p.T if len(x) > above else None
+    narrow = p.shape[1] >= _cpu.many_ranks and d.dtype is x.dtype and len(x) > LEAST_ROUNDED
+    return p.to(x.dtype).T if narrow else None
 
 
 def _by_library(call, dy, dx_dtype):

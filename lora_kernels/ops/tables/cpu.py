@@ -47,6 +47,8 @@ class CpuRow:
     """Where and how."""
     small_codes: int = 0
     """`small` where W is quantised, if that is more: what streams W reads its codes once, too."""
+    small_back: int = 0
+    """A layer's backward up to so many tokens: the kernel that streams W once, adapter and all."""
 
 
 ALL = NEVER = 2**31
