@@ -50,12 +50,8 @@ def test_outputs_and_all_gradients_are_pefts(variant, dtype, adapter_dtype, rows
     assert report.fallbacks() == {} and set(report.fused.values()) == {"cpu"}
 
 
-@pytest.mark.parametrize("name, values", [
-    ("MonteCLoRA samples", {"monteclora_config": peft.MontecloraConfig()}),
-    ("VeLoRA keeps a projection", {"velora_config": peft.VeloraConfig(num_groups=4)}),
-], ids=["MonteCLoRA", "VeLoRA"])  # fmt: skip
-def test_what_differs_in_training_alone(name, values):
-    stock = model(net=Net, **values)
+def test_what_differs_in_training_alone():
+    stock = model(net=Net, monteclora_config=peft.MontecloraConfig())
     fused, x = fused_copy(stock), inputs()
     for one in (stock, fused):
         one.eval()
@@ -73,7 +69,62 @@ def test_what_differs_in_training_alone(name, values):
     for key, value in wanted.items():
         torch.testing.assert_close(found[key], value, msg=key)
     reasons = fuse(fused).fallbacks()["base_model.model.a"]
-    assert any(reason.startswith(name) for reason in reasons)
+    assert any(reason.startswith("MonteCLoRA samples") for reason in reasons)
+
+
+VELORA = {
+    "one group": {"num_groups": 1},
+    "of the first batch": {"num_groups": 5},
+    "of each batch": {"num_groups": 4, "init_type": "batch_average"},
+    "random": {"num_groups": 4, "init_type": "random", "scale": 0.7},
+}
+
+
+@pytest.mark.parametrize("projection", VELORA)
+@dtypes
+@pytest.mark.parametrize("rows", [1, 70])
+def test_velora_in_training(projection, dtype, adapter_dtype, rows):
+    values = {"velora_config": peft.VeloraConfig(**VELORA[projection]), "use_rslora": True}
+    stock = model(dtype, net=Net, adapter_dtype=adapter_dtype, **values).train()
+    fused, exact, x = fused_copy(stock), copy.deepcopy(stock).double(), inputs(dtype, rows)
+    for batch in (x, x.flip(0) + 1):
+        errs_as_stock(gradients(fused, batch), gradients(stock, batch), gradients(exact, batch.double()))
+    assert not fuse(fused, strict=True).fallbacks()
+    embeds = [{n: b for n, b in one.named_buffers() if "velora_embed" in n} for one in (fused, stock)]
+    assert len(embeds[0]) == 2
+    # that of b is an average of what a gave
+    torch.testing.assert_close(*embeds, rtol=1e-5 if dtype is torch.float32 else 0.05, atol=1e-2)
+
+
+def test_velora_keeps_what_pefts_does_and_draws_its_masks():
+    """x is not kept for backward, but for the projection."""
+    stock = model(net=Net, velora_config=peft.VeloraConfig(num_groups=4), lora_dropout=0.4).train()
+    fused, x, kept = fused_copy(stock), inputs(rows=70), []
+    for one in (stock, fused):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            one.base_model.model.a(x)
+        kept.append(sum(sizes))
+    assert kept[1] <= kept[0]
+    found = []
+    for one in (stock, fused):
+        torch.manual_seed(3)
+        found.append(gradients(one, x))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("case", ["autocast", "lora_bias", "several"])
+def test_velora_that_is_pefts(case):
+    values = {"velora_config": peft.VeloraConfig(num_groups=4), "lora_bias": case == "lora_bias"}
+    stock = model(net=Net, **values).train()
+    if case == "several":
+        stock.add_adapter("other", peft.LoraConfig(r=2, target_modules=["a", "b"]))
+        stock.base_model.set_adapter(["default", "other"])
+    fused, x = fused_copy(stock), inputs()
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        found, wanted = (gradients(one.base_model.model.a, x) for one in (fused, stock))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert sum(fuse(fused).fallbacks()["base_model.model.a"].values()) == 1
 
 
 def test_a_truncation_that_was_put_off_is_pefts():

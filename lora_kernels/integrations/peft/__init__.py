@@ -4,7 +4,7 @@ PEFT owns the layer: its parameters, names and methods stay, and any of them may
 calls. So each call reads the state anew, and what the kernels do not cover goes to PEFT's forward.
 """
 
-from lora_kernels.integrations.peft import inside, named, several, tokens  # noqa: F401, they enter linear.WAYS
+from lora_kernels.integrations.peft import inside, named, several, tokens, velora  # noqa: F401, they enter linear.WAYS
 from lora_kernels.integrations.peft.classes import (
     FUSED,
     class_refusal,

@@ -18,6 +18,8 @@ except ImportError:
     variants = None  # type: ignore[assignment]
 
 Factors = tuple[Any, Any]
+# names a way of its own, see linear.WAYS
+VELORA = "VeLoRA keeps a projection of the input for backward"
 BLOCK_DIAGONAL: Any = getattr(variants, "BlockDiagonalLinear", None)
 
 
@@ -50,7 +52,7 @@ def _sampled(layer: Any, name: str, a: Tensor, b: Tensor) -> Factors | str:
 
 
 def _projected(layer: Any, name: str, a: Tensor, b: Tensor) -> Factors | str:
-    return "VeLoRA keeps a projection of the input for backward" if layer.training and torch.is_grad_enabled() else (a, b)
+    return VELORA if layer.training and torch.is_grad_enabled() else (a, b)
 
 
 def _named(table: dict[str, Callable[..., Factors | str]]) -> dict[Any, Callable[..., Factors | str]]:
