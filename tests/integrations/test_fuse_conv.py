@@ -164,6 +164,17 @@ def test_groups_and_other_layers_options():
     assert left.startswith("base_layer is Conv2d") and "reflect" in left
 
 
+@pytest.mark.parametrize("options", [{}, {"padding": 1, "stride": 2}, {"kernel_size": 1, "bias": False}], ids=str)
+@pytest.mark.parametrize("case", ["float32", "bfloat16", "float64", "dropout"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_dora_of_grouped_convolutions(dims, case, options):
+    """Its Δ in PEFT has B's numbers as [out / groups, r]."""
+    dtype = torch.float32 if case == "dropout" else getattr(torch, case)
+    stock = made(dims, dtype, options={"groups": 2} | options, use_dora=True, lora_dropout=0.4 if case == "dropout" else 0.0)
+    right(stock.train(), image(dims, dtype))
+    right(stock.eval(), image(dims, dtype))
+
+
 def test_shapes_that_are_pefts_and_empty_ones():
     stock = made()
     fused = copy.deepcopy(stock)

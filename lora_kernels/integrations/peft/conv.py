@@ -5,7 +5,7 @@
 with c the bias of lora_B, LoRA's alone. The product with B is added in place, on the layout that
 the convolution gave, and 1×1 convolutions are no exception. DoRA's norm is that of W and A
 flattened to [out, in · window] and [r, in · window]: BA is not formed, and the norm is kept as that
-of a linear layer is.
+of a linear layer is. Of a grouped convolution it is PEFT's, taken in each call.
 """
 
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from lora_kernels.integrations.peft.hooks import has_hooks
 from lora_kernels.integrations.peft.linear import cached_gain, count_fallback
 from lora_kernels.integrations.peft.state import PLAIN, type_name
 from lora_kernels.integrations.report import Survey
+from lora_kernels.ops import dora_gain
 
 try:
     from peft.tuners.lora import variants
@@ -92,7 +93,7 @@ def read_conv(layer: Any) -> ConvState | str:
             return f"{type_name(variant)} is not covered"
         if len(names) > 1:
             return "several adapters are active, one of them DoRA"
-        if type(base) not in _CONVOLUTIONS or has_hooks(base) or base.groups > 1 or base.padding_mode != "zeros":
+        if type(base) not in _CONVOLUTIONS or has_hooks(base) or base.padding_mode != "zeros":
             return f"base_layer is {base}, or a hook waits for its call"
         magnitude = dora._parameters["weight"]
         if type(magnitude) not in PLAIN:
@@ -146,7 +147,10 @@ def dora_gradients_refusal(x: Tensor, w: Tensor, magnitude: Tensor) -> str | Non
 def _dora(layer: Any, x: Tensor, base: Any, term: tuple[Any, Any, Any, Any], magnitude: Tensor) -> Tensor:
     lora_a, lora_b, drop, scale = term
     w, bias, axes = base.weight, base.bias, (1, -1, *(1,) * (x.dim() - 2))
-    gain = cached_gain(layer, *_flattened(w, lora_a.weight), lora_b.weight.flatten(1), scale, magnitude.flatten())
+    if base.groups > 1:
+        gain = _grouped_gain(w, lora_a.weight, lora_b.weight, scale, magnitude.flatten())
+    else:
+        gain = cached_gain(layer, *_flattened(w, lora_a.weight), lora_b.weight.flatten(1), scale, magnitude.flatten())
     cast = layer._cast_input_dtype(x, lora_a.weight.dtype)
     if _drops(layer, drop):
         # PEFT drops the input of the rescaled base, too
@@ -180,6 +184,16 @@ def _flattened(w: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         last = (0, *range(2, w.dim()), 1)
         w, a = w.permute(last), a.permute(last)
     return w.flatten(1), a.flatten(1)
+
+
+def _grouped_gain(w: Tensor, a: Tensor, b: Tensor, scale: Any, magnitude: Tensor) -> Tensor:
+    """m / ‖W + scale · Δ‖, [out]. Δ has the numbers of B as [out / groups, r] times A, in the shape
+    of W [out, in / groups, …], as in PEFT."""
+    with torch.no_grad():
+        wide = torch.promote_types(torch.promote_types(w.dtype, a.dtype), torch.float32)
+        delta = b.to(wide).reshape(-1, a.shape[0]) @ a.to(wide).flatten(1)
+        norm = (w.to(wide) + delta.view(w.shape) * scale).flatten(1).norm(dim=1)
+    return dora_gain(magnitude.to(norm.dtype), norm)
 
 
 def _add(y: Tensor, h: Tensor, lora_b: Any, scale: Any) -> Tensor:
