@@ -37,7 +37,8 @@ def fuse(model: nn.Module, *, strict: bool = False, groups: bool = True) -> Fuse
 
     PEFT's Embedding and Conv1d, Conv2d, Conv3d become such subclasses, too. They run on torch's ops
     with fewer passes over the output, and keep DoRA's norm as the linear layers do. A LoRA head
-    over `trainable_token_indices` runs without the copy of W. PEFT's MultiheadAttention is left.
+    over `trainable_token_indices` runs without the copy of W. The projections of PEFT's
+    MultiheadAttention run on the kernels, W + sBA is not formed, and torch attends between them.
 
     Adapters added later to a fused layer are covered too. Modules that become LoRA layers later are
     PEFT's until `fuse` is called again; calling it twice does no harm. Layers of lora_kernels.nn

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from fuse_helpers import LLAMA_LAYERS, errs_as_stock, fused_copy, llama, model, step, tokens
+from peft.tuners.lora.layer import MultiheadAttention
 from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -38,11 +39,7 @@ class Mixed(nn.Module):
 
 
 TARGETS = ["words", "conv", "attention", "plain", "own"]
-LEFT = {
-    "attention": "MultiheadAttention layers are not covered: it merges its adapters into the weights within each call,"
-    " that of out_proj twice",
-    "own": "base_layer is Own",
-}
+LEFT = {"own": "base_layer is Own"}
 
 
 def ids():
@@ -66,9 +63,10 @@ def test_each_kind_of_layer_is_named_with_its_reason():
     fused = copy.deepcopy(stock)
     before = {name: type(m) for name, m in fused.named_modules()}
     report = fuse(fused)
-    assert {name.removeprefix(PREFIX): reason for name, reason in report.left.items() if "base_layer" not in name} == LEFT
+    assert {name.removeprefix(PREFIX): reason for name, reason in report.left.items()} == LEFT
     kinds = {"words": peft.tuners.lora.Embedding, "conv": peft.tuners.lora.Conv2d, "plain": peft.tuners.lora.Linear}
-    assert {name.removeprefix(PREFIX) for name in report.fused} >= set(kinds)
+    kinds["attention"] = MultiheadAttention
+    assert {name.removeprefix(PREFIX) for name in report.fused} == set(kinds)
     changed = {name for name, m in fused.named_modules() if type(m) is not before[name]}
     assert all(f"{PREFIX}{name}" in changed and before[f"{PREFIX}{name}"] is kind for name, kind in kinds.items())
     assert all(before[name] in kinds.values() for name in changed)
@@ -86,8 +84,8 @@ def test_each_kind_of_layer_is_named_with_its_reason():
     assert {name: type(m) for name, m in fused.named_modules()} == before
 
 
-def test_why_attention_is_pefts():
-    """What its reason says: the adapter of out_proj acts twice there."""
+def test_pefts_attention():
+    """The adapter of out_proj acts twice there."""
     stock = model(net=lambda: nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2)}), target_modules=["attention"])
     layer = stock.base_model.model["attention"]
     base, inner, x = layer.base_layer, layer.base_layer.out_proj, torch.randn(4, 1, 6)

@@ -5,6 +5,7 @@ calls. So each call reads the state anew, and what the kernels do not cover goes
 """
 
 from lora_kernels.integrations.peft import inside, named, several, tokens, velora  # noqa: F401, they enter linear.WAYS
+from lora_kernels.integrations.peft.attention import FusedMultiheadAttention
 from lora_kernels.integrations.peft.classes import (
     FUSED,
     class_refusal,
@@ -25,6 +26,7 @@ __all__ = [
     "FusedConv3d",
     "FusedEmbedding",
     "FusedLinear",
+    "FusedMultiheadAttention",
     "Linear",
     "Siblings",
     "class_refusal",

@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_kernels.integrations.gathered import as_called, gathered_weights
 from lora_kernels.integrations.peft.adapters import ON_META, on_meta
+from lora_kernels.integrations.peft.attention import FusedMultiheadAttention, MultiheadAttention, survey_attention
 from lora_kernels.integrations.peft.conv import CONV_KINDS, survey_conv
 from lora_kernels.integrations.peft.devices import device_refusal
 from lora_kernels.integrations.peft.embedding import Embedding, FusedEmbedding, survey_embedding
@@ -53,23 +54,26 @@ def _survey_linear(name: str, layer: nn.Module, survey: Survey) -> None:
 KINDS = (
     Kind(Linear, FusedLinear, _survey_linear),
     Kind(Embedding, FusedEmbedding, survey_embedding),
+    Kind(MultiheadAttention, FusedMultiheadAttention, survey_attention),
     *(Kind(stock, fused, survey_conv) for stock, fused in CONV_KINDS),
     *(Kind(stock, fused, _survey_linear) for stock, fused in QUANTISED_KINDS),
 )
-_LEFT = {"MultiheadAttention": "it merges its adapters into the weights within each call, that of out_proj twice"}
 FUSED = tuple(kind.fused for kind in KINDS)
 _KIND_OF = {cls: kind for kind in KINDS for cls in (kind.stock, kind.fused)}
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """PEFT's LoRA layers of every kind, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    """PEFT's LoRA layers of every kind, by name; the out_proj of a MultiheadAttention is a part of
+    that layer."""
+    found: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    parts = {id(layer.get_base_layer().out_proj) for layer in found.values() if isinstance(layer, MultiheadAttention)}
+    return {name: layer for name, layer in found.items() if id(layer) not in parts}
 
 
 def class_refusal(layer: nn.Module) -> str | None:
     """Why the layer's class can never be changed; None if it can or was."""
     if type(layer) not in _KIND_OF:
-        return f"{type_name(layer)} layers are not covered" + (f": {why}" if (why := _LEFT.get(type_name(layer))) else "")
+        return f"{type_name(layer)} layers are not covered"
     held = "_old_forward" if "_hf_hook" in layer.__dict__ else "forward"
     if held in layer.__dict__ and not is_own(layer, held):
         return "its forward is replaced on the instance"
