@@ -11,9 +11,19 @@ import torch
 from bench.gpu.cases import FLAGS, problem_sizes
 from bench.gpu.many import check_multi_lora
 from bench.gpu.setting import Refused, Setting, StageFindings, fuse_layer, make_peft_layer
-from lora_kernels import dora_linear, explain, lora_linear, merged_weight, nn, use_backend, weight_norm
+from lora_kernels import (
+    QuantisedWeight,
+    dora_linear,
+    explain,
+    lora_linear,
+    merged_weight,
+    nn,
+    use_backend,
+    weight_norm,
+)
 from lora_kernels.ops import dispatch, launch, row_norm_squared
 from lora_kernels.ops.cost import BACKWARD, FORWARD, SPECIALISED
+from lora_kernels.ops.quantised.formula import dequantised
 from lora_kernels.testing import (
     LAYOUTS,
     RANKS,
@@ -95,7 +105,7 @@ def deterministic_mode_checks(setting: Setting) -> Iterator[Check]:
         for dtype in [BF16] if setting.dry else DTYPES:
             yield f"weight_norm r {r} {str(dtype)[6:]}", partial(check_weight_norm, setting, r, dtype)
             yield f"merged_weight r {r} {str(dtype)[6:]}", partial(check_merged_weight, setting, r, dtype)
-    for kind in ([nn.DoRALinear] if setting.tiny else [nn.LoRALinear, nn.DoRALinear]):
+    for kind in [nn.DoRALinear] if setting.tiny else [nn.LoRALinear, nn.DoRALinear]:
         for dtype in [BF16] if setting.dry else DTYPES:
             yield f"nn.{kind.__name__} {str(dtype)[6:]}", partial(check_layer, setting, kind, dtype)
     for rows in (5,) if setting.dry else (1, 5, 64, 300):
@@ -169,6 +179,8 @@ def cuda_kernel_checks(setting: Setting, found: StageFindings) -> Iterator[Check
         for rows in () if setting.tiny else (tokens,) if setting.dry else (1, 16, 33, 64):
             shape = (n_in + -n_in % 16, n_out, rank)
             yield f"CUDA C++ int8: {rows} rows, {str(dtype)[6:]}", partial(check_cuda_int8, setting, rows, shape, dtype)
+            shape = (n_in + -n_in % 32, n_out, rank)
+            yield f"CUDA C++ codes: {rows} rows, {str(dtype)[6:]}", partial(check_cuda_codes, setting, rows, shape, dtype)
         for rows in (tokens,) if setting.dry else (1, 16, 33, 64):
             what = f"CUDA C++ multi_lora: {rows} rows, {str(dtype)[6:]}"
             yield what, partial(check_multi_lora, setting, rows, dtype, False, by_cuda=True)
@@ -188,6 +200,22 @@ def check_cuda_int8(setting: Setting, rows: int, shape: tuple[int, int, int], dt
     x, a, b, gain = (t.detach().cpu().double() for t in (p.x, p.a, p.b, p.gain))
     wanted = gain * (x @ (w_scale.cpu().double()[:, None] * w.cpu().double()).T + p.scale * (x @ a.T) @ b.T)
     assert_within_rounding(y.cpu(), wanted, dtype, name="y")
+
+
+def check_cuda_codes(setting: Setting, rows: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Codes of 4 bits in blocks of 64, whose scales are codes, too."""
+    p, on = make_problem(rows, *shape, dtype, gain=True, device=setting.device), {"device": setting.device}
+    (n_out, n_in), numbers = p.w.shape, p.w.numel()
+    blocks = -(-numbers // 64)
+    codes, scales = (torch.randint(256, (count,), dtype=torch.uint8, **on) for count in (numbers // 2, blocks))
+    table, outer_table = (torch.linspace(-1, 1, count, **on) for count in (16, 256))
+    outer, offset = (torch.rand(-(-blocks // 256), **on) + 0.5) * n_in**-0.5, torch.tensor(1.5 * n_in**-0.5, **on)
+    nested = {"outer": outer, "outer_table": outer_table, "offset": offset}
+    w = QuantisedWeight(codes, (n_out, n_in), scales, 64, dtype, table, **nested)
+    with use_backend("cuda", simulate=setting.dry), torch.no_grad():
+        y, again = (lora_linear(p.x, w, p.a, p.b, p.scale, p.bias, p.gain) for _ in range(2))
+    assert torch.equal(y, again), "other bits the second time"
+    assert_within_rounding(y.cpu(), exact(replace(p, w=dequantised(w))).values["y"], dtype, name="y")
 
 
 def check_cuda_linear(setting: Setting, p: Problem) -> None:

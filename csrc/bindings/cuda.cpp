@@ -17,6 +17,7 @@ namespace py = pybind11;
 namespace lk {
 
 // the tables of csrc/<op>/cuda*.cu
+Kernels lora_linear_codes_kernels();
 Kernels lora_linear_dx_kernels();
 Kernels lora_linear_dx_small_kernels();
 Kernels lora_linear_expand_kernels();
@@ -36,11 +37,12 @@ Kernels weight_norm_any_kernels();
 
 std::vector<Kernel> all_kernels() {
   std::vector<Kernel> found;
-  for (Kernels each : {lora_linear_dx_kernels(), lora_linear_dx_small_kernels(), lora_linear_expand_kernels(),
-                       lora_linear_outer_kernels(), lora_linear_sides_kernels(), lora_linear_small_kernels(),
-                       lora_linear_specialised_kernels(), lora_linear_sums_kernels(), lora_linear_thin_kernels(),
-                       lora_linear_tiles_kernels(), merge_kernels(), merge_any_kernels(), multi_lora_any_kernels(),
-                       multi_lora_small_kernels(), weight_norm_kernels(), weight_norm_any_kernels()}) {
+  for (Kernels each :
+       {lora_linear_codes_kernels(), lora_linear_dx_kernels(), lora_linear_dx_small_kernels(),
+        lora_linear_expand_kernels(), lora_linear_outer_kernels(), lora_linear_sides_kernels(),
+        lora_linear_small_kernels(), lora_linear_specialised_kernels(), lora_linear_sums_kernels(),
+        lora_linear_thin_kernels(), lora_linear_tiles_kernels(), merge_kernels(), merge_any_kernels(),
+        multi_lora_any_kernels(), multi_lora_small_kernels(), weight_norm_kernels(), weight_norm_any_kernels()}) {
     found.insert(found.end(), each.first, each.first + each.count);
   }
   return found;

@@ -120,13 +120,19 @@ def _of_codes(p: Problem, made: dict[str, list[Step]]) -> dict[str, list[Step]]:
     slab = Step("thin", {"codes": p.codes}, {"w": whole}, 0.0, _ceil_div(p.k * sum(p.n), tile("dequantise", 80).columns))
     found = {}
     for name, steps in made.items():
+        if name == CUDA and len(steps) == 1:  # it reads them
+            found[name] = [replace(steps[0], reads={**_without_w(steps[0]), "codes": p.codes})]
+            continue
         first = next(i for i, step in enumerate(steps) if "w" in step.reads)
         found[name] = [*steps[:first], slab, *steps[first:]]
     if p.direction == "forward":
         (single,) = made["one pass"]
-        others = {name: size for name, size in single.reads.items() if name != "w"}
-        found[CODES] = [replace(single, reads={**others, "codes": p.codes})]
+        found[CODES] = [replace(single, reads={**_without_w(single), "codes": p.codes})]
     return found
+
+
+def _without_w(step: Step) -> dict[str, int]:
+    return {name: size for name, size in step.reads.items() if name != "w"}
 
 
 def _forward(p: Problem, arch: int) -> dict[str, list[Step]]:
@@ -354,7 +360,11 @@ def refusal(name: str, p: Problem, arch: int, deterministic: bool = False) -> st
             return f"k is {p.k}: it takes multiples of 8"
         if len(p.n) > 1:
             return f"{len(p.n)} layers share x, and it takes one"
+        if p.codes and (p.m > MEMORY_BOUND_ROWS or p.dropout):
+            return f"m is {p.m}: of codes it takes up to {MEMORY_BOUND_ROWS}, without dropout"
     elif name == SPECIALISED:
+        if p.codes:
+            return "w is quantised: it reads 16 bits"
         if arch != 90:
             return f"sm_{arch}: its code is for sm_90a"
         if p.m <= MEMORY_BOUND_ROWS:

@@ -10,6 +10,12 @@ def shared_of_small(t: Tile) -> int:
     return t.stages * (t.rows * WIDTH + t.columns * t.depth * 2)
 
 
+def shared_of_codes(t: Tile) -> int:
+    """In each stage rows of W, two numbers a byte, as many columns of x, and two words for each 32
+    numbers of W: its scale, and where that is a code the scale of its block."""
+    return t.stages * (t.rows * t.depth // 2 + t.columns * t.depth * 2 + t.rows * t.depth // 32 * 8)
+
+
 def shared_of_gemm(t: Tile) -> int:
     """In each stage rows of one matrix and of the other."""
     return t.stages * (t.rows + t.columns) * t.depth * 2

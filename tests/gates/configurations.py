@@ -104,6 +104,12 @@ def cuda_small(kind: str, tokens: int) -> Cuda:
     return cuda_op("lora_linear/cuda_small.cu", name, tile, cuda_shared_memory.shared_of_small(tile))
 
 
+def cuda_codes(kind: str, tokens: int) -> Cuda:
+    tile = compiled("lora_linear_codes.cu", m=tokens, int8=kind.startswith("i8"))
+    shared = cuda_shared_memory.shared_of_small if kind.startswith("i8") else cuda_shared_memory.shared_of_codes
+    return cuda_op("lora_linear/cuda_codes.cu", f"lora_linear_codes_{kind}_{tokens}", tile, shared(tile))
+
+
 def cuda_shrink(kind: str, ranks: int) -> Cuda:
     split, pieces = "split" in kind or "any" in kind, "any" not in kind
     tile = compiled("lora_linear_shrink.cu", r=ranks, split=split, pieces=pieces)
@@ -211,6 +217,10 @@ CUDA_OPS = [
     *(Configuration(f"lora_linear_small.cu, {kind}, m<={tokens}", cuda_small(kind, tokens), budget)
       for kind in ("i8_bf16", "i8_f16") for tokens, budget in (
           (16, Budget(29.8, "HMMA", units=16, wide=82)), (64, Budget(16.8, "HMMA", units=64, wide=67)),
+      )),
+    *(Configuration(f"lora_linear_codes.cu, {kind}, m<={tokens}", cuda_codes(kind, tokens), budget)
+      for kind in ("u4_bf16", "u4_f16", "i8_bf16", "i8_f16") for tokens, budget in (
+          (16, Budget(10**6, "HMMA")), (64, Budget(10**6, "HMMA")),
       )),
     *(Configuration(f"multi_lora.cu, {kind}, m<={tokens}", cuda_gemm(
         "multi_lora_small.cu", "multi_lora/cuda.cu", f"multi_lora_small_{kind}_{tokens}", m=tokens), budget)

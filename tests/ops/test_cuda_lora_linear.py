@@ -8,7 +8,7 @@ import torch
 
 from lora_kernels import explain, lora_linear, use_backend
 from lora_kernels.ops import launch
-from lora_kernels.ops.lora_linear import cuda
+from lora_kernels.ops.lora_linear import cuda, cuda_small
 from lora_kernels.ops.lora_linear import cuda_skinny as skinny
 from lora_kernels.ops.lora_linear.call import Forward
 from lora_kernels.ptxsim import SimulationError, device
@@ -61,7 +61,7 @@ def fixed():
 @pytest.fixture
 def short_parts(monkeypatch):
     """W in parts of 64 columns, as small matrices never come."""
-    monkeypatch.setattr(cuda, "split_k_part", lambda *_: 64)
+    monkeypatch.setattr(cuda_small, "split_k_part", lambda *_: 64)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -70,7 +70,7 @@ def test_numbers(simulated, monkeypatch, shape, dtype):
     args = draw(*shape, dtype)
     bias, gain = torch.randn(shape[2]).to(dtype), torch.randn(shape[2])
     for seed, vectors in enumerate([(None, None), (bias, gain), (bias.float(), gain.half())]):
-        monkeypatch.setattr(cuda, "split_k_part", lambda *_, part=64 << seed: part)
+        monkeypatch.setattr(cuda_small, "split_k_part", lambda *_, part=64 << seed: part)
         with device(seed=seed) as sim:
             y = lora_linear(*args, 0.5, *vectors)
         assert_within_rounding(y, exact(*args, 0.5, *vectors), dtype, EXACT, name="y")
@@ -124,6 +124,7 @@ def test_a_seed_on_the_device(simulated):
     launched = []
     real = skinny.launch_cuda
     with pytest.MonkeyPatch.context() as patch:
+
         def on_device(source, kernel, grid, threads, args, *rest, **more):
             launched.append(kernel)
             args = args | {"dropout.at": torch.tensor(5), "dropout.seed": 0}
@@ -255,7 +256,7 @@ def test_what_is_read_for_many_tokens(fixed):
 def test_planted_bugs(planted, simulated, short_parts, old, new):
     """Races, waits and bounds are named; a missing swizzle shows in the passes of shared memory,
     others in the numbers."""
-    planted(cuda.SMALL, old, new, keep="lora_linear_small_bf16_16")
+    planted(cuda_small.SMALL, old, new, keep="lora_linear_small_bf16_16")
     args = draw(13, 1032, 136, 70, torch.bfloat16)
     if "isinf" in old:
         args[2][0] = 1e38

@@ -139,6 +139,8 @@ def test_the_depth_of_a_step_does_not_depend_on_m(arch, dtype):
 # of each kernel its source, and which of its numbers are which constants there
 SOURCES = {
     "lora_linear_small.cu": ("lora_linear/cuda_small.cu", {"ROWS": "rows", "THREADS": "threads", "RANKS": "ranks"}),
+    "lora_linear_codes.cu": ("lora_linear/cuda_codes.cu", {
+        "ROWS": "rows", "THREADS": "threads", "RANKS": "ranks", "CODES": "depth"}),
     "lora_linear_tiles.cu": ("lora_linear/cuda_tiles.cu", {
         "TILE": "rows columns", "COLUMNS": "depth", "STAGES": "stages", "THREADS": "threads", "RANKS": "ranks"}),
     "lora_linear_dx.cu": ("lora_linear/cuda_dx.cu", {
@@ -197,6 +199,7 @@ def test_the_instances_of_cuda_templates_are_the_rows():
     """Tokens, ranks and stages, of which the sources have several."""
     for source, macro, row in (
         ("lora_linear/cuda_small.cu", "LK_SMALL", "lora_linear_small.cu"),
+        ("lora_linear/cuda_codes.cu", "LK_CODES", "lora_linear_codes.cu"),
         ("multi_lora/cuda.cu", "LK_SMALL", "multi_lora_small.cu"),
         ("lora_linear/cuda_dx_small.cu", "LK_DX_SMALL", "lora_linear_dx_small.cu"),
     ):
@@ -206,7 +209,7 @@ def test_the_instances_of_cuda_templates_are_the_rows():
             if row == "multi_lora_small.cu":
                 args = args[:-1]  # stages of the product with B, whose tiles are of another size
             tokens, stages = map(int, args[-2:])
-            given = {"int8": "i8" in name} if row == "lora_linear_small.cu" else {}
+            given = {"int8": "i8" in name} if row in ("lora_linear_small.cu", "lora_linear_codes.cu") else {}
             t = compiled(row, m=tokens, **given)
             assert (t.rows if "dx" in row else t.columns, t.stages) == (tokens, stages), name
     ranks = {name: int(args[1]) for source, macro in (

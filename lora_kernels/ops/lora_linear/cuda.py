@@ -1,17 +1,15 @@
-"""CUDA C++. Up to 64 tokens with 16-bit A and B, without dropout: one launch,
-csrc/lora_linear/cuda_small.cu, with W in 16 bits or int8. Else the library's GEMM with thin kernels
-around it, cuda_layers.py; in the deterministic mode, where a row's bits must not depend on the
-other rows, or where that was measured to be faster, h = s·drop(x) Aᵀ and
-csrc/lora_linear/cuda_tiles.cu, if they take it (`refuse_fused`). On sm_90, where that was measured
-to be the fastest, cuda_specialised.py."""
+"""CUDA C++. Up to 64 tokens with 16-bit A and B, without dropout: one launch, cuda_small.py, with W
+in 16 bits, int8 or codes. Else the library's GEMM with thin kernels around it, cuda_layers.py; in
+the deterministic mode, where a row's bits must not depend on the other rows, or where that was
+measured to be faster, h = s·drop(x) Aᵀ and csrc/lora_linear/cuda_tiles.cu, if they take it
+(`refuse_fused`). On sm_90, where that was measured to be the fastest, cuda_specialised.py."""
 
 import torch
 
 from lora_kernels.ops import cost
 from lora_kernels.ops.chips import nearest_chip
 from lora_kernels.ops.cuda_alone import refuse_beside_triton, stands_alone
-from lora_kernels.ops.cuda_shared_memory import shared_of_gemm, shared_of_small
-from lora_kernels.ops.cuda_split_k import split_k_part
+from lora_kernels.ops.cuda_shared_memory import shared_of_gemm
 from lora_kernels.ops.dispatch import Problem, choose_plan, forcing
 from lora_kernels.ops.launch import (
     KERNEL_SUFFIX,
@@ -21,25 +19,30 @@ from lora_kernels.ops.launch import (
     launch_cuda,
     multiprocessors,
     refuse_cuda,
-    tile_tickets,
     vector_fields,
 )
 from lora_kernels.ops.lora_linear import cuda_backward, cuda_layers, cuda_specialised
 from lora_kernels.ops.lora_linear.call import Backward, Needs
-from lora_kernels.ops.lora_linear.cuda_skinny import EXPAND, part_of_a, shrink
+from lora_kernels.ops.lora_linear.cuda_skinny import EXPAND, shrink
+from lora_kernels.ops.lora_linear.cuda_small import (
+    SMALL_TOKENS,
+    launch_codes,
+    launch_small,
+    plan_of_codes,
+    refusal_of_codes,
+)
 from lora_kernels.ops.lora_linear.layer import Layer, layers_of
 from lora_kernels.ops.lora_linear.loop import forward_each, refuse_each
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_quantised, refuse_rows
 from lora_kernels.ops.registry import implements, note_plan
 from lora_kernels.ops.tables.tiles import compiled
 
-SMALL, TILES = (f"lora_linear/cuda_{name}.cu" for name in ("small", "tiles"))
-SMALL_TOKENS = 64  # the most of `launch_small`
+TILES = "lora_linear/cuda_tiles.cu"
 
 
 def refusal(call):
     if call.layout:
-        return refuse_quantised(call)
+        return _refuse_operands(call) or refusal_of_codes(call)
     if call.w_scale is not None:
         return refuse_int8(call) or _refuse_operands(call)
     return _refuse_operands(call) or _refuse_beside_triton(call)
@@ -124,7 +127,9 @@ def planned(call, fused=False):
 @implements("lora_linear_forward", "cuda", refusal)
 def forward(call):
     x, winner = call.x, cost.CUDA
-    if call.w_scale is None:
+    if call.layout:
+        note_plan(plan_of_codes(call))
+    elif call.w_scale is None:
         fused = refuse_fused(call) is None
         p = planned(call, fused)
         winner = p.winner if p else cost.LIBRARY
@@ -143,7 +148,7 @@ def forward(call):
         make(call, parts, y, z, None if len(parts) == 1 or not call.keep_h else h)
         return y, parts[0] if len(parts) == 1 else h, z
     if m > 0:
-        launch_small(call, y, z, h)
+        (launch_codes if call.layout else launch_small)(call, y, z, h)
     return y, h, z
 
 
@@ -216,28 +221,6 @@ def _is_expanded(dy):
 
 def _materialized(dy):
     return dy.contiguous() if _is_expanded(dy) else dy
-
-
-def launch_small(call, y, z, h):
-    """Fills y, z and h in one launch."""
-    x, w, a, b, w_scale = call.x, call.w, call.a, call.b, call.w_scale
-    (m, k), (n, r) = x.shape, b.shape
-    t, of_w = compiled("lora_linear_small.cu", m=m, int8=w_scale is not None), "" if w_scale is None else "i8_"
-    a_part, tokens = part_of_a(x, r), t.columns
-    a_tiles, w_tiles, a_parts = ceil_div(r, t.rows), ceil_div(n, t.rows), max(1, ceil_div(k, a_part))
-    w_part = split_k_part(x, k, t.depth, w_tiles, a_tiles * a_parts, 8 * tokens)
-    blocks = a_tiles * a_parts + w_tiles * max(1, ceil_div(k, w_part))
-    scratch = x.new_empty(blocks * t.rows * tokens, dtype=torch.float32)
-    ticket = tile_tickets(x.device, a_tiles + w_tiles + 1)
-    args = {
-        "x": x, "w": w, "a": a, "b": b, "y": y, "z": z, "h": h, "scratch": scratch, "tickets": ticket,
-        **vector_fields("w_scale", w_scale), **vector_fields("bias", call.bias), **vector_fields("gain", call.gain), "m": m,
-        "n": n, "k": k, "r": r, "x_row": x.stride(0), "w_row": w.stride(0), "a_row": a.stride(0), "b_row": b.stride(0),
-        "a_part": a_part, "w_part": w_part, "scale": float(call.scale),
-    }  # fmt: skip
-    makes = [out for out in (y, z, h, scratch) if out is not None]
-    kernel, shared = f"lora_linear_small_{of_w}{KERNEL_SUFFIX[x.dtype]}_{tokens}", shared_of_small(t)
-    launch_cuda(SMALL, kernel, (blocks,), t.threads, args, makes, shared, changes=[ticket])
 
 
 def launch_tiles(call, h, y, z, whole):
