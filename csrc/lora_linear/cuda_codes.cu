@@ -16,7 +16,7 @@ struct LoRALinearCodes {
   const float* table;                         // [16]
   const void* scales;                         // [blocks]; bytes where outer is given, else float
   const float *outer_table, *outer, *offset;  // [256] [blocks >> outer_shift] [1]; or null
-  int64_t blocks, shift, outer_shift;         // the last two are logarithms, of numbers and of blocks
+  int64_t blocks, shift, outer_shift;         // fewer than 2^31; the last two are logarithms, of numbers and of blocks
 };
 
 constexpr int CODES = 128, GROUP = 32;  // columns of a step; of a piece, which has one scale
@@ -86,24 +86,63 @@ __device__ void multiply_codes(float (&sums)[TOKENS / 8][4], uint8_t* codes, T* 
   }
 }
 
-// the scales of a step: of each row four words, and as many of `outer`
-__device__ inline void copy_scales(char* words, const LoRALinearCodes& p, int64_t row, int64_t column, int64_t end) {
+// What a thread copies of the rows `first_row` on, columns `begin` to `end`: of each step a piece of
+// every 32nd row of codes with its scale, and of x every 16th token. Addresses differ by steps alone.
+template <typename T, int TOKENS>
+struct CodesCopy {
+  static constexpr int EACH = ROWS * GROUPS / THREADS;
+  static_assert(EACH * THREADS == ROWS * GROUPS && THREADS % GROUPS == 0 && CODES == 2 * COLUMNS<T>);
+
+  const LoRALinearCodes& p;
+  const int at = threadIdx.x / GROUPS, group = threadIdx.x % GROUPS, token = threadIdx.x / 8, piece = threadIdx.x % 8;
+  const int columns;
+  const uint8_t* codes[EACH];
+  int64_t number[EACH];
+  bool is_row[EACH];
+  const T* x;
+
+  __device__ CodesCopy(const LoRALinearCodes& p, int64_t first_row, int64_t begin, int64_t end)
+      : p(p), columns(int(end - begin)) {
+    const LoRALinearSmall& layer = p.layer;
 #pragma unroll
-  for (int first = 0; first < ROWS * GROUPS; first += THREADS) {
-    const int i = first + int(threadIdx.x), r = i / GROUPS, c = i % GROUPS;
-    const bool inside = row + r < p.layer.n && column + c * GROUP < end;
-    const int64_t block = ((row + r) * p.layer.k + column + c * GROUP) >> p.shift;
-    if (p.outer) {
-      // the word that has the byte
-      const int64_t at = inside ? block / 4 * 4 : 0;
-      cp_async_word(words + i * 4, static_cast<const uint8_t*>(p.scales) + at,
-                    inside ? int(min(p.blocks - at, int64_t(4))) : 0);
-      cp_async_word(words + SCALE_BYTES + i * 4, p.outer + (inside ? block >> p.outer_shift : 0), inside ? 4 : 0);
-    } else {
-      cp_async_word(words + i * 4, static_cast<const float*>(p.scales) + (inside ? block : 0), inside ? 4 : 0);
+    for (int i = 0; i < EACH; i++) {
+      const int64_t row = first_row + at + i * (THREADS / GROUPS);
+      is_row[i] = row < layer.n;
+      codes[i] = static_cast<const uint8_t*>(layer.w) + row * layer.w_row + begin / 2 + group * PIECE;
+      number[i] = row * layer.k + begin + group * GROUP;
+    }
+    x = static_cast<const T*>(layer.x) + token * layer.x_row + begin + piece * 8;
+  }
+
+  __device__ void operator()(uint8_t* code_tile, T* x_tile, char* words, int step) const {
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      const int row = at + i * (THREADS / GROUPS);
+      const bool inside = is_row[i] && step * CODES + group * GROUP < columns;
+      cp_async(code_piece(code_tile, row, group), codes[i] + step * (CODES / 2), inside ? PIECE : 0);
+      const auto block = uint32_t((number[i] + step * CODES) >> p.shift);
+      char* const word = words + (row * GROUPS + group) * 4;
+      if (p.outer) {
+        // the word that has the byte
+        const uint32_t first = block & ~3u;
+        cp_async_word(word, static_cast<const uint8_t*>(p.scales) + first,
+                      inside ? min(uint32_t(p.blocks) - first, 4u) : 0);
+        cp_async_word(word + SCALE_BYTES, p.outer + (block >> p.outer_shift), inside ? 4 : 0);
+      } else {
+        cp_async_word(word, static_cast<const float*>(p.scales) + block, inside ? 4 : 0);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < TOKENS; i += THREADS / 8) {
+#pragma unroll
+      for (int t = 0; t < CODES; t += COLUMNS<T>) {
+        const bool inside = token + i < p.layer.m && step * CODES + t + piece * 8 < columns;
+        cp_async(token_piece(x_tile + t * TOKENS, token + i, piece), x + i * p.layer.x_row + step * CODES + t,
+                 inside ? PIECE : 0);
+      }
     }
   }
-}
+};
 
 // sums = rows of W · xᵀ over columns `begin` to `end`
 template <typename T, int TOKENS, int STAGES>
@@ -118,20 +157,8 @@ __device__ void mainloop_of_codes(float (&sums)[TOKENS / 8][4], char* memory, co
   const auto x_tile = [&](int stage) { return reinterpret_cast<T*>(memory + stage * BYTES + CODE_BYTES); };
   const auto code_tile = [&](int stage) { return reinterpret_cast<uint8_t*>(memory + stage * BYTES); };
   const auto words = [&](int stage) { return memory + stage * BYTES + CODE_BYTES + X_BYTES; };
-  const auto load = [&](int step, int stage) {
-    const int64_t column = begin + int64_t(step) * CODES;
-    const uint8_t* const w = static_cast<const uint8_t*>(layer.w);
-#pragma unroll
-    for (int first = 0; first < ROWS * GROUPS; first += THREADS) {
-      const int i = first + int(threadIdx.x), r = i / GROUPS, c = i % GROUPS;
-      const bool inside = row + r < layer.n && column + c * GROUP < end;
-      const int64_t at = inside ? (row + r) * layer.w_row + column / 2 + c * PIECE : 0;
-      cp_async(code_piece(code_tile(stage), r, c), w + at, inside ? PIECE : 0);
-    }
-    copy_scales(words(stage), p, row, column, end);
-    copy_tokens<CODES / COLUMNS<T>, TOKENS>(x_tile(stage), static_cast<const T*>(layer.x), layer.x_row, layer.m, column,
-                                            end, [](T* tile, int t, int c) { return token_piece(tile, t, c); });
-  };
+  const CodesCopy<T, TOKENS> copy(p, row, begin, end);
+  const auto load = [&](int step, int stage) { copy(code_tile(stage), x_tile(stage), words(stage), step); };
   const int lane = threadIdx.x % 32, mine = threadIdx.x / 32 * 16 + lane / 4;  // and eight rows on
   uint32_t number[2];  // of the first of the lane's codes, of which only the bits of `byte` matter
 #pragma unroll

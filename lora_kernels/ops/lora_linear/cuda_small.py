@@ -113,6 +113,8 @@ def _refuse_scales(call: Any) -> str | None:
         return f"w has blocks of {block}; the kernel for codes wants a power of two, of at least {GROUP}"
     elif outer_block & (outer_block - 1):
         return f"the scales of w have blocks of {outer_block}; the kernel for codes wants a power of two"
+    elif call.parts[1].numel() >= 2**31:
+        return f"w has {call.parts[1].numel()} blocks; the kernel for codes counts fewer than {2**31}"
     return None
 
 
