@@ -2,21 +2,22 @@
 // W as codes: W = value(code) · scale(block) in float32, rounded once to the type of x. A tile of
 // codes becomes numbers in registers just before its product, so that W is read as bytes, once.
 //
-// A code of 4 bits is a place in a table, which lies in 16 banks of shared memory: whatever 32 lanes
-// look up there, it takes one pass. Scales come with the codes, a word for each 32 of a row.
+// A code of 4 bits is a place in a table, which lies in 16 banks of shared memory: whatever 32
+// lanes look up there, it takes one pass. Scales come with the codes, a word for each 32 of a row.
 #include "../common/kernels.h"
 #include "small.cuh"
 
 namespace lk {
 
-// Blocks count across rows and have a power of two of numbers, at least 32. A scale may be a code,
-// too: outer_table[scales[i]] · outer[i >> outer_shift] + offset. int8 has layer.w_scale alone.
+// Blocks, fewer than 2^31, count across rows and have 2^shift numbers, at least 32. A scale may be
+// a code, too: outer_table[scales[i]] · outer[i >> outer_shift] + offset. int8 has layer.w_scale
+// alone.
 struct LoRALinearCodes {
-  LoRALinearSmall layer;                      // its w: bytes of two numbers, the first in the high half; or int8
+  LoRALinearSmall layer;                      // w: two numbers a byte, the first high; or int8
   const float* table;                         // [16]
-  const void* scales;                         // [blocks]; bytes where outer is given, else float
+  const void* scales;                         // [blocks]; bytes where outer is given, or float
   const float *outer_table, *outer, *offset;  // [256] [blocks >> outer_shift] [1]; or null
-  int64_t blocks, shift, outer_shift;         // fewer than 2^31; the last two are logarithms, of numbers and of blocks
+  int64_t blocks, shift, outer_shift;
 };
 
 constexpr int CODES = 128, GROUP = 32;  // columns of a step; of a piece, which has one scale
@@ -86,8 +87,9 @@ __device__ void multiply_codes(float (&sums)[TOKENS / 8][4], uint8_t* codes, T* 
   }
 }
 
-// What a thread copies of the rows `first_row` on, columns `begin` to `end`: of each step a piece of
-// every 32nd row of codes with its scale, and of x every 16th token. Addresses differ by steps alone.
+// What a thread copies of the rows `first_row` on, columns `begin` to `end`: of each step a piece
+// of every 32nd row of codes with its scale, and of x every 16th token. Addresses differ by steps
+// alone.
 template <typename T, int TOKENS>
 struct CodesCopy {
   static constexpr int EACH = ROWS * GROUPS / THREADS;

@@ -1,6 +1,6 @@
-// y = gain ⊙ z + bias with z = x Wᵀ + h Bᵀ and h = scale · x Aᵀ, for at most 64 tokens, in one launch
-// that reads W, A and B once, however W lies. Bound by the bytes of W, so tokens are the narrow side
-// of each product.
+// y = gain ⊙ z + bias with z = x Wᵀ + h Bᵀ and h = scale · x Aᵀ, for at most 64 tokens, in one
+// launch that reads W, A and B once, however W lies. Bound by the bytes of W, so tokens are the
+// narrow side of each product.
 //
 // A and W are one matrix to the grid: tiles of 64 rows, each shared by blocks that take a part of
 // its depth. Nobody waits for another block. Whoever comes last to a tile ends it: of a tile of A,
@@ -14,8 +14,8 @@
 
 namespace lk {
 
-// k is a multiple of 8, of 16 where W is int8, of 32 where it is codes of 4 bits; rows of x, w and a
-// begin at multiples of 16 bytes
+// k is a multiple of 8, of 16 where W is int8, of 32 where it is codes of 4 bits; rows of x, w and
+// a begin at multiples of 16 bytes
 struct LoRALinearSmall {
   const void *x, *w, *a, *b;   // [m, k] [n, k] [r, k] [n, r]
   void *y, *z;                 // [m, n]; z may be null
@@ -36,18 +36,17 @@ constexpr int COLUMNS = WIDTH / int(sizeof(T));
 template <typename W>
 constexpr Swizzle SWIZZLE = sizeof(W) == 1 ? Swizzle::PAIRS : Swizzle::EIGHT;
 
-// TILES of x; place(tile, token, piece) says where a piece lies
-template <int TILES, int TOKENS, typename T, typename Place>
-__device__ void copy_tokens(T* tile, const T* x, int64_t stride, int64_t tokens, int64_t column, int64_t columns,
-                            Place&& place) {
-  constexpr int PIECES = TILES * TOKENS * 8;
+template <typename W, int TOKENS, typename T>
+__device__ void copy_tokens(T* tile, const T* x, int64_t stride, int64_t tokens, int64_t column, int64_t columns) {
+  constexpr int TILES = COLUMNS<W> / COLUMNS<T>, PIECES = TILES * TOKENS * 8;
 #pragma unroll
   for (int first = 0; first < PIECES; first += THREADS) {
     const int i = first + int(threadIdx.x), c = i % 8, token = i / 8 % TOKENS, t = i / 8 / TOKENS;
     if (PIECES % THREADS != 0 && i >= PIECES) break;
     const int64_t at = column + (t * 8 + c) * 8;
     const bool inside = token < tokens && at < columns;
-    cp_async(place(tile + t * TOKENS * COLUMNS<T>, token, c), inside ? x + token * stride + at : x, inside ? PIECE : 0);
+    cp_async(piece<SWIZZLE<W>>(tile + t * TOKENS * COLUMNS<T>, token, c), inside ? x + token * stride + at : x,
+             inside ? PIECE : 0);
   }
 }
 
@@ -96,8 +95,7 @@ __device__ void mainloop(float (&sums)[TOKENS / 8][4], char* memory, const W* w,
   const auto load = [&](int step, int stage) {
     const int64_t column = begin + int64_t(step) * COLUMNS<W>;
     copy_tile<THREADS, ROWS>(w_tile(stage), w, w_row, row, rows, column, end);
-    copy_tokens<COLUMNS<W> / COLUMNS<T>, TOKENS>(x_tile(stage), static_cast<const T*>(p.x), p.x_row, p.m, column, end,
-                                                 [](T* tile, int t, int c) { return piece<SWIZZLE<W>>(tile, t, c); });
+    copy_tokens<W, TOKENS>(x_tile(stage), static_cast<const T*>(p.x), p.x_row, p.m, column, end);
   };
 #pragma unroll
   for (auto& sum : sums) sum[0] = sum[1] = sum[2] = sum[3] = 0;

@@ -219,8 +219,12 @@ CUDA_OPS = [
           (16, Budget(29.8, "HMMA", units=16, wide=82)), (64, Budget(16.8, "HMMA", units=64, wide=67)),
       )),
     *(Configuration(f"lora_linear_codes.cu, {kind}, m<={tokens}", cuda_codes(kind, tokens), budget)
-      for kind in ("u4_bf16", "u4_f16", "i8_bf16", "i8_f16") for tokens, budget in (
-          (16, Budget(10**6, "HMMA")), (64, Budget(10**6, "HMMA")),
+      for kind in ("u4_bf16", "u4_f16") for tokens, budget in (
+          (16, Budget(33.5, "HMMA", units=16, wide=60, blocks=2)), (64, Budget(11.8, "HMMA", units=64, wide=84)),
+      )),
+    *(Configuration(f"lora_linear_codes.cu, {kind}, m<={tokens}", cuda_codes(kind, tokens), budget)
+      for kind in ("i8_bf16", "i8_f16") for tokens, budget in (
+          (16, Budget(34.2, "HMMA", units=16, wide=82)), (64, Budget(17.6, "HMMA", units=64, wide=90)),
       )),
     *(Configuration(f"multi_lora.cu, {kind}, m<={tokens}", cuda_gemm(
         "multi_lora_small.cu", "multi_lora/cuda.cu", f"multi_lora_small_{kind}_{tokens}", m=tokens), budget)

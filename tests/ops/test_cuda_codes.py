@@ -94,6 +94,7 @@ def test_numbers_are_the_formulas(kind):
         assert not dequantised(zero).any() and same_numbers(zero)
 
 
+@pytest.mark.slow
 def test_other_architectures():
     args = draw(9, 67, 160, 8, "nested", 64, BF16)
     with device(arch=90):
