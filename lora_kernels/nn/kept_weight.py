@@ -12,37 +12,37 @@ from lora_kernels.ops.quantised import QuantisedWeight
 
 
 class KeptWeight:
-    """The last `QuantisedWeight` of one layer; call it with the module as it stands.
+    """The last `QuantisedWeight` of one layer for each dtype; call it with the module as it stands
+    and the dtype of the input. Threads may do so at the same time, each with a dtype of its own.
 
     It is given again while the parts that the module holds are the same objects at the same
-    address, no version of theirs changed, and the dtype is the same. Codes and float32 scales are
-    not copied, so an edit of them shows at once; one through `.data` of parts that are copied, as
-    the scales of int8 are, shows after `clear()`.
+    address, and no version of theirs changed. Codes and float32 scales are not copied, so an edit
+    of them shows at once; one through `.data` of parts that are copied, as the scales of int8 are,
+    shows after `clear()`.
     """
 
-    __slots__ = ("dtype", "_held")
+    __slots__ = ("_held",)
 
     def __init__(self) -> None:
-        self.dtype = torch.float32
-        """Of the inputs that the layer's calls have."""
-        self._held: tuple[Any, ...] = ((), None, None)
+        self._held: dict[torch.dtype, tuple[Any, ...]] = {}
 
     def clear(self) -> None:
-        """Forgets the weight."""
-        self._held = ((), None, None)
+        """Forgets the weights."""
+        self._held = {}
 
-    def __call__(self, module: nn.Module) -> QuantisedWeight | str:
-        """`quantised_weight(module, self.dtype)`."""
-        dtype = self.dtype
+    def __call__(self, module: nn.Module, dtype: torch.dtype) -> QuantisedWeight | str:
+        """`quantised_weight(module, dtype)`."""
         parts, rest = _parts(module)
-        held, known, weight = self._held
-        if weight is not None and known == rest and weight.dtype is dtype and all(map(is_, parts, held)):
-            kept: QuantisedWeight = weight
+        held = self._held.get(dtype)
+        if held is not None and held[1] == rest and all(map(is_, parts, held[0])):
+            kept: QuantisedWeight = held[2]
             return kept
         with torch.inference_mode(False):  # it stays for calls that autograd records
             found = quantised_weight(module, dtype)
         if isinstance(found, QuantisedWeight):
-            self._held = (parts, rest, found)
+            # what another dtype's calls still hold of an older state would keep its memory
+            same = {d: each for d, each in self._held.items() if all(map(is_, parts, each[0]))}
+            self._held = {**same, dtype: (parts, rest, found)}
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KeptWeight":

@@ -74,6 +74,8 @@ def _reader(module: nn.Module) -> Reader | None:
 
 def _of_4bit(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
     weight = module._parameters.get("weight")
+    if weight is None:
+        return "the 4-bit layer has no weight of its own"
     state = getattr(weight, "quant_state", None)
     if state is None:  # which the parameter loses where a wrapper makes it anew
         state = module.__dict__.get("quant_state")
@@ -102,18 +104,25 @@ def _of_4bit(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
 
 def _of_8bit(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
     weight, state = module._parameters.get("weight"), module.state
+    if weight is None:
+        return "the 8-bit layer has no weight of its own"
     if state.has_fp16_weights:
         return "the 8-bit layer keeps its weight in 16 bits"
     codes = state.CB if state.CB is not None else _plain(weight)
     largest = state.SCB if state.SCB is not None else getattr(weight, "SCB", None)
-    if largest is None or codes is None or codes.dtype is not torch.int8:
+    if codes.dtype is not torch.int8:
         return "the 8-bit weight is not quantised yet"
+    if largest is None:
+        return "the 8-bit weight has no scales (SCB): it is not quantised yet, or was made anew without them"
     scales = _floats(largest).reshape(-1) * INT8_STEP
     return QuantisedWeight(codes, codes.shape, scales, codes.shape[1], dtype)
 
 
 def _plain(weight: Tensor) -> Tensor:
     """The tensor without the library's class, which asks for its functions again at each call."""
+    if torch.compiler.is_compiling():
+        with torch._C.DisableTorchFunctionSubclass():
+            return weight.detach()
     return weight.detach().as_subclass(Tensor)  # not .data, whose version stays as it is
 
 

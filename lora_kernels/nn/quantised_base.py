@@ -15,6 +15,9 @@ from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.ops.lora_linear.op import FLOATS
 from lora_kernels.ops.quantised import QuantisedWeight
 
+BESIDE_CODES = ("quant_state", "state")
+"""The attributes of bitsandbytes' modules that say what their codes mean."""
+
 
 class QuantisedBase:
     """A quantised module as a layer computes with it. On a CPU the module itself is never called:
@@ -26,7 +29,7 @@ class QuantisedBase:
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
-        self._kept: dict[torch.dtype, KeptWeight] = {}
+        self._kept = KeptWeight()
         self._look_at_dtype()
         found = quantised_weight(module, self.dtype)
         if isinstance(found, str):
@@ -36,7 +39,7 @@ class QuantisedBase:
         """What a compiler finds: it cannot look into the library's parameter."""
 
     def _look_again(self) -> None:
-        self._kept = {}
+        self._kept = KeptWeight()
         self._look_at_dtype()
         found = quantised_weight(self.module, self.dtype)
         self._traced = None if isinstance(found, str) else found
@@ -69,12 +72,7 @@ class QuantisedBase:
         """
         if torch.compiler.is_compiling() and self._traced is not None:
             return self._traced.to(dtype)
-        kept = self._kept.get(dtype)
-        if kept is None:
-            kept = KeptWeight()
-            kept.dtype = dtype
-            self._kept[dtype] = kept
-        found = kept(self.module)
+        found = self._kept(self.module, dtype)
         if isinstance(found, str):
             raise RuntimeError(f"{type(self.module).__name__}: {found}")
         return found
@@ -93,10 +91,7 @@ class QuantisedBase:
         the CPU, as the library computes it."""
         if x.device.type != "cpu":
             return self.module.forward(x)
-        n_out, n_in = self.shape
-        # an adapter of one zero: the op has the product without one in no other form
-        zeros = x.new_zeros(1)
-        return lora_linear(x, self.weight(x.dtype), zeros.expand(1, n_in), zeros.expand(n_out, 1), 1.0, bias)
+        return product_of_codes(x, self.weight(x.dtype), bias)
 
     def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What the module alone makes of x: in its compute dtype, and back to that of x."""
@@ -215,11 +210,19 @@ class QuantisedBase:
         return again
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}, "_traced": None}
+        return {**self.__dict__, "_traced": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._look_again()
+
+
+def product_of_codes(x: Tensor, w: QuantisedWeight, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias, with the gradients of x and bias; W, of the dtype of x, is not formed."""
+    n_out, n_in = w.shape
+    # an adapter of one zero: the op has the product without one in no other form
+    zeros = x.new_zeros(1)
+    return lora_linear(x, w, zeros.expand(1, n_in), zeros.expand(n_out, 1), 1.0, bias)
 
 
 def form_of_codes(module: Any) -> tuple[tuple[int, int], torch.dtype]:

@@ -40,7 +40,7 @@ def model(kind, compute=torch.float32, nested=True, storage=torch.uint8, **lora)
     torch.manual_seed(0)
     net = Net(lambda n_in, n_out, bias: quantised_linear(kind, n_in, n_out, bias, compute, nested, storage)).to("cpu")
     net.is_loaded_in_8bit, net.is_loaded_in_4bit = kind == "int8", kind != "int8"
-    made = peft.get_peft_model(net, _config(lora))
+    made = _with_adapter(net, peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["a", "b"]} | lora))
     randomise(made)
     with torch.no_grad():
         for name, p in made.named_parameters():
@@ -49,14 +49,21 @@ def model(kind, compute=torch.float32, nested=True, storage=torch.uint8, **lora)
     return made
 
 
-def _config(lora):
-    return peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["a", "b"]} | lora)
+def _with_adapter(net, config):
+    """PEFT's own class for a task wants a transformer."""
+    return peft.get_peft_model(net, config) if config.task_type is None else peft.PeftModel(net, config)
 
 
-def exact(quantised, **lora):
+def exact(quantised):
     """The model over plain layers, in float64, of the numbers that the library itself makes of its
-    weights."""
-    made = peft.get_peft_model(Net(nn.Linear), _config(lora)).double()
+    weights, with the same adapters."""
+    made = _with_adapter(Net(nn.Linear), copy.deepcopy(quantised.peft_config["default"]))
+    for name, config in quantised.peft_config.items():
+        if name != "default":
+            made.add_adapter(name, copy.deepcopy(config))
+    made.double()
+    for name, p in made.named_parameters():
+        p.requires_grad_("lora" in name)
     with torch.no_grad():
         for name in ("a", "b"):
             base, plain = (getattr(m.base_model.model, name).get_base_layer() for m in (quantised, made))

@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from lora_kernels.integrations.peft.bias import ON_META as ON_META
 from lora_kernels.integrations.peft.devices import NO_CPU_KERNELS, device_refusal
 from lora_kernels.integrations.peft.hooks import EVERY, global_hooks_look_inside
-from lora_kernels.integrations.peft.state import PLAIN, type_name
+from lora_kernels.integrations.peft.state import DISABLED, PLAIN, type_name
 from lora_kernels.ops.lora_linear.op import FLOATS
 
 _compiling = torch.compiler.is_compiling
@@ -22,7 +22,7 @@ _tracing = torch._C._get_tracing_state
 def layer_refusal(layer: Any) -> str | None:
     """Why PEFT's own forward must run, whatever the adapters are."""
     if layer._disable_adapters:
-        return "the adapters are disabled"
+        return DISABLED
     if layer.merged_adapters:
         return "an adapter is merged into the base weight"
     return None

@@ -7,16 +7,21 @@ is cast to it, the adapter's input with it, and y is cast back.
 The 8-bit base is exact here: x is not rounded to int8, as LLM.int8() rounds it outside of training.
 """
 
+from threading import local
 from typing import Any
 
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from torch import Tensor, nn
 
-from lora_kernels.integrations.peft.linear import count_fallback, kept_weights, run_fused
-from lora_kernels.integrations.peft.state import PLAIN, READERS
+from lora_kernels.integrations.peft.adapters import call_refusal
+from lora_kernels.integrations.peft.bias import base_bias
+from lora_kernels.integrations.peft.linear import WAYS, Way, count_fallback, kept_weights, run_fused
+from lora_kernels.integrations.peft.state import DISABLED, PLAIN, READERS, read_codes
+from lora_kernels.nn.flat_parameters import VIEWS, are_attributes
 from lora_kernels.nn.kept_weight import KeptWeight
 from lora_kernels.nn.quantised import quantised_weight
+from lora_kernels.nn.quantised_base import product_of_codes
 from lora_kernels.ops import QuantisedWeight
 
 UNCAST = "the input is of another dtype than the base computes in, and its casting is off"
@@ -25,11 +30,22 @@ _compiling = torch.compiler.is_compiling
 _any_autocast = torch._C._is_any_autocast_enabled
 
 
+class _Call(local):
+    """Of a thread: the dtype in which W is wanted by the call under way, None outside of one."""
+
+    dtype: torch.dtype | None = None
+
+
+_call = _Call()
+
+
 def _read(layer: Any, base: Any) -> QuantisedWeight | str:
-    """The layer's W for the dtype of its last call, or why PEFT must run it."""
-    kept = kept_weights.get(layer)
+    """The layer's W for the call under way, or why PEFT must run it."""
+    if "weight" not in base._parameters and are_attributes(base):
+        return VIEWS
+    kept, dtype = kept_weights.get(layer), _call.dtype or _usual_dtype(base)
     # none: the survey, before any call
-    w = quantised_weight(base, _usual_dtype(base)) if kept is None else kept(base)
+    w = quantised_weight(base, dtype) if kept is None else kept(base, dtype)
     if isinstance(w, QuantisedWeight) and w.device.type not in _DEVICES:
         return f"there are no kernels for quantised weights on {w.device.type}"
     return w
@@ -73,13 +89,29 @@ def _forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
     kept = kept_weights.get(layer)
     if kept is None:
         kept = kept_weights[layer] = KeptWeight()
-    kept.dtype = dtype
-    y = run_fused(layer, cast, args, kwargs)
+    outer, _call.dtype = _call.dtype, dtype
+    try:
+        y = run_fused(layer, cast, args, kwargs)
+    finally:
+        _call.dtype = outer
     if y is None:
         kept.clear()
         return None
     return y if y.dtype is wanted else y.to(wanted)
 
+
+def _run_disabled(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The base's output, of the codes as they are: bitsandbytes' own call would pack them in eval
+    mode, and what is packed cannot be trained through."""
+    if args or kwargs or layer.merged_adapters:
+        return DISABLED
+    w = read_codes(layer)
+    if not isinstance(w, QuantisedWeight):
+        return DISABLED if w is None else w
+    return call_refusal(x) or product_of_codes(x, w, base_bias(layer._modules["base_layer"]))
+
+
+WAYS[DISABLED] = Way(_run_disabled)
 
 QUANTISED_KINDS: list[tuple[type[nn.Module], type[nn.Module]]] = []
 """PEFT's classes and ours; none where bitsandbytes is not there, and so PEFT's are not."""

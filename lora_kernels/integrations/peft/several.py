@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lora_kernels.integrations.peft.bias import base_bias, with_lora_bias
 from lora_kernels.integrations.peft.linear import WAYS, Way, cached_gain, input_refusal
 from lora_kernels.integrations.peft.state import ALORA_VARIANT, SEVERAL, read_state
+from lora_kernels.nn.quantised_base import product_of_codes
 from lora_kernels.ops import QuantisedWeight, lora_linear
 
 # tokens; below it the adapters' copies cost more than passes over the output
@@ -139,7 +140,10 @@ def _followed(y: Tensor, x: Tensor, w: Tensor | QuantisedWeight, bias: Tensor | 
         return y + delta
     gain = cached_gain(part.owner, w, part.a, part.b, part.scale, part.magnitude)
     if part.dropout > 0.0:
-        base = F.linear(dropped, w.dequantise(dropped.dtype) if isinstance(w, QuantisedWeight) else w.to(dropped.dtype))
+        if isinstance(w, QuantisedWeight):
+            base = product_of_codes(dropped, w.to(dropped.dtype))
+        else:
+            base = F.linear(dropped, w.to(dropped.dtype))
     else:
         base = y if bias is None else y - bias
     return y + (gain - 1) * base + gain * delta

@@ -25,6 +25,7 @@ except ImportError as error:
 SEVERAL = "several adapters are active"
 ALORA = "aLoRA without alora_offsets"
 ARGUMENTS = "the call has arguments besides the input"
+DISABLED = "the adapters are disabled"
 
 PLAIN = (Tensor, nn.Parameter)
 READERS: dict[type[nn.Module], Callable[[Any, Any], Any]] = {}
@@ -46,7 +47,7 @@ def read_state(layer: Any, adapter: str | None = None) -> Any:
     ten of these checks.
     """
     if layer._disable_adapters:
-        return "the adapters are disabled"
+        return DISABLED
     if layer.merged_adapters:
         return "an adapter is merged into the base weight"
     children: dict[str, Any] = layer._modules
@@ -124,6 +125,14 @@ def read_state(layer: Any, adapter: str | None = None) -> Any:
     if own_bias is not None:
         bias = with_lora_bias(bias, own_bias, scale)
     return w, bias, a, b, scale, dropout, magnitude
+
+
+def read_codes(layer: Any) -> Any:
+    """W of a layer over a quantised base for its next call, or why it cannot be read; None where
+    the base's own call computes it: it is of another kind, or has hooks."""
+    base = layer._modules["base_layer"]
+    read = READERS.get(type(base))
+    return None if read is None or has_hooks(base) else read(layer, base)
 
 
 def _magnitude(children: dict[str, Any], name: str, variant: Any, own_bias: Any) -> Any:
