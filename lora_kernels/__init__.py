@@ -24,6 +24,7 @@ from lora_kernels.ops import (
     merged_weight,
     multi_lora,
     multi_lora_add_,
+    requantised_weight,
     use_backend,
     weight_norm,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "multi_lora_add_",
     "nn",
     "refresh",
+    "requantised_weight",
     "save_adapter",
     "unfuse",
     "unload",

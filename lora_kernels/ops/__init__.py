@@ -2,7 +2,7 @@
 
 from lora_kernels.ops.dora_linear import dora_linear
 from lora_kernels.ops.lora_linear import Member, group_pays, lora_linear, lora_linear_group
-from lora_kernels.ops.merge import merged_weight
+from lora_kernels.ops.merge import merged_weight, requantised_weight
 from lora_kernels.ops.multi_lora import BatchPlan, Slots, multi_lora, multi_lora_add_
 from lora_kernels.ops.quantised import QuantisedWeight
 from lora_kernels.ops.registry import FallbackWarning, explain, missing_backends, use_backend
@@ -25,6 +25,7 @@ __all__ = [
     "missing_backends",
     "multi_lora",
     "multi_lora_add_",
+    "requantised_weight",
     "row_norm_squared",
     "use_backend",
     "weight_norm",

@@ -23,12 +23,12 @@ def dequantised(w):
         scales = w.outer_table[w.scales.reshape(-1).long()] * outer + w.offset
     value = flat.float()
     if w.zeros is not None:
-        value = value - _spread(w, w.zeros)
+        value = value - spread(w, w.zeros)
         value = value.to(w.dtype).float() if w.zero_rounded else value
-    return (value * _spread(w, scales)).to(w.dtype).view(w.shape)
+    return (value * spread(w, scales)).to(w.dtype).view(w.shape)
 
 
-def _spread(w, of_blocks):
+def spread(w, of_blocks):
     """A number of each block for each number of W."""
     if not w.block_rows:
         return of_blocks.reshape(-1).repeat_interleave(min(w.block, w.numel()))[: w.numel()]
