@@ -6,7 +6,7 @@ A field stands here and nowhere else: the schema that torch sees is made of thes
 default, since calls from elsewhere are older.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -88,14 +88,18 @@ class GroupForward(NamedTuple):
     keep_h: bool
     keep_z: bool
     """z of those whose gain's gradient cannot do with y (`keeps_z`); the others' is None."""
+    parts: list[Tensor] | None = None
+    layouts: list[int] | None = None
+    """Where some W is quantised: `side_by_side` of what `Forward` has for each."""
 
     def members(self) -> Iterator[Forward]:
         """Each layer as a call of its own."""
-        x, *lists, drop_base, keep_h, keep_z = self
-        for w, a, b, scale, bias, gain, dropout, seed in zip(*lists, strict=True):
+        x, *lists, drop_base, keep_h, keep_z, parts, layouts = self
+        codes = one_by_one(parts, layouts, len(self.w))
+        for (w, a, b, scale, bias, gain, dropout, seed), code in zip(zip(*lists, strict=True), codes, strict=True):
             drop = drops_base(drop_base, gain, dropout)
             keep = keep_z and keeps_z(bias, gain, drop)
-            yield Forward(x, w, a, b, scale, bias, gain, dropout, seed, drop, keep_h, keep)
+            yield Forward(x, w, a, b, scale, bias, gain, dropout, seed, drop, keep_h, keep, None, *code)
 
 
 class GroupBackward(NamedTuple):
@@ -117,13 +121,50 @@ class GroupBackward(NamedTuple):
     z: list[Tensor | None]
     needs: list[int]
     """Of dx, then of da, db, dbias and dgain of each member."""
+    parts: list[Tensor] | None = None
+    layouts: list[int] | None = None
 
     def members(self) -> Iterator[Backward]:
         """Each layer as a call of its own; all of them want dx, if one does."""
-        x, *lists, drop_base, h, y, z, needs = self
+        x, *lists, drop_base, h, y, z, needs, parts, layouts = self
+        codes = one_by_one(parts, layouts, len(self.w))
         for i, (dy, w, a, b, scale, bias, gain, dropout, seed) in enumerate(zip(*lists, strict=True)):
             drop, own = drops_base(drop_base, gain, dropout), [needs[0], *needs[1 + 4 * i : 5 + 4 * i]]
-            yield Backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop, h[i], y[i], z[i], own)
+            yield Backward(dy, x, w, a, b, scale, bias, gain, dropout, seed, drop, h[i], y[i], z[i], own, None, *codes[i])
+
+
+Codes = tuple[list[Tensor] | None, list[int] | None]
+"""`parts` and `layout` of a layer, (None, None) where its W is plain."""
+
+
+def side_by_side(codes: Iterable[Codes]) -> Codes:
+    """Those of several layers as two lists, for a schema has no lists of lists: before each layout
+    the number of its parts and its own length."""
+    every: list[Tensor] = []
+    numbers: list[int] = []
+    some = False
+    for parts, layout in codes:
+        if layout is None:
+            numbers += [0, 0]
+        else:
+            assert parts is not None
+            some, every, numbers = True, [*every, *parts], [*numbers, len(parts), len(layout), *layout]
+    return (every, numbers) if some else (None, None)
+
+
+def one_by_one(parts: list[Tensor] | None, layouts: list[int] | None, count: int) -> list[Codes]:
+    """What `side_by_side` got, again."""
+    if layouts is None or parts is None:
+        return [(None, None)] * count
+    found: list[Codes] = []
+    part = number = 0
+    for _ in range(count):
+        some, length = layouts[number : number + 2]
+        number += 2
+        own = (parts[part : part + some], layouts[number : number + length])
+        found.append(own if length else (None, None))
+        part, number = part + some, number + length
+    return found
 
 
 def drops_base(drop_base: bool, gain: Tensor | None, dropout: float) -> bool:

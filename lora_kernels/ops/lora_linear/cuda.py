@@ -32,7 +32,7 @@ from lora_kernels.ops.lora_linear.cuda_small import (
     refusal_of_codes,
 )
 from lora_kernels.ops.lora_linear.layer import Layer, layers_of
-from lora_kernels.ops.lora_linear.loop import forward_each, refuse_each
+from lora_kernels.ops.lora_linear.loop import forward_each, refuse_codes_or_each
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_quantised, refuse_rows
 from lora_kernels.ops.registry import implements, note_plan
 from lora_kernels.ops.tables.tiles import compiled
@@ -153,7 +153,7 @@ def forward(call):
 
 
 def group_refusal(call):
-    return refuse_each(_refuse_operands, call) or refuse_beside_triton("one launch serves all layers")
+    return refuse_codes_or_each(_refuse_operands, call) or refuse_beside_triton("one launch serves all layers")
 
 
 @implements("lora_linear_group_forward", "cuda", group_refusal)

@@ -18,6 +18,11 @@ def refuse_each(refusal: Callable[[Any], str | None], call: GroupForward | Group
     return None
 
 
+def refuse_codes_or_each(refusal: Callable[[Any], str | None], call: GroupForward | GroupBackward) -> str | None:
+    """The same for kernels that take all members in one launch, and no codes."""
+    return "a member's w is a QuantisedWeight; one by one they run" if call.layouts else refuse_each(refusal, call)
+
+
 def forward_each(forward, call):
     """`forward` is the single op's."""
     return tuple(map(list, zip(*map(forward, call.members()), strict=True)))

@@ -32,7 +32,7 @@ from lora_kernels.ops.launch import (
 from lora_kernels.ops.lora_linear import library
 from lora_kernels.ops.lora_linear.call import Needs
 from lora_kernels.ops.lora_linear.layer import Layer, layers_of
-from lora_kernels.ops.lora_linear.loop import refuse_each
+from lora_kernels.ops.lora_linear.loop import refuse_codes_or_each
 from lora_kernels.ops.lora_linear.triton_backward import (
     BackwardInput,
     BackwardLayer,
@@ -70,7 +70,7 @@ def backward_refusal(call):
 
 
 def group_refusal(call):
-    return refuse_each(refusal, call)
+    return refuse_codes_or_each(refusal, call)
 
 
 def group_backward_refusal(call):
