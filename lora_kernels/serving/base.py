@@ -67,14 +67,15 @@ def check_kind(name: str, module: nn.Module) -> None:
     """Raises TypeError unless a batch can add to what the module computes: of a weight that is not
     plain, one row is tried."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    if is_plain(weight):
-        return
+    # of plain tensors, too, where a wrapper made its parameters anew
     if is_quantised(module):
         try:
             QuantisedBase(module)
         except TypeError as error:
             kind = type(module).__name__
             raise TypeError(f"AdapterPool: {name}: no adapter can be served on this {kind}: {error}; leave it out") from None
+        return
+    if is_plain(weight):
         return
     wanted, why = weight.shape[0], ""
     try:
@@ -227,8 +228,6 @@ class BaseWatch:
             replaced = bool(ours) and name not in ours
             if module is not None and not replaced:
                 self._parameters[name] = module._parameters
-                if is_quantised(module):
-                    self._coded[name] = QuantisedBase(module)
             now = state[name] = Known(self._parameters[name].get("weight"))
             why = f"{type(module).__name__} has replaced the layer of `serve`" if replaced else self._misfit(name, module)
             if why is not None:
@@ -247,7 +246,8 @@ class BaseWatch:
         self.pending.discard(name)
 
     def _misfit(self, name: str, module: nn.Module | None) -> str | None:
-        """Why the pages of a site are not for the weight that is there, or None."""
+        """Why the pages of a site are not for the weight that is there, or None; of codes it looks
+        anew at what they mean."""
         weight, site = self._parameters[name].get("weight"), self._sites[name]
         if module is None:
             return "the model has no such layer any more"
@@ -255,6 +255,11 @@ class BaseWatch:
             return f"the {type(module).__name__} there has no weight of its own"
         if type(weight) is not self._kinds[name]:
             return f"its weight was a {self._kinds[name].__name__}, and is a {type(weight).__name__}"
+        if is_quantised(module):
+            try:
+                self._coded[name] = QuantisedBase(module)
+            except TypeError as error:
+                return str(error)
         if name in self._coded and (module.out_features, module.in_features) != site.shape:
             return f"the pages are for a weight {list(site.shape)}, it is {[module.out_features, module.in_features]}"
         wanted, found = (

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lora_kernels.adapters.inject import uncompiled_model
+from lora_kernels.nn.quantised_base import BESIDE_CODES
 from lora_kernels.serving.door import close_doors, open_doors, replace_method
 from lora_kernels.serving.frame import Frame
 from lora_kernels.serving.layer import OWN, MultiLoRAEmbedding, MultiLoRALinear
@@ -85,11 +86,15 @@ def unserve(model: Model) -> Model:
     for name, module in list(inner.named_modules()):
         if isinstance(module, MultiLoRALinear | MultiLoRAEmbedding):
             kind: Any = nn.Linear if isinstance(module, MultiLoRALinear) else nn.Embedding
-            if isinstance(module, MultiLoRALinear) and module._quantised is not None:
-                kind = type(module._quantised.module)
             parent, _, child = name.rpartition(".")
-            plain = kind.__new__(kind)
-            plain.__dict__.update({key: value for key, value in module.__dict__.items() if key not in OWN})
+            own = {key: value for key, value in module.__dict__.items() if key not in OWN}
+            if isinstance(module, MultiLoRALinear) and module._quantised is not None:
+                # its weight knows the module, and loading may have given it another state
+                plain = module._quantised.module
+                own = {key: value for key, value in own.items() if key not in BESIDE_CODES}
+            else:
+                plain = kind.__new__(kind)
+            plain.__dict__.update(own)
             setattr(inner.get_submodule(parent), child, plain)
     close_doors(inner)
     return model

@@ -24,7 +24,6 @@ def seed():
     torch.manual_seed(0)
 
 
-
 def net(codes, seed=0, **options):
     first, last = (module(codes, *SIZES[name], seed=seed + i, bias=not i, **options) for i, name in enumerate(SIZES))
     return nn.Sequential(first, nn.Tanh(), last)
@@ -161,7 +160,38 @@ def test_other_layers_in_the_places_of_coded_ones():
     check(model, plain)
 
 
+def test_codes_that_cannot_be_read_any_more():
+    """As those that bitsandbytes has packed for its own inference; until they are what they
+    were."""
+    model, pool = served("nf4")
+    unserve(model)
+    weight, packed = model[0].weight, model[0].weight.data.flip(0)
+    codes, weight.data, weight.quant_state.packing_format_for_cpu = weight.data, packed, True
+    with pytest.raises(BaseChangedError, match="at 0: bitsandbytes has packed the 4-bit weight"):
+        pool.batch(["dora"])
+    weight.data, weight.quant_state.packing_format_for_cpu = codes, False
+    pool.batch(["dora"]).close()
+    check(serve(model, pool), net("nf4"))
+
+
+@pytest.mark.parametrize("codes", ["nf4", "int8"])
+def test_unserve_gives_the_module_itself_with_what_was_loaded(codes):
+    model = net(codes)
+    module = model[0]
+    serve(model, pool_of(model, pages=8)).eval()
+    other = net(codes, seed=7)
+    model.load_state_dict({name: t.clone() for name, t in other.state_dict().items()})
+    unserve(model)
+    assert model[0] is module and not module.training and torch.equal(dense(module), dense(other[0]))
+    if codes == "nf4":
+        assert module.quant_state is module.weight.quant_state and module.weight.module is module
+
+
 def test_what_cannot_be_read():
+    lost = module("nf4", 24, 40)
+    lost.weight, lost.quant_state = nn.Parameter(lost.weight.data.as_subclass(torch.Tensor), requires_grad=False), None
+    with pytest.raises(TypeError, match="AdapterPool: 0: no adapter can be served on this Linear4bit: .* made anew without it"):
+        AdapterPool(nn.Sequential(lost), capacity_bytes=1 << 20)
     model = nn.Sequential(bnb.nn.Linear4bit(24, 40))
     with pytest.raises(TypeError, match="AdapterPool: 0: no adapter can be served on this Linear4bit: .* no quant_state"):
         AdapterPool(model, capacity_bytes=1 << 20)
