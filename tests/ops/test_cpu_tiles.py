@@ -80,14 +80,20 @@ def untouched(held, tokens, n_out):
 THREADS, TYPES = [1, 2, 3], [torch.bfloat16, torch.float16, torch.float32]
 LAYERS = [(1, 1, 1), (17, 100, 50), (48, 129, 97), (64, 257, 40), (130, 1100, 70), (530, 1100, 300)]
 # of the adapter's term 2⁻¹⁶ is lost: h, and B unless it is bf16, are two bf16 numbers each
-TWO_NUMBERS = 2.0**-16
+TWO_NUMBERS, ONE_NUMBER = 2.0**-16, 2.0**-8
+
+
+def lost_of_h(level, rank, n_in, n_out, b):
+    """h is two numbers, but without AMX one from many ranks on, unless the adapter can cancel W."""
+    two = level == "amx" or rank < _cpu.many_ranks or 2 * rank >= min(n_in, n_out) or b.dtype is not torch.bfloat16
+    return TWO_NUMBERS if two else ONE_NUMBER
 
 
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("rank", [1, 5, 33, 70])
 @pytest.mark.parametrize("adapter_dtype", TYPES, ids=str)
 @pytest.mark.parametrize("shape", LAYERS, ids=str)
-def test_forward(shape, adapter_dtype, rank, threads):
+def test_forward(shape, adapter_dtype, rank, threads, level):
     x, w = operands(*shape, torch.bfloat16)
     tokens, n_in, n_out = shape
     h, a, b, gain, bias = random(rank, (tokens, rank), (rank, n_in), (n_out, rank), (n_out,), (n_out,))
@@ -110,7 +116,8 @@ def test_forward(shape, adapter_dtype, rank, threads):
         wide_h = given.double()
         truth = wide_x @ wide_w.T + wide_h @ wide_b.T
         allowed = (wide_x.abs() @ wide_w.abs().T) * (n_in + rank) * 2.0**-24
-        allowed += (wide_h.abs() @ wide_b.abs().T) * (TWO_NUMBERS + (n_in + rank) * 2.0**-24)
+        lost = lost_of_h(level, rank, n_in, n_out, b)
+        allowed += (wide_h.abs() @ wide_b.abs().T) * (lost + (n_in + rank) * 2.0**-24)
         assert ((z_found() - truth).abs() <= allowed).all()
         scaled = allowed * gain.double().abs() + ((gain.double() * truth).abs() + bias.double().abs()) * 2.0**-22
         assert ((y_found() - (gain.double() * truth + bias.double())).abs() <= scaled).all()
@@ -144,9 +151,10 @@ def test_backward(shape, dropout, with_gain, adapter_dtype, rank, threads, level
     truth = dz @ w.double().T + kept * (p.double() @ a.double())
     # dz is two bf16 numbers, but without AMX one unless the adapter can cancel W
     two = level == "amx" or 2 * rank >= min(n_in, n_out)
-    lost = (TWO_NUMBERS if two else 2.0**-8) if with_gain else 0.0
+    lost = (TWO_NUMBERS if two else ONE_NUMBER) if with_gain else 0.0
     allowed = (dz.abs() @ w.double().abs().T) * (lost + sums)
-    allowed += kept * (p.double().abs() @ a.double().abs()) * (TWO_NUMBERS + (n_in + rank) * 2.0**-24)
+    of_p = lost_of_h(level, rank, n_in, n_out, a)
+    allowed += kept * (p.double().abs() @ a.double().abs()) * (of_p + (n_in + rank) * 2.0**-24)
     assert ((found() - truth).abs() <= allowed).all()
     assert untouched(dx, tokens, n_out)
 
@@ -191,6 +199,21 @@ def test_y_is_rounded_once_and_dx_with_a_gain_twice():
         _cpu.tiles(dy, w, transposed(b), transposed(a), dx, None, None, of, p, 0.1, None, True, 2)
         dz = dy.double() if of is None else dy.double() * of.double()
         assert_within_rounding(dx, dz @ (w.double() + update), torch.bfloat16, ratio)
+
+
+def test_an_adapter_of_many_ranks_that_dominates_is_rounded_twice_at_most(level):
+    tokens, n_in, n_out, rank = 40, 300, 200, 64
+    assert rank >= _cpu.many_ranks
+    x, w = operands(tokens, n_in, n_out, torch.bfloat16)
+    a, b = (t.bfloat16() for t in random(1, (rank, n_in), (n_out, rank)))
+    y, h = torch.empty(tokens, n_out, dtype=torch.bfloat16), torch.empty(tokens, rank)
+    _cpu.tiles(x, w, a, b, y, None, None, None, h, 1.0, None, False, 2)
+    truth = x.double() @ (w.double() + b.double() @ a.double()).T
+    assert_within_rounding(y, truth, torch.bfloat16, 1.02 if level == "amx" else 1.5)
+    for small in (b * 0.02, b.float()):
+        _cpu.tiles(x, w, a.to(small.dtype), small, y, None, None, None, h, 1.0, None, False, 2)
+        truth = x.double() @ (w.double() + small.double() @ a.double()).T
+        assert_within_rounding(y, truth, torch.bfloat16, 1.02)
 
 
 def test_infinite_h_is_not_made_nan():
