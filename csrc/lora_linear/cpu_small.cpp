@@ -8,6 +8,7 @@
 
 #include "../common/dot.h"
 #include "../common/philox.h"
+#include "../quantised/products.h"
 #include "../quantised/rows.h"
 #include "params.h"
 
@@ -22,6 +23,7 @@ constexpr bool PAIRS = false;
 #endif
 template <typename T>
 constexpr bool taken = !PAIRS || std::is_same_v<T, bf16>;
+constexpr int MOST = PAIRS ? 2 * NR : NR;  // rows of W at a time
 
 // columns of W a pass: the tile of x, which every group of rows reads again, stays in the
 // first-level cache
@@ -33,69 +35,24 @@ LK_INLINE int64_t block_k(int64_t tokens) {
 
 struct Scratch {
   int64_t x_row, h_row;  // padded to whole vectors, the padding zero
-  // [tokens, x_row] twice (may be one) [tokens, h_row] [threads, NR * max(x_row, h_row)]
+  // [tokens, x_row] twice (may be one) [tokens, h_row] [threads, MOST * max(x_row, h_row)]
   float *x, *x_dropped, *h, *a;
-  bf16* pairs;  // [tokens, pairs_row], or null
+  bf16 *pairs, *quads;  // [tokens, pairs_row], or null; in the order of Quads, may be one
   int64_t pairs_row;
 };
 
-// Rows of W one after another, `row` elements from one to the next.
-template <typename W>
-struct Rows {
-  const W* at;
-  int64_t row;
-};
-
-template <typename W, typename X, int N, int M>
-LK_INLINE void multiply(const Rows<W>& w, int64_t k, const X* x, int64_t x_row, int64_t count, vec (&acc)[N][M]) {
-  dot(w.at + k, w.row, x, x_row, count, acc);
-}
-
-#if defined(LK_PAIRS)
-constexpr int64_t DECODED = 4;  // tokens up to which codes are not worth a place in memory as numbers
-
-// Rows of codes, C how they are decoded; each row begins with a block.
-template <typename C>
-struct Coded {
-  const Quantised& q;
-  C decoder;
-  const uint8_t* codes;
-  int64_t row;
-  const float* scales;  // [rows, blocks]
-  int64_t blocks;
-};
-
-// numbers of W are in registers only, for a product with each token
-template <typename C, int N, int M>
-LK_INLINE void multiply(const Coded<C>& w, int64_t k, const bf16* x, int64_t x_row, int64_t count, vec (&acc)[N][M]) {
-  const int64_t end = k + count;
-  const uint8_t* codes = w.codes + k * C::BYTES / STEP;
-  for (int64_t block = k / w.q.block; k < end; block++) {
-    typename C::Scale by[N];
-    LK_UNROLL for (int j = 0; j < N; j++) {
-      by[j] = w.decoder.template scale<bf16>(w.q, w.scales[j * w.blocks + block]);
-      __builtin_prefetch(codes + (N + j) * w.row);
-    }
-    for (const int64_t until = std::min((block + 1) * w.q.block, end); k < until; k += STEP) {
-      __m512bh row[N];
-      LK_UNROLL for (int j = 0; j < N; j++) row[j] = (__m512bh)w.decoder.step(codes + j * w.row, by[j]);
-      LK_UNROLL for (int m = 0; m < M; m++) {
-        const auto v = (__m512bh)_mm512_loadu_si512(x + m * x_row);
-        LK_UNROLL for (int j = 0; j < N; j++) acc[j][m] = (vec)_mm512_dpbf16_ps((__m512)acc[j][m], row[j], v);
-      }
-      codes += C::BYTES, x += STEP;
-    }
-  }
-}
-#endif
-
-// x as bf16
+// x as bf16, for codes too
 void copy_rows(const ForwardSmall& p, const bf16* x, const Scratch& s, int64_t first, int64_t last) {
   for (int64_t t = first; t < last; t++) {
     bf16* row = s.pairs + t * s.pairs_row;
     std::copy(x + t * p.x.row, x + t * p.x.row + p.n_in, row);
     std::fill(row + p.n_in, row + s.pairs_row, bf16{0});
     std::fill(s.h + t * s.h_row + p.rank, s.h + (t + 1) * s.h_row, 0.f);
+#if defined(LK_PAIRS)
+    for (int64_t k = 0; k < p.n_in && s.quads; k += STEP) {
+      _mm512_storeu_si512(s.quads + t * s.pairs_row + k, Quads::ordered(_mm512_loadu_si512(row + k)));
+    }
+#endif
   }
 }
 
@@ -169,17 +126,18 @@ LK_INLINE void outputs(const ForwardSmall& p, const W& w, const X* x, int64_t x_
   for (int64_t k = 0; k < p.n_in; k += block) {
     const int64_t count = std::min(block, p.n_in - k);
     const bool last = k + count == p.n_in;
+    const auto now = columns<NROWS>(w, k, count);
     for (int g = 0; g < groups; g++) {
       const int64_t t = p.tokens * g / groups;
       with_count(int(p.tokens * (g + 1) / groups - t), [&](auto m) {
-        if constexpr (m.value <= MR) {
+        if constexpr (m.value <= W::TOKENS) {
           vec acc[NROWS][m.value] = {};
           vec* kept = partial + t * NROWS;
           if (k > 0) {
             LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
                 acc[j][i] = kept[i * NROWS + j];
           }
-          multiply(w, k, x + t * x_row + k, x_row, count, acc);
+          dot(now, x + t * x_row + k, x_row, count, acc);
           if (!last) {
             LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
                 kept[i * NROWS + j] = acc[j][i];
@@ -187,10 +145,11 @@ LK_INLINE void outputs(const ForwardSmall& p, const W& w, const X* x, int64_t x_
           }
           dot(b, s.h_row, s.h + t * s.h_row, s.h_row, s.h_row, acc);
           LK_UNROLL for (int i = 0; i < m.value; i++) {
-            const Four four = sum4(acc[0][i], NROWS > 1 ? acc[NROWS > 1][i] : vec{},
-                                   NROWS > 2 ? acc[NROWS > 2 ? 2 : 0][i] : vec{},
-                                   NROWS > 3 ? acc[NROWS > 3 ? 3 : 0][i] : vec{});
-            for (int j = 0; j < NROWS; j++) sums[j * p.tokens + t + i] = four.v[j];
+            LK_UNROLL for (int j = 0; j < NROWS; j += 4) {
+              const auto of = [&](int r) { return r < NROWS ? acc[r < NROWS ? r : 0][i] : vec{}; };
+              const Four four = sum4(of(j), of(j + 1), of(j + 2), of(j + 3));
+              for (int r = j; r < std::min(j + 4, NROWS); r++) sums[r * p.tokens + t + i] = four.v[r - j];
+            }
           }
         }
       });
@@ -207,31 +166,57 @@ LK_INLINE void outputs(const ForwardSmall& p, const W& w, const X* x, int64_t x_
   }
 }
 
-// w(n, count): rows of W
-template <typename W, typename Y>
-void stream(const ForwardSmall& p, const W& w, const Scratch& s, float* b, Y* y, Range rows) {
-  const auto sums = std::make_unique<float[]>(NR * p.tokens);
-  const auto partial = std::make_unique<vec[]>(NR * p.tokens);
-  for (int64_t n = rows.first; n < rows.last; n += NR) {
-    const int count = int(std::min<int64_t>(NR, rows.last - n));
+// w(n, count): rows of W, `MANY` at a time where there are as many
+template <int MANY, typename W, typename Y>
+LK_INLINE void stream(const ForwardSmall& p, const W& w, const Scratch& s, float* b, Y* y, Range rows) {
+  const auto sums = std::make_unique<float[]>(MANY * p.tokens);
+  const auto partial = std::make_unique<vec[]>(MANY * p.tokens);
+  const auto some = [&](int64_t n, auto now) {
     with_type(p.b, [&](auto* from) {
-      for (int j = 0; j < count; j++) {
+      for (int j = 0; j < now.value; j++) {
         widen(from + (n + j) * p.b.row, p.b.col, p.rank, b + j * s.h_row);
         std::fill(b + j * s.h_row + p.rank, b + (j + 1) * s.h_row, 0.f);
       }
     });
-    const auto rows_of_w = w(n, count);
-    with_count(count, [&](auto rows_now) {
-      if constexpr (rows_now.value <= NR) {
-        const auto run = [&](auto* x, int64_t x_row) {
-          outputs<rows_now.value>(p, rows_of_w, x, x_row, s, b, partial.get(), sums.get(), y, n);
-        };
-        if constexpr (PAIRS) run(s.pairs, s.pairs_row);
-        else run(s.x, s.x_row);
-      }
+    const auto rows_of_w = w(n, now.value);
+    const auto run = [&](auto* x, int64_t x_row) {
+      outputs<now.value>(p, rows_of_w, x, x_row, s, b, partial.get(), sums.get(), y, n);
+    };
+    if constexpr (PAIRS) run(rows_of_w.REORDERED ? s.quads : s.pairs, s.pairs_row);
+    else run(s.x, s.x_row);
+  };
+  int64_t n = rows.first;
+  for (; n + MANY <= rows.last; n += MANY) some(n, std::integral_constant<int, MANY>{});
+  for (; n < rows.last; n += NR) {
+    with_count(int(std::min<int64_t>(NR, rows.last - n)), [&](auto count) {
+      if constexpr (count.value < MANY && count.value <= NR) some(n, count);
     });
   }
 }
+
+#if defined(LK_PAIRS)
+// run(rows, how many at a time) with W's codes, to be decoded where they meet x
+template <typename C, typename Run>
+LK_INLINE void stream_codes(const ForwardSmall& p, float* scales, bf16* numbers, Run run) {
+  const Quantised& q = *p.packed;
+  const C decoder(q);
+  const int64_t blocks = p.n_in / q.block, row = p.n_in * C::BYTES / STEP;
+  const auto coded = [&](int64_t n, int count, auto tokens) {
+    const int64_t first = q.first + n;
+    const float* of = scales_of(q, -1, first * blocks, count * blocks, scales);
+    return Coded<C, tokens.value>{q, decoder, q.codes + first * row, row, of, blocks, 0};
+  };
+  // one or two tokens have too few sums for how long a product takes, but of many rows
+  constexpr std::integral_constant<int, 2> FEW{};
+  constexpr std::integral_constant<int, 4> SOME{};
+  constexpr std::integral_constant<int, MOST> MANY{};
+  constexpr std::integral_constant<int, NR> AT_ONCE{};
+  constexpr std::integral_constant<int, MR> AT_A_TIME{};
+  if (p.tokens <= FEW) return run([&](int64_t n, int count) { return coded(n, count, FEW); }, MANY);
+  if (p.tokens <= SOME) return run([&](int64_t n, int count) { return coded(n, count, SOME); }, AT_ONCE);
+  run([&](int64_t n, int count) { return Panel<C>{coded(n, count, AT_A_TIME), numbers}; }, AT_ONCE);
+}
+#endif
 
 }  // namespace
 
@@ -247,19 +232,22 @@ void forward_small(const ForwardSmall& p) {
   const bool dropped = p.dropout.active();
   // whether x is needed in float32: by W, or by A
   const bool wide = !PAIRS || dropped || p.a.type != DType::bf16;
-  const int64_t copies = dropped ? 2 : wide ? 1 : 0, a_row = NR * std::max(s.x_row, s.h_row);
-  const int64_t of_pairs = PAIRS ? p.tokens * s.pairs_row / 2 : 0;
+  const bool coded = p.packed && meets_x(*p.packed), reordered = coded && p.packed->code == Code::nibbles;
+  const int64_t copies = dropped ? 2 : wide ? 1 : 0, a_row = MOST * std::max(s.x_row, s.h_row);
+  const int64_t of_pairs = PAIRS ? lines(p.tokens * s.pairs_row / 2) : 0, orders = reordered && !wide ? 2 : 1;
   using Wide = std::conditional_t<PAIRS, bf16, float>;  // what a row of codes becomes
   const int64_t w_row = PAIRS ? s.pairs_row : s.x_row;
-  const int64_t of_w = p.packed ? NR * w_row * int64_t(sizeof(Wide)) / 4 : 0;
-  const Buffer scratch(copies * p.tokens * s.x_row + p.tokens * s.h_row + p.threads * a_row + lines(of_pairs) +
+  const int64_t of_numbers = p.packed ? NR * w_row * int64_t(sizeof(Wide)) / 4 : 0;
+  const int64_t of_w = of_numbers + (coded ? lines(MOST * p.n_in / p.packed->block) : 0);
+  const Buffer scratch(copies * p.tokens * s.x_row + p.tokens * s.h_row + p.threads * a_row + orders * of_pairs +
                        p.threads * of_w);
   s.x = scratch.get();
   s.x_dropped = s.x + (dropped ? p.tokens * s.x_row : 0);
   s.h = s.x + copies * p.tokens * s.x_row;
   s.a = s.h + p.tokens * s.h_row;
   s.pairs = reinterpret_cast<bf16*>(s.a + p.threads * a_row);
-  float* wide_w = s.a + p.threads * a_row + lines(of_pairs);
+  s.quads = !reordered ? nullptr : wide ? s.pairs : s.pairs + 2 * of_pairs;
+  float* wide_w = s.a + p.threads * a_row + orders * of_pairs;
 #pragma omp parallel num_threads(p.threads)
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -284,40 +272,30 @@ void forward_small(const ForwardSmall& p) {
     }
 #pragma omp barrier
     const Range rows = share(p.n_out, NR, thread, threads);
-    const auto run = [&](const auto& w, auto* y) {
-      if (p.y.type == DType::f32) stream(p, w, s, own, static_cast<float*>(p.y.data), rows);
-      else stream(p, w, s, own, y, rows);
-    };
     with_type(p.w, [&](auto* w) {
       using T = std::remove_pointer_t<decltype(w)>;
       if constexpr (taken<T>) {
-        auto* y = static_cast<T*>(p.y.data);
-        if (!p.packed) return run([&](int64_t n, int) { return Rows<T>{w + n * p.w.row, p.w.row}; }, y);
+        const auto run = [&](const auto& of, auto at_once) {
+          if (p.y.type == DType::f32) stream<at_once.value>(p, of, s, own, static_cast<float*>(p.y.data), rows);
+          else stream<at_once.value>(p, of, s, own, static_cast<T*>(p.y.data), rows);
+        };
+        const std::integral_constant<int, NR> at_once{};
+        if (!p.packed) return run([&](int64_t n, int) { return Rows<T>{w + n * p.w.row, p.w.row}; }, at_once);
+        float* numbers = wide_w + thread * of_w;
 #if defined(LK_PAIRS)
-        const Quantised& q = *p.packed;
-        if (p.tokens <= DECODED && in_steps(q) && p.n_in % q.block == 0) {
-          const int64_t blocks = p.n_in / q.block;
-          float* scales = wide_w + thread * of_w;
-          const auto coded = [&](auto decoder) {
-            using C = decltype(decoder);
-            run(
-                [&](int64_t n, int count) {
-                  const int64_t first = q.first + n, row = p.n_in * C::BYTES / STEP;
-                  const float* of = scales_of(q, -1, first * blocks, count * blocks, scales);
-                  return Coded<C>{q, decoder, q.codes + first * row, row, of, blocks};
-                },
-                y);
-          };
-          return q.code == Code::nibbles ? coded(Nibbles(q)) : coded(Int8(q));
+        if (coded) {
+          const auto stream_as = p.packed->code == Code::nibbles ? stream_codes<Quads, decltype(run)>
+                                                                 : stream_codes<Bytes8, decltype(run)>;
+          return stream_as(p, numbers + of_numbers, reinterpret_cast<bf16*>(numbers), run);
         }
 #endif
-        auto* to = reinterpret_cast<Wide*>(wide_w + thread * of_w);
+        auto* to = reinterpret_cast<Wide*>(numbers);
         run(
             [&](int64_t n, int count) {
               dequantise_rows(*p.packed, n, count, 0, p.n_in, to, w_row);
               return Rows<Wide>{to, w_row};
             },
-            y);
+            at_once);
       }
     });
   }

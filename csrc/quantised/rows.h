@@ -10,18 +10,6 @@
 
 namespace lk::LK_LEVEL {
 
-// not fused with the addition that follows
-LK_INLINE float apart(float v) {
-  volatile float kept = v;
-  return kept;
-}
-
-LK_INLINE float scale_of(const Quantised& q, int64_t block) {
-  if (q.scales) return q.scales[block];
-  if (q.exponents) return power(q.exponents[block]);
-  return apart(q.outer_table[q.inner[block]] * q.outer[block / q.outer_block]) + *q.offset;
-}
-
 // as a number of `type` would be
 LK_INLINE vec rounded(DType type, vec v) {
   if (type == DType::bf16) {

@@ -17,6 +17,23 @@ LK_INLINE float power(uint32_t exponent) {
   return p;
 }
 
+// not fused with the addition that follows
+LK_INLINE float apart(float v) {
+#if defined(__x86_64__)
+  asm("" : "+x"(v));
+  return v;
+#else
+  volatile float kept = v;
+  return kept;
+#endif
+}
+
+LK_INLINE float scale_of(const Quantised& q, int64_t block) {
+  if (q.scales) return q.scales[block];
+  if (q.exponents) return power(q.exponents[block]);
+  return apart(q.outer_table[q.inner[block]] * q.outer[block / q.outer_block]) + *q.offset;
+}
+
 #if LK_VL == 16
 constexpr int64_t STEP = 32, MOST_SCALES = 64;
 constexpr int64_t AHEAD = 4096;  // numbers of a piece of rows after which its codes are asked for

@@ -17,10 +17,12 @@ from lora_kernels import (
     weight_norm,
 )
 from lora_kernels.ops import row_norm_squared
+from lora_kernels.ops.cpu_gemm import choice
 from lora_kernels.ops.quantised.formula import dequantised
+from lora_kernels.ops.quantised.weight import LOW_FIRST
 from lora_kernels.testing import assert_problem, make_problem
 from tests.ops.cpu import at_level
-from tests.ops.quantised import KINDS, NF4, make_quantised
+from tests.ops.quantised import KINDS, NF4, make_format, make_quantised
 from tests.ops.test_cpu_levels import levels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -82,6 +84,26 @@ def test_lora_linear(level, kind, dtype):
     dropped = replace(make_problem(70, 320, 96, 8, dtype, gain=True, bias=True, dropout=0.3), w=dequantised(w))
     assert_problem(dropped, w)
     assert_problem(replace(dropped, dropout_semantics="lora_only", bias=None), w)
+
+
+@pytest.mark.parametrize("kind", ["nibbles", "nested", "int8", "low first", "powers"])
+def test_few_tokens(level, kind):
+    """Codes that become numbers where they meet x, of whole blocks in each row: rows by eight, by
+    four and what is left; a row's bits do not depend on how many tokens there are."""
+    most = max(choice(torch.bfloat16).small, choice(torch.bfloat16).small_codes)
+    for n_out, n_in, block in ((13, 192, 64), (31, 1152, 128), (8, 96, 32), (23, 4160, 64)):
+        if kind == "powers":
+            w = make_format("mxfp4", n_out, n_in, torch.bfloat16, block=block)
+        else:
+            w = make_quantised("nibbles" if kind == "low first" else kind, n_out, n_in, block, torch.bfloat16)
+        w = replace(w, order=LOW_FIRST) if kind == "low first" else w
+        p = make_problem(most, n_in, n_out, 3, torch.bfloat16, gain=True, bias=True)
+        rows = []
+        for tokens in sorted({1, 2, 3, min(5, most), most}):
+            some = replace(p, x=p.x[:tokens], dy=p.dy[:tokens], w=dequantised(w))
+            rows.append(lora_linear(some.x, w, p.a, p.b, p.scale, p.bias, p.gain)[0])
+            assert_problem(some, w)
+        assert all(torch.equal(row, rows[0]) for row in rows)
 
 
 @pytest.mark.parametrize("kind", KINDS)
