@@ -319,24 +319,26 @@ PYBIND11_MODULE(_cpu, m) {
     call.run([&] { chosen->dequantise(p); });
   });
 
-  m.def("weight_norm", [](Matrix w, Matrix a, Matrix b, Matrix w_squared, Matrix products, Matrix norm, float scale,
+  m.def("weight_norm", [](Weight w, Matrix a, Matrix b, Matrix w_squared, Matrix products, Matrix norm, float scale,
                           float max_condition, int threads) {
-    const Call call("weight_norm", double(w.rows) * double(w.cols) * double(a.rows), threads,
-                    {&w, &a, &b, &w_squared, &products, &norm});
+    Call call("weight_norm", double(w.rows) * double(w.cols) * double(a.rows), threads,
+              {&a, &b, &w_squared, &products, &norm});
+    call.hold_weight(w);
     const int64_t n_in = w.cols, n_out = w.rows, rank = a.rows;
     call.check(a, rank, n_in, "a");
     call.check(b, n_out, rank, "b");
     call.check(w_squared, 1, n_out, "w_squared");
     call.check(products, rank, n_out, "products");
     call.check(norm, 1, n_out, "norm");
-    const lk::WeightNorm p{w,    a,     b,    w_squared, products, floats(norm, "weight_norm"), scale, max_condition,
-                           n_in, n_out, rank, threads};
+    const lk::WeightNorm p{w,    a,     b,    w_squared, products,  floats(norm, "weight_norm"), scale, max_condition,
+                           n_in, n_out, rank, threads,   w.packed()};
     call.run([&] { chosen->weight_norm(p); });
   });
-  m.def("row_norm_squared", [](Matrix w, Matrix squared, int threads) {
-    const Call call("row_norm_squared", double(w.rows) * double(w.cols), threads, {&w, &squared});
+  m.def("row_norm_squared", [](Weight w, Matrix squared, int threads) {
+    Call call("row_norm_squared", double(w.rows) * double(w.cols), threads, {&squared});
+    call.hold_weight(w);
     call.check(squared, 1, w.rows, "squared");
-    const lk::RowNormSquared p{w, floats(squared, "row_norm_squared"), w.cols, w.rows, threads};
+    const lk::RowNormSquared p{w, floats(squared, "row_norm_squared"), w.cols, w.rows, threads, w.packed()};
     call.run([&] { chosen->row_norm_squared(p); });
   });
   m.def("multi_lora", &multi_lora,

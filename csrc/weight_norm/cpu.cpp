@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../common/dot.h"
+#include "../quantised/rows.h"
 #include "params.h"
 
 namespace lk::LK_LEVEL {
@@ -32,6 +33,12 @@ LK_INLINE void add_squares(const W* row, int64_t count, vec (&acc)[CHAINS]) {
     acc[0] += v * v;
   }
 }
+// the same of a row that row(k, count) gives `block` columns of
+template <typename Row>
+LK_INLINE void add_squares_of(Row row, int64_t count, int64_t block, vec (&acc)[CHAINS]) {
+  for (int64_t k = 0; k < count; k += block)
+    add_squares(row(k, std::min(block, count - k)), std::min(block, count - k), acc);
+}
 LK_INLINE float sum_squares(const vec (&acc)[CHAINS]) { return sum((acc[0] + acc[1]) + (acc[2] + acc[3])); }
 
 // A as floats in blocks of columns, [blocks, rank, block], padded with zeros: rows a power of two
@@ -43,15 +50,15 @@ struct Factors {
   float* at(int64_t j, int64_t k) const { return a + (k * rank + j * block); }
 };
 
-// ‖row + Σ b[i] · a[i]‖², for a row whose factored form cancels
-template <typename W>
-float squared_directly(const W* row, const float* b, const Factors& f, int64_t n_in) {
+// ‖row + Σ b[i] · a[i]‖², for a row whose factored form cancels; row(k, count): some of its columns
+template <typename Row>
+float squared_directly(Row row, const float* b, const Factors& f, int64_t n_in) {
   vec acc = {};
   for (int64_t first = 0; first < n_in; first += f.block) {
     const int64_t count = std::min(f.block, n_in - first);
+    const auto* some = row(first, count);
     for (int64_t k = 0; k < count; k += VL) {
-      const W* from = row + first + k;
-      vec v = count - k >= VL ? load(from) : load_first(from, count - k);
+      vec v = count - k >= VL ? load(some + k) : load_first(some + k, count - k);
       for (int64_t i = 0; i < f.rank; i++) v += splat(b[i]) * load(f.at(i, first) + k);
       acc += v * v;
     }
@@ -120,15 +127,25 @@ LK_INLINE void rank_sums(const Factors& f, const float* u, const float* b, int64
   for (int i = 0; i < NR; i++) sums[i] = sum(sum_of[i]), sizes[i] = sum(size_of[i]);
 }
 
-// norms of rows n..n+rows of W
+// norms of rows n..n+rows of W, which begin at w, or are codes
 template <typename W>
 void norms(const WeightNorm& p, const W* w, int rows, const Factors& f, const Scratch& s, int64_t n) {
   const int64_t block = f.block;
+  // use(row), where row(k, count) is `count` columns of a row
+  const auto with_row = [&](int i, auto&& use) {
+    if (!p.packed) return use([&](int64_t k, int64_t) { return w + i * p.w.row + k; });
+    return use([&](int64_t k, int64_t count) {
+      dequantise_rows(*p.packed, n + i, 1, k, count, s.tile, block);
+      return const_cast<const float*>(s.tile);
+    });
+  };
   for (int64_t k = 0; k < p.n_in && !p.products.data; k += block) {
     const int64_t count = std::min(block, p.n_in - k);
     const float* from = s.tile;
     int64_t from_row = block;
-    if constexpr (std::is_same_v<W, float>) {
+    if (p.packed) {
+      dequantise_rows(*p.packed, n, rows, k, count, s.tile, block);
+    } else if constexpr (std::is_same_v<W, float>) {
       from = w + k;
       from_row = p.w.row;
     } else {
@@ -176,15 +193,15 @@ void norms(const WeightNorm& p, const W* w, int rows, const Factors& f, const Sc
       base = static_cast<const float*>(p.w_squared.data)[n + i];
     } else {
       vec acc[CHAINS] = {};
-      if (p.products.data) add_squares(w + i * p.w.row, p.n_in, acc);
-      else std::copy_n(s.squares + i * CHAINS, CHAINS, acc);
+      if (!p.products.data) std::copy_n(s.squares + i * CHAINS, CHAINS, acc);
+      else with_row(i, [&](auto row) { add_squares_of(row, p.n_in, block, acc); });
       base = sum_squares(acc);
     }
     float total = base + sums[i];
     const float terms = base + sizes[i];
     // written so that a total of zero or below is summed again, and a NaN stays
     if (terms > 0.f && !(total * p.max_condition >= terms) && std::isfinite(terms)) {
-      total = squared_directly(w + i * p.w.row, s.b + i * f.r_row, f, p.n_in);
+      with_row(i, [&](auto row) { total = squared_directly(row, s.b + i * f.r_row, f, p.n_in); });
     }
     p.norm[n + i] = std::sqrt(total);
   }
@@ -231,9 +248,9 @@ void weight_norm(const WeightNorm& p) {
       }
     }
 #pragma omp barrier
-    with_type(p.w, [&](auto* w) {
+    with_type(p.packed ? View{} : p.w, [&](auto* w) {
       for (int64_t n = rows.first; n < rows.last; n += ROWS) {
-        norms(p, w + n * p.w.row, int(std::min<int64_t>(ROWS, rows.last - n)), f, s, n);
+        norms(p, p.packed ? w : w + n * p.w.row, int(std::min<int64_t>(ROWS, rows.last - n)), f, s, n);
       }
     });
   }
@@ -243,13 +260,23 @@ void row_norm_squared(const RowNormSquared& p) {
 #pragma omp parallel num_threads(p.threads)
   {
     const Range rows = share(p.n_out, NR, omp_get_thread_num(), omp_get_num_threads());
-    with_type(p.w, [&](auto* w) {
+    const auto each = [&](int64_t block, auto some) {
       for (int64_t n = rows.first; n < rows.last; n++) {
         vec acc[CHAINS] = {};
-        add_squares(w + n * p.w.row, p.n_in, acc);
+        add_squares_of([&](int64_t k, int64_t count) { return some(n, k, count); }, p.n_in, block, acc);
         p.squared[n] = sum_squares(acc);
       }
-    });
+    };
+    if (p.packed) {
+      constexpr int64_t BLOCK = 1024;
+      float numbers[BLOCK];
+      each(BLOCK, [&](int64_t n, int64_t k, int64_t count) {
+        dequantise_rows(*p.packed, n, 1, k, count, numbers, BLOCK);
+        return const_cast<const float*>(numbers);
+      });
+    } else {
+      with_type(p.w, [&](auto* w) { each(p.n_in, [&](int64_t n, int64_t, int64_t) { return w + n * p.w.row; }); });
+    }
   }
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 #include "../common/types.h"
+#include "../quantised/params.h"
 
 namespace lk {
 
@@ -12,6 +13,7 @@ struct WeightNorm {
   float max_condition;  // rows whose terms cancel by more are summed directly
   int64_t n_in, n_out, rank;
   int threads;
+  const Quantised* packed = nullptr;  // W, in the place of the numbers of w
 };
 
 // squared[n] = ‖W[n]‖²
@@ -20,6 +22,7 @@ struct RowNormSquared {
   float* squared;
   int64_t n_in, n_out;
   int threads;
+  const Quantised* packed = nullptr;  // W, in the place of the numbers of w
 };
 
 // a range of memory to take into a checksum

@@ -62,6 +62,12 @@ def packs_x(x: Tensor, w: Tensor | Packed) -> bool:
     return w.stride(1) == 1 and w.numel() > 0 and not on_tiles(x, w)
 
 
+def streams_up_to(x: Tensor, w: Tensor | Packed) -> int:
+    """The most tokens of the kernel that streams W once."""
+    row = choice(x.dtype)
+    return max(row.small, row.small_codes) if isinstance(w, Packed) else row.small
+
+
 def base_product(x: Tensor, w: Tensor | Packed, out: Tensor | None = None) -> Tensor:
     """x Wᵀ in float32, for float32 in `out`; x by rows."""
     tokens, (n_out, n_in) = x.shape[0], w.shape
@@ -69,7 +75,7 @@ def base_product(x: Tensor, w: Tensor | Packed, out: Tensor | None = None) -> Te
         y = x.new_empty(tokens, n_out, dtype=torch.float32) if out is None else out
         if _packed(x, w, y):
             return y
-    if tokens and w.numel() and tokens <= choice(x.dtype).small:
+    if tokens and w.numel() and tokens <= streams_up_to(x, w):
         y = x.new_empty(tokens, n_out, dtype=torch.float32) if out is None else out
         a, b = _no_adapter(n_out, n_in, w.dtype)
         if _cpu.forward_small(x, w, a, b, y, None, None, None, None, 1.0, None, torch.get_num_threads()):

@@ -170,7 +170,8 @@ void column_sums(Case& c) {
 
 void weight_norm(Case& c) {
   const auto [tokens, n_in, n_out, rank] = c.shape;
-  Tensor w(c.numbers, c.type, n_out, n_in, c.by_rows()), norm(DType::f32, 1, n_out);
+  const Weight w(c, c.type, n_out, n_in);
+  Tensor norm(DType::f32, 1, n_out);
   Tensor a(c.numbers, c.any_type(), rank, n_in, c.any_layout()),
       b(c.numbers, c.any_type(), n_out, rank, c.any_layout());
   const float scale = c.scale(), max_condition = c.coin() ? 0.01f : 64.f;  // the first sums every row directly
@@ -183,7 +184,7 @@ void weight_norm(Case& c) {
   }
   if (c.coin()) products.emplace(product(a.values(), all, n_in), rank, n_out, c.any_layout());
   const WeightNorm p{w,    a,     b,    view_of(w_squared), view_of(products), norm.floats(), scale, max_condition,
-                     n_in, n_out, rank, c.threads};
+                     n_in, n_out, rank, c.threads,          w.packed()};
   c.run([&] { c.level->weight_norm(p); });
   c.expect(norm, "norm", [&](int64_t, int64_t n) {
     double squared = 0;
@@ -198,8 +199,9 @@ void weight_norm(Case& c) {
 
 void row_norm_squared(Case& c) {
   const auto [tokens, n_in, n_out, rank] = c.shape;
-  Tensor w(c.numbers, c.type, n_out, n_in, c.by_rows()), squared(DType::f32, 1, n_out);
-  const RowNormSquared p{w, squared.floats(), n_in, n_out, c.threads};
+  const Weight w(c, c.type, n_out, n_in);
+  Tensor squared(DType::f32, 1, n_out);
+  const RowNormSquared p{w, squared.floats(), n_in, n_out, c.threads, w.packed()};
   c.run([&] { c.level->row_norm_squared(p); });
   c.expect(squared, "squared", [&](int64_t, int64_t n) {
     double sum = 0;
@@ -254,6 +256,8 @@ const std::vector<KernelCase> cases{
     {"forward_small", forward_small, true},
     {"backward_small", backward_small, true},
     {"base_product", base_product, true},
+    {"weight_norm", weight_norm, true},
+    {"row_norm_squared", row_norm_squared, true},
     {"tiles", tiles_case, true},
 };
 

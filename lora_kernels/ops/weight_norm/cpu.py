@@ -4,8 +4,9 @@ same pass."""
 import torch
 
 from lora_kernels import _cpu
-from lora_kernels.ops.cpu_amx import on_tiles, product
-from lora_kernels.ops.cpu_quantised import Packed, held, refuse_codes, some_rows, weight_of, widened
+from lora_kernels.ops.cpu_amx import on_tiles
+from lora_kernels.ops.cpu_gemm import base_product
+from lora_kernels.ops.cpu_quantised import held, refuse_codes, some_rows, weight_of, widened
 from lora_kernels.ops.gradients import gradient_dtype
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
@@ -50,20 +51,14 @@ def _weight(call):
 
 
 def _row_blocks(w):
-    """(first row, rows) of W with contiguous rows: all of it, or copies of a few if W is neither
-    that nor transposed, or is quantised."""
-    if isinstance(w, Packed):
-        scratch = w.codes.new_empty(min(BLOCK, w.shape[0]), w.shape[1], dtype=w.dtype)
-        for first in range(0, w.shape[0], BLOCK):
-            rows = scratch[: min(BLOCK, w.shape[0] - first)]
-            _cpu.dequantise(w.some(slice(first, first + len(rows))), rows, torch.get_num_threads())
-            yield first, rows
-        return
+    """(rows, W of these) with contiguous rows: all of it, or copies of a few if W is neither that
+    nor transposed."""
     if w.stride(1) == 1:
-        yield 0, w
+        yield slice(0, w.shape[0]), w
         return
     for first in range(0, w.shape[0], BLOCK):
-        yield first, w[first : first + BLOCK].contiguous()
+        rows = slice(first, min(first + BLOCK, w.shape[0]))
+        yield rows, w[rows].contiguous()
 
 
 @implements("weight_norm_forward", "cpu", refusal)
@@ -75,13 +70,9 @@ def forward(call):
     if w.numel() >= LARGE_TABLE and _is_table(w):  # never of codes
         return _norm_of_table(call)
     squared = None if w_squared is None else w_squared.to(torch.float32).contiguous()
-    products = None if isinstance(w, Packed) else _products(w, a)
-    for first, rows in _row_blocks(w):
-        part = slice(first, first + len(rows))
-        if isinstance(w, Packed):  # of these rows while they are in the cache
-            of_part = _products(rows, a)
-        else:
-            of_part = None if products is None else products[:, part]
+    products = _products(w, a)
+    for part, rows in _row_blocks(w):
+        of_part = None if products is None else products[:, part]
         of_rows = None if squared is None else squared[part]
         condition, threads = MAX_CONDITION[w.dtype], torch.get_num_threads()
         _cpu.weight_norm(rows, a, b[part], of_rows, of_part, norm[part], call.scale, condition, threads)
@@ -125,7 +116,7 @@ def _products(w, a):
         rest = a.float() - high.float()
         middle = rest.to(torch.bfloat16)
         terms = torch.cat([high, middle, (rest - middle.float()).to(torch.bfloat16)])
-    sums = torch.cat([product(some, w) for some in terms.contiguous().split(STREAMED_RANKS)])
+    sums = torch.cat([base_product(some, w) for some in terms.contiguous().split(STREAMED_RANKS)])
     return sums if len(sums) == len(a) else sums.view(3, *a.shape[:1], -1).sum(0)
 
 
@@ -161,6 +152,6 @@ def row_norm_squared(call):
         for _, rows in _table_blocks(w):
             squared += rows.square().sum(0)
         return squared
-    for first, rows in _row_blocks(w):
-        _cpu.row_norm_squared(rows, squared[first : first + len(rows)], torch.get_num_threads())
+    for part, rows in _row_blocks(w):
+        _cpu.row_norm_squared(rows, squared[part], torch.get_num_threads())
     return squared
