@@ -25,12 +25,34 @@ inline float* floats(const Matrix& m, const char* kernel) {
 // x [..., in], w [out, in], a [r, in], b [out, r], bias [out] and gain [out] of lora_linear
 constexpr int GIVEN = 6;
 
+// W of codes as `are_valid` asks for it: the shape and dtype of its numbers.
+struct Codes {
+  Weight weight;
+  int64_t shape[2] = {};
+  bool read(PyObject* tuple, Tensor& t) {
+    try {
+      weight.read(tuple);
+    } catch (const pybind11::builtin_exception&) {
+      return false;
+    } catch (const pybind11::error_already_set&) {
+      return false;
+    }
+    shape[0] = weight.rows, shape[1] = weight.cols;
+    const uint8_t code = weight.type == DType::bf16 ? BFLOAT : FLOAT, bits = weight.type == DType::f32 ? 32 : 16;
+    t = {weight.data, {CPU, 0}, 2, {code, bits, 1}, shape, nullptr, 0};
+    return true;
+  }
+};
+
 // Whether these are on the CPU, x as w and a as b in dtype, all of them ones that the kernels read.
-// Then _check_arguments of ops/lora_linear/op.py, which is slower, raises nothing.
-inline bool are_valid(const pybind11::handle (&given)[GIVEN], Tensor (&t)[GIVEN]) {
+// Then _check_arguments of ops/lora_linear/op.py, which is slower, raises nothing. w may be a tuple
+// of codes.
+inline bool are_valid(const pybind11::handle (&given)[GIVEN], Tensor (&t)[GIVEN], Codes& codes) {
   for (int i = 0; i < GIVEN; i++) {
     if (i > 3 && given[i].is_none()) continue;
-    if (!reader.try_read(given[i].ptr(), &t[i]) || t[i].device.type != CPU || !readable(t[i].type)) return false;
+    const bool of_codes = i == 1 && PyTuple_Check(given[i].ptr());
+    if (!(of_codes ? codes.read(given[i].ptr(), t[i]) : reader.try_read(given[i].ptr(), &t[i]))) return false;
+    if (t[i].device.type != CPU || !readable(t[i].type)) return false;
     if (i == 0 ? t[i].dimensions < 1 : t[i].dimensions != (i < 4 ? 2 : 1)) return false;
     if (i > 3 && t[i].shape[0] != t[1].shape[0]) return false;
   }
@@ -46,7 +68,8 @@ inline bool valid_lora_linear(pybind11::handle x, pybind11::handle w, pybind11::
                               pybind11::handle bias, pybind11::handle gain) {
   const pybind11::handle given[GIVEN] = {x, w, a, b, bias, gain};
   Tensor read[GIVEN];
-  return are_valid(given, read);
+  Codes codes;
+  return are_valid(given, read, codes);
 }
 
 // False, and nothing done, unless the rows of x, w and a are contiguous.
@@ -82,7 +105,7 @@ inline int64_t tokens_of(pybind11::handle x) {
 
 // What lora_linear gives of few tokens where nothing gets a gradient, in the shape of x; null, and
 // nothing done, where any tensor is not torch's own, plain and valid, or there are more than `most`
-// tokens. With `grad`, where one of those that may learn does, too.
+// tokens. With `grad`, where one of those that may learn does, too. w may be a tuple of codes.
 inline PyObject* forward_plain(pybind11::handle x, pybind11::handle w, pybind11::handle a, pybind11::handle b,
                                double scale, pybind11::handle bias, pybind11::handle gain, int64_t most, int threads,
                                bool grad) {
@@ -92,14 +115,20 @@ inline PyObject* forward_plain(pybind11::handle x, pybind11::handle w, pybind11:
   const pybind11::handle given[GIVEN] = {x, w, a, b, bias, gain};
   // most calls that are not such have more tokens
   if (!std::isfinite(scale) || !reader.is_plain(x.ptr()) || tokens_of(x) > most) return nullptr;
+  const bool of_codes = PyTuple_Check(w.ptr());
   for (int i = 0; i < GIVEN; i++) {
     PyObject* const t = given[i].ptr();
-    if (i > 3 && given[i].is_none()) continue;
+    if ((i > 3 && given[i].is_none()) || (i == 1 && of_codes)) continue;
     if (!reader.is_plain(t)) return nullptr;
     if (reader.is_negated(t) || ((grad || i == 1) && reader.has(t, learns))) return nullptr;
   }
   Tensor read[GIVEN];
-  if (!are_valid(given, read)) return nullptr;
+  Codes codes;
+  if (!are_valid(given, read, codes)) return nullptr;
+  Weight& base = codes.weight;
+  for (int i = 0; i < base.count; i++) {
+    if (!reader.is_plain(base.sources[i]) || reader.is_negated(base.sources[i])) return nullptr;
+  }
   const int last = read[0].dimensions - 1;
   const int64_t n_out = read[1].shape[0], tokens = tokens_of(x);
   if (last > DIMENSIONS - 1 || tokens < 1 || tokens > most || n_out < 1 || read[1].shape[1] < 1) return nullptr;
@@ -114,10 +143,9 @@ inline PyObject* forward_plain(pybind11::handle x, pybind11::handle w, pybind11:
       PyObject_VectorcallMethod(new_empty, arguments, size_t(2 + last), nullptr));
   if (!y) throw pybind11::error_already_set();
   // anew: what was allocated meanwhile may have run the collector, and that Python
-  if (!are_valid(given, read) || (last > 1 && !reader.collapses(read[0]))) return nullptr;
+  if (!are_valid(given, read, codes) || (last > 1 && !reader.collapses(read[0]))) return nullptr;
   const auto matrix = [](pybind11::handle t) { return t.is_none() ? Matrix() : reader.matrix(t.ptr()); };
-  Weight base;
-  static_cast<Matrix&>(base) = matrix(w);
+  if (!of_codes) static_cast<Matrix&>(base) = matrix(w);
   const bool done = forward_small(reader.matrix(x.ptr(), true), base, matrix(a), matrix(b),
                                   reader.matrix(y.ptr(), true), Matrix(), matrix(bias), matrix(gain), Matrix(),
                                   float(scale), Dropout(), threads);

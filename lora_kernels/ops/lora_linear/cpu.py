@@ -35,8 +35,10 @@ LEAST_ROUNDED = 64  # tokens: of fewer numbers the sum in float32 is cheap
 def refusal(call):
     x, w, a, b, bias, gain = call.x, call.w, call.a, call.b, call.bias, call.gain
     if call.layout:
-        others = {"x": x, "a": a, "b": b, "bias": bias, "gain": gain}
-        return refuse_codes(w, call.parts, call.layout) or refuse_dtypes(**others) or refuse_negated(**others)
+        refused = refuse_codes(w, call.parts, call.layout)
+        if refused:
+            return refused
+        w = x  # of which the same is asked
     readable = (
         x.dtype in READ
         and w.dtype in READ

@@ -173,7 +173,7 @@ def _check_arguments(x, w, a, b, scale, bias, gain, dropout, dropout_semantics, 
         and type(scale) is float
         and -math.inf < scale < math.inf
         and not w.requires_grad
-        and valid_lora_linear(x, w, a, b, bias, gain)
+        and valid_lora_linear(x, w.packed() if type(w) is QuantisedWeight else w, a, b, bias, gain)
     ):
         return None
     check_kinds(op, scale, x=x, w=w, a=a, b=b, bias=bias, gain=gain, seed=seed, w_scale=w_scale)

@@ -35,5 +35,8 @@ def plain_forward(
         return None
     if type(x) not in PLAIN or x.dtype not in READ or _any_autocast() or forward_ad._current_level >= 0 or is_watched():
         return None
-    most = choice(x.dtype).small
+    row = choice(x.dtype)
+    most = row.small
+    if type(w) is QuantisedWeight:
+        w, most = w.packed(), max(most, row.small_codes)
     return _forward(x, w, a, b, scale, bias, gain, most, torch.get_num_threads(), grad)

@@ -76,6 +76,7 @@ class QuantisedWeight:
 
     requires_grad = False  # frozen
     layout = torch.strided
+    _kept = None  # `fields`, where no part is a view: that would not follow `.data =` of its base
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", torch.Size(self.shape))
@@ -123,6 +124,8 @@ class QuantisedWeight:
             if name not in wanted and getattr(self, name) is not None:
                 where = "codes of 4 bits" if name == "table" else "outer"
                 raise ValueError(f"QuantisedWeight: {name} must be None without {where}")
+        if self.kind < E4M3 and not powers:
+            object.__setattr__(self, "_kept", self._fields())
 
     @property
     def kind(self) -> int:
@@ -174,6 +177,9 @@ class QuantisedWeight:
         """(codes, other tensors, numbers), as the ops pass them on. The numbers are (kind, out, in,
         dtype, block, outer_block), and more only where one of these is not 0: (block_rows, order,
         whether scales are powers, whether there are zeros, zero_rounded)."""
+        return self._fields() if self._kept is None else self._kept
+
+    def _fields(self) -> tuple[Tensor, list[Tensor], list[int]]:
         scales, powers = self.scales, self.scales.dtype is POWERS
         tensors = (self.table, _bytes(scales) if powers else scales, self.outer_table, self.outer, self.offset, self.zeros)
         layout = [self.kind, *self.shape, DTYPES.index(self.dtype), self.block, self.outer_block]
@@ -182,6 +188,14 @@ class QuantisedWeight:
         more = [block_rows, self.order, int(powers), int(self.zeros is not None), int(self.zero_rounded)]
         codes = _bytes(self.codes) if self.kind >= E4M3 else self.codes
         return codes, [t for t in tensors if t is not None], layout + more if any(more) else layout
+
+    def packed(self) -> tuple[Tensor, list[Tensor], list[int], int, int]:
+        """`fields`, the first row and how many: all of W, as the CPU's kernels read it."""
+        codes, parts, layout = self.fields()
+        return codes, parts, layout, 0, layout[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     @staticmethod
     def of_fields(codes: Tensor, parts: list[Tensor], layout: list[int]) -> "QuantisedWeight":
