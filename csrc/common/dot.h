@@ -35,8 +35,9 @@ LK_INLINE void dot(const W* w, int64_t w_row, const float* x, int64_t x_row, int
 }
 
 #if defined(LK_PAIRS)
-// the same of pairs of bf16; one chain of float32 for each 2 of 32 columns
-template <int N, int M>
+// The same of pairs of bf16; one chain of float32 for each 2 of 32 columns. W is asked for ahead
+// where it comes from memory.
+template <int N, int M, bool ASKS = true>
 LK_INLINE void dot(const bf16* w, int64_t w_row, const bf16* x, int64_t x_row, int64_t count, vec (&acc)[N][M]) {
   constexpr int64_t STEP = 2 * VL, AHEAD = 16 * STEP;
   const auto step = [&](int64_t k, auto of) __attribute__((always_inline)) {
@@ -49,7 +50,7 @@ LK_INLINE void dot(const bf16* w, int64_t w_row, const bf16* x, int64_t x_row, i
   };
   int64_t k = 0;
   for (; k + STEP <= count; k += STEP) {
-    LK_UNROLL for (int j = 0; j < N; j++) __builtin_prefetch(w + j * w_row + k + AHEAD);
+    LK_UNROLL for (int j = 0; j < N && ASKS; j++) __builtin_prefetch(w + j * w_row + k + AHEAD);
     step(k, [](const bf16* p) { return _mm512_loadu_si512(p); });
   }
   const __mmask32 rest = (1u << (count - k)) - 1;

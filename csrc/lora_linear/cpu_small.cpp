@@ -37,8 +37,10 @@ struct Scratch {
   int64_t x_row, h_row;  // padded to whole vectors, the padding zero
   // [tokens, x_row] twice (may be one) [tokens, h_row] [threads, MOST * max(x_row, h_row)]
   float *x, *x_dropped, *h, *a;
-  bf16 *pairs, *quads;  // [tokens, pairs_row], or null; in the order of Quads, may be one
-  int64_t pairs_row;
+  // [tokens, pairs_row], or null; for codes, in their order, blocks of columns: [tokens, block] each,
+  // since rows so far apart would share the sets of the first-level cache
+  bf16 *pairs, *blocks;
+  int64_t pairs_row, block;
 };
 
 // x as bf16, for codes too
@@ -49,8 +51,13 @@ void copy_rows(const ForwardSmall& p, const bf16* x, const Scratch& s, int64_t f
     std::fill(row + p.n_in, row + s.pairs_row, bf16{0});
     std::fill(s.h + t * s.h_row + p.rank, s.h + (t + 1) * s.h_row, 0.f);
 #if defined(LK_PAIRS)
-    for (int64_t k = 0; k < p.n_in && s.quads; k += STEP) {
-      _mm512_storeu_si512(s.quads + t * s.pairs_row + k, Quads::ordered(_mm512_loadu_si512(row + k)));
+    for (int64_t k = 0; k < p.n_in && s.blocks; k += s.block) {
+      const int64_t count = std::min(s.block, p.n_in - k);
+      bf16* block = s.blocks + k * p.tokens + t * count;
+      for (int64_t i = 0; i < count; i += STEP) {
+        const __m512i some = _mm512_loadu_si512(row + k + i);
+        _mm512_storeu_si512(block + i, p.packed->code == Code::nibbles ? Quads::ordered(some) : some);
+      }
     }
 #endif
   }
@@ -122,9 +129,10 @@ template <int NROWS, typename W, typename X, typename Y>
 LK_INLINE void outputs(const ForwardSmall& p, const W& w, const X* x, int64_t x_row, const Scratch& s, const float* b,
                        vec* partial, float* sums, Y* y, int64_t n) {
   const int groups = int((p.tokens + MR - 1) / MR);
-  const int64_t block = block_k<X>(p.tokens);
-  for (int64_t k = 0; k < p.n_in; k += block) {
-    const int64_t count = std::min(block, p.n_in - k);
+  for (int64_t k = 0; k < p.n_in; k += s.block) {
+    const int64_t count = std::min(s.block, p.n_in - k);
+    const X* columns_of_x = W::CODES ? x + k * p.tokens : x + k;
+    const int64_t row = W::CODES ? count : x_row;
     const bool last = k + count == p.n_in;
     const auto now = columns<NROWS>(w, k, count);
     for (int g = 0; g < groups; g++) {
@@ -137,7 +145,7 @@ LK_INLINE void outputs(const ForwardSmall& p, const W& w, const X* x, int64_t x_
             LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
                 acc[j][i] = kept[i * NROWS + j];
           }
-          dot(now, x + t * x_row + k, x_row, count, acc);
+          dot(now, columns_of_x + t * row, row, count, acc);
           if (!last) {
             LK_UNROLL for (int i = 0; i < m.value; i++) LK_UNROLL for (int j = 0; j < NROWS; j++)
                 kept[i * NROWS + j] = acc[j][i];
@@ -182,7 +190,7 @@ LK_INLINE void stream(const ForwardSmall& p, const W& w, const Scratch& s, float
     const auto run = [&](auto* x, int64_t x_row) {
       outputs<now.value>(p, rows_of_w, x, x_row, s, b, partial.get(), sums.get(), y, n);
     };
-    if constexpr (PAIRS) run(rows_of_w.REORDERED ? s.quads : s.pairs, s.pairs_row);
+    if constexpr (PAIRS) run(rows_of_w.CODES ? s.blocks : s.pairs, s.pairs_row);
     else run(s.x, s.x_row);
   };
   int64_t n = rows.first;
@@ -232,22 +240,22 @@ void forward_small(const ForwardSmall& p) {
   const bool dropped = p.dropout.active();
   // whether x is needed in float32: by W, or by A
   const bool wide = !PAIRS || dropped || p.a.type != DType::bf16;
-  const bool coded = p.packed && meets_x(*p.packed), reordered = coded && p.packed->code == Code::nibbles;
+  const bool coded = p.packed && meets_x(*p.packed);
   const int64_t copies = dropped ? 2 : wide ? 1 : 0, a_row = MOST * std::max(s.x_row, s.h_row);
-  const int64_t of_pairs = PAIRS ? lines(p.tokens * s.pairs_row / 2) : 0, orders = reordered && !wide ? 2 : 1;
+  const int64_t of_pairs = PAIRS ? lines(p.tokens * s.pairs_row / 2) : 0, of_x = of_pairs * (coded ? 2 : 1);
   using Wide = std::conditional_t<PAIRS, bf16, float>;  // what a row of codes becomes
   const int64_t w_row = PAIRS ? s.pairs_row : s.x_row;
   const int64_t of_numbers = p.packed ? NR * w_row * int64_t(sizeof(Wide)) / 4 : 0;
   const int64_t of_w = of_numbers + (coded ? lines(MOST * p.n_in / p.packed->block) : 0);
-  const Buffer scratch(copies * p.tokens * s.x_row + p.tokens * s.h_row + p.threads * a_row + orders * of_pairs +
-                       p.threads * of_w);
+  const Buffer scratch(copies * p.tokens * s.x_row + p.tokens * s.h_row + p.threads * a_row + of_x + p.threads * of_w);
   s.x = scratch.get();
   s.x_dropped = s.x + (dropped ? p.tokens * s.x_row : 0);
   s.h = s.x + copies * p.tokens * s.x_row;
   s.a = s.h + p.tokens * s.h_row;
   s.pairs = reinterpret_cast<bf16*>(s.a + p.threads * a_row);
-  s.quads = !reordered ? nullptr : wide ? s.pairs : s.pairs + 2 * of_pairs;
-  float* wide_w = s.a + p.threads * a_row + orders * of_pairs;
+  s.blocks = coded ? s.pairs + 2 * of_pairs : nullptr;
+  s.block = PAIRS ? block_k<bf16>(p.tokens) : block_k<float>(p.tokens);
+  float* wide_w = s.a + p.threads * a_row + of_x;
 #pragma omp parallel num_threads(p.threads)
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();

@@ -9,7 +9,7 @@ namespace lk::LK_LEVEL {
 // Rows of numbers, `row` from one to the next.
 template <typename W>
 struct Rows {
-  static constexpr bool REORDERED = false;
+  static constexpr bool CODES = false;
   static constexpr int TOKENS = MR;  // at most, at a time
   const W* at;
   int64_t row;
@@ -28,7 +28,6 @@ LK_INLINE void dot(const Rows<W>& w, const X* x, int64_t x_row, int64_t count, v
 // first ones of eight such words, then the second, third and fourth ones. So a shift makes places
 // of codes, and a dot product does not care, once x is in that order.
 struct Quads {
-  static constexpr bool REORDERED = true;
   static constexpr int64_t BYTES = STEP / 2;
   using Scale = __m512i;  // the values of a block, twice
   __m512 table;
@@ -57,7 +56,6 @@ struct Quads {
 
 // 8-bit codes as they lie
 struct Bytes8 : Int8 {
-  static constexpr bool REORDERED = false;
   LK_INLINE explicit Bytes8(const Quantised& q) : Int8(q) {}
   LK_INLINE Scale scale(float of) const { return _mm512_set1_ps(of); }
 };
@@ -68,7 +66,7 @@ LK_INLINE bool meets_x(const Quantised& q) { return in_steps(q) && q.n_in % q.bl
 // Rows of codes, C how they are decoded.
 template <typename C, int MOST_TOKENS>
 struct Coded {
-  static constexpr bool REORDERED = C::REORDERED;
+  static constexpr bool CODES = true;
   static constexpr int TOKENS = MOST_TOKENS;
   const Quantised& q;
   C decoder;
@@ -80,7 +78,7 @@ struct Coded {
 // the same, with a place [rows, columns] for numbers
 template <typename C>
 struct Panel {
-  static constexpr bool REORDERED = C::REORDERED;
+  static constexpr bool CODES = true;
   static constexpr int TOKENS = MR;
   Coded<C, MR> of;
   bf16* numbers;
@@ -136,13 +134,23 @@ LK_INLINE void dot(const Coded<C, T>& w, const bf16* x, int64_t x_row, int64_t c
   });
 }
 
+// numbers of codes, which are in the first-level cache
+struct Held {
+  const bf16* at;
+  int64_t row;
+};
+template <int N, int M>
+LK_INLINE void dot(const Held& w, const bf16* x, int64_t x_row, int64_t count, vec (&acc)[N][M]) {
+  dot<N, M, false>(w.at, w.row, x, x_row, count, acc);
+}
+
 // what `count` columns from k of N rows are multiplied from
 template <int N, typename C, int T>
 LK_INLINE Coded<C, T> columns(const Coded<C, T>& w, int64_t k, int64_t) {
   return {w.q, w.decoder, w.codes, w.row, w.scales, w.blocks, k};
 }
 template <int N, typename C>
-LK_INLINE Rows<bf16> columns(const Panel<C>& w, int64_t k, int64_t count) {
+LK_INLINE Held columns(const Panel<C>& w, int64_t k, int64_t count) {
   bf16* to = w.numbers;
   each_step<N>(columns<N>(w.of, k, count), count,
                [&](const __m512i(&numbers)[N], int64_t i) __attribute__((always_inline)) {

@@ -28,10 +28,12 @@ LK_INLINE float apart(float v) {
 #endif
 }
 
-LK_INLINE float scale_of(const Quantised& q, int64_t block) {
+// `shift`: that of a division by outer_block, or -1
+LK_INLINE float scale_of(const Quantised& q, int64_t block, int shift = -1) {
   if (q.scales) return q.scales[block];
   if (q.exponents) return power(q.exponents[block]);
-  return apart(q.outer_table[q.inner[block]] * q.outer[block / q.outer_block]) + *q.offset;
+  const int64_t outer = shift < 0 ? block / q.outer_block : block >> shift;
+  return apart(q.outer_table[q.inner[block]] * q.outer[outer]) + *q.offset;
 }
 
 #if LK_VL == 16
@@ -51,11 +53,13 @@ LK_INLINE const float* scales_of(const Quantised& q, int shift, int64_t first, i
     for (int64_t i = 0; i < count; i++) to[i] = power(q.exponents[first + i]);
     return to;
   }
+  for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(q.inner + first + count + i);
   for (int64_t i = 0; i < count;) {
     const int64_t outer = shift < 0 ? (first + i) / q.outer_block : (first + i) >> shift;
     const int64_t last = std::min(count, (outer + 1) * q.outer_block - first);
     const float by = q.outer[outer];
-    for (; i < last; i++) to[i] = q.outer_table[q.inner[first + i]] * by;
+    const uint8_t* inner = q.inner + first;
+    LK_UNROLL for (; i < last; i++) to[i] = q.outer_table[inner[i]] * by;
   }
   asm volatile("" ::: "memory");  // not fused with the multiplication
   for (int64_t i = 0; i < count; i++) to[i] += *q.offset;
@@ -77,6 +81,9 @@ LK_INLINE __m256i narrow(__m512 v) {
 // v as W's type has it, in 16 bits or in float32; 16 bits twice
 template <typename T>
 LK_INLINE __m512i rounded_once(DType type, __m512 v) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) return (__m512i)_mm512_cvtne2ps_pbh(v, v);
+#endif
   if constexpr (sizeof(T) == 2) {
     const bool brain = std::is_same_v<T, bf16>;
     return _mm512_broadcast_i64x4(brain ? narrow(v) : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -163,9 +170,35 @@ struct Int8 {
   }
 };
 
+// the same of pieces of whole blocks of 64 numbers, as most weights have them
+template <typename C, typename T>
+LK_INLINE void rows_of_blocks(const Quantised& q, int64_t n, int64_t rows, int64_t k, int64_t count, T* to,
+                              int64_t row) {
+  constexpr int64_t SIZE = 2 * STEP;
+  const Quantised here = q;  // which no store to `to` can change
+  const C of(here);
+  const int shift = shift_of(q.outer_block);
+  const int64_t bytes = count * C::BYTES / STEP, ahead = std::max<int64_t>(1, AHEAD / count) * q.n_in * C::BYTES / STEP;
+  const int64_t first = (q.first + n) * q.n_in + k;
+  for (int64_t j = 0; j < rows; j++) {
+    const int64_t block = (first + j * q.n_in) / SIZE;
+    const uint8_t* codes = q.codes + block * 2 * C::BYTES;
+    T* next = to + j * row;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + ahead + i);
+    for (int64_t b = block; b < block + count / SIZE; b++, codes += 2 * C::BYTES, next += SIZE) {
+      const auto by = of.template scale<T>(here, scale_of(here, b, shift));
+      of.step(here, codes, by, next);
+      of.step(here, codes + C::BYTES, by, next + STEP);
+    }
+  }
+}
+
 template <typename C, typename T>
 LK_INLINE void rows_in_steps(const Quantised& q, int64_t n, int64_t rows, int64_t k, int64_t count, T* to,
                              int64_t row) {
+  if (q.block == 2 * STEP && (q.n_in | k | count) % q.block == 0) {
+    return rows_of_blocks<C>(q, n, rows, k, count, to, row);
+  }
   const C of(q);
   float kept[MOST_SCALES];
   const int shift = shift_of(q.outer_block);
