@@ -1,6 +1,8 @@
 """The ops. One folder per op; every file in it computes the same formula."""
 
 from lora_kernels.ops.dora_linear import dora_linear
+from lora_kernels.ops.expert_lora_linear import expert_lora_linear
+from lora_kernels.ops.expert_weight_norm import expert_weight_norm
 from lora_kernels.ops.lora_linear import Member, group_pays, lora_linear, lora_linear_group
 from lora_kernels.ops.merge import merged_weight, requantised_weight
 from lora_kernels.ops.multi_lora import BatchPlan, Slots, multi_lora, multi_lora_add_
@@ -17,6 +19,8 @@ __all__ = [
     "Slots",
     "dora_gain",
     "dora_linear",
+    "expert_lora_linear",
+    "expert_weight_norm",
     "explain",
     "group_pays",
     "lora_linear",

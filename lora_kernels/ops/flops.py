@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from lora_kernels.ops.expert_lora_linear import call as experts
 from lora_kernels.ops.lora_linear.call import Backward, Forward, GroupBackward, GroupForward
 from lora_kernels.ops.weight_norm.op import Norm
 
@@ -32,6 +33,18 @@ def _backward(call: Backward) -> int:
     return flops + 2 * m * r * k * bool(a) + 2 * m * n * r * bool(b)
 
 
+def _experts_forward(call: experts.Forward) -> int:
+    (m, k), n, r = call.x.shape, call.n_out, 0 if call.b is None else call.b.shape[2]
+    return 2 * m * n * k + 2 * m * r * (n + k)
+
+
+def _experts_backward(call: experts.Backward) -> int:
+    (m, k), n, r = call.x.shape, call.dy.shape[1], 0 if call.b is None else call.b.shape[2]
+    x, a, b, *_ = call.needs
+    flops = 2 * m * n * r * bool(x or a) + 2 * m * k * (n + r) * bool(x)
+    return flops + 2 * m * r * k * bool(a) + 2 * m * n * r * bool(b)
+
+
 def _norm(call: Norm) -> int:
     (n, r), k = call.b.shape, call.a.shape[1]  # not of w, which may be codes
     return 2 * r * (n * k + r * k + n * r)
@@ -46,5 +59,7 @@ _FORMULAS = {
     "lora_linear_backward": _counted(Backward, _backward),
     "lora_linear_group_forward": _counted(GroupForward, lambda call: sum(map(_forward, call.members()))),
     "lora_linear_group_backward": _counted(GroupBackward, lambda call: sum(map(_backward, call.members()))),
+    "expert_lora_linear_forward": _counted(experts.Forward, _experts_forward),
+    "expert_lora_linear_backward": _counted(experts.Backward, _experts_backward),
     "weight_norm_forward": _counted(Norm, _norm),
 }

@@ -43,3 +43,11 @@ def gradient_dtype(t: Tensor, need: int) -> torch.dtype:
 def empty_gradient(t: Tensor, need: int) -> Tensor:
     """Memory for the gradient of t, in rows."""
     return torch.empty_like(t, dtype=gradient_dtype(t, need), memory_format=torch.contiguous_format)
+
+
+def laid_out_as(grad: Tensor, t: Tensor) -> Tensor:
+    """A gradient in the strides that `torch.empty_like(t)` has, by ops that are differentiated in
+    turn."""
+    strides = torch.empty_like(t, device="meta").stride()
+    order = sorted(range(t.dim()), key=lambda i: (-strides[i], i))
+    return grad.permute(order).contiguous().permute([order.index(i) for i in range(t.dim())])

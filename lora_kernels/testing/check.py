@@ -26,7 +26,7 @@ def assert_problem(problem: Problem, w: Any = None) -> dict[str, Tensor]:
     results = run(problem if w is None else replace(problem, w=w))
     truth, terms = exact(problem), problem.terms()
     for name, actual in results.items():
-        _assert_result(name, actual, problem, truth, terms[name])
+        assert_result(name, actual, problem, truth, terms[name])
     return results
 
 
@@ -59,16 +59,18 @@ def assert_group(problems: Sequence[Problem]) -> list[dict[str, Tensor]]:
         terms = problem.terms()
         for name, actual in result.items():
             if name != "x":
-                _assert_result(name, actual, problem, truth, terms[name])
+                assert_result(name, actual, problem, truth, terms[name])
     total = Exact(
         values={"x": torch.stack([t.values["x"] for t in truths]).sum(0)},
         magnitudes={"x": torch.stack([t.magnitudes["x"] for t in truths]).sum(0)},
     )
-    _assert_result("x", results[0]["x"], problems[0], total, sum(p.terms()["x"] for p in problems))
+    assert_result("x", results[0]["x"], problems[0], total, sum(p.terms()["x"] for p in problems))
     return results
 
 
-def _assert_result(name: str, actual: Tensor, problem: Problem, truth: Exact, terms: int) -> None:
+def assert_result(name: str, actual: Tensor, problem: Problem, truth: Exact, terms: int) -> None:
+    """One result, y or the gradient of an input, is of the right dtype and within rounding of the
+    exact one."""
     wanted = (problem.x if name == "y" else getattr(problem, name)).dtype
     assert actual.dtype is wanted, f"{name} is {actual.dtype}, wanted {wanted}"
     actual = actual.cpu()  # where the exact values are

@@ -1,0 +1,19 @@
+"""The formulas of `weight_norm`, one expert after the other."""
+
+import torch
+
+from lora_kernels.ops.gradients import laid_out_as
+from lora_kernels.ops.registry import implements
+from lora_kernels.ops.weight_norm import reference
+
+
+@implements("expert_weight_norm_forward", "reference")
+def forward(call):
+    return torch.stack([reference.forward(member) for member in call.members()])
+
+
+@implements("expert_weight_norm_backward", "reference")
+def backward(call):
+    found = zip(*(reference.backward(member) for member in call.members()), strict=True)
+    like = zip(found, (call.a, call.b), call.needs, strict=True)
+    return tuple(laid_out_as(torch.stack(of), t) if need else None for of, t, need in like)
