@@ -7,6 +7,7 @@
 #include <string>
 
 #include "call.h"
+#include "experts.h"
 #include "forward.h"
 #include "function.h"
 #include "plain_layer.h"
@@ -341,6 +342,10 @@ PYBIND11_MODULE(_cpu, m) {
     const lk::RowNormSquared p{w, floats(squared, "row_norm_squared"), w.cols, w.rows, threads, w.packed()};
     call.run([&] { chosen->row_norm_squared(p); });
   });
+  m.def("expert_product", &lk::expert_product_of,
+        "The product of each segment's x with its expert's W, adapter and all; see ExpertProduct.");
+  m.def("expert_gradients", &lk::expert_gradients_of, "Those of A, B, bias and gain; see ExpertGradients.");
+  m.def("expert_norm", &lk::expert_norm_of, "The norms of all experts' adapted weights; see ExpertNorm.");
   m.def("multi_lora", &multi_lora,
         "tables: table, rank, scale, flags, gain, bias, generation of the slots; ids, weights, order, starts, error of "
         "the plan. Columns `first` to `first` + those of b of `from` and `to`.");

@@ -77,7 +77,7 @@ def base_product(x: Tensor, w: Tensor | Packed, out: Tensor | None = None) -> Te
             return y
     if tokens and w.numel() and tokens <= streams_up_to(x, w):
         y = x.new_empty(tokens, n_out, dtype=torch.float32) if out is None else out
-        a, b = _no_adapter(n_out, n_in, w.dtype)
+        a, b = no_adapter(n_out, n_in, w.dtype)
         if _cpu.forward_small(x, w, a, b, y, None, None, None, None, 1.0, None, torch.get_num_threads()):
             return y
     if on_tiles(x, w) and tokens and w.numel():
@@ -101,7 +101,7 @@ def _packed(x: Tensor, w: Tensor | Packed, y: Tensor) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _no_adapter(n_out: int, n_in: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def no_adapter(n_out: int, n_in: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A and B of rank 0; to make them anew costs as much as a row of a small layer."""
     return torch.empty(0, n_in, dtype=dtype), torch.empty(n_out, 0, dtype=dtype)
 

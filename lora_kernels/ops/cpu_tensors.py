@@ -31,6 +31,15 @@ def transposed(t: Tensor) -> tuple[Tensor]:
     return (t,)
 
 
+def stack_args(t: Tensor | None) -> tuple[Tensor, int, int] | None:
+    """A tensor with a matrix or vector for each expert; the view keeps its memory, whatever another
+    thread does to the tensor."""
+    if t is None:
+        return None
+    t = t.detach()
+    return t[0], t.stride(0), len(t)
+
+
 def dropout_args(dropout: float, seed: Tensor | None) -> tuple[int, int, float] | None:
     """The dropout mask, or nothing: (seed, smallest kept word, multiplier)."""
     return None if seed is None or dropout <= 0 else (int(seed), threshold(dropout), 1.0 / (1.0 - dropout))

@@ -68,7 +68,8 @@ def expert_lora_linear(
         scale = 1.0
     elif isinstance(scale, Tensor):
         b, scale = scaled_b(b, scale, x), 1.0
-    fields: Any = (x, w, a, b, offsets, traced_scale(scale), bias, gain, transposed)
+    factor: Any = traced_scale(scale)
+    fields = (x, w, a, b, offsets, factor, bias, gain, transposed)
     if (forward_ad._current_level >= 0 or under_functorch()) and transformed():
         with without_autocast(x):
             return _forward.formula(Forward(*fields, False, False))[0]
@@ -139,7 +140,8 @@ class _ExpertLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, a, b, offsets, scale, bias, gain, transposed):
         learns_gain = gain is not None and ctx.needs_input_grad[_FIELDS.index("gain")]
-        keep_z = learns_gain and keeps_z(bias, gain, False)
+        # whether a gain is zero, so that y does not give z back, would be a question to the GPU
+        keep_z = learns_gain and (keeps_z(bias, gain, False) or not x.is_cpu)
         y, h, z = _forward(Forward(x, w, a, b, offsets, scale, bias, gain, transposed, b is not None, keep_z))
         kept_y = y if learns_gain and not keep_z else None
         kept_h = None if b is None else h

@@ -1,0 +1,150 @@
+// The experts of a layer, as Python gives them.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../expert_lora_linear/cpu.h"
+#include "../expert_weight_norm/cpu.h"
+#include "call.h"
+#include "forward.h"
+
+namespace lk {
+
+// A tuple (matrix or vector of the first expert, elements to the next, experts), or None. The tensor
+// is a view of the caller's own, so no other thread replaces its memory.
+struct Experts : Stack {
+  Matrix matrix;
+  int64_t count = 0;
+  explicit Experts(pybind11::handle given) {
+    if (given.is_none()) return;
+    const auto tuple = pybind11::reinterpret_borrow<pybind11::tuple>(given);
+    matrix = reader.matrix(tuple[0].ptr());
+    first = matrix;
+    step = tuple[1].cast<int64_t>();
+    count = tuple[2].cast<int64_t>();
+  }
+  // Raises ValueError unless there are `experts` of [rows, cols], or none.
+  void check(const char* name, int64_t experts, int64_t rows, int64_t cols) const {
+    if (!count) return;
+    if (count == experts && matrix.rows == rows && matrix.cols == cols) return;
+    throw pybind11::value_error(std::string("experts: ") + name + " must be " + std::to_string(experts) + " of [" +
+                                std::to_string(rows) + ", " + std::to_string(cols) + "], found " +
+                                std::to_string(count) + " of [" + std::to_string(matrix.rows) + ", " +
+                                std::to_string(matrix.cols) + "]");
+  }
+};
+
+// (expert, first token, end), one after another in one list
+inline std::vector<Segment> segments_of(const pybind11::list& numbers, int64_t experts, int64_t tokens) {
+  std::vector<Segment> found;
+  found.reserve(numbers.size() / 3);
+  for (size_t i = 0; i + 2 < numbers.size(); i += 3) {
+    const auto number = [&](size_t j) { return PyLong_AsLongLong(PyList_GET_ITEM(numbers.ptr(), Py_ssize_t(i + j))); };
+    found.push_back({number(0), number(1), number(2)});
+    const Segment& s = found.back();
+    if (s.expert < 0 || s.expert >= experts || s.first < 0 || s.first >= s.last || s.last > tokens) {
+      throw pybind11::value_error("experts: a segment of no expert, or beyond the tokens");
+    }
+  }
+  return found;
+}
+inline double work_of(const std::vector<Segment>& segments, int64_t columns, int64_t depth) {
+  double tokens = 0;
+  for (const Segment& s : segments) tokens += double(s.last - s.first);
+  return tokens * double(columns) * double(depth);
+}
+
+inline void expert_product_of(Matrix x, pybind11::handle w, pybind11::handle a, pybind11::handle b, Matrix y, Matrix z,
+                              pybind11::handle bias, pybind11::handle gain, pybind11::handle scaled, Matrix h,
+                              float scale, bool back, int64_t small, const pybind11::list& segments, int threads) {
+  const Experts of_w(w), of_a(a), of_b(b), of_bias(bias), of_gain(gain), of_scaled(scaled);
+  const int64_t tokens = x.rows, n_in = x.cols, experts = of_w.count, rank = of_a.matrix.rows;
+  const int64_t n_out = back ? of_w.matrix.cols : of_w.matrix.rows;
+  std::vector<Segment> all = segments_of(segments, experts, tokens);
+  Call call("expert_product", work_of(all, n_out, n_in), threads, {&x, &y, &z, &h});
+  of_w.check("w", experts, back ? n_in : n_out, back ? n_out : n_in);
+  of_a.check("a", experts, rank, n_in);
+  of_b.check("b", experts, n_out, rank);
+  of_bias.check("bias", experts, 1, n_out);
+  of_gain.check("gain", experts, 1, n_out);
+  of_scaled.check("scaled", experts, 1, n_in);
+  call.check(x, tokens, n_in, "x");
+  call.check(y, tokens, n_out, "y");
+  call.check(z, tokens, n_out, "z");
+  call.check(h, tokens, rank, "h");
+  const auto all_by_rows = [](std::initializer_list<const Matrix*> all) {
+    return std::all_of(all.begin(), all.end(), [](const Matrix* m) { return !m->data || m->by_rows(); });
+  };
+  if (!all_by_rows({&x, &of_w.matrix, &y, &z}) || of_a.count != of_b.count) {
+    throw pybind11::value_error("expert_product: x, w, y and z are by rows, and a and b both there or both not");
+  }
+  ExpertProduct p{
+      x,     of_w, of_a, of_b,  y,    z,       of_bias, of_gain,        of_scaled, floats(h, "expert_product"),
+      scale, back, n_in, n_out, rank, experts, small,   std::move(all), threads};
+  // of an adapter that is not there the kernels see the type alone
+  if (!of_a.count) p.a.first.type = p.b.first.type = p.w.first.type;
+  call.run([&] { expert_product(*chosen, p); });
+}
+
+inline void expert_gradients_of(Matrix x, Matrix dy, Matrix v, Matrix p, Matrix h, pybind11::handle gain,
+                                pybind11::handle da, pybind11::handle db, Matrix dbias, Matrix dgain,
+                                const pybind11::list& segments, int threads) {
+  const Experts of_gain(gain), of_a(da), of_b(db);
+  const int64_t tokens = x.rows, n_in = x.cols, n_out = dy.cols;
+  const int64_t experts = std::max({of_a.count, of_b.count, dbias.rows, dgain.rows});
+  const int64_t rank = of_a.count ? of_a.matrix.rows : of_b.matrix.cols;
+  std::vector<Segment> all = segments_of(segments, experts, tokens);
+  Call call("expert_gradients", work_of(all, n_in + n_out, rank + 1), threads, {&x, &dy, &v, &p, &h, &dbias, &dgain});
+  of_gain.check("gain", experts, 1, n_out);
+  of_a.check("da", experts, rank, n_in);
+  of_b.check("db", experts, n_out, rank);
+  call.check(x, tokens, n_in, "x");
+  call.check(dy, tokens, n_out, "dy");
+  call.check(v, tokens, n_out, "v");
+  call.check(p, tokens, rank, "p");
+  call.check(h, tokens, rank, "h");
+  call.check(dbias, experts, n_out, "dbias");
+  call.check(dgain, experts, n_out, "dgain");
+  if (v.data) call.check_alike(dy, v, "dy and v");
+  const bool rows = x.by_rows() && dy.by_rows() && (!v.data || v.by_rows());
+  if (!rows || (of_a.count && !p.data) || (of_b.count && !h.data) || (dgain.data && !v.data)) {
+    throw pybind11::value_error("expert_gradients: x, dy and v are by rows, and p, h and v there where they are read");
+  }
+  const auto numbers = [](const Matrix& m) { return floats(m, "expert_gradients"); };
+  const ExpertGradients g{
+      x,    dy,    v,    numbers(p), numbers(h),     of_gain, of_a, of_b, numbers(dbias), numbers(dgain),
+      n_in, n_out, rank, experts,    std::move(all), threads};
+  call.run([&] { expert_gradients(*chosen, g); });
+}
+
+inline void expert_norm_of(pybind11::handle w, pybind11::handle a, pybind11::handle b, Matrix w_squared, Matrix norm,
+                           float scale, float max_condition, int threads) {
+  const Experts of_w(w), of_a(a), of_b(b);
+  const int64_t experts = of_w.count, n_out = of_w.matrix.rows, n_in = of_w.matrix.cols, rank = of_a.matrix.rows;
+  Call call("expert_norm", double(experts) * double(n_out) * double(n_in) * double(rank), threads, {&w_squared, &norm});
+  of_a.check("a", experts, rank, n_in);
+  of_b.check("b", experts, n_out, rank);
+  call.check(w_squared, experts, n_out, "w_squared");
+  call.check(norm, experts, n_out, "norm");
+  if (!of_w.matrix.by_rows() || !of_a.count || !of_b.count || (w_squared.data && w_squared.row != n_out)) {
+    throw pybind11::value_error("expert_norm: w and w_squared are by rows, and a and b there");
+  }
+  const ExpertNorm p{of_w,
+                     of_a,
+                     of_b,
+                     floats(w_squared, "expert_norm"),
+                     floats(norm, "expert_norm"),
+                     scale,
+                     max_condition,
+                     n_in,
+                     n_out,
+                     rank,
+                     experts,
+                     threads};
+  call.run([&] { expert_norm(*chosen, p); });
+}
+
+}  // namespace lk

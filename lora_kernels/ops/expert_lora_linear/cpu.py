@@ -1,0 +1,157 @@
+"""CPU: all experts of few tokens in one C++ call, whose threads share the work, each expert by the
+kernels that `lora_linear` takes for so many tokens. An expert of more tokens than the table gives
+to these kernels, and one that has all tokens, is one call of `lora_linear`'s."""
+
+import torch
+
+from lora_kernels import _cpu
+from lora_kernels.ops.cpu_amx import on_tiles
+from lora_kernels.ops.cpu_gemm import choice, no_adapter
+from lora_kernels.ops.cpu_tensors import row_major, stack_args
+from lora_kernels.ops.expert_lora_linear.call import Forward, Needs, segments_of
+from lora_kernels.ops.gradients import gradient_dtype
+from lora_kernels.ops.lora_linear import cpu as layer
+from lora_kernels.ops.lora_linear.call import Backward as LayerBackward
+from lora_kernels.ops.lora_linear.call import Forward as LayerForward
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
+from lora_kernels.ops.registry import implements
+from lora_kernels.ops.tables.cpu import ALL
+
+FEW = 8  # tokens up to which W is streamed back, whatever the table of single layers says
+
+
+def refusal(call):
+    tensors = {name: getattr(call, name) for name in ("x", "w", "a", "b", "bias", "gain")}
+    return refuse_dtypes(**tensors) or refuse_negated(**tensors)
+
+
+def backward_refusal(call):
+    return refusal(call) or refuse_negated(dy=call.dy)
+
+
+@implements("expert_lora_linear_forward", "cpu", refusal)
+def forward(call):
+    x, segments = row_major(call.x), segments_of(call.offsets, len(call.x))
+    y = x.new_empty(len(x), call.n_out)
+    h = x.new_empty(len(x), call.b.shape[2], dtype=torch.float32) if call.keep_h else None
+    z = torch.empty_like(y) if call.keep_z else None
+    _clear_rest(segments, y, h, z)
+    w, transposed = _by_rows(call.w, call.transposed)
+    few, many = _divided(segments, x, w, transposed)
+    _product(few, x, w, call.a, call.b, call.scale, y, transposed, z=z, bias=call.bias, gain=call.gain, h=h)
+    for e, rows in many:
+        of_e = LayerForward(x[rows], *_layer(call, e), 0.0, None, False, call.keep_h, call.keep_z)
+        for whole, part in zip((y, h, z), layer.forward(of_e), strict=True):
+            if whole is not None:
+                whole[rows] = part
+    return y, h, z
+
+
+@implements("expert_lora_linear_backward", "cpu", backward_refusal)
+def backward(call):
+    x, dy, needs = row_major(call.x), row_major(call.dy), Needs(*call.needs)
+    segments = segments_of(call.offsets, len(x))
+    dx = x.new_empty(x.shape) if needs.x else None
+    p = x.new_empty(len(x), call.b.shape[2], dtype=torch.float32) if call.b is not None and (needs.x or needs.a) else None
+    _clear_rest(segments, dx)
+    w, transposed = _by_rows(call.w, call.transposed)
+    few, many = _divided(segments, dy, w, not transposed)
+    da, db = (_gradient(t, need, segments) for t, need in ((call.a, needs.a), (call.b, needs.b)))
+    sums = x.new_zeros if len(segments) < len(w) else x.new_empty
+    dbias, dgain = (sums(len(w), dy.shape[1], dtype=torch.float32) if need else None for need in (needs.bias, needs.gain))
+    v, by_y = call.z, False
+    if needs.gain and v is None:
+        by_y = not bool((call.gain == 0).any())  # then y is gain ⊙ z
+        v = call.y if by_y else _products(call)
+    if needs.x or needs.a:
+        a, b = (None, None) if call.b is None else (call.b.mT, call.a.mT)
+        _product(few, dy, w, a, b, call.scale, dx, not transposed, scaled=call.gain, h=p)
+    if few and any(needs[1:]):
+        v = row_major(v.to(dy.dtype)) if needs.gain else None
+        read = v, p if needs.a else None, call.h if needs.b else None
+        makes = [stack_args(t) for t in (call.gain, da, db)]
+        _cpu.expert_gradients(x, dy, *read, *makes, dbias, dgain, few, torch.get_num_threads())
+        if by_y:
+            dgain.div_(call.gain)
+    for e, rows in many:
+        h, y, z = (None if t is None else t[rows] for t in (call.h, call.y, call.z))
+        of_e = LayerBackward(dy[rows], x[rows], *_layer(call, e), 0.0, None, False, h, y, z, call.needs)
+        places = [None if dx is None else dx[rows], *(None if t is None else t[e] for t in (da, db, dbias, dgain))]
+        for whole, part in zip(places, layer.backward(of_e), strict=True):
+            if whole is not None:
+                whole.copy_(part)
+    return dx, da, db, _as(dbias, call.bias, needs.bias), _as(dgain, call.gain, needs.gain)
+
+
+def _product(few, x, w, a, b, scale, y, back, *, z=None, bias=None, gain=None, scaled=None, h=None):
+    if few:
+        factors = (stack_args(t) for t in (w, a, b))
+        vectors = (stack_args(t) for t in (bias, gain, scaled))
+        small, threads = choice(x.dtype).small, torch.get_num_threads()
+        _cpu.expert_product(x, *factors, y, z, *vectors, h, scale, back, small, few, threads)
+
+
+def _by_rows(w, transposed):
+    """W, and whether it is transposed, such that its rows are contiguous, if it can be."""
+    return (w.mT, not transposed) if w.stride(2) != 1 and w.stride(1) == 1 else (w, transposed)
+
+
+def _divided(segments, x, w, back):
+    """Those for the one C++ call, their numbers one after another, and (expert, rows) of the
+    others."""
+    most = _most(x, w, back) if len(segments) > 1 else 0
+    few = [number for segment in segments if segment[2] - segment[1] <= most for number in segment]
+    return few, [(e, slice(first, last)) for e, first, last in segments if last - first > most]
+
+
+def _most(x, w, back):
+    """Tokens up to which no product of the library is faster, as `cpu_gemm` and `lora_linear` ask
+    the table."""
+    if w.stride(2) != 1 or not w.numel():
+        return 0
+    if on_tiles(x, w[0]):
+        return ALL
+    row = choice(x.dtype)
+    if back:
+        most, until = row.streamed if row.streamed_from <= FEW else 0, row.addmm_back_from
+        return max(min(most, until - 1), FEW)
+    most = row.packed if row.packed_from <= row.small + 1 else row.small
+    return max(min(most, row.addmm_from - 1), row.small)
+
+
+def _layer(call, e):
+    """w, a, b, scale, bias and gain of one expert's layer."""
+    w = call.w[e].T if call.transposed else call.w[e]
+    bias, gain = (None if t is None else t[e] for t in (call.bias, call.gain))
+    a, b = no_adapter(*w.shape, w.dtype) if call.a is None else (call.a[e], call.b[e])
+    return w, a, b, call.scale, bias, gain
+
+
+def _products(call):
+    """z = x Wᵀ + h Bᵀ."""
+    of = call.x, call.w, call.a, call.b, call.offsets, call.scale
+    return forward(Forward(*of, None, None, call.transposed, False, False))[0]
+
+
+def _clear_rest(segments, *tensors):
+    """Rows of no expert become zeros."""
+    last = segments[-1][2] if segments else 0
+    for t in tensors:
+        if t is not None and last < len(t):
+            t[last:].zero_()
+
+
+def _gradient(t, need, segments):
+    """Memory for that of t, which lies as t does; zeros where some experts have no tokens."""
+    if not need:
+        return None
+    make = torch.zeros_like if len(segments) < len(t) else torch.empty_like
+    return make(t, dtype=gradient_dtype(t, need))
+
+
+def _as(sums, t, need):
+    """Sums as the gradient of t."""
+    if not need:
+        return None
+    dtype = gradient_dtype(t, need)
+    return sums.to(dtype) if t.is_contiguous() else torch.empty_like(t, dtype=dtype).copy_(sums)

@@ -1,0 +1,42 @@
+"""CPU: the norms of all experts in one C++ call, whose threads share the rows. The gradients, and a
+transposed W, take `weight_norm`'s kernels, one expert after the other."""
+
+import torch
+
+from lora_kernels import _cpu
+from lora_kernels.ops.cpu_tensors import stack_args
+from lora_kernels.ops.gradients import gradient_dtype
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
+from lora_kernels.ops.registry import implements
+from lora_kernels.ops.weight_norm import cpu as one
+from lora_kernels.ops.weight_norm.op import MAX_CONDITION
+
+
+def refusal(call):
+    tensors = {"w": call.w, "a": call.a, "b": call.b}
+    return refuse_dtypes(**tensors) or refuse_negated(**tensors)
+
+
+@implements("expert_weight_norm_forward", "cpu", refusal)
+def forward(call):
+    w, squared = call.w, call.w_squared
+    norm = w.new_empty(call.b.shape[:2], dtype=torch.float32)
+    if call.transposed or w.stride(2) != 1 or not w.numel():
+        for row, member in zip(norm, call.members(), strict=True):
+            row.copy_(one.forward(member))
+        return norm
+    squared = None if squared is None else squared.to(torch.float32).contiguous()
+    tensors = [stack_args(t) for t in (w, call.a, call.b)]
+    _cpu.expert_norm(*tensors, squared, norm, call.scale, MAX_CONDITION[w.dtype], torch.get_num_threads())
+    return norm
+
+
+@implements("expert_weight_norm_backward", "cpu", refusal)
+def backward(call):
+    like = zip((call.a, call.b), call.needs, strict=True)
+    found = [torch.empty_like(t, dtype=gradient_dtype(t, need)) if need else None for t, need in like]
+    for e, member in enumerate(call.members()):
+        for whole, part in zip(found, one.backward(member), strict=True):
+            if whole is not None:
+                whole[e].copy_(part)
+    return tuple(found)
