@@ -124,6 +124,7 @@ def linear_by_split(x: Any, ends: Any, w: Any, a: Any, b: Any) -> Any:
     """The same by torch's grouped products."""
     from torch.nn.functional import grouped_mm
 
+    b = b.contiguous()  # it takes no other strides
     return grouped_mm(x, w.mT, offs=ends) + SCALE * grouped_mm(grouped_mm(x, a.mT, offs=ends), b.mT, offs=ends)
 
 

@@ -8,6 +8,7 @@ from lora_kernels import (
     Member,
     QuantisedWeight,
     dora_linear,
+    expert_lora_linear,
     explain,
     lora_linear,
     lora_linear_group,
@@ -28,6 +29,7 @@ def every_op(dtype):
     lora_linear(x, w, a, b, 0.5).sum().backward()
     sum(y.sum() for y in lora_linear_group(x, [Member(w, a, b, 0.5), Member(w, a, b, 0.5)])).backward()
     weight_norm(w, a, b, 0.5).sum().backward()
+    expert_lora_linear(x, torch.tensor([2, 3]), torch.stack([w, w]), a.expand(2, -1, -1), b.expand(2, -1, -1)).sum().backward()
     with torch.no_grad():
         row_norm_squared(w)
         dora_linear(x, w, a, b, m, 0.5)

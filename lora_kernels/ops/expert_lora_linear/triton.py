@@ -1,0 +1,121 @@
+"""Triton: h, then y, in two launches for all experts; backward P and dx, dA, and dB with the sums
+over the tokens, in four. Their number does not grow with that of the experts."""
+
+import torch
+
+from lora_kernels.ops.expert_lora_linear.call import Forward, Needs
+from lora_kernels.ops.expert_lora_linear.triton_kernels import (
+    OuterLayer,
+    ProductLayer,
+    Tokens,
+    expert_outer_kernel,
+    expert_product_kernel,
+)
+from lora_kernels.ops.gradients import gradient_dtype
+from lora_kernels.ops.launch import ceil_div, launch_triton, power_of_two, refuse_device
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
+from lora_kernels.ops.registry import implements
+from lora_kernels.ops.tables.tiles import tile
+from lora_kernels.ops.triton_compiler import sound_schedule
+from lora_kernels.ops.triton_skinny import precision, strides
+
+MOST = 1024  # experts: each program looks at all offsets
+
+
+def refusal(call):
+    tensors = {name: getattr(call, name) for name in ("x", "w", "a", "b", "bias", "gain")}
+    many = f"w has {len(call.w)} experts; the kernel looks at {MOST} at most" if len(call.w) > MOST else None
+    return refuse_dtypes(**tensors) or refuse_negated(**tensors) or many or refuse_device(call.x)
+
+
+def backward_refusal(call):
+    return refusal(call) or refuse_negated(dy=call.dy)
+
+
+@implements("expert_lora_linear_forward", "triton", refusal)
+def forward(call):
+    x, h = call.x, None
+    y = x.new_empty(len(x), call.n_out)
+    z = torch.empty_like(y) if call.keep_z else None
+    if call.b is not None:
+        h = x.new_empty(len(x), call.b.shape[2], dtype=torch.float32)
+        _product(call, x, call.a, h, scale=float(call.scale))
+    w = call.w.mT if call.transposed else call.w
+    _product(call, x, w, y, h=h, b=call.b, gain=call.gain, bias=call.bias, z=z)
+    return y, h if call.keep_h else None, z
+
+
+@implements("expert_lora_linear_backward", "triton", backward_refusal)
+def backward(call):
+    x, dy, needs = call.x, call.dy, Needs(*call.needs)
+    dx = x.new_empty(x.shape) if needs.x else None
+    like = zip((call.a, call.b, call.bias, call.gain), needs[1:], strict=True)
+    da, db, dbias, dgain = (torch.empty_like(t, dtype=gradient_dtype(t, need)) if need else None for t, need in like)
+    p = None
+    if call.b is not None and (needs.x or needs.a):
+        p = x.new_empty(len(x), call.b.shape[2], dtype=torch.float32)
+        _product(call, dy, call.b.mT, p, scaled=call.gain, scale=float(call.scale))
+    if needs.x:
+        w = call.w if call.transposed else call.w.mT
+        _product(call, dy, w, dx, h=p, b=None if call.a is None else call.a.mT, scaled=call.gain)
+    if needs.a:
+        _outer(call, x, p, da)
+    if needs.b or needs.bias or needs.gain:
+        sums = [dy.new_empty(len(call.w), dy.shape[1], dtype=torch.float32) if need else None for need in needs[3:]]
+        v = None if not needs.gain else _products(call) if call.z is None else call.z
+        p, out = (call.h, db.mT) if db is not None else (None, None)
+        _outer(call, dy, p, out, gain=call.gain, v=v, of_u=sums[0], of_uv=sums[1])
+        for whole, part in zip((dbias, dgain), sums, strict=True):
+            if whole is not None:
+                whole.copy_(part)
+    return dx, da, db, dbias, dgain
+
+
+def _products(call):
+    """z = x Wᵀ + h Bᵀ anew: whether y divided by gain gives it back is not known here."""
+    of = call.x, call.w, call.a, call.b, call.offsets, call.scale
+    return forward(Forward(*of, None, None, call.transposed, False, False))[0]
+
+
+def _product(call, x, w, y, *, h=None, b=None, gain=None, bias=None, scaled=None, z=None, scale=1.0):
+    """y of `expert_product_kernel`: x [m, k], w [experts, n, k], b [experts, n, r]."""
+    (m, k), (experts, n, _) = x.shape, w.shape
+    t = tile("expert_product", x, dtype=x.dtype, m=ceil_div(m, experts), scaled=scaled is not None)
+    r = 0 if b is None else b.shape[2]
+    bn, taken = power_of_two(n, most=t.columns), precision(x)
+    warps, stages = sound_schedule(x, [w], taken, t.rows, t.warps, t.stages, changed=scaled is not None)
+    tiles = ceil_div(m, t.rows) + min(experts + 1, m)
+    (x0, x1), (w_step, w0, w1), (b_step, b0, b1) = x.stride(), w.stride(), (0, 0, 0) if b is None else b.stride()
+    rows = [None if v is None else v.contiguous() for v in (scaled, gain, bias)]
+    layer = ProductLayer(
+        x=x, w=w, h=None if b is None else h, b=b, scaled=rows[0], gain=rows[1], bias=rows[2], y=y, z=z, scale=scale, n=n, k=k,
+        r=r, x0=x0, x1=x1, w_step=w_step, w0=w0, w1=w1, b_step=b_step, b0=b0, b1=b1,
+    )  # fmt: skip
+    args = {
+        "tokens": Tokens(call.offsets.contiguous(), experts, m), "layer": layer, "tiles": tiles, "PRECISION": taken,
+        "E": power_of_two(experts + 1, least=2, most=2 * MOST), "BM": t.rows, "BN": bn, "BK": t.depth,
+        "BR": power_of_two(r, most=t.ranks),
+    }  # fmt: skip
+    grid = (tiles * ceil_div(n, bn),) if m else (0,)
+    makes = [made for made in (y, z) if made is not None]
+    launch_triton(expert_product_kernel, grid, args, makes, warps=warps, stages=stages, registers=t.registers)
+
+
+def _outer(call, u, p, out, *, gain=None, v=None, of_u=None, of_uv=None):
+    """What `expert_outer_kernel` makes: out [experts, r, n]."""
+    (m, n), experts, r = u.shape, len(call.w), 1 if p is None else p.shape[1]
+    t = tile("expert_outer", u, dtype=u.dtype, heavy=of_uv is not None)
+    bn, br, taken = power_of_two(n, most=t.columns), power_of_two(r, most=t.ranks), precision(u)
+    warps, stages = sound_schedule(u, [p], taken, bn, t.warps, t.stages)
+    (u0, u1), (v0, v1), (step, out0, out1) = u.stride(), strides(v), (0, 0, 0) if out is None else out.stride()
+    layer = OuterLayer(
+        u=u, v=v, p=p, gain=None if gain is None else gain.contiguous(), out=out, of_u=of_u, of_uv=of_uv, n=n, r=r, u0=u0,
+        u1=u1, v0=v0, v1=v1, out_step=step, out0=out0, out1=out1,
+    )  # fmt: skip
+    args = {
+        "tokens": Tokens(call.offsets.contiguous(), experts, m), "layer": layer, "PRECISION": taken, "BM": t.rows, "BN": bn,
+        "BR": br,
+    }  # fmt: skip
+    grid = (ceil_div(n, bn), ceil_div(r, br), experts)
+    makes = [made for made in (out, of_u, of_uv) if made is not None]
+    launch_triton(expert_outer_kernel, grid, args, makes, warps=warps, stages=stages, registers=t.registers)

@@ -1,0 +1,95 @@
+"""expert_lora_linear's Triton kernels in the interpreter: values, programs in any order, what they
+read and launch, and planted bugs."""
+
+import importlib.util
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_kernels import expert_lora_linear
+from lora_kernels.ops import missing_backends
+from lora_kernels.testing import assert_expert_problem, make_expert_problem, run_experts
+from lora_kernels.testing.interpreter_memory import InterpreterViolation
+from tests.ops.interpreted import deterministic, interpreted
+
+if "triton" in missing_backends():
+    pytest.skip(missing_backends()["triton"], allow_module_level=True)
+
+from lora_kernels.ops.expert_lora_linear import triton, triton_kernels
+
+BF16, F32 = torch.bfloat16, torch.float32
+PRODUCT, OUTER = "expert_product_kernel", "expert_outer_kernel"
+
+
+@pytest.mark.parametrize("dtype, adapter, transposed, flags", [
+    (F32, F32, False, {"gain": True, "bias": True}),
+    (BF16, BF16, False, {}),
+    (BF16, F32, True, {"gain": True}),
+    (torch.float16, torch.float16, False, {"rank": 0, "bias": True}),
+], ids=str)  # fmt: skip
+def test_values(dtype, adapter, transposed, flags):
+    given = {"rank": 6, "left": 3, "transposed": transposed, "peft": True, "index": torch.int64} | flags
+    with deterministic(False), interpreted(seed=3):
+        assert_expert_problem(make_expert_problem([3, 0, 18, 1, 0], 40, 33, dtype=dtype, adapter_dtype=adapter, **given))
+
+
+def test_launches_do_not_grow_with_the_experts():
+    for sizes in ([5], [1] * 9):
+        with deterministic(False), interpreted() as names:
+            run_experts(make_expert_problem(sizes, 16, 16, 2, bias=True))
+        assert names == [PRODUCT] * 4 + [OUTER] * 2
+
+
+def test_no_tokens_and_no_experts_with_tokens():
+    for sizes, left in (([0, 0], 0), ([0, 0], 3)):
+        with deterministic(False), interpreted():
+            assert_expert_problem(make_expert_problem(sizes, 16, 16, 2, left=left, bias=True))
+
+
+def test_weights_of_experts_without_tokens_are_not_read():
+    p = make_expert_problem([3, 0, 2], 16, 16, 2, bias=True)
+    for t in (p.w, p.a, p.b, p.bias):
+        t[1] = torch.nan
+    with deterministic(False), interpreted():
+        assert all(t.isfinite().all() for t in run_experts(p).values())
+
+
+@pytest.mark.parametrize("offsets", [[-5, 2, 9], [3, 1, 4], [2**31 - 1, -(2**31), 0]], ids=str)
+def test_offsets_that_leave_the_tokens_read_nothing_else(offsets):
+    """Nobody looks at those on a GPU before. Tiles of such experts may overlap, no more."""
+    p = replace(make_expert_problem([2, 1, 1], 16, 16, 2), offsets=torch.tensor(offsets, dtype=torch.int32))
+    with deterministic(False), interpreted(poison=False), torch.no_grad():
+        try:
+            expert_lora_linear(*p.arguments())
+        except InterpreterViolation as violation:
+            assert "a race" in str(violation)
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("until <= tile", "until < tile"),
+    ("tl.where(here, ends, 0)", "tl.where(here, ends + 1, 0)"),
+    pytest.param("segments == tokens.experts, m,", "segments == tokens.experts, m - 1,", marks=pytest.mark.slow),
+    ("layer.w + e * layer.w_step", "layer.w + e // 2 * layer.w_step"),
+    pytest.param("layer.b + e * layer.b_step", "layer.b", marks=pytest.mark.slow),
+    ("tokens.offsets + e - 1, mask=e > 0", "tokens.offsets + e - 1, mask=e > 1"),
+    ("", ""),
+])  # fmt: skip
+def test_planted_bugs(old, new, monkeypatch, tmp_path):
+    """From a changed copy of the file."""
+    text = Path(triton_kernels.__file__).read_text()
+    assert not old or text.count(old) == 1, old
+    copy = tmp_path / "planted_experts.py"
+    copy.write_text(text.replace(old, new) if old else text)
+    spec = importlib.util.spec_from_file_location("planted_experts", copy)
+    changed = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, changed)
+    spec.loader.exec_module(changed)
+    for name in (PRODUCT, OUTER):
+        monkeypatch.setattr(triton, name, getattr(changed, name))
+    with pytest.raises((AssertionError, InterpreterViolation)) if old else nullcontext():
+        with deterministic(False), interpreted():
+            assert_expert_problem(make_expert_problem([3, 0, 18, 1], 20, 20, 2, left=2))
