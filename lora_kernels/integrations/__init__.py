@@ -39,6 +39,8 @@ def fuse(model: nn.Module, *, strict: bool = False, groups: bool = True) -> Fuse
     with fewer passes over the output, and keep DoRA's norm as the linear layers do. A LoRA head
     over `trainable_token_indices` runs without the copy of W. The projections of PEFT's
     MultiheadAttention run on the kernels, W + sBA is not formed, and torch attends between them.
+    So does its ParamWrapper (`target_parameters`): over experts of transformers 5, Llama 4's and a
+    matrix of nn.Linear, x goes through W, A and B, and no W + scale · BA is formed.
 
     Adapters added later to a fused layer are covered too. Modules that become LoRA layers later are
     PEFT's until `fuse` is called again; calling it twice does no harm. Layers of lora_kernels.nn

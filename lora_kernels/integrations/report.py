@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lora_kernels.ops import QuantisedWeight, explain, lora_linear
+from lora_kernels.ops import QuantisedWeight, expert_lora_linear, explain, lora_linear
 from lora_kernels.ops.registry import PREFERENCE
 
 _NAMES_SHOWN = 3
@@ -95,9 +95,39 @@ class Survey:
     ) -> None:
         """Notes which backend takes one token through these weights, or why none does."""
         kind = (*(_kind(t) for t in (w, bias, a, b) if t is not None), dropout > 0, has_gain)
+
+        def call(x: Tensor) -> Tensor:
+            gain = torch.ones(w.shape[0], device=w.device) if has_gain else None
+            # a given seed, so that asking draws nothing from the user's generator
+            return lora_linear(x, w, a, b, scale, bias, gain, dropout, seed=torch.zeros((), dtype=torch.int64))
+
+        self._add(name, kind, w, w.shape[1], call)
+
+    def add_experts(
+        self,
+        name: str,
+        w: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        scale: float,
+        transposed: bool,
+    ) -> None:
+        """The same of the weights of experts: one token of the first one."""
+
+        def call(x: Tensor) -> Tensor:
+            ends = torch.ones(len(w), dtype=torch.int64, device=w.device)
+            return expert_lora_linear(x, ends, w, a, b, scale, bias, None, transposed)
+
+        kind = (*(_kind(t) for t in (w, bias, a, b) if t is not None), "experts", transposed)
+        self._add(name, kind, w, w.shape[1 if transposed else 2], call)
+
+    def _add(
+        self, name: str, kind: object, w: Tensor | QuantisedWeight, features: int, call: Callable[[Tensor], Tensor]
+    ) -> None:
         try:
             if kind not in self._answers:
-                self._answers[kind] = _backend(w, bias, a, b, scale, dropout, has_gain)
+                self._answers[kind] = _backend(call, torch.zeros(1, features, dtype=w.dtype, device=w.device))
         except NotImplementedError as refusal:
             self.left[name] = str(refusal)
             return
@@ -113,25 +143,12 @@ def _kind(t: Tensor | QuantisedWeight) -> tuple[object, ...]:
     return t.shape, t.stride(), t.dtype, t.device
 
 
-def _backend(
-    w: Tensor | QuantisedWeight,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scale: float | Tensor,
-    dropout: float,
-    has_gain: bool,
-) -> tuple[str, str]:
-    """The backend that is chosen, and for the reference the reasons of the faster ones."""
-    device = w.device
-    gain = torch.ones(w.shape[0], device=device) if has_gain else None
-    # a given seed, so that asking draws nothing from the user's generator
-    seed = torch.zeros((), dtype=torch.int64)
-    x = torch.zeros(1, w.shape[1], dtype=w.dtype, device=device)
+def _backend(call: Callable[[Tensor], Tensor], x: Tensor) -> tuple[str, str]:
+    """The backend that is chosen for x, and for the reference the reasons of the faster ones."""
     with torch.no_grad():
-        explanation = explain(lora_linear, x, w, a, b, scale, bias, gain, dropout, seed=seed)
+        explanation = explain(call, x)
     decision = explanation.decisions[-1]
-    faster = PREFERENCE.get(device.type, ()) if decision.chosen == "reference" else ()
+    faster = PREFERENCE.get(x.device.type, ()) if decision.chosen == "reference" else ()
     return decision.chosen, "; ".join(f"{name}: {decision.others[name]}" for name in faster if name in decision.others)
 
 

@@ -18,6 +18,7 @@ from lora_kernels.integrations.peft.conv import FusedConv1d, FusedConv2d, FusedC
 from lora_kernels.integrations.peft.embedding import FusedEmbedding
 from lora_kernels.integrations.peft.groups import Siblings, forget_siblings, watch_siblings
 from lora_kernels.integrations.peft.linear import FusedLinear, Linear, fallbacks, forget, run_fused
+from lora_kernels.integrations.peft.parameters import FusedParamWrapper
 
 __all__ = [
     "FUSED",
@@ -27,6 +28,7 @@ __all__ = [
     "FusedEmbedding",
     "FusedLinear",
     "FusedMultiheadAttention",
+    "FusedParamWrapper",
     "Linear",
     "Siblings",
     "class_refusal",

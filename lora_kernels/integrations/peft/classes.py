@@ -15,6 +15,7 @@ from lora_kernels.integrations.peft.devices import device_refusal
 from lora_kernels.integrations.peft.embedding import Embedding, FusedEmbedding, survey_embedding
 from lora_kernels.integrations.peft.hooks import is_own
 from lora_kernels.integrations.peft.linear import FusedLinear, forget_all, other_way
+from lora_kernels.integrations.peft.parameters import FusedParamWrapper, ParamWrapper, survey_parameter
 from lora_kernels.integrations.peft.quantised import QUANTISED_KINDS
 from lora_kernels.integrations.peft.state import read_state, type_name
 from lora_kernels.integrations.report import Survey
@@ -57,6 +58,7 @@ KINDS = (
     Kind(MultiheadAttention, FusedMultiheadAttention, survey_attention),
     *(Kind(stock, fused, survey_conv) for stock, fused in CONV_KINDS),
     *(Kind(stock, fused, _survey_linear) for stock, fused in QUANTISED_KINDS),
+    Kind(ParamWrapper, FusedParamWrapper, survey_parameter),
 )
 FUSED = tuple(kind.fused for kind in KINDS)
 _KIND_OF = {cls: kind for kind in KINDS for cls in (kind.stock, kind.fused)}

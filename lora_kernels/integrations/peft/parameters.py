@@ -1,0 +1,230 @@
+"""PEFT's layer for one parameter of a module (`target_parameters`) with a forward on our kernels.
+
+PEFT writes W + scaling · BA in the parameter's place for the time of each call, of experts for all
+of them. Where the forward of the module is known (`nn.forms`), x goes through W, A and B instead.
+Layers of several parameters of one module lie around each other; the outermost one's call runs all.
+"""
+
+import sys
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.integrations.peft.adapters import (
+    ON_META,
+    active_names,
+    call_refusal,
+    factors_refusal,
+    frozen_refusal,
+    layer_refusal,
+)
+from lora_kernels.integrations.peft.devices import device_refusal
+from lora_kernels.integrations.peft.hooks import has_hooks
+from lora_kernels.integrations.peft.linear import count_fallback
+from lora_kernels.integrations.peft.state import ARGUMENTS, PLAIN, type_name
+from lora_kernels.integrations.report import Survey
+from lora_kernels.nn.experts import Adapted, product_dtype, run_routed, run_sorted
+from lora_kernels.nn.forms import LINEAR, ROUTED, Form, form_of
+from lora_kernels.ops import lora_linear
+from lora_kernels.ops.lora_linear.op import autocasts, without_autocast
+from lora_kernels.ops.registry import PREFERENCE, forced_backend
+
+try:
+    from peft.tuners.lora.layer import ParamWrapper
+except ImportError as error:
+    raise ImportError(f"lora_kernels cannot fuse the layers of peft {peft.__version__}: {error}") from error
+
+_EXPERTS = "lora_kernels.ops.expert_lora_linear"
+EXPERTS_ON = frozenset(
+    device for device, order in PREFERENCE.items() if any(f"{_EXPERTS}.{b}" in sys.modules for b in order if b != "reference")
+)
+"""The kinds of devices that have kernels of experts."""
+NESTED_HOOKS = "a hook waits for the call of base_layer"
+_INDICES = (torch.int64, torch.int32)
+
+
+def read_parameters(layer: Any) -> Any:
+    """(module, its form, each weight of the form with its adapter), or why PEFT must run the
+    layer."""
+    wrappers: dict[str, Any] = {}
+    module = layer
+    while isinstance(module, ParamWrapper):
+        if (reason := layer_refusal(module)) is not None:
+            return reason
+        if module is not layer and has_hooks(module):
+            return NESTED_HOOKS
+        if module.parameter_name in wrappers:
+            return f"{module.parameter_name} is adapted twice"
+        wrappers[module.parameter_name] = module
+        module = module._modules["base_layer"]
+    if has_hooks(module):
+        return NESTED_HOOKS
+    form: Any = form_of(module)
+    if type(form) is str:
+        return form
+    if not any(active_names(wrapper, wrapper.lora_A) for wrapper in wrappers.values()):
+        return "no active adapter has weights here"
+    if others := [name for name in wrappers if name not in form.weights]:
+        return f"the adapted parameter is {others[0]}"
+    found: list[Any] = []
+    for name in form.weights:
+        adapted = _read_adapted(module, name, wrappers.get(name), form)
+        if type(adapted) is str:
+            return adapted
+        found.append(adapted)
+    if any(each.w.dtype is not found[0].w.dtype or each.w.shape[0] != found[0].w.shape[0] for each in found):
+        return "the weights of the experts differ in dtype or number"
+    return module, form, found
+
+
+def _read_adapted(module: Any, name: str, wrapper: Any, form: Form) -> Any:
+    """One parameter with its adapters as one, or why PEFT must run the layer."""
+    w = module._parameters.get(name)
+    if (reason := frozen_refusal(w)) is not None:
+        return f"{reason} ({name})"
+    if w.dim() != (2 if form.kind == LINEAR else 3):
+        return f"{name} has {w.dim()} dimensions"
+    bias = module._parameters.get("bias" if form.kind == LINEAR else f"{name}_bias")
+    if bias is not None and type(bias) not in PLAIN:
+        return f"the bias is {type_name(bias)}"
+    names = active_names(wrapper, wrapper.lora_A) if wrapper is not None else []
+    terms: list[Any] = []
+    for adapter in names:
+        factors = _factors(wrapper, adapter, w, form.transposed)
+        if type(factors) is str:
+            return factors
+        terms.append((*factors, wrapper.scaling[adapter]))
+    if not terms:
+        return Adapted(w, None, None, 1.0, bias)
+    if len(terms) == 1:
+        a, b, scale = terms[0]
+        return Adapted(w, a, b, scale, bias)
+    if any(a.dtype is not terms[0][0].dtype for a, *_ in terms):
+        return f"adapters of {terms[0][0].dtype} and other dtypes are active together"
+    # a 16-bit B times its scale would be rounded once more
+    wide = torch.promote_types(terms[0][0].dtype, torch.float32)
+    a = torch.cat([a.to(wide) for a, *_ in terms], -2)
+    return Adapted(w, a, torch.cat([b.to(wide) * scale for _, b, scale in terms], -1), 1.0, bias)
+
+
+def _factors(wrapper: Any, adapter: str, w: Tensor, transposed: bool) -> Any:
+    """A [experts, r, in] and B [experts, out, r] as views of PEFT's weights, without the first
+    dimension where W has none, or why PEFT must run the layer."""
+    lora_a, lora_b = wrapper.lora_A._modules[adapter], wrapper.lora_B._modules[adapter]
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        return f"lora_A and lora_B are {type_name(lora_a)} and {type_name(lora_b)}"
+    a: Any = lora_a._parameters.get("weight")
+    b: Any = lora_b._parameters.get("weight")
+    if (reason := factors_refusal(a, b)) is not None:
+        return reason
+    if a.is_meta or b.is_meta:
+        return ON_META
+    if wrapper.lora_variant.get(adapter) is not None or lora_b._parameters.get("bias") is not None:
+        return f"{type_name(wrapper.lora_variant.get(adapter))} or a bias on a parameter"
+    # PEFT 0.18 takes all as [in, out]
+    experts, swapped = wrapper.num_experts, getattr(wrapper, "_did_swap_in_out_features", False)
+    if w.dim() == 3:
+        # of one expert PEFT adds BA as it would lie in [out, in]
+        if w.shape[0] != experts or (experts == 1 and not swapped):
+            return f"the parameter has the shape {list(w.shape)}, and PEFT's layer is of {experts} experts"
+        a = a.reshape(experts, -1, a.shape[-1])
+        b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+    elif experts != 1:
+        return f"the parameter has the shape {list(w.shape)}, and PEFT's layer is of {experts} experts"
+    # what PEFT adds to W is BA, or where it knows the weights as [in, out] its transpose
+    if (w.dim() == 2 or swapped) is transposed:
+        a, b = b.transpose(-2, -1), a.transpose(-2, -1)
+    n_out, n_in = reversed(w.shape[-2:]) if transposed else w.shape[-2:]
+    if a.shape[-1] != n_in or b.shape[-2] != n_out:
+        return f"the parameter has the shape {list(w.shape)}, and A and B have {list(a.shape)} and {list(b.shape)}"
+    return a, b
+
+
+def run_parameters(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The output of a call, or why PEFT must run it."""
+    found = read_parameters(layer)
+    if type(found) is str:
+        return found
+    module, form, adapted = found
+    if kwargs or len(args) != (2 if form.kind == ROUTED else 0):
+        return ARGUMENTS
+    if (reason := call_refusal(x)) is not None:
+        return reason
+    w = adapted[0].w
+    if x.dtype is not w.dtype and not form.casts and (torch.float64 in (x.dtype, w.dtype) or not autocasts(x.device.type)):
+        return f"the input is {x.dtype}"
+    if form.kind == LINEAR:
+        return _run_linear(form, adapted[0], x)
+    if (reason := _kernels_refusal(w)) is not None:
+        return reason
+    if form.kind == ROUTED:
+        index, weights = args
+        if (reason := _routed_refusal(module, x, index, weights, w.shape[0])) is not None:
+            return reason
+        return run_routed(module, form, adapted, x, index, weights)
+    if x.dim() == 0 or x.numel() % (w.shape[0] * module.hidden_size):
+        return f"the input has the shape {list(x.shape)}"
+    return run_sorted(module, form, adapted, x)
+
+
+def _run_linear(form: Form, adapted: Any, x: Tensor) -> Tensor:
+    w, a, b, scale, bias = adapted
+    dtype = product_dtype(form, w, x)
+    with without_autocast(x):
+        return lora_linear(x.to(dtype), (w.t() if form.transposed else w).to(dtype), a, b, scale, bias)
+
+
+def _kernels_refusal(w: Tensor) -> str | None:
+    """Why no kernel of experts runs where their weights are; the reference is slower than PEFT."""
+    there = w.is_cpu or w.is_meta or w.device.type in EXPERTS_ON or forced_backend()
+    return None if there else f"there are no kernels of experts for {w.device.type}"
+
+
+def _routed_refusal(module: Any, x: Tensor, index: Any, weights: Any, experts: int) -> str | None:
+    if type(index) not in PLAIN or type(weights) not in PLAIN:
+        return f"the experts' indices and weights are {type_name(index)} and {type_name(weights)}"
+    if x.dim() != 2 or index.dim() != 2 or index.shape != weights.shape or index.shape[0] != x.shape[0]:
+        return f"the experts get {list(x.shape)}, {list(index.shape)} and {list(weights.shape)}"
+    if index.dtype not in _INDICES or not weights.is_floating_point():
+        return f"the experts' indices and weights are {index.dtype} and {weights.dtype}"
+    if index.is_cpu and not torch.compiler.is_compiling() and index.numel() and int(index.min()) < 0:
+        return "an expert's index is negative"
+    return None if module.num_experts == experts else f"the module has {module.num_experts} experts, its weights {experts}"
+
+
+class FusedParamWrapper(ParamWrapper):
+    """peft.tuners.lora.layer.ParamWrapper; a call that the kernels cover runs there, any other in
+    PEFT's own forward."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = run_parameters(self, x, args, kwargs)
+        if type(y) is not str:
+            return y
+        count_fallback(self, y)
+        return super().forward(x, *args, **kwargs)
+
+
+# PEFT looks for the layers of a parameter by the name of their class
+FusedParamWrapper.__name__ = ParamWrapper.__name__
+
+
+def survey_parameter(name: str, layer: Any, survey: Survey) -> None:
+    """Adds to the survey what the layer's next call would do if it were fused."""
+    found = read_parameters(layer)
+    if type(found) is str:
+        survey.left[name] = found
+        return
+    _, form, adapted = found
+    # the weight that this layer adapts
+    w, a, b, scale, bias = adapted[form.weights.index(layer.parameter_name)]
+    if form.kind == LINEAR:
+        if (reason := device_refusal(w)) is not None:
+            survey.left[name] = reason
+        else:
+            survey.add_layer(name, w.t() if form.transposed else w, bias, a, b, scale, 0.0, False)
+    elif (reason := device_refusal(w) or _kernels_refusal(w)) is not None:
+        survey.left[name] = reason
+    else:
+        survey.add_experts(name, w, bias, a, b, scale, form.transposed)

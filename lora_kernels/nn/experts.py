@@ -1,0 +1,135 @@
+"""The forward of a mixture of experts whose matrices have adapters:
+
+    y[t] = Σ_j weights[t, j] · down[e](act(up[e](x[t]))),  e = index[t, j]                       (1)
+
+up[e] and down[e] are `expert_lora_linear`, so no W + scale · BA is formed. The choices (t, j) are
+sorted by expert once. Their sums over j are taken in the wider of the dtypes of y and weights, in
+order, both of y and, backward, of dx.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_kernels.nn.forms import Form
+from lora_kernels.ops.expert_lora_linear import expert_lora_linear
+from lora_kernels.ops.lora_linear.op import autocasts, without_autocast
+
+
+class Adapted(NamedTuple):
+    """A parameter [experts, out, in], or as `Form.transposed` has it, and its adapter."""
+
+    w: Tensor
+    a: Tensor | None
+    """[experts, r, in]; None without an active adapter."""
+    b: Tensor | None
+    """[experts, out, r]"""
+    scale: float
+    bias: Tensor | None
+    """[experts, out]"""
+
+
+class Routing(NamedTuple):
+    """Which choices each expert has; S = tokens · k choices, sorted by expert."""
+
+    ends: Tensor
+    """[experts], the end of each expert's rows; those after the last are of no expert."""
+    choices: Tensor
+    """[S], the choice t · k + j of each row."""
+    tokens: Tensor
+    """[S], the token of each row."""
+    places: Tensor
+    """[tokens, k], the row of each choice."""
+
+
+def sort_choices(index: Tensor, experts: int) -> Routing:
+    """Sorts index [tokens, k] by expert; what is no expert's comes last, as the sentinels of expert
+    parallelism do."""
+    ids, choices = torch.sort(index.reshape(-1), stable=True)
+    ends = torch.searchsorted(ids, torch.arange(1, experts + 1, device=ids.device, dtype=ids.dtype))
+    places = torch.empty_like(choices)
+    places[choices] = torch.arange(choices.shape[0], device=ids.device)
+    tokens = torch.div(choices, max(index.shape[1], 1), rounding_mode="floor")
+    return Routing(ends, choices, tokens, places.view(index.shape))
+
+
+class _Gather(torch.autograd.Function):
+    """x [tokens, in] to the rows of its choices, [S, in]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return _bags(dy, places), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """The choices' rows y [S, out] to Σ_j weights[t, j] · y[places[t, j]], [tokens, out]."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weights: Tensor, choices: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weights, choices, tokens, places)
+        wide = torch.promote_types(y.dtype, weights.dtype)
+        return _bags(y.to(wide), places, weights.to(wide))
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        y, weights, choices, tokens, places = ctx.saved_tensors
+        rows = dout.to(y.dtype).index_select(0, tokens)  # [S, out]
+        dy = dweights = None
+        if ctx.needs_input_grad[1]:
+            of_rows = (rows * y).sum(-1, dtype=torch.promote_types(weights.dtype, torch.float32))
+            dweights = of_rows.index_select(0, places.reshape(-1)).view(places.shape).to(weights.dtype)
+        if ctx.needs_input_grad[0]:
+            dy = (rows * weights.reshape(-1).index_select(0, choices)[:, None]).to(y.dtype)
+        return dy, dweights, None, None, None
+
+
+def _bags(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Σ_j weights[t, j] · rows[places[t, j]], [tokens, features]."""
+    if rows.shape[0] == 0:
+        return rows.new_zeros(places.shape[0], rows.shape[1])
+    return F.embedding_bag(places, rows.contiguous(), mode="sum", per_sample_weights=weights)
+
+
+def run_routed(module: Any, form: Form, adapted: list[Adapted], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Formula (1) of a module of transformers: x [tokens, in], index and weights [tokens, k]."""
+    routing = sort_choices(index, adapted[0].w.shape[0])
+    rows = _Gather.apply(x.to(product_dtype(form, adapted[0].w, x)), routing.tokens, routing.places)
+    h = _product(form, adapted[0], rows, routing.ends)
+    # the loops of some models know a gate alone, and have no such attribute
+    h = module._apply_gate(h) if getattr(module, "has_gate", True) else module.act_fn(h)
+    y = _product(form, adapted[1], h, routing.ends)
+    if getattr(module, "has_post_expert_norm", False):
+        y = module.post_expert_norm(y)
+    return _Combine.apply(y, weights, routing.choices, routing.tokens, routing.places).to(x.dtype)
+
+
+def run_sorted(module: Any, form: Form, adapted: list[Adapted], x: Tensor) -> Tensor:
+    """Of Llama 4, which gives every expert all tokens, weighted before: x [experts · tokens,
+    in]."""
+    experts = adapted[0].w.shape[0]
+    rows = x.reshape(-1, module.hidden_size)
+    ends = torch.arange(1, experts + 1, device=x.device) * (rows.shape[0] // experts)
+    gate, up = _product(form, adapted[0], rows, ends).chunk(2, dim=-1)
+    return _product(form, adapted[1], up * module.act_fn(gate), ends).view(-1, module.hidden_size)
+
+
+def product_dtype(form: Form, w: Tensor, x: Tensor) -> torch.dtype:
+    """The dtype in which the module multiplies."""
+    if form.casts or x.dtype is torch.float64 or not autocasts(x.device.type):
+        return w.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def _product(form: Form, adapted: Adapted, x: Tensor, ends: Tensor) -> Tensor:
+    w, a, b, scale, bias = adapted
+    dtype = product_dtype(form, w, x)
+    with without_autocast(x):
+        return expert_lora_linear(x.to(dtype), ends, w.to(dtype), a, b, scale, bias, None, form.transposed)

@@ -1,0 +1,152 @@
+"""Modules whose forward is known, so that their parameters can be adapted without forming W + sBA.
+
+Experts of transformers say themselves how they compute: `use_experts_implementation` gives their
+forward to a function that reads a few attributes. Others are known by the source of their forward.
+"""
+
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class Form(NamedTuple):
+    """How a module computes with its parameters."""
+
+    weights: tuple[str, ...]
+    """Those that may be adapted, in the order of their use."""
+    transposed: bool
+    """Whether they end in [in, out], not [out, in]."""
+    kind: str
+    """LINEAR, ROUTED or SORTED."""
+    casts: bool = False
+    """Whether products are in the dtype of the weights, whatever autocast says."""
+
+
+LINEAR, ROUTED, SORTED = "linear", "routed", "sorted"
+_OF_LINEAR = Form(("weight",), False, LINEAR)
+_GATED = ("gate_up_proj", "down_proj")
+
+_MATMUL = """
+def forward(self, x):
+    return x @ self.weight + self.bias
+"""
+_SORTED = """
+def forward(self, hidden_states):
+    hidden_states = hidden_states.view(self.gate_up_proj.shape[0], -1, self.hidden_size)
+    gate_up = torch.bmm(hidden_states, self.gate_up_proj)
+    gate, up = gate_up.chunk(2, dim=-1)
+    next_states = torch.bmm((up * self.act_fn(gate)), self.down_proj)
+    next_states = next_states.view(-1, self.hidden_size)
+    return next_states
+"""
+_LOOP = """
+def forward(self, hidden_states, top_k_index, top_k_weights):
+    final = torch.zeros_like(hidden_states)
+    with torch.no_grad():
+        mask = F.one_hot(top_k_index, num_classes=self.num_experts + 1).permute(2, 1, 0)
+        hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
+    for expert_idx in hit:
+        expert_idx = expert_idx[0]
+        if expert_idx == self.num_experts:
+            continue
+        top_k_pos, token_idx = torch.where(mask[expert_idx])
+        current = self._apply_gate(F.linear(hidden_states[token_idx], self.gate_up_proj[expert_idx]))
+        current = F.linear(current, self.down_proj[expert_idx]) * top_k_weights[token_idx, top_k_pos, None]
+        final.index_add_(0, token_idx, current.to(final.dtype))
+    return final
+"""
+_SOURCES = (
+    (_MATMUL, Form(("weight",), True, LINEAR)),
+    (_SORTED, Form(_GATED, True, SORTED)),
+    (_LOOP, Form(_GATED, False, ROUTED)),
+)
+_NAMES = {"torch": torch, "F": functional}
+_forms: dict[type[nn.Module], Form | None] = {nn.Linear: _OF_LINEAR}
+_DECORATED = Form((), False, ROUTED)  # the attributes of the instance say the rest
+
+
+def form_of(module: Any) -> Form | str:
+    """How the module computes, or why that is not known."""
+    cls = type(module)
+    if "parametrizations" in module._modules:
+        # such a class is of one call alone
+        return "another parametrization is on the module"
+    if cls not in _forms:
+        _forms[cls] = _class_form(cls)
+    form = _forms[cls]
+    if form is None:
+        return f"the forward of {cls.__name__} is not known"
+    return _decorated_form(module) if form is _DECORATED else form
+
+
+def _class_form(cls: Any) -> Form | None:
+    forward = cls.forward
+    moe = _interface_module()
+    if moe is not None and getattr(forward, "__code__", None) is _wrapper_code(moe):
+        return _DECORATED if _interface(forward) is moe.ALL_EXPERTS_FUNCTIONS else None
+    return next((form for source, form in _SOURCES if _has_source(forward, source)), None)
+
+
+def _decorated_form(module: Any) -> Form | str:
+    """Of experts whose forward transformers' interface chooses."""
+    moe: Any = _interface_module()
+    name = module.config._experts_implementation or "eager"
+    wanted = {"grouped_mm": moe.grouped_mm_experts_forward, "batched_mm": moe.batched_mm_experts_forward}
+    if name == "eager":
+        if not type(module).__module__.startswith("transformers.models."):
+            return f"the eager forward of {type(module).__name__} is not known"
+    elif name not in wanted or moe.ALL_EXPERTS_FUNCTIONS[name] is not wanted[name]:
+        return f"the experts' implementation is {name}"
+    weights = _GATED if module.has_gate else ("up_proj", "down_proj")
+    return Form(weights, bool(module.is_transposed), ROUTED, name == "grouped_mm")
+
+
+def _interface_module() -> Any:
+    """Of transformers 5; None while nobody has imported it, for then there are no such classes."""
+    return sys.modules.get("transformers.integrations.moe")
+
+
+def _wrapper_code(moe: Any) -> Any:
+    """The code of the forward that transformers' decorator gives to a class of experts."""
+    decorated = moe.use_experts_implementation(type("_Probe", (nn.Module,), {}))
+    return decorated.forward.__code__
+
+
+def _interface(forward: Any) -> Any:
+    """The interface that chooses for a decorated class."""
+    names = forward.__code__.co_freevars
+    return forward.__closure__[names.index("experts_interface")].cell_contents if "experts_interface" in names else None
+
+
+def _has_source(forward: Any, source: str) -> bool:
+    """Whether a function does what the source says, up to annotations, defaults and docstrings."""
+    if not isinstance(forward, FunctionType) or forward.__code__.co_freevars:
+        return False
+    found = _parsed(forward)
+    used = {name: thing for name, thing in _NAMES.items() if name in forward.__code__.co_names}
+    return found == _bare(source) and all(forward.__globals__.get(name) is thing for name, thing in used.items())
+
+
+def _parsed(function: Callable[..., Any]) -> str | None:
+    try:
+        return _bare(inspect.getsource(function))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+def _bare(source: str) -> str:
+    """The arguments and the body of a function, as text."""
+    function: Any = ast.parse(textwrap.dedent(source)).body[0]
+    body = function.body
+    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        body = body[1:]
+    names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
+    return "\n".join([str(names), str(function.decorator_list), *map(ast.dump, body)])
