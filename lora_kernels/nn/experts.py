@@ -17,6 +17,8 @@ from lora_kernels.nn.forms import Form
 from lora_kernels.ops.expert_lora_linear import expert_lora_linear
 from lora_kernels.ops.lora_linear.op import autocasts, without_autocast
 
+_ELEMENTS_AT_ONCE = 1 << 18  # a megabyte in float32
+
 
 class Adapted(NamedTuple):
     """A parameter [experts, out, in], or as `Form.transposed` has it, and its adapter."""
@@ -76,19 +78,37 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, weights: Tensor, choices: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(y, weights, choices, tokens, places)
         wide = torch.promote_types(y.dtype, weights.dtype)
-        return _bags(y.to(wide), places, weights.to(wide))
+        if y.dtype is wide:
+            return _bags(y, places, weights.to(wide))
+        out = y.new_empty(places.shape[0], y.shape[1], dtype=wide)
+        for part in _parts(len(out), places.shape[1], y):
+            rows = y.index_select(0, places[part].reshape(-1)).to(wide)
+            out[part] = torch.bmm(weights[part, None].to(wide), rows.view(-1, places.shape[1], y.shape[1]))[:, 0]
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         y, weights, choices, tokens, places = ctx.saved_tensors
-        rows = dout.to(y.dtype).index_select(0, tokens)  # [S, out]
-        dy = dweights = None
-        if ctx.needs_input_grad[1]:
-            of_rows = (rows * y).sum(-1, dtype=torch.promote_types(weights.dtype, torch.float32))
-            dweights = of_rows.index_select(0, places.reshape(-1)).view(places.shape).to(weights.dtype)
-        if ctx.needs_input_grad[0]:
-            dy = (rows * weights.reshape(-1).index_select(0, choices)[:, None]).to(y.dtype)
-        return dy, dweights, None, None, None
+        of_rows = weights.reshape(-1).index_select(0, choices)[:, None]  # [S, 1]
+        dy = torch.empty_like(y) if ctx.needs_input_grad[0] else None
+        dweights = []
+        for part in _parts(len(y), 1, y):
+            rows = dout.index_select(0, tokens[part])
+            if dy is not None:
+                dy[part] = rows * of_rows[part]
+            if ctx.needs_input_grad[1]:
+                dweights.append((rows * y[part]).sum(-1))
+        found = torch.cat(dweights).index_select(0, places.reshape(-1)).view(places.shape) if dweights else None
+        return dy, None if found is None else found.to(weights.dtype), None, None, None
+
+
+def _parts(count: int, k: int, y: Tensor) -> list[slice]:
+    """Slices of `count` things of k rows each, so that what is formed of one stays in the
+    caches."""
+    at_once = max(_ELEMENTS_AT_ONCE // max(y.shape[1] * k, 1), 1)
+    if torch.compiler.is_compiling() or not y.is_cpu or count <= at_once:
+        return [slice(None)]
+    return [slice(first, first + at_once) for first in range(0, count, at_once)]
 
 
 def _bags(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -35,17 +35,15 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from lora_kernels import fuse, unfuse
 from lora_kernels.integrations.peft import FusedParamWrapper
-from lora_kernels.integrations.peft.parameters import EXPERTS_ON
 
 OUTER, NESTED = f"{PREFIX}experts", f"{PREFIX}experts.base_layer"
-BACKEND = "cpu" if "cpu" in EXPERTS_ON else "reference"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_experts_of_each_model(name, dtype):
     _, report = right(block(name, dtype=dtype), inputs(dtype))
-    backend = "reference" if dtype is torch.float64 else BACKEND
+    backend = "reference" if dtype is torch.float64 else "cpu"
     assert report.fused == {OUTER: backend, NESTED: backend}
 
 

@@ -178,7 +178,7 @@ def _run_linear(form: Form, adapted: Any, x: Tensor) -> Tensor:
 
 def _kernels_refusal(w: Tensor) -> str | None:
     """Why no kernel of experts runs where their weights are; the reference is slower than PEFT."""
-    there = w.is_cpu or w.is_meta or w.device.type in EXPERTS_ON or forced_backend()
+    there = w.is_meta or w.device.type in EXPERTS_ON or forced_backend()
     return None if there else f"there are no kernels of experts for {w.device.type}"
 
 
