@@ -70,7 +70,8 @@ _SOURCES = (
 )
 _NAMES = {"torch": torch, "F": functional}
 _forms: dict[type[nn.Module], Form | None] = {nn.Linear: _OF_LINEAR}
-_DECORATED = Form((), False, ROUTED)  # the attributes of the instance say the rest
+# the attributes of the instance say the rest; of the latter unless its own forward runs
+_DECORATED, _WITHOUT_EAGER = Form((), False, ROUTED), Form(("",), False, ROUTED)
 
 
 def form_of(module: Any) -> Form | str:
@@ -84,24 +85,30 @@ def form_of(module: Any) -> Form | str:
     form = _forms[cls]
     if form is None:
         return f"the forward of {cls.__name__} is not known"
-    return _decorated_form(module) if form is _DECORATED else form
+    return _decorated_form(module, form) if form in (_DECORATED, _WITHOUT_EAGER) else form
 
 
 def _class_form(cls: Any) -> Form | None:
     forward = cls.forward
     moe = _interface_module()
     if moe is not None and getattr(forward, "__code__", None) is _wrapper_code(moe):
-        return _DECORATED if _interface(forward) is moe.ALL_EXPERTS_FUNCTIONS else None
+        if _interface(forward) is not moe.ALL_EXPERTS_FUNCTIONS:
+            return None
+        # one model's computes in float32 whatever it gets
+        is_known = (
+            cls.__module__.startswith("transformers.models.") and "float" not in inspect.unwrap(forward).__code__.co_names
+        )
+        return _DECORATED if is_known else _WITHOUT_EAGER
     return next((form for source, form in _SOURCES if _has_source(forward, source)), None)
 
 
-def _decorated_form(module: Any) -> Form | str:
+def _decorated_form(module: Any, form: Form) -> Form | str:
     """Of experts whose forward transformers' interface chooses."""
     moe: Any = _interface_module()
     name = module.config._experts_implementation or "eager"
     wanted = {"grouped_mm": moe.grouped_mm_experts_forward, "batched_mm": moe.batched_mm_experts_forward}
     if name == "eager":
-        if not type(module).__module__.startswith("transformers.models."):
+        if form is _WITHOUT_EAGER:
             return f"the eager forward of {type(module).__name__} is not known"
     elif name not in wanted or moe.ALL_EXPERTS_FUNCTIONS[name] is not wanted[name]:
         return f"the experts' implementation is {name}"

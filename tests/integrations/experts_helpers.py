@@ -3,7 +3,6 @@ fused."""
 
 import copy
 import importlib
-from types import SimpleNamespace
 
 import peft
 import torch
@@ -15,6 +14,7 @@ from lora_kernels import fuse
 
 EXPERTS, TOP_K, HIDDEN, INNER = 6, 3, 24, 16
 PREFIX = "base_model.model."
+OUTER, NESTED = f"{PREFIX}experts", f"{PREFIX}experts.base_layer"
 CLASSES = {
     "MixtralExperts": "mixtral",
     "Qwen2MoeExperts": "qwen2_moe",
@@ -32,13 +32,22 @@ CLASSES = {
 GATED = ["experts.gate_up_proj", "experts.down_proj"]
 
 
-def config(implementation="eager", experts=EXPERTS, hidden=HIDDEN, inner=INNER):
-    """What the experts of every model ask their configuration."""
-    sizes = dict.fromkeys(("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts"), experts)
-    sizes |= {"hidden_size": hidden, "moe_hidden_size": hidden, "moe_latent_size": None}
-    sizes |= {"intermediate_size": inner, "moe_intermediate_size": inner}
-    rest = {"hidden_act": "silu", "mlp_hidden_act": "relu2", "swiglu_alpha": 1.7, "swiglu_limit": 1.0, "post_norm_eps": 1e-6}
-    return SimpleNamespace(**sizes, **rest, _experts_implementation=implementation)
+class Config:
+    """What the experts of any model ask their configuration."""
+
+    def __init__(self, implementation="eager", experts=EXPERTS):
+        self._experts_implementation, self.experts = implementation, experts
+
+    def __getattr__(self, name):
+        # before __init__ has run, as copies ask
+        if name.startswith("__") or name == "experts":
+            raise AttributeError(name)
+        kinds = {"latent": None, "intermediate": INNER, "hidden_size": HIDDEN, "expert": self.experts}
+        kinds |= {"mlp_hidden_act": "relu2", "act": "silu", "alpha": 1.7, "limit": 1.0, "softcap": 2.0, "eps": 1e-6}
+        found = [value for kind, value in kinds.items() if kind in name]
+        if not found:
+            raise AttributeError(name)
+        return found[0]
 
 
 def experts_class(name):
@@ -70,18 +79,22 @@ def choices(tokens=17):
 
 def block(name="MixtralExperts", implementation="eager", index=None, dtype=torch.float32, **values):
     """A PEFT model over a block, with a random adapter and a router that learns."""
+    return block_of(experts_class(name), Config(implementation), index, dtype, **values)
+
+
+def block_of(cls, config, index=None, dtype=torch.float32, **values):
     torch.manual_seed(0)
-    experts = experts_class(name)(config(implementation))
+    experts = cls(config)
     for p in experts.parameters():
         nn.init.normal_(p, std=0.3)
+    ups = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
     one = Block(experts, choices() if index is None else index).to(dtype)
-    return adapted(one, name, **values)
+    return adapted(one, **{"target_parameters": [f"experts.{ups}", GATED[1]]} | values)
 
 
-def adapted(one, name="MixtralExperts", **values):
-    ups = "experts.up_proj" if name == "NemotronHExperts" else GATED[0]
+def adapted(one, **values):
     adapter = values.pop("autocast_adapter_dtype", True)
-    values = {"r": 3, "lora_alpha": 5, "target_modules": [], "target_parameters": [ups, GATED[1]]} | values
+    values = {"r": 3, "lora_alpha": 5, "target_modules": [], "target_parameters": GATED} | values
     made = peft.get_peft_model(one, peft.LoraConfig(**values), autocast_adapter_dtype=adapter)
     randomise(made)
     for name, p in made.named_parameters():
@@ -120,5 +133,20 @@ def exact(stock, x):
     wide = copy.deepcopy(stock).double()
     for module in wide.modules():
         if isinstance(module, ParamWrapper) and hasattr(module.get_base_layer(), "config"):
-            module.get_base_layer().config = config("eager")
+            module.get_base_layer().config = Config()
     return gradients(wide, x.double())
+
+
+def routed(one, x):
+    """The choices of a block and their weights."""
+    inner = one.base_model.model
+    return inner.index, torch.softmax(inner.router(x), -1).gather(1, inner.index)
+
+
+def left_to_peft(stock, reason, x=None):
+    """The fused copy gives PEFT's numbers, and counts the reason."""
+    x = inputs() if x is None else x
+    fused, report = fused_of(stock)
+    torch.testing.assert_close(gradients(fused, x), gradients(stock, x))
+    assert report.fallbacks()[OUTER] == {reason: 1}, report.fallbacks()
+    return report

@@ -1,42 +1,48 @@
 """PEFT's `target_parameters` over the experts of transformers: outputs, gradients, steps and state
-are PEFT's, W + sBA is never formed, and what stays PEFT's is named."""
+are PEFT's, and W + sBA is never formed."""
 
 import copy
+import importlib
 import io
 import pickle
+import re
+from pathlib import Path
 
 import peft
 import pytest
 import torch
+import transformers
 from experts_helpers import (
     CLASSES,
     EXPERTS,
     GATED,
     HIDDEN,
     INNER,
-    PREFIX,
+    NESTED,
+    OUTER,
+    Config,
     adapted,
     block,
+    block_of,
     choices,
-    config,
     exact,
     experts_class,
     fused_of,
     inputs,
+    left_to_peft,
     right,
+    routed,
 )
-from fuse_helpers import errs_as_stock, gradients, randomise
+from fuse_helpers import VOCABULARY, errs_as_stock, gradients, randomise, step, tokens
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers.integrations import moe
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from lora_kernels import fuse, unfuse
 from lora_kernels.integrations.peft import FusedParamWrapper
-
-OUTER, NESTED = f"{PREFIX}experts", f"{PREFIX}experts.base_layer"
+from lora_kernels.nn import experts
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -45,6 +51,22 @@ def test_the_experts_of_each_model(name, dtype):
     _, report = right(block(name, dtype=dtype), inputs(dtype))
     backend = "reference" if dtype is torch.float64 else "cpu"
     assert report.fused == {OUTER: backend, NESTED: backend}
+
+
+@pytest.mark.slow
+def test_the_experts_of_all_models():
+    """Of every class that has transformers' interface its own loop gives what `forms` says."""
+    found = 0
+    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        for name in re.findall(r"^@use_experts_implementation.*\nclass (\w+)\(", file.read_text(), re.MULTILINE):
+            module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+            stock = block_of(getattr(module, name), Config(), dtype=torch.float64)
+            if name == "OpenAIPrivacyFilterExperts":
+                left_to_peft(stock, f"the eager forward of {name} is not known", inputs(torch.float64))
+            else:
+                right(stock, inputs(torch.float64))
+            found += 1
+    assert found > 60
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
@@ -129,6 +151,52 @@ def test_autocast(dtype, implementation):
         found, theirs = gradients(fused, x), gradients(stock, x)
     errs_as_stock(found, theirs, exact(stock, x), 3)
     assert not report.fallbacks()
+
+
+def test_grouped_products_are_in_the_dtype_of_the_weights():
+    """As transformers has it, whatever autocast says."""
+    fused, x = fused_of(block(implementation="grouped_mm"))[0], inputs()
+    layer, chosen = fused.base_model.model.experts, routed(fused, x)
+    wanted = layer(x, *chosen)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x, *chosen), wanted)
+        layer.get_base_layer().config = Config("eager")
+        assert not torch.equal(layer(x, *chosen), wanted)
+
+
+def test_sums_in_slices(monkeypatch):
+    monkeypatch.setattr(experts, "_ELEMENTS_AT_ONCE", 5 * HIDDEN)
+    for name, dtype in (("MixtralExperts", torch.bfloat16), ("GptOssExperts", torch.float64)):
+        right(block(name, dtype=dtype), inputs(dtype))
+
+
+def test_one_expert():
+    for name in ("MixtralExperts", "GptOssExperts"):
+        stock = block_of(experts_class(name), Config(experts=1), torch.zeros(17, 1, dtype=torch.int64), torch.float64)
+        if name == "MixtralExperts":
+            right(stock, inputs(torch.float64))
+        else:  # PEFT adds it as if W were [out, in], and raises
+            reason = next(iter(fuse(stock).left.values()))
+            assert "PEFT's layer is of 1 experts" in reason
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+def test_steps_of_a_model(kind):
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    sizes |= {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": VOCABULARY}
+    made = getattr(transformers, f"{kind}Config")(**sizes, experts_implementation="eager", pad_token_id=0)
+    torch.manual_seed(0)
+    base = getattr(transformers, f"{kind}ForCausalLM")(made).double()
+    # in float64, or another rounding might choose another expert
+    stock = adapted(base, target_modules=["q_proj", "v_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    stock.train()
+    fused, report = fused_of(stock)
+    torch.testing.assert_close(step(fused, tokens()), step(stock, tokens()))
+    for one in (stock, fused):
+        one.gradient_checkpointing_enable({"use_reentrant": False})
+        one.enable_input_require_grads()
+    torch.testing.assert_close(step(fused, tokens()), step(stock, tokens()))
+    assert len(report.fused) == 8 and not report.left and not report.fallbacks()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -223,11 +291,6 @@ def test_steps_saving_merging_and_copies():
     torch.testing.assert_close(merged(x), wanted, rtol=1e-4, atol=1e-4)
 
 
-def routed(one, x):
-    inner = one.base_model.model
-    return inner.index, torch.softmax(inner.router(x), -1).gather(1, inner.index)
-
-
 def test_the_class_keeps_its_name_and_goes_back():
     fused, _ = fused_of(block())
     layer = fused.base_model.model.experts
@@ -245,7 +308,7 @@ def test_the_class_keeps_its_name_and_goes_back():
 class Sorted(nn.Module):
     def __init__(self):
         super().__init__()
-        self.experts = Llama4TextExperts(config())
+        self.experts = Llama4TextExperts(Config())
 
     def forward(self, x):
         return self.experts(x.repeat(EXPERTS, 1))
@@ -258,110 +321,3 @@ def test_llama_4(dtype):
     for p in one.parameters():
         nn.init.normal_(p, std=0.3)
     right(adapted(one.to(dtype)), inputs(dtype))
-
-
-# one matrix
-
-
-class Product(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(HIDDEN, 10)), nn.Parameter(torch.randn(10))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("made", [lambda: nn.Linear(HIDDEN, 10), lambda: nn.Linear(HIDDEN, 10, bias=False), Product])
-def test_one_matrix(made, dtype):
-    torch.manual_seed(0)
-    stock = adapted(nn.ModuleDict({"layer": made()}).to(dtype), target_parameters=["layer.weight"])
-    layer = stock.base_model.model.layer
-    fused, report = right(layer, inputs(dtype))
-    assert report.fused == {"": "reference" if dtype is torch.float64 else "cpu"}
-    right(layer, inputs(dtype).view(1, 17, HIDDEN))
-
-
-# what is PEFT's
-
-
-def left_to_peft(stock, reason, x=None, times=1):
-    """The fused copy gives PEFT's numbers, and counts the reason."""
-    x = inputs() if x is None else x
-    fused, report = fused_of(stock)
-    torch.testing.assert_close(gradients(fused, x), gradients(stock, x))
-    assert report.fallbacks()[OUTER] == {reason: times}, report.fallbacks()
-    return report
-
-
-def test_hooks_are_pefts():
-    stock = block()
-    seen = []
-    stock.base_model.model.experts.get_base_layer().register_forward_hook(lambda *_: seen.append(1))
-    assert left_to_peft(stock, "a hook waits for the call of base_layer").left.keys() == {OUTER, NESTED}
-    assert len(seen) == 2
-    stock = block()
-    stock.base_model.model.experts.base_layer.register_forward_hook(lambda *_: seen.append(1))
-    assert left_to_peft(stock, "a hook waits for the call of base_layer").left.keys() == {OUTER}
-
-
-def test_weights_that_learn_are_pefts():
-    stock = block()
-    stock.base_model.model.experts.get_base_layer().down_proj.requires_grad_()
-    left_to_peft(stock, "the base weight requires grad (down_proj)")
-
-
-def test_other_implementations_are_pefts(monkeypatch):
-    def mine(self, x, index, weights):
-        return 2 * moe.grouped_mm_experts_forward(self, x, index, weights)
-
-    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS, "mine", mine)
-    left_to_peft(block(implementation="mine"), "the experts' implementation is mine")
-    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS, "grouped_mm", mine)
-    left_to_peft(block(implementation="grouped_mm"), "the experts' implementation is grouped_mm")
-
-
-def test_unknown_classes_are_pefts(monkeypatch):
-    mixtral = experts_class("MixtralExperts")
-
-    class Doubled(mixtral):
-        def forward(self, *args):
-            return 2 * super().forward(*args)
-
-    class Eager(mixtral):
-        """Whose forward transformers chooses; its own may not be what the attributes say."""
-
-    for cls, implementation, reason in (
-        (Doubled, "eager", "the forward of Doubled is not known"),
-        (Eager, "eager", "the eager forward of Eager is not known"),
-    ):
-        stock = block(implementation=implementation)
-        stock.base_model.model.experts.get_base_layer().__class__ = cls
-        left_to_peft(stock, reason)
-
-
-def test_parametrised_weights_are_pefts():
-    class Half(nn.Module):
-        def forward(self, w):
-            return w / 2
-
-    stock = block()
-    nn.utils.parametrize.register_parametrization(stock.base_model.model.experts.get_base_layer(), "down_proj", Half())
-    left_to_peft(stock, "another parametrization is on the module")
-
-
-def test_other_parameters_are_pefts():
-    stock = block("GptOssExperts", target_parameters=["experts.down_proj_bias", *GATED])
-    left_to_peft(stock, "the adapted parameter is down_proj_bias")
-
-
-def test_other_arguments_are_pefts():
-    stock = block()
-    fused, report = fused_of(stock)
-    x = inputs()
-    index, weights = routed(fused, x)
-    for one in (fused, stock):
-        one.found = one.base_model.model.experts(x, top_k_index=index, top_k_weights=weights)
-    torch.testing.assert_close(fused.found, stock.found)
-    assert report.fallbacks()[OUTER] == {"the call has arguments besides the input": 1}
