@@ -97,3 +97,37 @@ def quietly(function, *arguments, **keywords):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return function(*arguments, **keywords)
+
+
+def edits(base):
+    """What an optimizer of the base, a loader or a user may do to a base, by name."""
+    weight, state = base.weight, getattr(base.weight, "quant_state", None)
+    yield "codes", lambda: weight.copy_(weight.flip(0))
+    if state is None:
+        owner = weight if base.state.SCB is None else base.state
+        yield "SCB", lambda: owner.SCB.mul_(2)
+        yield "another SCB", lambda: setattr(owner, "SCB", _another(owner.SCB))
+        return
+    yield "codes by data", lambda: setattr(weight, "data", weight.data.flip(0))
+    yield "absmax", lambda: state.absmax.copy_(state.absmax.flip(0))
+    yield "another absmax", lambda: setattr(state, "absmax", _another(state.absmax))
+    if state.nested:
+        yield "nested absmax", lambda: state.state2.absmax.mul_(2)
+        yield "another nested absmax", lambda: setattr(state.state2, "absmax", _another(state.state2.absmax))
+        yield "offset", lambda: state.offset.add_(0.5)
+    yield "another state", lambda: setattr(weight, "quant_state", _doubled(state))
+
+
+def _another(tensor):
+    """Other numbers of the same version."""
+    other = tensor.flip(0) * 2
+    while other._version < tensor._version:
+        other.add_(0)
+    return other
+
+
+def _doubled(state):
+    state = copy.deepcopy(state)
+    scales = state.state2 if state.nested else state
+    scales.absmax = _another(scales.absmax)
+    return state

@@ -17,7 +17,7 @@ from lora_kernels.nn.quantised import quantised_weight
 from tests.integrations.fuse_helpers import errs_as_stock, fused_copy, gradients, randomise, worst_error
 
 bnb = pytest.importorskip("bitsandbytes")
-from tests.integrations.bitsandbytes_helpers import KINDS, exact, inputs, model, numbers, quantised_linear, quietly  # noqa: E402
+from tests.integrations.bitsandbytes_helpers import KINDS, edits, exact, inputs, model, numbers, quantised_linear, quietly  # noqa: E402
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 A = "base_model.model.a"
@@ -194,51 +194,17 @@ def test_disabled(kind):
     assert linear.fallbacks(layer_a(fused)) == {}
 
 
-def _edits(base):
-    """What an optimizer of the base, a loader or a user may do to a base, by name."""
-    weight, state = base.weight, getattr(base.weight, "quant_state", None)
-    yield "codes", lambda: weight.copy_(weight.flip(0))
-    if state is None:
-        owner = weight if base.state.SCB is None else base.state
-        yield "SCB", lambda: owner.SCB.mul_(2)
-        yield "another SCB", lambda: setattr(owner, "SCB", _another(owner.SCB))
-        return
-    yield "codes by data", lambda: setattr(weight, "data", weight.data.flip(0))
-    yield "absmax", lambda: state.absmax.copy_(state.absmax.flip(0))
-    yield "another absmax", lambda: setattr(state, "absmax", _another(state.absmax))
-    if state.nested:
-        yield "nested absmax", lambda: state.state2.absmax.mul_(2)
-        yield "another nested absmax", lambda: setattr(state.state2, "absmax", _another(state.state2.absmax))
-        yield "offset", lambda: state.offset.add_(0.5)
-    yield "another state", lambda: setattr(weight, "quant_state", _doubled(state))
-
-
-def _another(tensor):
-    """Other numbers of the same version."""
-    other = tensor.flip(0) * 2
-    while other._version < tensor._version:
-        other.add_(0)
-    return other
-
-
-def _doubled(state):
-    state = copy.deepcopy(state)
-    scales = state.state2 if state.nested else state
-    scales.absmax = _another(scales.absmax)
-    return state
-
-
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind,nested", [("nf4", False), ("nf4", True), ("int8", False)])
 @torch.no_grad()
 def test_edits_of_the_base_are_seen(kind, nested, dora):
     x = inputs()
-    edits = [name for name, _ in _edits(layer_a(model(kind, nested=nested)).base_layer)]
-    for name in edits:
+    names = [name for name, _ in edits(layer_a(model(kind, nested=nested)).base_layer)]
+    for name in names:
         fused = fused_copy(model(kind, nested=nested, use_dora=dora))
         before = fused(x)
         assert torch.equal(fused(x), before)
-        dict(_edits(layer_a(fused).base_layer))[name]()
+        dict(edits(layer_a(fused).base_layer))[name]()
         after = fused(x)
         assert worst_error({"y": after.double()}, {"y": exact(fused)(x.double())}) < 1e-5, name
         assert not torch.equal(after, before), name

@@ -33,7 +33,8 @@ _any_autocast = torch._C._is_any_autocast_enabled
 class _Call(local):
     """Of a thread: the dtype in which W is wanted by the call under way, None outside of one."""
 
-    dtype: torch.dtype | None = None
+    def __init__(self) -> None:
+        self.dtype: torch.dtype | None = None
 
 
 _call = _Call()
@@ -43,8 +44,9 @@ def _read(layer: Any, base: Any) -> QuantisedWeight | str:
     """The layer's W for the call under way, or why PEFT must run it."""
     if "weight" not in base._parameters and are_attributes(base):
         return VIEWS
-    kept, dtype = kept_weights.get(layer), _call.dtype or _usual_dtype(base)
-    # none: the survey, before any call
+    dtype = _call.dtype or _usual_dtype(base)
+    # none: the survey, before any call; a graph makes it of the parts as each call finds them
+    kept = None if _compiling() else kept_weights.get(layer)
     w = quantised_weight(base, dtype) if kept is None else kept(base, dtype)
     if isinstance(w, QuantisedWeight) and w.device.type not in _DEVICES:
         return f"there are no kernels for quantised weights on {w.device.type}"
@@ -70,9 +72,7 @@ def _computes_in(base: Any, x: Tensor) -> torch.dtype:
 def _forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """What the kernels give for a call, or None where PEFT's own forward must run; the reason is
     counted."""
-    if _compiling():
-        return None
-    if type(x) not in PLAIN:
+    if not _compiling() and type(x) not in PLAIN:
         count_fallback(layer, f"the input is {type(x).__name__}")
         return None
     base = layer._modules["base_layer"]
@@ -86,16 +86,19 @@ def _forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
             count_fallback(layer, UNCAST)
             return None
         cast = x.to(dtype)
-    kept = kept_weights.get(layer)
-    if kept is None:
-        kept = kept_weights[layer] = KeptWeight()
+    kept = None
+    if not _compiling():
+        kept = kept_weights.get(layer)
+        if kept is None:
+            kept = kept_weights[layer] = KeptWeight()
     outer, _call.dtype = _call.dtype, dtype
     try:
         y = run_fused(layer, cast, args, kwargs)
     finally:
         _call.dtype = outer
     if y is None:
-        kept.clear()
+        if kept is not None:
+            kept.clear()
         return None
     return y if y.dtype is wanted else y.to(wanted)
 
