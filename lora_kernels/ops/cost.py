@@ -19,6 +19,8 @@ Backward, with P = s·(dy ⊙ gain) B:
     addmm           B1, which writes dy ⊙ gain, too; B3; drop(P A) is written, and the library's
                     GEMM adds (dy ⊙ gain) W. With a dropped base: (dy ⊙ (gain - 1)) W; a pass that
                     adds P A and drops; the GEMM adds dy W. Then the parts' sums
+    codes           of a quantised W "fused", B2 from its codes; in the others a launch before it
+                    makes W of them
 
 A launch takes the longest of: its bytes at the memory's rate, those that the launch before left in
 L2 at L2's rate, its operations at the chip's rate in whole waves of tiles, and the stream of one
@@ -41,6 +43,7 @@ FORWARD, BACKWARD = ("two launches", "one pass", LIBRARY), ("fused", LIBRARY)
 OFFERED = {CUDA: ("cuda",), SPECIALISED: ("cuda",), LIBRARY: ("triton", "cuda")}
 UNTRIED = (SPECIALISED,)  # taken where they were measured, never by a prediction
 MEMORY_BOUND_ROWS = 64  # rows, up to which bytes decide, and the fused kernels move the fewest
+ONE_PASS_RANKS = 64  # up to which h fits beside the sums
 NAMES = {"forward": (*FORWARD, CUDA, SPECIALISED), "backward": (*BACKWARD, SPECIALISED)}
 # integer operations for a word of Philox 4x32-10: ten rounds of two wide products and six others
 # make four words
@@ -121,18 +124,17 @@ def _of_codes(p: Problem, made: dict[str, list[Step]]) -> dict[str, list[Step]]:
     found = {}
     for name, steps in made.items():
         if name == CUDA and len(steps) == 1:  # it reads them
-            found[name] = [replace(steps[0], reads={**_without_w(steps[0]), "codes": p.codes})]
+            found[name] = [_reads_codes(steps[0], p.codes)]
             continue
         first = next(i for i, step in enumerate(steps) if "w" in step.reads)
         found[name] = [*steps[:first], slab, *steps[first:]]
-    if p.direction == "forward":
-        (single,) = made["one pass"]
-        found[CODES] = [replace(single, reads={**_without_w(single), "codes": p.codes})]
+    fused = made["one pass" if p.direction == "forward" else "fused"]
+    found[CODES] = [_reads_codes(step, p.codes) if "w" in step.reads else step for step in fused]
     return found
 
 
-def _without_w(step: Step) -> dict[str, int]:
-    return {name: size for name, size in step.reads.items() if name != "w"}
+def _reads_codes(step: Step, size: int) -> Step:
+    return replace(step, reads={name: each for name, each in step.reads.items() if name != "w"} | {"codes": size})
 
 
 def _forward(p: Problem, arch: int) -> dict[str, list[Step]]:
@@ -340,8 +342,8 @@ def refusal(name: str, p: Problem, arch: int, deterministic: bool = False) -> st
     if name == "one pass":
         if p.drop_base:
             return "the base is dropped, too, which takes two sums of their own"
-        if max(p.r, default=0) > 64:
-            return f"r is {max(p.r)}: above 64, h does not fit beside the sums"
+        if max(p.r, default=0) > ONE_PASS_RANKS:
+            return f"r is {max(p.r)}: above {ONE_PASS_RANKS}, h does not fit beside the sums"
         if p.m > 256 and arch < 100:
             return f"m is {p.m}: above 256, before sm_100, h in every column tile costs more than a launch"
     elif name == CODES:
@@ -349,8 +351,8 @@ def refusal(name: str, p: Problem, arch: int, deterministic: bool = False) -> st
             return f"m is {p.m}: above {MEMORY_BOUND_ROWS}, codes become numbers once and not in each row of tiles"
         if p.drop_base:
             return "the base is dropped, too, which takes two sums of their own"
-        if max(p.r, default=0) > 64:
-            return f"r is {max(p.r)}: above 64, h does not fit beside the sums"
+        if p.direction == "forward" and max(p.r, default=0) > ONE_PASS_RANKS:
+            return f"r is {max(p.r)}: above {ONE_PASS_RANKS}, h does not fit beside the sums"
     elif name == CUDA:
         if not p.is_half:
             return f"{str(p.dtype)[6:]}: it takes 16 bits"

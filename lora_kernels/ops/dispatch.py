@@ -100,7 +100,7 @@ def _cached_plan(
         for name, steps in cost.candidate_launches(asked, arch).items()
         if any(backend in backends for backend in cost.OFFERED.get(name, ("triton",)))
     )  # fmt: skip
-    if force in (*cost.NAMES[problem.direction], *[cost.CODES] * (problem.direction == "forward")):
+    if force in (*cost.NAMES[problem.direction], cost.CODES):
         # for the rows that there are, in the deterministic mode, too
         reason = cost.refusal(force, problem, arch, deterministic) or also.get(force)
         if force not in [candidate.name for candidate in candidates]:

@@ -27,6 +27,7 @@ Refuse = Callable[[Launch], str | None]
 KERNELS = {
     "two launches": ("forward", "shrink"), "one pass": ("forward",), "fused": ("input_gradient", "both_sides", "outer"),
     "addmm": ("shrink", "expand", "both_sides", "outer"),
+    "codes": ("quantised_forward", "quantised_input_gradient", "shrink", "both_sides", "outer"),
 }  # fmt: skip
 LIMITS = {"rows": (16, 256), "columns": (16, 512), "depth": (16, 256), "warps": (1, 16), "stages": (1, 6)}
 MARGIN = 0.97  # of the table's time: below is faster, and no noise

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lora_kernels.ops import cost, dispatch, launch, tables, tile_tuning
 from lora_kernels.ops.cost import Problem
+from lora_kernels.ops.quantised import QuantisedWeight
 from lora_kernels.ops.registry import explain, refusals, use_backend
 from lora_kernels.ops.tables.tiles import MeasuredTile, as_row
 
@@ -175,9 +176,26 @@ def operands(p: Problem, device: torch.device | str) -> tuple[str, tuple[Any, ..
     op = f"lora_linear{'' if single else '_group'}_{p.direction}"
     if single:
         given, dy, h, y, z = [each[0] for each in given], dy[0], h[0], y[0], z[0]
+    quantised: tuple[Any, ...] = ()
+    if p.codes:
+        given[0], *rest = _quantised(p, device).fields()
+        quantised = (None, *rest)
     if p.direction == "forward":
-        return op, (x, *given, p.drop_base, True, p.drop_base)
-    return op, (*((dy, x) if single else (x, dy)), *given, p.drop_base, h, y, z, [True, *wanted * len(w)])
+        return op, (x, *given, p.drop_base, True, p.drop_base, *quantised)
+    return op, (*((dy, x) if single else (x, dy)), *given, p.drop_base, h, y, z, [True, *wanted * len(w)], *quantised)
+
+
+def _quantised(p: Problem, device: torch.device | str) -> QuantisedWeight:
+    """4 bits in blocks of 64, or 8 bits with a scale for each row: what is nearer to the bytes of a
+    problem's W."""
+    numbers = p.n[0] * p.k
+    nibbles = p.codes < 0.75 * numbers
+    block = 64 if nibbles else max(1, p.k)
+    codes = torch.randint(256, (-(-numbers // 2) if nibbles else numbers,), device=device).to(torch.uint8)
+    scales = torch.rand(-(-numbers // block), device=device)
+    table = torch.linspace(-1, 1, 16, device=device) if nibbles else None
+    shape = torch.Size((p.n[0], p.k))
+    return QuantisedWeight(codes if nibbles else codes.view(torch.int8), shape, scales, block, p.dtype, table)
 
 
 def median_event_seconds(calls: Calls) -> Times:

@@ -8,7 +8,7 @@ import torch
 from lora_kernels import QuantisedWeight, lora_linear, weight_norm
 from lora_kernels.ops.dispatch import forced_candidate
 from lora_kernels.testing.gates import Budget, Change
-from tests.gates.calls import BF16, F32, WIDE, on_chips
+from tests.gates.calls import BF16, F16, F32, WIDE, on_chips
 
 
 def weight(kind: str, dtype: torch.dtype = BF16) -> QuantisedWeight:
@@ -30,6 +30,23 @@ def few(kind: str, m: int, r: int = 16, dtype: torch.dtype = BF16, dropout: floa
         seed = torch.tensor(2**40) if dropout else None
         with forced_candidate("codes"):
             lora_linear(x, weight(kind, dtype), a, b, 0.5, None, None, dropout, seed=seed)
+
+    return call
+
+
+def back(
+    kind: str, m: int, r: int = 16, dtype: torch.dtype = BF16, gain: bool = False, dropout: float = 0.0, dx: bool = True
+) -> Callable[[], None]:
+    """A step; of its launches the last is that over the codes."""
+
+    def call() -> None:
+        x, a, b = leaves = [torch.empty(s, dtype=dtype).requires_grad_() for s in ((m, WIDE), (r, WIDE), (WIDE, r))]
+        x.requires_grad_(dx)
+        given = torch.ones(WIDE).requires_grad_() if gain else None
+        seed = torch.tensor(2**40) if dropout else None
+        with forced_candidate("codes"):
+            y = lora_linear(x, weight(kind, dtype), a, b, 0.5, None, given, dropout, "lora_only", seed)
+            torch.autograd.grad(y, [t for t in (*leaves, given) if t is not None and t.requires_grad], torch.empty_like(y))
 
     return call
 
@@ -93,5 +110,24 @@ GATES = [
         "norm of codes, nf4, r=16", "quantised_norm_kernel", norm("nf4", 16),
         Budget(59.5, "HMMA", units=4, wide=2, blocks=7), {
             "gfx942": Change(per=60, matrix="v_mfma", wide=0, blocks=3),
+        }),
+    *(on_chips(f"dx of codes, {name}", "quantised_input_gradient_kernel", call, budget, {"gfx942": change})
+      for name, call, budget, change in (
+          ("nf4, r=16, 16 tokens", back("nf4", 16), Budget(38.5, "HMMA", units=8, wide=51, blocks=4),
+           Change(per=80, matrix="v_mfma", units=4, wide=23, blocks=3)),
+          ("int8, r=16, 16 tokens", back("int8", 16), Budget(38.5, "HMMA", units=8, wide=56, blocks=3),
+           Change(per=82.5, matrix="v_mfma", units=4, wide=28)),
+          ("nf4, r=64, gain, dropout, 64 tokens", back("nf4", 64, 64, gain=True, dropout=0.1),
+           Budget(14.1, "HMMA", units=32, wide=46, blocks=2), Change(per=62, matrix="v_mfma", units=8, wide=35)),
+          ("nf4, fp16, r=16, gain, 64 tokens", back("nf4", 64, dtype=F16, gain=True),
+           Budget(18, "HMMA", units=48, wide=56, blocks=2), Change(per=52.5, matrix="v_mfma", units=12, wide=26)),
+          ("nf4, fp32, r=16, 16 tokens", back("nf4", 16, dtype=F32), Budget(59, units=5, wide=6, blocks=4),
+           Change(per=8.6, matrix="v_mfma", units=16, wide=0, blocks=2)),
+      )),
+    on_chips(
+        "rest of codes, nf4, r=16, gain", "quantised_rest_of_gradients_kernel", back("nf4", 16, gain=True, dx=False),
+        Budget(34, units=5, wide=9, blocks=6), {
+            "sm_80": Change(per=184, units=1),
+            "gfx942": Change(per=19.7, wide=4, blocks=8),
         }),
 ]  # fmt: skip

@@ -4,6 +4,9 @@ tried."""
 import math
 from contextlib import contextmanager
 
+import hypothesis
+import hypothesis.strategies as st
+import pytest
 import torch
 
 from lora_kernels import use_backend
@@ -48,3 +51,28 @@ def deterministic(on):
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def sweep(few, many):
+    """The same examples on every run: a few, and many for `make test-slow`."""
+
+    def decorated(check):
+        def settings(count):
+            return hypothesis.settings(
+                max_examples=count, derandomize=True, database=None, deadline=None,
+                # a failure is minutes of shrinking away from its report
+                phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck),
+            )  # fmt: skip
+
+        def quick(data):
+            check(data.draw)
+
+        def wide(data):
+            check(data.draw)
+
+        return (
+            settings(few)(hypothesis.given(data=st.data())(quick)),
+            pytest.mark.slow(settings(many)(hypothesis.given(data=st.data())(wide))),
+        )
+
+    return decorated

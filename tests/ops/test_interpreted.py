@@ -5,7 +5,6 @@ no overflow: the interpreter raises. The slow part is the same sweep with many m
 from contextlib import nullcontext
 from dataclasses import replace
 
-import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -28,7 +27,7 @@ if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)
 
 from lora_kernels.ops.dispatch import forced_candidate
-from tests.ops.interpreted import deterministic, interpreted
+from tests.ops.interpreted import deterministic, interpreted, sweep
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 RANKS = [1, 3, 16, 17, 64, 65, 130, 512]
@@ -38,31 +37,6 @@ tokens = st.one_of(st.integers(0, 70), st.sampled_from([1, 16, 64, 65]))
 sizes = st.integers(1, 200)
 # a rank costs as many steps as a column, so that the large ones are rarer than the small
 ranks = st.one_of(st.integers(1, 20), st.sampled_from(RANKS[:6]), st.sampled_from(RANKS))
-
-
-def sweep(few, many):
-    """The same examples on every run: a few, and many for `make test-slow`."""
-
-    def decorated(check):
-        def settings(count):
-            return hypothesis.settings(
-                max_examples=count, derandomize=True, database=None, deadline=None,
-                # a failure is minutes of shrinking away from its report
-                phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck),
-            )  # fmt: skip
-
-        def quick(data):
-            check(data.draw)
-
-        def wide(data):
-            check(data.draw)
-
-        return (
-            settings(few)(hypothesis.given(data=st.data())(quick)),
-            pytest.mark.slow(settings(many)(hypothesis.given(data=st.data())(wide))),
-        )
-
-    return decorated
 
 
 def flags(draw):

@@ -23,6 +23,7 @@ from lora_kernels.ops.dispatch import forced_candidate
 from lora_kernels.ops.dropout import _philox_words, threshold
 from lora_kernels.ops.launch import launch_triton
 from lora_kernels.ops.lora_linear import triton as backend
+from lora_kernels.ops.lora_linear import triton_fields
 from lora_kernels.ops.tables.tiles import Tile
 
 FLAGS = {
@@ -271,7 +272,7 @@ def test_a_seed_on_the_device(monkeypatch):
     """Read by the kernel instead of passed by value: the same mask."""
     p = make_problem(9, 40, 24, 4, F32, dropout=0.4)
     by_value = run(p)
-    for module in (triton_skinny, backend):
+    for module in (triton_skinny, triton_fields):
         monkeypatch.setattr(module, "dropout_fields", lambda dropout, seed: (
             None if seed is None else triton_dropout.Dropout(seed, 0, threshold(dropout), 1 / (1 - dropout))
         ))  # fmt: skip
@@ -314,7 +315,7 @@ def test_tf32_if_torch_allows_it(monkeypatch):
     p = make_problem(20, 64, 32, 4, F32)
     exact = lora_linear(*p.arguments())
     norm = weight_norm(p.w, p.a, p.b, 0.5)
-    for module in (triton_skinny, backend):
+    for module in (triton_skinny, triton_fields):
         monkeypatch.setattr(module, "precision", lambda t: "tf32")
     error = (lora_linear(*p.arguments()) - exact).abs().max() / exact.abs().max()
     assert 1e-5 < error < 2e-3

@@ -40,7 +40,10 @@ def planted(winner):
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("problem", [PLAIN._replace(m=20), DROPPED, GROUP, DROPPED._replace(n=(24, 8), r=(4, 2))], ids=str)
+@pytest.mark.parametrize("problem", [
+    PLAIN._replace(m=20), DROPPED, GROUP, DROPPED._replace(n=(24, 8), r=(4, 2)), PLAIN._replace(m=20, codes=400),
+    PLAIN._replace(m=20, codes=800, gain=True),
+], ids=str)  # fmt: skip
 def test_each_candidate_runs_by_its_name_and_gives_the_same(problem, direction):
     problem = problem._replace(direction=direction)
     with interpreted(80):

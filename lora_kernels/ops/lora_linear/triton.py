@@ -8,8 +8,8 @@ library's GEMM with triton_expand.py beside it (library.py), until a GPU has sho
 faster. In bfloat16 dy ⊙ gain is rounded before its product with W, which makes the error of dx 1.4
 times that of rounding it alone.
 
-Of a quantised W few tokens read the codes (triton_quantised.py); for many, and in backward, W is
-made of them first, in the dtype of x, and freed after its product.
+Of a quantised W few tokens read the codes, forward (triton_quantised.py) and backward
+(triton_quantised_backward.py), as triton_codes.py launches them; for many W is made first.
 """
 
 import torch
@@ -33,26 +33,26 @@ from lora_kernels.ops.lora_linear import library
 from lora_kernels.ops.lora_linear.call import Needs
 from lora_kernels.ops.lora_linear.layer import Layer, layers_of
 from lora_kernels.ops.lora_linear.loop import refuse_codes_or_each
-from lora_kernels.ops.lora_linear.triton_backward import (
-    BackwardInput,
-    BackwardLayer,
-    input_gradient_kernel,
-    rest_of_gradients_kernel,
-)
+from lora_kernels.ops.lora_linear.triton_backward import input_gradient_kernel, rest_of_gradients_kernel
+from lora_kernels.ops.lora_linear.triton_codes import forward_of_codes, launch_last_of_codes, make_weights
 from lora_kernels.ops.lora_linear.triton_expand import expand
-from lora_kernels.ops.lora_linear.triton_forward import ForwardInput, ForwardLayer, forward_kernel
-from lora_kernels.ops.lora_linear.triton_quantised import quantised_forward_kernel
+from lora_kernels.ops.lora_linear.triton_fields import (
+    backward_input,
+    backward_layer,
+    field_of_each,
+    forward_layer,
+    rest_blocks,
+    tall,
+)
+from lora_kernels.ops.lora_linear.triton_forward import ForwardInput, forward_kernel
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements, note_plan
 from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import rank_stages, sound_schedule
-from lora_kernels.ops.triton_dropout import dropout_fields
 from lora_kernels.ops.triton_partials import Sums, sum_partials_of_each
-from lora_kernels.ops.triton_quantised import Quantised, dequantise_rows
-from lora_kernels.ops.triton_skinny import Side, both_sides, outer_product, precision, shrink, strides
+from lora_kernels.ops.triton_quantised import Quantised
+from lora_kernels.ops.triton_skinny import Side, both_sides, outer_product, precision, shrink
 from lora_kernels.ops.triton_tma import loads_by_tma, tensor_map, tensor_maps
-
-WARPS = 1024  # that programs which share a tile's depth come to, of all tiles
 
 
 def refusal(call):
@@ -102,13 +102,6 @@ def group_backward(call):
     return (dx, *map(list, zip(*grads, strict=True)))
 
 
-def tall(m):
-    """The rows by which a GEMM's tile is chosen. A row's bits do not depend on m where one matrix
-    instruction serves all m; sm_90 has another one for less than 64 rows, which is why the
-    deterministic mode asks for no fewer."""
-    return max(m, 64) if torch.are_deterministic_algorithms_enabled() else m
-
-
 def sound_tile(x, factors, m, t, two_sums, **how):
     """Rows, warps, stages and registers of a tile as far as they are sound for products of x's
     dtype with these factors; `how` as in `sound_schedule`. Few rows go half at once, by mma.sync,
@@ -125,7 +118,7 @@ def planned(direction, x, layers):
     there are."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     p = choose_plan(Problem(
-        direction, *x.shape, _field_of_each(layers, "n"), _field_of_each(layers, "r"), x.dtype,
+        direction, *x.shape, field_of_each(layers, "n"), field_of_each(layers, "r"), x.dtype,
         any(layer.gain is not None for layer in layers), any(layer.drop_base for layer in layers),
         any(layer.drop[1] is not None for layer in layers), precision(x) == "tf32",
         sum(Quantised(*layer.fields).nbytes for layer in layers if layer.fields),
@@ -139,7 +132,7 @@ def _forward(x, layers, keep):
     around the library's GEMM."""
     form, deterministic = planned("forward", x, layers)
     if form == cost.CODES:
-        return _forward_of_codes(x, *layers, keep, deterministic)
+        return forward_of_codes(x, *layers, keep, deterministic)
     make_weights(layers)
     if form == cost.LIBRARY:
         return _forward_by_library(x, layers, keep)
@@ -148,13 +141,13 @@ def _forward(x, layers, keep):
     none = (None,) * len(layers)
     ys = tuple(x.new_empty(m, layer.n) for layer in layers)
     zs = tuple(torch.empty_like(y) if layer.keep_z else None for y, layer in zip(ys, layers, strict=True))
-    given = (_field_of_each(layers, name) for name in ("a", "scale", "drop"))
+    given = (field_of_each(layers, name) for name in ("a", "scale", "drop"))
     hs = none if one_pass else shrink(x, *given, early=True, fixed=deterministic)
     in_one_part = not one_pass and len(hs[0]) == 1
     wholes = tuple(x.new_empty(m, layer.r, dtype=torch.float32) if keep and not in_one_part else None for layer in layers)
     two_sums = any(layer.drop_base for layer in layers)
     drops = [layer.drop if one_pass or layer.drop_base else (0.0, None) for layer in layers]
-    ws, ns = _field_of_each(layers, "w"), _field_of_each(layers, "n")
+    ws, ns = field_of_each(layers, "w"), field_of_each(layers, "n")
     mapped = form == "two launches" and not two_sums and loads_by_tma([x], ws)
     t = tile(
         "forward", x, dtype=x.dtype, m=tall(m), k=k, n=sum(ns), layers=len(ws), two_sums=two_sums, one_pass=one_pass,
@@ -162,10 +155,10 @@ def _forward(x, layers, keep):
     )  # fmt: skip
     by_maps, bn, bk = mapped and t.maps, t.columns, t.depth
     drawing = any(seed is not None for _, seed in drops)
-    factors = _field_of_each(layers, "a") if one_pass else ws
+    factors = field_of_each(layers, "a") if one_pass else ws
     bm, warps, stages, registers = sound_tile(x, factors, m, t, two_sums, changed=drawing, mapped=by_maps)
     count = ceil_div(m, bm) * sum(ceil_div(layer.n, bn) for layer in layers)
-    br = power_of_two(max(_field_of_each(layers, "r")), most=t.ranks)
+    br = power_of_two(max(field_of_each(layers, "r")), most=t.ranks)
     splits = 1 if deterministic or two_sums or m > 64 else cost.split_k_count(count, k)
     scratch = x.new_empty(count * splits * bm * (bn + br), dtype=torch.float32) if splits > 1 else None
     ticket = tile_tickets(x.device, count) if splits > 1 else None
@@ -175,7 +168,7 @@ def _forward(x, layers, keep):
         "shared": ForwardInput(
             x=x, scratch=scratch, ticket=ticket, k=k, x0=x.stride(0), x1=x.stride(1), parts=1 if one_pass else len(hs[0]),
         ),
-        "layers": tuple(_forward_layer(layer, one_pass, *rest) for layer, *rest in given),
+        "layers": tuple(forward_layer(layer, one_pass, *rest) for layer, *rest in given),
         "map_x": tensor_map(x, bm, bk) if by_maps else None, **tensor_maps("map_w", ws if by_maps else (), bn, bk), "m": m,
         "LAYERS": len(layers), "SPLITS": splits, "WAITS": waits, "PRECISION": precision(x), "BM": bm, "BN": bn, "BK": bk,
         "BR": br, "RANK_STAGES": rank_stages(x, precision(x), bm, warps),
@@ -190,56 +183,11 @@ def _forward(x, layers, keep):
     return ys, tuple(h[0] for h in hs) if keep and in_one_part else wholes, zs
 
 
-def make_weights(layers):
-    """Gives each layer whose W is quantised W itself in the dtype of x, for as long as the call
-    takes."""
-    for layer in layers:
-        if layer.fields:
-            layer.w = dequantise_rows(Quantised(*layer.fields))
-
-
-def _forward_of_codes(x, layer, keep, deterministic):
-    """The same of a quantised W and few tokens: one launch, which reads the codes."""
-    (m, k), n, w = x.shape, layer.n, Quantised(*layer.fields)
-    y = x.new_empty(m, n)
-    z, h = torch.empty_like(y) if layer.keep_z else None, x.new_empty(m, layer.r, dtype=torch.float32) if keep else None
-    t = tile("quantised_forward", x, dtype=x.dtype, m=tall(m), r=layer.r)
-    bm, br = power_of_two(tall(m), most=t.rows), power_of_two(layer.r, most=t.ranks)
-    # products of W, which comes from registers, and of A
-    warps, stages = sound_schedule(x, [layer.a], precision(x), max(t.columns, br), t.warps, t.stages, changed=True, narrow=True)
-    count = ceil_div(m, bm) * ceil_div(n, t.columns)
-    splits = 1 if deterministic else max(1, min(8, WARPS // (count * warps), k // 512))
-    scratch = x.new_empty(count * splits * bm * (t.columns + br), dtype=torch.float32) if splits > 1 else None
-    ticket = tile_tickets(x.device, count) if splits > 1 else None
-    args = {
-        "shared": ForwardInput(x=x, scratch=scratch, ticket=ticket, k=k, x0=x.stride(0), x1=x.stride(1), parts=1),
-        "layer": _forward_layer(layer, True, None, y, z, h, layer.drop, of_codes=True), **w.arguments(t.depth), "m": m,
-        "SPLITS": splits, "PRECISION": precision(x), "BM": bm, "BN": t.columns, "BK": t.depth, "BR": br,
-        "RANK_STAGES": rank_stages(x, precision(x), bm, warps),
-    }  # fmt: skip
-    fills = [t for t in (y, z, h, scratch) if t is not None]
-    changes = [] if ticket is None else [ticket]
-    launch_triton(
-        quantised_forward_kernel, (count, splits), args, fills, changes=changes, warps=warps, stages=stages,
-        registers=t.registers,
-    )  # fmt: skip
-    return (y,), (h,), (z,)
-
-
-def _forward_layer(layer, one_pass, h, y, z, whole, drop, of_codes=False):
-    w, a, b = None if of_codes else layer.w, layer.a if one_pass else None, layer.b
-    (w0, w1), (a0, a1), (b0, b1) = strides(w), strides(a), b.stride()
-    return ForwardLayer(
-        w=w, a=a, h=h, b=b, bias=layer.bias, gain=layer.gain, y=y, z=z, whole=whole, drop=dropout_fields(*drop),
-        scale=float(layer.scale), n=layer.n, r=layer.r, w0=w0, w1=w1, a0=a0, a1=a1, b0=b0, b1=b1,
-    )  # fmt: skip
-
-
 def _forward_by_library(x, layers, keep):
     ys = tuple(x.new_empty(len(x), layer.n) for layer in layers)
     zs = tuple(torch.empty_like(y) if layer.keep_z else None for y, layer in zip(ys, layers, strict=True))
     dropped = [x.new_empty(x.shape) if layer.drop_base else None for layer in layers]
-    hs = shrink(x, *(_field_of_each(layers, name) for name in ("a", "scale", "drop")), dropped=dropped, fixed=False)
+    hs = shrink(x, *(field_of_each(layers, name) for name in ("a", "scale", "drop")), dropped=dropped, fixed=False)
     if keep and len(hs[0]) > 1:
         hs = sum_partials_of_each(hs)
     library.forward(expand, x, dropped, layers, hs, ys, zs)
@@ -259,7 +207,8 @@ def _backward(x, dys, layers, hs, ys, zs, needs):
     """dx, and da, db, dbias and dgain of each layer; three launches, or those around the library's
     GEMM."""
     sides, sums, grads, dgains, needs_dx = [], Sums(x), [], [], needs[0].x
-    by_library = needs_dx and planned("backward", x, layers)[0] == cost.LIBRARY
+    form, deterministic = planned("backward", x, layers) if needs_dx else (None, False)
+    by_library = form == cost.LIBRARY
     for dy, layer, h, y, z, need in zip(dys, layers, hs, ys, zs, needs, strict=True):
         sides.append(Side(
             dy, layer.r, v=layer.b if need.x or need.a else None, gain=layer.gain, h=h if need.b else None,
@@ -293,8 +242,12 @@ def _backward(x, dys, layers, hs, ys, zs, needs):
         grads.append((da, db, dbias, dgain))
         dgains.append(dgain if from_y else None)
     dx = x.new_empty(x.shape) if needs_dx else None
+    # without dx a few rows of W at most are read, those of gains of zero: from the codes, too
+    if layers[0].fields and (form == cost.CODES or (not needs_dx and dgains[0] is not None)):
+        launch_last_of_codes(x, *dys, *layers, *hs, *ps, *dgains, sums, dx, deterministic)
+        return dx, grads
     # the last that reads W, so that what the launches before needed is free
-    if needs_dx or any(d is not None for d in dgains):
+    if needs_dx:
         make_weights(layers)
     if by_library:
         library.input_gradient(expand, dys, [side.scaled for side in sides], layers, ps, dx)
@@ -306,12 +259,11 @@ def _launch_last(x, dys, layers, hs, ps, dgains, sums, dx):
     """The launch that makes dx, unless that is there or not wanted, and adds up."""
     m, k = x.shape
     looks, of_gain = any(d is not None for d in dgains), tile("zero_gain", x)
-    blocks = sums.block_count()
-    blocks += sum(ceil_div(layer.n, of_gain.columns) for layer, d in zip(layers, dgains, strict=True) if d is not None)
+    blocks = rest_blocks(layers, dgains, sums, of_gain.columns)
     args = {
-        **sums.kernel_args(), "shared": BackwardInput(x, k, *x.stride()) if looks else BackwardInput(None, k, None, None),
+        **sums.kernel_args(), "shared": backward_input(x, looks),
         "layers": tuple(
-            _backward_layer(*each, looks, dx is not None) for each in zip(layers, dys, hs, ps, dgains, strict=True)
+            backward_layer(*each, looks, dx is not None) for each in zip(layers, dys, hs, ps, dgains, strict=True)
         ),
         "m": m, "LAYERS": len(layers), "COLUMNS": of_gain.columns,
     }  # fmt: skip
@@ -320,7 +272,7 @@ def _launch_last(x, dys, layers, hs, ps, dgains, sums, dx):
             launch_triton(rest_of_gradients_kernel, (blocks,), args, sums.outputs(), warps=of_gain.warps, stages=of_gain.stages)
         return
     gains, two_sums = any(layer.gain is not None for layer in layers), any(layer.drop_base for layer in layers)
-    ws, ns = _field_of_each(layers, "w"), _field_of_each(layers, "n")
+    ws, ns = field_of_each(layers, "w"), field_of_each(layers, "n")
     t = tile(
         "input_gradient", x, dtype=x.dtype, m=tall(m), k=k, n=sum(ns), layers=len(layers), gains=gains, two_sums=two_sums
     )
@@ -337,19 +289,3 @@ def _launch_last(x, dys, layers, hs, ps, dgains, sums, dx):
     grid = (ceil_div(m, bm) * ceil_div(k, bk) + blocks,)
     made = [dx, *sums.outputs()]
     launch_triton(input_gradient_kernel, grid, args, made, warps=warps, stages=stages, registers=registers)
-
-
-def _backward_layer(layer, dy, h, p, dgain, looks, makes_dx):
-    """`looks`: for gains of zero. `makes_dx`: the kernel makes dx, too."""
-    w, (p, a) = layer.w, (p, layer.a) if makes_dx else (None, None)
-    w = w if makes_dx or looks else None  # else it may be codes
-    h, b, dgain = (h, layer.b, dgain) if looks else (None, None, None)
-    (d0, d1), (w0, w1), (a0, a1), (b0, b1) = dy.stride(), strides(w), strides(a), strides(b)
-    return BackwardLayer(
-        dy=dy, w=w, gain=layer.gain, p=p, a=a, drop=dropout_fields(*layer.drop) if makes_dx else None, h=h, b=b, dgain=dgain,
-        n=layer.n, r=layer.r, parts=None if p is None else len(p), d0=d0, d1=d1, w0=w0, w1=w1, a0=a0, a1=a1, b0=b0, b1=b1,
-    )  # fmt: skip
-
-
-def _field_of_each(layers, name):
-    return tuple(getattr(layer, name) for layer in layers)
