@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn import GroupedLinear, LoRALinear
+from lora_kernels.nn.quantised_base import form_of_codes
 from lora_kernels.ops import tuning
 from lora_kernels.ops.cost import Problem
 from lora_kernels.ops.lora_linear.op import FLOATS
@@ -55,10 +56,10 @@ def warm_up(
     counts = _row_counts(tokens)
     layers = [each for each in _fused_layers(model) if each[3].is_cuda or simulates()]
     problems: dict[torch.device, list[Problem]] = {}
-    with torch.random.fork_rng({weight.device for *_, weight in layers if weight.is_cuda}):
-        for _, layer, width, weight in layers:
+    with torch.random.fork_rng({weight.device for *_, weight, _ in layers if weight.is_cuda}):
+        for _, layer, width, weight, own in layers:
             for count in counts:
-                x = torch.zeros(count, width, dtype=dtype or weight.dtype, device=weight.device)
+                x = torch.zeros(count, width, dtype=dtype or own, device=weight.device)
                 if tune:
                     problems.setdefault(x.device, []).extend(_problems(layer, x))
                 else:
@@ -80,9 +81,9 @@ def _row_counts(tokens: Any) -> list[int]:
     return counts
 
 
-def _fused_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, Tensor]]:
-    """Each layer on our kernels: its name, itself, its in_features and its base weight; those of a
-    group as one."""
+def _fused_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, Tensor, torch.dtype]]:
+    """Each layer on our kernels: its name, itself, its in_features, its base weight, and the dtype
+    in which that is multiplied; those of a group as one."""
     within: set[nn.Module] = set()
     peft = sys.modules.get("lora_kernels.integrations.peft")
     for name, module in model.named_modules():
@@ -92,11 +93,18 @@ def _fused_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, Tenso
             members = [layer for layer in module.children() if isinstance(layer, LoRALinear)]
             within.update(members)
             if members:
-                yield name, module, members[0].in_features, members[0].weight
+                yield name, module, members[0].in_features, members[0].weight, _own_dtype(members[0])
         elif isinstance(module, LoRALinear):
-            yield name, module, module.in_features, module.weight
-        elif peft is not None and isinstance(module, peft.FusedLinear):
-            yield name, module, module.in_features, module.get_base_layer().weight
+            yield name, module, module.in_features, module.weight, _own_dtype(module)
+        elif peft is not None and isinstance(module, peft.FUSED_LINEAR):
+            base: Any = module.get_base_layer()
+            own = base.weight.dtype if isinstance(module, peft.FusedLinear) else form_of_codes(base)[1]
+            yield name, module, module.in_features, base.weight, own
+
+
+def _own_dtype(layer: LoRALinear) -> torch.dtype:
+    held = layer._quantised
+    return layer.weight.dtype if held is None else held.compute_dtype(None)
 
 
 def _problems(layer: nn.Module, x: Tensor) -> Iterator[Problem]:

@@ -8,6 +8,7 @@ from lora_kernels.integrations.peft import inside, named, several, tokens, velor
 from lora_kernels.integrations.peft.attention import FusedMultiheadAttention
 from lora_kernels.integrations.peft.classes import (
     FUSED,
+    FUSED_LINEAR,
     class_refusal,
     fuse_classes,
     lora_layers,
@@ -22,6 +23,7 @@ from lora_kernels.integrations.peft.parameters import FusedParamWrapper
 
 __all__ = [
     "FUSED",
+    "FUSED_LINEAR",
     "FusedConv1d",
     "FusedConv2d",
     "FusedConv3d",

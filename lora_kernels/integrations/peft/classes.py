@@ -61,6 +61,7 @@ KINDS = (
     Kind(ParamWrapper, FusedParamWrapper, survey_parameter),
 )
 FUSED = tuple(kind.fused for kind in KINDS)
+FUSED_LINEAR = (FusedLinear, *(fused for _, fused in QUANTISED_KINDS))
 _KIND_OF = {cls: kind for kind in KINDS for cls in (kind.stock, kind.fused)}
 
 

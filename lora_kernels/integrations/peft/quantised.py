@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_kernels.integrations.peft.adapters import call_refusal
 from lora_kernels.integrations.peft.bias import base_bias
+from lora_kernels.integrations.peft.devices import device_refusal
 from lora_kernels.integrations.peft.linear import WAYS, Way, count_fallback, kept_weights, run_fused
 from lora_kernels.integrations.peft.state import DISABLED, PLAIN, READERS, read_codes
 from lora_kernels.nn.flat_parameters import VIEWS, are_attributes
@@ -23,9 +24,11 @@ from lora_kernels.nn.kept_weight import KeptWeight
 from lora_kernels.nn.quantised import quantised_weight
 from lora_kernels.nn.quantised_base import product_of_codes
 from lora_kernels.ops import QuantisedWeight
+from lora_kernels.ops.quantised import codes_refusal
+from lora_kernels.ops.registry import forced_backend
 
 UNCAST = "the input is of another dtype than the base computes in, and its casting is off"
-_DEVICES = ("cpu", "meta")  # with kernels that read codes; on meta nothing is computed
+_EVERY_FORMAT = ("cpu", "meta")  # devices whose kernels read all; on meta nothing is computed
 _compiling = torch.compiler.is_compiling
 _any_autocast = torch._C._is_any_autocast_enabled
 
@@ -48,8 +51,8 @@ def _read(layer: Any, base: Any) -> QuantisedWeight | str:
     # none: the survey, before any call; a graph makes it of the parts as each call finds them
     kept = None if _compiling() else kept_weights.get(layer)
     w = quantised_weight(base, dtype) if kept is None else kept(base, dtype)
-    if isinstance(w, QuantisedWeight) and w.device.type not in _DEVICES:
-        return f"there are no kernels for quantised weights on {w.device.type}"
+    if isinstance(w, QuantisedWeight) and w.device.type not in _EVERY_FORMAT and not forced_backend():
+        return device_refusal(w.codes) or codes_refusal(w) or w
     return w
 
 

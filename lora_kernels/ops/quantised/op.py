@@ -1,12 +1,13 @@
 """A quantised weight as a tensor: formula (1) of `QuantisedWeight`."""
 
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from lora_kernels.ops.quantised.weight import DTYPES, QuantisedWeight
-from lora_kernels.ops.registry import declare
+from lora_kernels.ops.registry import PREFERENCE, declare, refusals
 
 
 class Codes(NamedTuple):
@@ -34,3 +35,19 @@ def _fake(call):
 
 
 _dequantise = declare("dequantise", Codes, "Tensor", _fake)
+
+_reasons: WeakKeyDictionary[QuantisedWeight, str | None] = WeakKeyDictionary()
+
+
+def codes_refusal(weight: QuantisedWeight) -> str | None:
+    """Why no kernel of its device makes numbers of a weight, each backend with its reason; None if
+    one does. Asked once for a weight."""
+    try:
+        return _reasons[weight]
+    except KeyError:
+        found = refusals("dequantise", weight.fields())
+        asked = {name: found[name] for name in PREFERENCE.get(weight.device.type, ()) if name != "reference"}
+        words = "; ".join(f"{name}: {reason}" for name, reason in asked.items())
+        reason = None if None in asked.values() else words or f"there are no kernels for {weight.device.type}"
+        _reasons[weight] = reason
+        return reason
