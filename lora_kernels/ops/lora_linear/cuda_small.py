@@ -132,9 +132,9 @@ def _refuse_parts(call: Any) -> str | None:
 
 def plan_of_codes(call: Any) -> Plan:
     """Between `launch_codes` and Triton's kernels, where these are there."""
-    x, (n, r) = call.x, call.b.shape
+    x, (m, k), (n, r) = call.x, call.x.shape, call.b.shape
     codes = sum(t.numel() * t.element_size() for t in (call.w, *call.parts))
-    problem = Problem("forward", *x.shape, (n,), (r,), x.dtype, call.gain is not None, codes=codes)
+    problem = Problem("forward", m, k, (n,), (r,), x.dtype, call.gain is not None, codes=codes)
     alone = stands_alone()
     # a row's bits depend on the rows beside it only where other kernels take more of these
     deterministic = torch.are_deterministic_algorithms_enabled() and not alone
