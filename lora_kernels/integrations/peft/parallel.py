@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lora_kernels.integrations.peft.hooks import HOOKED, has_hooks
+from lora_kernels.integrations.peft.hooks import HOOKED, has_hooks, plain_class
 from lora_kernels.integrations.peft.linear import Linear, input_refusal
 from lora_kernels.ops import lora_linear
 
@@ -45,7 +45,10 @@ class Shards(NamedTuple):
 
 
 def is_parallel(layer: Any) -> bool:
-    """Whether the weight of base_layer is a DTensor."""
+    """Whether the weight of base_layer is a DTensor in its call, too: that of `fully_shard` is
+    none there."""
+    if plain_class(layer.base_layer) is not type(layer.base_layer):
+        return False
     return _placements(layer.base_layer._parameters.get("weight")) is not None
 
 
