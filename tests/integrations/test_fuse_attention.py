@@ -32,10 +32,11 @@ def made(dtype=torch.float32, net=None, adapter_dtype=True, values=None, **optio
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["attention"]} | (values or {}))
     one = peft.get_peft_model((net or Net(**options)).to(dtype), config, autocast_adapter_dtype=adapter_dtype)
     randomise(one)
+    generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, p in one.named_parameters():
             if "bias" in name:
-                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(4)) * 0.5)
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.5)
     return one
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_kernels.integrations.peft.adapters import active_names
+from lora_kernels.integrations.peft.bias import base_bias
 from lora_kernels.integrations.peft.factors import VELORA
 from lora_kernels.integrations.peft.linear import WAYS, Way, input_refusal
 from lora_kernels.integrations.peft.state import ARGUMENTS, read_state
@@ -31,23 +33,30 @@ def run_velora(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     state = read_velora(layer)
     if type(state) is str:
         return state
-    w, bias, a, b, scale, _, _ = state
+    w, bias, a, b, scale, dropout, _ = state
     if reason := input_refusal(layer, x, state):
         return reason
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return f"{VELORA}, under autocast or a compiler"
-    (name,) = layer.active_adapters
-    dropped = layer.lora_dropout[name](layer._cast_input_dtype(x, a.dtype))
+    (name,) = active_names(layer, layer._modules["lora_A"]._modules)
+    # what is changed in place must be no view
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    dropped = rows if rows.dtype is a.dtype else rows.to(a.dtype)
+    if dropout > 0.0:
+        dropped = F.dropout(dropped, dropout)
     VeloraLinearVariant._maybe_update_embed(layer, name, dropped)
     groups, back = layer.lora_velora_num_groups[name], layer.lora_velora_scale[name]
     h = VeloraFunction.apply(dropped, a, None, layer.lora_velora_embed[name], groups, back)
-    # what is changed in place must be no view
-    y = F.linear(x.reshape(-1, x.shape[-1]), w, bias)
-    dtype, wide = y.dtype, torch.promote_types(y.dtype, b.dtype)
+    y = F.linear(rows, w, bias)
+    dtype = y.dtype
     if isinstance(scale, Tensor):
         b, scale = b * scale, 1.0
-    y = y.to(wide).addmm_(h.reshape(-1, h.shape[-1]).to(wide), b.to(wide).t(), alpha=scale)
-    return y.to(dtype).view(*x.shape[:-1], y.shape[1])
+    if dtype is not b.dtype:
+        wide = torch.promote_types(dtype, b.dtype)
+        y, h, b = y.to(wide), h.to(wide), b.to(wide)
+    y = y.addmm_(h, b.t(), alpha=scale)
+    y = y if y.dtype is dtype else y.to(dtype)
+    return y if rows is x else y.view(*x.shape[:-1], y.shape[1])
 
 
 def read_velora(layer: Any) -> Any:
@@ -60,8 +69,8 @@ def read_velora(layer: Any) -> Any:
         return f"{state}, in training of VeLoRA" if state in WAYS else state
     if isinstance(state[0], QuantisedWeight):
         return "VeLoRA over a quantised base"
-    has_bias = any(lora_b.bias is not None for lora_b in layer.lora_B.values())
-    return "lora_bias beside VeLoRA" if has_bias else state
+    # else it is the base's own
+    return state if state[1] is base_bias(layer._modules["base_layer"]) else "lora_bias beside VeLoRA"
 
 
 if VeloraFunction is not None:
