@@ -345,6 +345,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("expert_product", &lk::expert_product_of,
         "The product of each segment's x with its expert's W, adapter and all; see ExpertProduct.");
   m.def("expert_gradients", &lk::expert_gradients_of, "Those of A, B, bias and gain; see ExpertGradients.");
+  m.def("expert_backward_small", &lk::expert_backward_small_of,
+        "Those of x, A and B of experts with few tokens; see ExpertBackwardSmall.");
   m.def("expert_norm", &lk::expert_norm_of, "The norms of all experts' adapted weights; see ExpertNorm.");
   m.def("multi_lora", &multi_lora,
         "tables: table, rank, scale, flags, gain, bias, generation of the slots; ids, weights, order, starts, error of "

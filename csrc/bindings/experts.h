@@ -90,7 +90,7 @@ inline void expert_product_of(Matrix x, pybind11::handle w, pybind11::handle a, 
 }
 
 inline void expert_gradients_of(Matrix x, Matrix dy, Matrix v, Matrix p, Matrix h, pybind11::handle gain,
-                                pybind11::handle da, pybind11::handle db, Matrix dbias, Matrix dgain,
+                                pybind11::handle da, pybind11::handle db, Matrix dbias, Matrix dgain, bool tiles,
                                 const pybind11::list& segments, int threads) {
   const Experts of_gain(gain), of_a(da), of_b(db);
   const int64_t tokens = x.rows, n_in = x.cols, n_out = dy.cols;
@@ -115,9 +115,36 @@ inline void expert_gradients_of(Matrix x, Matrix dy, Matrix v, Matrix p, Matrix 
   }
   const auto numbers = [](const Matrix& m) { return floats(m, "expert_gradients"); };
   const ExpertGradients g{
-      x,    dy,    v,    numbers(p), numbers(h),     of_gain, of_a, of_b, numbers(dbias), numbers(dgain),
-      n_in, n_out, rank, experts,    std::move(all), threads};
+      x,    dy,    v,    numbers(p), numbers(h), of_gain,        of_a,   of_b, numbers(dbias), numbers(dgain),
+      n_in, n_out, rank, experts,    tiles,      std::move(all), threads};
   call.run([&] { expert_gradients(*chosen, g); });
+}
+
+inline void expert_backward_small_of(Matrix dy, Matrix x, pybind11::handle w, pybind11::handle a, pybind11::handle b,
+                                     pybind11::handle gain, Matrix h, Matrix dx, pybind11::handle da,
+                                     pybind11::handle db, float scale, const pybind11::list& segments, int threads) {
+  const Experts of_w(w), of_a(a), of_b(b), of_gain(gain), for_a(da), for_b(db);
+  const int64_t tokens = x.rows, n_in = x.cols, n_out = dy.cols, experts = of_w.count, rank = of_a.matrix.rows;
+  std::vector<Segment> all = segments_of(segments, experts, tokens);
+  Call call("expert_backward_small", work_of(all, n_out, n_in), threads, {&dy, &x, &h, &dx});
+  of_w.check("w", experts, n_out, n_in);
+  of_a.check("a", experts, rank, n_in), for_a.check("da", experts, rank, n_in);
+  of_b.check("b", experts, n_out, rank), for_b.check("db", experts, n_out, rank);
+  of_gain.check("gain", experts, 1, n_out);
+  call.check(dy, tokens, n_out, "dy");
+  call.check(x, tokens, n_in, "x");
+  call.check(dx, tokens, n_in, "dx");
+  call.check(h, tokens, rank, "h");
+  call.check_alike(x, dy, "x and dy");
+  call.check_alike(x, of_w.matrix, "x and w");
+  if (!dy.by_rows() || !x.by_rows() || !of_w.matrix.by_rows() || (dx.data && !dx.by_rows()) || !of_a.count ||
+      !of_b.count || !h.data) {
+    throw pybind11::value_error("expert_backward_small: dy, x, dx and w are by rows, and a, b and h there");
+  }
+  const ExpertBackwardSmall p{
+      dy,    x,    dx,    of_w, of_a,    of_b,           of_gain, for_a, for_b, floats(h, "expert_backward_small"),
+      scale, n_in, n_out, rank, experts, std::move(all), threads};
+  call.run([&] { expert_backward_small(*chosen, p); });
 }
 
 inline void expert_norm_of(pybind11::handle w, pybind11::handle a, pybind11::handle b, Matrix w_squared, Matrix norm,

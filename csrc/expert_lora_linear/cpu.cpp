@@ -185,7 +185,7 @@ void gradient_of_a(const Kernels& k, const ExpertGradients& g, const Segment& s,
   const View x = part(g.x, s.first, first), d = part(at(g.da, s.expert), 0, first);
   const int64_t tokens = s.last - s.first;
   const float* p = g.p + s.first * g.rank;
-  if (k.tiles && x.type == DType::bf16 && d.type != DType::f16 && d.col == 1) {
+  if (g.tiles && k.tiles && x.type == DType::bf16 && d.type != DType::f16 && d.col == 1) {
     const View left{const_cast<float*>(p), 1, g.rank, DType::f32};
     return k.tiles({left, x, {}, {}, d, {}, {}, {}, nullptr, 1.f, {}, true, g.rank, tokens, columns, 0, 1});
   }
@@ -241,6 +241,39 @@ void expert_gradients(const Kernels& kernels, const ExpertGradients& g) {
     }
     share_segments(g.segments, g.n_out, UNIT, thread, threads, [&](size_t i, int64_t first, int64_t last) {
       gradients_of_outputs(kernels, g, g.segments[i], db.of(i), first, last - first);
+    });
+#pragma omp barrier
+    db.scatter(thread, threads);
+  }
+}
+
+void expert_backward_small(const Kernels& kernels, const ExpertBackwardSmall& p) {
+  const Gathered b(p.b, p.n_out, p.rank, p.experts, p.segments), db(p.db, p.n_out, p.rank, p.experts, p.segments);
+#pragma omp parallel num_threads(p.threads)
+  {
+    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    b.gather(thread, threads);
+#pragma omp barrier
+    // whole segments: the kernel makes all gradients at once
+    share_segments(p.segments, 1, 1, thread, threads, [&](size_t i, int64_t, int64_t) {
+      const Segment& s = p.segments[i];
+      kernels.backward_small({part(p.dy, s.first, 0),
+                              part(p.x, s.first, 0),
+                              at(p.w, s.expert),
+                              at(p.a, s.expert),
+                              b.of(i),
+                              at(p.gain, s.expert),
+                              part(p.dx, s.first, 0),
+                              at(p.da, s.expert),
+                              p.db.first.data ? db.of(i) : View{},
+                              p.h + s.first * p.rank,
+                              p.scale,
+                              {},
+                              s.last - s.first,
+                              p.n_in,
+                              p.n_out,
+                              p.rank,
+                              1});
     });
 #pragma omp barrier
     db.scatter(thread, threads);

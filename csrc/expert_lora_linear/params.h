@@ -43,6 +43,19 @@ struct ExpertGradients {
   Stack da, db;          // [rank, in] [out, rank], any strides
   float *dbias, *dgain;  // [experts, out], or null
   int64_t n_in, n_out, rank, experts;
+  bool tiles;  // whether da is a product on tiles, where the level has them
+  std::vector<Segment> segments;
+  int threads;
+};
+
+// dx, da and db as BackwardSmall makes them, of experts with few tokens; those with data are wanted.
+struct ExpertBackwardSmall {
+  View dy, x, dx;       // [tokens, out] [tokens, in] twice, by rows
+  Stack w, a, b, gain;  // [out, in] by rows, [rank, in] [out, rank], any strides, [out] or no data
+  Stack da, db;         // [rank, in] [out, rank], any strides
+  const float* h;       // [tokens, rank]
+  float scale;
+  int64_t n_in, n_out, rank, experts;
   std::vector<Segment> segments;
   int threads;
 };

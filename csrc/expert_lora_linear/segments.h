@@ -81,7 +81,6 @@ class Gathered {
     const int64_t end = std::min(blocks * (thread + 1) / threads * BLOCK, numbers_);
     for (int64_t first = blocks * thread / threads * BLOCK; first < end; first += BLOCK) {
       const int64_t last = std::min(first + BLOCK, end);
-      if (BACK && int64_t(segments_.size()) < experts_) std::fill(all + first * experts_, all + last * experts_, T{0});
       for (size_t s = 0; s < segments_.size(); s++) {
         T *of = all + segments_[s].expert, *to = own + int64_t(s) * numbers_;
         for (int64_t i = first; i < last; i++) BACK ? of[i * experts_] = to[i] : to[i] = of[i * experts_];

@@ -15,7 +15,7 @@ from lora_kernels.ops.lora_linear.call import Backward as LayerBackward
 from lora_kernels.ops.lora_linear.call import Forward as LayerForward
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
-from lora_kernels.ops.tables.cpu import ALL
+from lora_kernels.ops.tables.cpu import ALL, NEVER
 
 FEW = 8  # tokens up to which W is streamed back, whatever the table of single layers says
 
@@ -37,7 +37,7 @@ def forward(call):
     z = torch.empty_like(y) if call.keep_z else None
     _clear_rest(segments, y, h, z)
     w, transposed = _by_rows(call.w, call.transposed)
-    few, many = _divided(segments, x, w, transposed)
+    _, few, many = _divided(segments, 0, _most(x, w, transposed))
     _product(few, x, w, call.a, call.b, call.scale, y, transposed, z=z, bias=call.bias, gain=call.gain, h=h)
     for e, rows in many:
         of_e = LayerForward(x[rows], *_layer(call, e), 0.0, None, False, call.keep_h, call.keep_z)
@@ -55,7 +55,8 @@ def backward(call):
     p = x.new_empty(len(x), call.b.shape[2], dtype=torch.float32) if call.b is not None and (needs.x or needs.a) else None
     _clear_rest(segments, dx)
     w, transposed = _by_rows(call.w, call.transposed)
-    few, many = _divided(segments, dy, w, not transposed)
+    small_back = 0 if transposed or call.b is None or dy.dtype is not x.dtype else choice(x.dtype).small_back
+    small, few, many = _divided(segments, small_back, _most(dy, w, not transposed))
     da, db = (_gradient(t, need, segments) for t, need in ((call.a, needs.a), (call.b, needs.b)))
     sums = x.new_zeros if len(segments) < len(w) else x.new_empty
     dbias, dgain = (sums(len(w), dy.shape[1], dtype=torch.float32) if need else None for need in (needs.bias, needs.gain))
@@ -66,11 +67,14 @@ def backward(call):
     if needs.x or needs.a:
         a, b = (None, None) if call.b is None else (call.b.mT, call.a.mT)
         _product(few, dy, w, a, b, call.scale, dx, not transposed, scaled=call.gain, h=p)
-    if few and any(needs[1:]):
+    if small and (needs.x or needs.a or needs.b):
+        factors, makes = [stack_args(t) for t in (w, call.a, call.b, call.gain)], [stack_args(t) for t in (da, db)]
+        _cpu.expert_backward_small(dy, x, *factors, call.h, dx, *makes, call.scale, small, torch.get_num_threads())
+    if (few and any(needs[1:])) or needs.bias or needs.gain:
         v = row_major(v.to(dy.dtype)) if needs.gain else None
-        read = v, p if needs.a else None, call.h if needs.b else None
-        makes = [stack_args(t) for t in (call.gain, da, db)]
-        _cpu.expert_gradients(x, dy, *read, *makes, dbias, dgain, few, torch.get_num_threads())
+        # of those few tokens the sums alone
+        _gradients(call, few, x, dy, v, p, da, db, dbias, dgain)
+        _gradients(call, small, x, dy, v, None, None, None, dbias, dgain)
         if by_y:
             dgain.div_(call.gain)
     for e, rows in many:
@@ -91,17 +95,28 @@ def _product(few, x, w, a, b, scale, y, back, *, z=None, bias=None, gain=None, s
         _cpu.expert_product(x, *factors, y, z, *vectors, h, scale, back, small, few, threads)
 
 
+def _gradients(call, segments, x, dy, v, p, da, db, dbias, dgain):
+    if not segments or all(t is None for t in (da, db, dbias, dgain)):
+        return
+    read = v, None if da is None else p, None if db is None else call.h
+    makes = [stack_args(t) for t in (call.gain, da, db)]
+    tiles, threads = choice(x.dtype).outer != NEVER, torch.get_num_threads()
+    _cpu.expert_gradients(x, dy, *read, *makes, dbias, dgain, tiles, segments, threads)
+
+
 def _by_rows(w, transposed):
     """W, and whether it is transposed, such that its rows are contiguous, if it can be."""
     return (w.mT, not transposed) if w.stride(2) != 1 and w.stride(1) == 1 else (w, transposed)
 
 
-def _divided(segments, x, w, back):
-    """Those for the one C++ call, their numbers one after another, and (expert, rows) of the
-    others."""
-    most = _most(x, w, back) if len(segments) > 1 else 0
-    few = [number for segment in segments if segment[2] - segment[1] <= most for number in segment]
-    return few, [(e, slice(first, last)) for e, first, last in segments if last - first > most]
+def _divided(segments, small, most):
+    """Those of up to `small` tokens and up to `most` for one C++ call each, their numbers one after
+    another, and (expert, rows) of the others; one alone is among these."""
+    small, most = (0, 0) if len(segments) < 2 else (min(small, most), most)
+    tokens = [last - first for _, first, last in segments]
+    few = [number for segment, m in zip(segments, tokens, strict=True) if m <= small for number in segment]
+    more = [number for segment, m in zip(segments, tokens, strict=True) if small < m <= most for number in segment]
+    return few, more, [(e, slice(first, last)) for e, first, last in segments if last - first > most]
 
 
 def _most(x, w, back):
