@@ -6,11 +6,11 @@ import importlib
 
 import peft
 import torch
-from fuse_helpers import errs_as_stock, gradients, randomise
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from lora_kernels import fuse
+from tests.integrations.fuse_helpers import errs_as_stock, gradients, randomise
 
 EXPERTS, TOP_K, HIDDEN, INNER = 6, 3, 24, 16
 PREFIX = "base_model.model."

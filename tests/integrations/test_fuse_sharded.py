@@ -1,6 +1,7 @@
 """FSDP's flat parameters, ZeRO-3 and fully_shard around fused and native layers: PEFT's losses on
 the kernels, and a report that asks with the weights that the calls will find."""
 
+import copy
 import functools
 import os
 import sys
@@ -17,7 +18,8 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_kernels import LoraConfig, fuse, inject_adapter
-from tests.integrations.fuse_helpers import LLAMA_LAYERS, llama, losses, randomise, tokens
+from tests.integrations import experts_helpers
+from tests.integrations.fuse_helpers import LLAMA_LAYERS, gradients, llama, losses, randomise, tokens
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32" or not dist.is_gloo_available(), reason="torch has no gloo")
 CPU = torch.device("cpu")
@@ -100,6 +102,19 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_one_process(alone, wrapper, first, use_dora):
     train(wrapper, use_dora, first)
+
+
+def test_experts_by_blocks(alone):
+    stock = experts_helpers.block()
+    for name, p in stock.named_parameters():
+        p.requires_grad_("lora_" in name)
+    one = copy.deepcopy(stock)
+    fully_shard(one.base_model.model, mesh=init_device_mesh("cpu", (1,)))
+    report = fuse(one, strict=True)
+    found = gradients(one, experts_helpers.inputs())
+    for name, t in gradients(stock, experts_helpers.inputs()).items():
+        torch.testing.assert_close(getattr(found[name], "full_tensor", lambda name=name: found[name])(), t)
+    assert len(report.fused) == 2 and not report.fallbacks()
 
 
 def _run(rank, file):
