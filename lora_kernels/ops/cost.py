@@ -9,8 +9,8 @@ Forward, y = gain ⊙ (x Wᵀ + h Bᵀ) + bias with h = s·drop(x) Aᵀ:
     addmm           F1; h Bᵀ is written, and the library's GEMM adds x Wᵀ. With a gain: x Wᵀ, and a
                     pass over y. With a dropped base: F1 writes drop(x), too; drop(x) Wᵀ; a pass
                     that reads it and writes y; the GEMM adds x Wᵀ
-    cuda            CUDA C++: up to 64 tokens without dropout one launch that reads x, W, A and B;
-                    else two
+    cuda            CUDA C++: up to 64 tokens without dropout one launch that reads x, W or its
+                    codes, A and B; else two
     specialised     F1; h is written as pairs of bfloat16; F2 by warp groups with tasks of their
                     own, sm_90a
 Backward, with P = s·(dy ⊙ gain) B:
