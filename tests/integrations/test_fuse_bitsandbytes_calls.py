@@ -3,6 +3,7 @@ several threads."""
 
 import copy
 import warnings
+from threading import Barrier
 
 import peft
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from lora_kernels import explain, fuse
 from lora_kernels.integrations.peft import linear
+from lora_kernels.integrations.peft import quantised as over_quantised
 from tests.integrations.fuse_helpers import errs_as_stock, fused_copy, gradients, randomise, worst_error
 from tests.integrations.test_fuse_threads import CALLS, THREADS, in_threads
 
@@ -178,8 +180,9 @@ def test_an_autocast_batch():
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("dora", [False, True])
-def test_threads_of_two_dtypes(dora, grad):
-    """An int8 base computes in the dtype of each call's input."""
+def test_threads_of_two_dtypes(dora, grad, monkeypatch):
+    """An int8 base computes in the dtype of each call's input; here both are known before either
+    runs."""
     stock = model("int8", use_dora=dora)
 
     def call(layer, thread, number):
@@ -189,7 +192,13 @@ def test_threads_of_two_dtypes(dora, grad):
 
     layer = layer_a(fused_copy(stock))
     wanted = [[call(layer, thread, number) for number in range(CALLS)] for thread in range(THREADS)]
-    layer = layer_a(fused_copy(stock))
+    layer, both = layer_a(fused_copy(stock)), Barrier(THREADS)
+
+    def run_after_both(*arguments):
+        both.wait(30)
+        return linear.run_fused(*arguments)
+
+    monkeypatch.setattr(over_quantised, "run_fused", run_after_both)
     for found, right in zip(in_threads(lambda *which: call(layer, *which)), wanted, strict=True):
         assert all(torch.equal(one, two) for one, two in zip(found, right, strict=True))
     assert linear.fallbacks(layer) == {}
