@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_kernels import _cpu
 from lora_kernels.ops.cpu_amx import on_tiles, product, product_back
 from lora_kernels.ops.cpu_quantised import Packed, held, some_rows, widen_into
-from lora_kernels.ops.tables.cpu import CpuRow, row_for
+from lora_kernels.ops.tables.cpu import NEVER, CpuRow, row_for
 
 BLOCK = 256  # rows of W widened at a time: 4 MiB of float32 at 4096 columns
 PIECE = 2**22  # float32 numbers of the product of 16-bit weights that are there at a time
@@ -27,6 +27,11 @@ def choice(dtype: torch.dtype) -> CpuRow:
     except KeyError:
         level = _level()
         return _rows.setdefault((level, dtype), row_for(level, str(dtype)[6:], native=_is_native(level, dtype)))
+
+
+def outer_on_tiles(dtype: torch.dtype) -> bool:
+    """Whether dA of some token count is a product on tiles, where there are any."""
+    return choice(dtype).outer != NEVER
 
 
 def _is_native(level: str, dtype: torch.dtype) -> bool:

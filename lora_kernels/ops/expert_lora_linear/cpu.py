@@ -6,16 +6,16 @@ import torch
 
 from lora_kernels import _cpu
 from lora_kernels.ops.cpu_amx import on_tiles
-from lora_kernels.ops.cpu_gemm import choice, no_adapter
+from lora_kernels.ops.cpu_gemm import choice, no_adapter, outer_on_tiles
 from lora_kernels.ops.cpu_tensors import row_major, stack_args
 from lora_kernels.ops.expert_lora_linear.call import Forward, Needs, segments_of
 from lora_kernels.ops.gradients import gradient_dtype
-from lora_kernels.ops.lora_linear import cpu as layer
 from lora_kernels.ops.lora_linear.call import Backward as LayerBackward
 from lora_kernels.ops.lora_linear.call import Forward as LayerForward
+from lora_kernels.ops.lora_linear.op import _backward as layer_backward
+from lora_kernels.ops.lora_linear.op import _forward as layer_forward
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
-from lora_kernels.ops.tables.cpu import ALL, NEVER
 
 FEW = 8  # tokens up to which W is streamed back, whatever the table of single layers says
 
@@ -41,7 +41,7 @@ def forward(call):
     _product(few, x, w, call.a, call.b, call.scale, y, transposed, z=z, bias=call.bias, gain=call.gain, h=h)
     for e, rows in many:
         of_e = LayerForward(x[rows], *_layer(call, e), 0.0, None, False, call.keep_h, call.keep_z)
-        for whole, part in zip((y, h, z), layer.forward(of_e), strict=True):
+        for whole, part in zip((y, h, z), layer_forward(of_e), strict=True):
             if whole is not None:
                 whole[rows] = part
     return y, h, z
@@ -81,7 +81,7 @@ def backward(call):
         h, y, z = (None if t is None else t[rows] for t in (call.h, call.y, call.z))
         of_e = LayerBackward(dy[rows], x[rows], *_layer(call, e), 0.0, None, False, h, y, z, call.needs)
         places = [None if dx is None else dx[rows], *(None if t is None else t[e] for t in (da, db, dbias, dgain))]
-        for whole, part in zip(places, layer.backward(of_e), strict=True):
+        for whole, part in zip(places, layer_backward(of_e), strict=True):
             if whole is not None:
                 whole.copy_(part)
     return dx, da, db, _as(dbias, call.bias, needs.bias), _as(dgain, call.gain, needs.gain)
@@ -100,7 +100,7 @@ def _gradients(call, segments, x, dy, v, p, da, db, dbias, dgain):
         return
     read = v, None if da is None else p, None if db is None else call.h
     makes = [stack_args(t) for t in (call.gain, da, db)]
-    tiles, threads = choice(x.dtype).outer != NEVER, torch.get_num_threads()
+    tiles, threads = outer_on_tiles(x.dtype), torch.get_num_threads()
     _cpu.expert_gradients(x, dy, *read, *makes, dbias, dgain, tiles, segments, threads)
 
 
@@ -125,7 +125,7 @@ def _most(x, w, back):
     if w.stride(2) != 1 or not w.numel():
         return 0
     if on_tiles(x, w[0]):
-        return ALL
+        return len(x)
     row = choice(x.dtype)
     if back:
         most, until = row.streamed if row.streamed_from <= FEW else 0, row.addmm_back_from

@@ -8,8 +8,9 @@ from lora_kernels.ops.cpu_tensors import stack_args
 from lora_kernels.ops.gradients import gradient_dtype
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
-from lora_kernels.ops.weight_norm import cpu as one
 from lora_kernels.ops.weight_norm.op import MAX_CONDITION
+from lora_kernels.ops.weight_norm.op import _backward as layer_backward
+from lora_kernels.ops.weight_norm.op import _forward as layer_forward
 
 
 def refusal(call):
@@ -23,7 +24,7 @@ def forward(call):
     norm = w.new_empty(call.b.shape[:2], dtype=torch.float32)
     if call.transposed or w.stride(2) != 1 or not w.numel():
         for row, member in zip(norm, call.members(), strict=True):
-            row.copy_(one.forward(member))
+            row.copy_(layer_forward(member))
         return norm
     squared = None if squared is None else squared.to(torch.float32).contiguous()
     tensors = [stack_args(t) for t in (w, call.a, call.b)]
@@ -36,7 +37,7 @@ def backward(call):
     like = zip((call.a, call.b), call.needs, strict=True)
     found = [torch.empty_like(t, dtype=gradient_dtype(t, need)) if need else None for t, need in like]
     for e, member in enumerate(call.members()):
-        for whole, part in zip(found, one.backward(member), strict=True):
+        for whole, part in zip(found, layer_backward(member), strict=True):
             if whole is not None:
                 whole[e].copy_(part)
     return tuple(found)
