@@ -94,7 +94,8 @@ def test_a_forced_row_ends_with_its_block(level):
     *((_cpu.levels()[-1], flags) for flags in FLAGS), *product(_cpu.levels()[:-1], ("dropout", "dora_bias")),
 ])  # fmt: skip
 @pytest.mark.parametrize(("dtype", "numbers"), [
-    *((dtype, {"small": ALL, "small_back": ALL}) for dtype in (F32, BF16, F16)), (F32, {"packed": ALL, "streamed": ALL}), (F32, {}), (F32, {"thin": ALL}),
+    *((dtype, {"small": ALL, "small_back": ALL}) for dtype in (F32, BF16, F16)),
+    (F32, {"packed": ALL, "streamed": ALL}), (F32, {}), (F32, {"thin": ALL}),
     (BF16, {"packed": ALL, "streamed": ALL}), (BF16, {}),
     (BF16, ADDMM), (F16, {"packed": ALL, "streamed": ALL}),
     (F16, ADDMM),

@@ -298,8 +298,8 @@ def _thin_gradients(call, dy, x, needs):
 
 def _rows_on_tiles(p, x, d, above):
     """pᵀ as the product pᵀ x = d takes it on tiles, of more tokens than `above`; None where float32
-    vectors are faster. They are beside vdpbf16ps, to which an exact p is three numbers, but for many
-    ranks, and a d that is rounded itself."""
+    vectors are faster. They are beside vdpbf16ps, to which an exact p is three numbers, but for
+    many ranks, and a d that is rounded itself."""
     if not on_tiles(x, x) or d.dtype is torch.float16:
         return None
     if choice(x.dtype).outer != NEVER:
