@@ -19,8 +19,7 @@ Backward, with P = s·(dy ⊙ gain) B:
     addmm           B1, which writes dy ⊙ gain, too; B3; drop(P A) is written, and the library's
                     GEMM adds (dy ⊙ gain) W. With a dropped base: (dy ⊙ (gain - 1)) W; a pass that
                     adds P A and drops; the GEMM adds dy W. Then the parts' sums
-    codes           of a quantised W "fused", B2 from its codes; in the others a launch before it
-                    makes W of them
+    codes           of a quantised W "fused", B2 from its codes; else a launch before it makes W
 
 A launch takes the longest of: its bytes at the memory's rate, those that the launch before left in
 L2 at L2's rate, its operations at the chip's rate in whole waves of tiles, and the stream of one
