@@ -14,7 +14,7 @@ import torch
 
 from lora_kernels import _cpu
 from lora_kernels.ops.cpu_amx import on_tiles, product_back
-from lora_kernels.ops.cpu_gemm import back_product, base_product, base_product_slices, choice
+from lora_kernels.ops.cpu_gemm import back_product, base_product, base_product_slices, choice, outer_on_tiles
 from lora_kernels.ops.cpu_quantised import Packed, held, refuse_codes, some_rows, weight_of, widened
 from lora_kernels.ops.cpu_tensors import dropout_args, row_major, transposed
 from lora_kernels.ops.gradients import empty_gradient, gradient_dtype
@@ -24,7 +24,6 @@ from lora_kernels.ops.lora_linear.layer import Layer
 from lora_kernels.ops.lora_linear.loop import backward_each, forward_each, refuse_each
 from lora_kernels.ops.refusals import READ, refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
-from lora_kernels.ops.tables.cpu import NEVER
 
 # elements of W, from which the library's 16-bit GEMM is worth its calls; in sums of few numbers the
 # adapter's term, which is rounded before, may cancel with the base's
@@ -302,7 +301,7 @@ def _rows_on_tiles(p, x, d, above):
     many ranks, and a d that is rounded itself."""
     if not on_tiles(x, x) or d.dtype is torch.float16:
         return None
-    if choice(x.dtype).outer != NEVER:
+    if outer_on_tiles(x.dtype):
         return p.T if len(x) > above else None
     narrow = p.shape[1] >= _cpu.many_ranks and d.dtype is x.dtype and len(x) > LEAST_ROUNDED
     return p.to(x.dtype).T if narrow else None
