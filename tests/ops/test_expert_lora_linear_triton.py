@@ -28,8 +28,8 @@ PRODUCT, OUTER = "expert_product_kernel", "expert_outer_kernel"
 @pytest.mark.parametrize("dtype, adapter, transposed, flags", [
     (F32, F32, False, {"gain": True, "bias": True}),
     (BF16, BF16, False, {}),
-    (BF16, F32, True, {"gain": True}),
-    (torch.float16, torch.float16, False, {"rank": 0, "bias": True}),
+    pytest.param(BF16, F32, True, {"gain": True}, marks=pytest.mark.slow),
+    pytest.param(torch.float16, torch.float16, False, {"rank": 0, "bias": True}, marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 def test_values(dtype, adapter, transposed, flags):
     given = {"rank": 6, "left": 3, "transposed": transposed, "peft": True, "index": torch.int64} | flags
@@ -58,7 +58,7 @@ def test_weights_of_experts_without_tokens_are_not_read():
         assert all(t.isfinite().all() for t in run_experts(p).values())
 
 
-@pytest.mark.parametrize("offsets", [[-5, 2, 9], [3, 1, 4], [2**31 - 1, -(2**31), 0]], ids=str)
+@pytest.mark.parametrize("offsets", [[-5, 2, 9], [2**31 - 1, -(2**31), 0]], ids=str)
 def test_offsets_that_leave_the_tokens_read_nothing_else(offsets):
     """Nobody looks at those on a GPU before. Tiles of such experts may overlap, no more."""
     p = replace(make_expert_problem([2, 1, 1], 16, 16, 2), offsets=torch.tensor(offsets, dtype=torch.int32))
@@ -71,12 +71,12 @@ def test_offsets_that_leave_the_tokens_read_nothing_else(offsets):
 
 @pytest.mark.parametrize(("old", "new"), [
     ("until <= tile", "until < tile"),
-    ("tl.where(here, ends, 0)", "tl.where(here, ends + 1, 0)"),
+    pytest.param("tl.where(here, ends, 0)", "tl.where(here, ends + 1, 0)", marks=pytest.mark.slow),
     pytest.param("segments == tokens.experts, m,", "segments == tokens.experts, m - 1,", marks=pytest.mark.slow),
     ("layer.w + e * layer.w_step", "layer.w + e // 2 * layer.w_step"),
     pytest.param("layer.b + e * layer.b_step", "layer.b", marks=pytest.mark.slow),
     ("tokens.offsets + e - 1, mask=e > 0", "tokens.offsets + e - 1, mask=e > 1"),
-    ("", ""),
+    pytest.param("", "", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_planted_bugs(old, new, monkeypatch, tmp_path):
     """From a changed copy of the file."""
