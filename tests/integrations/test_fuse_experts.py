@@ -87,8 +87,28 @@ def test_the_order_of_nesting_does_not_matter():
     right(block(target_parameters=GATED[::-1], dtype=torch.float64), inputs(torch.float64))
 
 
-def test_16_bit_adapters():
-    right(block(dtype=torch.bfloat16, autocast_adapter_dtype=False), inputs(torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits(dtype):
+    for wide in (False, True):
+        right(block(dtype=dtype, autocast_adapter_dtype=wide), inputs(dtype))
+
+
+def test_biases_that_learn():
+    stock = block("GptOssExperts", dtype=torch.float64)
+    biases = [p.requires_grad_() for name, p in stock.named_parameters() if name.endswith("proj_bias")]
+    fused, _ = right(stock, inputs(torch.float64))
+    assert len(biases) == 2 == sum(p.grad is not None for n, p in fused.named_parameters() if n.endswith("proj_bias"))
+
+
+def test_second_derivatives():
+    stock, x = block(index=choices(5), dtype=torch.float64), inputs(torch.float64, 5).requires_grad_()
+    fused, report = fused_of(stock)
+    found = []
+    for one in (fused, stock):
+        (dx,) = torch.autograd.grad(one(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), [x, *(p for p in one.parameters() if p.requires_grad)]))
+    torch.testing.assert_close(*found)
+    assert not report.fallbacks()
 
 
 def several(dtype):
