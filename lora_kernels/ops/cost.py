@@ -338,20 +338,17 @@ def refusal(name: str, p: Problem, arch: int, deterministic: bool = False) -> st
     """Why a candidate cannot compute this, in words; None if it can."""
     if name == LIBRARY and deterministic:
         return "deterministic: the library chooses its GEMM by the number of rows, and with it the bits of a row"
-    if name == "one pass":
+    if name in ("one pass", CODES):
         if p.drop_base:
             return "the base is dropped, too, which takes two sums of their own"
-        if max(p.r, default=0) > ONE_PASS_RANKS:
+        if p.direction == "forward" and max(p.r, default=0) > ONE_PASS_RANKS:
             return f"r is {max(p.r)}: above {ONE_PASS_RANKS}, h does not fit beside the sums"
+    if name == "one pass":
         if p.m > 256 and arch < 100:
             return f"m is {p.m}: above 256, before sm_100, h in every column tile costs more than a launch"
     elif name == CODES:
         if p.m > MEMORY_BOUND_ROWS:
             return f"m is {p.m}: above {MEMORY_BOUND_ROWS}, codes become numbers once and not in each row of tiles"
-        if p.drop_base:
-            return "the base is dropped, too, which takes two sums of their own"
-        if p.direction == "forward" and max(p.r, default=0) > ONE_PASS_RANKS:
-            return f"r is {max(p.r)}: above {ONE_PASS_RANKS}, h does not fit beside the sums"
     elif name == CUDA:
         if not p.is_half:
             return f"{str(p.dtype)[6:]}: it takes 16 bits"

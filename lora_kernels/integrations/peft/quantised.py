@@ -51,7 +51,8 @@ def _read(layer: Any, base: Any) -> QuantisedWeight | str:
     # none: the survey, before any call; a graph makes it of the parts as each call finds them
     kept = None if _compiling() else kept_weights.get(layer)
     w = quantised_weight(base, dtype) if kept is None else kept(base, dtype)
-    if isinstance(w, QuantisedWeight) and w.device.type not in _EVERY_FORMAT and not forced_backend():
+    # a compiler cannot look into the backends: call_refusal asks for the device, and the ops choose
+    if isinstance(w, QuantisedWeight) and w.device.type not in _EVERY_FORMAT and not (_compiling() or forced_backend()):
         return device_refusal(w.codes) or codes_refusal(w) or w
     return w
 
