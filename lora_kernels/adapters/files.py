@@ -44,7 +44,7 @@ from lora_kernels.adapters.weights import Slot, check_finite, read_tensors
 from lora_kernels.nn import DoRALinear, LoRAEmbedding
 from lora_kernels.nn.base import initial_scaling
 from lora_kernels.nn.checks import check_flag
-from lora_kernels.nn.quantised import is_quantised
+from lora_kernels.nn.quantised import holds_codes
 from lora_kernels.nn.snapshot import changing
 
 
@@ -252,7 +252,7 @@ def matrix_shape(module: nn.Module) -> torch.Size:
 
 
 def _holds_codes(module: nn.Module) -> bool:
-    return is_quantised(module) or getattr(module, "_quantised", None) is not None
+    return holds_codes(module) or getattr(module, "_quantised", None) is not None
 
 
 def _embeddings(model: nn.Module) -> list[str]:

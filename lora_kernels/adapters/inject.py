@@ -17,7 +17,7 @@ from lora_kernels.nn.base import HOOKS
 from lora_kernels.nn.embedding import is_scaled_embedding
 from lora_kernels.nn.init import CHANGES_CODES
 from lora_kernels.nn.passed_over import fast_paths, is_off_fast_path, leave_fast_path, reader_of, restore_fast_path
-from lora_kernels.nn.quantised import is_quantised
+from lora_kernels.nn.quantised import holds_codes, rounds_in_forward
 from lora_kernels.nn.quantised_base import QuantisedBase
 from lora_kernels.ops.lora_linear.op import FLOATS
 
@@ -160,10 +160,12 @@ def _refusal(module: nn.Module, config: LoraConfig) -> str | None:
         return "transformers' Conv1D stores its weight transposed and is not supported; PEFT with fuse(model) runs it"
     else:
         return f"is a {class_name}; only nn.Linear and nn.Embedding can take an adapter"
-    if is_quantised(module):
+    if holds_codes(module):
         return _refuse_codes(module, config)
     scaled = is_scaled_embedding(module)
-    if (type(module).forward is not plain.forward and not scaled) or "forward" in vars(module):
+    if (type(module).forward is not plain.forward and not scaled) or (
+        "forward" in vars(module) and rounds_in_forward(module) is not None
+    ):
         return f"{class_name} computes in its own way, which the adapter's layer would replace"
     weight = module._parameters.get("weight")
     if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
@@ -174,7 +176,7 @@ def _refusal(module: nn.Module, config: LoraConfig) -> str | None:
 
 
 def _refuse_codes(module: nn.Module, config: LoraConfig) -> str | None:
-    if "forward" in vars(module):
+    if "forward" in vars(module) and rounds_in_forward(module) == "":
         return f"{type(module).__name__} computes in its own way, which the adapter's layer would replace"
     if _changes_base(config):
         return f"init_lora_weights={config.init_lora_weights!r} {CHANGES_CODES}"

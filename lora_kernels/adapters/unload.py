@@ -20,7 +20,7 @@ from lora_kernels.adapters.inject import (
     uncompiled_model,
 )
 from lora_kernels.nn import LoRALinear
-from lora_kernels.nn.quantised import is_quantised
+from lora_kernels.nn.quantised import holds_codes
 from lora_kernels.ops.lora_linear.op import FLOATS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -105,8 +105,11 @@ def _became_floating(model: Any) -> None:
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is None:
         return
-    if any(map(is_quantised, model.modules())):
-        quantisation.llm_int8_skip_modules = [name for name, m in model.named_modules() if type(m) is nn.Linear]
+    modules = dict(model.named_modules())
+    if any(map(holds_codes, modules.values())):
+        field = "llm_int8_skip_modules" if hasattr(quantisation, "llm_int8_skip_modules") else "modules_to_not_convert"
+        plain = [name for name, module in modules.items() if type(module) is nn.Linear and not holds_codes(module)]
+        setattr(quantisation, field, plain)
         return
     remove = getattr(getattr(model, "hf_quantizer", None), "remove_quantization_config", None)
     if remove is not None:

@@ -98,8 +98,9 @@ def _fused_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, Tenso
             yield name, module, module.in_features, module.weight, _own_dtype(module)
         elif peft is not None and isinstance(module, peft.FUSED_LINEAR):
             base: Any = module.get_base_layer()
-            own = base.weight.dtype if isinstance(module, peft.FusedLinear) else form_of_codes(base)[1]
-            yield name, module, module.in_features, base.weight, own
+            weight = base.W_q if "W_q" in base._parameters else base.weight  # HQQ's codes
+            own = weight.dtype if isinstance(module, peft.FusedLinear) else form_of_codes(base)[1]
+            yield name, module, module.in_features, weight, own
 
 
 def _own_dtype(layer: LoRALinear) -> torch.dtype:

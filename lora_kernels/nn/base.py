@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lora_kernels.nn.checks import check_flag, check_number, check_rank, check_weight
-from lora_kernels.nn.quantised_base import QuantisedBase, relative_error
+from lora_kernels.nn.quantised_base import QuantisedBase, rebind_forward, relative_error
 from lora_kernels.nn.snapshot import changing
 from lora_kernels.ops.lora_linear.op import FLOATS
 
@@ -40,7 +40,7 @@ class AdapterLayer(nn.Module):
         too."""
         name = type(self).__name__
         base = QuantisedBase.of(name, module)
-        weight = check_weight(name, module._parameters.get("weight")) if base is None else base.module.weight
+        weight = check_weight(name, module._parameters.get("weight")) if base is None else base.parameter
         self.r = check_rank(name, r)
         self.lora_alpha = check_number(name, "lora_alpha", lora_alpha)
         self.use_rslora = check_flag(name, "use_rslora", use_rslora)
@@ -52,8 +52,9 @@ class AdapterLayer(nn.Module):
         self._made_on_meta = weight.is_meta
         values = vars(module) if base is None else {}
         self._origin = type(module), {key: value for key, value in values.items() if key not in _MODULE_KEYS}
-        self._origin_parameters = tuple(module._parameters)
-        self._trained = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
+        named = {"weight" if base is not None and name == base.codes else name: p for name, p in module._parameters.items()}
+        self._origin_parameters = tuple(named)
+        self._trained = [name for name, p in named.items() if p is not None and p.requires_grad]
         # the base weight while another is in its place; past nn.Module, which would register it
         self._unmerged: nn.Parameter | None = None
 
@@ -137,7 +138,7 @@ class AdapterLayer(nn.Module):
             return nn.Parameter(self._merged_weight(safe, dtype), requires_grad=False), None, None
         adapted = self._merged_weight(safe, torch.float32)
         again = base.requantised(adapted)
-        return again.module.weight, again, relative_error(again.weight(torch.float32).dequantise(), adapted)
+        return again.parameter, again, relative_error(again.weight(torch.float32).dequantise(), adapted)
 
     def _merged_weight(self, safe: bool, dtype: torch.dtype | None = None) -> Tensor:
         # the merged tensor must be as the weight is: one made in inference mode could never be
@@ -203,15 +204,20 @@ class AdapterLayer(nn.Module):
         plain = self._empty_origin(held)
         for hooks in HOOKS:
             setattr(plain, hooks, getattr(self, hooks))
-        became_floating = held is None and self._quantised is not None
-        for name in ("weight", "bias") if became_floating else self._origin_parameters:
-            plain.register_parameter(name, weight if name == "weight" else self._parameters[name])
-        for name in self._trained:
-            plain.get_parameter(name).requires_grad_(True)
+        for name in self._plain_names(held):
+            as_there = held.codes if held is not None and name == "weight" else name
+            plain.register_parameter(as_there, parameter := weight if name == "weight" else self._parameters[name])
+            if name in self._trained and parameter is not None:
+                parameter.requires_grad_(True)
         for name in plain_buffers(self):
             plain.register_buffer(name, self._buffers[name], persistent=name not in self._non_persistent_buffers_set)
         plain.training = self.training
         return plain
+
+    def _plain_names(self, held: QuantisedBase | None) -> tuple[str, ...]:
+        """The parameters of the plain module: without those that codes had, if it has become
+        floating."""
+        return ("weight", "bias") if held is None and self._quantised is not None else self._origin_parameters
 
     def _empty_origin(self, held: QuantisedBase | None) -> nn.Module:
         """The module that this layer replaced, without its parameters; of a quantised one that has
@@ -224,6 +230,7 @@ class AdapterLayer(nn.Module):
         plain: nn.Module = kind.__new__(kind)
         nn.Module.__init__(plain)
         vars(plain).update(values)
+        rebind_forward(plain)
         return plain
 
     def _base_changed(self) -> bool:
@@ -290,11 +297,11 @@ class AdapterLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        held = self._requantised if self.merged else self._quantised
         if self.merged:
             # with the adapter beside it, a reader would add it twice
-            for name in self._parameters.keys() - {*self._origin_parameters}:
+            for name in self._parameters.keys() - {*self._plain_names(held)}:
                 destination.pop(f"{prefix}{name}", None)
-        held = self._requantised if self.merged else self._quantised
         if held is not None:
             held.save(destination, prefix, keep_vars)
 
@@ -312,6 +319,8 @@ class AdapterLayer(nn.Module):
             error_msgs.append(f"{prefix or self._class_name()} is merged: call unmerge() before load_state_dict()")
             return
         with changing(self):
+            if self._quantised is not None:
+                state_dict = self._quantised.named_weight(state_dict, prefix)
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
@@ -340,12 +349,13 @@ _MODULE_KEYS = frozenset(vars(nn.Module()))
 
 
 def _keeping_codes(fn: Callable[[Tensor], Tensor], *bases: QuantisedBase | None) -> Callable[[Tensor], Tensor]:
-    """A function of `_apply` that casts no codes, which may lie in memory of a floating dtype."""
-    codes = [base.module.weight for base in bases if base is not None]
+    """A function of `_apply` that casts neither codes, which may lie in memory of a floating dtype,
+    nor their scales."""
+    held = [base for base in bases if base is not None]
 
     def kept(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
-        if any(tensor is each for each in codes) and moved.dtype is not tensor.dtype:
+        if any(base.is_scale(tensor) for base in held) and moved.dtype is not tensor.dtype:
             return tensor.to(moved.device)
         return moved
 

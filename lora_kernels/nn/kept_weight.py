@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from lora_kernels.nn.quantised import quantised_weight
 from lora_kernels.ops.quantised import QuantisedWeight
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 class KeptWeight:
     """The last `QuantisedWeight` of one layer for each dtype; call it with the module as it stands
@@ -53,20 +55,40 @@ class KeptWeight:
 
 
 def _parts(module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """What `quantised_weight` looks at in a module of bitsandbytes: the objects, and the address of
-    the codes and the versions of what may be copied."""
+    """What `quantised_weight` looks at in a module: the objects, and the addresses of codes and the
+    versions of what may be copied."""
+    held = module.__dict__
+    if "compute_type_is_set" in held:
+        return _parts_of_4bit(module)
+    if "state" in held:
+        return _parts_of_8bit(module)
+    weight: Any = module._parameters.get("weight")
+    # HQQ's numbers beside its codes, or those of torchao's tensors
+    beside = held["meta"] if type(held.get("meta")) is dict else getattr(weight, "__dict__", {})
+    status = held.get("quantization_scheme"), held.get("quantization_status")
+    parts = *module._parameters.values(), *module._buffers.values(), *beside.values(), *status
+    tensors = [part for part in parts if type(part) in _PLAIN]
+    copies = 0
+    if weight is not None and type(weight) not in _PLAIN:
+        with torch._C.DisableTorchFunctionSubclass():
+            # which the tensors that torchao's holds do not count
+            copies = weight._version
+    return parts, (copies, *(t.data_ptr() for t in tensors), *_versions(*tensors))
+
+
+def _parts_of_8bit(module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    weight, int8 = module._parameters.get("weight"), module.__dict__["state"]
+    codes, largest = int8.CB, int8.SCB
+    if largest is None:
+        largest = getattr(weight, "SCB", None)
+    return (weight, codes, largest), (_address(weight), int8.has_fp16_weights, *_versions(largest))
+
+
+def _parts_of_4bit(module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     weight: Any = module._parameters.get("weight")
     if weight is None:
         return (None,), ()
-    # the class of a 4-bit weight asks Python for each attribute
-    with torch._C.DisableTorchFunctionSubclass():
-        address = weight.data_ptr()
-    int8 = module.__dict__.get("state")
-    if int8 is not None:
-        codes, largest = int8.CB, int8.SCB
-        if largest is None:
-            largest = getattr(weight, "SCB", None)
-        return (weight, codes, largest), (address, int8.has_fp16_weights, *_versions(largest))
+    address = _address(weight)
     state: Any = weight.__dict__.get("quant_state")
     if state is None:
         state = module.__dict__.get("quant_state")
@@ -78,6 +100,12 @@ def _parts(module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     outer = state.state2
     parts = (state.absmax, state.code, state.offset, outer.absmax, outer.code)
     return (weight, state, outer, *parts), (address, packed, *_versions(*parts))
+
+
+def _address(weight: Any) -> int | None:
+    # the class of a 4-bit weight asks Python for each attribute
+    with torch._C.DisableTorchFunctionSubclass():
+        return None if weight is None else weight.data_ptr()
 
 
 def _versions(*tensors: Tensor | None) -> list[int]:

@@ -11,7 +11,7 @@ from lora_kernels.nn.base import AdapterLayer, freeze_parameters
 from lora_kernels.nn.checks import check_dropout, check_flag
 from lora_kernels.nn.flat_parameters import constant
 from lora_kernels.nn.init import check_init, linear_factors
-from lora_kernels.nn.quantised import is_quantised
+from lora_kernels.nn.quantised import holds_codes
 from lora_kernels.nn.quantised_base import QuantisedBase
 from lora_kernels.nn.snapshot import of_one_state
 from lora_kernels.ops.lora_linear import Member, lora_linear
@@ -81,7 +81,7 @@ class LoRALinear(AdapterLayer):
     @classmethod
     def _empty_layer(cls, linear: Any) -> Self:
         """An empty layer, if `linear` is one that it can replace."""
-        if not isinstance(linear, nn.Linear) or not (type(linear).forward is nn.Linear.forward or is_quantised(linear)):
+        if not isinstance(linear, nn.Linear) or not (type(linear).forward is nn.Linear.forward or holds_codes(linear)):
             own = " with a forward of its own" if isinstance(linear, nn.Linear) else ""
             raise TypeError(f"{cls.__name__}: linear must be an nn.Linear, found {type(linear).__name__}{own}")
         layer = cls.__new__(cls)
@@ -105,8 +105,10 @@ class LoRALinear(AdapterLayer):
         held = self._quantised
         weight = self.weight if held is None else held.like_weight()
         init = check_init(name, init_lora_weights, self.r, weight, self.scaling, held is not None)
-        for parameter in (p for p in linear._parameters if p != "weight"):
-            self.register_parameter(parameter, linear._parameters[parameter])
+        codes = "weight" if held is None else held.codes
+        beside = {name: p for name, p in linear._parameters.items() if name != codes}
+        for name, parameter in beside.items():
+            self.register_parameter(name, parameter)
         self._init = init if isinstance(init, bool | str) else "given"
         a, b = linear_factors(init, self.r, weight, self.scaling)
         self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
@@ -114,7 +116,7 @@ class LoRALinear(AdapterLayer):
             # without them nobody could tell in another process what the base weight was
             self.register_buffer("initial_A", a.clone())
             self.register_buffer("initial_B", b.clone())
-        freeze_parameters(self.weight, self.bias)
+        freeze_parameters(self.weight, self.bias, *(() if held is None else beside.values()))
         self.train(linear.training)
         return self
 

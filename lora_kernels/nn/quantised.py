@@ -30,16 +30,43 @@ Reader = Callable[[Any, torch.dtype], QuantisedWeight | str]
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether the module is a linear layer of bitsandbytes, whatever its state. Such a layer holds
-    more than parameters; the others of this file may be an `nn.Linear` over a tensor of a
-    library's.
+    """Whether the module is a linear layer of bitsandbytes, whatever its state, or one of the other
+    libraries with a forward of its class and a parameter `weight` that can be read: where that
+    cannot, the library may still multiply with it.
     """
-    return _reader(module) in (_of_4bit, _of_8bit)
+    read = _reader(module)
+    if read in (None, _of_4bit, _of_8bit):
+        return read is not None
+    own = isinstance(module, nn.Linear) and "forward" not in vars(module) and module._parameters.get("weight") is not None
+    return own and isinstance(quantised_weight(module, torch.float32), QuantisedWeight)
 
 
 def holds_codes(module: nn.Module) -> bool:
     """Whether the module is a linear layer of any library named above, whatever its state."""
     return _reader(module) is not None
+
+
+def rounds_in_forward(module: nn.Module) -> str | None:
+    """Of a module with a forward on the instance: None if it is that of compressed-tensors and does
+    nothing but call its class's, as once the weight is decompressed; else the reason, or "" for any
+    other forward."""
+    held = vars(module)
+    function: Any = getattr(held["forward"], "__func__", None)
+    if getattr(function, "__globals__", {}).get("__name__") != "compressed_tensors.quantization.lifecycle.forward":
+        return ""
+    scheme, status = held.get("quantization_scheme"), _status(module)
+    if status == "COMPRESSED":
+        return "compressed-tensors has yet to decompress the weight, which the first call of its model does"
+    if status != "DECOMPRESSED":
+        return "compressed-tensors rounds the weight at each call"
+    if scheme is None or scheme.input_activations is not None or scheme.output_activations is not None:
+        return "compressed-tensors rounds the input or the output"
+    return None if function.__wrapped__ is type(module).forward else ""
+
+
+def _status(module: nn.Module) -> str | None:
+    """How far compressed-tensors is with it."""
+    return getattr(vars(module).get("quantization_status"), "name", None)
 
 
 def quantised_weight(module: nn.Module, dtype: torch.dtype) -> QuantisedWeight | str:
@@ -66,7 +93,7 @@ def _reader(module: nn.Module) -> Reader | None:
     if type(weight).__module__.startswith("torchao."):
         return _of_torchao
     if "quantization_scheme" in module.__dict__:
-        return _of_compressed
+        return None if _status(module) == "DECOMPRESSED" else _of_compressed
     if weight is not None and weight.element_size() == 1 and "weight_scale_inv" in module._parameters:
         return _of_fp8
     return None
@@ -123,6 +150,8 @@ def _plain(weight: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         with torch._C.DisableTorchFunctionSubclass():
             return weight.detach()
+    if weight.is_inference():  # as HQQ makes all, and no backward may keep
+        weight = torch.from_dlpack(weight)
     return weight.detach().as_subclass(Tensor)  # not .data, whose version stays as it is
 
 
@@ -173,13 +202,13 @@ def _of_hqq(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
     numbers = shape[0] * shape[1]
     return QuantisedWeight(
         _plain(codes).view(torch.uint8), shape, _floats(scales), numbers // scales.numel(), dtype, _table(range(16), codes),
-        order=HALVES, zeros=_floats(zeros), zero_rounded=True,
+        order=HALVES, zeros=_floats(zeros), zero_rounded=rounds is not torch.float32,
     )  # fmt: skip
 
 
 def _of_compressed(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
-    scheme, status = module.quantization_scheme, getattr(module.__dict__.get("quantization_status"), "name", None)
-    if status != "COMPRESSED":
+    scheme = module.quantization_scheme
+    if _status(module) != "COMPRESSED":
         return "the layer of compressed-tensors is not compressed: it rounds its weight at each call"
     if scheme.input_activations is not None or scheme.output_activations is not None:
         return "compressed-tensors changes the input or the output of this layer, too"

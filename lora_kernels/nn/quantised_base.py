@@ -4,13 +4,14 @@ held beside the parameters that the layer shares with it."""
 import copy
 import sys
 from collections.abc import Iterable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn.kept_weight import KeptWeight
-from lora_kernels.nn.quantised import is_quantised, quantised_weight
+from lora_kernels.nn.quantised import holds_codes, quantised_weight
 from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.ops.lora_linear.op import FLOATS
 from lora_kernels.ops.quantised import QuantisedWeight
@@ -29,6 +30,8 @@ class QuantisedBase:
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
+        self.codes = "weight_packed" if "weight_packed" in module._parameters else "weight"
+        """The module's name for what is the layer's `weight`."""
         self._kept = KeptWeight()
         self._look_at_dtype()
         found = quantised_weight(module, self.dtype)
@@ -57,7 +60,7 @@ class QuantisedBase:
         Raises:
             TypeError: its weight cannot be read; the message names the layer.
         """
-        if not is_quantised(module):
+        if not holds_codes(module):
             return None
         try:
             return QuantisedBase(module)
@@ -107,16 +110,31 @@ class QuantisedBase:
         """A copy of the module without its parameters."""
         module = copy.copy(self.module)
         module._parameters, module._buffers = {}, dict(module._buffers)
-        if getattr(self.module.weight, "quant_state", None) is not None:
-            module.quant_state, self.module.weight.module = self.module.weight.quant_state, module
+        rebind_forward(module)
+        weight = self.parameter
+        if getattr(weight, "quant_state", None) is not None:
+            module.quant_state, weight.module = weight.quant_state, module
         return module
+
+    @property
+    def parameter(self) -> Any:
+        """The module's parameter that holds the codes."""
+        return self.module._parameters[self.codes]
+
+    def is_scale(self, tensor: Tensor) -> bool:
+        """Whether a parameter is one of those that say what the codes mean, or the codes
+        themselves."""
+        return any(tensor is p for name, p in self.module._parameters.items() if name != "bias")
 
     def take(self, parameters: Mapping[str, nn.Parameter | None]) -> None:
         """Makes the module's parameters those of its layer again, and what stands beside the codes
         their companions."""
         for name in self.module._parameters:
-            self.module._parameters[name] = parameters[name]
-        weight = self.module._parameters["weight"]
+            self.module._parameters[name] = parameters["weight" if name == self.codes else name]
+        self._look_beside()
+
+    def _look_beside(self) -> None:
+        weight = self.parameter
         held: Any
         for held in (weight, self.module.__dict__.get("state")):
             if getattr(held, "CB", None) is not None:
@@ -130,12 +148,22 @@ class QuantisedBase:
         self._look_again()
 
     def save(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Adds what the module's own `state_dict` has beside the weight."""
+        """Adds what the module's own `state_dict` has beside the weight, and that by its name
+        there."""
+        if self.codes != "weight":
+            destination.pop(f"{prefix}weight", None)
         self.module._save_to_state_dict(destination, prefix, keep_vars)
+
+    def named_weight(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """A `state_dict` of the module in which the codes are the layer's `weight`."""
+        codes = None if self.codes == "weight" else state_dict.get(f"{prefix}{self.codes}")
+        return state_dict if codes is None else {**state_dict, f"{prefix}weight": codes}
 
     def load(self, state_dict: Mapping[str, Any], prefix: str, unexpected: list[str], errors: list[str]) -> None:
         """Takes what `save` added, beside the codes that the layer has loaded already."""
-        state = getattr(self.module.weight, "quant_state", None) or self.module.__dict__.get("quant_state")
+        if self.codes != "weight":
+            unexpected[:] = [key for key in unexpected if key != f"{prefix}{self.codes}"]
+        state = getattr(self.parameter, "quant_state", None) or self.module.__dict__.get("quant_state")
         if state is not None:
             found = {key: state_dict[key] for key in state_dict if key.startswith(f"{prefix}weight.")}
             self._load_state(state, found, prefix, errors)
@@ -199,14 +227,16 @@ class QuantisedBase:
             module.state.threshold, module.state.has_fp16_weights = before.threshold, False
             module.state.use_pool = before.use_pool
         else:
-            raise NotImplementedError(f"a {type(module).__name__} cannot be quantised again; merge it to floating numbers")
+            new = _as_torchao(self.parameter, w)
+            if new is None:
+                raise NotImplementedError(f"a {type(module).__name__} cannot be quantised again; merge it to floating numbers")
         module._parameters = {**module._parameters, "weight": new}
         return QuantisedBase(module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantisedBase":
         again = copy.copy(self)
         again.module = copy.deepcopy(self.module, memo)
-        again.take(again.module._parameters)
+        again._look_beside()
         return again
 
     def __getstate__(self) -> dict[str, Any]:
@@ -225,10 +255,40 @@ def product_of_codes(x: Tensor, w: QuantisedWeight, bias: Tensor | None = None) 
     return lora_linear(x, w, zeros.expand(1, n_in), zeros.expand(n_out, 1), 1.0, bias)
 
 
+def _as_torchao(like: Any, w: Tensor) -> nn.Parameter | None:
+    """w as int8 or float8 of torchao, with scales for as many numbers as those of a weight; None
+    where that is another tensor, or has zero points or tiles."""
+    kinds, kind = sys.modules.get("torchao.quantization"), type(like).__name__
+    if kind not in ("Int8Tensor", "Float8Tensor") or kinds is None:
+        return None
+    rows, columns = like.block_size
+    zeros = getattr(like, "zero_point", None)
+    if (zeros is not None and bool(zeros.any())) or (rows > 1 and (rows, columns) != tuple(like.shape)):
+        return None
+    if rows > 1:
+        granularity = kinds.PerTensor()
+    else:
+        granularity = kinds.PerRow() if columns == like.shape[1] else kinds.PerGroup(columns)
+    w = w.to(like.dtype)
+    if kind == "Int8Tensor":
+        new = kinds.Int8Tensor.from_hp(w, granularity, reduce_range=like.reduce_range)
+    else:
+        how = {"mm_config": like.mm_config, "kernel_preference": like.kernel_preference}
+        new = kinds.Float8Tensor.from_hp(w, like.qdata.dtype, granularity, **how)
+    return nn.Parameter(new, requires_grad=False)
+
+
+def rebind_forward(module: nn.Module) -> None:
+    """Makes a method that a copy of a module holds as its forward the copy's own."""
+    held = vars(module).get("forward")
+    if isinstance(held, MethodType):
+        vars(module)["forward"] = MethodType(held.__func__, module)
+
+
 def form_of_codes(module: Any) -> tuple[tuple[int, int], torch.dtype]:
     """[out, in] of a quantised module, and the dtype in which it multiplies, as far as it says
     so."""
-    given = module.compute_dtype if getattr(module, "compute_type_is_set", False) else None
+    given = getattr(module, "compute_dtype", None) if getattr(module, "compute_type_is_set", True) else None
     return (module.out_features, module.in_features), given or _floating_dtype(module) or torch.get_default_dtype()
 
 
@@ -239,7 +299,10 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def _floating_dtype(module: Any) -> torch.dtype | None:
-    weight, bias = module._parameters["weight"], module._parameters.get("bias")
+    held = module._parameters
+    weight, bias = held.get("weight"), held.get("bias")
     state = getattr(weight, "quant_state", None) or module.__dict__.get("quant_state")
-    dtypes: Iterable[Any] = (getattr(state, "dtype", None), weight.dtype, None if bias is None else bias.dtype)
+    # compressed-tensors keeps its scales in the dtype of W
+    scale = held.get("weight_scale") if "quantization_scheme" in module.__dict__ else None
+    dtypes: Iterable[Any] = (getattr(each, "dtype", None) for each in (state, weight, scale, bias))
     return next((dtype for dtype in dtypes if dtype in FLOATS), None)

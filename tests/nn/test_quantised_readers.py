@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_kernels import QuantisedWeight, lora_linear
 from lora_kernels.nn.quantised import holds_codes, is_quantised, quantised_weight
+from tests.nn.format_modules import compressed, fp8_linear, linear, torchao_configs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -22,7 +23,8 @@ def seed():
 def assert_reads(module, wanted, dtype):
     """W is `wanted` and takes no more memory than its codes and float32 scales."""
     assert holds_codes(module)
-    assert not is_quantised(module)  # which is bitsandbytes'
+    # HQQ's is no nn.Linear, and compressed-tensors has another forward on it
+    assert is_quantised(module) == (isinstance(module, nn.Linear) and "forward" not in vars(module))
     w = quantised_weight(module, dtype)
     assert isinstance(w, QuantisedWeight), w
     assert w.dtype is dtype
@@ -33,10 +35,6 @@ def assert_reads(module, wanted, dtype):
     return w
 
 
-def linear(n_in=256, n_out=96, dtype=torch.float32):
-    return nn.Linear(n_in, n_out, bias=False, dtype=dtype)
-
-
 def test_a_plain_layer_is_not_quantised():
     assert not holds_codes(linear())
     assert quantised_weight(linear(), torch.float32) == "Linear is no quantised layer that is known here"
@@ -45,20 +43,6 @@ def test_a_plain_layer_is_not_quantised():
 @pytest.fixture
 def ao():
     return pytest.importorskip("torchao.quantization")
-
-
-def torchao_configs(q):
-    asymmetric = {"weight_dtype": torch.int4, "mapping_type": q.MappingType.ASYMMETRIC}
-    return {
-        "int8 rows": q.Int8WeightOnlyConfig(),
-        "int8 groups": q.Int8WeightOnlyConfig(granularity=q.PerGroup(64)),
-        "int8 matrix": q.Int8WeightOnlyConfig(granularity=q.PerTensor()),
-        "float8 rows": q.Float8WeightOnlyConfig(),
-        "e5m2 rows": q.Float8WeightOnlyConfig(weight_dtype=torch.float8_e5m2),
-        "int4 groups": q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=q.PerGroup(32)),
-        "int4 zeros": q.IntxWeightOnlyConfig(granularity=q.PerGroup(32), **asymmetric),
-        "int8 zeros": q.IntxWeightOnlyConfig(weight_dtype=torch.int8, mapping_type=q.MappingType.ASYMMETRIC),
-    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,14 +81,6 @@ def test_torchao_layers_that_are_left(ao):
 @pytest.fixture
 def fp8():
     return pytest.importorskip("transformers.integrations.finegrained_fp8")
-
-
-def fp8_linear(library, n_in, n_out, block, powers=False):
-    layer = library.FP8Linear(n_in, n_out, block, scale_fmt="ue8m0" if powers else "float")
-    layer.weight.data = (torch.randn(n_out, n_in) * 100).to(torch.float8_e4m3fn)
-    scales = layer.weight_scale_inv
-    scales.data = (torch.rand(scales.shape) / 1000).to(scales.dtype)
-    return layer
 
 
 @pytest.mark.parametrize("block", [None, (128, 128), (32, 64)])
@@ -214,29 +190,6 @@ def test_hqq_itself(dtype):
         config = library.BaseQuantizeConfig(nbits=4, group_size=group, axis=1)
         layer = library.HQQLinear(linear(), config, compute_dtype=dtype, device="cpu")
         assert_reads(layer, layer.dequantize(), dtype)
-
-
-def compressed(weights, n_in=256, n_out=96, dtype=torch.bfloat16):
-    """A layer that compressed-tensors has quantised and compressed, and the weight it was rounded
-    to."""
-    library = pytest.importorskip("compressed_tensors.quantization")
-    compressors = pytest.importorskip("compressed_tensors.compressors.base")
-    from compressed_tensors.quantization.utils.helpers import calculate_qparams
-
-    scheme = library.QuantizationScheme(targets=["Linear"], weights=library.QuantizationArgs(**weights))
-    module = linear(n_in, n_out, dtype)
-    library.initialize_module_for_quantization(module, scheme)
-    rows, columns = {"group": (1, weights.get("group_size")), "channel": (1, n_in), "tensor": (n_out, n_in)}.get(
-        weights["strategy"], weights.get("block_structure")
-    )
-    tiles = module.weight.data.unfold(0, rows, rows).unfold(1, columns, columns)
-    scales, zeros = calculate_qparams(tiles.amin((2, 3)), tiles.amax((2, 3)), scheme.weights)
-    module.weight_scale.data = scales.reshape(module.weight_scale.shape).to(dtype)
-    if getattr(module, "weight_zero_point", None) is not None:
-        module.weight_zero_point.data = zeros.reshape(module.weight_zero_point.shape).to(module.weight_zero_point.dtype)
-    compressors.compress_module(module)
-    made = compressors.BaseCompressor.get_value_from_registry(compressors.infer_module_format(type(module), scheme).value)
-    return module, made.decompress(compressors.get_direct_state_dict(module), scheme)["weight"]
 
 
 @pytest.mark.parametrize("weights", [

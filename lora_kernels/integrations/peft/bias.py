@@ -20,9 +20,18 @@ def bias_refusal(lora_a: nn.Module, own: Any) -> str | None:
     return ON_META if own.is_meta else None
 
 
+def held_bias(base: Any) -> Any:
+    """The bias of a base layer as it is held: of HQQ not as a parameter, and then it learns
+    nothing."""
+    if "bias" in base._parameters:
+        return base._parameters["bias"]
+    bias = base.__dict__.get("bias")
+    return bias.detach() if isinstance(bias, Tensor) else bias
+
+
 def base_bias(base: Any) -> Tensor | None:
     """The bias of a base layer; a frozen one has no grad, though FSDP's view of it may say so."""
-    bias = base._parameters["bias"]
+    bias = held_bias(base)
     return constant(base, "bias", bias) if bias is not None and bias.requires_grad else bias
 
 

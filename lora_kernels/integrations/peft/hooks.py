@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from lora_kernels.integrations.gathered import execution_device
+from lora_kernels.nn.quantised import rounds_in_forward
 
 HOOKED = "a hook waits for the call of base_layer, lora_A, lora_B or lora_dropout"
 EVERY = "a hook waits for the call of every module"
@@ -50,7 +51,7 @@ def has_hooks(module: nn.Module) -> Any:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or ("forward" in module.__dict__ and not is_own(module, "forward"))
+        or ("forward" in module.__dict__ and not is_own(module, "forward") and rounds_in_forward(module) is not None)
     )
 
 
@@ -73,8 +74,8 @@ def moves_weights(module: Any, x: Tensor | None = None) -> str | None:
         for hook in _accelerate_hooks(held["_hf_hook"]):
             if (reason := _moves_in_accelerate(hook, x)) is not None:
                 return reason
-    elif "forward" in held and not is_own(module, "forward"):
-        return HOOKED
+    elif "forward" in held and not is_own(module, "forward") and (reason := rounds_in_forward(module)) is not None:
+        return reason or HOOKED
     return _own_hooks(module, x)
 
 

@@ -7,10 +7,11 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.integrations.peft.bias import bias_refusal, with_lora_bias
+from lora_kernels.integrations.peft.bias import bias_refusal, held_bias, with_lora_bias
 from lora_kernels.integrations.peft.factors import RULES, are_covered
 from lora_kernels.integrations.peft.hooks import FSDP1, HOOKED, has_hooks
 from lora_kernels.nn.flat_parameters import VIEWS, are_attributes, constant
+from lora_kernels.nn.quantised import holds_codes
 from lora_kernels.ops.lora_linear.op import FLOATS
 from lora_kernels.ops.quantised import QuantisedWeight
 
@@ -29,7 +30,12 @@ DISABLED = "the adapters are disabled"
 
 PLAIN = (Tensor, nn.Parameter)
 READERS: dict[type[nn.Module], Callable[[Any, Any], Any]] = {}
-"""By class of a quantised base layer: (layer, base layer) to its `QuantisedWeight`, or a reason."""
+"""By class of a quantised base layer: (layer, base layer) to its `QuantisedWeight`, or a reason.
+That of nn.Linear is for weights of a library's own class."""
+_ROUNDS = dict.fromkeys(
+    ("FP8Linear", "FP8GroupedLinear", "CompressedTensorsFP8Linear"), ", which rounds each input to float8, and so y"
+)
+"""By name of a class that does not compute x Wᵀ, why."""
 _WEIGHTS = (*PLAIN, QuantisedWeight)
 _DTYPES = frozenset((w, a, a) for w in FLOATS for a in FLOATS)
 # MiCA differs from LoRA only in what it initialises and trains
@@ -74,13 +80,18 @@ def read_state(layer: Any, adapter: str | None = None) -> Any:
     w, a, b = base._parameters.get("weight"), lora_a._parameters.get("weight"), lora_b._parameters.get("weight")
     if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
         read = READERS.get(type(base))
-        w = f"base_layer is {type_name(base)}" if read is None else read(layer, base)
+        w = f"base_layer is {(kind := type_name(base))}{_ROUNDS.get(kind, '')}" if read is None else read(layer, base)
         if type(w) is str:
             return w
     if type(w) not in _WEIGHTS or type(a) not in PLAIN or type(b) not in PLAIN:
-        if are_attributes(base, lora_a, lora_b):
-            return VIEWS
-        return f"the weights of base_layer, lora_A and lora_B are {type_name(w)}, {type_name(a)} and {type_name(b)}"
+        if type(w) not in _WEIGHTS and type(base) is nn.Linear and holds_codes(base):
+            w = READERS[nn.Linear](layer, base)
+            if type(w) is str:
+                return w
+        if type(w) is not QuantisedWeight or type(a) not in PLAIN or type(b) not in PLAIN:
+            if are_attributes(base, lora_a, lora_b):
+                return VIEWS
+            return f"the weights of base_layer, lora_A and lora_B are {type_name(w)}, {type_name(a)} and {type_name(b)}"
     if (w.dtype, a.dtype, b.dtype) not in _DTYPES:
         return f"the weights of base_layer, lora_A and lora_B are {w.dtype}, {a.dtype} and {b.dtype}"
     learnt = w.requires_grad
@@ -115,7 +126,9 @@ def read_state(layer: Any, adapter: str | None = None) -> Any:
             return f"lora_dropout is {drop}"
     elif type(drop) is not nn.Identity:
         return f"lora_dropout is {type_name(drop)}"
-    bias: Any = base._parameters["bias"]
+    bias: Any = base._parameters.get("bias")
+    if bias is None and type(w) is QuantisedWeight:
+        bias = held_bias(base)
     if bias is not None and type(bias) not in PLAIN:
         return f"the bias of base_layer is {type_name(bias)}"
     if learnt and bias is not None:
@@ -132,7 +145,7 @@ def read_codes(layer: Any) -> Any:
     the base's own call computes it: it is of another kind, or has hooks."""
     base = layer._modules["base_layer"]
     read = READERS.get(type(base))
-    return None if read is None or has_hooks(base) else read(layer, base)
+    return None if read is None or type(base) is nn.Linear or has_hooks(base) else read(layer, base)
 
 
 def _magnitude(children: dict[str, Any], name: str, variant: Any, own_bias: Any) -> Any:
