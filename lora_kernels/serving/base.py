@@ -34,6 +34,16 @@ def in_memory(weight: Tensor) -> bool:
     return is_plain(weight) or type(weight).__name__ in ("Params4bit", "Int8Params")
 
 
+def _versions(tensors: Iterable[Tensor]) -> list[int]:
+    with torch._C.DisableTorchFunctionSubclass():
+        return [t._version for t in tensors]
+
+
+def _memory_of(weight: Tensor | None) -> Tensor | None:
+    """The tensor with a weight's numbers, or its codes: of torchao's kinds one that they hold."""
+    return weight if weight is None or is_plain(weight) else getattr(weight, "__dict__", {}).get("qdata", weight)
+
+
 def form_of(module: nn.Module) -> tuple[tuple[int, int], torch.dtype]:
     """[rows, columns] of a layer's weight, and the dtype that it is multiplied in."""
     weight: Tensor = module.weight  # type: ignore[assignment]
@@ -95,36 +105,38 @@ def check_kind(name: str, module: nn.Module) -> None:
 
 
 class Known:
-    """A weight as the gains of its adapters know it: which it is, its version (-1: it counts none)
-    and its memory (None: it hides that)."""
+    """A weight as the gains of its adapters know it: which it is, its versions (none: it counts
+    none) and its memory (None: it hides that)."""
 
-    __slots__ = "memory", "number", "version", "weight"
+    __slots__ = "counted", "held", "memory", "number", "versions", "weight"
 
     def __init__(self, weight: Tensor | None) -> None:
-        self.weight, self.version, self.number = weight, -1, None
-        if weight is not None and in_memory(weight):
-            self.version = -1 if weight.is_inference() else weight._version
+        self.weight, self.number = weight, None
+        self.counted: tuple[Tensor, ...] = ()
+        self.held = held = _memory_of(weight)
+        if held is not None and weight is not None and in_memory(held):
+            # a copy to torchao's weight is not counted by the tensor that it holds
+            both = (held,) if held is weight else (held, weight)
+            self.counted = () if held.is_inference() else both
             # nothing else gets its number as long as this is kept
-            self.memory = StorageWeakRef(weight.untyped_storage())
+            self.memory = StorageWeakRef(held.untyped_storage())
             self.number = self.memory.cdata
+        self.versions = _versions(self.counted)
 
     def same_as(self, other: "Known") -> bool:
-        return self.weight is other.weight and (self.version, self.number) == (other.version, other.number)
+        return self.weight is other.weight and (self.versions, self.number) == (other.versions, other.number)
 
     def is_still(self, weight: Tensor | None) -> bool:
         if weight is not self.weight or weight is None:
             return False
         if self.number is None:
             return True
-        if not is_plain(weight):
-            with torch._C.DisableTorchFunctionSubclass():
-                return self._lies_still(weight)
-        return self._lies_still(weight)
-
-    def _lies_still(self, weight: Tensor) -> bool:
-        if weight.untyped_storage()._cdata != self.number:
-            return False
-        return self.version < 0 or weight._version == self.version
+        if is_plain(weight):
+            still = weight.untyped_storage()._cdata == self.number
+            return still and (not self.versions or weight._version == self.versions[0])
+        with torch._C.DisableTorchFunctionSubclass():
+            held: Any = _memory_of(weight)
+            return held.untyped_storage()._cdata == self.number and _versions(self.counted) == self.versions
 
 
 STALE = Known(None)
@@ -186,10 +198,10 @@ class BaseWatch:
         self._weights = [one.weight for one in every]
         # what hides its memory is known by identity alone
         plain = [one for one in every if one.number is not None]
-        self._plain, self._memories = [one.weight for one in plain], [one.number for one in plain]
+        self._plain, self._memories = [one.held for one in plain], [one.number for one in plain]
         # made in inference mode a tensor counts no versions, and is written to in that mode alone
-        counted = [one for one in plain if one.version >= 0]
-        self._counted, self._versions = [one.weight for one in counted], [one.version for one in counted]
+        self._counted = [tensor for one in plain for tensor in one.counted]
+        self._versions = [version for one in plain for version in one.versions]
 
     def same(self, weights: bool) -> bool:
         """Whether nothing has changed that matters; `weights`: what they hold does.

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters import AdapterError
 from lora_kernels.serving import Adapter, AdapterPool, BaseChangedError, serve, unserve
+from lora_kernels.serving.layer import MultiLoRALinear
+from tests.nn.format_modules import module
 from tests.serving.pools import SIZES, alone, net, pool_of, random_adapter
 from tests.serving.test_pool_base import dora, served_net
 
@@ -104,15 +106,68 @@ def test_a_base_that_is_quantised_below_its_pool():
         model(torch.randn(1, 24), adapters=["dora"])
 
 
-def test_torchao():
+@pytest.mark.parametrize("kind", ["int8 rows", "float8 rows", "fp8", "fp8 powers"])
+def test_codes_of_other_libraries(kind):
+    """Base and adapters in one op, from the codes; also of a layer whose own forward has no CPU."""
+    model, plain = net(), net()
+    for i, name in enumerate(SIZES):
+        coded, w = module(kind, *SIZES[name], bias=name == "0", seed=i)
+        if name == "0":
+            coded.bias = plain[0].bias
+        model[int(name)] = coded
+        with torch.no_grad():
+            plain.get_submodule(name).weight.copy_(w)
+    x = assert_served_as(plain, model)
+    assert isinstance(model[0], MultiLoRALinear) and model[0]._quantised is not None
+    kind_of_base = type(model[0]._quantised.module)
+    unserve(model)
+    assert type(model[0]) is kind_of_base
+    if kind_of_base is nn.Linear:
+        torch.testing.assert_close(model(x), alone(plain, None, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("open_batch", [False, True])
+def test_gains_follow_the_codes_of_torchao(open_batch):
+    """A load writes into the tensors that the weight holds, which stays the same object."""
+    model, other = net(), net()
+    for i, name in enumerate(SIZES):
+        for seed, each in ((0, model), (5, other)):
+            each[int(name)] = module("int8 rows", *SIZES[name], bias=name == "0", seed=seed + i)[0]
+    pool = pool_of(model)
+    pool.load("dora", dora(0)), pool.load("lora", random_adapter(1))
+    x, names = torch.randn(2, 24), ["dora", "lora"]
+    serve(model, pool)
+    with torch.no_grad():
+        before = model(x, adapters=names)
+        if open_batch:
+            with pool.batch(names):
+                model(x)
+                model.load_state_dict(other.state_dict())
+                y = model(x)
+        else:
+            model.load_state_dict(other.state_dict())
+            y = model(x, adapters=names)
+    plain = net()
+    for name in SIZES:
+        plain[int(name)] = nn.Linear(*SIZES[name], bias=name == "0")
+        plain[int(name)].weight.data = other[int(name)].weight.dequantize()
+    plain[0].bias = other[0].bias
+    assert not torch.allclose(y, before, rtol=1e-2)
+    for row, adapter in enumerate((dora(0), random_adapter(1))):
+        torch.testing.assert_close(y[row], alone(plain, adapter, x)[row], rtol=1e-4, atol=1e-4)
+
+
+def test_torchao_with_inputs_of_int8():
+    """Its own product, and the adapters' part added."""
     quantization = pytest.importorskip("torchao.quantization")
     model = net()
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    plain = net()
-    with torch.no_grad():
-        for name in SIZES:
-            plain.get_submodule(name).weight.copy_(model.get_submodule(name).weight.dequantize())
-    assert_served_as(plain, model)
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+    pool = pool_of(model)
+    pool.load("lora", random_adapter(1))
+    x = torch.randn(2, 24)
+    wanted, y = model(x), serve(model, pool)(x, adapters=["lora", None])
+    assert model[0].quantised and not torch.allclose(y[0], wanted[0], rtol=1e-2)
+    torch.testing.assert_close(y[1], wanted[1])
 
 
 class Reader(nn.Sequential):
