@@ -1,6 +1,8 @@
 """Weights kept as codes and scales: their numbers, and every op on them."""
 
+import copy
 import math
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -104,6 +106,25 @@ def test_few_tokens(level, kind):
             rows.append(lora_linear(some.x, w, p.a, p.b, p.scale, p.bias, p.gain)[0])
             assert_problem(some, w)
         assert all(torch.equal(row, rows[0]) for row in rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_without_gradients(level, kind):
+    """Their short way gives what the op gives; it reads a part as it is at each call, and copies of
+    the weight."""
+    w, p = make_quantised(kind, 33, 66, 64, torch.bfloat16), make_problem(2, 66, 33, 4, torch.bfloat16, gain=True)
+
+    def both(w):
+        y = lora_linear(p.x, w, p.a, p.b, 0.5, None, p.gain)
+        assert torch.equal(y, lora_linear(p.x, w, p.a.clone().requires_grad_(), p.b, 0.5, None, p.gain))
+        return y
+
+    y = both(w)
+    assert torch.equal(both(copy.deepcopy(w)), y)
+    if kind != "float8":  # torch pickles no such tensor
+        assert torch.equal(both(pickle.loads(pickle.dumps(w))), y)
+    w.codes.data = w.codes.view(torch.uint8).flip(0).view(w.codes.dtype)
+    assert torch.equal(both(w), both(replace(w))) and not torch.equal(both(w), y)
 
 
 @pytest.mark.parametrize("kind", KINDS)
