@@ -1,7 +1,7 @@
 """A frozen weight that is kept as codes and scales, as 4-bit and 8-bit bases are."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -76,7 +76,8 @@ class QuantisedWeight:
 
     requires_grad = False  # frozen
     layout = torch.strided
-    _kept = None  # `fields`, where no part is a view: that would not follow `.data =` of its base
+    # `fields`, where no part is a view: that would not follow `.data =` of its base
+    _kept: ClassVar[tuple[Tensor, list[Tensor], list[int]] | None] = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", torch.Size(self.shape))
