@@ -1,5 +1,5 @@
-"""What the gates compile: the ops' kernels as their launchers choose them (ops.py, quantised.py,
-weights.py), and the simulator's corpus."""
+"""What the gates compile: the ops' kernels as their launchers choose them (experts.py, ops.py,
+quantised.py, serving.py, weights.py), and the simulator's corpus."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from lora_kernels.testing.gates.configuration import NVIDIA
 
 MISSING = missing_backends().get("triton")
 if not MISSING:
-    from tests.gates import ops, quantised, serving, weights
+    from tests.gates import experts, ops, quantised, serving, weights
 
 KERNELS = Path(__file__).parents[1] / "ptxsim" / "kernels"
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -269,4 +269,4 @@ CUDA_OPS = [
         Budget(6.4, "HMMA", units=64, wide=25),
       ) for kind in ("bf16", "f16")),
 ]  # fmt: skip
-GATES = [*([] if MISSING else ops.GATES + quantised.GATES + serving.GATES + weights.GATES), *CUDA_OPS, *CORPUS]
+GATES = [*([] if MISSING else experts.GATES + ops.GATES + quantised.GATES + serving.GATES + weights.GATES), *CUDA_OPS, *CORPUS]
