@@ -76,5 +76,5 @@ KNOWN = {
 CHEAPER = " cost PEFT less"
 """Ends reasons that are a choice, for PEFT's forward is faster there: such calls do not count."""
 
-MINIMUM = 0.86
+MINIMUM = 0.94
 """The share of the calls with arithmetic to do that must be fast."""
