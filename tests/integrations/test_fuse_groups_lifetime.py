@@ -181,7 +181,8 @@ def test_nested_checkpoints():
         for one in (alone, grouped):
             x = inputs(seed=seed).requires_grad_()
             grads.append(torch.autograd.grad(nested(one, x).square().sum(), x)[0])
-        torch.testing.assert_close(*grads)
+        # a number may be little beside the sums that it is made of
+        torch.testing.assert_close(*grads, rtol=0, atol=2.0**-20 * float(grads[0].abs().max()))
     assert siblings(grouped).groups()
 
 

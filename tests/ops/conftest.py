@@ -12,6 +12,7 @@ from lora_kernels.testing import poisoned
 def poisoned_memory():
     with poisoned():
         yield
+    assert not any(tickets.any() for tickets in launch._tickets.values()), "a launch left its tickets other than zero"
 
 
 @pytest.fixture

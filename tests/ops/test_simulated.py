@@ -315,7 +315,7 @@ def test_tf32_if_torch_allows_it(monkeypatch):
     p = make_problem(20, 64, 32, 4, F32)
     exact = lora_linear(*p.arguments())
     norm = weight_norm(p.w, p.a, p.b, 0.5)
-    for module in (triton_skinny, triton_fields):
+    for module in (triton_skinny, backend):
         monkeypatch.setattr(module, "precision", lambda t: "tf32")
     error = (lora_linear(*p.arguments()) - exact).abs().max() / exact.abs().max()
     assert 1e-5 < error < 2e-3

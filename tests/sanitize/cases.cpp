@@ -50,7 +50,7 @@ void backward_small(Case& c) {
   std::optional<Tensor> dx, da, db;
   if (c.fixed || c.coin()) dx.emplace(c.coin() ? c.type : DType::f32, tokens, n_in, c.by_rows());
   if (c.fixed || c.coin()) da.emplace(small, rank, n_in, c.any_layout());
-  if (c.coin() || !(dx || da)) db.emplace(small, n_out, rank, c.any_layout());
+  if (c.fixed || c.coin() || !(dx || da)) db.emplace(small, n_out, rank, c.any_layout());
   const float scale = c.scale();
   const Dropout dropout = c.dropout();
   const BackwardSmall p{dy,         x,     w,       a,      b,    view_of(gain), view_of(dx), view_of(da), view_of(db),
