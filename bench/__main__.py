@@ -10,7 +10,6 @@ circumstances.
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def main() -> None:
     import torch
 
     from bench import lora_linear, memory, weight_norm
-    from bench.paired import machine_stamp
+    from bench.paired import machine_stamp, write_measured
     from lora_kernels import _cpu
 
     limits = {}
@@ -42,8 +41,7 @@ def main() -> None:
         found.append(row)
         print_row(row)
         if options.out:
-            text = json.dumps({"stamp": circumstances, "rows": found}, indent=1)
-            options.out.write_text(text + "\n", encoding="utf-8")
+            write_measured(options.out, circumstances, found)
 
     for threads in options.threads or [torch.get_num_threads()]:
         torch.set_num_threads(threads)

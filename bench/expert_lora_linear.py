@@ -208,20 +208,11 @@ def rho(shape: str) -> float:
 
 def peak(name: str, case: dict[str, Any]) -> int:
     """Bytes of a step at its peak beyond what was resident before."""
-    import ctypes
-    import gc
-
-    from bench.memory import process_status_bytes
+    from bench.memory import peak_of
 
     call = contenders(case)[name]
     call()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
-        file.write("5")  # the peak starts anew
-    before = process_status_bytes("VmRSS")
-    call()
-    return int(process_status_bytes("VmHWM") - before)
+    return int(peak_of(call)[0])
 
 
 def memory(case: dict[str, Any]) -> dict[str, int]:
@@ -277,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from bench.paired import machine_stamp
+    from bench.paired import machine_stamp, write_measured
 
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
@@ -297,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"goal {MEMORY_GOAL} of PEFT's memory: {peaks['ours'] / 2**20:.1f} MiB")
     if options.out:
         stamp = {**machine_stamp(), "threads": options.threads, "transformers": __import__("transformers").__version__}
-        options.out.write_text(json.dumps({"stamp": stamp, "rows": rows, "peaks": peaks}, indent=1) + "\n", encoding="utf-8")
+        write_measured(options.out, stamp, rows, peaks=peaks)
     return 0
 
 

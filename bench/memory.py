@@ -24,9 +24,6 @@ def measurements():
 def measure(name):
     """The peak of a second forward beyond what was resident before it and the result itself, in
     bytes."""
-    import ctypes
-    import gc
-
     import torch
 
     from bench.lora_linear import make_peft_layer
@@ -39,13 +36,23 @@ def measure(name):
     with torch.no_grad():
         module(x[:100])  # libraries set up their own buffers on their first call
         module.lora_B["default"].weight.mul_(1.5)  # so that the norm is computed again
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
-            file.write("5")  # the peak starts anew
-        before = process_status_bytes("VmRSS")
-        y = (module.base_layer if name == "linear" else module)(x)
-        return process_status_bytes("VmHWM") - before - y.nbytes
+        taken, y = peak_of(lambda: (module.base_layer if name == "linear" else module)(x))
+        return taken - y.nbytes
+
+
+def peak_of(call):
+    """(bytes at the peak of a call beyond what was resident before it, what it gives); the process
+    should do nothing else."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
+        file.write("5")  # the peak starts anew
+    before = process_status_bytes("VmRSS")
+    found = call()
+    return process_status_bytes("VmHWM") - before, found
 
 
 def process_status_bytes(key):

@@ -17,7 +17,6 @@ the batch. All but `merged` share one set of weights.
 
 import argparse
 import copy
-import json
 import os
 from itertools import chain, product
 from pathlib import Path
@@ -202,7 +201,7 @@ def main() -> None:
 
     import torch
 
-    from bench.paired import machine_stamp
+    from bench.paired import machine_stamp, write_measured
 
     torch.set_num_threads(options.threads)
     stamp, found = machine_stamp() | {"load": os.getloadavg()[0]}, []
@@ -211,7 +210,7 @@ def main() -> None:
         found.append(measure(*case, 0.0 if options.quick else options.seconds))
         print_row(found[-1])
         if options.out:
-            options.out.write_text(json.dumps({"stamp": stamp, "rows": found}, indent=1) + "\n", encoding="utf-8")
+            write_measured(options.out, stamp, found)
 
 
 if __name__ == "__main__":

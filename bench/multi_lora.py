@@ -18,7 +18,6 @@ AMX. GB/s: the bytes of all A and B that the batch uses, over the time of `ours,
 """
 
 import argparse
-import json
 import math
 import os
 import random
@@ -162,7 +161,7 @@ def main() -> None:
 
     import torch
 
-    from bench.paired import interleaved_medians, machine_stamp, measurement_row
+    from bench.paired import interleaved_medians, machine_stamp, measurement_row, write_measured
     from bench.palette import three_digits
     from lora_kernels import _cpu
 
@@ -185,8 +184,7 @@ def main() -> None:
             rate = used / seconds["ours, add"] / 1e9
             print(f"{kind:9} {dtype:8} {rows}×{size}² r={ranks}: over linear: {ratios}; {rate:.1f} GB/s", flush=True)
             if options.out:
-                text = json.dumps({"stamp": machine_stamp(), "rows": found}, indent=1)
-                options.out.write_text(text + "\n", encoding="utf-8")
+                write_measured(options.out, machine_stamp(), found)
 
 
 if __name__ == "__main__":

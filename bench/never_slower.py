@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.held:
         return run_level(options)
 
-    from bench.paired import machine_stamp
+    from bench.paired import machine_stamp, write_measured
     from lora_kernels import _cpu
 
     rows: list[dict[str, Any]] = []
@@ -177,8 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{level}: {summary(own)}", flush=True)
         rows += own
         if options.out:
-            text = json.dumps({"stamp": {**machine_stamp(), "threads": options.threads}, "rows": rows}, indent=1)
-            options.out.write_text(text + "\n", encoding="utf-8")
+            write_measured(options.out, {**machine_stamp(), "threads": options.threads}, rows)
     return int(any(row.get("ratio", 0) > ALLOWED for row in rows))
 
 

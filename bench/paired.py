@@ -1,16 +1,19 @@
 """A measurement as plain values, and its circumstances. `interleaved_medians` is that of `python -m
 lora_kernels bench`."""
 
+import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_kernels.commands.paired import interleaved_medians
 
-__all__ = ["interleaved_medians", "measurement_row", "machine_stamp"]
+__all__ = ["interleaved_medians", "machine_stamp", "measurement_row", "write_measured"]
 
 
 def measurement_row(
@@ -52,3 +55,8 @@ def machine_stamp() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": git_output("rev-parse", "--short", "HEAD") + (" and uncommitted changes" if changed else ""),
     }
+
+
+def write_measured(file: Path, stamp: dict[str, Any], rows: Sequence[Any], **more: Any) -> None:
+    """Measurements with their circumstances, as JSON."""
+    file.write_text(json.dumps({"stamp": stamp, "rows": rows, **more}, indent=1) + "\n", encoding="utf-8")

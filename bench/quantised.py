@@ -165,23 +165,14 @@ def measure(case: dict[str, Any], seconds: float) -> dict[str, float]:
 
 def peak(name: str, fmt: str, dtype: str, size: int, tokens: int) -> int:
     """Bytes of a forward + backward at its peak beyond what was resident before, without y."""
-    import ctypes
-    import gc
-
     import torch
 
-    from bench.memory import process_status_bytes
+    from bench.memory import peak_of
 
     case = {"format": fmt, "dtype": dtype, "size": size, "kind": "lora", "what": "step", "M": tokens}
     call = contenders(case)[name]
     call()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
-        file.write("5")  # the peak starts anew
-    before = process_status_bytes("VmRSS")
-    call()
-    return int(process_status_bytes("VmHWM") - before) - tokens * size * getattr(torch, dtype).itemsize
+    return int(peak_of(call)[0]) - tokens * size * getattr(torch, dtype).itemsize
 
 
 def memory(fmt: str, dtype: str, size: int, tokens: int) -> dict[str, int]:
@@ -273,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(peak(name, fmt, dtype, int(size), int(tokens)))
         return 0
 
-    from bench.paired import machine_stamp
+    from bench.paired import machine_stamp, write_measured
     from lora_kernels import _cpu
 
     rows: list[dict[str, Any]] = []
@@ -291,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"goal {MEMORY_GOAL >> 20} MiB: {peaks['ours'] / 2**20:.1f}")
     if options.out:
         stamp = {**machine_stamp(), "threads": options.threads, "bitsandbytes": __import__("bitsandbytes").__version__}
-        options.out.write_text(json.dumps({"stamp": stamp, "rows": rows, "peaks": peaks}, indent=1) + "\n", encoding="utf-8")
+        write_measured(options.out, stamp, rows, peaks=peaks)
     return 0
 
 

@@ -132,10 +132,10 @@ def fit(level: str, dtype: str, forward: Times, back: Times, where: str) -> CpuR
     """The row of what was measured."""
     ahead, behind = list(candidates(level, dtype, "forward")), list(candidates(level, dtype, "backward"))
     ours, ours_back = [n for n in ahead if n != "addmm"], [n for n in behind if n != "addmm"]
-    begin, small = span(winners(forward, ours), "small")
-    begin_back, small_back = span(winners(back, ours_back), "small")
-    packed = span(winners(forward, ours), "packed")
-    streamed = span(winners(back, ours_back), "streamed")
+    won_of_ours, won_back_of_ours = winners(forward, ours), winners(back, ours_back)
+    begin, small = span(won_of_ours, "small")
+    begin_back, small_back = span(won_back_of_ours, "small")
+    packed, streamed = span(won_of_ours, "packed"), span(won_back_of_ours, "streamed")
     won, won_back = winners(forward, ahead), winners(back, behind)
     addmm_from = _from(span(won, "addmm"))
     small = min(small, span(won, "small")[1]) if begin == 1 else 0

@@ -2,14 +2,13 @@
 are in float64."""
 
 import copy
-import warnings
 
 import bitsandbytes as bnb
 import peft
 import torch
 from torch import nn
 
-from tests.integrations.fuse_helpers import randomise
+from tests.integrations.fuse_helpers import make_small, randomise, take_over
 
 KINDS = ("nf4", "fp4", "int8")
 
@@ -42,10 +41,7 @@ def model(kind, compute=torch.float32, nested=True, storage=torch.uint8, **lora)
     net.is_loaded_in_8bit, net.is_loaded_in_4bit = kind == "int8", kind != "int8"
     made = _with_adapter(net, peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["a", "b"]} | lora))
     randomise(made)
-    with torch.no_grad():
-        for name, p in made.named_parameters():
-            if "lora_B" in name:
-                p.mul_(0.1)
+    make_small(made)
     return made
 
 
@@ -64,16 +60,7 @@ def exact(quantised):
     made.double()
     for name, p in made.named_parameters():
         p.requires_grad_("lora" in name)
-    with torch.no_grad():
-        for name in ("a", "b"):
-            base, plain = (getattr(m.base_model.model, name).get_base_layer() for m in (quantised, made))
-            plain.weight.copy_(numbers(base))
-            if base.bias is not None:
-                plain.bias.copy_(base.bias)
-        own = dict(made.named_parameters())
-        for name, p in quantised.named_parameters():
-            if "lora" in name:
-                own[name].copy_(p)
+    take_over(made, quantised, numbers)
     return made
 
 
@@ -90,13 +77,6 @@ def numbers(base, dtype=None):
 
 def inputs(dtype=torch.float32, rows=7):
     return torch.randn(rows, 128, generator=torch.Generator().manual_seed(2)).to(dtype)
-
-
-def quietly(function, *arguments, **keywords):
-    """PEFT warns of what merging to few bits rounds."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return function(*arguments, **keywords)
 
 
 def edits(base):

@@ -1,14 +1,12 @@
 """PEFT models over the quantised layers of torchao and HQQ, and the same models over what their
 weights are in float64."""
 
-import warnings
-
 import peft
 import pytest
 import torch
 from torch import nn
 
-from tests.integrations.fuse_helpers import randomise
+from tests.integrations.fuse_helpers import make_small, quietly, randomise, take_over
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 TORCHAO = ("int8 rows", "int8 groups", "int8 matrix", "float8 rows", "float8 groups", "int4 groups", "int4 zeros")
@@ -62,10 +60,7 @@ def model(kind, dtype=F32, **lora):
         for name in SIZES:
             layer(made, name).get_apply_tensor_subclass = lambda: torchao_config(kind)
     randomise(made)
-    with torch.no_grad():
-        for name, p in made.named_parameters():
-            if "lora_B" in name:
-                p.mul_(0.1)
+    make_small(made)
     return made
 
 
@@ -86,25 +81,9 @@ def exact(quantised, **lora):
     """The model over plain layers, in float64, of the numbers that the library makes of its
     weights."""
     made = peft.get_peft_model(Net(), _config(lora)).double()
-    with torch.no_grad():
-        for name in SIZES:
-            base, plain = layer(quantised, name).get_base_layer(), layer(made, name).get_base_layer()
-            plain.weight.copy_(numbers(base))
-            if base.bias is not None:
-                plain.bias.copy_(base.bias)
-        own = dict(made.named_parameters())
-        for name, p in quantised.named_parameters():
-            if "lora" in name:
-                own[name].copy_(p)
+    take_over(made, quantised, numbers)
     return made
 
 
 def inputs(dtype=F32, rows=9):
     return torch.randn(rows, SIZES["a"][0], generator=torch.Generator().manual_seed(2)).to(dtype)
-
-
-def quietly(function, *arguments, **keywords):
-    """PEFT warns of layers that it could not merge."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return function(*arguments, **keywords)

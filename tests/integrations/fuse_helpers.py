@@ -2,6 +2,7 @@
 rounding" means."""
 
 import copy
+import warnings
 
 import peft
 import torch
@@ -39,6 +40,47 @@ def randomise(made, seed=1):
         for name, p in made.named_parameters():
             if "lora_B" in name or "lora_A" in name:
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+
+
+def make_small(made):
+    """The adapter's outputs of the size of a quantised base's."""
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if "lora_B" in name:
+                p.mul_(0.1)
+
+
+def take_over(made, quantised, numbers, names=("a", "b")):
+    """Gives a PEFT model over plain layers the adapters of one over quantised layers, and
+    numbers(base) as weights."""
+    with torch.no_grad():
+        for name in names:
+            base, plain = (m.base_model.model.get_submodule(name).get_base_layer() for m in (quantised, made))
+            plain.weight.copy_(numbers(base))
+            if base.bias is not None:
+                plain.bias.copy_(base.bias)
+        own = dict(made.named_parameters())
+        for name, p in quantised.named_parameters():
+            if "lora" in name:
+                own[name].copy_(p)
+
+
+def check_masks(fused, plain, x):
+    """Fails unless a fused model drops something, and what a fused one over plain layers drops of
+    one seed."""
+    found = []
+    for one in (fused, plain):
+        torch.manual_seed(3)
+        found.append(gradients(one, x))
+    assert not torch.equal(found[0]["y"], fused(x))
+    assert worst_error(*found) < 1e-5
+
+
+def quietly(function, *arguments, **keywords):
+    """PEFT warns of layers that it cannot merge, and of what merging to few bits rounds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*arguments, **keywords)
 
 
 def fused_copy(stock):

@@ -6,10 +6,10 @@ import torch
 import torch._dynamo.testing
 
 from lora_kernels.integrations.peft import linear
-from tests.integrations.fuse_helpers import fused_copy, gradients
+from tests.integrations.fuse_helpers import fused_copy, gradients, quietly
 
 pytest.importorskip("bitsandbytes")
-from tests.integrations.bitsandbytes_helpers import edits, inputs, model, quietly
+from tests.integrations.bitsandbytes_helpers import edits, inputs, model
 
 F32, BF16 = torch.float32, torch.bfloat16
 

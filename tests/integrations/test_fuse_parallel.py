@@ -46,14 +46,6 @@ def train(wrapper, use_dora):
     unfuse(fused)
 
 
-@pytest.fixture
-def alone(tmp_path):
-    """A group of one process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_one_process(alone, wrapper, use_dora):

@@ -84,14 +84,6 @@ def check(wrapper, use_dora, first):
     assert report.fallbacks() == {}
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A group of one process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('one')}/f", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("first, use_dora", [("fuse", False), ("wrap", True)], ids=["lora", "dora"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_one_process(alone, wrapper, first, use_dora):

@@ -71,14 +71,6 @@ def check_styles():
         assert not report.fallbacks()
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A group of one process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('one')}/f", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def test_one_process(alone):
     check_styles()
 

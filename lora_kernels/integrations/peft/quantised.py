@@ -195,6 +195,7 @@ def _run_disabled(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str
 
 WAYS[DISABLED] = Way(_run_disabled)
 
+
 class FusedTorchaoLoraLinear(TorchaoLoraLinear):
     """peft.tuners.lora.torchao.TorchaoLoraLinear; a call that the kernels cover runs there, any
     other in PEFT's own forward."""

@@ -5,16 +5,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Needs(NamedTuple):
-    """Which gradients are wanted, each a number of `ops.gradients`."""
-
-    x: int
-    a: int
-    b: int
-    bias: int
-    gain: int
-
-
 class Forward(NamedTuple):
     """Shapes as in `expert_lora_linear`."""
 
@@ -56,7 +46,12 @@ class Backward(NamedTuple):
     y: Tensor | None
     z: Tensor | None
     needs: list[int]
-    """As `Needs`; of an op's schema it can be a list alone."""
+    """As `lora_linear.call.Needs`; of an op's schema it can be a list alone."""
+
+    def products(self) -> Forward:
+        """The call whose y is z = x Wᵀ + h Bᵀ."""
+        of = self.x, self.w, self.a, self.b, self.offsets, self.scale
+        return Forward(*of, None, None, self.transposed, False, False)
 
 
 def segments_of(offsets: Tensor, tokens: int) -> list[tuple[int, int, int]]:

@@ -8,10 +8,11 @@ from lora_kernels import _cpu
 from lora_kernels.ops.cpu_amx import on_tiles
 from lora_kernels.ops.cpu_gemm import choice, no_adapter, outer_on_tiles
 from lora_kernels.ops.cpu_tensors import row_major, stack_args
-from lora_kernels.ops.expert_lora_linear.call import Forward, Needs, segments_of
+from lora_kernels.ops.expert_lora_linear.call import segments_of
 from lora_kernels.ops.gradients import gradient_dtype
 from lora_kernels.ops.lora_linear.call import Backward as LayerBackward
 from lora_kernels.ops.lora_linear.call import Forward as LayerForward
+from lora_kernels.ops.lora_linear.call import Needs
 from lora_kernels.ops.lora_linear.op import _backward as layer_backward
 from lora_kernels.ops.lora_linear.op import _forward as layer_forward
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
@@ -63,7 +64,7 @@ def backward(call):
     v, by_y = call.z, False
     if needs.gain and v is None:
         by_y = not bool((call.gain == 0).any())  # then y is gain ⊙ z
-        v = call.y if by_y else _products(call)
+        v = call.y if by_y else forward(call.products())[0]
     if needs.x or needs.a:
         a, b = (None, None) if call.b is None else (call.b.mT, call.a.mT)
         _product(few, dy, w, a, b, call.scale, dx, not transposed, scaled=call.gain, h=p)
@@ -140,12 +141,6 @@ def _layer(call, e):
     bias, gain = (None if t is None else t[e] for t in (call.bias, call.gain))
     a, b = no_adapter(*w.shape, w.dtype) if call.a is None else (call.a[e], call.b[e])
     return w, a, b, call.scale, bias, gain
-
-
-def _products(call):
-    """z = x Wᵀ + h Bᵀ."""
-    of = call.x, call.w, call.a, call.b, call.offsets, call.scale
-    return forward(Forward(*of, None, None, call.transposed, False, False))[0]
 
 
 def _clear_rest(segments, *tensors):

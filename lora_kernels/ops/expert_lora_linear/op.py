@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lora_kernels.ops.derivatives import differentiable, transformed, under_functorch
-from lora_kernels.ops.expert_lora_linear.call import Backward, Forward, Needs
+from lora_kernels.ops.expert_lora_linear.call import Backward, Forward
 from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_gradients, requested_kinds
-from lora_kernels.ops.lora_linear.call import keeps_z
+from lora_kernels.ops.lora_linear.call import Needs, keeps_z
 from lora_kernels.ops.lora_linear.op import FLOATS, _any_autocast, check_kinds, scaled_b, without_autocast
 from lora_kernels.ops.registry import declare
 from lora_kernels.ops.scale import traced_scale

@@ -3,8 +3,9 @@ float64)."""
 
 import torch
 
-from lora_kernels.ops.expert_lora_linear.call import Needs, segments_of
+from lora_kernels.ops.expert_lora_linear.call import segments_of
 from lora_kernels.ops.gradients import gradient_dtype, laid_out_as
+from lora_kernels.ops.lora_linear.call import Needs
 from lora_kernels.ops.registry import implements
 
 

@@ -3,7 +3,6 @@ over the tokens, in four. Their number does not grow with that of the experts.""
 
 import torch
 
-from lora_kernels.ops.expert_lora_linear.call import Forward, Needs
 from lora_kernels.ops.expert_lora_linear.triton_kernels import (
     OuterLayer,
     ProductLayer,
@@ -13,6 +12,7 @@ from lora_kernels.ops.expert_lora_linear.triton_kernels import (
 )
 from lora_kernels.ops.gradients import gradient_dtype
 from lora_kernels.ops.launch import ceil_div, launch_triton, power_of_two, refuse_device
+from lora_kernels.ops.lora_linear.call import Needs
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import tile
@@ -62,19 +62,15 @@ def backward(call):
         _outer(call, x, p, da)
     if needs.b or needs.bias or needs.gain:
         sums = [dy.new_empty(len(call.w), dy.shape[1], dtype=torch.float32) if need else None for need in needs[3:]]
-        v = None if not needs.gain else _products(call) if call.z is None else call.z
+        v = call.z if needs.gain else None
+        if needs.gain and v is None:  # whether y divided by gain gives it back is not known here
+            v = forward(call.products())[0]
         p, out = (call.h, db.mT) if db is not None else (None, None)
         _outer(call, dy, p, out, gain=call.gain, v=v, of_u=sums[0], of_uv=sums[1])
         for whole, part in zip((dbias, dgain), sums, strict=True):
             if whole is not None:
                 whole.copy_(part)
     return dx, da, db, dbias, dgain
-
-
-def _products(call):
-    """z = x Wᵀ + h Bᵀ anew: whether y divided by gain gives it back is not known here."""
-    of = call.x, call.w, call.a, call.b, call.offsets, call.scale
-    return forward(Forward(*of, None, None, call.transposed, False, False))[0]
 
 
 def _product(call, x, w, y, *, h=None, b=None, gain=None, bias=None, scaled=None, z=None, scale=1.0):

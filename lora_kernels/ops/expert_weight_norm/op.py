@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.derivatives import differentiable, transformed
+from lora_kernels.ops.derivatives import transformed
 from lora_kernels.ops.gradients import gradient_dtype, gradient_kind, requested_kinds
 from lora_kernels.ops.lora_linear.op import FLOATS, check_kinds, without_autocast
 from lora_kernels.ops.registry import declare
 from lora_kernels.ops.scale import traced_scale
-from lora_kernels.ops.weight_norm.op import Norm, NormBackward
+from lora_kernels.ops.weight_norm.op import Norm, NormBackward, differentiable_norm
 
 OP = "expert_weight_norm"
 
@@ -89,19 +89,8 @@ class _ExpertWeightNorm(torch.autograd.Function):
         w, a, b, n = ctx.saved_tensors
         needs = requested_kinds(kinds, ctx.needs_input_grad[1:3])
         call = ExpertNormBackward(dn, n, w, a, b, scale, transposed, needs)
-        da, db = differentiable(_gradients, _formula, call, dn)
+        da, db = differentiable_norm(_backward, call)
         return None, da, db, None, None, None
-
-
-def _gradients(call):
-    with without_autocast(call.w):
-        da, db = _backward(call)
-    return da if call.needs[0] else None, db if call.needs[1] else None
-
-
-def _formula(call):
-    with without_autocast(call.w):
-        return _backward.formula(call)
 
 
 class ExpertNorm(NamedTuple):

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lora_kernels.ops.checks import check_adapted_weight
 from lora_kernels.ops.derivatives import differentiable, transformed
-from lora_kernels.ops.gradients import gradient_dtype, gradient_kind, requested_kinds
+from lora_kernels.ops.gradients import gradient_dtype, gradient_kind, requested_gradients, requested_kinds
 from lora_kernels.ops.lora_linear.op import FLOATS, without_autocast
 from lora_kernels.ops.quantised import QuantisedWeight
 from lora_kernels.ops.quantised.weight import DTYPES
-from lora_kernels.ops.registry import declare
+from lora_kernels.ops.registry import Op, declare
 from lora_kernels.ops.scale import traced_scale
 
 MAX_CONDITION = {torch.float32: 4.0, torch.bfloat16: 64.0, torch.float16: 64.0}
@@ -99,19 +99,23 @@ class _WeightNorm(torch.autograd.Function):
         needs = requested_kinds(ctx.kinds, ctx.needs_input_grad[1:3])
         w, a, b, n, *parts = ctx.saved_tensors
         call = NormBackward(dn, n, w, a, b, ctx.scale, needs, parts, ctx.layout)
-        da, db = differentiable(_gradients, _formula, call, dn)
+        da, db = differentiable_norm(_backward, call)
         return None, da, db, None, None, None, None
 
 
-def _gradients(call):
-    with without_autocast(call.w):
-        da, db = _backward(call)
-    return da if call.needs[0] else None, db if call.needs[1] else None
+def differentiable_norm(backward: Op, call: Any) -> Any:
+    """(da, db) of a norm's backward op, None for what is not wanted, with derivatives under
+    create_graph."""
 
+    def gradients(call):
+        with without_autocast(call.w):
+            return requested_gradients(backward(call), call.needs)
 
-def _formula(call):
-    with without_autocast(call.w):
-        return _backward.formula(call)
+    def formula(call):
+        with without_autocast(call.w):
+            return backward.formula(call)
+
+    return differentiable(gradients, formula, call, call.dn)
 
 
 class Norm(NamedTuple):
