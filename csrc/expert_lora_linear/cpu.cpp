@@ -14,6 +14,7 @@ namespace {
 
 using LK_LEVEL::Buffer;
 using LK_LEVEL::to_float;
+using LK_LEVEL::widen;
 using LK_LEVEL::with_type;
 
 constexpr int64_t CHUNK = 512;      // tokens whose packed rows stay in the caches
@@ -42,9 +43,7 @@ void scale_rows(const View& x, const View& gain, int64_t tokens, int64_t columns
   for (int64_t first = 0; first < columns; first += BLOCK) {
     const int64_t count = std::min(BLOCK, columns - first);
     if (gain.data) {
-      with_type(gain, [&](auto* g) {
-        for (int64_t k = 0; k < count; k++) by[k] = to_float(g[(first + k) * gain.col]);
-      });
+      with_type(gain, [&](auto* g) { widen(g + first * gain.col, gain.col, count, by); });
     }
     with_type(x, [&](auto* from) {
       for (int64_t t = 0; t < tokens; t++) {

@@ -160,14 +160,10 @@ void vectors_of(const Tiles& p, int64_t n, int64_t count, const Scratch& s) {
   std::fill(s.gain, s.gain + up(count, VL), 1.f);
   std::fill(s.bias, s.bias + up(count, VL), 0.f);
   if (p.gain.data) {
-    with_type(p.gain, [&](auto* v) {
-      for (int64_t i = 0; i < count; i++) s.gain[i] = to_float(v[(n + i) * p.gain.col]);
-    });
+    with_type(p.gain, [&](auto* v) { widen(v + n * p.gain.col, p.gain.col, count, s.gain); });
   }
   if (p.bias.data) {
-    with_type(p.bias, [&](auto* v) {
-      for (int64_t i = 0; i < count; i++) s.bias[i] = to_float(v[(n + i) * p.bias.col]);
-    });
+    with_type(p.bias, [&](auto* v) { widen(v + n * p.bias.col, p.bias.col, count, s.bias); });
   }
 }
 
@@ -320,9 +316,7 @@ void run(const Tiles& p) {
   const auto half = [](const Buffer& b) { return reinterpret_cast<bf16*>(b.get()); };
   if (scaled) {
     std::fill(gain.get(), gain.get() + d.padded, 0.f);
-    with_type(p.gain, [&](auto* v) {
-      for (int64_t k = 0; k < p.n_in; k++) gain.get()[k] = to_float(v[k * p.gain.col]);
-    });
+    with_type(p.gain, [&](auto* v) { widen(v, p.gain.col, p.n_in, gain.get()); });
   }
 #pragma omp parallel num_threads(p.threads)
   {

@@ -58,9 +58,7 @@ LK_INLINE void transpose(vec (&r)[VL]) {
 template <typename T>
 LK_INLINE void transpose_block(const T* from, int64_t row, int64_t rows, int64_t columns, float* to, int64_t to_row) {
   vec r[VL];
-  LK_UNROLL for (int i = 0; i < VL; i++) {
-    r[i] = i >= rows ? vec{} : columns >= VL ? load(from + i * row) : load_first(from + i * row, columns);
-  }
+  LK_UNROLL for (int i = 0; i < VL; i++) { r[i] = i >= rows ? vec{} : load_some(from + i * row, columns); }
   transpose(r);
   LK_UNROLL for (int j = 0; j < VL; j++) {
     if (j < columns) store(to + j * to_row, r[j]);
@@ -139,7 +137,7 @@ Block block_of(const BaseProduct& p, int64_t n, int64_t count, int64_t k, int64_
       for (int64_t i = 0; i < count; i++, w += p.w.row) {
         for (int64_t c = 0; c < depth; c += 2 * LINE) __builtin_prefetch(w + c + DEPTH);
         for (int64_t c = 0; c < depth; c += VL) {
-          store(wide + i * DEPTH + c, c + VL <= depth ? load(w + c) : load_first(w + c, depth - c));
+          store(wide + i * DEPTH + c, load_some(w + c, depth - c));
         }
       }
     }

@@ -69,8 +69,7 @@ LK_INLINE void tile(const T* x, int64_t x_row, const Dropout& drop, int64_t t, i
       for (; k + VL <= count; k += VL) store(out + k, load(out + k) * load(from + k));
       for (; k < count; k++) out[k] *= to_float(from[k]);
     } else {
-      for (; k + VL <= count; k += VL) store(out + k, load(from + k));
-      for (; k < count; k++) out[k] = to_float(from[k]);
+      widen(from, 1, count, out);
     }
   }
 }
@@ -158,7 +157,7 @@ LK_INLINE void expand_tile(const Expand& p, const From* from, To* to, const floa
       vec base = {};
       if (from) {
         const From* source = from + m * p.from.row + c * VL;
-        base = left >= VL ? load(source) : load_first(source, left);
+        base = load_some(source, left);
       }
       vec value = acc[m][c];
       if (mask) {
@@ -334,9 +333,7 @@ void column_sums(const ColumnSums& p) {
         const int64_t last = std::min(first + SUMMED, p.tokens);
         for (int64_t n = columns.first; n < columns.last; n += VL) {
           const int64_t left = columns.last - n;
-          const auto get = [&](auto* q, int64_t t, int64_t row) {
-            return left >= VL ? load(q + t * row + n) : load_first(q + t * row + n, left);
-          };
+          const auto get = [&](auto* q, int64_t t, int64_t row) { return load_some(q + t * row + n, left); };
           vec part = {};
           for (int64_t t = first; t < last; t++) {
             const vec value = get(u, t, p.u.row);

@@ -302,9 +302,7 @@ void run(const Tiles& p) {
   bf16* a = x + most / ROWS * column;
   if (BACK && p.gain.data) {
     std::fill(gains.get(), gains.get() + d.features * DEPTH, 0.f);
-    with_type(p.gain, [&](auto* v) {
-      for (int64_t k = 0; k < p.n_in; k++) gains.get()[k] = to_float(v[k * p.gain.col]);
-    });
+    with_type(p.gain, [&](auto* v) { widen(v, p.gain.col, p.n_in, gains.get()); });
   }
 #pragma omp parallel num_threads(p.threads)
   {

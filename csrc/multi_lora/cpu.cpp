@@ -143,7 +143,7 @@ LK_INLINE vec read(const View& m, int64_t row, int64_t n, int64_t left) {
   vec v = {};
   with_type(m, [&](auto* q) {
     q += row * m.row + n;
-    v = left >= VL ? load(q) : load_first(q, left);
+    v = load_some(q, left);
   });
   return v;
 }
@@ -168,7 +168,7 @@ __attribute__((noinline)) void epilogue(const MultiLora& p, const Epilogue& e, i
                                         const vec* products, int64_t n, int64_t last) {
   for (; n < last; n += VL, products++) {
     const int64_t left = last - n;
-    const auto of = [&](const float* q) { return left >= VL ? load(q + n) : load_first(q + n, left); };
+    const auto of = [&](const float* q) { return load_some(q + n, left); };
     const vec bias = e.bias ? of(e.bias) : vec{};
     vec product = *products, z = read(p.from, token, n, left), gain = splat(1.f);
     if (p.holds_bias && e.gain) z -= bias;
@@ -211,7 +211,7 @@ LK_INLINE void expand_tile(const MultiLora& p, const Segment& s, const B* b, con
       LK_UNROLL for (int c = 0; c < C; c++) {
         const int64_t left = columns - c * VL;
         const B* at = page + i * p.b.row + c * VL;
-        row[c] = left >= VL ? load(at) : load_first(at, std::max<int64_t>(left, 0));
+        row[c] = load_some(at, std::max<int64_t>(left, 0));
       }
       LK_UNROLL for (int m = 0; m < ROWS; m++) {
         const vec hs = splat(h[m * s.rank + j + i]);
@@ -242,7 +242,7 @@ void expand_token(const MultiLora& p, const Segment& s, const B* b, const float*
       } else {
         for (int64_t i = 0; i < ranks; i++) {
           const B* at = page + i * p.b.row + n;
-          acc += splat(h[j + i]) * (left >= VL ? load(at) : load_first(at, left));
+          acc += splat(h[j + i]) * load_some(at, left);
         }
       }
       store(sums + n, acc);
@@ -338,7 +338,7 @@ void multi_lora(const MultiLora& p) {
         const int64_t left = columns.last - n;
         vec value = read(p.from, t, n, left);
         if (p.k > 1) value += read(sums, t, n, left);
-        if (bias && !p.holds_bias) value += left >= VL ? load(bias + n) : load_first(bias + n, left);
+        if (bias && !p.holds_bias) value += load_some(bias + n, left);
         write(p.to, t, n, left, value);
       }
     }

@@ -29,7 +29,7 @@ LK_INLINE void add_squares(const W* row, int64_t count, vec (&acc)[CHAINS]) {
     }
   }
   for (; k < count; k += VL) {
-    const vec v = count - k >= VL ? load(row + k) : load_first(row + k, count - k);
+    const vec v = load_some(row + k, count - k);
     acc[0] += v * v;
   }
 }
@@ -58,7 +58,7 @@ float squared_directly(Row row, const float* b, const Factors& f, int64_t n_in) 
     const int64_t count = std::min(f.block, n_in - first);
     const auto* some = row(first, count);
     for (int64_t k = 0; k < count; k += VL) {
-      vec v = count - k >= VL ? load(some + k) : load_first(some + k, count - k);
+      vec v = load_some(some + k, count - k);
       for (int64_t i = 0; i < f.rank; i++) v += splat(b[i]) * load(f.at(i, first) + k);
       acc += v * v;
     }
