@@ -16,6 +16,8 @@ from lora_kernels.ops.multi_lora import BatchPlan, multi_lora, multi_lora_add_
 from lora_kernels.ptxsim import device
 from tests.ops.interpreted import deterministic, interpreted
 from tests.ops.multi import ids_of, make_slots, with_wrong_ids
+from tests.ops.quantised import KINDS as QUANTISED
+from tests.ops.quantised import make_quantised
 from tests.ops.test_multi_lora import CASES, assert_exact, draw, planned
 
 if "triton" in missing_backends():
@@ -61,6 +63,18 @@ def test_values_interpreted(case, dtype):
     assert_exact(y, args)
     assert_exact(added, args, roundings=2)
     plan.raise_errors()
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_values_of_codes_interpreted(tokens, kind):
+    """As of the numbers that they stand for, which are made first."""
+    x, _, *rest = draw(tokens, 136, [64, 33], [8, 24, 5], 1, BF16)
+    w = make_quantised(kind, 97, 136, 32, BF16)
+    with use_backend("triton"), deterministic(False), interpreted() as names:
+        y = multi_lora(x, w, *(rest[0], planned(*rest[:3]), rest[3]))
+    assert_exact(y, (x, w.dequantise(), *rest))
+    assert names[0] == "dequantise_kernel"
 
 
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 4, 6)], ids=str)

@@ -34,7 +34,7 @@ def multi_lora(
     (q, k and v of one matrix) in their order. x and w share a dtype: float32, bfloat16, float16 or
     float64. So do a and b of the slots. Sums are float32 (float64 for float64), and y is rounded
     once. Under autocast x and w are cast to its dtype. w may be a `QuantisedWeight` of the dtype of
-    x: it is read as codes, and formed only where gradients are wanted.
+    x: a CPU reads its codes, and W is formed on a GPU and where gradients are wanted.
 
     An id that is out of range or stale counts as no adapter, and sets `plan.error`; weights of
     others are never read.

@@ -1,5 +1,6 @@
 """Triton: h of every entry of the plan, then y, of few tokens in one launch. See
-triton_kernels.py and triton_small.py."""
+triton_kernels.py and triton_small.py. Of a quantised W the numbers are made first, in the dtype of
+x, and freed after the call."""
 
 from dataclasses import replace
 from functools import cache
@@ -13,10 +14,11 @@ from lora_kernels.ops.multi_lora.plan import PAGE, unflatten
 from lora_kernels.ops.multi_lora.triton_kernels import multi_lora_kernel, multi_shrink_kernel
 from lora_kernels.ops.multi_lora.triton_slices import Batch, ExpandSlice, ShrinkSlice
 from lora_kernels.ops.multi_lora.triton_small import multi_small_kernel
-from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated, refuse_quantised
+from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import sound_schedule
+from lora_kernels.ops.triton_quantised import Quantised, dequantise_rows
 from lora_kernels.ops.triton_skinny import precision, strides
 
 # tokens that one launch takes, at most; entries, up to which a block of shrink has few, of one
@@ -28,7 +30,9 @@ PROGRAMS = 2048
 
 
 def refusal(call):
-    return refuse_quantised(call) or _refuse_operands(call, w=call.w)
+    if call.layout:
+        return _refuse_operands(call) or Quantised(call.w, call.parts, call.layout).refusal()
+    return _refuse_operands(call, w=call.w)
 
 
 def _refuse_operands(call, **more):
@@ -48,8 +52,9 @@ def add_refusal(call):
 
 @implements("multi_lora_forward", "triton", refusal)
 def forward(call):
-    y = call.x.new_empty(len(call.x), len(call.w))
-    launch_all(call, call.w, y)
+    w = dequantise_rows(Quantised(call.w, call.parts, call.layout)) if call.layout else call.w
+    y = call.x.new_empty(len(call.x), len(w))
+    launch_all(call, w, y)
     return y
 
 
