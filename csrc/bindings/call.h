@@ -19,10 +19,14 @@ class Call {
  public:
   static constexpr double LEAST = 1 << 20;  // multiplications that are worth 150 ns a tensor
 
-  // `work`: multiplications. `threads` becomes what the call is to take.
+  // `work`: multiplications. `threads` becomes what the call is to take. `matrices`: one at least.
   Call(const char* kernel, double work, int& threads, std::initializer_list<Matrix*> matrices)
       : kernel_(kernel), work_(work) {
-    if (threads > 1) threads = team().size(work, threads, Team::now());
+    if (threads > 1) {
+      kind_ = reinterpret_cast<uintptr_t>(kernel) * 16 + uint64_t((*matrices.begin())->type);
+      is_timed_ = !Team::is_little(work);
+      threads = team().size(kind_, work, threads, Team::now());
+    }
     threads_ = threads;
     if (work < LEAST && reader.fast()) return;
     unlocks_ = true;
@@ -66,7 +70,7 @@ class Call {
   void run(Kernel&& kernel) const {
     double begin = 0, end = 0;  // of the kernel alone: the wait for the lock after it is no stall
     const auto timed = [&] {
-      if (threads_ == 1) return kernel();
+      if (!is_timed_) return kernel();
       begin = Team::now();
       kernel();
       end = Team::now();
@@ -77,7 +81,7 @@ class Call {
     } else {
       timed();
     }
-    if (threads_ > 1) team().took(work_, threads_, end - begin, end);
+    if (is_timed_) team().took(kind_, work_, threads_, end - begin, end);
   }
 
  private:
@@ -112,8 +116,9 @@ class Call {
   static constexpr int MOST = 24;
   const char* kernel_;
   double work_;
+  uint64_t kind_ = 0;
   int threads_;
-  bool unlocks_ = false;
+  bool is_timed_ = false, unlocks_ = false;
   pybind11::object held_[MOST];
   int count_ = 0;
 };

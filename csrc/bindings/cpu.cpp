@@ -179,8 +179,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("reads_fast", [] { return lk::reader.fast(); }, "Whether tensors are read by torch's own C function.");
   py::class_<lk::Team>(m, "Team", "How many threads a call takes; times in ns.")
       .def(py::init())
-      .def("size", &lk::Team::size, py::arg("work"), py::arg("threads"), py::arg("time"))
-      .def("took", &lk::Team::took, py::arg("work"), py::arg("threads"), py::arg("nanoseconds"), py::arg("time"));
+      .def("size", &lk::Team::size, py::arg("kind"), py::arg("work"), py::arg("threads"), py::arg("time"))
+      .def("took", &lk::Team::took, py::arg("kind"), py::arg("work"), py::arg("threads"), py::arg("nanoseconds"),
+           py::arg("time"));
   m.def("valid_lora_linear", &lk::valid_lora_linear,
         "Whether x, w, a, b, bias and gain are valid for lora_linear; where it is False they may be so, too.");
 

@@ -10,47 +10,81 @@ from tests.ops import multi
 
 MS = 1e6  # ns
 WORK = 2.0**20  # 1024 x 1024, one token: 0.1 ms
+KIND, OTHER = 16, 32
 
 
 def stalled(team, times, at=0.0):
     for i in range(times):
-        team.took(WORK, 8, 20 * MS, at + i)
+        team.took(KIND, WORK, 8, 20 * MS, at + i)
     return team
 
 
 def test_little_work_takes_one_thread():
     team = _cpu.Team()
-    assert team.size(2.0**14, 8, 0) == 1 and team.size(WORK, 8, 0) == 8 and team.size(WORK, 1, 0) == 1
+    assert team.size(KIND, 2.0**14, 8, 0) == 1 and team.size(KIND, WORK, 8, 0) == 8 and team.size(KIND, WORK, 1, 0) == 1
 
 
 def test_one_slow_call_changes_nothing():
-    assert stalled(_cpu.Team(), 1).size(WORK, 8, 1 * MS) == 8
+    assert stalled(_cpu.Team(), 1).size(KIND, WORK, 8, 1 * MS) == 8
 
 
 def test_after_two_stalls_short_calls_take_one_thread_for_a_while():
     team = stalled(_cpu.Team(), 2)
-    assert team.size(WORK, 8, 1 * MS) == 1
-    assert team.size(WORK * 1024, 8, 1 * MS) == 8  # longer than the stall
-    assert team.size(WORK, 8, 250 * MS) == 8  # tried again
+    for kind in (KIND, OTHER):
+        assert team.size(kind, WORK, 8, 1 * MS) == 1
+        assert team.size(kind, WORK * 1024, 8, 1 * MS) == 8  # longer than the stall
+    team.took(KIND, WORK, 1, 0.1 * MS, 2 * MS)  # one thread was faster
+    assert team.size(KIND, WORK, 8, 3 * MS) == 1
+    assert team.size(KIND, WORK, 8, 250 * MS) == 8  # tried again
 
 
 def test_a_stall_that_lasts_is_tried_ever_less_often():
     team, tried, now = stalled(_cpu.Team(), 2), 0, 0.0
     while now < 60_000 * MS:
         now += 1 * MS
-        if team.size(WORK, 8, now) == 8:
-            tried += 1
-            team.took(WORK, 8, 20 * MS, now)
+        threads = team.size(KIND, WORK, 8, now)
+        tried += threads == 8
+        team.took(KIND, WORK, threads, (20 if threads == 8 else 0.1) * MS, now)
     assert 10 < tried < 30  # of 60,000 calls
 
 
 def test_teams_are_back_when_the_machine_is_idle_again():
     team, now = stalled(_cpu.Team(), 40, 0.0), 5_000 * MS
     for _ in range(4):
-        assert team.size(WORK, 8, now) == 8
-        team.took(WORK, 8, 0.05 * MS, now)
+        assert team.size(KIND, WORK, 8, now) == 8
+        team.took(KIND, WORK, 8, 0.05 * MS, now)
         now += 1 * MS
-    assert stalled(team, 1, now).size(WORK, 8, now + 1 * MS) == 8
+    assert stalled(team, 1, now).size(KIND, WORK, 8, now + 1 * MS) == 8
+
+
+def test_what_takes_longer_for_another_reason_keeps_its_team():
+    """Another kernel takes ten times as long for a multiplication, and so does this one of a W
+    that no cache holds."""
+    team, work = _cpu.Team(), WORK * 1024
+    for i in range(10):
+        team.took(KIND, work, 2, 2 * MS, i)
+        team.took(OTHER, work, 2, 20 * MS, i)
+        assert team.size(OTHER, work, 2, i) == 2
+    alone, calls, now = 0, 400, 0.0
+    for i in range(calls):
+        now += 50 * MS
+        threads = team.size(KIND, work, 2, now)
+        alone += threads == 1
+        # now and then it is there
+        team.took(KIND, work, threads, (2 if i % 20 == 0 else 20 if threads == 2 else 40) * MS, now)
+    assert 1 <= alone < 8  # each of them has shown that no team stalled
+
+
+def test_what_is_always_slow_and_too_long_for_one_thread_stops_nobody():
+    team, now = _cpu.Team(), 0.0
+    team.took(KIND, WORK * 1024, 16, 2 * MS, now)
+    for _ in range(40):
+        now += 10 * MS
+        team.took(KIND, WORK * 1024, 16, 12 * MS, now)
+    assert team.size(OTHER, WORK, 16, now + 5_000 * MS) == 16
+    team.took(KIND, WORK * 1024, 16, 12 * MS, now + 5_000 * MS)
+    team.took(KIND, WORK * 1024, 16, 12 * MS, now + 5_010 * MS)
+    assert team.size(OTHER, WORK, 16, now + 5_011 * MS) == 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
