@@ -50,3 +50,9 @@ def row_major(t: Tensor) -> Tensor:
     if t.is_contiguous():  # the cheapest question
         return t
     return t if t.stride(1) == 1 and (t.shape[0] < 2 or t.stride(0) >= t.shape[1]) else t.contiguous()
+
+
+def add_adapter(source, target, b, h, *, gain=None, bias=None, mask=None, mask_from=False):
+    """target = gain ⊙ (source + mask ⊙ (h b)) + bias, b [rank, out]; with mask_from the mask is on
+    both terms. source is float32, or of target's dtype, or None."""
+    _cpu.expand(source, target, b, gain, bias, h, mask, mask_from, torch.get_num_threads())

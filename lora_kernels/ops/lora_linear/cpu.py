@@ -16,9 +16,9 @@ from lora_kernels import _cpu
 from lora_kernels.ops.cpu_amx import on_tiles, product_back
 from lora_kernels.ops.cpu_gemm import back_product, base_product, base_product_slices, choice, outer_on_tiles
 from lora_kernels.ops.cpu_quantised import Packed, held, refuse_codes, some_rows, weight_of, widened
-from lora_kernels.ops.cpu_tensors import dropout_args, row_major, transposed
+from lora_kernels.ops.cpu_tensors import add_adapter, dropout_args, row_major, transposed
 from lora_kernels.ops.gradients import empty_gradient, gradient_dtype
-from lora_kernels.ops.lora_linear import library
+from lora_kernels.ops.lora_linear import cpu_dropped_base, library
 from lora_kernels.ops.lora_linear.call import Forward, Needs
 from lora_kernels.ops.lora_linear.layer import Layer
 from lora_kernels.ops.lora_linear.loop import backward_each, forward_each, refuse_each
@@ -77,6 +77,8 @@ def _packed(call):
 def _forward(call):
     x, w = call.x, call.w
     tokens = x.shape[0]
+    if tokens and call.drop_base and w.numel() and on_tiles(x, w):
+        return cpu_dropped_base.forward(call)
     if tokens and not call.drop_base and w.numel():
         row = choice(x.dtype)
         if tokens <= row.small or (tokens <= row.small_codes and isinstance(w, Packed)):
@@ -133,7 +135,7 @@ def _forward_library(call):
 def _expand(out, terms, *, less=0, bias=None, z_out=None):
     """`library.Expand` of one term without a gain."""
     (term,) = terms
-    _add_adapter(term.z, out, transposed(term.b), term.h, bias=bias, mask=dropout_args(*term.drop))
+    add_adapter(term.z, out, transposed(term.b), term.h, bias=bias, mask=dropout_args(*term.drop))
 
 
 def _may_be_thin(call):
@@ -151,7 +153,7 @@ def _forward_thin(call):
     y, z = base_product(x, call.w).addmm_(h, call.b.T), None
     if gain is not None or bias is not None:
         y, z = torch.empty_like(y) if call.keep_z else y, y
-        _add_adapter(z, y, None, h, gain=gain, bias=bias)
+        add_adapter(z, y, None, h, gain=gain, bias=bias)
     elif call.keep_z:
         z = y.clone()
     return y, h if call.keep_h else None, z if call.keep_z else None
@@ -173,9 +175,9 @@ def _forward_large(call):
         wide, rows = base_product(x, w), transposed(b)
         y, z = wide, None
         if keep_z:
-            _add_adapter(wide, wide, rows, h)
+            add_adapter(wide, wide, rows, h)
             y, z, rows = torch.empty_like(wide), wide, None
-        _add_adapter(wide, y, rows, h, gain=gain, bias=bias)
+        add_adapter(wide, y, rows, h, gain=gain, bias=bias)
         return y, h if call.keep_h else None, z
     y, z = x.new_empty(tokens, n_out), x.new_empty(tokens, n_out if keep_z else 0)
     dropped = x
@@ -183,19 +185,19 @@ def _forward_large(call):
     if drop_base:
         w, wide = held(w), x.float()
         dropped = torch.empty_like(wide)
-        _add_adapter(wide, dropped, None, h, mask=drop, mask_from=True)
+        add_adapter(wide, dropped, None, h, mask=drop, mask_from=True)
         rest = wide - dropped
     # float32 between the passes where there is more than one, so that y is rounded once
     for rows, wide in base_product_slices(dropped, w):
         slice_b, slice_gain, slice_bias = b[rows], _rows_or_none(gain, rows), _rows_or_none(bias, rows)
         target = y[:, rows]
         if rest is None and not keep_z:
-            _add_adapter(wide, target, transposed(slice_b), h, gain=slice_gain, bias=slice_bias)
+            add_adapter(wide, target, transposed(slice_b), h, gain=slice_gain, bias=slice_bias)
             continue
-        _add_adapter(wide, wide, transposed(slice_b), h)
+        add_adapter(wide, wide, transposed(slice_b), h)
         if keep_z:
             z[:, rows].copy_(wide)
-        _add_adapter(wide, wide, None, h, gain=slice_gain, bias=slice_bias)
+        add_adapter(wide, wide, None, h, gain=slice_gain, bias=slice_bias)
         if rest is not None:
             wide += rest @ widened(some_rows(w, rows)).T
         target.copy_(wide)
@@ -242,7 +244,9 @@ def _gradients_of(dx_dtype, call):
         _cpu.tiles(dy, w, transposed(b), transposed(a), dx, None, None, gain, p, scale, drop, True, threads)
     elif p is not None:
         _cpu.shrink(dy, transposed(b), gain, p, scale, None, threads)
-        if needs.x and _by_library(call, dy, dx_dtype):
+        if needs.x and call.drop_base and on_tiles(dy, w):
+            dx = cpu_dropped_base.input_gradient(call, dy, drop, p, dx_dtype)
+        elif needs.x and _by_library(call, dy, dx_dtype):
             dx = torch.empty_like(x)
             library.input_gradient(_expand, [dy], [None], [Layer(call)], [p], dx)
         elif needs.x:
@@ -342,11 +346,11 @@ def _input_gradient(dtype, dy, w, a, gain, p, drop, drop_base):
     if drop_base:
         w = held(w)
         wide = back_product(dy * (gain - 1), w)
-        _add_adapter(wide, wide, a, p, mask=drop, mask_from=True)
+        add_adapter(wide, wide, a, p, mask=drop, mask_from=True)
         return (wide + back_product(dy, w)).to(dtype)
     product = back_product(dy if gain is None else dy * gain.to(torch.float32), w)
     dx = product if dtype is torch.float32 else torch.empty_like(product, dtype=dtype)
-    _add_adapter(product, dx, a, p, mask=drop)
+    add_adapter(product, dx, a, p, mask=drop)
     return dx
 
 
@@ -366,12 +370,6 @@ def _column_sums(u, v):
     v = None if v is None else row_major(v.to(u.dtype))
     _cpu.column_sums(u, v, sums, torch.get_num_threads())
     return sums
-
-
-def _add_adapter(source, target, b, h, *, gain=None, bias=None, mask=None, mask_from=False):
-    """target = gain ⊙ (source + mask ⊙ (h b)) + bias, b [rank, out]; with mask_from the mask is on
-    both terms. source is float32, or of target's dtype, or None."""
-    _cpu.expand(source, target, b, gain, bias, h, mask, mask_from, torch.get_num_threads())
 
 
 def _rows_or_none(vector, rows):

@@ -1,0 +1,50 @@
+"""CPU: a gain whose dropout acts on the input of the rescaled base, too, in bf16 on AMX tiles or by
+vdpbf16ps. With x̃ = drop(x) and h = scale · x̃ Aᵀ
+
+    y  = gain ⊙ (x̃ Wᵀ + h Bᵀ) + (x − x̃) Wᵀ + bias
+    dx = dy W + mask ⊙ ((dy ⊙ (gain − 1)) W + p A),      p = scale · (dy ⊙ gain) B
+
+need two products with W. x̃ has 1/(1 − p) of what is kept, which bf16 rounds. So the products are of
+x itself and of u, x where it is kept, which are exact, and y is their sum:
+
+    z = (u Wᵀ + (1 − p) h Bᵀ) / (1 − p),      y = x Wᵀ + h Bᵀ + bias + (gain − 1) ⊙ z
+"""
+
+import torch
+
+from lora_kernels import _cpu
+from lora_kernels.ops.cpu_tensors import add_adapter, dropout_args, row_major, transposed
+from lora_kernels.ops.dropout import inverse_keep_rate
+
+
+def forward(call):
+    """(y, h if kept, z if kept) of a `Forward`; x and w bf16, w by rows or packed."""
+    x, w, gain, threads = row_major(call.x), call.w, call.gain.float(), torch.get_num_threads()
+    drop, over = dropout_args(call.dropout, call.seed), inverse_keep_rate(call.dropout, call.seed)
+    h = x.new_empty(len(x), len(call.a), dtype=torch.float32)
+    _cpu.shrink(x, call.a, None, h, call.scale, drop, threads)
+    sums, of_kept = (x.new_empty(len(x), len(w), dtype=torch.float32) for _ in range(2))
+    _cpu.tiles(x, w, None, call.b, sums, None, call.bias, None, h, 1.0, None, False, threads)
+    _cpu.tiles(_kept(x, h, drop), w, None, call.b, of_kept, None, None, None, h / over, 1.0, None, False, threads)
+    sums.addcmul_(of_kept, (gain - 1) * over)
+    z = of_kept.mul_(over).to(x.dtype) if call.keep_z else None
+    return sums.to(x.dtype), h if call.keep_h else None, z
+
+
+def _kept(x, h, drop):
+    """x where it is kept, else zero."""
+    kept, (seed, least, _) = torch.empty_like(x, memory_format=torch.contiguous_format), drop
+    add_adapter(x, kept, None, h, mask=(seed, least, 1.0), mask_from=True)
+    return kept
+
+
+def input_gradient(call, dy, drop, p, dtype):
+    """dx of a `Backward` with p [tokens, r]. dy ⊙ gain is rounded before its product with W, as
+    without dropout; the rest is exact, so dx = dy W + mask ⊙ ((dy ⊙ gain) W + p A − dy W)."""
+    w, threads = call.w, torch.get_num_threads()
+    of_base, rescaled = (dy.new_empty(call.x.shape, dtype=torch.float32) for _ in range(2))
+    _cpu.tiles(dy, w, None, None, of_base, None, None, None, None, 1.0, None, True, threads)
+    _cpu.tiles(dy, w, None, transposed(call.a), rescaled, None, None, call.gain, p, 1.0, None, True, threads)
+    rescaled -= of_base
+    add_adapter(rescaled, rescaled, None, p, mask=drop, mask_from=True)
+    return torch.add(of_base, rescaled, out=of_base.new_empty(of_base.shape, dtype=dtype))
