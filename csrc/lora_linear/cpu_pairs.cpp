@@ -12,7 +12,6 @@
 #include <omp.h>
 
 #include "../common/philox.h"
-#include "../quantised/rows.h"
 #include "pairs_pack.h"
 
 namespace lk::LK_LEVEL {
@@ -21,6 +20,7 @@ namespace {
 
 constexpr int64_t TOKENS = 512;            // at a time: their sums stay in the second-level cache
 constexpr int64_t OUTPUTS[] = {168, 256};  // with as many outputs: forward whole tiles of 6, 8 and 14
+constexpr int64_t SUMS = 1 << 16;          // back with more outputs, where there are fewer tokens
 
 constexpr int rows_of(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 14; }
 
@@ -41,6 +41,7 @@ struct Product {
   float* sums;
   int64_t row;
   bool add;
+  Ahead* ahead = nullptr;
   void also(const Term& term) { terms[count++] = term; }
 };
 
@@ -66,9 +67,12 @@ void tile(const Product& p, int64_t first) {
     };
     constexpr int64_t LINE = DEPTH / 2;
     int64_t k = 0;
-    if (t.ahead) {
+    if (t.ahead || p.ahead) {
       for (; k + LINE <= t.pairs; k += LINE) {
-        LK_UNROLL for (int o = 0; o < O; o++) __builtin_prefetch(rows + o * t.row + 2 * k + t.ahead);
+        if (t.ahead) {
+          LK_UNROLL for (int o = 0; o < O; o++) __builtin_prefetch(rows + o * t.row + 2 * k + t.ahead);
+        }
+        if (p.ahead) p.ahead->step();
         for (int64_t j = 0; j < LINE; j++) step(k + j);
       }
     }
@@ -83,19 +87,15 @@ void tile_of(int64_t count, const Product& p, int64_t first) {
   if constexpr (O > 1) tile_of<V, O - 1>(count, p, first);
 }
 
-// rows first..last
+// rows first..last, in equal parts: of one row or two each product would wait for the one before
 void multiply(int64_t vectors, int64_t first, int64_t last, const Product& p) {
   static constexpr void (*of[])(int64_t, const Product&, int64_t) = {tile_of<1>, tile_of<2>, tile_of<3>, tile_of<4>};
-  for (int64_t i = first; i < last; i += rows_of(int(vectors))) of[vectors - 1](last - i, p, i);
+  const int64_t count = last - first, at_once = rows_of(int(vectors)), parts = (count + at_once - 1) / at_once;
+  for (int64_t i = 0; i < parts; i++) {
+    const int64_t begin = count * i / parts, end = count * (i + 1) / parts;
+    of[vectors - 1](end - begin, p, first + begin);
+  }
 }
-
-// Groups of one to four vectors of tokens, as equal as can be.
-struct Groups {
-  int64_t vectors, count;
-  explicit Groups(int64_t tokens) : vectors((tokens + VL - 1) / VL), count((vectors + 3) / 4) {}
-  int64_t first(int64_t g) const { return vectors * g / count; }
-  int64_t size(int64_t g) const { return first(g + 1) - first(g); }
-};
 
 // Of all threads: x or dy as rows, forward as lanes too; h as lanes, back as rows; A as lanes.
 struct Packed {
@@ -237,70 +237,72 @@ void forward(const Tiles& p, const Depth& d, const Packed& x, const Groups& of, 
   }
 }
 
-// outputs n..n+count of the tokens in `mine`, whose rows begin at 0; the tokens begin at t
+// outputs n..n+count of the tokens in `mine`, whose rows begin at 0; the tokens begin at t. `row` is
+// that of the sums. A block of depth meets all outputs before the next one does, so that a row of W
+// is read to its end while its page is known.
 template <typename Y>
 void backward(const Tiles& p, const Depth& d, const Packed& x, Range mine, int64_t t, int64_t n, int64_t count,
-              const Scratch& s) {
-  constexpr int64_t ROW = OUTPUTS[1];
-  const auto* w = static_cast<const bf16*>(p.w.data) + n;
-  const int64_t tokens = mine.last - mine.first;
+              int64_t row, const Scratch& s) {
+  constexpr int64_t SOME = OUTPUTS[1];
+  const int64_t tokens = mine.last - mine.first, tiles = (tokens + rows_of(4) - 1) / rows_of(4);
   float mask[MAX_LANES];
-  alignas(64) bf16 some[ROWS * ROW];  // rows of W
+  alignas(64) bf16 wide[ROWS * SOME];  // rows of W
   for (int64_t j = 0; j < count && p.rank > 0; j += MAX_LANES) {
     bf16* panel = s.b + j * d.more;
     for (int64_t i = 0; i < MAX_LANES; i += ROWS) {
       rank_lanes(p.b, d, std::min(n + j + i, p.n_out), p.n_out, p.rank, 2, panel + i * 2, MAX_LANES * 2);
     }
     if (!p.dropout.active()) continue;
-    Product product{{}, 0, s.sums + j, ROW, false};
+    Product product{{}, 0, s.sums + j, row, false};
     product.also({x.h + mine.first * d.more, d.more, panel, d.more / 2, 0});
     multiply(4, 0, tokens, product);
     for (int64_t i = 0; i < tokens; i++) {
       dropout_mask(p.dropout, t + mine.first + i, n + j, MAX_LANES, mask);
-      float* row = s.sums + i * ROW + j;
-      LK_UNROLL for (int v = 0; v < MAX_LANES; v += VL) store(row + v, load(row + v) * load(mask + v));
+      float* sums = s.sums + i * row + j;
+      LK_UNROLL for (int v = 0; v < MAX_LANES; v += VL) store(sums + v, load(sums + v) * load(mask + v));
     }
   }
   const bool masked = p.rank > 0 && p.dropout.active();
-  constexpr int64_t STEP = 24;  // tokens between two requests for W
   for (int64_t k = 0; k < p.n_in || k == 0; k += BLOCK) {
     const int64_t depth = std::min(BLOCK, p.n_in - k);
-    for (int64_t i = 0; i < depth; i += 2) {
-      const bool both = i + 1 < depth;
-      const bf16* rows = w + (k + i) * p.w.row;
-      int64_t row = p.w.row;
-      if (p.packed) {
-        if (i % ROWS == 0) dequantise_rows(*p.packed, k + i, std::min(ROWS, depth - i), n, count, some, ROW);
-        rows = some + i % ROWS * ROW, row = ROW;
+    for (int64_t first = 0; first < count; first += SOME) {
+      const int64_t columns = std::min(SOME, count - first);
+      const auto* w = static_cast<const bf16*>(p.w.data) + n + first;
+      for (int64_t i = 0; i < depth; i += 2) {
+        const bf16* rows = w + (k + i) * p.w.row;
+        int64_t w_row = p.w.row;
+        if (p.packed) {
+          const int64_t many = std::min(ROWS, depth - i);
+          if (i % ROWS == 0) dequantise_rows(*p.packed, k + i, many, n + first, columns, wide, SOME);
+          rows = wide + i % ROWS * SOME, w_row = SOME;
+        }
+        for (int64_t j = 0; j < columns; j += MAX_LANES) {
+          interleave(rows + j, w_row, columns - j, i + 1 < depth, s.w + j * BLOCK + i * MAX_LANES);
+        }
       }
-      for (int64_t j = 0; j < count; j += MAX_LANES) {
-        interleave(rows + j, row, count - j, both, s.w + j * BLOCK + i * MAX_LANES);
-      }
-    }
-    const int64_t next = std::min(BLOCK, std::max<int64_t>(0, p.n_in - k - BLOCK));
-    const int64_t calls = up(count, MAX_LANES) / MAX_LANES * (up(tokens, STEP) / STEP);
-    int64_t call = 0, asked = 0;
-    for (int64_t j = 0; j < count; j += MAX_LANES) {
-      for (int64_t i = 0; i < tokens; i += STEP) {
-        Product product{{}, 0, s.sums + i * ROW + j, ROW, k > 0 || masked};
+      // what comes next: columns of these rows, or the next rows, or the next outputs
+      const bool along = first + SOME < count;
+      const int64_t next = along ? k : k + BLOCK < p.n_in ? k + BLOCK : 0;
+      const int64_t column = along ? n + first + SOME : next ? n : n + count;
+      const int64_t some = std::min(SOME, (next || along ? n + count : p.n_out) - column);
+      const int64_t steps = up(columns, MAX_LANES) / MAX_LANES * tiles * std::max<int64_t>(1, depth / DEPTH);
+      Ahead ahead(p, {next, std::min(next + BLOCK, p.n_in)}, column, some, steps * d.w_parts);
+      for (int64_t j = 0; j < columns; j += MAX_LANES) {
+        Product product{{}, 0, s.sums + first + j, row, k > 0 || masked, some > 0 ? &ahead : nullptr};
         if (k == 0 && !masked) {
-          product.also({x.h + (mine.first + i) * d.more, d.more, s.b + j * d.more, d.more / 2, 0});
+          product.also({x.h + mine.first * d.more, d.more, s.b + (first + j) * d.more, d.more / 2, 0});
         }
         for (int64_t part = 0; part < d.w_parts; part++) {
-          const bf16* rows = x.rows.data + part * x.rows.part + (mine.first + i) * x.rows.row + k;
+          const bf16* rows = x.rows.data + part * x.rows.part + mine.first * x.rows.row + k;
           product.also({rows, x.rows.row, s.w + j * BLOCK, up(depth, 2) / 2, 0});
         }
-        multiply(4, 0, std::min(STEP, tokens - i), product);
-        for (call++; asked < next * call / calls; asked++) {
-          if (p.packed) ask_for(*p.packed, k + BLOCK + asked, n, count);
-          else prefetch(w + (k + BLOCK + asked) * p.w.row, count);
-        }
+        multiply(4, 0, tokens, product);
       }
     }
   }
   for (int64_t i = 0; i < tokens; i++) {
     auto* y = static_cast<Y*>(p.y.data) + (t + mine.first + i) * p.y.row + n;
-    for (int64_t j = 0; j < count; j += VL) store_some(y + j, load(s.sums + i * ROW + j), count - j);
+    for (int64_t j = 0; j < count; j += VL) store_some(y + j, load(s.sums + i * row + j), count - j);
   }
 }
 
@@ -321,13 +323,15 @@ void run(const Tiles& p) {
 #pragma omp parallel num_threads(p.threads)
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    const int64_t at_once = OUTPUTS[BACK], unit = BACK ? MAX_LANES : 24;
+    const int64_t unit = BACK ? MAX_LANES : 24;
+    const int64_t many = BACK ? std::min(p.n_out, SUMS / std::max<int64_t>(1, most)) : 0;
+    const int64_t at_once = std::max(OUTPUTS[BACK], up(many, MAX_LANES));
     // where there are too few outputs for the threads, they share the tokens too
     const int64_t units = std::max<int64_t>(1, (p.n_out + unit - 1) / unit),
                   columns = std::min<int64_t>(threads, units);
     const int across = thread % int(columns), along = thread / int(columns), lines = threads / int(columns);
     const Range outputs = along < lines ? share(p.n_out, unit, across, int(columns)) : Range{0, 0};
-    const int64_t w_size = at_once * BLOCK, b_size = up(at_once * d.more, DEPTH);
+    const int64_t w_size = OUTPUTS[BACK] * BLOCK, b_size = up(at_once * d.more, DEPTH);
     const Buffer own(most * at_once + (w_size + b_size) / 2 + 2 * up(at_once, VL));
     Scratch s;
     s.sums = own.get(), s.w = reinterpret_cast<bf16*>(s.sums + most * at_once), s.b = s.w + w_size;
@@ -371,7 +375,7 @@ void run(const Tiles& p) {
         if constexpr (BACK) {
           const Range some = share(tokens, rows_of(4), along, lines);
           if (some.last > some.first) {
-            (narrow ? backward<bf16> : backward<float>)(p, d, packed, some, t, n, count, s);
+            (narrow ? backward<bf16> : backward<float>)(p, d, packed, some, t, n, count, at_once, s);
           }
         } else {
           const Range some = share(of.count, 1, along, lines);

@@ -5,6 +5,7 @@
 
 #include "../common/amx.h"
 #include "../common/dot.h"
+#include "../quantised/rows.h"
 #include "params.h"
 
 namespace lk::LK_LEVEL {
@@ -34,6 +35,14 @@ struct Depth {
     h_parts = p.b.type != DType::bf16 ? 3 : rounds_h ? 1 : 2;
     more = h_parts * ranks;
   }
+};
+
+// Groups of one to four vectors of tokens, as equal as can be.
+struct Groups {
+  int64_t vectors, count;
+  explicit Groups(int64_t tokens) : vectors((tokens + VL - 1) / VL), count((vectors + 3) / 4) {}
+  int64_t first(int64_t g) const { return vectors * g / count; }
+  int64_t size(int64_t g) const { return first(g + 1) - first(g); }
 };
 
 // Part i of row t begins at data + i · part + t · row. Whole pairs, zeros beyond the depth.
@@ -148,10 +157,33 @@ LK_INLINE void store_some(bf16* to, vec v, int64_t count) {
   _mm256_mask_storeu_epi16(to, lanes(count), (__m256i)_mm512_cvtneps_pbh((__m512)v));
 }
 
-// asks for the first `count` columns of a row
-LK_INLINE void prefetch(const bf16* row, int64_t count) {
-  for (int64_t i = 0; i < count; i += DEPTH) __builtin_prefetch(row + i, 0, 2);
-}
+// A part of W that is asked for while another is multiplied, some of it at each step: what is asked
+// for at once must wait for its lines.
+class Ahead {
+ public:
+  Ahead(const Tiles& p, Range rows, int64_t column, int64_t columns, int64_t steps)
+      : p_(p),
+        row_(rows.first),
+        last_(rows.last),
+        first_(column),
+        columns_(columns),
+        rate_(double((last_ - row_) * (up(columns, DEPTH) / DEPTH)) / double(steps)) {}
+  void step() {
+    for (due_ += rate_; due_ > 0 && row_ < last_; due_ -= 1) {
+      if (!p_.packed) {
+        __builtin_prefetch(static_cast<const bf16*>(p_.w.data) + row_ * p_.w.row + first_ + column_, 0, 2);
+      } else if (!column_) {
+        ask_for(*p_.packed, row_, first_, columns_);
+      }
+      if ((column_ += DEPTH) >= columns_) column_ = 0, row_++;
+    }
+  }
+
+ private:
+  const Tiles& p_;
+  int64_t row_, last_, first_, columns_, column_ = 0;
+  double rate_, due_ = 0;
+};
 
 // two rows of w, [2, columns], as 64 lanes; zeros for a row or columns that are not there
 LK_INLINE void interleave(const bf16* w, int64_t row, int64_t columns, bool both, bf16* to) {
