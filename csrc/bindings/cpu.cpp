@@ -343,6 +343,22 @@ PYBIND11_MODULE(_cpu, m) {
     const lk::RowNormSquared p{w, floats(squared, "row_norm_squared"), w.cols, w.rows, threads, w.packed()};
     call.run([&] { chosen->row_norm_squared(p); });
   });
+  m.def("gated_activation", [](Matrix x, Matrix y, Matrix dy, Matrix dx, bool tanh, int threads) {
+    Call call("gated_activation", double(x.rows) * double(x.cols) * 16, threads, {&x, &y, &dy, &dx});
+    const int64_t tokens = x.rows, n = x.cols / 2;
+    call.check(x, tokens, 2 * n, "x");
+    call.check(y, tokens, n, "y");
+    call.check(dy, tokens, n, "dy");
+    call.check(dx, tokens, 2 * n, "dx");
+    for (const Matrix* m : {&y, &dy, &dx}) {
+      if (m->data && (m->type != x.type || !m->by_rows())) throw py::value_error("gated_activation: rows of one dtype");
+    }
+    if (!x.by_rows() || !y.tensor == !dx.tensor || !dy.tensor != !dx.tensor) {
+      throw py::value_error("gated_activation: x is by rows, and y there, or dy and dx");
+    }
+    const lk::GatedActivation p{x, y, dy, dx, tanh, tokens, n, threads};
+    call.run([&] { chosen->gated_activation(p); });
+  });
   m.def("expert_product", &lk::expert_product_of,
         "The product of each segment's x with its expert's W, adapter and all; see ExpertProduct.");
   m.def("expert_gradients", &lk::expert_gradients_of, "Those of A, B, bias and gain; see ExpertGradients.");

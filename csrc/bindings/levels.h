@@ -1,5 +1,6 @@
 // Every kernel of one instruction set, and the choice among the sets at run time.
 #pragma once
+#include "../gated_activation/params.h"
 #include "../lora_linear/params.h"
 #include "../multi_lora/params.h"
 #include "../quantised/params.h"
@@ -25,26 +26,28 @@ struct Kernels {
   void (*base_product)(const BaseProduct&);
   void (*dequantise)(const Dequantise&);
   void (*backward_small)(const BackwardSmall&);
+  void (*gated_activation)(const GatedActivation&);
   void (*tiles)(const Tiles&) = nullptr;  // only with AVX512-BF16 or AMX
 };
 
-#define LK_DECLARE(level)                                                                        \
-  namespace level {                                                                              \
-  void forward_small(const ForwardSmall&);                                                       \
-  void backward_small(const BackwardSmall&);                                                     \
-  void shrink(const Shrink&);                                                                    \
-  void expand(const Expand&);                                                                    \
-  void outer(const Outer&);                                                                      \
-  void column_sums(const ColumnSums&);                                                           \
-  void weight_norm(const WeightNorm&);                                                           \
-  void row_norm_squared(const RowNormSquared&);                                                  \
-  uint64_t checksum(const Bytes*, int);                                                          \
-  void multi_lora(const MultiLora&);                                                             \
-  void base_product(const BaseProduct&);                                                         \
-  void dequantise(const Dequantise&);                                                            \
-  constexpr Kernels kernels{#level,       forward_small, shrink,           expand,   outer,      \
-                            column_sums,  weight_norm,   row_norm_squared, checksum, multi_lora, \
-                            base_product, dequantise,    backward_small};                        \
+#define LK_DECLARE(level)                                                                               \
+  namespace level {                                                                                     \
+  void forward_small(const ForwardSmall&);                                                              \
+  void backward_small(const BackwardSmall&);                                                            \
+  void shrink(const Shrink&);                                                                           \
+  void expand(const Expand&);                                                                           \
+  void outer(const Outer&);                                                                             \
+  void column_sums(const ColumnSums&);                                                                  \
+  void weight_norm(const WeightNorm&);                                                                  \
+  void row_norm_squared(const RowNormSquared&);                                                         \
+  uint64_t checksum(const Bytes*, int);                                                                 \
+  void multi_lora(const MultiLora&);                                                                    \
+  void base_product(const BaseProduct&);                                                                \
+  void dequantise(const Dequantise&);                                                                   \
+  void gated_activation(const GatedActivation&);                                                        \
+  constexpr Kernels kernels{#level,       forward_small, shrink,           expand,          outer,      \
+                            column_sums,  weight_norm,   row_norm_squared, checksum,        multi_lora, \
+                            base_product, dequantise,    backward_small,   gated_activation};           \
   }
 
 LK_DECLARE(portable)

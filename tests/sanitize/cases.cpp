@@ -237,6 +237,30 @@ void dequantise(Case& c) {
   }
 }
 
+void gated_activation(Case& c) {
+  const auto [tokens, n_in, n, rank] = c.shape;
+  const bool tanh = c.among({0, 1});
+  const Tensor x(c.numbers, c.type, tokens, 2 * n, c.by_rows(), 4);
+  std::optional<Tensor> y, dy, dx;
+  if (c.coin()) {
+    dy.emplace(c.numbers, c.type, tokens, n, c.by_rows());
+    dx.emplace(c.type, tokens, 2 * n, c.by_rows());
+  } else {
+    y.emplace(c.type, tokens, n, c.by_rows());
+  }
+  const GatedActivation p{x, view_of(y), view_of(dy), view_of(dx), tanh, tokens, n, c.threads};
+  c.run([&] { c.level->gated_activation(p); });
+  const auto sigma = [&](double g) {
+    return 1 / (1 + std::exp(tanh ? -std::sqrt(8 / M_PI) * (g + 0.044715 * g * g * g) : -g));
+  };
+  if (y) c.expect(*y, "y", [&](int64_t t, int64_t i) { return x.at(t, i) * sigma(x.at(t, i)) * x.at(t, n + i); });
+  if (!dx) return;
+  c.expect(*dx, "dx", [&](int64_t t, int64_t i) {
+    const double g = x.at(t, i % n), s = sigma(g), slope = tanh ? std::sqrt(8 / M_PI) * (1 + 0.134145 * g * g) : 1;
+    return dy->at(t, i % n) * (i < n ? x.at(t, n + i) * (s + g * s * (1 - s) * slope) : g * s);
+  });
+}
+
 }  // namespace
 
 const std::vector<KernelCase> cases{
@@ -252,6 +276,7 @@ const std::vector<KernelCase> cases{
     {"checksum", checksum},
     {"multi_lora", multi_lora_case},
     {"tiles", tiles_case},
+    {"gated_activation", gated_activation},
     {"dequantise", dequantise, true},
     {"forward_small", forward_small, true},
     {"backward_small", backward_small, true},
