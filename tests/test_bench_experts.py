@@ -22,7 +22,7 @@ def test_contenders_compute_one_thing(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", lambda y, dy: found.append(y.detach()) or backward(y, dy))
     case = {"shape": "quick", "dtype": "float32", "tokens": 4}
     calls = experts.contenders(case)
-    assert {"ours", "split", "loop", "peft eager", "peft grouped_mm", "peft batched_mm", "frozen eager"} <= calls.keys()
+    assert {"ours", "op", "split", "loop", "peft eager", "peft grouped_mm", "peft batched_mm", "frozen eager"} <= calls.keys()
     for call in calls.values():
         call()
     results = dict(zip(calls, found, strict=True))
@@ -43,13 +43,14 @@ def test_goals_that_are_missed_are_named():
 
 def test_what_is_printed_and_written(monkeypatch, capsys, tmp_path):
     taken = {"ours": 0.2, "peft eager": 1.0, "frozen eager": 0.2}
-    monkeypatch.setattr(experts, "measure", lambda case, seconds: taken)
-    monkeypatch.setattr(experts, "memory", lambda case: {"ours": 2**28, "peft eager": 2**30, "peft grouped_mm": 2**31})
+    monkeypatch.setattr(experts, "measure", lambda case, *_: taken)
+    peaks = {"outputs": 2**20, "ours": 2**28, "peft eager": 2**30, "peft grouped_mm": 2**31}
+    monkeypatch.setattr(experts, "memory", lambda case: peaks)
     monkeypatch.setitem(sys.modules, "transformers", argparse.Namespace(__version__="0"))
     out = tmp_path / "found.json"
     options = {"--shapes": "qwen", "--dtypes": "bfloat16", "--tokens": "64", "--threads": "1", "--out": str(out)}
     assert experts.main([text for option in options.items() for text in option]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "qwen     bfloat16 tokens=64: 200.0 ms  / peft eager 0.200  / frozen eager 1.000"
-    assert said[-2].startswith("goal 0.125 of PEFT") and said[-1] == "goal 0.05 of PEFT's memory: 256.0 MiB"
+    assert said[-2].startswith("goal 0.125 of PEFT") and said[-1] == "goal 0.05 of PEFT's memory beyond the outputs: 0.2493"
     assert json.loads(out.read_text())["rows"][0]["seconds"] == taken

@@ -51,17 +51,43 @@ inline std::vector<Segment> segments_of(const pybind11::list& numbers, int64_t e
   }
   return found;
 }
+// The tokens that x is, or whose rows of x an index names. It is copied, so that no thread changes
+// what was checked.
+struct Tokens {
+  std::vector<int64_t> index;
+  int64_t count, rows;  // rows of x
+  Tokens(pybind11::handle given, const Matrix& x) : count(x.rows), rows(x.rows) {
+    if (given.is_none()) return;
+    int64_t held[4];
+    const Tensor t = reader.read(given.ptr(), held);
+    if (t.device.type != CPU || t.dimensions != 1 || t.type.code != 0 || t.type.bits != 64) {
+      throw pybind11::value_error("experts: index must be int64 in the memory of the CPU");
+    }
+    count = t.shape[0];
+    index.reserve(size_t(count));
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t row = static_cast<const int64_t*>(t.data)[i * t.strides[0]];
+      if (row < 0 || row >= rows) {
+        throw pybind11::value_error("expert_lora_linear: index must name the " + std::to_string(rows) +
+                                    " rows of x, found " + std::to_string(row) + " at token " + std::to_string(i));
+      }
+      index.push_back(row);
+    }
+  }
+};
 inline double work_of(const std::vector<Segment>& segments, int64_t columns, int64_t depth) {
   double tokens = 0;
   for (const Segment& s : segments) tokens += double(s.last - s.first);
   return tokens * double(columns) * double(depth);
 }
 
-inline void expert_product_of(Matrix x, pybind11::handle w, pybind11::handle a, pybind11::handle b, Matrix y, Matrix z,
-                              pybind11::handle bias, pybind11::handle gain, pybind11::handle scaled, Matrix h,
-                              float scale, bool back, int64_t small, const pybind11::list& segments, int threads) {
+inline void expert_product_of(Matrix x, pybind11::handle index, pybind11::handle w, pybind11::handle a,
+                              pybind11::handle b, Matrix y, Matrix z, pybind11::handle bias, pybind11::handle gain,
+                              pybind11::handle scaled, Matrix h, float scale, bool back, int64_t small,
+                              const pybind11::list& segments, int threads) {
   const Experts of_w(w), of_a(a), of_b(b), of_bias(bias), of_gain(gain), of_scaled(scaled);
-  const int64_t tokens = x.rows, n_in = x.cols, experts = of_w.count, rank = of_a.matrix.rows;
+  Tokens of_x(index, x);
+  const int64_t tokens = of_x.count, n_in = x.cols, experts = of_w.count, rank = of_a.matrix.rows;
   const int64_t n_out = back ? of_w.matrix.cols : of_w.matrix.rows;
   std::vector<Segment> all = segments_of(segments, experts, tokens);
   Call call("expert_product", work_of(all, n_out, n_in), threads, {&x, &y, &z, &h});
@@ -71,7 +97,7 @@ inline void expert_product_of(Matrix x, pybind11::handle w, pybind11::handle a, 
   of_bias.check("bias", experts, 1, n_out);
   of_gain.check("gain", experts, 1, n_out);
   of_scaled.check("scaled", experts, 1, n_in);
-  call.check(x, tokens, n_in, "x");
+  call.check(x, of_x.rows, n_in, "x");
   call.check(y, tokens, n_out, "y");
   call.check(z, tokens, n_out, "z");
   call.check(h, tokens, rank, "h");
@@ -84,16 +110,18 @@ inline void expert_product_of(Matrix x, pybind11::handle w, pybind11::handle a, 
   ExpertProduct p{
       x,     of_w, of_a, of_b,  y,    z,       of_bias, of_gain,        of_scaled, floats(h, "expert_product"),
       scale, back, n_in, n_out, rank, experts, small,   std::move(all), threads};
+  p.index = std::move(of_x.index);
   // of an adapter that is not there the kernels see the type alone
   if (!of_a.count) p.a.first.type = p.b.first.type = p.w.first.type;
   call.run([&] { expert_product(*chosen, p); });
 }
 
-inline void expert_gradients_of(Matrix x, Matrix dy, Matrix v, Matrix p, Matrix h, pybind11::handle gain,
-                                pybind11::handle da, pybind11::handle db, Matrix dbias, Matrix dgain, bool tiles,
-                                const pybind11::list& segments, int threads) {
+inline void expert_gradients_of(Matrix x, pybind11::handle index, Matrix dy, Matrix v, Matrix p, Matrix h,
+                                pybind11::handle gain, pybind11::handle da, pybind11::handle db, Matrix dbias,
+                                Matrix dgain, bool tiles, const pybind11::list& segments, int threads) {
   const Experts of_gain(gain), of_a(da), of_b(db);
-  const int64_t tokens = x.rows, n_in = x.cols, n_out = dy.cols;
+  Tokens of_x(index, x);
+  const int64_t tokens = of_x.count, n_in = x.cols, n_out = dy.cols;
   const int64_t experts = std::max({of_a.count, of_b.count, dbias.rows, dgain.rows});
   const int64_t rank = of_a.count ? of_a.matrix.rows : of_b.matrix.cols;
   std::vector<Segment> all = segments_of(segments, experts, tokens);
@@ -101,7 +129,7 @@ inline void expert_gradients_of(Matrix x, Matrix dy, Matrix v, Matrix p, Matrix 
   of_gain.check("gain", experts, 1, n_out);
   of_a.check("da", experts, rank, n_in);
   of_b.check("db", experts, n_out, rank);
-  call.check(x, tokens, n_in, "x");
+  call.check(x, of_x.rows, n_in, "x");
   call.check(dy, tokens, n_out, "dy");
   call.check(v, tokens, n_out, "v");
   call.check(p, tokens, rank, "p");
@@ -114,17 +142,20 @@ inline void expert_gradients_of(Matrix x, Matrix dy, Matrix v, Matrix p, Matrix 
     throw pybind11::value_error("expert_gradients: x, dy and v are by rows, and p, h and v there where they are read");
   }
   const auto numbers = [](const Matrix& m) { return floats(m, "expert_gradients"); };
-  const ExpertGradients g{
+  ExpertGradients g{
       x,    dy,    v,    numbers(p), numbers(h), of_gain,        of_a,   of_b, numbers(dbias), numbers(dgain),
       n_in, n_out, rank, experts,    tiles,      std::move(all), threads};
+  g.index = std::move(of_x.index);
   call.run([&] { expert_gradients(*chosen, g); });
 }
 
-inline void expert_backward_small_of(Matrix dy, Matrix x, pybind11::handle w, pybind11::handle a, pybind11::handle b,
-                                     pybind11::handle gain, Matrix h, Matrix dx, pybind11::handle da,
-                                     pybind11::handle db, float scale, const pybind11::list& segments, int threads) {
+inline void expert_backward_small_of(Matrix dy, Matrix x, pybind11::handle index, pybind11::handle w,
+                                     pybind11::handle a, pybind11::handle b, pybind11::handle gain, Matrix h, Matrix dx,
+                                     pybind11::handle da, pybind11::handle db, float scale,
+                                     const pybind11::list& segments, int threads) {
   const Experts of_w(w), of_a(a), of_b(b), of_gain(gain), for_a(da), for_b(db);
-  const int64_t tokens = x.rows, n_in = x.cols, n_out = dy.cols, experts = of_w.count, rank = of_a.matrix.rows;
+  Tokens of_x(index, x);
+  const int64_t tokens = of_x.count, n_in = x.cols, n_out = dy.cols, experts = of_w.count, rank = of_a.matrix.rows;
   std::vector<Segment> all = segments_of(segments, experts, tokens);
   Call call("expert_backward_small", work_of(all, n_out, n_in), threads, {&dy, &x, &h, &dx});
   of_w.check("w", experts, n_out, n_in);
@@ -132,7 +163,7 @@ inline void expert_backward_small_of(Matrix dy, Matrix x, pybind11::handle w, py
   of_b.check("b", experts, n_out, rank), for_b.check("db", experts, n_out, rank);
   of_gain.check("gain", experts, 1, n_out);
   call.check(dy, tokens, n_out, "dy");
-  call.check(x, tokens, n_in, "x");
+  call.check(x, of_x.rows, n_in, "x");
   call.check(dx, tokens, n_in, "dx");
   call.check(h, tokens, rank, "h");
   call.check_alike(x, dy, "x and dy");
@@ -141,9 +172,10 @@ inline void expert_backward_small_of(Matrix dy, Matrix x, pybind11::handle w, py
       !of_b.count || !h.data) {
     throw pybind11::value_error("expert_backward_small: dy, x, dx and w are by rows, and a, b and h there");
   }
-  const ExpertBackwardSmall p{
+  ExpertBackwardSmall p{
       dy,    x,    dx,    of_w, of_a,    of_b,           of_gain, for_a, for_b, floats(h, "expert_backward_small"),
       scale, n_in, n_out, rank, experts, std::move(all), threads};
+  p.index = std::move(of_x.index);
   call.run([&] { expert_backward_small(*chosen, p); });
 }
 

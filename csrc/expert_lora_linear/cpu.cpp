@@ -5,6 +5,8 @@
 
 #include <omp.h>
 
+#include <cstring>
+
 #include "../common/vec.h"
 #include "segments.h"
 
@@ -34,6 +36,19 @@ class Scratch {
   int64_t size_ = 1;
 };
 
+// Tokens first..last of x, columns from `column` on. Where an index names the rows, they come together
+// in the thread's own memory: so few stay in its caches.
+View rows_of(const View& x, const std::vector<int64_t>& index, int64_t first, int64_t last, int64_t column,
+             int64_t columns, Scratch& own) {
+  if (index.empty()) return part(x, first, column);
+  const int64_t size = size_of(x.type), row = (columns * size + 63) / 64 * 64;
+  char* const to = reinterpret_cast<char*>(own.floats((last - first) * row / 4));
+  for (int64_t t = first; t < last; t++) {
+    std::memcpy(to + (t - first) * row, part(x, index[size_t(t)], column).data, size_t(columns * size));
+  }
+  return {to, row / size, 1, x.type};
+}
+
 // to[t, k], or turned to[k, t], = x[t, k] · gain[k]
 void scale_rows(const View& x, const View& gain, int64_t tokens, int64_t columns, bool turn, float* to) {
   constexpr int64_t BLOCK = 16;
@@ -58,11 +73,11 @@ void scale_rows(const View& x, const View& gain, int64_t tokens, int64_t columns
 // The product of one segment's columns `first` to `last`.
 class Product {
  public:
-  Product(const Kernels& kernels, const ExpertProduct& p, Scratch (&own)[3]) : k_(kernels), p_(p), own_(own) {}
+  Product(const Kernels& kernels, const ExpertProduct& p, Scratch (&own)[4]) : k_(kernels), p_(p), own_(own) {}
 
   void run(const Segment& s, const View& a, const View& b, int64_t first, int64_t last) {
     const int64_t tokens = s.last - s.first, columns = last - first;
-    const View x = part(p_.x, s.first, 0), scaled = at(p_.scaled, s.expert);
+    const View x = rows_of(p_.x, p_.index, s.first, s.last, 0, p_.n_in, own_[3]), scaled = at(p_.scaled, s.expert);
     const View y = part(p_.y, s.first, first), z = part(p_.z, s.first, first);
     const View w = part(at(p_.w, s.expert), p_.back ? 0 : first, p_.back ? first : 0);
     const View of_b = part(b, first, 0);
@@ -177,11 +192,12 @@ class Product {
 
   const Kernels& k_;
   const ExpertProduct& p_;
-  Scratch (&own_)[3];  // h, x, sums
+  Scratch (&own_)[4];  // h, x in float32, sums, rows of x
 };
 
-void gradient_of_a(const Kernels& k, const ExpertGradients& g, const Segment& s, int64_t first, int64_t columns) {
-  const View x = part(g.x, s.first, first), d = part(at(g.da, s.expert), 0, first);
+void gradient_of_a(const Kernels& k, const ExpertGradients& g, const Segment& s, int64_t first, int64_t columns,
+                   Scratch& own) {
+  const View x = rows_of(g.x, g.index, s.first, s.last, first, columns, own), d = part(at(g.da, s.expert), 0, first);
   const int64_t tokens = s.last - s.first;
   const float* p = g.p + s.first * g.rank;
   if (g.tiles && k.tiles && x.type == DType::bf16 && d.type != DType::f16 && d.col == 1) {
@@ -219,7 +235,7 @@ void expert_product(const Kernels& kernels, const ExpertProduct& p) {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     a.gather(thread, threads), b.gather(thread, threads);
 #pragma omp barrier
-    Scratch own[3];
+    Scratch own[4];
     Product product(kernels, p, own);
     const int64_t columns = p.y.data ? p.n_out : 1;
     share_segments(p.segments, columns, UNIT, thread, threads, [&](size_t i, int64_t first, int64_t last) {
@@ -234,8 +250,9 @@ void expert_gradients(const Kernels& kernels, const ExpertGradients& g) {
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     if (g.da.first.data) {
+      Scratch own;
       share_segments(g.segments, g.n_in, UNIT, thread, threads, [&](size_t i, int64_t first, int64_t last) {
-        gradient_of_a(kernels, g, g.segments[i], first, last - first);
+        gradient_of_a(kernels, g, g.segments[i], first, last - first, own);
       });
     }
     share_segments(g.segments, g.n_out, UNIT, thread, threads, [&](size_t i, int64_t first, int64_t last) {
@@ -253,11 +270,12 @@ void expert_backward_small(const Kernels& kernels, const ExpertBackwardSmall& p)
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     b.gather(thread, threads);
 #pragma omp barrier
+    Scratch own;
     // whole segments: the kernel makes all gradients at once
     share_segments(p.segments, 1, 1, thread, threads, [&](size_t i, int64_t, int64_t) {
       const Segment& s = p.segments[i];
       kernels.backward_small({part(p.dy, s.first, 0),
-                              part(p.x, s.first, 0),
+                              rows_of(p.x, p.index, s.first, s.last, 0, p.n_in, own),
                               at(p.w, s.expert),
                               at(p.a, s.expert),
                               b.of(i),

@@ -1,7 +1,9 @@
 // How segments are shared among threads, and factors whose experts lie side by side.
 #pragma once
 #include <algorithm>
+#include <cstring>
 #include <memory>
+#include <utility>
 
 #include "params.h"
 
@@ -45,6 +47,35 @@ void share_segments(const std::vector<Segment>& segments, int64_t columns, int64
   }
 }
 
+// Rows of a square of 16 bytes each become columns: each time, rows half the square apart interleave.
+template <typename T>
+struct Square {
+  static constexpr int SIDE = 16 / sizeof(T);
+  typedef T Row __attribute__((vector_size(16)));
+  Row rows[SIDE];
+
+  void transpose() {
+    for (int side = 1; side < SIDE; side *= 2) {
+      const Square s = *this;
+      for (int i = 0; i < SIDE / 2; i++) {
+        rows[2 * i] = interleaved<0>(s.rows[i], s.rows[i + SIDE / 2], std::make_index_sequence<SIDE>());
+        rows[2 * i + 1] = interleaved<SIDE / 2>(s.rows[i], s.rows[i + SIDE / 2], std::make_index_sequence<SIDE>());
+      }
+    }
+  }
+
+ private:
+  // elements of a and b in turn, from `FIRST` on
+  template <size_t FIRST, size_t... J>
+  static Row interleaved(Row a, Row b, std::index_sequence<J...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (FIRST + J / 2 + J % 2 * SIDE)...);
+#else
+    return __builtin_shuffle(a, b, Row{T(FIRST + J / 2 + J % 2 * SIDE)...});
+#endif
+  }
+};
+
 // The factors of the segments one after another, to be gathered from, or scattered to, those of all
 // experts. Only where the experts are the last dimension in memory, as in PEFT's parameter of B, or
 // that of its transpose: then one expert's numbers are some cache lines apart, and all of them move
@@ -79,13 +110,35 @@ class Gathered {
     T *all = static_cast<T*>(all_.first.data), *own = static_cast<T*>(own_.first.data);
     const int64_t blocks = (numbers_ + BLOCK - 1) / BLOCK;
     const int64_t end = std::min(blocks * (thread + 1) / threads * BLOCK, numbers_);
+    constexpr int64_t SIDE = Square<T>::SIDE;
+    const int64_t count = int64_t(segments_.size());
     for (int64_t first = blocks * thread / threads * BLOCK; first < end; first += BLOCK) {
       const int64_t last = std::min(first + BLOCK, end);
-      for (size_t s = 0; s < segments_.size(); s++) {
-        T *of = all + segments_[s].expert, *to = own + int64_t(s) * numbers_;
-        for (int64_t i = first; i < last; i++) BACK ? of[i * experts_] = to[i] : to[i] = of[i * experts_];
+      for (int64_t s = 0, some = 0; s < count; s += some) {
+        const int64_t expert = segments_[size_t(s)].expert, next = s + SIDE - 1;
+        T *of = all + expert, *to = own + s * numbers_;
+        const bool side_by_side = next < count && segments_[size_t(next)].expert == expert + SIDE - 1;
+        some = side_by_side ? SIDE : 1;
+        int64_t i = first;
+        for (; side_by_side && i + SIDE <= last; i += SIDE) move_square<BACK>(of + i * experts_, to + i);
+        for (; i < last; i++) {
+          for (int64_t j = 0; j < some; j++) {
+            T &one = of[i * experts_ + j], &other = to[j * numbers_ + i];
+            BACK ? one = other : other = one;
+          }
+        }
       }
     }
+  }
+  // as many numbers of as many experts
+  template <bool BACK, typename T>
+  void move_square(T* of, T* to) const {
+    Square<T> square;
+    T* const from = BACK ? to : of;
+    const int64_t row = BACK ? numbers_ : experts_, to_row = BACK ? experts_ : numbers_;
+    for (int i = 0; i < square.SIDE; i++) std::memcpy(&square.rows[i], from + i * row, 16);
+    square.transpose();
+    for (int i = 0; i < square.SIDE; i++) std::memcpy((BACK ? of : to) + i * to_row, &square.rows[i], 16);
   }
 
   Stack all_, own_;

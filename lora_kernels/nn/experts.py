@@ -3,8 +3,8 @@
     y[t] = Σ_j weights[t, j] · down[e](act(up[e](x[t]))),  e = index[t, j]                       (1)
 
 up[e] and down[e] are `expert_lora_linear`, so no W + scale · BA is formed. The choices (t, j) are
-sorted by expert once. Their sums over j are taken in the wider of the dtypes of y and weights, in
-order, both of y and, backward, of dx.
+sorted by expert once, and up[e] reads x through their tokens. Their sums over j are taken in the
+wider of the dtypes of y and weights, in order; backward those of dx in float32.
 """
 
 from typing import Any, NamedTuple
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels.nn.forms import Form
+from lora_kernels.nn.forms import Form, gate_of
 from lora_kernels.ops.expert_lora_linear import expert_lora_linear
+from lora_kernels.ops.gated_activation import gated_activation
 from lora_kernels.ops.lora_linear.op import autocasts, without_autocast
+from lora_kernels.ops.registry import ON_GPU, forced_backend
 
 _ELEMENTS_AT_ONCE = 1 << 18  # a megabyte in float32
 
@@ -57,26 +59,13 @@ def sort_choices(index: Tensor, experts: int) -> Routing:
     return Routing(ends, choices, tokens, places.view(index.shape))
 
 
-class _Gather(torch.autograd.Function):
-    """x [tokens, in] to the rows of its choices, [S, in]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        return x.index_select(0, tokens)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return _bags(dy, places), None, None
-
-
 class _Combine(torch.autograd.Function):
     """The choices' rows y [S, out] to Σ_j weights[t, j] · y[places[t, j]], [tokens, out]."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, weights: Tensor, choices: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(y, weights, choices, tokens, places)
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, weights, choices, tokens, places)
+        ctx.like = y.shape, y.dtype
         wide = torch.promote_types(y.dtype, weights.dtype)
         if y.dtype is wide:
             return _bags(y, places, weights.to(wide))
@@ -90,9 +79,9 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         y, weights, choices, tokens, places = ctx.saved_tensors
         of_rows = weights.reshape(-1).index_select(0, choices)[:, None]  # [S, 1]
-        dy = torch.empty_like(y) if ctx.needs_input_grad[0] else None
-        dweights = []
-        for part in _parts(len(y), 1, y):
+        (shape, dtype), dweights = ctx.like, []
+        dy = dout.new_empty(shape, dtype=dtype) if ctx.needs_input_grad[0] else None
+        for part in _parts(len(choices), 1, dout):
             rows = dout.index_select(0, tokens[part])
             if dy is not None:
                 dy[part] = rows * of_rows[part]
@@ -111,7 +100,7 @@ def _parts(count: int, k: int, y: Tensor) -> list[slice]:
     return [slice(first, first + at_once) for first in range(0, count, at_once)]
 
 
-def _bags(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
+def _bags(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     """Σ_j weights[t, j] · rows[places[t, j]], [tokens, features]."""
     if rows.shape[0] == 0:
         return rows.new_zeros(places.shape[0], rows.shape[1])
@@ -121,14 +110,33 @@ def _bags(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor
 def run_routed(module: Any, form: Form, adapted: list[Adapted], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Formula (1) of a module of transformers: x [tokens, in], index and weights [tokens, k]."""
     routing = sort_choices(index, adapted[0].w.shape[0])
-    rows = _Gather.apply(x.to(product_dtype(form, adapted[0].w, x)), routing.tokens, routing.places)
-    h = _product(form, adapted[0], rows, routing.ends)
-    # the loops of some models know a gate alone, and have no such attribute
-    h = module._apply_gate(h) if getattr(module, "has_gate", True) else module.act_fn(h)
+    h = _gated(module, _product(form, adapted[0], x, routing.ends, routing.tokens))
     y = _product(form, adapted[1], h, routing.ends)
     if getattr(module, "has_post_expert_norm", False):
         y = module.post_expert_norm(y)
     return _Combine.apply(y, weights, routing.choices, routing.tokens, routing.places).to(x.dtype)
+
+
+def run_with_identities(
+    module: Any, form: Form, adapted: list[Adapted], x: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """The same of LongCat, whose choices beyond the experts are the token itself."""
+    of_tokens = (weights * (index >= adapted[0].w.shape[0])).sum(1, keepdim=True)
+    return run_routed(module, form, adapted, x, index, weights) + (x * of_tokens).to(x.dtype)
+
+
+def _gated(module: Any, rows: Tensor) -> Tensor:
+    # the loops of some models know a gate alone, and have no such attribute
+    if not getattr(module, "has_gate", True):
+        return module.act_fn(rows)
+    # a compiler does not trace the question for the backend
+    simulated = not torch.compiler.is_compiling() and forced_backend() in ON_GPU
+    if rows.is_cpu and not simulated and (kind := gate_of(module)) is not None:
+        return gated_activation(rows, kind == "gelu_tanh")
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(rows)
+    gate, up = rows.chunk(2, dim=-1)
+    return module.act_fn(gate) * up
 
 
 def run_sorted(module: Any, form: Form, adapted: list[Adapted], x: Tensor) -> Tensor:
@@ -137,8 +145,14 @@ def run_sorted(module: Any, form: Form, adapted: list[Adapted], x: Tensor) -> Te
     experts = adapted[0].w.shape[0]
     rows = x.reshape(-1, module.hidden_size)
     ends = torch.arange(1, experts + 1, device=x.device) * (rows.shape[0] // experts)
-    gate, up = _product(form, adapted[0], rows, ends).chunk(2, dim=-1)
-    return _product(form, adapted[1], up * module.act_fn(gate), ends).view(-1, module.hidden_size)
+    h = _gated(module, _product(form, adapted[0], rows, ends))
+    return _product(form, adapted[1], h, ends).view(-1, module.hidden_size)
+
+
+def run_split(form: Form, adapted: Adapted, x: Tensor, sizes: list[int]) -> Tensor:
+    """One product of JetMoE, whose tokens come sorted by expert: x [tokens, in], and how many each
+    expert has."""
+    return _product(form, adapted, x, torch.tensor(sizes, device=x.device).cumsum(0))
 
 
 def product_dtype(form: Form, w: Tensor, x: Tensor) -> torch.dtype:
@@ -148,8 +162,8 @@ def product_dtype(form: Form, w: Tensor, x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type)
 
 
-def _product(form: Form, adapted: Adapted, x: Tensor, ends: Tensor) -> Tensor:
+def _product(form: Form, adapted: Adapted, x: Tensor, ends: Tensor, index: Tensor | None = None) -> Tensor:
     w, a, b, scale, bias = adapted
     dtype = product_dtype(form, w, x)
     with without_autocast(x):
-        return expert_lora_linear(x.to(dtype), ends, w.to(dtype), a, b, scale, bias, None, form.transposed)
+        return expert_lora_linear(x.to(dtype), ends, w.to(dtype), a, b, scale, bias, None, form.transposed, index)

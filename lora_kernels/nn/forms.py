@@ -25,12 +25,12 @@ class Form(NamedTuple):
     transposed: bool
     """Whether they end in [in, out], not [out, in]."""
     kind: str
-    """LINEAR, ROUTED or SORTED."""
+    """LINEAR, ROUTED, IDENTITIES, SORTED or SPLIT."""
     casts: bool = False
     """Whether products are in the dtype of the weights, whatever autocast says."""
 
 
-LINEAR, ROUTED, SORTED = "linear", "routed", "sorted"
+LINEAR, ROUTED, IDENTITIES, SORTED, SPLIT = "linear", "routed", "routed with identities", "sorted", "split"
 _OF_LINEAR = Form(("weight",), False, LINEAR)
 _GATED = ("gate_up_proj", "down_proj")
 
@@ -63,11 +63,51 @@ def forward(self, hidden_states, top_k_index, top_k_weights):
         final.index_add_(0, token_idx, current.to(final.dtype))
     return final
 """
+_LOOP_WITH_IDENTITIES = """
+def forward(self, hidden_states, top_k_index, top_k_weights):
+    final_hidden_states = torch.zeros_like(hidden_states)
+    if top_k_index.numel() == 0:
+        return final_hidden_states
+    expert_mask = torch.nn.functional.one_hot(top_k_index, num_classes=self.total_experts).permute(2, 1, 0)
+    expert_hit = torch.greater(expert_mask.sum(dim=(-1, -2)), 0).nonzero(as_tuple=False)
+    for expert_idx_tensor in expert_hit:
+        expert_idx = int(expert_idx_tensor.item())
+        selection_idx, token_idx = torch.where(expert_mask[expert_idx].squeeze(0))
+        if token_idx.numel() == 0:
+            continue
+        current_state = hidden_states[token_idx]
+        if expert_idx >= self.num_routed_experts or self.gate_up_proj is None:
+            current_hidden_states = self.identity_expert(current_state)
+        else:
+            gate, up = F.linear(current_state, self.gate_up_proj[expert_idx]).chunk(2, dim=-1)
+            current_hidden_states = self.act_fn(gate) * up
+            current_hidden_states = F.linear(current_hidden_states, self.down_proj[expert_idx])
+        current_hidden_states = current_hidden_states * top_k_weights[token_idx, selection_idx, None]
+        final_hidden_states.index_add_(0, token_idx, current_hidden_states.to(hidden_states.dtype))
+    return final_hidden_states
+"""
+_SPLIT = """
+def forward(self, inputs, expert_size):
+    input_list = inputs.split(expert_size, dim=0)
+    output_list = []
+    for i in range(self.num_experts):
+        output_list.append(F.linear(input_list[i], self.weight[i]))
+    results = torch.cat(output_list, dim=0)
+    return results
+"""
 _SOURCES = (
     (_MATMUL, Form(("weight",), True, LINEAR)),
     (_SORTED, Form(_GATED, True, SORTED)),
     (_LOOP, Form(_GATED, False, ROUTED)),
+    (_LOOP_WITH_IDENTITIES, Form(_GATED, False, IDENTITIES)),
+    (_SPLIT, Form(("weight",), False, SPLIT)),
 )
+_GATES = {
+    ("torch.nn.modules.activation", "SiLU"): "silu",
+    ("transformers.activations", "SiLUActivation"): "silu",
+    ("transformers.activations", "GELUTanh"): "gelu_tanh",
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NAMES = {"torch": torch, "F": functional}
 _forms: dict[type[nn.Module], Form | None] = {nn.Linear: _OF_LINEAR}
 # the attributes of the instance say the rest; of the latter unless its own forward runs
@@ -86,6 +126,22 @@ def form_of(module: Any) -> Form | str:
     if form is None:
         return f"the forward of {cls.__name__} is not known"
     return _decorated_form(module, form) if form in (_DECORATED, _WITHOUT_EAGER) else form
+
+
+def gate_of(module: Any) -> str | None:
+    """What stands between the two products of experts, "silu" or "gelu_tanh", if it is the plain
+    gate of transformers and nothing watches it."""
+    moe = _interface_module()
+    # where there is no such method it is what the form says, the plain gate
+    apply = getattr(type(module), "_apply_gate", None)
+    if "_apply_gate" in module.__dict__ or (apply is not None and (moe is None or apply is not moe._default_apply_gate)):
+        return None
+    act = module.act_fn
+    kind = _GATES.get((type(act).__module__, type(act).__qualname__))
+    if kind is None or any(getattr(act, hooks) for hooks in _HOOKS) or "forward" in act.__dict__:
+        return None
+    partial = getattr(act, "act", None)  # GELUTanh has another formula, too
+    return kind if kind == "silu" or getattr(partial, "keywords", None) == {"approximate": "tanh"} else None
 
 
 def _class_form(cls: Any) -> Form | None:

@@ -34,12 +34,12 @@ def _backward(call: Backward) -> int:
 
 
 def _experts_forward(call: experts.Forward) -> int:
-    (m, k), n, r = call.x.shape, call.n_out, 0 if call.b is None else call.b.shape[2]
+    m, k, n, r = call.tokens, call.x.shape[1], call.n_out, 0 if call.b is None else call.b.shape[2]
     return 2 * m * n * k + 2 * m * r * (n + k)
 
 
 def _experts_backward(call: experts.Backward) -> int:
-    (m, k), n, r = call.x.shape, call.dy.shape[1], 0 if call.b is None else call.b.shape[2]
+    (m, n), k, r = call.dy.shape, call.x.shape[1], 0 if call.b is None else call.b.shape[2]
     x, a, b, *_ = call.needs
     flops = 2 * m * n * r * bool(x or a) + 2 * m * k * (n + r) * bool(x)
     return flops + 2 * m * r * k * bool(a) + 2 * m * n * r * bool(b)

@@ -25,8 +25,8 @@ from lora_kernels.integrations.peft.hooks import has_hooks
 from lora_kernels.integrations.peft.linear import count_fallback
 from lora_kernels.integrations.peft.state import ARGUMENTS, PLAIN, type_name
 from lora_kernels.integrations.report import Survey
-from lora_kernels.nn.experts import Adapted, product_dtype, run_routed, run_sorted
-from lora_kernels.nn.forms import LINEAR, ROUTED, Form, form_of
+from lora_kernels.nn.experts import Adapted, product_dtype, run_routed, run_sorted, run_split, run_with_identities
+from lora_kernels.nn.forms import IDENTITIES, LINEAR, ROUTED, SPLIT, Form, form_of
 from lora_kernels.ops import lora_linear
 from lora_kernels.ops.lora_linear.op import autocasts, without_autocast
 from lora_kernels.ops.registry import PREFERENCE, forced_backend
@@ -43,6 +43,8 @@ EXPERTS_ON = frozenset(
 """The kinds of devices that have kernels of experts."""
 NESTED_HOOKS = "a hook waits for the call of base_layer"
 _INDICES = (torch.int64, torch.int32)
+_FURTHER = {ROUTED: 2, IDENTITIES: 2, SPLIT: 1}
+"""Arguments after x."""
 
 
 def read_parameters(layer: Any) -> Any:
@@ -74,6 +76,12 @@ def read_parameters(layer: Any) -> Any:
         if type(adapted) is str:
             return adapted
         found.append(adapted)
+    if form.kind == IDENTITIES:
+        if type(module.identity_expert) is not nn.Identity:
+            return f"the identity of the experts is {type_name(module.identity_expert)}"
+        # the forward never reads those of identities
+        w, a, b = (t if t is None else t[: module.num_routed_experts] for t in found[0][:3])
+        found[0] = found[0]._replace(w=w, a=a, b=b)
     if any(each.w.dtype is not found[0].w.dtype or each.w.shape[0] != found[0].w.shape[0] for each in found):
         return "the weights of the experts differ in dtype or number"
     return module, form, found
@@ -148,7 +156,7 @@ def run_parameters(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, 
     if type(found) is str:
         return found
     module, form, adapted = found
-    if kwargs or len(args) != (2 if form.kind == ROUTED else 0):
+    if kwargs or len(args) != _FURTHER.get(form.kind, 0):
         return ARGUMENTS
     if (reason := call_refusal(x)) is not None:
         return reason
@@ -159,11 +167,17 @@ def run_parameters(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, 
         return _run_linear(form, adapted[0], x)
     if (reason := _kernels_refusal(w)) is not None:
         return reason
-    if form.kind == ROUTED:
+    if form.kind in (ROUTED, IDENTITIES):
         index, weights = args
-        if (reason := _routed_refusal(module, x, index, weights, w.shape[0])) is not None:
+        run, count = (run_routed, "num_experts") if form.kind == ROUTED else (run_with_identities, "num_routed_experts")
+        if (reason := _routed_refusal(getattr(module, count), x, index, weights, w.shape[0])) is not None:
             return reason
-        return run_routed(module, form, adapted, x, index, weights)
+        return run(module, form, adapted, x, index, weights)
+    if form.kind == SPLIT:
+        (sizes,) = args
+        if type(sizes) is not list or len(sizes) != w.shape[0] or x.dim() != 2 or sum(sizes) != x.shape[0]:
+            return f"the sizes are not how many of the tokens each of {w.shape[0]} experts has"
+        return run_split(form, adapted[0], x, sizes)
     if x.dim() == 0 or x.numel() % (w.shape[0] * module.hidden_size):
         return f"the input has the shape {list(x.shape)}"
     return run_sorted(module, form, adapted, x)
@@ -182,7 +196,7 @@ def _kernels_refusal(w: Tensor) -> str | None:
     return None if there else f"there are no kernels of experts for {w.device.type}"
 
 
-def _routed_refusal(module: Any, x: Tensor, index: Any, weights: Any, experts: int) -> str | None:
+def _routed_refusal(count: int, x: Tensor, index: Any, weights: Any, experts: int) -> str | None:
     if type(index) not in PLAIN or type(weights) not in PLAIN:
         return f"the experts' indices and weights are {type_name(index)} and {type_name(weights)}"
     if x.dim() != 2 or index.dim() != 2 or index.shape != weights.shape or index.shape[0] != x.shape[0]:
@@ -191,7 +205,7 @@ def _routed_refusal(module: Any, x: Tensor, index: Any, weights: Any, experts: i
         return f"the experts' indices and weights are {index.dtype} and {weights.dtype}"
     if index.is_cpu and not torch.compiler.is_compiling() and index.numel() and int(index.min()) < 0:
         return "an expert's index is negative"
-    return None if module.num_experts == experts else f"the module has {module.num_experts} experts, its weights {experts}"
+    return None if count == experts else f"the module has {count} experts, its weights {experts}"
 
 
 class FusedParamWrapper(ParamWrapper):

@@ -8,7 +8,7 @@ from lora_kernels import _cpu
 from lora_kernels.ops.cpu_amx import on_tiles
 from lora_kernels.ops.cpu_gemm import choice, no_adapter, outer_on_tiles
 from lora_kernels.ops.cpu_tensors import row_major, stack_args
-from lora_kernels.ops.expert_lora_linear.call import segments_of
+from lora_kernels.ops.expert_lora_linear.call import segments_of, summed
 from lora_kernels.ops.gradients import gradient_dtype
 from lora_kernels.ops.lora_linear.call import Backward as LayerBackward
 from lora_kernels.ops.lora_linear.call import Forward as LayerForward
@@ -32,16 +32,18 @@ def backward_refusal(call):
 
 @implements("expert_lora_linear_forward", "cpu", refusal)
 def forward(call):
-    x, segments = row_major(call.x), segments_of(call.offsets, len(call.x))
-    y = x.new_empty(len(x), call.n_out)
-    h = x.new_empty(len(x), call.b.shape[2], dtype=torch.float32) if call.keep_h else None
+    x, tokens = row_major(call.x), call.tokens
+    segments = segments_of(call.offsets, tokens)
+    y = x.new_empty(tokens, call.n_out)
+    h = x.new_empty(tokens, call.b.shape[2], dtype=torch.float32) if call.keep_h else None
     z = torch.empty_like(y) if call.keep_z else None
     _clear_rest(segments, y, h, z)
     w, transposed = _by_rows(call.w, call.transposed)
-    _, few, many = _divided(segments, 0, _most(x, w, transposed))
-    _product(few, x, w, call.a, call.b, call.scale, y, transposed, z=z, bias=call.bias, gain=call.gain, h=h)
+    _, few, many = _divided(segments, 0, _most(tokens, x, w, transposed))
+    vectors = {"bias": call.bias, "gain": call.gain}
+    _product(few, x, w, call.a, call.b, call.scale, y, transposed, index=call.index, z=z, h=h, **vectors)
     for e, rows in many:
-        of_e = LayerForward(x[rows], *_layer(call, e), 0.0, None, False, call.keep_h, call.keep_z)
+        of_e = LayerForward(_rows(x, rows, call.index), *_layer(call, e), 0.0, None, False, call.keep_h, call.keep_z)
         for whole, part in zip((y, h, z), layer_forward(of_e), strict=True):
             if whole is not None:
                 whole[rows] = part
@@ -51,13 +53,14 @@ def forward(call):
 @implements("expert_lora_linear_backward", "cpu", backward_refusal)
 def backward(call):
     x, dy, needs = row_major(call.x), row_major(call.dy), Needs(*call.needs)
-    segments = segments_of(call.offsets, len(x))
-    dx = x.new_empty(x.shape) if needs.x else None
-    p = x.new_empty(len(x), call.b.shape[2], dtype=torch.float32) if call.b is not None and (needs.x or needs.a) else None
+    tokens, index = len(dy), call.index
+    segments = segments_of(call.offsets, tokens)
+    dx = x.new_empty(tokens, x.shape[1]) if needs.x else None
+    p = x.new_empty(tokens, call.b.shape[2], dtype=torch.float32) if call.b is not None and (needs.x or needs.a) else None
     _clear_rest(segments, dx)
     w, transposed = _by_rows(call.w, call.transposed)
     small_back = 0 if transposed or call.b is None or dy.dtype is not x.dtype else choice(x.dtype).small_back
-    small, few, many = _divided(segments, small_back, _most(dy, w, not transposed))
+    small, few, many = _divided(segments, small_back, _most(tokens, dy, w, not transposed))
     da, db = (_gradient(t, need, segments) for t, need in ((call.a, needs.a), (call.b, needs.b)))
     sums = x.new_zeros if len(segments) < len(w) else x.new_empty
     dbias, dgain = (sums(len(w), dy.shape[1], dtype=torch.float32) if need else None for need in (needs.bias, needs.gain))
@@ -70,7 +73,8 @@ def backward(call):
         _product(few, dy, w, a, b, call.scale, dx, not transposed, scaled=call.gain, h=p)
     if small and (needs.x or needs.a or needs.b):
         factors, makes = [stack_args(t) for t in (w, call.a, call.b, call.gain)], [stack_args(t) for t in (da, db)]
-        _cpu.expert_backward_small(dy, x, *factors, call.h, dx, *makes, call.scale, small, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        _cpu.expert_backward_small(dy, x, index, *factors, call.h, dx, *makes, call.scale, small, threads)
     if (few and any(needs[1:])) or needs.bias or needs.gain:
         v = row_major(v.to(dy.dtype)) if needs.gain else None
         # of those few tokens the sums alone
@@ -80,20 +84,20 @@ def backward(call):
             dgain.div_(call.gain)
     for e, rows in many:
         h, y, z = (None if t is None else t[rows] for t in (call.h, call.y, call.z))
-        of_e = LayerBackward(dy[rows], x[rows], *_layer(call, e), 0.0, None, False, h, y, z, call.needs)
+        of_e = LayerBackward(dy[rows], _rows(x, rows, index), *_layer(call, e), 0.0, None, False, h, y, z, call.needs)
         places = [None if dx is None else dx[rows], *(None if t is None else t[e] for t in (da, db, dbias, dgain))]
         for whole, part in zip(places, layer_backward(of_e), strict=True):
             if whole is not None:
                 whole.copy_(part)
-    return dx, da, db, _as(dbias, call.bias, needs.bias), _as(dgain, call.gain, needs.gain)
+    return summed(dx, call), da, db, _as(dbias, call.bias, needs.bias), _as(dgain, call.gain, needs.gain)
 
 
-def _product(few, x, w, a, b, scale, y, back, *, z=None, bias=None, gain=None, scaled=None, h=None):
+def _product(few, x, w, a, b, scale, y, back, *, index=None, z=None, bias=None, gain=None, scaled=None, h=None):
     if few:
         factors = (stack_args(t) for t in (w, a, b))
         vectors = (stack_args(t) for t in (bias, gain, scaled))
         small, threads = choice(x.dtype).small, torch.get_num_threads()
-        _cpu.expert_product(x, *factors, y, z, *vectors, h, scale, back, small, few, threads)
+        _cpu.expert_product(x, index, *factors, y, z, *vectors, h, scale, back, small, few, threads)
 
 
 def _gradients(call, segments, x, dy, v, p, da, db, dbias, dgain):
@@ -102,7 +106,7 @@ def _gradients(call, segments, x, dy, v, p, da, db, dbias, dgain):
     read = v, None if da is None else p, None if db is None else call.h
     makes = [stack_args(t) for t in (call.gain, da, db)]
     tiles, threads = outer_on_tiles(x.dtype), torch.get_num_threads()
-    _cpu.expert_gradients(x, dy, *read, *makes, dbias, dgain, tiles, segments, threads)
+    _cpu.expert_gradients(x, call.index, dy, *read, *makes, dbias, dgain, tiles, segments, threads)
 
 
 def _by_rows(w, transposed):
@@ -120,13 +124,18 @@ def _divided(segments, small, most):
     return few, more, [(e, slice(first, last)) for e, first, last in segments if last - first > most]
 
 
-def _most(x, w, back):
+def _rows(x, tokens, index):
+    """Those that a slice of the tokens are."""
+    return x[tokens] if index is None else x.index_select(0, index[tokens])
+
+
+def _most(tokens, x, w, back):
     """Tokens up to which no product of the library is faster, as `cpu_gemm` and `lora_linear` ask
     the table."""
     if w.stride(2) != 1 or not w.numel():
         return 0
     if on_tiles(x, w[0]):
-        return len(x)
+        return tokens
     row = choice(x.dtype)
     if back:
         most, until = row.streamed if row.streamed_from <= FEW else 0, row.addmm_back_from

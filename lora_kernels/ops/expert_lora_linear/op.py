@@ -34,6 +34,7 @@ def expert_lora_linear(
     bias: Tensor | None = None,
     gain: Tensor | None = None,
     transposed: bool = False,
+    index: Tensor | None = None,
 ) -> Tensor:
     """Applies formula (1).
 
@@ -43,6 +44,11 @@ def expert_lora_linear(
     for experts without an adapter; bias and gain [experts, out]. Returns [tokens, out] in the dtype
     of x. Rows from the last offset on belong to no expert: their y and dx are zero. w of an expert
     without tokens is not read.
+
+    With `index` [tokens], int64, x is [rows, in], token t is its row index[t], and it is the tokens
+    that are sorted by expert. On the CPU no permuted copy of x is made, nor kept for backward. dx
+    is then the sum over the tokens of each row: of their gradients in the dtype of x, in float32
+    and rounded once.
 
     x and w share one dtype (float32, bfloat16, float16 or float64); a and b share one, which may be
     another. Sums are taken in float32 (float64 for float64) and rounded once. Under autocast x and
@@ -62,24 +68,24 @@ def expert_lora_linear(
     if _any_autocast() and torch.is_autocast_enabled(x.device.type):
         cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
         with without_autocast(x):
-            return expert_lora_linear(x.to(cast), offsets, w.to(cast), a, b, scale, bias, gain, transposed)
-    _check_arguments(x, offsets, w, a, b, scale, bias, gain, transposed)
+            return expert_lora_linear(x.to(cast), offsets, w.to(cast), a, b, scale, bias, gain, transposed, index)
+    _check_arguments(x, offsets, w, a, b, scale, bias, gain, transposed, index)
     if b is None:
         scale = 1.0
     elif isinstance(scale, Tensor):
         b, scale = scaled_b(b, scale, x), 1.0
     factor: Any = traced_scale(scale)
-    fields = (x, w, a, b, offsets, factor, bias, gain, transposed)
+    call = Forward(x, w, a, b, offsets, factor, bias, gain, transposed, False, False, index)
     if (forward_ad._current_level >= 0 or under_functorch()) and transformed():
         with without_autocast(x):
-            return _forward.formula(Forward(*fields, False, False))[0]
+            return _forward.formula(call)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, a, b, bias, gain)):
-        return _ExpertLoRALinear.apply(*fields)
-    return _forward(Forward(*fields, False, False))[0]
+        return _ExpertLoRALinear.apply(x, w, a, b, offsets, factor, bias, gain, transposed, index)
+    return _forward(call)[0]
 
 
-def _check_arguments(x, offsets, w, a, b, scale, bias, gain, transposed):
-    check_kinds(OP, scale, x=x, offsets=offsets, w=w, a=a, b=b, bias=bias, gain=gain)
+def _check_arguments(x, offsets, w, a, b, scale, bias, gain, transposed, index):
+    check_kinds(OP, scale, x=x, offsets=offsets, w=w, a=a, b=b, bias=bias, gain=gain, index=index)
     if x.dim() != 2 or w.dim() != 3:
         raise ValueError(f"{OP}: x must have two dimensions and w three, found x {list(x.shape)}, w {list(w.shape)}")
     experts, n_out, n_in = w.shape if not transposed else (w.shape[0], w.shape[2], w.shape[1])
@@ -92,6 +98,8 @@ def _check_arguments(x, offsets, w, a, b, scale, bias, gain, transposed):
         )
     if offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{OP}: offsets must be int32 or int64, found {offsets.dtype}")
+    if index is not None and (index.dim() != 1 or index.dtype is not torch.int64):
+        raise ValueError(f"{OP}: index must be int64 of one dimension, found {index.dtype} {list(index.shape)}")
     if (a is None) != (b is None):
         raise ValueError(f"{OP}: a and b must both be given or both be None, found a {_of(a)}, b {_of(b)}")
     if a is not None:
@@ -115,7 +123,8 @@ def _check_arguments(x, offsets, w, a, b, scale, bias, gain, transposed):
         raise TypeError(f"{OP}: w must have the dtype of x, {x.dtype}, found {w.dtype}")
     if w.requires_grad and not transformed():
         raise ValueError(f"{OP}: w is frozen and gets no gradient, but it requires grad; call requires_grad_(False)")
-    for name, t in (("offsets", offsets), ("w", w), ("a", a), ("b", b), ("bias", bias), ("gain", gain)):
+    tensors = {"offsets": offsets, "w": w, "a": a, "b": b, "bias": bias, "gain": gain, "index": index}
+    for name, t in tensors.items():
         if t is not None and t.device != x.device:
             raise ValueError(f"{OP}: {name} must be on {x.device} (x), found {t.device}")
     if isinstance(scale, Tensor):
@@ -138,23 +147,23 @@ _PLACES = [Needs._fields.index(name) if name in Needs._fields else -1 for name i
 
 class _ExpertLoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, a, b, offsets, scale, bias, gain, transposed):
+    def forward(ctx, x, w, a, b, offsets, scale, bias, gain, transposed, index):
         learns_gain = gain is not None and ctx.needs_input_grad[_FIELDS.index("gain")]
         # whether a gain is zero, so that y does not give z back, would be a question to the GPU
         keep_z = learns_gain and (keeps_z(bias, gain, False) or not x.is_cpu)
-        y, h, z = _forward(Forward(x, w, a, b, offsets, scale, bias, gain, transposed, b is not None, keep_z))
+        y, h, z = _forward(Forward(x, w, a, b, offsets, scale, bias, gain, transposed, b is not None, keep_z, index))
         kept_y = y if learns_gain and not keep_z else None
         kept_h = None if b is None else h
-        ctx.save_for_backward(x, w, a, b, offsets, bias, gain, kept_h, kept_y, z if keep_z else None)
+        ctx.save_for_backward(x, w, a, b, offsets, bias, gain, kept_h, kept_y, z if keep_z else None, index)
         ctx.rest = scale, transposed, [OWN_DTYPE, *map(gradient_kind, (a, b, bias, gain))]
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, w, a, b, offsets, bias, gain, h, y, z = ctx.saved_tensors
+        x, w, a, b, offsets, bias, gain, h, y, z, index = ctx.saved_tensors
         (scale, transposed, kinds), wants = ctx.rest, ctx.needs_input_grad
         needs = requested_kinds(kinds, [wants[i] for i in _LEARNT])
-        call = Backward(dy, x, w, a, b, offsets, scale, bias, gain, transposed, h, y, z, needs)
+        call = Backward(dy, x, w, a, b, offsets, scale, bias, gain, transposed, h, y, z, needs, index)
         grads = (*differentiable(_gradients, _formula, call, dy), None)
         return tuple([grads[i] for i in _PLACES])
 
@@ -171,7 +180,7 @@ def _formula(call):
 
 
 def _fake_forward(call):
-    x, (tokens, n_out), b = call.x, (call.x.shape[0], call.n_out), call.b
+    x, (tokens, n_out), b = call.x, (call.tokens, call.n_out), call.b
     wide = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(tokens, n_out),

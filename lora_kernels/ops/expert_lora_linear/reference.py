@@ -3,7 +3,7 @@ float64)."""
 
 import torch
 
-from lora_kernels.ops.expert_lora_linear.call import segments_of
+from lora_kernels.ops.expert_lora_linear.call import gathered, segments_of
 from lora_kernels.ops.gradients import gradient_dtype, laid_out_as
 from lora_kernels.ops.lora_linear.call import Needs
 from lora_kernels.ops.registry import implements
@@ -11,7 +11,7 @@ from lora_kernels.ops.registry import implements
 
 @implements("expert_lora_linear_forward", "reference")
 def forward(call):
-    x, tokens = call.x, len(call.x)
+    x, tokens = gathered(call), call.tokens
     ys, hs, zs, last = [], [], [], 0
     for e, first, last in segments_of(call.offsets, tokens):
         w, a, b, bias, gain = _of_expert(call, e)
@@ -29,7 +29,7 @@ def forward(call):
 
 @implements("expert_lora_linear_backward", "reference")
 def backward(call):
-    x, needs = call.x, Needs(*call.needs)
+    x, needs = gathered(call), Needs(*call.needs)
     dxs, found = [], {name: {} for name in ("a", "b", "bias", "gain")}
     for e, first, last in segments_of(call.offsets, len(x)):
         w, a, b, _, gain = _of_expert(call, e)
@@ -42,7 +42,10 @@ def backward(call):
             found["a"][e], found["b"][e] = p.T @ rows, dz.T @ h
         dxs.append(dx)
         found["bias"][e], found["gain"][e] = dy.sum(0), (dy * z).sum(0)
-    dx = _all_rows(dxs, len(x), x.shape[1], x).to(x.dtype) if needs.x else None
+    dx = _all_rows(dxs, len(x), x.shape[1], x) if needs.x else None
+    if dx is not None and call.index is not None:
+        dx = dx.new_zeros(call.x.shape).index_add(0, call.index, dx)
+    dx = None if dx is None else dx.to(x.dtype)
     like = zip((call.a, call.b, call.bias, call.gain), found.values(), needs[1:], strict=True)
     return dx, *(_all_experts(of, t, need) if need else None for t, of, need in like)
 

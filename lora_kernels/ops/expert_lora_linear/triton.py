@@ -3,6 +3,7 @@ over the tokens, in four. Their number does not grow with that of the experts.""
 
 import torch
 
+from lora_kernels.ops.expert_lora_linear.call import gathered, summed
 from lora_kernels.ops.expert_lora_linear.triton_kernels import (
     OuterLayer,
     ProductLayer,
@@ -34,7 +35,7 @@ def backward_refusal(call):
 
 @implements("expert_lora_linear_forward", "triton", refusal)
 def forward(call):
-    x, h = call.x, None
+    x, h = gathered(call), None
     y = x.new_empty(len(x), call.n_out)
     z = torch.empty_like(y) if call.keep_z else None
     if call.b is not None:
@@ -47,8 +48,9 @@ def forward(call):
 
 @implements("expert_lora_linear_backward", "triton", backward_refusal)
 def backward(call):
-    x, dy, needs = call.x, call.dy, Needs(*call.needs)
-    dx = x.new_empty(x.shape) if needs.x else None
+    dy, needs = call.dy, Needs(*call.needs)
+    x = gathered(call) if needs.a else call.x
+    dx = x.new_empty(len(dy), x.shape[1]) if needs.x else None
     like = zip((call.a, call.b, call.bias, call.gain), needs[1:], strict=True)
     da, db, dbias, dgain = (torch.empty_like(t, dtype=gradient_dtype(t, need)) if need else None for t, need in like)
     p = None
@@ -70,7 +72,7 @@ def backward(call):
         for whole, part in zip((dbias, dgain), sums, strict=True):
             if whole is not None:
                 whole.copy_(part)
-    return dx, da, db, dbias, dgain
+    return summed(dx, call), da, db, dbias, dgain
 
 
 def _product(call, x, w, y, *, h=None, b=None, gain=None, bias=None, scaled=None, z=None, scale=1.0):
