@@ -117,9 +117,7 @@ def run_routed(module: Any, form: Form, adapted: list[Adapted], x: Tensor, index
     return _Combine.apply(y, weights, routing.choices, routing.tokens, routing.places).to(x.dtype)
 
 
-def run_with_identities(
-    module: Any, form: Form, adapted: list[Adapted], x: Tensor, index: Tensor, weights: Tensor
-) -> Tensor:
+def run_with_identities(module: Any, form: Form, adapted: list[Adapted], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """The same of LongCat, whose choices beyond the experts are the token itself."""
     of_tokens = (weights * (index >= adapted[0].w.shape[0])).sum(1, keepdim=True)
     return run_routed(module, form, adapted, x, index, weights) + (x * of_tokens).to(x.dtype)

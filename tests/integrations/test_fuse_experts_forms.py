@@ -1,5 +1,5 @@
-"""Experts under PEFT's `target_parameters` whose forward is a form of its own, and what a call keeps
-and forms."""
+"""Experts under PEFT's `target_parameters` whose forward is a form of its own, and what a call
+keeps."""
 
 import pytest
 import torch
@@ -66,9 +66,10 @@ def test_no_copy_of_the_tokens_is_kept():
     """Of the tensors with a row for each choice up's output and the activation's, and down's for a
     router that learns."""
     fused, _ = fused_of(block())
+    kept = []
     for learns in (True, False):
         fused.base_model.model.router.requires_grad_(learns)
-        kept = []
+        kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
             fused(inputs().requires_grad_() if learns else inputs())
         rows = {shape for shape in kept if len(shape) == 2 and shape[0] == 17 * TOP_K and shape[1] > 3}

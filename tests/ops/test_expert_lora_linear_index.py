@@ -43,7 +43,7 @@ def assert_as_gathered(problem):
         torch.testing.assert_close(found[name], t, rtol=0, atol=0)
     sums = torch.zeros(x.shape, dtype=torch.float64).index_add(0, index, of_tokens)
     sizes = torch.zeros(x.shape, dtype=torch.float64).index_add(0, index, of_tokens.abs())
-    # rounded once, after a float32 sum; the reference sums what its tokens' were before they were rounded
+    # rounded once, after a float32 sum; the reference's sums are of what is not rounded before
     more = 1e-6 if forced_backend() == "cpu" else torch.finfo(dx.dtype).eps
     error = (dx.double() - sums).abs() - torch.finfo(dx.dtype).eps * sums.abs() - more * sizes
     assert error.max() <= 1e-7 and not dx[ROWS - 1].any() and dx.dtype is x.dtype
