@@ -107,6 +107,11 @@ def _bags(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     return F.embedding_bag(places, rows.contiguous(), mode="sum", per_sample_weights=weights)
 
 
+def combine_choices(y: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+    """Σ_j weights[t, j] · y[routing.places[t, j]], [tokens, out], in the wider of both dtypes."""
+    return _Combine.apply(y, weights, routing.choices, routing.tokens, routing.places)
+
+
 def run_routed(module: Any, form: Form, adapted: list[Adapted], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Formula (1) of a module of transformers: x [tokens, in], index and weights [tokens, k]."""
     routing = sort_choices(index, adapted[0].w.shape[0])
@@ -114,7 +119,7 @@ def run_routed(module: Any, form: Form, adapted: list[Adapted], x: Tensor, index
     y = _product(form, adapted[1], h, routing.ends)
     if getattr(module, "has_post_expert_norm", False):
         y = module.post_expert_norm(y)
-    return _Combine.apply(y, weights, routing.choices, routing.tokens, routing.places).to(x.dtype)
+    return combine_choices(y, weights, routing).to(x.dtype)
 
 
 def run_with_identities(module: Any, form: Form, adapted: list[Adapted], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -61,8 +61,11 @@ def base(folder: Path):
 def wanted(folder: Path, kind: str | None, prompt: list[int]) -> tuple[list[int], list[float]]:
     """PEFT's greedy tokens and their logprobs."""
     model = base(folder)
-    if kind is not None:
-        model = peft.PeftModel.from_pretrained(model, folder / kind)
+    return greedy(model if kind is None else peft.PeftModel.from_pretrained(model, folder / kind), prompt)
+
+
+def greedy(model, prompt: list[int]) -> tuple[list[int], list[float]]:
+    """The tokens that a model generates, and their logprobs."""
     ids, found = torch.tensor([prompt]), []
     with torch.no_grad():
         for _ in range(TOKENS):

@@ -1,7 +1,6 @@
 """The plugin in vLLM's own engine, against PEFT. Run by `make test-vllm`."""
 
 import asyncio
-import itertools
 import logging
 import os
 import subprocess
@@ -12,11 +11,8 @@ from types import SimpleNamespace
 import llama
 import pytest
 import torch
-
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1"
-)  # fmt: skip
-from vllm import LLM, SamplingParams, TokensPrompt
+from engine import GREEDY, NUMBERS, OPTIONS, check, generate, model_of, request
+from vllm import LLM, TokensPrompt
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
@@ -33,12 +29,7 @@ from lora_kernels.serving.site import Pages, Prepared
 
 KINDS = [None, *llama.KINDS]
 SLOTS = len(llama.KINDS) + 1
-OPTIONS = dict(
-    dtype="float32", enable_lora=True, max_loras=SLOTS, max_lora_rank=64, max_cpu_loras=2 * SLOTS, skip_tokenizer_init=True,
-    enforce_eager=True, gpu_memory_utilization=0.05, max_model_len=64, max_num_seqs=16, enable_prefix_caching=False,
-)  # fmt: skip
-GREEDY = SamplingParams(temperature=0, max_tokens=llama.TOKENS, detokenize=False, logprobs=1)
-NUMBERS = itertools.count(1)
+OPTIONS = OPTIONS | dict(max_loras=SLOTS, max_cpu_loras=2 * SLOTS)
 WRONG = {
     "shape": "A and B must be", "nan": "not finite", "magnitude": "the magnitude is missing", "short": "magnitude must have",
     "rank": "its rank 65 is greater than max_lora_rank 64; --max-lora-rank 128 raises it",
@@ -72,29 +63,8 @@ def wanted(folder):
     return of
 
 
-def request(folder, kind, **options):
-    """A request for an adapter by a number that was not used before."""
-    number = next(NUMBERS)
-    return None if kind is None else LoRARequest(f"{kind}-{number}", number, str(folder / kind), **options)
-
-
 def layers_of(llm):
-    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
-    return {name: m for name, m in model.named_modules() if isinstance(m, OnMultiLora)}
-
-
-def check(output, wanted):
-    """Tokens equal, their logprobs within 1e-5."""
-    tokens, logprobs = wanted
-    found = list(output.outputs[0].token_ids)
-    assert found == tokens
-    for at, token, right in zip(output.outputs[0].logprobs, found, logprobs, strict=True):
-        assert abs(at[token].logprob - right) <= 1e-5
-
-
-def generate(llm, jobs):
-    prompts = [TokensPrompt(prompt_token_ids=prompt) for _, prompt in jobs]
-    return llm.generate(prompts, GREEDY, lora_request=[adapter for adapter, _ in jobs], use_tqdm=False)
+    return {name: m for name, m in model_of(llm).named_modules() if isinstance(m, OnMultiLora)}
 
 
 def test_every_kind_in_one_batch_equals_peft(llm, folder, wanted):

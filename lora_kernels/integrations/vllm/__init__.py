@@ -8,9 +8,13 @@ that names it first, with the reason, before the engine has it in a batch. Each 
 layers keeps its base product, quantised or not, and `multi_lora_add_` corrects it in place. Shards
 (tensor parallelism) follow vLLM's: see `layers`.
 
-What does not: scheduling, the API, adapters on experts, embeddings and the head, and column and row
-parallel layers under fully_sharded_loras, which stay vLLM's own; DoRA or lora_bias there is refused
-in words. `LORA_KERNELS_VLLM=0`, or VLLM_PLUGINS without our name, leaves vLLM as it is.
+On the CPU, where vLLM's LoRA over a mixture of experts ends the engine, adapters on attention, the
+router and the experts are served: see `experts`.
+
+What does not: scheduling, the API, adapters on embeddings and the head, on experts on GPUs, and on
+column and row parallel layers under fully_sharded_loras, which stay vLLM's own; DoRA or lora_bias
+there is refused in words. `LORA_KERNELS_VLLM=0`, or VLLM_PLUGINS without our name, leaves vLLM as
+it is.
 """
 
 import logging

@@ -42,6 +42,28 @@ def parse_name(name: str, weights_mapper: Any = None) -> tuple[str, bool]:
     return parse_fine_tuned_lora_name(name if found is None else found[0], weights_mapper)
 
 
+def from_dict(cls: type[PEFTHelper], config: dict[str, Any]) -> PEFTHelper:
+    """Around PEFTHelper.from_dict, which leaves out which parameters are adapted."""
+    helper = _from_dict(cls, config)
+    helper.target_parameters = tuple(config.get("target_parameters") or ())  # type: ignore[attr-defined]
+    return helper
+
+
+_from_dict = PEFTHelper.from_dict.__func__  # type: ignore[attr-defined]
+
+
+def rank_and_scaling(self: PEFTHelper, module_name: str) -> tuple[int, float]:
+    """Around PEFTHelper.get_rank_and_scaling: the patterns are for the name of a parameter, where
+    PEFT adapts that."""
+    full = f"{module_name}.weight"
+    if any(full == name or full.endswith(f".{name}") for name in getattr(self, "target_parameters", ())):
+        module_name = full
+    return _rank_and_scaling(self, module_name)
+
+
+_rank_and_scaling = PEFTHelper.get_rank_and_scaling
+
+
 def unsupported_features(self: PEFTHelper) -> list[str]:
     """In place of PEFTHelper._validate_features: all that it finds but DoRA and lora_bias."""
     return _features(dataclasses.replace(self, use_dora=False, lora_bias=False))
@@ -73,6 +95,10 @@ class Model(LoRAModel):
     extras: Mapping[str, AdapterExtra] = {}
     path: str | None = None
     """Where it was read from."""
+    helper: PEFTHelper | None = None
+    """Its configuration."""
+    names: Mapping[str, str] = {}
+    """What its files call each module."""
 
     @classmethod
     def from_lora_tensors(
@@ -95,13 +121,15 @@ class Model(LoRAModel):
             if lora.lora_a.dim() == lora.lora_b.dim() == 2 and lora.lora_a.shape[0] != lora.lora_b.shape[1]:
                 found = f"{list(lora.lora_a.shape)} and {list(lora.lora_b.shape)}"
                 raise AdapterError(f"{name}: A and B must be [r, in] and [out, r], found {found}")
-            if lora.lora_a.dim() == 2 and len(lora.lora_a) != lora.rank:
+            if lora.lora_a.dim() == 2 and len(lora.lora_a) != lora.rank and not is_of_all_experts(name):
                 rows = len(lora.lora_a)
                 raise AdapterError(f"{name}: A must have {lora.rank} rows, the rank of its configuration, found {rows}")
         if not model.loras:
             raise AdapterError("the adapter changes no module")
         extras = {name: AdapterExtra() for name in model.loras}
         mapper = kwargs.get("weights_mapper")
+        model.helper = peft_helper
+        model.names = {parse_fine_tuned_lora_name(name, mapper)[0]: parse_fine_tuned_lora_name(name)[0] for name in rest}
         for name, tensor in own.items():
             plain, kind = split_name(name) or ("", "")
             module, _ = parse_fine_tuned_lora_name(plain, mapper)
@@ -122,7 +150,15 @@ class Model(LoRAModel):
         return model
 
 
+def is_of_all_experts(name: str) -> bool:
+    """Whether a module of an adapter holds the factors of all experts, as PEFT's
+    `target_parameters` has them."""
+    return name.removesuffix(".base_layer").endswith(".experts")
+
+
 def install_loader() -> None:
     theirs.parse_fine_tuned_lora_name = parse_name
+    PEFTHelper.from_dict = classmethod(from_dict)
+    PEFTHelper.get_rank_and_scaling = rank_and_scaling
     PEFTHelper._validate_features = unsupported_features
     PEFTHelper.validate_legal = check_rank

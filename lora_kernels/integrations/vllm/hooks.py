@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from vllm.config.lora import LoRAConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.lora import layers as theirs
 from vllm.lora import utils
 from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.worker_manager import WorkerLoRAManager
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.worker.worker_base import WorkerBase
@@ -20,10 +25,13 @@ from lora_kernels._version import __version__
 from lora_kernels.adapters.inject import first_names
 from lora_kernels.integrations.vllm import adapters, log, proof
 from lora_kernels.integrations.vllm.adapters import Model
-from lora_kernels.integrations.vllm.fits import extras_by_layer
+from lora_kernels.integrations.vllm.experts import ExpertsOnMultiLora
+from lora_kernels.integrations.vllm.fits import OURS, extras_by_layer
 from lora_kernels.integrations.vllm.layers import CLASSES, OnMultiLora
 from lora_kernels.integrations.vllm.server import install_answers
 from lora_kernels.integrations.vllm.step import Step, set_step, step_of
+
+REPLACED_EXPERTS = (theirs.FusedMoEWithLoRA, theirs.FusedMoE3DWithLoRA)
 
 
 def check_vllm() -> None:
@@ -35,6 +43,8 @@ def check_vllm() -> None:
         (LoRAModelManager, "_get_lora_layer_weights", {"lora_model", "module_name"}), (LoRAConfig, "compute_hash", set()),
         (WorkerLoRAManager, "__init__", {"lora_model_cls"}), (WorkerLoRAManager, "_load_adapter", {"lora_request"}),
         (WorkerBase, "add_lora", {"lora_request"}), (WorkerBase, "remove_lora", {"lora_id"}),
+        (PEFTHelper, "get_rank_and_scaling", {"module_name"}), (FusedMoEConfig, "__init__", {"is_lora_enabled"}),
+        (RoutedExperts, "forward_modular", {"x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input"}),
     ]  # fmt: skip
     for cls in (LLMEngine, AsyncLLM):
         wanted += [(cls, "add_request", {"lora_request"}), (cls, "add_lora", {"lora_request"}), (cls, "is_sleeping", set())]
@@ -44,12 +54,15 @@ def check_vllm() -> None:
         missing = parameters - set(inspect.signature(getattr(owner, name)).parameters)
         if missing:
             raise TypeError(f"{owner.__name__}.{name} has no parameter {first_names(sorted(missing))}")
-    if not set(CLASSES) <= set(utils._all_lora_classes):
+    if not set(CLASSES) | set(REPLACED_EXPERTS) <= set(utils._all_lora_classes):
         raise TypeError("vllm.lora.utils._all_lora_classes has not the layers that we know")
 
 
 def install_hooks() -> None:
-    utils._all_lora_classes = tuple(CLASSES.get(cls, cls) for cls in utils._all_lora_classes)
+    classes = CLASSES | dict.fromkeys(REPLACED_EXPERTS, ExpertsOnMultiLora) if current_platform.is_cpu() else CLASSES
+    utils._all_lora_classes = tuple(classes.get(cls, cls) for cls in utils._all_lora_classes)
+    if current_platform.is_cpu():
+        _wrap_method(FusedMoEConfig, "__post_init__", _with_experts_as_without_lora)
     adapters.install_loader()
     _wrap_method(LoRAConfig, "compute_hash", _with_our_name)
     _wrap_method(LoRAModelManager, "_init_punica_wrapper", _with_steps)
@@ -74,6 +87,13 @@ def _wrap_method(owner: Any, name: str, change: Callable[..., Any]) -> None:
         return change(original, self, *args, **kwargs)
 
     setattr(owner, name, wrapped_method)
+
+
+def _with_experts_as_without_lora(original: Any, config: Any) -> None:
+    """vLLM has no kernels for adapters on experts on the CPU: it chooses those of GPUs. Ours are
+    beside those that it chooses without adapters."""
+    original(config)
+    config.is_lora_enabled = False
 
 
 def _with_our_name(original: Any, config: Any) -> str:
@@ -114,18 +134,27 @@ def _following(wrapper: Any, step: Step) -> Callable[..., None]:
 def _with_a_report(original: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
     original(manager, *args, **kwargs)
     left: dict[str, int] = {}
+    refusals: set[str] = set()
+    experts = 0
     for module in manager.modules.values():
-        if not isinstance(module, OnMultiLora):
+        if isinstance(module, ExpertsOnMultiLora):
+            experts += module.refusal is None
+            refusals |= {module.refusal} if module.refusal is not None else set()
+        elif not isinstance(module, OnMultiLora):
             left[type(module).__name__] = left.get(type(module).__name__, 0) + 1
     ours = sum(isinstance(module, OnMultiLora) for module in manager.modules.values())
     log.info("lora_kernels: %d LoRA layers run on multi_lora; vLLM's own: %s", ours, left or "none")
+    if experts:
+        log.info("lora_kernels: adapters may change the experts of %d layers, whose weights are then held twice", experts)
+    for refusal in sorted(refusals):
+        log.info("lora_kernels: %s", refusal)
 
 
 def _with_norms_forgotten(original: Any, manager: Any) -> None:
     """vLLM removes all adapters when the weights of the base have changed."""
     original(manager)
     for module in manager.modules.values():
-        if isinstance(module, OnMultiLora):
+        if isinstance(module, OURS):
             module.forget_norms()
 
 

@@ -17,6 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
 from lora_kernels.adapters.config import AdapterError
+from lora_kernels.integrations.vllm.expert_files import pack_experts
 from lora_kernels.integrations.vllm.fits import check_adapter
 from lora_kernels.integrations.vllm.server import refused
 
@@ -53,6 +54,7 @@ def load_and_check(original: Any, manager: Any, request: Any) -> Any:
     if aside is not None and aside.path == request.lora_path:
         return aside
     adapter = original(manager, request)
+    pack_experts(manager._adapter_manager, adapter)
     check_adapter(manager._adapter_manager, adapter)
     adapter.path = request.lora_path
     return adapter
