@@ -129,9 +129,9 @@ def merged(folder: Path, kind: str):
     return model
 
 
-def wanted(folder: Path, kind: str | None, prompt: list[int]) -> tuple[list[int], list[float]]:
-    """The greedy tokens and their logprobs."""
+def wanted(folder: Path, kind: str | None, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+    """The greedy tokens of each prompt and their logprobs."""
     model = merged(folder, kind) if kind in MERGED else base(folder)
     if kind is not None and kind not in MERGED:
         model = peft.PeftModel.from_pretrained(model, folder / kind)
-    return llama.greedy(model, prompt)
+    return [llama.greedy(model, prompt) for prompt in prompts]

@@ -45,11 +45,11 @@ def parse_name(name: str, weights_mapper: Any = None) -> tuple[str, bool]:
 def from_dict(cls: type[PEFTHelper], config: dict[str, Any]) -> PEFTHelper:
     """Around PEFTHelper.from_dict, which leaves out which parameters are adapted."""
     helper = _from_dict(cls, config)
-    helper.target_parameters = tuple(config.get("target_parameters") or ())  # type: ignore[attr-defined]
+    helper.target_parameters = tuple(config.get("target_parameters") or ())
     return helper
 
 
-_from_dict = PEFTHelper.from_dict.__func__  # type: ignore[attr-defined]
+_from_dict = PEFTHelper.from_dict.__func__
 
 
 def rank_and_scaling(self: PEFTHelper, module_name: str) -> tuple[int, float]:

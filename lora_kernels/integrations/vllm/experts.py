@@ -2,7 +2,7 @@
 
 vLLM wraps the experts of a model when LoRA is enabled, whether an adapter changes them or not. On
 the CPU it then chooses kernels for GPUs, and the first request ends the engine. Here the experts
-compute as without LoRA, by vLLM's own kernel, until a step has a token whose adapter changes them:
+compute as without LoRA, by vLLM's own kernel, but for the tokens whose adapters change them:
 
     y[t] = Σ_j weights[t, j] · down(act(gate(x[t]), up(x[t])))    with the matrices of e(t, j)
 
@@ -13,7 +13,7 @@ Tensor parallelism is vLLM's: gate and up have rows of W, B, m on each rank; dow
 and A, and its y is a part of a sum.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from vllm._custom_ops import cpu_prepack_moe_weight
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.forward_context import get_forward_context
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.model_executor.custom_op import maybe_get_oot_by_class
 from vllm.model_executor.layers.fused_moe import MoERunner
@@ -37,7 +36,7 @@ from lora_kernels.nn.experts import Routing, combine_choices, sort_choices
 from lora_kernels.ops import dora_gain, expert_lora_linear, expert_weight_norm
 from lora_kernels.ops.lora_linear.op import FLOATS
 from lora_kernels.ops.multi_lora import multi_lora_add_
-from lora_kernels.ops.multi_lora.plan import BASE, GAIN, BatchPlan, rows_of, slots_of
+from lora_kernels.ops.multi_lora.plan import GAIN, BatchPlan, rows_of, slots_of
 from lora_kernels.serving.site import Pages, Prepared, pages_of
 
 Factors = Sequence[Tensor | None]
@@ -64,11 +63,10 @@ class ExpertsOnMultiLora(BaseLayerWithLoRA):
         self._plain: tuple[Tensor, Tensor] | None = None
         self._pages: list[Pages] = []
         self._held: set[int] = set()
-        """The slots whose adapters change these experts."""
+        """The slots whose adapters change these experts; `_holds` says the same by slot."""
         if self.refusal is None:
             self._own_forward = self._routed.forward_modular
-            self._routed.forward_modular = self._forward_routed
-            self._routed.lora_kernels_layer = lambda: self
+            self._routed.forward_modular = self.run
 
     @classmethod
     def can_replace_layer(
@@ -134,6 +132,7 @@ class ExpertsOnMultiLora(BaseLayerWithLoRA):
             for n_out, n_in in ((wide, hidden), (wide, hidden), (hidden, wide))
         ]
         self._slots = [pages.slots for pages in self._pages]
+        self._holds = torch.zeros(self._max_loras, dtype=torch.bool)
 
     def check_factors(
         self, name: str, lora_a: Factors, lora_b: Factors, magnitude: Factors | None, bias: Factors | None
@@ -168,7 +167,9 @@ class ExpertsOnMultiLora(BaseLayerWithLoRA):
             for slot in range(index * self.experts, (index + 1) * self.experts):
                 if slot in pages.held:
                     pages.clear_slot(slot)
-        self._held.discard(index)
+        if index in self._held:
+            self._held.remove(index)
+            self._holds[index] = False
 
     def set_lora(self, index: int, lora_a: Tensor | Factors, lora_b: Tensor | Factors) -> None:
         """Puts A and B, which vLLM has scaled, into a slot."""
@@ -179,6 +180,7 @@ class ExpertsOnMultiLora(BaseLayerWithLoRA):
             return
         self._unpack()
         self._held.add(index)
+        self._holds[index] = True
         for i, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
             if a is not None and b is not None:
                 expert, part = divmod(i, len(PARTS))
@@ -200,7 +202,8 @@ class ExpertsOnMultiLora(BaseLayerWithLoRA):
         if self._plain is None:
             experts = self._routed.quant_method.moe_kernel.fused_experts
             weights = (self._routed.w13_weight.detach(), self._routed.w2_weight.detach())
-            self._plain = weights if experts._use_zentorch else tuple(unpacked(w, experts.isa) for w in weights)
+            isa = None if experts._use_zentorch else experts.isa
+            self._plain = unpacked(weights[0], isa), unpacked(weights[1], isa)
 
     def forget_norms(self) -> None:
         """The weights of the base have changed."""
@@ -244,19 +247,31 @@ class ExpertsOnMultiLora(BaseLayerWithLoRA):
             a[expert, : len(at)], b[expert, :, : len(at)] = s.a[at], s.b[at].T
         return expert_weight_norm(w, a, b).square().float()
 
-    def _forward_routed(
-        self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared_experts: Any = None, shared_experts_input: Any = None
-    ) -> Any:
-        """In place of RoutedExperts.forward_modular."""
-        if torch.compiler.is_compiling():
-            return torch.ops.lora_kernels_vllm.experts(x, topk_weights, topk_ids, shared_experts_input, self._routed.layer_name)
-        return self.run(x, topk_weights, topk_ids, shared_experts, shared_experts_input)
+    def run(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *shared: Any, **named: Any) -> Any:
+        """In place of RoutedExperts.forward_modular: x [tokens, hidden], weights and ids [tokens,
+        k]. On the CPU the runner computes shared experts itself."""
+        if not self._held or self._step.all_base:
+            return self._own_forward(x, topk_weights, topk_ids, *shared, **named)
+        slot = self._slots_of_tokens(len(x))
+        ours = torch.nonzero(slot >= 0)[:, 0]
+        if not len(ours):
+            return self._own_forward(x, topk_weights, topk_ids, *shared, **named)
+        if len(ours) == len(x):
+            return self._run_adapted(slot, x, topk_weights, topk_ids)
+        # so that what a token without adapter gets hangs on no other
+        rest, y = torch.nonzero(slot < 0)[:, 0], torch.empty_like(x)
+        y[rest] = self._own_forward(x[rest], topk_weights[rest], topk_ids[rest])
+        y[ours] = self._run_adapted(slot[ours], x[ours], topk_weights[ours], topk_ids[ours])
+        return y
 
-    def run(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared: Any, shared_input: Any) -> Any:
-        """The experts of a step: x [tokens, hidden], weights and ids [tokens, k]."""
-        slot = None if not self._held or self._step.all_base else self._slots_of_tokens(len(x))
-        if slot is None:
-            return self._own_forward(x, topk_weights, topk_ids, shared, shared_input)
+    def _slots_of_tokens(self, tokens: int) -> Tensor:
+        """The slot of each token's adapter; -1 where it changes none of these experts."""
+        ids = self._step.plan(tokens).ids[:, 0]
+        slot, known = slots_of(ids, self._step.generation)
+        return torch.where(known & self._holds[slot], slot, -1)
+
+    def _run_adapted(self, slot: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """Of tokens whose adapters change these experts."""
         if self._routed.apply_router_weight_on_input:
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         assert self._plain is not None
@@ -273,19 +288,10 @@ class ExpertsOnMultiLora(BaseLayerWithLoRA):
         multi_lora_add_(y, rows, down, plan)
         return combine_choices(y, topk_weights, routing).to(x.dtype)
 
-    def _slots_of_tokens(self, tokens: int) -> Tensor | None:
-        """The slot of each token's adapter, or -1; None if no adapter of the step changes these
-        experts."""
-        ids = self._step.plan(tokens).ids[:, 0]
-        slot, known = slots_of(ids, self._step.generation)
-        slot = torch.where(known, slot, -1)
-        return slot if self._held.intersection(slot.unique().tolist()) else None
-
     def _plan(self, slot: Tensor, topk_ids: Tensor, routing: Routing) -> BatchPlan:
         """The pair of each row."""
-        of_rows = slot.index_select(0, routing.tokens)
         expert = topk_ids.reshape(-1).index_select(0, routing.choices)
-        pairs = torch.where(of_rows >= 0, of_rows * self.experts + expert, BASE)
+        pairs = slot.index_select(0, routing.tokens) * self.experts + expert
         return BatchPlan.build(pairs, self._max_loras * self.experts)
 
 
@@ -305,12 +311,14 @@ def _refusal(runner: Any) -> str | None:
     return None
 
 
-def unpacked(w: Tensor, isa: str) -> Tensor:
-    """A weight [experts, out, in] that vLLM has packed for one of its kernels.
+def unpacked(w: Tensor, isa: str | None) -> Tensor:
+    """A weight [experts, out, in] that vLLM has packed for one of its kernels; of None it has not.
 
     Raises:
         AdapterError: packing did more than to change the order.
     """
+    if isa is None:
+        return w
     plain, places = torch.empty_like(w), _packed_places(tuple(w.shape[1:]), w.dtype, isa)
     for packed, one in zip(w, plain, strict=True):
         one.view(-1)[places] = packed.reshape(-1)
@@ -332,16 +340,3 @@ def _packed_places(shape: tuple[int, int], dtype: torch.dtype, isa: str) -> Tens
     if not torch.equal(places.sort().values, numbers):
         raise AdapterError(f"adapters are not served on experts that vLLM has packed for {isa}")
     return places
-
-
-def _experts_op(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared_input: Tensor | None, name: str) -> Tensor:
-    """`run` of a layer by its name, for torch.compile, to which it is one op."""
-    runner = get_forward_context().no_compile_layers[name]
-    layer: Callable[[], ExpertsOnMultiLora] = runner.routed_experts.lora_kernels_layer
-    return layer().run(x, topk_weights, topk_ids, runner.shared_experts, shared_input)
-
-
-_LIBRARY = torch.library.Library("lora_kernels_vllm", "DEF")
-_LIBRARY.define("experts(Tensor x, Tensor weights, Tensor ids, Tensor? shared_input, str name) -> Tensor")
-_LIBRARY.impl("experts", _experts_op, "CPU")
-_LIBRARY._register_fake("experts", lambda x, *rest: torch.empty_like(x))
