@@ -74,19 +74,17 @@ class ExpertsOnMultiLora(BaseLayerWithLoRA):
     ) -> bool:
         return isinstance(source_layer, maybe_get_oot_by_class(MoERunner))
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # vLLM gives the router's layer with LoRA to what it takes for the runner
-        if name == "gate":
-            self.base_layer.gate = value
-        else:
-            super().__setattr__(name, value)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_layer(*args, **kwargs)
 
     @property
     def quant_method(self) -> Any:
         return self.base_layer._quant_method
+
+    @property
+    def _shared_experts(self) -> Any:
+        """Where vLLM looks for what it gives LoRA to."""
+        return self.base_layer._shared_experts
 
     @property
     def _routed(self) -> Any:

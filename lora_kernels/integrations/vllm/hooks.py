@@ -133,6 +133,7 @@ def _following(wrapper: Any, step: Step) -> Callable[..., None]:
 
 def _with_a_report(original: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
     original(manager, *args, **kwargs)
+    _replace_aliases(manager)
     left: dict[str, int] = {}
     refusals: set[str] = set()
     experts = 0
@@ -148,6 +149,16 @@ def _with_a_report(original: Any, manager: Any, *args: Any, **kwargs: Any) -> No
         log.info("lora_kernels: adapters may change the experts of %d layers, whose weights are then held twice", experts)
     for refusal in sorted(refusals):
         log.info("lora_kernels: %s", refusal)
+
+
+def _replace_aliases(manager: Any) -> None:
+    """A linear layer may have a second owner, as the router's has, which calls it too; vLLM gives
+    LoRA to the first alone."""
+    layers = {id(layer.base_layer): layer for layer in manager.modules.values() if isinstance(layer, OnMultiLora)}
+    for owner in list(manager.model.modules()):
+        for name, child in list(owner.named_children()) if not isinstance(owner, OnMultiLora) else ():
+            if id(child) in layers:
+                setattr(owner, name, layers[id(child)])
 
 
 def _with_norms_forgotten(original: Any, manager: Any) -> None:
