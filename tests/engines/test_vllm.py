@@ -20,7 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from lora_kernels.adapters.config import AdapterError
 from lora_kernels.integrations import vllm as plugin
-from lora_kernels.integrations.vllm import fits
+from lora_kernels.integrations.vllm import fits, hooks
 from lora_kernels.integrations.vllm.adapters import AdapterExtra
 from lora_kernels.integrations.vllm.layers import OnMultiLora
 from lora_kernels.integrations.vllm.step import Step
@@ -301,6 +301,22 @@ def test_a_plan_in_fixed_buffers_is_the_plan():
             wanted, plan = BatchPlan.build(ids, 4), step.plan(tokens)
             for name in ("ids", "order", "starts"):
                 assert torch.equal(getattr(plan, name), getattr(wanted, name)), (count, tokens, name)
+
+
+def test_a_layer_of_two_owners():
+    """As the gate of shared experts: whoever calls it gets the one with LoRA, which keeps its own
+    base."""
+
+    class Layer(OnMultiLora, torch.nn.Module):
+        def __init__(self, base):
+            torch.nn.Module.__init__(self)
+            self.base_layer = base
+
+    base = torch.nn.Linear(2, 2)
+    layer, mlp = Layer(base), torch.nn.ModuleDict({"expert_gate": base})
+    model = torch.nn.ModuleDict({"gate": layer, "shared_expert": mlp})
+    hooks._replace_aliases(SimpleNamespace(model=model, modules={"gate": layer}))
+    assert mlp["expert_gate"] is layer and layer.base_layer is base
 
 
 def test_it_can_be_left_out():

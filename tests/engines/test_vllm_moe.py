@@ -10,6 +10,7 @@ import torch
 from engine import GREEDY, NUMBERS, OPTIONS, check, generate, model_of, request
 from safetensors.torch import load_file, save_file
 from vllm import LLM, TokensPrompt
+from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
@@ -35,6 +36,7 @@ def folder(family, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(folder):
+    cleanup_dist_env_and_memory()  # groups of ranks of a model without experts, if one came before
     return LLM(str(folder / "model"), distributed_executor_backend="uni", **OPTIONS)
 
 
