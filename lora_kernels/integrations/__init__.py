@@ -11,13 +11,13 @@ from torch import nn
 from lora_kernels.integrations.gathered import as_called, gathered_weights
 from lora_kernels.integrations.report import FuseReport, Survey
 from lora_kernels.integrations.warm_up import warm_up
-from lora_kernels.nn import DoRALinear, LoRAEmbedding, LoRALinear
+from lora_kernels.nn import DoRALinear, LoRAEmbedding, LoRAExperts, LoRALinear
 from lora_kernels.nn.passed_over import fast_paths, is_off_fast_path, leave_fast_path, reader_of, restore_fast_path
 
 __all__ = ["FuseReport", "fuse", "refresh", "unfuse", "warm_up"]
 
 
-_OURS = (LoRALinear, LoRAEmbedding)
+_OURS = (LoRALinear, LoRAEmbedding, LoRAExperts)
 
 
 def fuse(model: nn.Module, *, strict: bool = False, groups: bool = True) -> FuseReport:
@@ -158,6 +158,8 @@ def refresh(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DoRALinear):
             module._norm.clear()
+        elif isinstance(module, LoRAExperts):
+            module._clear_norms()
         elif peft and isinstance(module, peft.FUSED):
             peft.forget(module)
 
@@ -185,6 +187,9 @@ def _ask_about_ours(model: nn.Module, survey: Survey) -> None:
                 survey.add_layer(name, *state, isinstance(layer, DoRALinear))
         elif isinstance(layer, LoRAEmbedding):
             survey.fused[name] = "torch"
+        elif isinstance(layer, LoRAExperts):
+            for adapted in map(layer._adapted_matrix, layer.adapted):
+                survey.add_experts(name, adapted.w, adapted.bias, adapted.a, adapted.b, adapted.scale, layer._transposed)
 
 
 def _no_layers() -> Exception:

@@ -70,6 +70,14 @@ class AdapterLayer(nn.Module):
         held = self._unmerged
         return self.weight if held is None else held
 
+    def _base_weights(self) -> list[nn.Parameter]:
+        """All that the layer adapts."""
+        return [self._base_weight()]
+
+    def _is_rescaled(self) -> bool:
+        """Whether `set_scale` changed the layer."""
+        return not math.isclose(self.scaling, self._initial_scaling(), rel_tol=1e-6)
+
     @property
     def merged(self) -> bool:
         """Whether `weight` holds the adapter."""
@@ -146,13 +154,16 @@ class AdapterLayer(nn.Module):
         with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
             adapted = self._adapted_weight(dtype)
         if safe:
-            wrong = adapted.numel() - int(adapted.isfinite().sum())
-            if wrong:
-                raise ValueError(
-                    f"{self._class_name()}: merge(safe=True): the merged weight must be finite, found {wrong} of"
-                    f" {adapted.numel()} values that are not; nothing has changed"
-                )
+            self._check_merged("weight", adapted)
         return adapted
+
+    def _check_merged(self, name: str, adapted: Tensor) -> None:
+        wrong = adapted.numel() - int(adapted.isfinite().sum())
+        if wrong:
+            raise ValueError(
+                f"{self._class_name()}: merge(safe=True): the merged {name} must be finite, found {wrong} of"
+                f" {adapted.numel()} values that are not; nothing has changed"
+            )
 
     def unmerge(self) -> None:
         """Takes the adapter out of `weight`, which is then the parameter of before `merge`.
@@ -167,11 +178,11 @@ class AdapterLayer(nn.Module):
             self._replace_weight(self._unmerged)
             self._unmerged = self._requantised = None
 
-    def _plain_weight(self, call: str) -> nn.Parameter:
-        weight = self._parameters.get("weight")
+    def _plain_weight(self, call: str, name: str = "weight") -> nn.Parameter:
+        weight = self._parameters.get(name)
         if weight is None:
             raise RuntimeError(
-                f"{self._class_name()}: {call}() needs weight to be a parameter, but pruning or a parametrization computes"
+                f"{self._class_name()}: {call}() needs {name} to be a parameter, but pruning or a parametrization computes"
                 " it; make that permanent first (torch.nn.utils.prune.remove, parametrize.remove_parametrizations)"
             )
         return weight
@@ -201,12 +212,17 @@ class AdapterLayer(nn.Module):
             weight, held = nn.Parameter(self._merged_weight(safe), requires_grad=False), None
         else:
             held = self._requantised
+        return self._furnished(held, {"weight": weight})
+
+    def _furnished(self, held: QuantisedBase | None, weights: dict[str, nn.Parameter]) -> nn.Module:
+        """The module that this layer replaced, with these weights and what else the layer holds of
+        it."""
         plain = self._empty_origin(held)
         for hooks in HOOKS:
             setattr(plain, hooks, getattr(self, hooks))
         for name in self._plain_names(held):
             as_there = held.codes if held is not None and name == "weight" else name
-            plain.register_parameter(as_there, parameter := weight if name == "weight" else self._parameters[name])
+            plain.register_parameter(as_there, parameter := weights.get(name, self._parameters[name]))
             if name in self._trained and parameter is not None:
                 parameter.requires_grad_(True)
         for name in plain_buffers(self):

@@ -14,11 +14,11 @@ def check_flag(layer: str, name: str, value: Any, hint: str = "") -> bool:
     return value
 
 
-def check_weight(layer: str, weight: Any) -> nn.Parameter:
+def check_weight(layer: str, weight: Any, name: str = "weight") -> nn.Parameter:
     if type(weight) is not nn.Parameter:
-        raise TypeError(f"{layer}: weight must be a plain parameter, found {type(weight).__name__}")
+        raise TypeError(f"{layer}: {name} must be a plain parameter, found {type(weight).__name__}")
     if weight.dtype not in FLOATS:
-        raise TypeError(f"{layer}: weight must be float32, bfloat16, float16 or float64, found {weight.dtype}")
+        raise TypeError(f"{layer}: {name} must be float32, bfloat16, float16 or float64, found {weight.dtype}")
     return weight
 
 

@@ -138,31 +138,38 @@ class DoRALinear(LoRALinear):
         self._norm.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        magnitude = self.lora_magnitude_vector
-        kept = (magnitude, magnitude.grad)
-
-        def widened(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if any(tensor is k for k in kept) and moved.dtype.itemsize < 4:
-                # again from the original: through 16 bits its values would be rounded
-                return tensor.to(moved.device, torch.float32)
-            return moved
-
         with changing(self):
-            super()._apply(widened, recurse)
+            super()._apply(keeping_magnitudes(fn, self.lora_magnitude_vector), recurse)
             self._norm.clear()
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         with changing(self):
             super()._load_from_state_dict(*args)
-            magnitude = self.lora_magnitude_vector
-            if magnitude.dtype.itemsize < 4:
-                # load_state_dict(assign=True) takes over the dtype of the file
-                magnitude.data = magnitude.data.float()
+            widen(self.lora_magnitude_vector)
             self._norm.clear()
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
         text += "" if self.detach_norm else ", detach_norm=False"
         return text if self.dropout_semantics == "peft" else f"{text}, dropout_semantics={self.dropout_semantics!r}"
+
+
+def keeping_magnitudes(fn: Callable[[Tensor], Tensor], *magnitudes: nn.Parameter) -> Callable[[Tensor], Tensor]:
+    """A function of `_apply` that leaves magnitudes and their gradients at least float32."""
+    kept = [each for m in magnitudes for each in (m, m.grad)]
+
+    def widened(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        if any(tensor is k for k in kept) and moved.dtype.itemsize < 4:
+            # again from the original: through 16 bits its values would be rounded
+            return tensor.to(moved.device, torch.float32)
+        return moved
+
+    return widened
+
+
+def widen(magnitude: nn.Parameter) -> None:
+    """Makes it float32 again where load_state_dict(assign=True) took over the dtype of a file."""
+    if magnitude.dtype.itemsize < 4:
+        magnitude.data = magnitude.data.float()

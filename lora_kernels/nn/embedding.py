@@ -170,13 +170,13 @@ class LoRAEmbedding(AdapterLayer):
         self.lora_embedding_A.copy_(a)
         self.lora_embedding_B.copy_(b)
 
-    def _plain_weight(self, call: str) -> nn.Parameter:
+    def _plain_weight(self, call: str, name: str = "weight") -> nn.Parameter:
         if call == "merge" and self.max_norm is not None:
             raise ValueError(
                 f"{self._class_name()}: an embedding with max_norm cannot be merged: max_norm={self.max_norm:g} would then"
                 " act on the sum of base and adapter rather than on each"
             )
-        return super()._plain_weight(call)
+        return super()._plain_weight(call, name)
 
     def _look_up(self, indices: Tensor, table: Tensor, sparse: bool) -> Tensor:
         return F.embedding(indices, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, sparse)

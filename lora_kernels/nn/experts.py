@@ -33,6 +33,8 @@ class Adapted(NamedTuple):
     scale: float
     bias: Tensor | None
     """[experts, out]"""
+    gain: Tensor | None = None
+    """[experts, out], of DoRA."""
 
 
 class Routing(NamedTuple):
@@ -166,7 +168,7 @@ def product_dtype(form: Form, w: Tensor, x: Tensor) -> torch.dtype:
 
 
 def _product(form: Form, adapted: Adapted, x: Tensor, ends: Tensor, index: Tensor | None = None) -> Tensor:
-    w, a, b, scale, bias = adapted
+    w, a, b, scale, bias, gain = adapted
     dtype = product_dtype(form, w, x)
     with without_autocast(x):
-        return expert_lora_linear(x.to(dtype), ends, w.to(dtype), a, b, scale, bias, None, form.transposed, index)
+        return expert_lora_linear(x.to(dtype), ends, w.to(dtype), a, b, scale, bias, gain, form.transposed, index)

@@ -114,9 +114,10 @@ _forms: dict[type[nn.Module], Form | None] = {nn.Linear: _OF_LINEAR}
 _DECORATED, _WITHOUT_EAGER = Form((), False, ROUTED), Form(("",), False, ROUTED)
 
 
-def form_of(module: Any) -> Form | str:
-    """How the module computes, or why that is not known."""
-    cls = type(module)
+def form_of(module: Any, cls: Any = None) -> Form | str:
+    """How the module computes, or one of the class `cls` with its attributes; or why that is not
+    known."""
+    cls = cls or type(module)
     if "parametrizations" in module._modules:
         # such a class is of one call alone
         return "another parametrization is on the module"
@@ -125,7 +126,7 @@ def form_of(module: Any) -> Form | str:
     form = _forms[cls]
     if form is None:
         return f"the forward of {cls.__name__} is not known"
-    return _decorated_form(module, form) if form in (_DECORATED, _WITHOUT_EAGER) else form
+    return _decorated_form(module, cls, form) if form in (_DECORATED, _WITHOUT_EAGER) else form
 
 
 def gate_of(module: Any) -> str | None:
@@ -158,14 +159,14 @@ def _class_form(cls: Any) -> Form | None:
     return next((form for source, form in _SOURCES if _has_source(forward, source)), None)
 
 
-def _decorated_form(module: Any, form: Form) -> Form | str:
+def _decorated_form(module: Any, cls: Any, form: Form) -> Form | str:
     """Of experts whose forward transformers' interface chooses."""
     moe: Any = _interface_module()
     name = module.config._experts_implementation or "eager"
     wanted = {"grouped_mm": moe.grouped_mm_experts_forward, "batched_mm": moe.batched_mm_experts_forward}
     if name == "eager":
         if form is _WITHOUT_EAGER:
-            return f"the eager forward of {type(module).__name__} is not known"
+            return f"the eager forward of {cls.__name__} is not known"
     elif name not in wanted or moe.ALL_EXPERTS_FUNCTIONS[name] is not wanted[name]:
         return f"the experts' implementation is {name}"
     weights = _GATED if module.has_gate else ("up_proj", "down_proj")

@@ -93,24 +93,44 @@ def linear_factors(init: Any, r: int, weight: Tensor, scaling: float) -> tuple[T
     if isinstance(init, tuple):
         a, b = (t.detach().to(weight.device, wide, copy=True).contiguous() for t in init)
         return a, b
-    # PEFT makes two nn.Linear first, in torch's default dtype: these draws come before those of any
-    # initialisation
-    a, b = torch.empty(r, n_in), torch.empty(n_out, r)
-    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+    a, b = _two_linears(r, n_in, n_out)
     if isinstance(init, str) and init.startswith("pissa"):
         return _pissa_factors(init, r, weight, scaling, wide)
     if init == "olora":
         return _olora_factors(r, weight, scaling, wide)
     if init == "orthogonal":
         a, b = _orthogonal_factors(r, n_out, n_in)
-    elif init is not False:
-        if init is True:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        else:
-            nn.init.normal_(a, std=1 / r)
-        nn.init.zeros_(b)
+    else:
+        _draw(init, a, b, r)
     return _rounded(a, weight), _rounded(b, weight)
+
+
+@torch.no_grad()
+def expert_factors(init: bool | str, r: int, experts: int, n_in: int, n_out: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A [experts · r, in] and B [out, r · experts] of a parameter as PEFT has them, by True, False
+    or "gaussian" of `linear_factors`."""
+    a, b = _two_linears(r * experts, n_in, n_out)
+    _draw(init, a, b, r)
+    return _rounded(a, like), _rounded(b, like)
+
+
+def _two_linears(rows: int, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
+    """What PEFT begins with: two nn.Linear in torch's default dtype, whose draws come before those
+    of any initialisation."""
+    a, b = torch.empty(rows, n_in), torch.empty(n_out, rows)
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+    return a, b
+
+
+def _draw(init: bool | str, a: Tensor, b: Tensor, r: int) -> None:
+    if init is False:
+        return
+    if init is True:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    else:
+        nn.init.normal_(a, std=1 / r)
+    nn.init.zeros_(b)
 
 
 @torch.no_grad()

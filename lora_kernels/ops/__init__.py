@@ -2,7 +2,7 @@
 
 from lora_kernels.ops.dora_linear import dora_linear
 from lora_kernels.ops.expert_lora_linear import expert_lora_linear
-from lora_kernels.ops.expert_weight_norm import expert_weight_norm
+from lora_kernels.ops.expert_weight_norm import ExpertNormCache, expert_weight_norm
 from lora_kernels.ops.lora_linear import Member, group_pays, lora_linear, lora_linear_group
 from lora_kernels.ops.merge import merged_weight, requantised_weight
 from lora_kernels.ops.multi_lora import BatchPlan, Slots, multi_lora, multi_lora_add_
@@ -12,6 +12,7 @@ from lora_kernels.ops.weight_norm import NormCache, dora_gain, row_norm_squared,
 
 __all__ = [
     "BatchPlan",
+    "ExpertNormCache",
     "FallbackWarning",
     "Member",
     "NormCache",

@@ -184,7 +184,7 @@ def run_parameters(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _run_linear(form: Form, adapted: Any, x: Tensor) -> Tensor:
-    w, a, b, scale, bias = adapted
+    w, a, b, scale, bias, _ = adapted
     dtype = product_dtype(form, w, x)
     with without_autocast(x):
         return lora_linear(x.to(dtype), (w.t() if form.transposed else w).to(dtype), a, b, scale, bias)
@@ -232,7 +232,7 @@ def survey_parameter(name: str, layer: Any, survey: Survey) -> None:
         return
     _, form, adapted = found
     # the weight that this layer adapts
-    w, a, b, scale, bias = adapted[form.weights.index(layer.parameter_name)]
+    w, a, b, scale, bias, _ = adapted[form.weights.index(layer.parameter_name)]
     if form.kind == LINEAR:
         if (reason := device_refusal(w)) is not None:
             survey.left[name] = reason

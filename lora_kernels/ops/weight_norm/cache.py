@@ -110,8 +110,16 @@ def _key(scale: float | Tensor, w: Any, *others: Tensor) -> Any:
     if isinstance(w, QuantisedWeight):
         return _quantised_key(scale, w, others)
     found = fingerprint(w, *others)
+    if found is None and w.dim() == 3:
+        found = fingerprint(*_as_matrices(w, *others))
     # the tensor itself, lest another one at the same address be taken for it
     return found and (found, scale, w._version, ref(w if w._base is None else w._base))
+
+
+@torch.no_grad()
+def _as_matrices(*stacks: Tensor) -> list[Tensor]:
+    """Stacks of matrices as one matrix each, where they are contiguous."""
+    return [t.flatten(0, 1) if t.dim() == 3 and t.is_contiguous() else t for t in stacks]
 
 
 def _quantised_key(scale: float, w: QuantisedWeight, others: tuple[Tensor, ...]) -> Any:

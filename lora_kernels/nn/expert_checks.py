@@ -1,0 +1,100 @@
+"""Which modules of experts can be adapted, and how PEFT takes their parameters."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.nn.checks import check_weight
+from lora_kernels.nn.forms import LINEAR, Form, form_of
+
+MAGNITUDE = "lora_magnitude_vector"
+_INDICES = (torch.int64, torch.int32)
+_OWN = frozenset(
+    "adapted r lora_alpha use_rslora use_dora detach_norm scaling enabled _init _norms _unmerged _transposed _origin"
+    " _origin_parameters _trained _changes".split()
+)
+"""The attributes of the adapter's layer, which has those of the module, too."""
+
+
+def experts_refusal(module: nn.Module, parameters: Iterable[str] = ()) -> str | None:
+    """Why a module's `parameters` cannot be adapted by LoRAExperts, in words; None if they can."""
+    form = form_of(module)
+    if isinstance(form, str):
+        return form
+    cls = type(module).__name__
+    if form.kind == LINEAR:
+        return f"{cls} has one matrix and no experts"
+    if unknown := [name for name in parameters if name not in form.weights]:
+        return f"{unknown[0]} is none of the matrices of {cls}: {', '.join(form.weights)}"
+    if "forward" in vars(module):
+        return f"{cls} has a forward of its own, which the adapter's layer would replace"
+    if taken := sorted(_OWN & vars(module).keys()):
+        return f"{cls} has an attribute {taken[0]}, as the adapter's layer does"
+    weights: list[Any] = [module._parameters.get(name) for name in form.weights]
+    for name, weight in zip(form.weights, weights, strict=True):
+        try:
+            check_weight(cls, weight, name)
+        except TypeError as error:
+            return str(error)
+        if weight.dim() != 3 or (weight.dtype, len(weight)) != (weights[0].dtype, len(weights[0])):
+            shapes = ", ".join(f"{each.dtype} {list(each.shape)}" for each in weights)
+            return f"the weights of {cls} must be [experts, …] in one dtype, found {shapes}"
+    if len(weights[0]) == 1 and getattr(module, "is_transposed", False):
+        return f"{cls} has one expert, whose [in, out] PEFT takes for [out, in]"
+    return None
+
+
+def peft_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
+    """(experts, out, in) of a parameter as PEFT's ParamWrapper takes it."""
+    weight: Any = module._parameters[name]
+    experts, *matrix = weight.shape
+    n_out, n_in = matrix[::-1] if getattr(module, "is_transposed", False) else matrix
+    return experts, n_out, n_in
+
+
+def file_shapes(module: nn.Module, name: str, r: int) -> dict[str, tuple[int, ...]]:
+    """The tensors that PEFT's files have of a parameter, and lora_magnitude_vector, which only ours
+    have."""
+    experts, n_out, n_in = peft_shape(module, name)
+    form: Any = form_of(module, vars(module).get("_origin", (None,))[0])
+    weight: Any = module._parameters[name]
+    magnitude = experts, weight.shape[2 if form.transposed else 1]
+    return {"lora_A.weight": (r * experts, n_in), "lora_B.weight": (n_out, r * experts), MAGNITUDE: magnitude}
+
+
+def check_routed(layer: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """x, index and weights of a call, if they fit together."""
+    if len(args) != 3 or not all(isinstance(t, Tensor) for t in args):
+        kinds = ", ".join(type(t).__name__ for t in args)
+        raise TypeError(f"{layer}: wanted are three tensors, (x, index, weights), found ({kinds})")
+    x, index, weights = args
+    if x.dim() != 2 or index.dim() != 2 or index.shape != weights.shape or len(index) != len(x):
+        found = ", ".join(str(list(t.shape)) for t in args)
+        raise ValueError(f"{layer}: x must be [tokens, in], index and weights [tokens, k], found {found}")
+    if index.dtype not in _INDICES or not weights.is_floating_point():
+        found = f"found {index.dtype} and {weights.dtype}"
+        raise TypeError(f"{layer}: index must be int64 or int32 and weights floating, {found}")
+    if index.is_cpu and not torch.compiler.is_compiling() and index.numel() and int(index.min()) < 0:
+        raise ValueError(f"{layer}: index must hold numbers of experts, found {int(index.min())}")
+    return x, index, weights
+
+
+def check_parameters(layer: str, module: nn.Module, form: Form, parameters: Iterable[str] | None) -> tuple[str, ...]:
+    """The parameters to adapt, in the order in which the module has them."""
+    if isinstance(parameters, str):
+        raise TypeError(f"{layer}: parameters must be names of matrices, found the string {parameters!r}")
+    wanted = set(form.weights if parameters is None else parameters)
+    if not wanted or not wanted <= set(form.weights):
+        raise ValueError(f"{layer}: parameters must be some of {', '.join(form.weights)}, found {sorted(map(str, wanted))}")
+    return tuple(name for name in module._parameters if name in wanted)
+
+
+def for_each(layer: str, option: str, value: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """An option's value for each parameter."""
+    if not isinstance(value, Mapping):
+        return [(name, value) for name in names]
+    if set(value) != set(names):
+        raise ValueError(f"{layer}: {option} must be a number, or one for each of {', '.join(names)}, found {dict(value)}")
+    return [(name, value[name]) for name in names]
