@@ -51,12 +51,15 @@ class LoraConfig:
 
     `target_modules`, `exclude_modules`: a list of names (the whole name of a module, or its end
     after a dot), or one regular expression for whole names; `target_modules="all-linear"` is every
-    linear layer but the output head. `layers_to_transform`, `layers_pattern`: keep only these layer
-    numbers of what a list of targets selects. `rank_pattern`, `alpha_pattern`: regular expression
-    for the end of a module's name → its r or lora_alpha; the first that matches wins. `bias`: which
-    biases of the base are trained and saved: "none", "all", or "lora_only", those of adapted
-    layers. `modules_to_save`: modules that are copied, trained in full and saved with the adapter.
-    `fan_in_fan_out` only tells how transformers' Conv1D stores its weight; nn.Linear and
+    linear layer but the output head. `target_parameters`: parameters to adapt by their names, whole
+    or their ends after a dot: the matrices of a module of experts (`nn.LoRAExperts`), or the weight
+    of an nn.Linear. There lora_dropout must be 0, as in PEFT; rank_pattern and alpha_pattern are
+    matched with the names of the parameters. `layers_to_transform`, `layers_pattern`: keep only
+    these layer numbers of what a list of targets selects. `rank_pattern`, `alpha_pattern`: regular
+    expression for the end of a module's name → its r or lora_alpha; the first that matches wins.
+    `bias`: which biases of the base are trained and saved: "none", "all", or "lora_only", those of
+    adapted layers. `modules_to_save`: modules that are copied, trained in full and saved with the
+    adapter. `fan_in_fan_out` only tells how transformers' Conv1D stores its weight; nn.Linear and
     nn.Embedding ignore it. `extra` keeps the keys of PEFT's file that have no effect here, so that
     they are written back.
 
@@ -75,6 +78,7 @@ class LoraConfig:
     init_lora_weights: bool | str = True
     bias: str = "none"
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -98,6 +102,13 @@ class LoraConfig:
         self._check_init()
         _check_choice("bias", self.bias, _BIAS)
         self.target_modules = _check_names("target_modules", self.target_modules, one=True)
+        parameters = _check_names("target_parameters", self.target_parameters, one=False)
+        self.target_parameters = parameters if isinstance(parameters, list) else None
+        if self.target_parameters and (self.lora_dropout or self.fan_in_fan_out):
+            field, found = ("lora_dropout", self.lora_dropout) if self.lora_dropout else ("fan_in_fan_out", True)
+            raise AdapterError(
+                f"LoraConfig: {field} must be {'0' if self.lora_dropout else 'False'} with target_parameters, found {found}"
+            )
         self.exclude_modules = _check_names("exclude_modules", self.exclude_modules, one=True)
         self.layers_pattern = _check_names("layers_pattern", self.layers_pattern, one=True)
         saved = _check_names("modules_to_save", self.modules_to_save, one=False)

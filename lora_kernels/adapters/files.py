@@ -4,7 +4,6 @@ The files may come from a stranger. They are read once, never executed, and chec
 model before a tensor is allocated or anything in the model is touched.
 """
 
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -16,9 +15,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from lora_kernels.adapters.config import AdapterError, LoraConfig
+from lora_kernels.adapters.expert_slots import expert_slots, per_expert_slots, tensor_of
 from lora_kernels.adapters.foreign import PREFIX, what_is_there
 from lora_kernels.adapters.inits import as_plain_lora, check_init, drawn_init, init_kinds, refuse_drawn_init
 from lora_kernels.adapters.inject import (
@@ -38,11 +38,11 @@ from lora_kernels.adapters.inject import (
     uncompiled_model,
 )
 from lora_kernels.adapters.interrupts import uninterrupted
+from lora_kernels.adapters.per_expert import as_fused
 from lora_kernels.adapters.storage import CONFIG_NAME, WEIGHTS_NAME, open_together, write_together
 from lora_kernels.adapters.targets import Selection, select_targets
-from lora_kernels.adapters.weights import Slot, check_finite, read_tensors
-from lora_kernels.nn import DoRALinear, LoRAEmbedding
-from lora_kernels.nn.base import initial_scaling
+from lora_kernels.adapters.weights import Slot, check_finite, read_tensors, tensor_at
+from lora_kernels.nn import DoRALinear, LoRAEmbedding, LoRAExperts, LoRALinear
 from lora_kernels.nn.checks import check_flag
 from lora_kernels.nn.quantised import holds_codes
 from lora_kernels.nn.snapshot import changing
@@ -80,7 +80,7 @@ def save_adapter(
     model = uncompiled_model(model)
     refuse_peft(model)
     layers = adapter_layers(model)
-    config = config or getattr(model, "_lora_config", None)
+    config = as_fused(config, model) if config else getattr(model, "_lora_config", None)
     if not layers or config is None:
         found = "no adapter" if not layers else "adapters but no configuration; give config="
         raise AdapterError(f"save_adapter: the model has {found}")
@@ -90,7 +90,7 @@ def save_adapter(
         _check_unmerged(layers)
     slots = slots_of(model, selection, config)
     tensors = {
-        key: _tensor_at(model.get_submodule(slot.owner), slot.name).detach().cpu().contiguous().clone()
+        key: tensor_of(model.get_submodule(slot.owner), slot).detach().cpu().contiguous().clone().view(slot.shape)
         for key, slot in slots.items()
         if slot.role == "own" or (slot.role == "base" and save_embedding_layers)
     }
@@ -98,7 +98,7 @@ def save_adapter(
         config, selection = as_plain_lora(layers, tensors, config, selection)
     for key, tensor in tensors.items():
         check_finite(key, tensor, "save_adapter")
-    rescaled = [n for n, layer in layers.items() if not math.isclose(layer.scaling, _scaling(layer), rel_tol=1e-6)]
+    rescaled = [name for name, layer in layers.items() if layer._is_rescaled()]
     if rescaled:
         warnings.warn(f"save_adapter: set_scale is not saved; changed in {first_names(rescaled)}", stacklevel=2)
     name = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
@@ -144,8 +144,9 @@ def load_adapter(
     path = folder / WEIGHTS_NAME
     layers = adapter_layers(model)
     with open_adapter(folder) as (config_file, weights_file):
-        config = LoraConfig.from_file(*config_file, folder / CONFIG_NAME)
+        asked = LoraConfig.from_file(*config_file, folder / CONFIG_NAME)
         try:
+            config = as_fused(asked, model)
             selection = select_targets(model, config, strict=False)
             if layers:
                 refuse_drawn_init(config, layers)
@@ -158,6 +159,8 @@ def load_adapter(
         except AdapterError as error:
             raise AdapterError(f"{folder / CONFIG_NAME}: {error}") from error
         slots = slots_of(model, selection, config)
+        if config is not asked:
+            slots = per_expert_slots(model, selection, slots)
         tensors = read_tensors(path, slots, weights_file)
     base = Base.of(model, selection, config.bias)
     with torch.random.fork_rng(devices=[]), ExitStack() as undo:
@@ -167,11 +170,17 @@ def load_adapter(
                 model, selection
             )
         writes = []
+        blocks = {(slot.owner, slot.parameter) for slot in slots.values() if slot.part is not None and slot.name == "lora_B"}
+        for owner_name, parameter in blocks if layers else ():
+            # what lies beside the diagonal
+            whole = model.get_submodule(owner_name).peft_tensor("lora_B", parameter)  # type: ignore[operator]
+            writes.append((whole, torch.zeros_like(whole)))
+            undo.callback(put_back, whole, whole.data, whole.clone())
         for key, value in tensors.items():
             slot = slots[key]
             owner = new[slot.owner] if slot.owner in new else model.get_submodule(slot.owner)
-            target = _tensor_at(owner, slot.name)
-            value = value.to(target)
+            target = tensor_of(owner, slot)
+            value = value.to(target).view(target.shape)
             check_finite(key, value, f"{path} as {target.dtype}")
             if slot.role == "own" or load_embedding_layers:
                 writes.append((target, value))
@@ -189,7 +198,7 @@ def load_adapter(
                 finish_model(model, selection, config, base, undo, trainable=is_trainable)
             act()
             undo.pop_all()
-    return [target.name for target in selection.targets]
+    return selection.names()
 
 
 @contextmanager
@@ -215,6 +224,8 @@ def slots_of(model: nn.Module, selection: Selection, config: LoraConfig) -> dict
     adapted = {target.name for target in selection.targets}
     for target in selection.targets:
         module = model.get_submodule(target.name)
+        if target.parameter is not None and not isinstance(module, nn.Linear | LoRALinear):
+            continue
         rows, columns = matrix_shape(module)
         path = f"{PREFIX}{target.name}"
         shapes: dict[str, tuple[int, ...]]
@@ -226,6 +237,7 @@ def slots_of(model: nn.Module, selection: Selection, config: LoraConfig) -> dict
                 shapes["lora_magnitude_vector"] = (rows,)
         for key, shape in shapes.items():
             slots[f"{path}.{key}"] = Slot(target.name, key.removesuffix(".weight"), torch.Size(shape))
+    slots |= expert_slots(model, selection, config)
     for name, bias in trained_biases(model, selection, config.bias).items():
         owner = name.rpartition(".")[0]
         key = f"{owner}.base_layer.bias" if owner in adapted else name
@@ -239,7 +251,7 @@ def slots_of(model: nn.Module, selection: Selection, config: LoraConfig) -> dict
                     slots[f"{PREFIX}{path}.{copy}.{name}"] = replace(slot, role="ignored")
     for name in _embeddings(model):
         key = f"{PREFIX}{name}.base_layer.weight" if name in adapted else f"{PREFIX}{name}.weight"
-        slots.setdefault(key, Slot(name, "weight", _tensor_at(model.get_submodule(name), "weight").shape, role="base"))
+        slots.setdefault(key, Slot(name, "weight", tensor_at(model.get_submodule(name), "weight").shape, role="base"))
     return slots
 
 
@@ -248,7 +260,7 @@ def matrix_shape(module: nn.Module) -> torch.Size:
     held: Any = module
     if _holds_codes(module):
         return torch.Size((held.out_features, held.in_features))
-    return _tensor_at(module, "weight").shape
+    return tensor_at(module, "weight").shape
 
 
 def _holds_codes(module: nn.Module) -> bool:
@@ -264,31 +276,32 @@ def _embeddings(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if any(m is end for end in ends)]
 
 
-def _tensor_at(module: nn.Module, name: str) -> Tensor:
-    found: Any = module
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
-
-
 def _check_layers(layers: dict[str, Layer], selection: Selection, config: LoraConfig) -> None:
     """Raises unless the layers in the model are those that the configuration describes."""
     wanted = {target.name for target in selection.targets}
     for names, what in ((wanted - layers.keys(), "has no adapter"), (layers.keys() - wanted, "also has one")):
         if names:
             raise AdapterError(f"config selects other modules than the model has: it {what} at {first_names(sorted(names))}")
-    for target in selection.targets:
-        layer = layers[target.name]
-        pairs = [
-            ("r", target.r, layer.r),
-            ("lora_alpha", target.lora_alpha, layer.lora_alpha),
-            ("use_rslora", config.use_rslora, layer.use_rslora),
-            ("use_dora", config.use_dora, isinstance(layer, DoRALinear)),
-            ("init_lora_weights", *init_kinds(config, layer)),
-        ]
-        for field, asked, found in pairs:
-            if asked != found:
-                raise AdapterError(f"config: {field} is {asked} for {target.name}, in the model it is {found}")
+    for name, targets in selection.by_module().items():
+        layer = layers[name]
+        parameters = [target.parameter for target in targets]
+        if isinstance(layer, LoRAExperts) and parameters != [*layer.adapted]:
+            raise AdapterError(
+                f"config: the adapted parameters of {name} are {', '.join(map(str, parameters))}, in the model they are"
+                f" {', '.join(layer.adapted)}"
+            )
+        for target in targets:
+            r, alpha = layer.r, layer.lora_alpha
+            pairs = [
+                ("r", target.r, r[str(target.parameter)] if isinstance(r, dict) else r),
+                ("lora_alpha", target.lora_alpha, alpha[str(target.parameter)] if isinstance(alpha, dict) else alpha),
+                ("use_rslora", config.use_rslora, layer.use_rslora),
+                ("use_dora", config.use_dora, getattr(layer, "use_dora", isinstance(layer, DoRALinear))),
+                ("init_lora_weights", *init_kinds(config, layer)),
+            ]
+            for field, asked, found in pairs:
+                if asked != found:
+                    raise AdapterError(f"config: {field} is {asked} for {target.key}, in the model it is {found}")
 
 
 def _check_rest(held: LoraConfig | None, selection: Selection, config: LoraConfig) -> None:
@@ -303,7 +316,3 @@ def _check_unmerged(layers: dict[str, Layer]) -> None:
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise AdapterError(f"the base weights hold the adapter; call unmerge() first for {first_names(merged)}")
-
-
-def _scaling(layer: Layer) -> float:
-    return initial_scaling(layer.lora_alpha, layer.r, layer.use_rslora)

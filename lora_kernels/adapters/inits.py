@@ -11,7 +11,7 @@ from lora_kernels.adapters.config import MAX_RANK, AdapterError, LoraConfig
 from lora_kernels.adapters.foreign import PREFIX
 from lora_kernels.adapters.inject import Layer, first_names
 from lora_kernels.adapters.targets import Selection
-from lora_kernels.nn import LoRALinear
+from lora_kernels.nn import LoRAExperts, LoRALinear
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _DRAWN = "pissa_niter"
@@ -68,7 +68,9 @@ def as_plain_lora(
     Every layer gets twice its rank, with zeros where nothing was taken out, and lora_alpha that
     keeps its scale. Source: PEFT 0.21.2, tuners/lora/model.py, subtract_mutated_init.
     """
-    widest = max(layer.r for layer in layers.values())
+    if experts := [name for name, layer in layers.items() if isinstance(layer, LoRAExperts)]:
+        raise AdapterError(f"save_adapter: pissa_niter beside adapted experts has no file: {first_names(experts)}")
+    widest = max(target.r for target in selection.targets)
     if 2 * widest > MAX_RANK:
         raise AdapterError(f"save_adapter: pissa_niter is saved with twice its rank, at most {MAX_RANK}, found {2 * widest}")
     for name, layer in layers.items():

@@ -1,4 +1,4 @@
-"""Puts LoRA layers in the place of a model's linear and embedding layers."""
+"""Puts LoRA layers in the place of a model's linear and embedding layers, and of its experts."""
 
 import copy
 from collections.abc import Iterable
@@ -11,18 +11,20 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError, LoraConfig
 from lora_kernels.adapters.interrupts import uninterrupted
+from lora_kernels.adapters.per_expert import as_fused
 from lora_kernels.adapters.targets import Selection, Target, select_targets
-from lora_kernels.nn import DoRALinear, LoRAEmbedding, LoRALinear
+from lora_kernels.nn import DoRALinear, LoRAEmbedding, LoRAExperts, LoRALinear
 from lora_kernels.nn.base import HOOKS
 from lora_kernels.nn.embedding import is_scaled_embedding
+from lora_kernels.nn.expert_checks import experts_refusal
 from lora_kernels.nn.init import CHANGES_CODES
+from lora_kernels.nn.lora_experts import INITS
 from lora_kernels.nn.passed_over import fast_paths, is_off_fast_path, leave_fast_path, reader_of, restore_fast_path
 from lora_kernels.nn.quantised import holds_codes, rounds_in_forward
 from lora_kernels.nn.quantised_base import QuantisedBase
 from lora_kernels.ops.lora_linear.op import FLOATS
 
-Layer = LoRALinear | LoRAEmbedding
-ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B")
+Layer = LoRALinear | LoRAEmbedding | LoRAExperts
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,11 @@ def inject_adapter(model: nn.Module, config: LoraConfig) -> list[str]:
     the rest.
 
     nn.Linear becomes LoRALinear, or DoRALinear with `use_dora`; nn.Embedding becomes LoRAEmbedding.
-    They share the weights of what they replace, and keep its hooks and its train or eval mode. As
-    after peft.get_peft_model, only the adapters require grad, with the biases that `bias` names and
-    the copies of `modules_to_save`. All or nothing: if anything raises, the model is as it was.
-    "pissa" and "olora" change the base weights, as in PEFT.
+    A module of experts whose matrices `target_parameters` names becomes LoRAExperts. They share the
+    weights of what they replace, and keep its hooks and its train or eval mode. As after
+    peft.get_peft_model, only the adapters require grad, with the biases that `bias` names and the
+    copies of `modules_to_save`. All or nothing: if anything raises, the model is as it was. "pissa"
+    and "olora" change the base weights, as in PEFT.
 
     Returns the names of the replaced modules.
 
@@ -68,7 +71,7 @@ def inject_adapter(model: nn.Module, config: LoraConfig) -> list[str]:
             " (LoraConfig.from_dict(config.to_dict()) converts PEFT's)"
         )
     model = uncompiled_model(model)
-    config = replace(config)
+    config = replace(as_fused(config, model))
     refuse_peft(model)
     layers = adapter_layers(model)
     if layers:
@@ -85,7 +88,7 @@ def inject_adapter(model: nn.Module, config: LoraConfig) -> list[str]:
             finish_model(model, selection, config, base, undo, trainable=True)
             act()
             undo.pop_all()
-    return [target.name for target in selection.targets]
+    return selection.names()
 
 
 def finish_model(
@@ -107,7 +110,7 @@ def uncompiled_model(model: nn.Module) -> nn.Module:
 
 def adapter_layers(model: nn.Module) -> dict[str, Layer]:
     """Our layers in a model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear | LoRAEmbedding)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
 
 
 def refuse_peft(model: nn.Module) -> None:
@@ -127,23 +130,32 @@ def check_targets(model: nn.Module, selection: Selection, config: LoraConfig) ->
     """Raises if a selected module cannot take the adapter; names all that cannot, each with the
     reason."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    whole = {target.name for target in selection.targets if target.parameter is None}
     reasons = {}
     for target in selection.targets:
         module = modules[target.name]
-        reason = _refusal(module, config)
+        reason = _refusal(module, config) if target.parameter is None else _parameter_refusal(module, target, config)
         if reason is None and isinstance(module, nn.Linear) and (reader := reader_of(model, target.name)):
             reason = f"{reader} may compute with this weight without calling the layer; add it to exclude_modules"
         if reason is None and config.init_lora_weights == "orthogonal" and target.r % 2:
             reason = f'init_lora_weights="orthogonal" needs an even r, found {target.r}'
-        if reason is None and target.name in selection.saved:
+        if reason is None and _is_saved(target, selection.saved):
             reason = "is also among modules_to_save"
+        if reason is None and target.parameter is not None and target.name in whole:
+            reason = "is named by target_modules and by target_parameters"
         if reason is not None:
-            reasons[target.name] = reason
+            reasons[target.key] = reason
     for name in selection.saved:
         if isinstance(modules[name], nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
             reasons[name] = f"modules_to_save cannot be a {type(modules[name]).__name__}"
     if reasons:
         raise AdapterError(f"{first_names([f'{name}: {reason}' for name, reason in reasons.items()], '; ')}")
+
+
+def _is_saved(target: Target, saved: list[str]) -> bool:
+    """Modules within saved ones are not targeted, but their parameters are."""
+    within = target.parameter is not None and any(target.name.startswith(f"{name}.") for name in saved)
+    return within or target.name in saved
 
 
 def _refusal(module: nn.Module, config: LoraConfig) -> str | None:
@@ -175,6 +187,25 @@ def _refusal(module: nn.Module, config: LoraConfig) -> str | None:
     return None
 
 
+def _parameter_refusal(module: nn.Module, target: Target, config: LoraConfig) -> str | None:
+    """Why this parameter of the module cannot take an adapter, in words; None if it can."""
+    if isinstance(module, nn.Linear):
+        if target.parameter != "weight":
+            return f"of a {type(module).__name__} only the weight can take an adapter"
+        if holds_codes(module):
+            return "its weight is quantised; name the layer in target_modules"
+        return _refusal(module, config)
+    if (reason := experts_refusal(module, [str(target.parameter)])) is not None:
+        return f"{reason}; PEFT with fuse(model) may run it"
+    if config.init_lora_weights not in INITS:
+        return (
+            f"init_lora_weights={config.init_lora_weights!r} is for matrices; of experts it must be True, False or 'gaussian'"
+        )
+    if config.bias == "all" and any("bias" in name for name in module._parameters):
+        return f"bias='all' would train the biases of {type(module).__name__}, which is not supported"
+    return None
+
+
 def _refuse_codes(module: nn.Module, config: LoraConfig) -> str | None:
     if "forward" in vars(module) and rounds_in_forward(module) == "":
         return f"{type(module).__name__} computes in its own way, which the adapter's layer would replace"
@@ -198,22 +229,33 @@ def build_layers(model: nn.Module, selection: Selection, config: LoraConfig, und
         undo.callback(parameter.requires_grad_, parameter.requires_grad)
     changes_base = _changes_base(config)
     new: dict[str, nn.Module] = {}
-    for target in selection.targets:
-        module = model.get_submodule(target.name)
+    for name, targets in selection.by_module().items():
+        module = model.get_submodule(name)
         if changes_base and isinstance(module, nn.Linear):
             undo.callback(put_back, module.weight, module.weight.data, module.weight.detach().clone())
-        new[target.name] = _adapter_layer(module, target, config)
+        new[name] = _adapter_layer(module, targets, config)
         for hooks in HOOKS:
-            setattr(new[target.name], hooks, getattr(module, hooks))
+            setattr(new[name], hooks, getattr(module, hooks))
     return new
 
 
-def _adapter_layer(module: nn.Module, target: Target, config: LoraConfig) -> Layer:
+def _adapter_layer(module: nn.Module, targets: list[Target], config: LoraConfig) -> Layer:
+    if not isinstance(module, nn.Embedding | nn.Linear):
+        named = {target.parameter or "": target for target in targets}
+        return LoRAExperts.from_experts(
+            module,
+            list(named),
+            r={name: target.r for name, target in named.items()},
+            lora_alpha={name: target.lora_alpha for name, target in named.items()},
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            init_lora_weights=config.init_lora_weights,
+        )
+    (target,) = targets
     options: dict[str, Any] = {"r": target.r, "lora_alpha": target.lora_alpha, "use_rslora": config.use_rslora}
     if isinstance(module, nn.Embedding):
         # as PEFT: the named initialisations are for linear layers
         return LoRAEmbedding.from_embedding(module, **options, init_lora_weights=config.init_lora_weights is not False)
-    assert isinstance(module, nn.Linear)
     layer_class = DoRALinear if config.use_dora else LoRALinear
     return layer_class.from_linear(
         module, **options, lora_dropout=config.lora_dropout, init_lora_weights=config.init_lora_weights
@@ -246,7 +288,7 @@ def set_trainable(model: nn.Module, selection: Selection, bias: str, trainable: 
         return
     for layer in adapter_layers(model).values():
         for name, parameter in layer.named_parameters(recurse=False):
-            if name in ADAPTER_PARAMETERS:
+            if is_adapters(name):
                 parameter.requires_grad_(True)
     for parameter in trained_biases(model, selection, bias).values():
         parameter.requires_grad_(True)
@@ -255,12 +297,18 @@ def set_trainable(model: nn.Module, selection: Selection, bias: str, trainable: 
             parameter.requires_grad_(parameter.is_floating_point())
 
 
+def is_adapters(name: str) -> bool:
+    """Whether a parameter of a layer, by its last name, is its adapter's."""
+    return name.startswith("lora_")
+
+
 def trained_biases(model: nn.Module, selection: Selection, bias: str) -> dict[str, nn.Parameter]:
     """The base biases that belong to the adapter, by name; those of modules to save are counted
     there."""
     if bias == "none":
         return {}
-    adapted = {target.name for target in selection.targets}
+    # PEFT's layer of a parameter has no bias of its own
+    adapted = {target.name for target in selection.targets if target.parameter is None}
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, last = name.rpartition(".")

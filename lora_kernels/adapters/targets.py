@@ -1,4 +1,5 @@
-"""Which modules of a model a LoraConfig adapts, and with which r and lora_alpha: PEFT's rules."""
+"""Which modules and parameters of a model a LoraConfig adapts, and with which r and lora_alpha:
+PEFT's rules."""
 
 import difflib
 from dataclasses import dataclass
@@ -18,7 +19,11 @@ _DEFAULTS = {
     "q v": "t5 mt5",
     "query_proj value_proj": "deberta-v2",
     "q_proj v_proj fc1 fc2": "phi",
+    "q_proj k_proj v_proj o_proj": "nemotron_h",
 }
+# those of which PEFT knows others, or none beside target_parameters
+_OTHER_DEFAULTS = "gpt2 blip-2 deberta gpt_bigcode mpt btlm codegen gemma4 rwkv rwkv7".split()
+_NONE_BESIDE_PARAMETERS = ("mixtral",)
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -28,11 +33,18 @@ _HEADS = {
 
 @dataclass(frozen=True)
 class Target:
-    """One module to adapt."""
+    """One module to adapt, or one parameter of a module."""
 
     name: str
+    """Of the module."""
     r: int
     lora_alpha: float
+    parameter: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The name of what is adapted, which rank_pattern and alpha_pattern are matched with."""
+        return self.name if self.parameter is None else f"{self.name}.{self.parameter}"
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,7 @@ class Selection:
     """What a configuration selects in one model."""
 
     targets: list[Target]
+    """Modules, then parameters, each in the order of the model."""
     saved: list[str]
     """The modules to copy, train in full and save."""
     saving: tuple[str, ...]
@@ -48,9 +61,22 @@ class Selection:
     """The target_modules to write to a file: "all-linear" and None depend on the model, this does
     not."""
 
+    def by_module(self) -> dict[str, list[Target]]:
+        """The targets of each module: one, or its parameters."""
+        found: dict[str, list[Target]] = {}
+        for target in self.targets:
+            found.setdefault(target.name, []).append(target)
+        return found
+
+    def names(self) -> list[str]:
+        """The adapted modules."""
+        return list(self.by_module())
+
 
 def select_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Selection:
-    """Finds the modules that `config` adapts in `model`, as PEFT does.
+    """Finds the modules and parameters that `config` adapts in `model`, as PEFT does: names in
+    target_parameters are those of parameters, whole or their ends after a dot, and exclude_modules
+    and layers_to_transform do not act on them.
 
     Raises:
         AdapterError: nothing is selected, a pattern is refused, or, if `strict`, some name or
@@ -75,11 +101,13 @@ def select_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True)
         and not excluded(name)
         and not saving_names.are_part_of(name)
     ]
-    if not found:
+    owners = _find_parameters(model, config.target_parameters or [], strict)
+    if not found and not owners:
         raise AdapterError(
             f"target_modules={short_repr(wanted)} selects no module of {type(model).__name__}"
-            f" (exclude_modules={short_repr(config.exclude_modules)}, layers_to_transform="
-            f"{short_repr(config.layers_to_transform)}); {_near_names(wanted, names)}"
+            f" (target_parameters={short_repr(config.target_parameters)}, exclude_modules="
+            f"{short_repr(config.exclude_modules)}, layers_to_transform={short_repr(config.layers_to_transform)});"
+            f" {_near_names(wanted, names)}"
         )
     ranks, alphas = (
         [(NamePattern(key, field, budget), value) for key, value in patterns.items()]
@@ -93,12 +121,35 @@ def select_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True)
             if module not in heads and module not in ends:
                 raise AdapterError(f"modules_to_save: {short_repr(module)} matches no module; {_near_names([module], names)}")
         for pattern, _ in ranks + alphas:
-            if not any(map(pattern.matches_end, found)):
-                raise AdapterError(f"{pattern.where}: matches no adapted module; {_near_names(pattern.text, found)}")
+            if not any(map(pattern.matches_end, [*found, *owners])):
+                what = "module or parameter" if owners else "module"
+                near = _near_names(pattern.text, [*found, *owners])
+                raise AdapterError(f"{pattern.where}: matches no adapted {what}; {near}")
+    parameters: dict[str, tuple[str, str | None]] = {**{name: (name, None) for name in found}, **owners}
     targets = [
-        Target(name, _first_match(ranks, name, config.r), _first_match(alphas, name, config.lora_alpha)) for name in found
+        Target(name, _first_match(ranks, key, config.r), _first_match(alphas, key, config.lora_alpha), parameter)
+        for key, (name, parameter) in parameters.items()
     ]
     return Selection(targets, saved, saving, wanted)
+
+
+def _find_parameters(model: nn.Module, wanted: list[str], strict: bool) -> dict[str, tuple[str, str]]:
+    """The parameters that target_parameters names, with their modules and their names there."""
+    if not wanted:
+        return {}
+    matches = _Matcher(wanted, "target_parameters")
+    keys = {
+        f"{name}.{parameter}": (name, parameter)
+        for name, module in model.named_modules()
+        for parameter, tensor in module._parameters.items()
+        if tensor is not None
+    }
+    if strict:
+        _check_all_match("target_parameters", wanted, list(keys), "parameter")
+    found = {key: owner for key, owner in keys.items() if matches(key)}
+    if top := [parameter for name, parameter in found.values() if not name]:
+        raise AdapterError(f"target_parameters: {top[0]} is a parameter of the model itself; only those of its modules can be")
+    return found
 
 
 class _Ends:
@@ -173,6 +224,8 @@ def _target_modules(model: nn.Module, config: LoraConfig) -> list[str] | str:
     if wanted is None:
         kind = getattr(getattr(model, "config", None), "model_type", None)
         wanted = next((names.split() for names, kinds in _DEFAULTS.items() if kind in kinds.split()), None)
+        if config.target_parameters and (kind in _NONE_BESIDE_PARAMETERS or (wanted is None and kind not in _OTHER_DEFAULTS)):
+            return []
         if wanted is None:
             raise AdapterError('target_modules: must be given for this model, for example "all-linear"')
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
@@ -216,14 +269,14 @@ def _first_match(patterns: list[tuple[NamePattern, Any]], name: str, default: An
     return next((value for pattern, value in patterns if pattern.matches_end(name)), default)
 
 
-def _check_all_match(field: str, wanted: list[str] | str, names: list[str]) -> None:
+def _check_all_match(field: str, wanted: list[str] | str, names: list[str], what: str = "module") -> None:
     if isinstance(wanted, str):
         missed = [] if any(map(_Matcher(wanted, field), names)) else [wanted]
     else:
         ends = {".".join(parts[i:]) for parts in (name.split(".") for name in names) for i in range(len(parts))}
         missed = [name for name in wanted if name not in ends]
     if missed:
-        raise AdapterError(f"{field}: {short_repr(missed[0])} matches no module; {_near_names(missed[:1], names)}")
+        raise AdapterError(f"{field}: {short_repr(missed[0])} matches no {what}; {_near_names(missed[:1], names)}")
 
 
 def _outermost(names: list[str]) -> list[str]:

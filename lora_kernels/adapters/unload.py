@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError
 from lora_kernels.adapters.inject import (
-    ADAPTER_PARAMETERS,
     Base,
     Layer,
     adapter_layers,
     first_names,
     install_module,
+    is_adapters,
     refuse_peft,
     uncompiled_model,
 )
@@ -61,7 +61,10 @@ def merge_and_unload(
     for name, layer in layers.items():
         layer.check_merge(safe, *((dtype, requantise) if name in on_codes else ()))
     shared, errors, beside = _shared_weights(plain, layers), {}, _floating_dtype(plain)
-    for name, layer in layers.items():
+    has_codes = bool(on_codes)
+    on_codes.clear()
+    for name in list(layers):
+        layer = layers.pop(name)  # so that nobody holds its base weight any more
         base = layer._quantised
         if base is not None and not layer.merged:
             wanted = dtype if base.says_dtype or requantise else dtype or beside
@@ -69,7 +72,7 @@ def merge_and_unload(
         _install_everywhere(plain, layer, layer.plain_layer(True))
     if shared:
         _untie(plain)
-    if on_codes and not requantise:
+    if has_codes and not requantise:
         _became_floating(plain)
     _forget(plain)
     rounded = {name: error for name, error in errors.items() if error is not None}
@@ -95,7 +98,7 @@ def _check_codes(layers: dict[str, Layer], dtype: torch.dtype | None, requantise
 def _floating_dtype(model: nn.Module) -> torch.dtype | None:
     """Of the model's own parameters."""
     own = ((name.rpartition(".")[2], p) for name, p in model.named_parameters())
-    return next((p.dtype for name, p in own if name not in ADAPTER_PARAMETERS and p.dtype in FLOATS), None)
+    return next((p.dtype for name, p in own if not is_adapters(name) and p.dtype in FLOATS), None)
 
 
 def _became_floating(model: Any) -> None:
@@ -215,13 +218,13 @@ def _install_everywhere(model: nn.Module, layer: Layer, plain: nn.Module) -> Non
 
 
 def _shared_weights(model: nn.Module, layers: dict[str, Layer]) -> bool:
-    own = {id(layer): layer._base_weight() for layer in layers.values()}
+    own = {id(layer): layer._base_weights() for layer in layers.values()}
     owners: dict[int, set[int]] = {}
     for module in model.modules():
-        for tensor in [*module._parameters.values(), own.get(id(module))]:
+        for tensor in [*module._parameters.values(), *own.get(id(module), ())]:
             if tensor is not None:
                 owners.setdefault(id(tensor), set()).add(id(module))
-    return any(len(owners[id(weight)]) > 1 for weight in own.values())
+    return any(len(owners[id(weight)]) > 1 for weights in own.values() for weight in weights)
 
 
 def _untie(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_kernels.adapters.config import parse_object, short_repr
 from lora_kernels.adapters.foreign import our_key, what_they_are
@@ -44,6 +44,19 @@ class Slot:
     role: str = "own"
     """"own": the adapter's, must be there; "base": a base weight that PEFT may repeat; "ignored":
     PEFT may write it."""
+    parameter: str | None = None
+    """The parameter of experts that `name` belongs to."""
+    part: tuple[int, int, int] | None = None
+    """Of one expert's own layer: the expert, which of the layers that are one parameter, and how
+    many these are."""
+
+
+def tensor_at(module: nn.Module, name: str) -> Tensor:
+    """The tensor of a module by its name there, which may have dots."""
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
 
 
 def check_finite(key: str, tensor: Tensor, where: str) -> None:
