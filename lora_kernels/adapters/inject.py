@@ -307,8 +307,7 @@ def trained_biases(model: nn.Module, selection: Selection, bias: str) -> dict[st
     there."""
     if bias == "none":
         return {}
-    # PEFT's layer of a parameter has no bias of its own
-    adapted = {target.name for target in selection.targets if target.parameter is None}
+    adapted = {target.name for target in selection.targets}
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, last = name.rpartition(".")

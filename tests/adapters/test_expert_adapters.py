@@ -252,6 +252,12 @@ def test_a_matrix_of_a_linear_layer_is_its_layer(tmp_path):
     ours = net()
     assert load_adapter(ours, tmp_path) == ["head"] and type(ours.head) is LoRALinear
     torch.testing.assert_close(output(ours), output(theirs))
+    for bias in ("all", "lora_only"):
+        mine, its = (tmp_path / who / bias for who in ("ours", "theirs"))
+        model = net()
+        inject_adapter(model, LoraConfig(**values, bias=bias))
+        keys = in_a_file(model, mine).keys()
+        assert keys == in_a_file(peft.get_peft_model(net(), peft.LoraConfig(**values, bias=bias)), its).keys()
     for both in ({"target_modules": ["head"]}, {"target_parameters": ["head.weight", "head.bias"]}):
         with pytest.raises(AdapterError, match=r"head.*(is named by target_modules and|only the weight)"):
             inject_adapter(net(), LoraConfig(**values | both))
@@ -286,6 +292,13 @@ def test_what_cannot_be_adapted_is_named_and_nothing_changes(values, says):
     with pytest.raises(AdapterError, match=says):
         inject_adapter(model, LoraConfig(target_modules=[], **values))
     unchanged.check(model)
+
+
+def test_a_scale_is_not_saved_in_silence(tmp_path):
+    model = injected("both")
+    model.block.experts.set_scale(2)
+    with pytest.warns(UserWarning, match="set_scale is not saved; changed in block.experts"):
+        save_adapter(model, tmp_path)
 
 
 def test_biases_of_experts_are_not_trained_in_silence():
