@@ -2,9 +2,11 @@
 ways; and DoRA, which only ours have there."""
 
 import copy
+import importlib
 import json
 import re
 import weakref
+from pathlib import Path
 
 import peft
 import pytest
@@ -135,6 +137,34 @@ def test_we_load_what_peft_saves_and_it_loads_what_we_save(name, kind, tmp_path)
         assert again.keys() == written.keys() and all(torch.equal(written[key], t) for key, t in again.items())
     back = peft.PeftModel.from_pretrained(net(name), str(tmp_path / "ours")).eval()
     torch.testing.assert_close(output(back), output(theirs))
+
+
+@pytest.mark.slow
+def test_all_models_of_transformers(tmp_path):
+    """Of every class that has transformers' interface and a known loop."""
+    found, refused = 0, set()
+    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        for name in re.findall(r"^@use_experts_implementation.*\nclass (\w+)\(", file.read_text(), re.MULTILINE):
+            cls = getattr(importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}"), name)
+            torch.manual_seed(0)
+            base = Block(cls(Config()), choices()).double()
+            for p in base.parameters():
+                nn.init.normal_(p, std=0.3)
+            ups = "gate_up_proj" if base.experts.has_gate else "up_proj"
+            values = {"r": 3, "target_modules": [], "target_parameters": [f"experts.{ups}", "experts.down_proj"]}
+            theirs, folder = trained(peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**values))), tmp_path / name
+            theirs.save_pretrained(folder)
+            try:
+                load_adapter(base, folder, is_trainable=True)
+            except AdapterError as error:
+                refused.add(f"{name}: {error}")
+                continue
+            torch.testing.assert_close(output(base), output(theirs))
+            with torch.no_grad():
+                merge_and_unload(base)
+            torch.testing.assert_close(output(base), output(theirs))
+            found += 1
+    assert found > 60 and all("OpenAIPrivacyFilterExperts" in each for each in refused), refused
 
 
 @classes
