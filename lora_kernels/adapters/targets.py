@@ -2,6 +2,7 @@
 PEFT's rules."""
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,14 +108,14 @@ def select_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True)
             f"target_modules={short_repr(wanted)} selects no module of {type(model).__name__}"
             f" (target_parameters={short_repr(config.target_parameters)}, exclude_modules="
             f"{short_repr(config.exclude_modules)}, layers_to_transform={short_repr(config.layers_to_transform)});"
-            f" {_near_names(wanted, names)}"
+            f" {_near_names(wanted, names)}{_parameter_hint(model, wanted)}"
         )
     ranks, alphas = (
         [(NamePattern(key, field, budget), value) for key, value in patterns.items()]
         for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
     )
     if strict:
-        _check_all_match("target_modules", wanted, names)
+        _check_all_match("target_modules", wanted, names, hint=lambda missed: _parameter_hint(model, missed))
         _check_all_match("exclude_modules", config.exclude_modules or [], names)
         ends = {name[i:] for name in names for i in range(len(name))}
         for module in saving:
@@ -137,19 +138,29 @@ def _find_parameters(model: nn.Module, wanted: list[str], strict: bool) -> dict[
     """The parameters that target_parameters names, with their modules and their names there."""
     if not wanted:
         return {}
-    matches = _Matcher(wanted, "target_parameters")
-    keys = {
-        f"{name}.{parameter}": (name, parameter)
-        for name, module in model.named_modules()
-        for parameter, tensor in module._parameters.items()
-        if tensor is not None
-    }
+    matches, keys = _Matcher(wanted, "target_parameters"), _parameters_of(model)
     if strict:
         _check_all_match("target_parameters", wanted, list(keys), "parameter")
     found = {key: owner for key, owner in keys.items() if matches(key)}
     if top := [parameter for name, parameter in found.values() if not name]:
         raise AdapterError(f"target_parameters: {top[0]} is a parameter of the model itself; only those of its modules can be")
     return found
+
+
+def _parameters_of(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """The module and the last name of each parameter, by its name."""
+    return {
+        f"{name}.{parameter}": (name, parameter)
+        for name, module in model.named_modules()
+        for parameter, tensor in module._parameters.items()
+        if tensor is not None
+    }
+
+
+def _parameter_hint(model: nn.Module, wanted: list[str] | str) -> str:
+    matches = _Matcher(wanted, "target_modules") if isinstance(wanted, list) else None
+    found = next(filter(matches, _parameters_of(model)), None) if matches else None
+    return f"; {found} is a parameter, which target_parameters may name" if found else ""
 
 
 class _Ends:
@@ -269,14 +280,21 @@ def _first_match(patterns: list[tuple[NamePattern, Any]], name: str, default: An
     return next((value for pattern, value in patterns if pattern.matches_end(name)), default)
 
 
-def _check_all_match(field: str, wanted: list[str] | str, names: list[str], what: str = "module") -> None:
+def _check_all_match(
+    field: str,
+    wanted: list[str] | str,
+    names: list[str],
+    what: str = "module",
+    hint: Callable[[list[str]], str] = lambda missed: "",
+) -> None:
     if isinstance(wanted, str):
         missed = [] if any(map(_Matcher(wanted, field), names)) else [wanted]
     else:
         ends = {".".join(parts[i:]) for parts in (name.split(".") for name in names) for i in range(len(parts))}
         missed = [name for name in wanted if name not in ends]
     if missed:
-        raise AdapterError(f"{field}: {short_repr(missed[0])} matches no {what}; {_near_names(missed[:1], names)}")
+        near = f"{_near_names(missed[:1], names)}{hint(missed)}"
+        raise AdapterError(f"{field}: {short_repr(missed[0])} matches no {what}; {near}")
 
 
 def _outermost(names: list[str]) -> list[str]:

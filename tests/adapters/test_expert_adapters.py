@@ -308,6 +308,8 @@ CASES = [
         {"target_parameters": ["experts.gate_up"]},
         "target_parameters: 'experts.gate_up' matches no parameter; near names: .*gate_up_proj",
     ),
+    ({"target_modules": ["gate_up_proj"]}, "block.experts.gate_up_proj is a parameter, which target_parameters may name"),
+    ({"target_modules": ["head", "down_proj"]}, "'down_proj' matches no module.*; block.experts.down_proj is a parameter"),
     ({"target_parameters": ["norm.weight"]}, "norm.weight: the forward of LayerNorm is not known; PEFT with fuse"),
     ({"target_parameters": GATED, "init_lora_weights": "olora"}, "init_lora_weights='olora' is for matrices"),
     ({"target_parameters": GATED, "modules_to_save": ["block"]}, "gate_up_proj: is also among modules_to_save"),
@@ -320,7 +322,7 @@ def test_what_cannot_be_adapted_is_named_and_nothing_changes(values, says):
     model = net()
     unchanged = Snapshot(model)
     with pytest.raises(AdapterError, match=says):
-        inject_adapter(model, LoraConfig(target_modules=[], **values))
+        inject_adapter(model, LoraConfig(**{"target_modules": []} | values))
     unchanged.check(model)
 
 
