@@ -4,6 +4,7 @@ module."""
 import copy
 import io
 import pickle
+import sys
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lora_kernels.nn import LoRAExperts
 from lora_kernels.ops.expert_weight_norm import cache
 from lora_kernels.testing.poison import poisoned
 from tests.integrations.experts_helpers import EXPERTS, HIDDEN, INNER, TOP_K, Config, choices, experts_class, inputs
+from tests.nn.test_snapshot import neither
 
 NAMES = ["MixtralExperts", "GptOssExperts", "NemotronHExperts", "Llama4TextExperts"]
 names = pytest.mark.parametrize("name", NAMES)
@@ -298,6 +300,30 @@ def test_a_compiled_layer_is_one_graph_with_the_bits_of_eager():
         results = gradients_of(compiled(*args), {**leaves(layer), **named(args)})
         assert all(torch.equal(results[n], t) for n, t in wanted.items())
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_a_change_beside_calls_is_whole(use_dora):
+    """A call has one scale for both matrices, and merged weights or adapters."""
+    layer, args, states = layer_of(experts(), use_dora=use_dora), arguments("MixtralExperts"), []
+    layer.requires_grad_(False)
+
+    def change():
+        for scale in (-1, 1):
+            layer.set_scale(scale)
+            layer.merge()
+            layer.unmerge()
+
+    for scale in (-1, 1):
+        layer.set_scale(scale)
+        states.append(layer(*args))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        wrong, calls = neither(lambda: layer(*args), states, change)
+    finally:
+        sys.setswitchinterval(before)
+    assert wrong == 0 and calls > 10
 
 
 @pytest.mark.parametrize(
