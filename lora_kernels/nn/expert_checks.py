@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn.checks import check_weight
-from lora_kernels.nn.forms import LINEAR, Form, form_of
+from lora_kernels.nn.forms import LINEAR, ROUTED, SORTED, Form, form_of
 
 MAGNITUDE = "lora_magnitude_vector"
 _INDICES = (torch.int64, torch.int32)
@@ -26,6 +26,8 @@ def experts_refusal(module: nn.Module, parameters: Iterable[str] = ()) -> str | 
     cls = type(module).__name__
     if form.kind == LINEAR:
         return f"{cls} has one matrix and no experts"
+    if form.kind not in (ROUTED, SORTED):
+        return f"the calls of {cls} are {form.kind}, which the adapter's layer does not take"
     if unknown := [name for name in parameters if name not in form.weights]:
         return f"{unknown[0]} is none of the matrices of {cls}: {', '.join(form.weights)}"
     if "forward" in vars(module):

@@ -127,7 +127,7 @@ class LoRAExperts(AdapterLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # what the forwards of experts call, as _apply_gate, is the class's
+            # what the forwards of experts call is the class's
             origin = self.__dict__.get("_origin")
             if origin is None or name.startswith("__"):
                 raise
@@ -136,6 +136,13 @@ class LoRAExperts(AdapterLayer):
                     found = vars(cls)[name]
                     return found.__get__(self, type(self)) if hasattr(found, "__get__") else found
             raise
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        # a method, lest somebody take the gate of a class without it for the plain one
+        if hasattr(self._origin[0], "_apply_gate"):
+            return self._origin[0]._apply_gate(self, gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
 
     @torch.no_grad()
     def _first_factors(self, name: str) -> tuple[Tensor, Tensor]:
