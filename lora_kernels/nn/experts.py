@@ -7,6 +7,7 @@ sorted by expert once, and up[e] reads x through their tokens. Their sums over j
 wider of the dtypes of y and weights, in order; backward those of dx in float32.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,10 @@ class Routing(NamedTuple):
     """[S], the token of each row."""
     places: Tensor
     """[tokens, k], the row of each choice."""
+
+
+Change = Callable[[int, Tensor, Tensor, Routing], None]
+"""Gets the number of a product, y and the x that it is of, and may change y in place."""
 
 
 def sort_choices(index: Tensor, experts: int) -> Routing:
@@ -114,11 +119,18 @@ def combine_choices(y: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     return _Combine.apply(y, weights, routing.choices, routing.tokens, routing.places)
 
 
-def run_routed(module: Any, form: Form, adapted: list[Adapted], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def run_routed(
+    module: Any, form: Form, adapted: list[Adapted], x: Tensor, index: Tensor, weights: Tensor, change: Change | None = None
+) -> Tensor:
     """Formula (1) of a module of transformers: x [tokens, in], index and weights [tokens, k]."""
     routing = sort_choices(index, adapted[0].w.shape[0])
-    h = _gated(module, _product(form, adapted[0], x, routing.ends, routing.tokens))
+    h = _product(form, adapted[0], x, routing.ends, routing.tokens)
+    if change is not None:
+        change(0, h, x.index_select(0, routing.tokens).to(h.dtype), routing)
+    h = _gated(module, h)
     y = _product(form, adapted[1], h, routing.ends)
+    if change is not None:
+        change(1, y, h, routing)
     if getattr(module, "has_post_expert_norm", False):
         y = module.post_expert_norm(y)
     return combine_choices(y, weights, routing).to(x.dtype)

@@ -17,12 +17,13 @@ from lora_kernels.adapters.foreign import PREFIX
 from lora_kernels.adapters.inits import check_init
 from lora_kernels.adapters.inject import first_names, uncompiled_model
 from lora_kernels.adapters.storage import CONFIG_NAME, WEIGHTS_NAME
-from lora_kernels.adapters.targets import Target, select_targets
+from lora_kernels.adapters.targets import Target
 from lora_kernels.adapters.weights import Slot, check_finite, read_tensors
 from lora_kernels.nn.base import initial_scaling
+from lora_kernels.serving.parameters import OfParameter, parameters_of, selected_modules
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
-_ALSO = ("lora_bias",)  # keys of the configuration that LoraConfig leaves to us
+_ALSO = ("lora_bias", "target_parameters")  # keys of the configuration that LoraConfig leaves to us
 
 
 def vectors_of(gain: bool, bias: bool) -> int:
@@ -34,7 +35,8 @@ def vectors_of(gain: bool, bias: bool) -> int:
 @dataclass(frozen=True)
 class Factors:
     """What an adapter does to one module: y = m / ‖W + s·BA‖ ⊙ (W x + s B A x) + s c. The x of an
-    embedding is one-hot."""
+    embedding is one-hot. Of experts, which are named by their parameter ("….experts.down_proj"),
+    all shapes begin with [experts]."""
 
     a: Tensor
     """[r, in]."""
@@ -49,7 +51,7 @@ class Factors:
 
     @property
     def r(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[-2]
 
     @property
     def vectors(self) -> int:
@@ -99,18 +101,18 @@ class Adapter:
         }
         return Adapter(factors, self.base)
 
-    def check(self, module: str, shape: tuple[int, int], dtype: torch.dtype, embedding: bool) -> None:
-        """Raises AdapterError unless the factors of a module are those of a matrix [out, in], and
-        finite in its dtype."""
-        f, (n_out, n_in), where = self.factors[module], shape, f"AdapterPool: {module}"
-        if f.a.dim() != 2 or f.b.dim() != 2 or f.a.shape != (f.r, n_in) or f.b.shape != (n_out, f.r) or not f.r:
-            wanted, found = f"[r, {n_in}] and [{n_out}, r]", f"{list(f.a.shape)} and {list(f.b.shape)}"
+    def check(self, module: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Raises AdapterError unless the factors of a module are those of a matrix [out, in], or of
+        [experts, out, in], and finite in its dtype."""
+        f, (*lead, n_out, n_in), where = self.factors[module], shape, f"AdapterPool: {module}"
+        fits = f.a.dim() == f.b.dim() == len(shape)
+        if not fits or f.a.shape != (*lead, f.r, n_in) or f.b.shape != (*lead, n_out, f.r) or not f.r:
+            of = "".join(f"{count}, " for count in lead)
+            wanted, found = f"[{of}r, {n_in}] and [{of}{n_out}, r]", f"{list(f.a.shape)} and {list(f.b.shape)}"
             raise AdapterError(f"{where}: a and b must be {wanted}, found {found}")
-        if embedding and f.vectors:
-            raise AdapterError(f"{where}: an embedding has no DoRA and no lora_bias in a batch")
         for what, t in (("magnitude", f.magnitude), ("bias", f.bias)):
-            if t is not None and t.shape != (n_out,):
-                raise AdapterError(f"{where}: {what} must be [{n_out}], found {list(t.shape)}")
+            if t is not None and t.shape != (*lead, n_out):
+                raise AdapterError(f"{where}: {what} must be {[*lead, n_out]}, found {list(t.shape)}")
         # the tables hold it in float32
         if isinstance(f.scale, bool) or not isinstance(f.scale, int | float) or not abs(f.scale) < FLOAT32_MAX:
             raise AdapterError(f"{where}: the scale must be a finite number, found {f.scale!r}")
@@ -131,8 +133,8 @@ Source = str | os.PathLike[str] | Adapter | tuple[Any, Mapping[str, Tensor]]
 
 def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter:
     """The adapter in a local directory in PEFT's format, checked against `model` before a tensor is
-    allocated: LoRA, rsLoRA, DoRA, rank_pattern, alpha_pattern and lora_bias. Nothing is downloaded
-    or executed.
+    allocated: LoRA, rsLoRA, DoRA, rank_pattern, alpha_pattern, lora_bias, and target_parameters of
+    experts. Nothing is downloaded or executed.
 
     Raises:
         AdapterError: a file is missing, damaged, foreign or does not fit the model, or asks for
@@ -142,12 +144,12 @@ def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
     with open_adapter(folder) as (config_file, weights_file):
         config = LoraConfig.from_file(*config_file, folder / CONFIG_NAME, _ALSO)
         try:
-            targets, slots = _select_slots(uncompiled_model(model), config)
+            targets, parameters, slots = _select_slots(uncompiled_model(model), config)
         except AdapterError as error:
             raise AdapterError(f"{folder}: {error}") from error
         tensors = read_tensors(folder / WEIGHTS_NAME, slots, weights_file)
     check_base(model, slots, tensors, str(folder / WEIGHTS_NAME))
-    return _build_adapter(targets, config, tensors)
+    return _build_adapter(targets, parameters, config, tensors)
 
 
 def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> Adapter:
@@ -158,7 +160,7 @@ def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> 
         AdapterError: as `read_adapter`.
     """
     config = config if isinstance(config, LoraConfig) else LoraConfig.from_dict(config.to_dict(), _ALSO)
-    targets, slots = _select_slots(uncompiled_model(model), config)
+    targets, parameters, slots = _select_slots(uncompiled_model(model), config)
     own = {key: slot for key, slot in slots.items() if slot.role == "own"}
     # a trainer may write to its own at any time
     tensors = {key: t.detach().to("cpu", copy=True) if key in own else t for key, t in tensors.items()}
@@ -171,7 +173,7 @@ def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> 
             found = f"{tensors[key].dtype} {list(tensors[key].shape)}"
             raise AdapterError(f"{key} must be floating {list(slot.shape)}, found {found}")
         check_finite(key, tensors[key], "adapter_of")
-    return _build_adapter(targets, config, tensors)
+    return _build_adapter(targets, parameters, config, tensors)
 
 
 def check_base(model: nn.Module, slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], where: str) -> None:
@@ -184,8 +186,9 @@ def check_base(model: nn.Module, slots: Mapping[str, Slot], tensors: Mapping[str
                 raise AdapterError(f"{where}: {key} differs from the base weight of the model, which a batch shares")
 
 
-def _select_slots(model: nn.Module, config: LoraConfig) -> tuple[list[Target], dict[str, Slot]]:
-    selection = select_targets(model, config, strict=False)
+def _select_slots(model: nn.Module, config: LoraConfig) -> tuple[list[Target], list[OfParameter], dict[str, Slot]]:
+    parameters = parameters_of(model, config)
+    selection = selected_modules(model, config, parameters)
     check_init(config)
     modules = dict(model.named_modules())
     foreign = [t.name for t in selection.targets if not isinstance(modules[t.name], nn.Linear | nn.Embedding)]
@@ -203,11 +206,19 @@ def _select_slots(model: nn.Module, config: LoraConfig) -> tuple[list[Target], d
         for target in selection.targets:
             key = f"{PREFIX}{target.name}.lora_B.bias"
             slots[key] = Slot(target.name, "lora_B.bias", matrix_shape(modules[target.name])[:1])
-    return selection.targets, slots
+    for parameter in parameters:
+        slots.update(parameter.slots(config.use_dora))
+    return selection.targets, parameters, slots
 
 
-def _build_adapter(targets: list[Target], config: LoraConfig, tensors: Mapping[str, Tensor]) -> Adapter:
+def _build_adapter(
+    targets: list[Target], parameters: list[OfParameter], config: LoraConfig, tensors: Mapping[str, Tensor]
+) -> Adapter:
     factors = {}
+    for parameter in parameters:
+        scale = initial_scaling(parameter.lora_alpha, parameter.r, config.use_rslora)
+        of_parameter = parameter.factors(tensors)
+        factors[parameter.name] = Factors(*of_parameter[:2], scale, of_parameter[2])
     for target in targets:
         of = lambda name, path=f"{PREFIX}{target.name}": tensors.get(f"{path}.{name}")  # noqa: E731
         scale = initial_scaling(target.lora_alpha, target.r, config.use_rslora)

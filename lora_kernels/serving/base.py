@@ -16,6 +16,7 @@ from lora_kernels.adapters.config import AdapterError
 from lora_kernels.nn.quantised import is_quantised
 from lora_kernels.nn.quantised_base import QuantisedBase, form_of_codes
 from lora_kernels.ops.quantised import QuantisedWeight
+from lora_kernels.serving.experts import KEY, Experts
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -44,8 +45,11 @@ def _memory_of(weight: Tensor | None) -> Tensor | None:
     return weight if weight is None or is_plain(weight) else getattr(weight, "__dict__", {}).get("qdata", weight)
 
 
-def form_of(module: nn.Module) -> tuple[tuple[int, int], torch.dtype]:
-    """[rows, columns] of a layer's weight, and the dtype that it is multiplied in."""
+def form_of(module: nn.Module | Experts) -> tuple[tuple[int, int], torch.dtype]:
+    """[rows, columns] of a layer's weight, of experts of each, and the dtype that it is multiplied
+    in."""
+    if isinstance(module, Experts):
+        return module.matrix, module.weight.dtype
     weight: Tensor = module.weight  # type: ignore[assignment]
     if is_quantised(module):
         return form_of_codes(module)
@@ -73,9 +77,11 @@ def weight_of(weight: Tensor | QuantisedWeight) -> Any:
     return whole
 
 
-def check_kind(name: str, module: nn.Module) -> None:
+def check_kind(name: str, module: nn.Module | Experts) -> None:
     """Raises TypeError unless a batch can add to what the module computes: of a weight that is not
     plain, one row is tried."""
+    if isinstance(module, Experts):  # found to be plain when they were looked for
+        return
     weight: Tensor = module.weight  # type: ignore[assignment]
     # of plain tensors, too, where a wrapper made its parameters anew
     if is_quantised(module):
@@ -157,30 +163,34 @@ class BaseWatch:
 
     def __init__(self, model: nn.Module, sites: Mapping[str, Any]) -> None:
         self._model, self._sites = model, sites
-        modules = {name: model.get_submodule(name) for name in sites}
+        self._paths_of = {name: _path_of(name, site) for name, site in sites.items()}
+        modules = {name: model.get_submodule(path) for name, (path, _) in self._paths_of.items()}
         self._parameters = {name: module._parameters for name, module in modules.items()}
         self._coded = {name: QuantisedBase(m) for name, m in modules.items() if is_quantised(m)}
-        self._kinds = {name: type(module.weight) for name, module in modules.items()}
+        self._kinds = {name: type(self._weight_at(name)) for name in sites}
         self.unfit: dict[str, str] = {}
         """By module, why its pages cannot be used with the model as it is."""
         self.mark = 0
         """Grows whenever a weight was found to be another."""
         self.pending: set[str] = set()
         """The modules whose gains are still those of the weight before."""
-        self._remember({name: Known(held.get("weight")) for name, held in self._parameters.items()})
+        self._remember({name: Known(self._weight_at(name)) for name in sites})
+
+    def _weight_at(self, name: str) -> Tensor | None:
+        return self._parameters[name].get(self._paths_of[name][1])
 
     def weight(self, name: str) -> Tensor | QuantisedWeight:
         if name in self._coded:
             return self._coded[name].weight(self._sites[name].dtype)
-        found = self._parameters[name]["weight"]
+        found = self._weight_at(name)
         assert found is not None
         return found
 
     def _remember(self, state: dict[str, Known]) -> None:
         """Takes the model as it is for what is known, and these for its weights."""
         children: dict[str, dict[str, None]] = {}
-        for name in self._sites:
-            parts = name.split(".") if name else []
+        for path, _ in self._paths_of.values():
+            parts = path.split(".") if path else []
             for i, child in enumerate(parts):
                 children.setdefault(".".join(parts[:i]), {})[child] = None
         self._paths = []
@@ -190,7 +200,7 @@ class BaseWatch:
                 self._paths.append((get, held, get(held)))
             except (AttributeError, KeyError):
                 continue
-        self._holders = list(self._parameters.values())
+        self._holders, self._keys = list(self._parameters.values()), [key for _, key in self._paths_of.values()]
         self._state = state
         self.known = {name: STALE if name in self.pending or name in self.unfit else one for name, one in state.items()}
         """By module, the weight that its gains are of."""
@@ -225,7 +235,7 @@ class BaseWatch:
 
     def _same_weights(self) -> bool:
         return (
-            all(map(operator.is_, map(_get_weight, self._holders), self._weights))
+            all(map(operator.is_, map(operator.getitem, self._holders, self._keys), self._weights))
             and list(map(_get_version, self._counted)) == self._versions
             and list(map(_get_number, map(_get_storage, self._plain))) == self._memories
         )
@@ -233,14 +243,14 @@ class BaseWatch:
     def follow(self, all_weights: bool = False) -> None:
         """Looks at every layer anew: `unfit`, and `pending` for weights that are others now, or for
         all."""
-        there = {name: _module_at(self._model, name) for name in self._sites}
+        there = {name: _module_at(self._model, path) for name, (path, _) in self._paths_of.items()}
         ours = {name for name, module in there.items() if _is_served(module, self._sites[name])}
         changed, unfit, state = set(), {}, {}
         for name, module in there.items():
             replaced = bool(ours) and name not in ours
             if module is not None and not replaced:
                 self._parameters[name] = module._parameters
-            now = state[name] = Known(self._parameters[name].get("weight"))
+            now = state[name] = Known(self._weight_at(name))
             why = f"{type(module).__name__} has replaced the layer of `serve`" if replaced else self._misfit(name, module)
             if why is not None:
                 unfit[name] = why
@@ -260,11 +270,11 @@ class BaseWatch:
     def _misfit(self, name: str, module: nn.Module | None) -> str | None:
         """Why the pages of a site are not for the weight that is there, or None; of codes it looks
         anew at what they mean."""
-        weight, site = self._parameters[name].get("weight"), self._sites[name]
+        weight, site = self._weight_at(name), self._sites[name]
         if module is None:
             return "the model has no such layer any more"
         if weight is None:
-            return f"the {type(module).__name__} there has no weight of its own"
+            return f"the {type(module).__name__} there has no {self._paths_of[name][1]} of its own"
         if type(weight) is not self._kinds[name]:
             return f"its weight was a {self._kinds[name].__name__}, and is a {type(weight).__name__}"
         if is_quantised(module):
@@ -290,9 +300,15 @@ class BaseWatch:
                 raise BaseChangedError(f"AdapterPool: the base is another at {name}: {why}; make a new pool for it as it is")
 
 
-_get_weight = operator.itemgetter("weight")
 _get_version, _get_number = operator.attrgetter("_version"), operator.attrgetter("_cdata")
 _get_storage = operator.methodcaller("untyped_storage")
+
+
+def _path_of(name: str, site: Any) -> tuple[str, str]:
+    """The path of a site's module, and the name of its weight there."""
+    if site.parameter is None:
+        return name, "weight"
+    return name.rpartition(".")[0], site.parameter
 
 
 def _module_at(model: nn.Module, name: str) -> nn.Module | None:
@@ -305,6 +321,9 @@ def _module_at(model: nn.Module, name: str) -> nn.Module | None:
 def _is_served(module: nn.Module | None, site: Any) -> bool:
     """Whether it is the layer that `serve` made for a site."""
     held = {} if module is None else vars(module)
+    if site.parameter is not None:
+        served = held.get(KEY)
+        return served is not None and served.sites.get(site.parameter) is site
     return held.get("site") is site or held.get("slots") is site.slots
 
 

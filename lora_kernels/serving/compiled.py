@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 
-def call(function: Callable[..., None], *args: Any) -> None:
-    function(*args)
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
 
 
 class _Outside:

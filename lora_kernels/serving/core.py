@@ -15,9 +15,11 @@ from lora_kernels.nn.passed_over import reader_of
 from lora_kernels.ops.multi_lora.plan import PAGE
 from lora_kernels.serving.adapter import Adapter, Source, adapter_of, read_adapter
 from lora_kernels.serving.base import BaseChangedError, BaseWatch, check_base_name, check_kind
+from lora_kernels.serving.experts import Experts
+from lora_kernels.serving.experts_site import ExpertsSite
 from lora_kernels.serving.residents import Hold, PoolStats, Resident, Residents, Stored, UnknownAdapterError
 from lora_kernels.serving.scope import Scope
-from lora_kernels.serving.site import EmbeddingSite, Prepared, Site, pages_of, site_of
+from lora_kernels.serving.site import EmbeddingSite, Layer, Prepared, Site, pages_of
 from lora_kernels.serving.size import layers_of, size_of
 
 TRIES = 8
@@ -44,9 +46,11 @@ class PoolCore:
         self.max_rank, self.capacity_bytes, self.host_bytes = max_rank, capacity_bytes, host_bytes
         for name, layer in layers.items():
             check_kind(name, layer)
-        self._generation = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.sites = {name: site_of(layer, self._generation, self.size.pages, max_rank) for name, layer in layers.items()}
-        self._held = Residents(self.sites, self._generation, host_bytes)
+        counts = {1, *(layer.count for layer in layers.values() if isinstance(layer, Experts))}
+        tables = {count: torch.zeros(slots * count, dtype=torch.int32, device=device) for count in counts}
+        self._generation = tables[1]
+        self.sites = {name: self._site_of(layer, tables) for name, layer in layers.items()}
+        self._held = Residents(self.sites, tables.values(), slots, host_bytes)
         self._base = BaseWatch(self.model, self.sites)
         self._stats = PoolStats(slots=slots)
         self.scope = Scope()
@@ -54,6 +58,14 @@ class PoolCore:
         self._readers = {name: reader for name in linear if (reader := reader_of(self.model, name))}
         self._versions = itertools.count(1)
         self._lock = threading.RLock()
+
+    def _site_of(self, layer: Layer, generations: Mapping[int, Tensor]) -> Site | EmbeddingSite | ExpertsSite:
+        pages, max_rank = self.size.pages, self.max_rank
+        if isinstance(layer, Experts):
+            return ExpertsSite(layer, generations[layer.count], pages, max_rank)
+        if isinstance(layer, nn.Embedding):
+            return EmbeddingSite(layer, generations[1], pages, max_rank)
+        return Site(layer, generations[1], pages, max_rank)
 
     @property
     def _free(self) -> list[int]:
@@ -84,7 +96,9 @@ class PoolCore:
             if reader := self._readers.get(name):
                 why = f"{reader} may compute with its weight without calling the layer, which no adapter can change"
                 raise AdapterError(f"AdapterPool: {name}: {why}")
-            adapter.check(name, site.shape, site.dtype, isinstance(site, EmbeddingSite))
+            adapter.check(name, site.shape, site.dtype)
+            if (refusal := site.refusal(f)) is not None:
+                raise AdapterError(f"AdapterPool: {name}: {refusal}")
             pages = self.size.pages - (f.vectors > 0)
             if f.r > self.max_rank or pages_of(f.r) > pages:
                 most = min(self.max_rank, PAGE * pages)
@@ -173,7 +187,7 @@ class PoolCore:
         for name in list(base.pending):
             site = self.sites[name]
             for resident in self._held.by_slot.values():
-                if name in resident.magnitudes and isinstance(site, Site):
+                if name in resident.magnitudes:
                     site.renew_gain(resident.slot, *resident.magnitudes[name], base.weight(name), base.mark)
             base.renewed(name)
 

@@ -189,7 +189,7 @@ def _frame(
             _refuse_count(batch.count, f"{count} sequences{known}", name, value)
     else:
         expansion = 1
-    lengths = _lengths(tensors, value)
+    lengths = _lengths(_with_names(model, tensors) if args else tensors, value)
     strays = any(key.startswith(MEDIA) for key in tensors) and _has_strays(model, tensors, count)
     if outer is None or not outer.around:
         return batch.frame(expansion, lengths, strays)
@@ -215,6 +215,19 @@ def _named(args: Any, kwargs: Any) -> dict[str, Any]:
         found.update(value if isinstance(value, Mapping) else {str(i): value})
     found.update(kwargs)
     return found
+
+
+def _with_names(model: nn.Module, tensors: dict[str, Any]) -> dict[str, Any]:
+    """The same, and tokens that are positional by their name, too."""
+    kind: Any = type(model)
+    return tensors | {name: tensors[at] for at, name in _tokens_at(kind) if at in tensors}
+
+
+@functools.cache
+def _tokens_at(kind: Any) -> list[tuple[str, str]]:
+    """The places and names of a forward's arguments that are tokens."""
+    names = list(inspect.signature(kind.forward).parameters)[1:]
+    return [(str(at), name) for at, name in enumerate(names) if name in SEQUENCES]
 
 
 def _sequences(tensors: dict[str, Any], generating: bool) -> tuple[str, Any, int | None]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.multi_lora.plan import BASE, BatchPlan
+from lora_kernels.ops.multi_lora.plan import BASE, BatchPlan, ids_of_experts
 
 WAY_OUT = "say whose its rows are: pool.batch(names, rows=...), or rows_of(rows) around the call"
 
@@ -94,6 +94,12 @@ class Requests:
             made = [self._with_error(BatchPlan.build(ids, self._slots, of_ids)) for ids, of_ids in pairs]
             found = self._columns[id(plan)] = plan, made
         return found[1]
+
+    def plan_of_experts(self, plan: BatchPlan, tokens: Tensor, expert: Tensor, experts: int) -> BatchPlan:
+        """The plan of rows that are of these tokens of a plan, and of these of so many experts."""
+        ids = ids_of_experts(plan.ids[tokens], expert[:, None], experts)
+        weights = None if plan.weights is None else plan.weights[tokens]
+        return self._with_error(BatchPlan.build(ids, self._slots * experts, weights))
 
     def _with_error(self, plan: BatchPlan) -> BatchPlan:
         """One flag for all plans: the end of a batch reads it once."""
@@ -228,7 +234,7 @@ class Frame:
 
     def _refuse(self, layer: Any, x: Tensor, fault: str) -> None:
         """Raises ValueError where an adapter of the batch changes the layer."""
-        if layer.name not in self.modules:
+        if not layer.is_changed(self.modules):
             return
         why = "" if layer.layouts.get(x.dim() - 1) not in (None, UNLIKE) else layer.scope.why
         given = f"{self.batch.count} were given"

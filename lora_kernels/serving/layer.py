@@ -31,6 +31,10 @@ class Served:
     by_tokens: bool
     """It sees what the model makes of tokens, and of nothing else."""
 
+    def is_changed(self, modules: frozenset[str]) -> bool:
+        """Whether it is among the modules that an adapter changes."""
+        return self.name in modules
+
     def learn_nothing(self, scope: Scope, name: str) -> None:
         self.__dict__.update(scope=scope, name=name, layouts={}, routed=False, by_tokens=False)
 

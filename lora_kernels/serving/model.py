@@ -7,6 +7,9 @@ from torch import nn
 from lora_kernels.adapters.inject import uncompiled_model
 from lora_kernels.nn.quantised_base import BESIDE_CODES
 from lora_kernels.serving.door import close_doors, open_doors, replace_method
+from lora_kernels.serving.experts import KEY
+from lora_kernels.serving.experts_layer import ServedExperts
+from lora_kernels.serving.experts_site import ExpertsSite
 from lora_kernels.serving.frame import Frame
 from lora_kernels.serving.layer import OWN, MultiLoRAEmbedding, MultiLoRALinear
 from lora_kernels.serving.pool import AdapterPool
@@ -33,11 +36,16 @@ def serve(model: Model, pool: AdapterPool) -> Model:
     inner = uncompiled_model(model)
     if inner is not pool.model:
         raise ValueError("serve: the pool was made for another model")
-    if any(isinstance(m, MultiLoRALinear | MultiLoRAEmbedding) for m in model.modules()):
+    if any(isinstance(m, MultiLoRALinear | MultiLoRAEmbedding) or KEY in vars(m) for m in model.modules()):
         raise ValueError("serve: the model is served already; unserve(model) first")
     scope, layers = pool.scope, []
     scope.block = None
+    experts: dict[str, dict[str, ExpertsSite]] = {}
     for name, site in pool.sites.items():
+        if isinstance(site, ExpertsSite):
+            path, _, parameter = name.rpartition(".")
+            experts.setdefault(path, {})[parameter] = site
+            continue
         parent, _, child = name.rpartition(".")
         owner = pool.model.get_submodule(parent)
         if isinstance(site, EmbeddingSite):
@@ -46,6 +54,12 @@ def serve(model: Model, pool: AdapterPool) -> Model:
             new = MultiLoRALinear.around(getattr(owner, child), site.slots, scope, name)
         setattr(owner, child, new)
         layers.append(new)
+    linear = list(layers)
+    for path, sites in experts.items():
+        module = pool.model.get_submodule(path)
+        module.__dict__[KEY] = served = ServedExperts(sites, scope, path)
+        replace_method(module, "forward", ServedExperts.wrap)
+        layers.append(served)
     forward = type(inner).forward
     blocks: list[Any] = []
 
@@ -53,7 +67,7 @@ def serve(model: Model, pool: AdapterPool) -> Model:
         """Once more where there are routers: for the inputs of their blocks."""
         known = probe(layers)
         if known and not blocks:
-            blocks.extend(carry_rows(inner, scope, layers, replace_method))
+            blocks.extend(carry_rows(inner, scope, linear, replace_method))
             known = not blocks or probe(blocks)
         return bool(known)
 
@@ -97,4 +111,6 @@ def unserve(model: Model) -> Model:
             plain.__dict__.update(own)
             setattr(inner.get_submodule(parent), child, plain)
     close_doors(inner)
+    for module in inner.modules():
+        module.__dict__.pop(KEY, None)
     return model

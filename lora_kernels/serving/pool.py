@@ -36,8 +36,9 @@ class AdapterPool(PoolCore):
     pages. `sizing` says how many bytes some ranks need, `size` what this pool holds. `host_bytes`
     of the host's memory keep adapters that were evicted (pinned, with a GPU), and `batch` brings
     them back. `modules` are the names of the layers that adapters may change: nn.Linear, the head
-    among them, and nn.Embedding (LoRA alone). If not given all nn.Linear, since the pages of an
-    embedding have as many columns as it has entries.
+    among them, nn.Embedding (LoRA alone), and transformers' experts, by the name of their module or
+    of one of its parameters. If not given all nn.Linear, since the pages of an embedding have as
+    many columns as it has entries, and a page of experts has rows for each of them.
 
     A load is all or nothing, also when it is interrupted: what fails, at whatever step, leaves
     slots, pages, names and the host's memory as they were. The gain of DoRA is computed then, in
@@ -53,7 +54,7 @@ class AdapterPool(PoolCore):
     dequantises.
 
     Raises:
-        TypeError, ValueError: a module is neither, has a dtype that is not supported, or the
+        TypeError, ValueError: a module is none of these, has a dtype that is not supported, or the
             capacity holds no page.
     """
 

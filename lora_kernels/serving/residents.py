@@ -12,7 +12,7 @@ from lora_kernels.adapters.config import AdapterError
 from lora_kernels.adapters.inject import first_names
 from lora_kernels.ops.multi_lora.plan import id_of
 from lora_kernels.serving.adapter import Adapter
-from lora_kernels.serving.site import EmbeddingSite, Prepared, Saved, Site, pages_of
+from lora_kernels.serving.site import Pages, Prepared, Saved, pages_of
 
 
 class PoolFullError(AdapterError):
@@ -99,7 +99,7 @@ class Hold:
 class Journal:
     """How everything was before a change."""
 
-    sites: list[tuple[Site | EmbeddingSite, Saved]]
+    sites: list[tuple[Pages, Saved]]
     slots: Collection[int]
     names: dict[str, Resident]
     by_slot: "OrderedDict[int, Resident]"
@@ -116,10 +116,12 @@ class Residents:
     back to a journal that is left. Its owner has the lock.
     """
 
-    def __init__(self, sites: Mapping[str, Site | EmbeddingSite], generation: Tensor, host_bytes: int) -> None:
-        self.sites, self.generation, self.host_bytes = sites, generation, host_bytes
-        self.generations = [0] * len(generation)
-        self.free = list(range(len(generation)))
+    def __init__(self, sites: Mapping[str, Pages], tables: Collection[Tensor], slots: int, host_bytes: int) -> None:
+        self.sites, self.host_bytes = sites, host_bytes
+        self._tables = [table.view(slots, -1) for table in tables]
+        """The generation of each slot, as often as the sites have it."""
+        self.generations = [0] * slots
+        self.free = list(range(slots))
         self.names: dict[str, Resident] = {}
         self.by_slot: OrderedDict[int, Resident] = OrderedDict()
         """The one used last at the end."""
@@ -135,7 +137,7 @@ class Residents:
             for site, saved in journal.sites:
                 site.restore(saved)
             for slot in journal.slots:
-                self.generation[slot] = journal.generations[slot]
+                self._write_generation(slot, journal.generations[slot])
             for resident, name, rest in journal.titles:
                 resident.name = name
                 resident.modules, resident.magnitudes, resident.version = rest
@@ -296,13 +298,17 @@ class Residents:
         """Frees a slot; ids of it are stale from now on."""
         slot = resident.slot
         self.generations[slot] = (self.generations[slot] + 1) & 0x7FFFFFFF
-        self.generation[slot] = self.generations[slot]
+        self._write_generation(slot, self.generations[slot])
         for module in resident.modules:
             self.sites[module].clear_slot(slot)
         del self.by_slot[slot]
         if resident.name is not None and self.names.get(resident.name) is resident:
             del self.names[resident.name]
         self.free.append(slot)
+
+    def _write_generation(self, slot: int, number: int) -> None:
+        for table in self._tables:
+            table[slot] = number
 
     def _keep_on_host(self, name: str, stored: Stored) -> None:
         self.host.pop(name, None)

@@ -57,7 +57,7 @@ class Routes(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
-        tagged = [t for t in _flat(args, kwargs) if self.owners(t) is not None]
+        tagged = [t for t in tensors_of(args, kwargs) if self.owners(t) is not None]
         before = args[0].shape if name == "__setitem__" and tagged else None
         y = function(*args, **kwargs)
         if not tagged:
@@ -169,7 +169,7 @@ class RoutedFrame(Frame):
         if plan is not None:
             return plan
         if layer.routed:
-            if layer.name not in self.modules:
+            if not layer.is_changed(self.modules):
                 return None
             raise ValueError(
                 f"adapters: {self.batch.count} were given, for {layer.name} with an input of {list(x.shape)}: the way of its"
@@ -191,12 +191,12 @@ class Block:
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             frame = self.scope.current.get()
             if frame is not None and frame.seen is not None:
-                for x in _flat(args, kwargs)[:1]:
+                for x in tensors_of(args, kwargs)[:1]:
                     frame.seen(self, x)
             if frame is None or frame.all_base or frame.batch.uniform or frame.routes is not None:
                 return call(module, *args, **kwargs)
             routed = RoutedFrame(frame)
-            for x in _flat(args, kwargs):
+            for x in tensors_of(args, kwargs):
                 if x.is_floating_point() and x.dim() > 1:
                     owners = frame.rows_of(self, x)
                     routed.routes.note(x, None if owners is None else owners[..., None])
@@ -211,7 +211,7 @@ class Block:
         return forward
 
 
-def _flat(args: Any, kwargs: Any) -> list[Tensor]:
+def tensors_of(args: Any, kwargs: Any) -> list[Tensor]:
     found: list[Tensor] = []
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):

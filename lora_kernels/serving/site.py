@@ -13,20 +13,28 @@ from lora_kernels.ops.multi_lora.plan import BIAS, GAIN, PAGE, ROW, Slots, rows_
 from lora_kernels.ops.quantised import QuantisedWeight
 from lora_kernels.serving.adapter import Factors, vectors_of
 from lora_kernels.serving.base import form_of, weight_of
+from lora_kernels.serving.experts import Experts
+
+Layer = nn.Linear | nn.Embedding | Experts
+"""What a site can be of."""
 
 
-def bytes_of_page(module: nn.Module, max_rank: int) -> int:
-    rows, columns = _matrix_shape(module)
-    own = PAGE * pages_of(max_rank) if isinstance(module, nn.Embedding) else 0
-    return PAGE * (rows + columns + own) * form_of(module)[1].itemsize
+def bytes_of_page(layer: Layer, max_rank: int) -> int:
+    rows, columns = _matrix_shape(layer)
+    own = PAGE * pages_of(max_rank) if isinstance(layer, nn.Embedding) else 0
+    return _experts_of(layer) * PAGE * (rows + columns + own) * form_of(layer)[1].itemsize
 
 
-def bytes_of_slots(module: nn.Module, slots: int, max_rank: int) -> int:
+def bytes_of_slots(layer: Layer, slots: int, max_rank: int) -> int:
     """Of the tables: the pages of each slot, its rank, scale and flags."""
-    return slots * (4 * pages_of(max_rank) + 12)
+    return slots * _experts_of(layer) * (4 * pages_of(max_rank) + 12)
 
 
-def _matrix_shape(module: nn.Module) -> tuple[int, int]:
+def _experts_of(layer: Layer) -> int:
+    return layer.count if isinstance(layer, Experts) else 1
+
+
+def _matrix_shape(module: Layer) -> tuple[int, int]:
     """Rows of B and columns of A."""
     rows, columns = form_of(module)[0]
     return (columns, rows) if isinstance(module, nn.Embedding) else (rows, columns)
@@ -78,41 +86,60 @@ class Pages:
     """Slots for the adapters of one matrix [out, in], and who has which page. Its owner calls it
     from one thread at a time.
 
+    Of several `experts`, each with such a matrix, a page is as many pages of the kernel's side by
+    side, one for each expert, and a slot as many slots: number slot · experts + expert, with a
+    generation of its own. Where shapes begin with [experts], that is left out for a matrix alone.
+
     Gains and biases are float32 rows in pages that several adapters share: memory of b read as
     float32. With `own_vectors` each slot has memory of its own for both, whether its adapter wants
     it or not.
     """
 
+    parameter: str | None = None
+    """The name of the matrix in its module, if it is not that of the module's `weight`."""
+
     def __init__(
         self, n_out: int, n_in: int, dtype: torch.dtype, generation: Tensor, pages: int, max_rank: int,
-        own_vectors: bool = False,
+        own_vectors: bool = False, experts: int = 1,
     ) -> None:  # fmt: skip
         count, new = len(generation), partial(torch.zeros, device=generation.device)
         # zeros: nothing but a pool's own numbers is ever in reach of a kernel
-        b = new(pages * PAGE, n_out, dtype=dtype)
+        b = new(pages * experts * PAGE, n_out, dtype=dtype)
         vectors = b.view(-1).view(torch.float32).view(-1, n_out)
-        self._own_vectors, self._per_page = own_vectors, vectors_of_page(dtype)
+        self._own_vectors, self._per_page, self.experts = own_vectors, vectors_of_page(dtype), experts
         self.slots = Slots(
-            a=new(pages * PAGE, n_in, dtype=dtype),
+            a=new(pages * experts * PAGE, n_in, dtype=dtype),
             b=b,
             table=new(count, pages_of(max_rank), dtype=torch.int32),
             rank=new(count, dtype=torch.int32),
             scale=new(count),
             flags=new(count, dtype=torch.int32),
             gain=new(count, n_out) if own_vectors else vectors,
-            bias=new(count, n_out) if own_vectors else vectors[1:],
+            bias=new(count, n_out) if own_vectors else vectors[experts:],
             generation=generation,
         )
         self.free = list(range(pages))
         self.held: dict[int, list[int]] = {}
         self._vectors: dict[int, tuple[int, int]] = {}
-        """Of each slot that has some: the first of its float32 rows, and how many."""
+        """Of each slot that has some: the first of its float32 rows, and how many; a row of each
+        expert counts as one."""
         self._entries: dict[int, tuple[int, float, int]] = {}
         """Of each slot that holds something: rank, scale and flags, as `put` wrote them."""
 
+    def refusal(self, f: Factors) -> str | None:
+        """Why no batch can do what an adapter asks of this matrix, or None."""
+        return None
+
+    def prepared(self, f: Factors, gain: Tensor | None) -> Prepared:
+        """What the tables are to hold."""
+        to, device = self.slots.a, self.slots.a.device
+        a, b = (t.to(device, to.dtype, non_blocking=True) for t in (f.a, f.b))
+        bias = None if f.bias is None else f.scale * f.bias.to(device, torch.float32, non_blocking=True)
+        return Prepared(a, b.mT, f.scale, gain, bias)
+
     @property
     def bytes_of_page(self) -> int:
-        return PAGE * (self.slots.a.shape[1] + self.slots.b.shape[1]) * self.slots.a.element_size()
+        return self.experts * PAGE * (self.slots.a.shape[1] + self.slots.b.shape[1]) * self.slots.a.element_size()
 
     @property
     def shared(self) -> set[int]:
@@ -153,7 +180,7 @@ class Pages:
     def put(self, slot: int, prepared: Prepared) -> None:
         """Writes an adapter into a slot that holds none here, or one of as many pages and
         vectors."""
-        r, held = len(prepared.a), self.held.get(slot)
+        r, held = prepared.a.shape[-2], self.held.get(slot)
         if held is None:
             held = self.held[slot] = [self.free.pop() for _ in range(pages_of(r))]
         gains, biases = prepared.gain is not None, prepared.bias is not None
@@ -163,48 +190,58 @@ class Pages:
         s, place = self.slots, self.slots.a.device
         pages = torch.tensor(held, dtype=torch.int32).to(place, non_blocking=True)
         at = self._rows_of_pages(pages)
-        s.a[at[:r]], s.b[at[:r]] = prepared.a, prepared.b
-        s.a[at[r:]] = 0
-        s.b[at[r:]] = 0
+        s.a[at[:, :r]], s.b[at[:, :r]] = prepared.a, prepared.b
+        s.a[at[:, r:]] = 0
+        s.b[at[:, r:]] = 0
         if prepared.gain is not None:
-            s.gain[row] = prepared.gain
+            self._each(s.gain)[row] = prepared.gain
         if prepared.bias is not None:
-            s.bias[row] = prepared.bias
+            self._each(s.bias)[row] = prepared.bias
         self._entries[slot] = r, prepared.scale, GAIN * gains + BIAS * biases + (row << ROW)
         self._write_entry(slot, pages)
 
+    def _each(self, table: Tensor) -> Tensor:
+        """A table of the slots, or rows of vectors, as [slots, experts, ...]."""
+        return table.view(-1, self.experts, *table.shape[1:])
+
     def _write_entry(self, slot: int, pages: Tensor) -> None:
-        s = self.slots
-        s.table[slot, : len(pages)] = pages
-        s.rank[slot], s.scale[slot], s.flags[slot] = self._entries[slot]
+        s, (rank, scale, flags) = self.slots, self._entries[slot]
+        expert = torch.arange(self.experts, dtype=torch.int32, device=pages.device)
+        self._each(s.table)[slot, :, : len(pages)] = pages * self.experts + expert[:, None]
+        self._each(s.rank)[slot], self._each(s.scale)[slot] = rank, scale
+        row = (flags >> ROW) * self.experts + expert
+        self._each(s.flags)[slot] = (flags & (GAIN | BIAS)) + (row << ROW)
 
     def _rows_of_pages(self, pages: Tensor) -> Tensor:
-        return (pages.long()[:, None] * PAGE + torch.arange(PAGE, device=pages.device)).flatten()
+        """Where they are in a and b, [experts, 8 · pages]."""
+        j, expert = (torch.arange(count, device=pages.device) for count in (PAGE, self.experts))
+        return ((pages.long()[:, None] * self.experts + expert[:, None, None]) * PAGE + j).flatten(1)
 
     def clear_slot(self, slot: int) -> None:
         """Takes the adapter out of a slot and leaves nothing of it behind."""
         held, s, shared = self.held.pop(slot, []), self.slots, self.shared
         self._entries.pop(slot, None)
         for t in (s.table, s.rank, s.scale, s.flags, *((s.gain, s.bias) if self._own_vectors else ())):
-            t[slot] = 0
+            self._each(t)[slot] = 0
         first, count = self._vectors.pop(slot, (0, 0))
         if count:
-            s.gain[first] = 0
+            self._each(s.gain)[first] = 0
         if count > 1:
-            s.bias[first] = 0
+            self._each(s.bias)[first] = 0
         for page in [*held, *(shared - self.shared)]:
             self._zero(page)
             self.free.append(page)
 
     def _zero(self, page: int) -> None:
-        self.slots.a[page * PAGE : (page + 1) * PAGE] = 0
-        self.slots.b[page * PAGE : (page + 1) * PAGE] = 0
+        rows = self.experts * PAGE
+        self.slots.a[page * rows : (page + 1) * rows] = 0
+        self.slots.b[page * rows : (page + 1) * rows] = 0
 
     def save(self, slots: Collection[int]) -> Saved:
         """What `restore` puts back, whatever was put into these slots or cleared there since."""
         held = {page for slot in slots for page in self.held.get(slot, ())}
         held |= {self._vectors[slot][0] // self._per_page for slot in slots if slot in self._vectors}
-        rows = self._rows_of_pages(torch.tensor(sorted(held), dtype=torch.int64).to(self.slots.a.device))
+        rows = self._rows_of_pages(torch.tensor(sorted(held), dtype=torch.int64).to(self.slots.a.device)).flatten()
         return Saved(
             slots, list(self.free), dict(self.held), dict(self._vectors), dict(self._entries), rows, self.slots.a[rows],
             self.slots.b[rows],
@@ -219,11 +256,11 @@ class Pages:
             # its rows may be in a page that it shares with slots that were not saved
             first, count = self._vectors.get(slot, (0, 0))
             for t in (s.gain, s.bias)[:count]:
-                t[first] = 0
+                self._each(t)[first] = 0
         s.a[saved.rows], s.b[saved.rows] = saved.a, saved.b
         for slot in saved.slots:
             for t in (s.table, s.rank, s.scale, s.flags):
-                t[slot] = 0
+                self._each(t)[slot] = 0
         self.held, self._vectors, self._entries = dict(saved.held), dict(saved.vectors), dict(saved.entries)
         for slot in saved.slots:
             if slot in self._entries:
@@ -258,12 +295,6 @@ class Site(Pages):
         norm = weight_norm(w, a, b, f.scale, known[1])
         return dora_gain(f.magnitude.to(norm, non_blocking=True), norm).float()
 
-    def prepared(self, f: Factors, gain: Tensor | None) -> Prepared:
-        """What the tables are to hold."""
-        a, b = (t.to(self.device, self.dtype, non_blocking=True) for t in (f.a, f.b))
-        bias = None if f.bias is None else f.scale * f.bias.to(self.device, torch.float32, non_blocking=True)
-        return Prepared(a, b.T, f.scale, gain, bias)
-
     def renew_gain(self, slot: int, magnitude: Tensor, scale: float, weight: Any, mark: int) -> None:
         """The gain of an adapter in a slot, for a weight that is another now."""
         at = rows_of(self.slots, slot)
@@ -285,8 +316,14 @@ class EmbeddingSite(Pages):
         self.columns = torch.zeros(self.shape[1], pages, PAGE, dtype=self.dtype, device=self.device)
         """[entries, pages, 8]: Aᵀ, in the pages that B has."""
 
+    def refusal(self, f: Factors) -> str | None:
+        return "an embedding has no DoRA and no lora_bias in a batch" if f.vectors else None
+
     def gain(self, f: Factors, weight: Any, mark: int) -> None:
         """An embedding has none."""
+
+    def renew_gain(self, slot: int, magnitude: Tensor, scale: float, weight: Any, mark: int) -> None:
+        """There is none to renew."""
 
     def prepared(self, f: Factors, gain: Tensor | None) -> Prepared:
         """What the tables are to hold, but for A."""
@@ -330,9 +367,3 @@ class EmbeddingSite(Pages):
         slot, known = slots_of(ids, s.generation)
         there = known[:, None] & (j < s.rank[slot][:, None])
         return torch.where(there, self.columns[entries[:, None], s.table[slot].long()].flatten(1), 0)
-
-
-def site_of(module: nn.Linear | nn.Embedding, generation: Tensor, pages: int, max_rank: int) -> Site | EmbeddingSite:
-    if isinstance(module, nn.Embedding):
-        return EmbeddingSite(module, generation, pages, max_rank)
-    return Site(module, generation, pages, max_rank)

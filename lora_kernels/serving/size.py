@@ -10,7 +10,8 @@ from lora_kernels.nn.quantised import is_quantised
 from lora_kernels.ops.lora_linear.op import FLOATS
 from lora_kernels.serving.adapter import vectors_of
 from lora_kernels.serving.base import form_of
-from lora_kernels.serving.site import bytes_of_page, bytes_of_slots, pages_of, vectors_of_page
+from lora_kernels.serving.experts import experts_at
+from lora_kernels.serving.site import Layer, bytes_of_page, bytes_of_slots, pages_of, vectors_of_page
 
 MIB = 1 << 20
 
@@ -19,9 +20,9 @@ MIB = 1 << 20
 class PoolSize:
     """What a pool for certain modules takes; bytes.
 
-    Each module gets as many pages, of 8 rows of A and of B. An adapter of rank r takes ⌈r / 8⌉
-    pages of each module that it changes; the gain of DoRA takes 1/4 of one beside them in 16 bits
-    (1/8 in float32), gain and lora_bias twice as much.
+    Each module gets as many pages, of 8 rows of A and of B, of experts for each of them. An adapter
+    of rank r takes ⌈r / 8⌉ pages of each module that it changes; the gain of DoRA takes 1/4 of one
+    beside them in 16 bits (1/8 in float32), gain and lora_bias twice as much.
     """
 
     slots: int
@@ -54,7 +55,7 @@ class PoolSize:
         return f"{self.slots} slots, {memory}: room for {held}"
 
 
-def size_of(layers: Iterable[nn.Linear | nn.Embedding], capacity_bytes: int, slots: int, max_rank: int) -> PoolSize:
+def size_of(layers: Iterable[Layer], capacity_bytes: int, slots: int, max_rank: int) -> PoolSize:
     """What a capacity gives.
 
     Raises:
@@ -72,9 +73,8 @@ def size_of(layers: Iterable[nn.Linear | nn.Embedding], capacity_bytes: int, slo
 
 
 def size_for(
-    layers: Iterable[nn.Linear | nn.Embedding], ranks: Iterable[int], slots: int | None, max_rank: int, dora: bool,
-    lora_bias: bool,
-) -> PoolSize:  # fmt: skip
+    layers: Iterable[Layer], ranks: Iterable[int], slots: int | None, max_rank: int, dora: bool, lora_bias: bool
+) -> PoolSize:
     """The least that holds adapters of these ranks at once, all with a gain or a bias if asked for.
 
     Raises:
@@ -90,7 +90,7 @@ def size_for(
     return replace(size, pages=_pages_for(ranks, dora, lora_bias, size.vectors_of_page))
 
 
-def _size_without_pages(layers: Iterable[nn.Linear | nn.Embedding], slots: int, max_rank: int) -> PoolSize:
+def _size_without_pages(layers: Iterable[Layer], slots: int, max_rank: int) -> PoolSize:
     if slots < 1 or max_rank < 1:
         raise ValueError(f"AdapterPool: slots and max_rank must be at least 1, found {slots} and {max_rank}")
     layers = list(layers)
@@ -113,8 +113,9 @@ def _is_plain(module: Any) -> bool:
     return is_quantised(module) or type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None)
 
 
-def layers_of(model: nn.Module, modules: Iterable[str] | None) -> dict[str, nn.Linear | nn.Embedding]:
-    """The layers of a pool: those of `modules`, or each plain nn.Linear.
+def layers_of(model: nn.Module, modules: Iterable[str] | None) -> dict[str, Layer]:
+    """The layers of a pool: those of `modules`, where experts are each of their weights, or each
+    plain nn.Linear.
 
     Raises:
         TypeError, ValueError: as AdapterPool.
@@ -129,9 +130,15 @@ def layers_of(model: nn.Module, modules: Iterable[str] | None) -> dict[str, nn.L
                 " modules=[...] can leave it out"
             )
     names = [n for n, m in found.items() if isinstance(m, nn.Linear) and _is_plain(m)] if modules is None else list(modules)
-    layers: dict[str, nn.Linear | nn.Embedding] = {}
+    layers: dict[str, Layer] = {}
     for name in names:
         module = found.get(name)
+        experts = None if isinstance(module, nn.Linear | nn.Embedding) else experts_at(found, name)
+        if isinstance(experts, dict):
+            layers.update(experts)
+            continue
+        if experts is not None:
+            raise TypeError(f"AdapterPool: {name}: no adapter can be served on {experts}")
         if not isinstance(module, nn.Linear | nn.Embedding) or not _is_plain(module):
             kinds = "nn.Linear or nn.Embedding without max_norm"
             raise TypeError(f"AdapterPool: {name!r} must be a plain {kinds} of the model, found {type(module).__name__}")

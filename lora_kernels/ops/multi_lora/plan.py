@@ -167,6 +167,16 @@ def id_of(generation: Any, slot: Any) -> Any:
     return (generation << 32) + slot
 
 
+def ids_of_experts(ids: Tensor, expert: Tensor, experts: int) -> Tensor:
+    """Of adapters with a slot for each expert, slot · experts + expert, the ids for these experts;
+    BASE for what is no expert's."""
+    slot = ids & _SLOT
+    # beside the slots it would be that of another generation
+    there = (ids >= 0) & (slot <= _SLOT // (experts + 1))
+    found = torch.where(there, ids + slot * (experts - 1) + expert, torch.where(ids < 0, ids, BASE - 1))
+    return torch.where(expert < experts, found, BASE)
+
+
 def slots_of(ids: Tensor, generation: Tensor) -> tuple[Tensor, Tensor]:
     """The slot of each id, and whether it is one that is there and not stale; where it is not, the
     slot is 0."""

@@ -1,0 +1,87 @@
+"""Small mixtures of experts, adapters of their experts by PEFT, and pools for all of it."""
+
+import copy
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+from lora_kernels.serving import AdapterPool, serve
+from tests.integrations.fuse_helpers import VOCABULARY
+
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "max_position_embeddings": 64, "eos_token_id": None}  # fmt: skip
+MODELS = {
+    "mixtral": (transformers.MixtralForCausalLM, transformers.MixtralConfig,
+                {"intermediate_size": 20, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen3": (transformers.Qwen3MoeForCausalLM, transformers.Qwen3MoeConfig,
+              {"moe_intermediate_size": 12, "intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3,
+               "head_dim": 16, "mlp_only_layers": [1]}),
+    "gpt_oss": (transformers.GptOssForCausalLM, transformers.GptOssConfig,
+                {"intermediate_size": 20, "num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 16}),
+}  # fmt: skip
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+KINDS = {
+    "experts": {"r": 5, "lora_alpha": 7, "target_modules": [], "target_parameters": BOTH},
+    "all": {
+        "r": 9, "lora_alpha": 4, "use_rslora": True, "target_modules": ["q_proj", "v_proj"], "target_parameters": BOTH,
+        "rank_pattern": {"experts.down_proj": 3}, "alpha_pattern": {"experts.gate_up_proj": 6},
+    },
+    "down": {"r": 3, "lora_alpha": 9, "target_modules": [], "target_parameters": ["experts.down_proj"]},
+    "dora": {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": ["q_proj", "o_proj"]},
+}  # fmt: skip
+
+
+def base(kind, dtype=torch.float32, implementation="eager", layers=2):
+    cls, config, values = MODELS[kind]
+    torch.manual_seed(0)
+    model = cls(config(**SMALL | {"num_hidden_layers": layers}, **values)).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        if "experts" in name or name.endswith(("gate.weight", "router.weight")):
+            nn.init.normal_(p, std=0.3)
+    model.set_experts_implementation(implementation)
+    return model.to(dtype)
+
+
+def trained(model, kind, seed=1):
+    """A PEFT model over a copy, with a random adapter of a kind."""
+    with torch.random.fork_rng():
+        made = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**KINDS[kind])).eval()
+    generator = torch.Generator().manual_seed(seed + sum(map(ord, kind)))
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+            elif "magnitude" in name:
+                p.mul_(1 + 0.3 * torch.randn(p.shape, generator=generator))
+    return made
+
+
+def modules_of(model):
+    """All linear layers and all experts."""
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or name.endswith(".experts")]
+
+
+def pool_of(model, **options):
+    return AdapterPool(model, **{"capacity_bytes": 8 << 20, "slots": 6, "max_rank": 16, "modules": modules_of(model)} | options)
+
+
+def served(model, folder, kinds=KINDS, **options):
+    """(the model served, its pool, PEFT's models in float64)."""
+    exact = {None: copy.deepcopy(model).double()}
+    pool = pool_of(model, **options)
+    for kind in kinds:
+        of = trained(model, kind)
+        of.save_pretrained(folder / kind)
+        pool.load(kind, folder / kind)
+        exact[kind] = of.double()
+    return serve(model, pool), pool, exact
+
+
+def assert_rows(logits, names, exact, x, rtol=1e-4):
+    """Each row is what PEFT computes of its sequence alone, in float64."""
+    for i, name in enumerate(names):
+        wanted = exact[name](x[i : i + 1]).logits[0]
+        error = float((logits[i].double() - wanted).norm() / wanted.norm())
+        assert error <= rtol, f"row {i} of {names}: {error}"
