@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from lora_kernels.serving import AdapterPool, serve
+from lora_kernels.serving import Adapter, AdapterPool, Factors, serve, unserve
 from tests.integrations.fuse_helpers import VOCABULARY
 
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -85,3 +85,32 @@ def assert_rows(logits, names, exact, x, rtol=1e-4):
         wanted = exact[name](x[i : i + 1]).logits[0]
         error = float((logits[i].double() - wanted).norm() / wanted.norm())
         assert error <= rtol, f"row {i} of {names}: {error}"
+
+
+def random_adapter(pool, seed=0, r=4, dora=False, size=0.3, modules=BOTH):
+    draw = torch.Generator().manual_seed(seed)
+    new = lambda *shape: torch.randn(shape, generator=draw) * size  # noqa: E731
+    factors = {}
+    for name, site in pool.sites.items():
+        if name.endswith(tuple(modules)):
+            count, n_out, n_in = site.shape
+            magnitude = new(count, n_out).abs() + 0.5 if dora else None
+            factors[name] = Factors(new(count, r, n_in), new(count, n_out, r), 1.5, magnitude)
+    return Adapter(factors)
+
+
+def with_adapter(model, adapter):
+    """The model in float64 with an adapter of experts in its weights, expert by expert."""
+    exact = copy.deepcopy(model).double()
+    for name, f in adapter.factors.items():
+        w = exact.get_parameter(name).data
+        for e in range(len(w)):
+            adapted = w[e] + f.scale * f.b[e].double() @ f.a[e].double()
+            gain = 1 if f.magnitude is None else f.magnitude[e].double() / adapted.norm(dim=1)
+            w[e] = adapted if f.magnitude is None else gain[:, None] * adapted
+    return exact
+
+
+def unserved(model):
+    """A copy that serves nobody."""
+    return unserve(copy.deepcopy(model))

@@ -2,7 +2,6 @@
 
 import copy
 
-import peft
 import pytest
 import torch
 
@@ -10,36 +9,24 @@ from lora_kernels import use_backend
 from lora_kernels.adapters import AdapterError
 from lora_kernels.ops.multi_lora.plan import BASE, id_of, ids_of_experts
 from lora_kernels.serving import Adapter, AdapterPool, Factors, PoolFullError, serve, unserve
-from tests.serving.experts import BOTH, KINDS, MODELS, assert_rows, base, modules_of, pool_of, served, trained
+from tests.serving.experts import (
+    BOTH,
+    MODELS,
+    assert_rows,
+    base,
+    modules_of,
+    pool_of,
+    random_adapter,
+    served,
+    trained,
+    unserved,
+    with_adapter,
+)  # fmt: skip
 from tests.serving.faults import Fault, everything, same, with_fault_at
 from tests.serving.served import tokens
 
 NAMES = ["experts", None, "down", "dora", "all", "experts"]
 EXPERTS = "model.layers.0.mlp.experts"
-
-
-def random_adapter(pool, seed=0, r=4, dora=False, size=0.3, modules=BOTH):
-    draw = torch.Generator().manual_seed(seed)
-    new = lambda *shape: torch.randn(shape, generator=draw) * size  # noqa: E731
-    factors = {}
-    for name, site in pool.sites.items():
-        if name.endswith(tuple(modules)):
-            count, n_out, n_in = site.shape
-            magnitude = new(count, n_out).abs() + 0.5 if dora else None
-            factors[name] = Factors(new(count, r, n_in), new(count, n_out, r), 1.5, magnitude)
-    return Adapter(factors)
-
-
-def with_adapter(model, adapter):
-    """The model in float64 with an adapter of experts in its weights, expert by expert."""
-    exact = copy.deepcopy(model).double()
-    for name, f in adapter.factors.items():
-        w = exact.get_parameter(name).data
-        for e in range(len(w)):
-            adapted = w[e] + f.scale * f.b[e].double() @ f.a[e].double()
-            gain = 1 if f.magnitude is None else f.magnitude[e].double() / adapted.norm(dim=1)
-            w[e] = adapted if f.magnitude is None else gain[:, None] * adapted
-    return exact
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -116,11 +103,6 @@ def test_dora_of_experts(kind, backend):
             with torch.no_grad():
                 model.get_parameter(f"{EXPERTS}.down_proj").mul_(1.5).add_(0.1)
                 model.get_parameter(f"{EXPERTS}.gate_up_proj")[1] *= -2
-
-
-def unserved(model):
-    """A copy that serves nobody."""
-    return unserve(copy.deepcopy(model))
 
 
 def test_rows_do_not_depend_on_others(tmp_path):
@@ -280,47 +262,6 @@ def test_what_is_refused(tmp_path):
     oss = pool_of(base("gpt_oss"))
     with pytest.raises(AdapterError, match="experts with a bias have no DoRA in a batch"):
         oss.load("a", random_adapter(oss, dora=True))
-
-
-def parameters_of(model, folder, *names):
-    tuned = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=[], target_parameters=list(names)))
-    with torch.no_grad():
-        for name, p in tuned.named_parameters():
-            if "lora_" in name:
-                p.normal_(std=0.3)
-    tuned.save_pretrained(folder)
-    return tuned.double()
-
-
-def test_other_parameters(tmp_path):
-    """The weight of a linear layer is served as that layer, a router is refused."""
-    model = base("mixtral")
-    exact = {"a": parameters_of(model, tmp_path / "a", "q_proj.weight", "experts.down_proj")}
-    pool, x = pool_of(model), tokens(2)
-    pool.load("a", tmp_path / "a")
-    assert_rows(serve(model, pool)(x, adapters=["a", "a"]).logits, ["a", "a"], exact, x)
-    parameters_of(unserved(model), tmp_path / "b", "gate.weight")
-    with pytest.raises(AdapterError, match="it adapts model.layers.0.mlp.gate.weight, a parameter of MixtralTopKRouter; of"):
-        pool.load("b", tmp_path / "b")
-
-
-def test_a_file_for_another_model(tmp_path):
-    trained(base("qwen3"), "experts").save_pretrained(tmp_path)
-    pool = pool_of(base("mixtral"))
-    with pytest.raises(AdapterError, match=r"tensors are missing|must have shape"):
-        pool.load("a", tmp_path)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_tensors_of_a_trainer(kind, tmp_path):
-    model = base("qwen3")
-    tuned, pool = trained(model, kind), pool_of(model)
-    pool.load("a", (tuned.peft_config["default"], peft.get_peft_model_state_dict(tuned)))
-    tuned.save_pretrained(tmp_path)
-    pool.load("b", tmp_path)
-    x = tokens(2)
-    y = serve(model, pool)(x, adapters=["a", "b"]).logits
-    assert_rows(y, ["a", "b"], dict.fromkeys("ab", tuned.double()), x)
 
 
 def test_a_copy_serves_nobody(tmp_path):
