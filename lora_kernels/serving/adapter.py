@@ -2,6 +2,7 @@
 tensors."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,18 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError, LoraConfig
+from lora_kernels.adapters.expert_slots import per_expert_slots
 from lora_kernels.adapters.files import matrix_shape, open_adapter, slots_of
 from lora_kernels.adapters.foreign import PREFIX
 from lora_kernels.adapters.inits import check_init
 from lora_kernels.adapters.inject import first_names, uncompiled_model
+from lora_kernels.adapters.per_expert import as_fused
 from lora_kernels.adapters.storage import CONFIG_NAME, WEIGHTS_NAME
-from lora_kernels.adapters.targets import Target
+from lora_kernels.adapters.targets import Target, select_targets
 from lora_kernels.adapters.weights import Slot, check_finite, read_tensors
 from lora_kernels.nn.base import initial_scaling
-from lora_kernels.serving.parameters import OfParameter, parameters_of, selected_modules
+from lora_kernels.serving.experts import Experts
+from lora_kernels.serving.parameters import expert_factors, experts_of
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
-_ALSO = ("lora_bias", "target_parameters")  # keys of the configuration that LoraConfig leaves to us
+_ALSO = ("lora_bias",)  # keys of the configuration that LoraConfig leaves to us
 
 
 def vectors_of(gain: bool, bias: bool) -> int:
@@ -144,12 +148,12 @@ def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
     with open_adapter(folder) as (config_file, weights_file):
         config = LoraConfig.from_file(*config_file, folder / CONFIG_NAME, _ALSO)
         try:
-            targets, parameters, slots = _select_slots(uncompiled_model(model), config)
+            targets, experts, slots = _select_slots(uncompiled_model(model), config)
         except AdapterError as error:
             raise AdapterError(f"{folder}: {error}") from error
         tensors = read_tensors(folder / WEIGHTS_NAME, slots, weights_file)
     check_base(model, slots, tensors, str(folder / WEIGHTS_NAME))
-    return _build_adapter(targets, parameters, config, tensors)
+    return _build_adapter(targets, experts, slots, config, tensors)
 
 
 def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> Adapter:
@@ -160,7 +164,7 @@ def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> 
         AdapterError: as `read_adapter`.
     """
     config = config if isinstance(config, LoraConfig) else LoraConfig.from_dict(config.to_dict(), _ALSO)
-    targets, parameters, slots = _select_slots(uncompiled_model(model), config)
+    targets, experts, slots = _select_slots(uncompiled_model(model), config)
     own = {key: slot for key, slot in slots.items() if slot.role == "own"}
     # a trainer may write to its own at any time
     tensors = {key: t.detach().to("cpu", copy=True) if key in own else t for key, t in tensors.items()}
@@ -173,7 +177,7 @@ def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> 
             found = f"{tensors[key].dtype} {list(tensors[key].shape)}"
             raise AdapterError(f"{key} must be floating {list(slot.shape)}, found {found}")
         check_finite(key, tensors[key], "adapter_of")
-    return _build_adapter(targets, parameters, config, tensors)
+    return _build_adapter(targets, experts, slots, config, tensors)
 
 
 def check_base(model: nn.Module, slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], where: str) -> None:
@@ -186,12 +190,16 @@ def check_base(model: nn.Module, slots: Mapping[str, Slot], tensors: Mapping[str
                 raise AdapterError(f"{where}: {key} differs from the base weight of the model, which a batch shares")
 
 
-def _select_slots(model: nn.Module, config: LoraConfig) -> tuple[list[Target], list[OfParameter], dict[str, Slot]]:
-    parameters = parameters_of(model, config)
-    selection = selected_modules(model, config, parameters)
+def _select_slots(
+    model: nn.Module, config: LoraConfig
+) -> tuple[list[Target], dict[str, Experts], dict[str, Slot]]:
+    given, config = config, as_fused(config, model)
+    selection = select_targets(model, config, strict=False)
     check_init(config)
     modules = dict(model.named_modules())
-    foreign = [t.name for t in selection.targets if not isinstance(modules[t.name], nn.Linear | nn.Embedding)]
+    experts = experts_of(modules, selection.targets)
+    linear = [t for t in selection.targets if t.key not in experts]
+    foreign = [t.name for t in linear if not isinstance(modules[t.name], nn.Linear | nn.Embedding)]
     embeddings = [t.name for t in selection.targets if isinstance(modules[t.name], nn.Embedding)]
     beyond_lora = config.use_dora or config.extra.get("lora_bias")
     for asked, what in (
@@ -201,27 +209,31 @@ def _select_slots(model: nn.Module, config: LoraConfig) -> tuple[list[Target], l
     ):  # fmt: skip
         if asked:
             raise AdapterError(f"{what}; a batch shares the base, so only factors of linear layers and embeddings can differ")
+    twice = [name for name, count in Counter(t.name for t in linear).items() if count > 1]
+    if twice:
+        raise AdapterError(f"target_modules and target_parameters both adapt {twice[0]}")
     slots = slots_of(model, selection, config)
+    if config is not given:
+        slots = per_expert_slots(model, selection, slots)
     if config.extra.get("lora_bias"):
-        for target in selection.targets:
+        for target in linear:
             key = f"{PREFIX}{target.name}.lora_B.bias"
             slots[key] = Slot(target.name, "lora_B.bias", matrix_shape(modules[target.name])[:1])
-    for parameter in parameters:
-        slots.update(parameter.slots(config.use_dora))
-    return selection.targets, parameters, slots
+    return selection.targets, experts, slots
 
 
 def _build_adapter(
-    targets: list[Target], parameters: list[OfParameter], config: LoraConfig, tensors: Mapping[str, Tensor]
-) -> Adapter:
+    targets: list[Target], experts: Mapping[str, Experts], slots: Mapping[str, Slot], config: LoraConfig,
+    tensors: Mapping[str, Tensor],
+) -> Adapter:  # fmt: skip
     factors = {}
-    for parameter in parameters:
-        scale = initial_scaling(parameter.lora_alpha, parameter.r, config.use_rslora)
-        of_parameter = parameter.factors(tensors)
-        factors[parameter.name] = Factors(*of_parameter[:2], scale, of_parameter[2])
     for target in targets:
         of = lambda name, path=f"{PREFIX}{target.name}": tensors.get(f"{path}.{name}")  # noqa: E731
         scale = initial_scaling(target.lora_alpha, target.r, config.use_rslora)
+        if target.key in experts:
+            of_experts = expert_factors(experts[target.key], target, slots, tensors)
+            factors[target.key] = Factors(*of_experts[:2], scale, of_experts[2])
+            continue
         a, b = (of(f"lora_{side}.weight") for side in "AB")
         if a is None:
             a, b = (of(f"lora_embedding_{side}") for side in "AB")

@@ -1,135 +1,61 @@
-"""The part of PEFT's files that is of parameters (`target_parameters`): of experts, and of the
-weight of a linear layer.
+"""The factors of experts, of the tensors in a file."""
 
-PEFT keeps the factors of E experts as lora_A [r · E, in], one expert after another, and lora_B
-[out, r · E], the experts side by side for each rank. Layers of several parameters of one module lie
-around each other, the last parameter outermost, and the keys tell them by how deep they lie.
-"""
+from collections.abc import Mapping, Sequence
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
-from lora_kernels.adapters.config import AdapterError, LoraConfig, short_repr
-from lora_kernels.adapters.foreign import PREFIX
-from lora_kernels.adapters.patterns import Budget, NamePattern
-from lora_kernels.adapters.targets import Selection, select_targets
+from lora_kernels.adapters.config import AdapterError
+from lora_kernels.adapters.targets import Target
 from lora_kernels.adapters.weights import Slot
+from lora_kernels.nn.expert_checks import MAGNITUDE
 from lora_kernels.serving.experts import Experts, experts_at
 
 
-@dataclass(frozen=True)
-class OfParameter:
-    """One parameter that an adapter changes."""
-
-    name: str
-    """As the pool calls it: of a linear layer the layer's, else the parameter's."""
-    module: str
-    path: str
-    """That of its tensors in the file."""
-    experts: int | None
-    """None for a linear layer's weight."""
-    matrix: tuple[int, int]
-    """[out, in], of each expert."""
-    r: int
-    lora_alpha: float
-
-    def slots(self, dora: bool) -> dict[str, Slot]:
-        """What the file holds of it, by key."""
-        n_out, n_in = self.matrix
-        ranks = self.r * (self.experts or 1)
-        shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (ranks, n_in), "lora_B.weight": (n_out, ranks)}
-        if dora:
-            shapes["lora_magnitude_vector"] = (n_out,) if self.experts is None else (self.experts, n_out)
-        return {f"{self.path}.{key}": Slot(self.module, key, torch.Size(shape)) for key, shape in shapes.items()}
-
-    def factors(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A [experts, r, in], B [experts, out, r] and the magnitude, if there is one."""
-        a, b = (tensors[f"{self.path}.lora_{side}.weight"] for side in "AB")
-        magnitude = tensors.get(f"{self.path}.lora_magnitude_vector")
-        if self.experts is None:
-            return a, b, magnitude
-        a = a.view(self.experts, self.r, a.shape[1])
-        return a, b.reshape(b.shape[0], self.r, self.experts).permute(2, 0, 1), magnitude
-
-
-def parameters_of(model: nn.Module, config: LoraConfig) -> list[OfParameter]:
-    """The parameters that a configuration selects, by PEFT's rules: a whole name, or its end after
-    a dot.
+def experts_of(modules: Mapping[str, nn.Module], targets: Sequence[Target]) -> dict[str, Experts]:
+    """The weights of experts among what an adapter changes, by the pool's names. The weight of a
+    linear layer is none of them: it is served as that layer.
 
     Raises:
-        AdapterError: one of them is not known to be served, or a name selects none.
+        AdapterError: a parameter is of neither.
     """
-    wanted = _target_parameters(config)
-    if not wanted:
-        return []
-    ranks, alphas = _patterns(model, config)
-    modules, found = dict(model.named_modules()), []
-    for path, module in modules.items():
-        names = [name for name, _ in module.named_parameters(recurse=False) if _is_wanted(f"{path}.{name}", wanted)]
-        for depth, name in zip(reversed(range(len(names))), names, strict=True):
-            key = f"{path}.{name}"
-            r, alpha = (
-                next((value for pattern, value in patterns if pattern.matches_end(key)), default)
-                for patterns, default in ((ranks, config.r), (alphas, config.lora_alpha))
-            )
-            site, experts, matrix = _site_at(modules, path, name)
-            found.append(OfParameter(site, path, f"{PREFIX}{path}{'.base_layer' * depth}", experts, matrix, int(r), alpha))
-    if not found:
-        raise AdapterError(f"target_parameters={short_repr(wanted)} selects no parameter of {type(model).__name__}")
+    found: dict[str, Experts] = {}
+    for target in targets:
+        module = modules[target.name]
+        if target.parameter is None or (isinstance(module, nn.Linear) and target.parameter == "weight"):
+            continue
+        experts = experts_at(modules, target.key)
+        if not isinstance(experts, dict):
+            what = f"a parameter of {type(module).__name__}" if experts is None else experts
+            known = "of parameters a batch changes those of experts and linear layers"
+            raise AdapterError(f"it adapts {target.key}, {what}; {known}")
+        found |= experts
+        if found[target.key].count == 1 and found[target.key].form.transposed:
+            raise AdapterError(f"it adapts {target.key}, of one expert, whose [in, out] PEFT takes for [out, in]")
     return found
 
 
-def selected_modules(model: nn.Module, config: LoraConfig, parameters: list[OfParameter]) -> Selection:
-    """What a configuration selects beside parameters; without target_modules nothing.
+def expert_factors(
+    experts: Experts, target: Target, slots: Mapping[str, Slot], tensors: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A [experts, r, in], B [experts, out, r] and the magnitude [experts, out], if there is one.
 
-    Raises:
-        AdapterError: as `select_targets`, or the weight of a layer is adapted twice.
+    A file has A as [experts · r, in] and B as [out, r · experts], the experts side by side for each
+    rank; or the factors of each expert's own layers, of which several may be one matrix now: they
+    are blocks, those of B on the diagonal.
     """
-    if parameters and not config.target_modules:
-        return Selection([], list(config.modules_to_save or ()), (), [])
-    selection = select_targets(model, config, strict=False)
-    twice = {target.name for target in selection.targets} & {each.name for each in parameters}
-    if twice:
-        raise AdapterError(f"target_modules and target_parameters both adapt {min(twice)}")
-    return selection
-
-
-def _target_parameters(config: LoraConfig) -> list[str]:
-    found: Any = getattr(config, "target_parameters", None) or config.extra.get("target_parameters") or []
-    names = sorted(found) if isinstance(found, set | frozenset) else found
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
-        raise AdapterError(f"LoraConfig: target_parameters must be a list of names, found {short_repr(found)}")
-    return list(names)
-
-
-def _is_wanted(name: str, wanted: list[str]) -> bool:
-    return any(name == each or name.endswith(f".{each}") for each in wanted)
-
-
-def _patterns(model: nn.Module, config: LoraConfig) -> list[list[tuple[NamePattern, Any]]]:
-    budget = Budget()
-    for name, _ in model.named_modules():
-        budget.add_name(name)
-    return [
-        [(NamePattern(key, field, budget), value) for key, value in patterns.items()]
-        for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
-    ]
-
-
-def _site_at(modules: Mapping[str, nn.Module], path: str, name: str) -> tuple[str, int | None, tuple[int, int]]:
-    """The pool's name of a parameter, how many experts it is of, and [out, in]."""
-    module, key = modules[path], f"{path}.{name}"
-    if isinstance(module, nn.Linear) and name == "weight":
-        return path, None, (module.out_features, module.in_features)
-    found = experts_at(modules, key)
-    if not isinstance(found, dict):
-        what = f"a parameter of {type(module).__name__}" if found is None else found
-        raise AdapterError(f"it adapts {key}, {what}; of parameters a batch changes those of experts and linear layers")
-    experts: Experts = found[key]
-    if experts.count == 1:
-        raise AdapterError(f"it adapts {key}, of one expert, whose B A PEFT adds as [out, in] however the weight lies")
-    return key, experts.count, experts.matrix
+    of = target.name, target.parameter
+    own = [(slot, tensors[key]) for key, slot in slots.items() if (slot.owner, slot.parameter) == of]
+    count, (n_out, n_in) = experts.count, experts.matrix
+    shapes = {"lora_A": (count, target.r, n_in), "lora_B": (n_out, target.r, count), MAGNITUDE: (count, n_out)}
+    whole: dict[str, Tensor] = {}
+    for slot, value in own:
+        if slot.part is None:
+            whole[slot.name] = value.view(shapes[slot.name])
+            continue
+        to = whole.setdefault(slot.name, value.new_zeros(shapes[slot.name]))
+        expert, i, parts = slot.part
+        if slot.name == "lora_B":
+            to[..., expert].chunk(parts)[i].chunk(parts, 1)[i].copy_(value)
+        else:
+            to[expert].chunk(parts)[i].copy_(value)
+    return whole["lora_A"], whole["lora_B"].permute(2, 0, 1), whole.get(MAGNITUDE)

@@ -6,9 +6,11 @@ import peft
 import pytest
 import torch
 
-from lora_kernels.adapters import AdapterError
-from lora_kernels.serving import serve
-from tests.serving.experts import KINDS, assert_rows, base, pool_of, trained, unserved
+from lora_kernels.adapters import AdapterError, LoraConfig, inject_adapter, load_adapter, save_adapter
+from lora_kernels.serving import AdapterPool, serve
+from tests.adapters.test_expert_adapters import tiny
+from tests.adapters.test_per_expert_files import OLD, of_before
+from tests.serving.experts import BOTH, KINDS, assert_rows, base, modules_of, pool_of, trained, unserved
 from tests.serving.served import tokens
 
 
@@ -39,6 +41,39 @@ def test_a_file_for_another_model(tmp_path):
     pool = pool_of(base("mixtral"))
     with pytest.raises(AdapterError, match=r"tensors are missing|must have shape"):
         pool.load("a", tmp_path)
+
+
+@pytest.mark.parametrize("kind", OLD)
+@pytest.mark.parametrize("dora", [False, True])
+def test_files_with_a_layer_for_each_expert(kind, dora, tmp_path):
+    """Of before transformers 5; PEFT has no DoRA there, and our own layers do."""
+    of_before(kind, tmp_path, use_dora=dora)
+    model, x = tiny(kind), tokens(2) % 16
+    exact = tiny(kind)
+    if dora:
+        load_adapter(exact, tmp_path)
+    else:
+        exact = peft.PeftModel.from_pretrained(exact, str(tmp_path))
+    pool = AdapterPool(model, capacity_bytes=8 << 20, slots=2, max_rank=16, modules=modules_of(model))
+    pool.load("a", tmp_path)
+    y = serve(model, pool)(x, adapters=["a", None]).logits
+    assert_rows(y, ["a", None], {"a": exact.eval(), None: tiny(kind)}, x)
+
+
+def test_a_file_of_ours(tmp_path):
+    """DoRA on experts, which is in no file of PEFT's."""
+    model, ours = base("qwen3"), base("qwen3")
+    config = LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=["q_proj"], target_parameters=BOTH)
+    inject_adapter(ours, config)
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            if "lora_" in name:
+                p.mul_(1 + 0.3 * torch.randn(p.shape)) if "magnitude" in name else p.normal_(std=0.3)
+    save_adapter(ours, tmp_path)
+    pool, x = pool_of(model), tokens(2)
+    pool.load("a", tmp_path)
+    y = serve(model, pool)(x, adapters=["a", None]).logits
+    assert_rows(y, ["a", None], {"a": ours.double(), None: unserved(model).double()}, x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
