@@ -2,13 +2,14 @@
 
 import operator
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, SupportsIndex
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn import GroupedLinear, LoRALinear
+from lora_kernels.nn.forms import LINEAR, ROUTED, Form
 from lora_kernels.nn.quantised_base import form_of_codes
 from lora_kernels.ops import tuning
 from lora_kernels.ops.cost import Problem
@@ -32,6 +33,10 @@ def warm_up(
     model will be called: in train or eval mode, under `torch.autocast`, under `torch.no_grad()` or
     not. In train mode backward runs too, with a gradient of the input and without.
 
+    Layers that run as one op (`report.groups()`) are called so, too, once `fuse` has found them:
+    after two calls of the model. Of experts each token gets as many as the module, or its config,
+    says (`top_k`, `num_experts_per_tok`), one where neither does.
+
     With `tune` the ways to compute each of these calls are timed on the GPU
     (`lora_kernels.ops.tuning`), those of the most rows first, for about `seconds` in all. The
     fastest is kept in the user's cache directory, and `explain` says "measured here". Without
@@ -41,7 +46,7 @@ def warm_up(
     run, those of their parameters on gradients of zero. It takes the memory of one layer's call;
     with `tune` of another, and a gigabyte.
 
-    Returns the names of the layers that were called.
+    Returns the names of the layers that were called, of a group that of its module.
 
     Raises:
         TypeError: model is not a torch.nn.Module, tokens are not integers, or dtype is not one of
@@ -54,19 +59,19 @@ def warm_up(
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"warm_up: dtype must be float32, bfloat16, float16 or float64, found {dtype}")
     counts = _row_counts(tokens)
-    layers = [each for each in _fused_layers(model) if each[3].is_cuda or simulates()]
+    layers = [each for each in _fused_layers(model) if each.device.type == "cuda" or simulates()]
     problems: dict[torch.device, list[Problem]] = {}
-    with torch.random.fork_rng({weight.device for *_, weight, _ in layers if weight.is_cuda}):
-        for _, layer, width, weight, own in layers:
+    with torch.random.fork_rng({layer.device for layer in layers if layer.device.type == "cuda"}):
+        for layer in layers:
             for count in counts:
-                x = torch.zeros(count, width, dtype=dtype or own, device=weight.device)
+                x = torch.zeros(count * layer.copies, layer.width, dtype=dtype or layer.dtype, device=layer.device)
                 if tune:
                     problems.setdefault(x.device, []).extend(_problems(layer, x))
                 else:
                     _call_layer(layer, x)
         for device, found in problems.items():
             tuning.tune(sorted(found, key=lambda p: -p.m), device, seconds / len(problems))
-    return [name for name, *_ in layers]
+    return [layer.name for layer in layers]
 
 
 def _row_counts(tokens: Any) -> list[int]:
@@ -81,9 +86,25 @@ def _row_counts(tokens: Any) -> list[int]:
     return counts
 
 
-def _fused_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, Tensor, torch.dtype]]:
-    """Each layer on our kernels: its name, itself, its in_features, its base weight, and the dtype
-    in which that is multiplied; those of a group as one."""
+class _Layer(NamedTuple):
+    """What is called on zeros."""
+
+    name: str
+    modules: list[nn.Module]
+    """Whose parameters and mode count."""
+    call: Callable[[Tensor], Any]
+    width: int
+    """The features of x."""
+    device: torch.device
+    dtype: torch.dtype
+    """In which the base weight is multiplied."""
+    copies: int = 1
+    """Rows of x for a token."""
+
+
+def _fused_layers(model: nn.Module) -> Iterator[_Layer]:
+    """Each layer on our kernels; those of a group of lora_kernels.nn as one, and those of one that
+    `fuse` found as one, too."""
     within: set[nn.Module] = set()
     peft = sys.modules.get("lora_kernels.integrations.peft")
     for name, module in model.named_modules():
@@ -93,14 +114,70 @@ def _fused_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, Tenso
             members = [layer for layer in module.children() if isinstance(layer, LoRALinear)]
             within.update(members)
             if members:
-                yield name, module, members[0].in_features, members[0].weight, _own_dtype(members[0])
+                yield _of_module(name, module, members[0].in_features, members[0].weight, _own_dtype(members[0]))
         elif isinstance(module, LoRALinear):
-            yield name, module, module.in_features, module.weight, _own_dtype(module)
-        elif peft is not None and isinstance(module, peft.FUSED_LINEAR):
+            yield _of_module(name, module, module.in_features, module.weight, _own_dtype(module))
+        elif peft is None:
+            continue
+        elif isinstance(module, peft.FUSED_LINEAR):
             base: Any = module.get_base_layer()
             weight = base.W_q if "W_q" in base._parameters else base.weight  # HQQ's codes
             own = weight.dtype if isinstance(module, peft.FusedLinear) else form_of_codes(base)[1]
-            yield name, module, module.in_features, weight, own
+            yield _of_module(name, module, module.in_features, weight, own)
+        elif isinstance(module, peft.FusedParamWrapper):
+            within.update(module.modules())
+            yield from _experts(name, module, peft.read_parameters(module))
+        else:
+            yield from _groups(name, module, peft)
+
+
+def _of_module(name: str, module: nn.Module, width: int, weight: Tensor, dtype: torch.dtype) -> _Layer:
+    return _Layer(name, [module], module, width, weight.device, dtype)
+
+
+def _groups(name: str, parent: nn.Module, peft: Any) -> Iterator[_Layer]:
+    """The groups that `fuse` found among the children of a module."""
+    for layers, siblings in peft.formed_groups(parent):
+        first = layers[0]
+
+        def call(x: Tensor, layers: Any = layers, siblings: Any = siblings) -> tuple[Tensor, ...]:
+            # outside of its module's call each layer would run alone
+            siblings.enter(parent)
+            try:
+                return tuple([layer(x) for layer in layers])
+            finally:
+                siblings.leave()
+
+        weight = first.get_base_layer().weight
+        yield _Layer(name, layers, call, first.in_features, weight.device, weight.dtype)
+
+
+def _experts(name: str, layer: nn.Module, found: Any) -> Iterator[_Layer]:
+    """PEFT's layer of a module's parameters, whose state `read_parameters` gave; none where that is
+    a reason."""
+    if isinstance(found, str):
+        return
+    module, form, adapted = found
+    w: Tensor = adapted[0].w
+    width = w.shape[-2 if form.transposed else -1]
+
+    def call(x: Tensor) -> Any:
+        return layer(x, *_routing(module, form, x, w.shape[0]))
+
+    # every expert of Llama 4 gets all tokens
+    copies = 1 if form.kind in (LINEAR, ROUTED) else w.shape[0]
+    yield _Layer(name, [layer], call, width, w.device, w.dtype, copies)
+
+
+def _routing(module: Any, form: Form, x: Tensor, experts: int) -> tuple[Tensor, ...]:
+    """Experts of each token, one after another, and their weights."""
+    if form.kind != ROUTED:
+        return ()
+    holders = (module, getattr(module, "config", None))
+    found = [getattr(holder, name, None) for holder in holders for name in ("top_k", "num_experts_per_tok")]
+    k = next((k for k in found if type(k) is int and 0 < k <= experts), 1)
+    index = torch.arange(len(x) * k, device=x.device).view(len(x), k) % experts
+    return index, torch.ones(index.shape, dtype=x.dtype, device=x.device)
 
 
 def _own_dtype(layer: LoRALinear) -> torch.dtype:
@@ -108,7 +185,7 @@ def _own_dtype(layer: LoRALinear) -> torch.dtype:
     return layer.weight.dtype if held is None else held.compute_dtype(None)
 
 
-def _problems(layer: nn.Module, x: Tensor) -> Iterator[Problem]:
+def _problems(layer: _Layer, x: Tensor) -> Iterator[Problem]:
     """Those that a call of a layer has several candidates for."""
     # in this thread, or before torch 2.13 nobody would see what a GPU's backward chooses
     with torch.autograd.set_multithreading_enabled(False):
@@ -116,15 +193,15 @@ def _problems(layer: nn.Module, x: Tensor) -> Iterator[Problem]:
     yield from (decision.plan.problem for decision in decisions if decision.plan is not None)
 
 
-def _call_layer(layer: nn.Module, x: Tensor) -> None:
+def _call_layer(layer: _Layer, x: Tensor) -> None:
     """The layer's call as in an evaluation, or as in a step: for an input that wants its gradient
     and for one that does not."""
-    trained = [p for p in layer.parameters() if p.requires_grad]
-    if not (layer.training and torch.is_grad_enabled()):
-        layer(x)
+    trained = [p for module in layer.modules for p in module.parameters() if p.requires_grad]
+    if not (layer.modules[0].training and torch.is_grad_enabled()):
+        layer.call(x)
         return
     for wanted in (True, False) if trained else (True,):
-        ys = layer(x.requires_grad_(wanted))
+        ys = layer.call(x.requires_grad_(wanted))
         ys = [y for y in (ys if isinstance(ys, tuple) else (ys,)) if y.requires_grad]
         # not backward(): that would add to the gradients that the parameters hold
         if ys:

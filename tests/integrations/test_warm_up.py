@@ -6,7 +6,9 @@ import itertools
 
 import pytest
 import torch
+from experts_helpers import OUTER, adapted, block, choices, fused_of
 from fuse_helpers import model
+from group_helpers import pair as group_pair
 from torch import nn
 
 from lora_kernels import explain, fuse, use_backend, warm_up
@@ -67,6 +69,62 @@ def test_layers_that_fuse_took_over(compiled):
         y = fused(torch.randn(5, 24, dtype=torch.bfloat16))
         y.backward(torch.randn_like(y))
         assert compiled() == before
+
+
+def test_groups_that_fuse_found(compiled):
+    """Of the layers each is called alone, too, as it is where a call is unlike the others."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    fused = group_pair(torch.bfloat16)[1]
+    prefix = "base_model.model"
+    try:
+        with use_backend("triton", simulate=True):
+            alone = [f"{prefix}.{name}" for name in "qkvo"]
+            assert warm_up(fused, 5) == alone
+            for _ in range(3):
+                with torch.no_grad():
+                    fused(torch.randn(5, 24, dtype=torch.bfloat16))
+            report = fuse(fused)
+            assert report.groups() == {prefix: [("q", "k", "v")]}
+            assert warm_up(fused, 5) == [prefix, *alone]
+            before_step = compiled()
+            y = fused(torch.randn(4, 24, dtype=torch.bfloat16))
+            y.backward(torch.randn_like(y))
+            assert compiled() == before_step and not report.alone() and not report.fallbacks()
+            assert all(p.grad is not None for p in fused.parameters() if p.requires_grad)
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("name", ["MixtralExperts", "GptOssExperts"])
+@pytest.mark.parametrize("training", [True, False])
+def test_experts_that_fuse_took_over(name, training, compiled):
+    fused, report = fused_of(block(name, index=choices(3), dtype=torch.bfloat16).train(training))
+    module = fused.base_model.model.experts.get_base_layer()
+    module.config.num_experts_per_tok = 3
+    layer = fused.base_model.model.experts
+    with use_backend("triton", simulate=True):
+        assert warm_up(fused, 4) == [OUTER]
+        before = compiled()
+        x = torch.randn(3, 24, dtype=torch.bfloat16, requires_grad=training)
+        y = layer(x, choices(3), torch.ones(3, 3, dtype=torch.bfloat16))
+        if training:
+            y.backward(torch.randn_like(y))
+        assert compiled() == before and not report.fallbacks()
+
+
+def test_one_matrix_and_what_peft_runs(compiled):
+    fused, _ = fused_of(adapted(nn.ModuleDict({"layer": nn.Linear(24, 10)}), target_parameters=["layer.weight"]))
+    stock = block()
+    stock.base_model.model.experts.get_base_layer().down_proj.requires_grad_()
+    left, _ = fused_of(stock)
+    with use_backend("triton", simulate=True):
+        assert warm_up(fused, 4) == ["base_model.model.layer"]
+        before = compiled()
+        y = fused.base_model.model.layer(torch.randn(3, 24))
+        y.backward(torch.randn_like(y))
+        assert compiled() == before
+        assert warm_up(left, 4) == []
 
 
 def test_the_input_has_the_dtype_that_is_asked_for(compiled):

@@ -17,9 +17,9 @@ from lora_kernels.integrations.peft.classes import (
 )
 from lora_kernels.integrations.peft.conv import FusedConv1d, FusedConv2d, FusedConv3d
 from lora_kernels.integrations.peft.embedding import FusedEmbedding
-from lora_kernels.integrations.peft.groups import Siblings, forget_siblings, watch_siblings
+from lora_kernels.integrations.peft.groups import Siblings, forget_siblings, formed_groups, watch_siblings
 from lora_kernels.integrations.peft.linear import FusedLinear, Linear, fallbacks, forget, run_fused
-from lora_kernels.integrations.peft.parameters import FusedParamWrapper
+from lora_kernels.integrations.peft.parameters import FusedParamWrapper, read_parameters
 
 __all__ = [
     "FUSED",
@@ -37,8 +37,10 @@ __all__ = [
     "fallbacks",
     "forget",
     "forget_siblings",
+    "formed_groups",
     "fuse_classes",
     "lora_layers",
+    "read_parameters",
     "restore_classes",
     "run_fused",
     "survey_layers",

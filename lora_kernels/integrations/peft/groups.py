@@ -286,6 +286,18 @@ def watch_siblings(model: nn.Module) -> dict[str, Siblings]:
     return found
 
 
+def formed_groups(parent: nn.Module) -> list[tuple[list[FusedLinear], Siblings]]:
+    """The layers of each group among a module's children, in the order of their calls, and what
+    computes them."""
+    found = []
+    for siblings in _siblings_of(parent, _children(parent)):
+        for group in siblings._groups:
+            layers = [each() for each in group.layers]
+            if group.given_up is None and None not in layers:
+                found.append(([layer for layer in layers if layer is not None], siblings))
+    return found
+
+
 def forget_siblings(model: nn.Module) -> None:
     """No layer of the model is in a group, or watched, any more."""
     for parent in model.modules():
