@@ -21,7 +21,7 @@ struct Depth {
 template <bool BACK>
 void x_tiles(const Tiles& p, const Depth& d, const float* gain, int64_t t, int64_t step, bf16* to) {
   const int64_t k = step * DEPTH, tokens = p.tokens - t;
-  if (d.x_parts == 1) {
+  if (d.x_parts == 1 && p.x.col == 1) {
     const auto* x = static_cast<const bf16*>(p.x.data) + t * p.x.row + k;
     BACK ? left_tile(x, p.x.row, tokens, p.n_in - k, to) : pack_rows(x, p.x.row, tokens, p.n_in - k, to);
     return;

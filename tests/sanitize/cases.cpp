@@ -284,6 +284,10 @@ const std::vector<KernelCase> cases{
     {"weight_norm", weight_norm, true},
     {"row_norm_squared", row_norm_squared, true},
     {"tiles", tiles_case, true},
+    {"expert_product", expert_product_case, false, true},
+    {"expert_gradients", expert_gradients_case, false, true},
+    {"expert_backward_small", expert_backward_small_case, false, true},
+    {"expert_norm", expert_norm_case, false, true},
 };
 
 }  // namespace lk::sanitize

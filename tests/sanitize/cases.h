@@ -50,7 +50,8 @@ struct Case {
     if (planted) _exit(0);
   }
 
-  // fails unless out[i, j] is want(i, j) up to the rounding of its type and of float32 sums
+  // fails unless out[i, j] is want(i, j) up to the rounding of its type and of float32 sums; NaN is
+  // what an output has before
   template <typename F>
   void expect(const Tensor& out, const char* name, F&& want) const {
     expect(out, name, out.type(), want);
@@ -70,7 +71,7 @@ struct Case {
     for (int64_t i = 0; i < out.rows(); i++) {
       for (int64_t j = 0; j < out.cols(); j++) {
         const double found = out.at(i, j), right = wanted[size_t(i * out.cols() + j)];
-        if (std::abs(found - right) <= bound) continue;
+        if (std::abs(found - right) <= bound || (std::isnan(found) && std::isnan(right))) continue;
         throw std::runtime_error(said() + ": " + name + "[" + std::to_string(i) + ", " + std::to_string(j) +
                                  "]: wanted " + std::to_string(right) + ", found " + std::to_string(found));
       }
@@ -113,10 +114,15 @@ inline std::vector<double> transposed(const std::vector<double>& of, int64_t col
 struct KernelCase {
   const char* name;
   void (*call)(Case&);
-  bool codes = false;  // of a quantised W
+  bool codes = false;    // of a quantised W
+  bool experts = false;  // calls kernels of the level, and is itself the same for all
 };
 extern const std::vector<KernelCase> cases;
 void multi_lora_case(Case& c);
 void tiles_case(Case& c);
+void expert_product_case(Case& c);
+void expert_gradients_case(Case& c);
+void expert_backward_small_case(Case& c);
+void expert_norm_case(Case& c);
 
 }  // namespace lk::sanitize

@@ -1,7 +1,8 @@
 // Every CPU kernel of every level that this processor runs, under the sanitizer that the build has.
 //   kernels           calls each with drawn operands, and compares with double sums
 //   kernels --plant   plants bugs, one at a time, each of which the sanitizer must find: an operand
-//                     that lacks its last element; a barrier that is not there
+//                     that lacks its last element; a segment of experts that is another's; a barrier
+//                     that is not there
 #include <fcntl.h>
 #include <sys/wait.h>
 
@@ -54,8 +55,9 @@ std::vector<const Kernels*> levels() {
 }
 
 // of the levels with products of bf16 only what is their own
-bool has(const Kernels* level, const KernelCase& kernel) {
+bool has(const Kernels* level, const KernelCase& kernel, int type) {
   const std::string name = level->level;
+  if (kernel.experts) return level->tiles ? DType(type) == DType::bf16 : name != "avx2";
   if (kernel.call == tiles_case) return level->tiles != nullptr;
   return level->tiles == nullptr || (name == "avx512bf16" && std::string(kernel.name) == "forward_small");
 }
@@ -71,12 +73,12 @@ int call_all() {
   int calls = 0;
   for (const Kernels* level : levels()) {
     for (const KernelCase& kernel : cases) {
-      if (!has(level, kernel)) continue;
       std::vector<Shape> all = shapes;
       if (kernel.call == tiles_case) all.insert(all.end(), shapes_on_tiles.begin(), shapes_on_tiles.end());
       for (size_t i = 0; i < all.size(); i++) {
         for (int type = 0; type < 3; type++) {
-          for (int round = 0; round < 2; round++, calls++) {
+          if (!has(level, kernel, type)) continue;
+          for (int round = 0; round < (kernel.experts ? 1 : 2); round++, calls++) {
             Case c = draw(level, kernel, i, all[i], type, 1 + int(i + size_t(type) + 2 * size_t(round)) % 3, round);
             kernel.call(c);
           }
@@ -129,8 +131,8 @@ void plant_all() {
   const Shape small{17, 131, 67, 11};
   for (const Kernels* level : levels()) {
     for (const KernelCase& kernel : cases) {
-      if (!has(level, kernel)) continue;
       for (int type = 0; type < 3; type++) {
+        if (!has(level, kernel, type)) continue;
         for (const bool coins : {false, true}) {
           if (DType(type) == DType::f16 && coins) continue;
 #if defined(LK_THREAD)
@@ -149,7 +151,7 @@ void plant_all() {
           const int operands = plant.made;
           for (int i = 0; i < operands; i++) {
             plant.made = 0, plant.operand = i;
-            judge(kernel, c, "the short operand", i);
+            judge(kernel, c, "the short operand, or other segment,", i);
           }
 #elif defined(LK_THREAD)
           const int met = kernel.codes ? 0 : barriers;  // they are those of the kernel without codes

@@ -116,7 +116,7 @@ void tiles_case(Case& c) {
   const bool back = c.type == DType::f16 || c.coin(), has_rank = c.fixed || c.numbers.next() % 4,
              has_a = has_rank && c.coin();
   const int64_t rank = has_rank ? drawn : 0;
-  Tensor x(c.numbers, x_type, tokens, n_in, x_type == DType::f32 ? c.any_layout() : c.by_rows());
+  Tensor x(c.numbers, x_type, tokens, n_in, c.any_layout());
   const Weight w(c, DType::bf16, back ? n_in : n_out, back ? n_out : n_in);
   Tensor y(y_type, tokens, n_out, c.by_rows());
   std::optional<Tensor> a, b, z, h, gain = c.vector(back ? n_in : n_out);
