@@ -3,6 +3,11 @@ the simulator.
 
     --m 8192 --k 4096 --n 4096 --r 16 --dropout 0.1      the layer, in bf16; --n 4096 1024 1024:
                                                          three that share x
+    --experts 32 --top 4                                 experts, without dropout, of which each
+                                                         token has four
+    --forward                                            of experts only y, as in an evaluation
+    --peft                                               B as PEFT's parameter has it, the experts
+                                                         side by side
     --arch 80                                            whose kernels: 90 is sm_90
     --cache 50 --line 128 --resident 132                 MiB and bytes of the second-level cache;
                                                          blocks that run side by side
@@ -22,7 +27,7 @@ from typing import Any
 import torch
 
 from bench.paired import machine_stamp
-from lora_kernels import Member, lora_linear_group, use_backend
+from lora_kernels import Member, expert_lora_linear, lora_linear_group, use_backend
 from lora_kernels.ops.dispatch import forced_candidate
 from lora_kernels.ptxsim import device
 
@@ -59,6 +64,43 @@ def count_bytes(
     }  # fmt: skip
 
 
+def count_expert_bytes(
+    m: int, k: int, n: int, r: int, experts: int, top: int, forward: bool = False, peft: bool = False, arch: int = 80,
+    cache: int = 50 * MIB, line: int = 128, resident: int = 132,
+) -> dict[str, Any]:  # fmt: skip
+    """The same of `expert_lora_linear`, and its shared-memory accesses over the fewest possible: m
+    tokens with `top` experts each, drawn at random, so M = m · top rows, of which H experts have
+    some. The least counts A and B too, since each expert has its own; dA and dB are written for all
+    E.
+
+        least = 2 · (4 · MK + 3 · MN + 2 · H KN + (2 H + E) · r (K + N))
+        least = 2 · (MK + MN + H (KN + r (K + N)))                                  only y
+    """
+    chosen = torch.stack([torch.randperm(experts)[:top] for _ in range(m)])
+    counts = torch.bincount(chosen.reshape(-1), minlength=experts)
+    rows, hit = m * top, int((counts > 0).sum())
+    x, w = random_matrix(rows, k), random_matrix(experts * n, k).view(experts, n, k)
+    a, b = random_matrix(experts * r, k).view(experts, r, k), random_matrix(experts * n, r).view(experts, n, r)
+    if peft:
+        b = b.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    leaves = [t.requires_grad_(not forward) for t in (x, a, b)]
+    with use_backend("triton", simulate=True), device(arch, trace=True, check=False, resident=resident, shuffle=False) as sim:
+        y = expert_lora_linear(x, counts.cumsum(0), w, a, b, 2.0)
+        if not forward:
+            torch.autograd.grad(y, leaves, random_matrix(rows, n))
+    through, apart = sim.dram(cache, line), sim.dram(cache, line, apart=True)
+    if forward:
+        least = 2 * (rows * (k + n) + hit * (k * n + r * (k + n)))
+    else:
+        least = 2 * (rows * (4 * k + 3 * n) + 2 * hit * k * n + (2 * hit + experts) * r * (k + n))
+    return {
+        "arch": arch, "m": m, "k": k, "n": n, "r": r, "experts": experts, "top": top, "hit": hit, "forward": forward,
+        "peft": peft, "cache": cache, "line": line, "resident": resident, "launches": sim.launches, "read": through[0],
+        "written": through[1], "apart_read": apart[0], "apart_written": apart[1], "least": least,
+        "shared": sim.counters["shared_wavefronts"] / max(sim.counters["shared_ideal"], 1),
+    }  # fmt: skip
+
+
 def random_matrix(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns, dtype=torch.bfloat16)
 
@@ -69,13 +111,25 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--n", type=int, nargs="+", default=[4096])
     parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--experts", type=int, default=0)
+    parser.add_argument("--top", type=int, default=1)
+    parser.add_argument("--forward", action="store_true")
+    parser.add_argument("--peft", action="store_true")
     parser.add_argument("--out", type=Path)
     options = vars(parser.parse_args())
     out, options["cache"] = options.pop("out"), options["cache"] * MIB
+    of_experts = {name: options.pop(name) for name in ("experts", "top", "forward", "peft")}
     began = time.monotonic()
-    row = count_bytes(**options)
+    torch.manual_seed(0)
+    if of_experts["experts"]:
+        options.pop("dropout")
+        (options["n"],) = options["n"]
+        row = count_expert_bytes(**options, **of_experts)
+    else:
+        row = count_bytes(**options)
     total, apart = row["read"] + row["written"], row["apart_read"] + row["apart_written"]
-    layer = ", ".join(f"{name} {row[name]}" for name in ("m", "k", "n", "r", "dropout"))
+    names = ("m", "k", "n", "r", "dropout", "experts", "top", "hit")
+    layer = ", ".join(f"{name} {row[name]}" for name in names if name in row)
     print(f"sm_{row['arch']}: {layer}: {row['launches']} launches")
     for name, size in {"behind the cache": total, "each launch apart": apart, "least": row["least"]}.items():
         print(f"{name:18} {size / MIB:9.1f} MiB  {size / row['least']:.3f} of the least")

@@ -12,15 +12,15 @@ from tests.gates.calls import BF16, F32, on_chips
 EXPERTS, OUT, IN, RANK, TOKENS = 32, 1536, 2048, 16, 4096
 
 
-def experts(dtype: torch.dtype = BF16, gain: bool = False) -> Callable[[], None]:
-    """A forward and a backward of 32 experts with 128 tokens each, which are only noted."""
+def experts(dtype: torch.dtype = BF16, gain: bool = False, tokens: int = TOKENS) -> Callable[[], None]:
+    """A forward and a backward of 32 experts with as many tokens each, which are only noted."""
 
     def call() -> None:
-        x, w = torch.empty(TOKENS, IN, dtype=dtype), torch.empty(EXPERTS, OUT, IN, dtype=dtype)
+        x, w = torch.empty(tokens, IN, dtype=dtype), torch.empty(EXPERTS, OUT, IN, dtype=dtype)
         a, b = torch.empty(EXPERTS, RANK, IN, dtype=dtype), torch.empty(EXPERTS, OUT, RANK, dtype=dtype)
         leaves = [t.requires_grad_() for t in (x, a, b)]
         vector = torch.ones(EXPERTS, OUT).requires_grad_() if gain else None
-        ends = torch.arange(1, EXPERTS + 1) * (TOKENS // EXPERTS)
+        ends = torch.arange(1, EXPERTS + 1) * (tokens // EXPERTS)
         y = expert_lora_linear(leaves[0], ends, w, *leaves[1:], 0.5, vector, vector)
         torch.autograd.grad(y, leaves, torch.empty_like(y))
 
@@ -28,6 +28,12 @@ def experts(dtype: torch.dtype = BF16, gain: bool = False) -> Callable[[], None]
 
 
 GATES = [
+    on_chips(
+        "experts, bf16, 4 tokens of each, h and y", "expert_product_kernel", experts(tokens=4 * EXPERTS),
+        Budget(4.2, "HMMA", units=40, wide=19, blocks=3), {
+            "sm_100": Change(wide=13),
+            "gfx942": Change(per=10.6, matrix="v_mfma", units=8, wide=6, blocks=5),
+        }),
     on_chips("experts, bf16, h", "expert_product_kernel", experts(), Budget(12.6, "HMMA", units=8, wide=12, blocks=2), {
         "sm_90": Change(per=26, matrix="HGMMA", units=4, blocks=4),
         "sm_100": Change(per=32.5, matrix="UTCHMMA", units=4, blocks=5),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels import expert_lora_linear
+from lora_kernels import expert_lora_linear, use_backend
 from lora_kernels.ops import missing_backends
 from lora_kernels.testing import assert_expert_problem, make_expert_problem, run_experts
 from lora_kernels.testing.interpreter_memory import InterpreterViolation
@@ -31,17 +31,19 @@ PRODUCT, OUTER = "expert_product_kernel", "expert_outer_kernel"
     pytest.param(BF16, F32, True, {"gain": True}, marks=pytest.mark.slow),
     pytest.param(torch.float16, torch.float16, False, {"rank": 0, "bias": True}, marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
-def test_values(dtype, adapter, transposed, flags):
+@pytest.mark.parametrize("few", [triton.FEW, 0], ids=["one launch", "two launches"])
+def test_values(dtype, adapter, transposed, flags, few, monkeypatch):
+    monkeypatch.setattr(triton, "FEW", few)
     given = {"rank": 6, "left": 3, "transposed": transposed, "peft": True, "index": torch.int64} | flags
     with deterministic(False), interpreted(seed=3):
         assert_expert_problem(make_expert_problem([3, 0, 18, 1, 0], 40, 33, dtype=dtype, adapter_dtype=adapter, **given))
 
 
-def test_launches_do_not_grow_with_the_experts():
-    for sizes in ([5], [1] * 9):
-        with deterministic(False), interpreted() as names:
-            run_experts(make_expert_problem(sizes, 16, 16, 2, bias=True))
-        assert names == [PRODUCT] * 4 + [OUTER] * 2
+def test_one_token():
+    """Triton takes the number 1 for a constant. The simulator's launches are compiled as a GPU's
+    are."""
+    with deterministic(False), use_backend("triton", simulate=True):
+        assert_expert_problem(make_expert_problem([0, 1, 0], 40, 33, dtype=BF16))
 
 
 def test_no_tokens_and_no_experts_with_tokens():
@@ -74,8 +76,14 @@ def test_offsets_that_leave_the_tokens_read_nothing_else(offsets):
     pytest.param("tl.where(here, ends, 0)", "tl.where(here, ends + 1, 0)", marks=pytest.mark.slow),
     pytest.param("segments == tokens.experts, m,", "segments == tokens.experts, m - 1,", marks=pytest.mark.slow),
     ("layer.w + e * layer.w_step", "layer.w + e // 2 * layer.w_step"),
-    pytest.param("layer.b + e * layer.b_step", "layer.b", marks=pytest.mark.slow),
-    ("tokens.offsets + e - 1, mask=e > 0", "tokens.offsets + e - 1, mask=e > 1"),
+    ("layer.a + e * layer.a_step", "layer.a"),
+    pytest.param("h *= layer.scale", "h *= layer.scale + 0.1", marks=pytest.mark.slow),
+    pytest.param("bs = load_tile(layer.b + e * layer.b_step, ranks", "bs = load_tile(layer.b, ranks", marks=pytest.mark.slow),
+    pytest.param("layer.gain + e * n + columns, mask=columns < n, other=0.0).to(tl.float32)\n        if layer.bias",
+                 "layer.gain + columns, mask=columns < n, other=0.0).to(tl.float32)\n        if layer.bias",
+                 marks=pytest.mark.slow),
+    pytest.param("layer.bias + e * n", "layer.bias + (e + 1) % tokens.experts * n", marks=pytest.mark.slow),
+    ("start = tl.load(tokens.offsets + e - 1, mask=e > 0", "start = tl.load(tokens.offsets + e - 1, mask=e > 1"),
     pytest.param("", "", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_planted_bugs(old, new, monkeypatch, tmp_path):
@@ -91,5 +99,8 @@ def test_planted_bugs(old, new, monkeypatch, tmp_path):
     for name in (PRODUCT, OUTER):
         monkeypatch.setattr(triton, name, getattr(changed, name))
     with pytest.raises((AssertionError, InterpreterViolation)) if old else nullcontext():
-        with deterministic(False), interpreted():
-            assert_expert_problem(make_expert_problem([3, 0, 18, 1], 20, 20, 2, left=2))
+        # h in the launch of y, and in one of its own
+        for few in (triton.FEW, 0):
+            monkeypatch.setattr(triton, "FEW", few)
+            with deterministic(False), interpreted():
+                assert_expert_problem(make_expert_problem([3, 0, 18, 1], 20, 20, 2, left=2, gain=True, bias=True))

@@ -1,5 +1,6 @@
-"""Triton: h, then y, in two launches for all experts; backward P and dx, dA, and dB with the sums
-over the tokens, in four. Their number does not grow with that of the experts."""
+"""Triton: h, then y, in two launches for all experts, or of few tokens in one; backward P and dx,
+dA, and dB with the sums over the tokens, in four. Their number does not grow with that of the
+experts."""
 
 import torch
 
@@ -14,6 +15,7 @@ from lora_kernels.ops.expert_lora_linear.triton_kernels import (
 from lora_kernels.ops.gradients import gradient_dtype
 from lora_kernels.ops.launch import ceil_div, launch_triton, power_of_two, refuse_device
 from lora_kernels.ops.lora_linear.call import Needs
+from lora_kernels.ops.lora_linear.triton_fields import tall
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import tile
@@ -21,6 +23,7 @@ from lora_kernels.ops.triton_compiler import sound_schedule
 from lora_kernels.ops.triton_skinny import precision, strides
 
 MOST = 1024  # experts: each program looks at all offsets
+FEW, THIN = 16, 32  # tokens of an expert and ranks whose h and y are one launch: A is then small beside W
 
 
 def refusal(call):
@@ -38,11 +41,15 @@ def forward(call):
     x, h = gathered(call), None
     y = x.new_empty(len(x), call.n_out)
     z = torch.empty_like(y) if call.keep_z else None
-    if call.b is not None:
+    one_pass = call.b is not None and _in_one_pass(call)
+    if call.b is not None and (call.keep_h or not one_pass):
         h = x.new_empty(len(x), call.b.shape[2], dtype=torch.float32)
-        _product(call, x, call.a, h, scale=float(call.scale))
+    scale = float(call.scale)
+    if call.b is not None and not one_pass:
+        _product(call, x, call.a, h, scale=scale)
     w = call.w.mT if call.transposed else call.w
-    _product(call, x, w, y, h=h, b=call.b, gain=call.gain, bias=call.bias, z=z)
+    how = {"a": call.a, "scale": scale} if one_pass else {}
+    _product(call, x, w, y, h=h, b=call.b, gain=call.gain, bias=call.bias, z=z, **how)
     return y, h if call.keep_h else None, z
 
 
@@ -75,27 +82,35 @@ def backward(call):
     return summed(dx, call), da, db, dbias, dgain
 
 
-def _product(call, x, w, y, *, h=None, b=None, gain=None, bias=None, scaled=None, z=None, scale=1.0):
-    """y of `expert_product_kernel`: x [m, k], w [experts, n, k], b [experts, n, r]."""
+def _in_one_pass(call):
+    """Not in the deterministic mode, where all numbers of tokens have one form."""
+    few = ceil_div(len(call.x), len(call.w)) <= FEW and call.b.shape[2] <= THIN
+    return few and not torch.are_deterministic_algorithms_enabled()
+
+
+def _product(call, x, w, y, *, a=None, h=None, b=None, gain=None, bias=None, scaled=None, z=None, scale=1.0):
+    """y of `expert_product_kernel`: x [m, k], w [experts, n, k], a [experts, r, k], b [experts, n,
+    r]."""
     (m, k), (experts, n, _) = x.shape, w.shape
-    t = tile("expert_product", x, dtype=x.dtype, m=ceil_div(m, experts), scaled=scaled is not None)
+    t = tile("expert_product", x, dtype=x.dtype, m=tall(ceil_div(m, experts)), scaled=scaled is not None)
     r = 0 if b is None else b.shape[2]
     bn, taken = power_of_two(n, most=t.columns), precision(x)
-    warps, stages = sound_schedule(x, [w], taken, t.rows, t.warps, t.stages, changed=scaled is not None)
+    warps, stages = sound_schedule(x, [w, a], taken, t.rows, t.warps, t.stages, changed=scaled is not None)
     tiles = ceil_div(m, t.rows) + min(experts + 1, m)
-    (x0, x1), (w_step, w0, w1), (b_step, b0, b1) = x.stride(), w.stride(), (0, 0, 0) if b is None else b.stride()
+    (x0, x1), (w_step, w0, w1) = x.stride(), w.stride()
+    (a_step, a0, a1), (b_step, b0, b1) = ((0, 0, 0) if each is None else each.stride() for each in (a, b))
     rows = [None if v is None else v.contiguous() for v in (scaled, gain, bias)]
     layer = ProductLayer(
-        x=x, w=w, h=None if b is None else h, b=b, scaled=rows[0], gain=rows[1], bias=rows[2], y=y, z=z, scale=scale, n=n, k=k,
-        r=r, x0=x0, x1=x1, w_step=w_step, w0=w0, w1=w1, b_step=b_step, b0=b0, b1=b1,
+        x=x, w=w, a=a, h=None if b is None else h, b=b, scaled=rows[0], gain=rows[1], bias=rows[2], y=y, z=z, scale=scale, n=n,
+        k=k, r=r, x0=x0, x1=x1, w_step=w_step, w0=w0, w1=w1, a_step=a_step, a0=a0, a1=a1, b_step=b_step, b0=b0, b1=b1,
     )  # fmt: skip
     args = {
-        "tokens": Tokens(call.offsets.contiguous(), experts, m), "layer": layer, "tiles": tiles, "PRECISION": taken,
+        "tokens": Tokens(call.offsets.contiguous(), experts), "layer": layer, "m": m, "tiles": tiles, "PRECISION": taken,
         "E": power_of_two(experts + 1, least=2, most=2 * MOST), "BM": t.rows, "BN": bn, "BK": t.depth,
-        "BR": power_of_two(r, most=t.ranks),
+        "BR": power_of_two(r, most=t.ranks if a is None else THIN),
     }  # fmt: skip
     grid = (tiles * ceil_div(n, bn),) if m else (0,)
-    makes = [made for made in (y, z) if made is not None]
+    makes = [made for made in (y, z, None if a is None else h) if made is not None]
     launch_triton(expert_product_kernel, grid, args, makes, warps=warps, stages=stages, registers=t.registers)
 
 
@@ -111,8 +126,8 @@ def _outer(call, u, p, out, *, gain=None, v=None, of_u=None, of_uv=None):
         u1=u1, v0=v0, v1=v1, out_step=step, out0=out0, out1=out1,
     )  # fmt: skip
     args = {
-        "tokens": Tokens(call.offsets.contiguous(), experts, m), "layer": layer, "PRECISION": taken, "BM": t.rows, "BN": bn,
-        "BR": br,
+        "tokens": Tokens(call.offsets.contiguous(), experts), "layer": layer, "m": m, "PRECISION": taken, "BM": t.rows,
+        "BN": bn, "BR": br,
     }  # fmt: skip
     grid = (ceil_div(n, bn), ceil_div(r, br), experts)
     makes = [made for made in (out, of_u, of_uv) if made is not None]

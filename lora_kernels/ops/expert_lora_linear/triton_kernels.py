@@ -2,7 +2,9 @@
 tokens belongs to is found in the kernel, from the offsets, so the host never reads them.
 
 The adapter's product follows the loop over the depth, on the same float32 sums, so y is rounded
-once. Sums over an expert's tokens are one program's, in their order: there are no atomics.
+once. Of few tokens h is summed in that loop, too: each block of columns reads A again, which the
+cache holds, and a launch less waits. Sums over an expert's tokens are one program's, in their
+order: there are no atomics.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +21,6 @@ class Tokens(NamedTuple):
     offsets: Any
     """[experts], the end of each."""
     experts: Any
-    m: Any
 
 
 class ProductLayer(NamedTuple):
@@ -29,6 +30,8 @@ class ProductLayer(NamedTuple):
     """[m, k]."""
     w: Any
     """[experts, n, k]."""
+    a: Any
+    """[experts, r, k], whose h is computed here and kept where h is a tensor; or None."""
     h: Any
     """[m, r], float32."""
     b: Any
@@ -43,7 +46,7 @@ class ProductLayer(NamedTuple):
     z: Any
     """[m, n], for y before gain and bias."""
     scale: Any
-    """Of y, before the gain."""
+    """Of y, before the gain; with a of h."""
     n: Any
     k: Any
     r: Any
@@ -52,6 +55,9 @@ class ProductLayer(NamedTuple):
     w_step: Any
     w0: Any
     w1: Any
+    a_step: Any
+    a0: Any
+    a1: Any
     b_step: Any
     b0: Any
     b1: Any
@@ -85,11 +91,11 @@ class OuterLayer(NamedTuple):
 
 
 @triton.jit
-def segment_of_tile(tokens, tile, E: tl.constexpr, BM: tl.constexpr):
+def segment_of_tile(tokens, m, tile, E: tl.constexpr, BM: tl.constexpr):
     """The expert of a tile, its first row and the end of the segment. The rows of no expert are a
     last segment, whose expert is the number of experts; beyond it all is empty. Offsets that fall
     or leave the tokens count as if they did not."""
-    segments, m = tl.arange(0, E), tokens.m.to(tl.int64)
+    segments, m = tl.arange(0, E), tl.cast(m, tl.int64)
     ends = tl.load(tokens.offsets + segments, mask=segments < tokens.experts, other=0).to(tl.int64)
     before = (segments > 0) & (segments <= tokens.experts)
     starts = tl.load(tokens.offsets + segments - 1, mask=before, other=0).to(tl.int64)
@@ -104,18 +110,19 @@ def segment_of_tile(tokens, tile, E: tl.constexpr, BM: tl.constexpr):
     return expert, first, tl.sum(tl.where(here, ends, 0), 0)
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=["m", "tiles"])
 def expert_product_kernel(
-    tokens, layer, tiles, PRECISION: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    tokens, layer, m, tiles, PRECISION: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BR: tl.constexpr,
 ):  # fmt: skip
     """y = gain ⊙ scale · ((x ⊙ scaled) wᵀ + h bᵀ) + bias of each segment with its expert's weights;
     zeros for the tokens of none."""
-    expert, first, end = segment_of_tile(tokens, tl.program_id(0) % tiles, E, BM)
+    expert, first, end = segment_of_tile(tokens, m, tl.program_id(0) % tiles, E, BM)
     rows = first + tl.arange(0, BM)
     columns = (tl.program_id(0) // tiles).to(tl.int64) * BN + tl.arange(0, BN)
     n, k, r, e = layer.n, layer.k, layer.r, expert.to(tl.int64)
-    sums = tl.zeros((BM, BN), tl.float32)
+    ranks = tl.arange(0, BR).to(tl.int64)
+    sums, h = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BR), tl.float32)
     gain, bias = tl.zeros((BN,), tl.float32) + 1.0, tl.zeros((BN,), tl.float32)
     if expert < tokens.experts:
         for begin in range(0, k, BK):
@@ -126,30 +133,40 @@ def expert_product_kernel(
                 xs = xs.to(tl.float32) * by[None, :]
             ws = load_tile(layer.w + e * layer.w_step, depth, columns, layer.w1, layer.w0, k, n)  # [BK, BN]
             sums = dot_accumulate(xs, ws, sums, PRECISION)
-        if layer.h is not None:
+            if layer.a is not None:
+                of_a = load_tile(layer.a + e * layer.a_step, depth, ranks, layer.a1, layer.a0, k, r)  # [BK, BR]
+                h = dot_accumulate(xs, of_a, h, PRECISION)
+        if layer.a is not None:
+            h *= layer.scale
+            bs = load_tile(layer.b + e * layer.b_step, ranks, columns, layer.b1, layer.b0, r, n)
+            sums = dot_accumulate(h, bs, sums, PRECISION)
+        elif layer.h is not None:
             for begin in tl.range(0, r, BR, num_stages=1):
-                ranks = begin + tl.arange(0, BR).to(tl.int64)
-                hs = load_tile(layer.h, rows, ranks, r, 1, end, r)  # [BM, BR]
-                bs = load_tile(layer.b + e * layer.b_step, ranks, columns, layer.b1, layer.b0, r, n)
+                hs = load_tile(layer.h, rows, begin + ranks, r, 1, end, r)  # [BM, BR]
+                bs = load_tile(layer.b + e * layer.b_step, begin + ranks, columns, layer.b1, layer.b0, r, n)
                 sums = dot_accumulate(hs, bs, sums, PRECISION)
         if layer.gain is not None:
             gain = tl.load(layer.gain + e * n + columns, mask=columns < n, other=0.0).to(tl.float32)
         if layer.bias is not None:
             bias = tl.load(layer.bias + e * n + columns, mask=columns < n, other=0.0).to(tl.float32)
-    sums *= layer.scale
+    if layer.a is None:
+        sums *= layer.scale
+    elif layer.h is not None:
+        mask = ((rows < end) & (tl.program_id(0) < tiles))[:, None] & (ranks < r)[None, :]
+        tl.store(layer.h + rows[:, None] * r + ranks[None, :], h, mask=mask)
     offsets, mask = rows[:, None] * n + columns[None, :], (rows < end)[:, None] & (columns < n)[None, :]
     if layer.z is not None:
         tl.store(layer.z + offsets, sums.to(layer.z.dtype.element_ty), mask=mask)
     tl.store(layer.y + offsets, (sums * gain[None, :] + bias[None, :]).to(layer.y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def expert_outer_kernel(
-    tokens, layer, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
+    tokens, layer, m, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
 ):  # fmt: skip
     """out = gain ⊙ (pᵀ u) over the tokens of each expert, and the sums of u and of u ⊙ v; zeros for
     an expert without tokens."""
-    e, n, r, m = tl.program_id(2).to(tl.int64), layer.n, layer.r, tokens.m.to(tl.int64)
+    e, n, r, m = tl.program_id(2).to(tl.int64), layer.n, layer.r, tl.cast(m, tl.int64)
     columns = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     ranks = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
     start = tl.load(tokens.offsets + e - 1, mask=e > 0, other=0).to(tl.int64)
@@ -157,7 +174,7 @@ def expert_outer_kernel(
     end = tl.maximum(tl.minimum(tl.load(tokens.offsets + e).to(tl.int64), m), start)
     sums, of_u, of_uv = tl.zeros((BN, BR), tl.float32), tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
     for first in range(start, end, BM):
-        rows = first + tl.arange(0, BM)
+        rows = first + tl.arange(0, BM).to(tl.int64)
         us = load_tile(layer.u, rows, columns, layer.u0, layer.u1, end, n)  # [BM, BN]
         if layer.p is not None:
             ps = load_tile(layer.p, rows, ranks, r, 1, end, r)  # [BM, BR]
@@ -169,7 +186,10 @@ def expert_outer_kernel(
             of_uv += tl.sum(tl.where((rows < end)[:, None], us.to(tl.float32) * vs.to(tl.float32), 0.0), 0)
     if layer.p is not None:
         if layer.gain is not None:
-            sums *= tl.load(layer.gain + e * n + columns, mask=columns < n, other=0.0).to(tl.float32)[:, None]
+            # that of an expert without tokens may be anything; loaded again, since a register held over
+            # the loop is one too many
+            some = (columns < n) & (tl.load(tokens.offsets + e - 1, mask=e > 0, other=0).to(tl.int64) < end)
+            sums *= tl.load(layer.gain + e * n + columns, mask=some, other=0.0).to(tl.float32)[:, None]
         pointers = layer.out + e * layer.out_step + ranks[None, :] * layer.out0 + columns[:, None] * layer.out1
         tl.store(pointers, sums.to(layer.out.dtype.element_ty), mask=(columns < n)[:, None] & (ranks < r)[None, :])
     mask = (columns < n) & (tl.program_id(1) == 0)

@@ -1,0 +1,69 @@
+"""What the Triton kernels of experts launch and move, in the simulator."""
+
+import pytest
+import torch
+
+from lora_kernels import expert_lora_linear, use_backend
+from lora_kernels.ops import missing_backends
+from lora_kernels.ops.launch import recorded
+from tests.ops.interpreted import deterministic
+
+if "triton" in missing_backends():
+    pytest.skip(missing_backends()["triton"], allow_module_level=True)
+
+from bench.traffic import MIB, count_expert_bytes
+
+BF16 = torch.bfloat16
+PRODUCT, OUTER = "expert_product_kernel", "expert_outer_kernel"
+
+
+@pytest.fixture(autouse=True)
+def as_usual():
+    """The memory of all tests is poisoned, which switches the deterministic mode on."""
+    with deterministic(False):
+        yield
+
+
+def launches(tokens, experts, rank=8, **how):
+    """The kernels of a forward and of a backward."""
+    x, w = torch.empty(tokens, 64, dtype=BF16), torch.empty(experts, 48, 64, dtype=BF16)
+    a, b = torch.empty(experts, rank, 64, dtype=BF16), torch.empty(experts, 48, rank, dtype=BF16)
+    vectors = [torch.ones(experts, 48).requires_grad_() for _ in range(2)] if how.get("vectors") else [None, None]
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    ends = torch.arange(1, experts + 1) * (tokens // experts)
+    with use_backend("triton", simulate=True), recorded() as found:
+        y = expert_lora_linear(x, ends, w, a, b, 0.5, *vectors)
+        before = len(found)
+        torch.autograd.grad(y, [*leaves, *(v for v in vectors if v is not None)], torch.empty_like(y))
+    names = [one.name for one in found]
+    return names[:before], names[before:]
+
+
+@pytest.mark.parametrize("vectors", [False, True], ids=["lora", "dora"])
+def test_launches_do_not_grow_with_the_experts(vectors):
+    back = [PRODUCT, PRODUCT, OUTER, OUTER]
+    for experts in (4, 32, 128):
+        assert launches(64 * experts, experts, vectors=vectors) == ([PRODUCT] * 2, back)
+        # of few tokens h is no launch of its own
+        assert launches(2 * experts, experts, vectors=vectors) == ([PRODUCT], back)
+    with deterministic(True):
+        assert launches(8, 4, vectors=vectors) == ([PRODUCT] * 2, back)
+
+
+@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
+def test_a_step_moves_the_floor(arch):
+    """With an empty cache for each launch; dy is read thrice, where the floor has it twice. B is
+    PEFT's."""
+    row = count_expert_bytes(m=256, k=256, n=192, r=8, experts=8, top=2, peft=True, arch=arch, cache=2 * MIB, line=64)
+    assert row["launches"] == 6 and row["shared"] <= 1.3
+    assert row["least"] <= row["apart_read"] + row["apart_written"] <= 1.1 * row["least"]
+    assert row["read"] + row["written"] < row["apart_read"] + row["apart_written"]
+
+
+@pytest.mark.parametrize(("m", "experts", "top"), [(1, 128, 8), (3, 8, 2), (64, 8, 2)])
+def test_decoding_reads_the_weights_once(m, experts, top):
+    """Those of the experts with tokens alone."""
+    row = count_expert_bytes(m=m, k=256, n=128, r=16, experts=experts, top=top, forward=True, cache=2 * MIB, line=64)
+    assert row["launches"] == 1 and row["hit"] <= min(m * top, experts)
+    assert row["least"] <= row["read"] + row["written"] <= 1.05 * row["least"]
+    assert row["shared"] <= 1.1
