@@ -11,7 +11,7 @@ import torch
 from lora_kernels import use_backend, weight_norm
 from lora_kernels.ops import row_norm_squared
 from lora_kernels.ops.multi_lora import multi_lora
-from lora_kernels.testing import assert_problem, make_problem, run
+from lora_kernels.testing import assert_expert_problem, assert_problem, make_expert_problem, make_problem, run
 from tests.ops.cpu import at_level
 from tests.ops.test_multi_lora import CASES, assert_exact, draw, planned
 
@@ -39,6 +39,14 @@ def test_lora_linear(level, dtype):
             assert_problem(make_problem(tokens, n_in, n_out, rank, dtype, gain=True, bias=True))
             assert_problem(make_problem(tokens, n_in, n_out, rank, dtype, torch.float32, dropout=0.3))
     assert_problem(make_problem(3, 5000, 40, 5, dtype, gain=True, bias=True, dropout=0.3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_expert_lora_linear(level, dtype, transposed):
+    for sizes, n_in, n_out, rank in (([1, 0, 7, 40, 2], 33, 65, 3), ([13, 130, 0], 130, 31, 17)):
+        flags = {"left": 2, "peft": rank == 3, "gain": rank == 3, "bias": True, "transposed": transposed}
+        assert_expert_problem(make_expert_problem(sizes, n_in, n_out, rank, dtype, **flags))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
