@@ -186,8 +186,8 @@ def expert_outer_kernel(
             of_uv += tl.sum(tl.where((rows < end)[:, None], us.to(tl.float32) * vs.to(tl.float32), 0.0), 0)
     if layer.p is not None:
         if layer.gain is not None:
-            # that of an expert without tokens may be anything; loaded again, since a register held over
-            # the loop is one too many
+            # that of an expert without tokens may be anything; what tells is loaded again, for the
+            # loop has no register left to hold it
             some = (columns < n) & (tl.load(tokens.offsets + e - 1, mask=e > 0, other=0).to(tl.int64) < end)
             sums *= tl.load(layer.gain + e * n + columns, mask=some, other=0.0).to(tl.float32)[:, None]
         pointers = layer.out + e * layer.out_step + ranks[None, :] * layer.out0 + columns[:, None] * layer.out1
