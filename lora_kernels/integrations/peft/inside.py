@@ -32,6 +32,11 @@ _GROUPS = ("lora_dropout", "lora_A", "lora_B", "lora_magnitude_vector")
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
+def lock_of(layer: nn.Module) -> Any:
+    """Held while inner modules of the layer have another forward."""
+    return _locks.setdefault(layer, RLock())
+
+
 def run_hooked(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The output of a call with the hooks of the layer's inner modules run around it, or why PEFT
     must run it."""
@@ -45,7 +50,7 @@ def run_hooked(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     # the dtypes of weights that are elsewhere are looked at inside
     if reason := input_refusal(layer, x, (x, None, x)):
         return reason
-    with _locks.setdefault(layer, RLock()):
+    with lock_of(layer):
         return _refusal(layer, x) or _run_inside(layer, x)
 
 
@@ -57,9 +62,9 @@ def _run_inside(layer: Any, x: Tensor) -> Tensor:
 
     modules = [module for *_, module in _hooked(layer)]
     if x.dim() == 2 or not is_strided(x) or any(type(v).__name__ != "DoraLinearVariant" for v in layer.lora_variant.values()):
-        return _call_inside(modules, x, innermost)
+        return call_inside(modules, x, innermost)
     # what FSDP hangs on an output that is a view is lost once that is changed in place
-    y = _call_inside(modules, x.reshape(-1, x.shape[-1]), innermost)
+    y = call_inside(modules, x.reshape(-1, x.shape[-1]), innermost)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -67,7 +72,7 @@ def read_hooked(layer: Any) -> Any:
     """The state inside the hooks, or a reason."""
     if is_parallel(layer):
         return read_parallel(layer)
-    with _locks.setdefault(layer, RLock()):
+    with lock_of(layer):
         if reason := _refusal(layer, None):
             return reason
         bare = _bare_layer(layer)
@@ -77,7 +82,7 @@ def read_hooked(layer: Any) -> Any:
 
 def run_views(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The output of a call whose weights are FSDP's views, or why PEFT must run it."""
-    with _locks.setdefault(layer, RLock()), registered(layer):
+    with lock_of(layer), registered(layer):
         y = run_fused(layer, x, args, kwargs)
     return _stock_forward(layer, x, *args, **kwargs) if y is None else y
 
@@ -147,8 +152,9 @@ def _wrapped(module: Any) -> nn.Module:
     return module._fsdp_wrapped_module if type(module).__name__ == FSDP1 else module
 
 
-def _call_inside(modules: list[nn.Module], x: Tensor, innermost: Callable[[Tensor], Tensor]) -> Tensor:
-    """innermost(x) inside the calls of all modules: each one's forward is that of the next."""
+def call_inside(modules: list[nn.Module], x: Tensor, innermost: Callable[[Tensor], Tensor]) -> Tensor:
+    """innermost(x) inside the calls of all modules: each one's forward is that of the next. Wants
+    the lock of their layer."""
     if not modules:
         return innermost(x)
     first, rest, thread = modules[0], modules[1:], get_ident()
@@ -159,7 +165,7 @@ def _call_inside(modules: list[nn.Module], x: Tensor, innermost: Callable[[Tenso
     own = MethodType(type(inner).forward, inner) if held is None else held
 
     def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
-        return _call_inside(rest, x, innermost) if get_ident() == thread else own(x, *args, **kwargs)
+        return call_inside(rest, x, innermost) if get_ident() == thread else own(x, *args, **kwargs)
 
     owner[slot] = forward
     try:

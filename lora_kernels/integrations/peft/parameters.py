@@ -3,6 +3,7 @@
 PEFT writes W + scaling · BA in the parameter's place for the time of each call, of experts for all
 of them. Where the forward of the module is known (`nn.forms`), x goes through W, A and B instead.
 Layers of several parameters of one module lie around each other; the outermost one's call runs all.
+Hooks within that only move weights run around the kernels, as in `inside`.
 """
 
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.integrations.peft.adapters import (
     ON_META,
@@ -21,7 +23,8 @@ from lora_kernels.integrations.peft.adapters import (
     layer_refusal,
 )
 from lora_kernels.integrations.peft.devices import device_refusal
-from lora_kernels.integrations.peft.hooks import has_hooks
+from lora_kernels.integrations.peft.hooks import EVERY, FSDP1, HOOKED, has_hooks, moves_weights, plain_class
+from lora_kernels.integrations.peft.inside import call_inside, lock_of
 from lora_kernels.integrations.peft.linear import count_fallback
 from lora_kernels.integrations.peft.state import ARGUMENTS, PLAIN, type_name
 from lora_kernels.integrations.report import Survey
@@ -42,26 +45,27 @@ EXPERTS_ON = frozenset(
 )
 """The kinds of devices that have kernels of experts."""
 NESTED_HOOKS = "a hook waits for the call of base_layer"
+_BEHIND_HOOKS = (NESTED_HOOKS, ON_META)
 _INDICES = (torch.int64, torch.int32)
 _FURTHER = {ROUTED: 2, IDENTITIES: 2, SPLIT: 1}
 """Arguments after x."""
 
 
-def read_parameters(layer: Any) -> Any:
-    """(module, its form, each weight of the form with its adapter), or why PEFT must run the
-    layer."""
+def read_parameters(layer: Any, inside: bool = False) -> Any:
+    """(module, its form, each weight of the form with its adapter), or why PEFT must run the layer.
+    `inside`: the hooks of its modules run around this."""
     wrappers: dict[str, Any] = {}
     module = layer
     while isinstance(module, ParamWrapper):
         if (reason := layer_refusal(module)) is not None:
             return reason
-        if module is not layer and has_hooks(module):
+        if module is not layer and not inside and has_hooks(module):
             return NESTED_HOOKS
         if module.parameter_name in wrappers:
             return f"{module.parameter_name} is adapted twice"
         wrappers[module.parameter_name] = module
         module = module._modules["base_layer"]
-    if has_hooks(module):
+    if not inside and has_hooks(module):
         return NESTED_HOOKS
     form: Any = form_of(module)
     if type(form) is str:
@@ -150,9 +154,71 @@ def _factors(wrapper: Any, adapter: str, w: Tensor, transposed: bool) -> Any:
     return a, b
 
 
+def _hooked_modules(layer: Any) -> list[nn.Module]:
+    """The modules within that have hooks. PEFT reads A and B and calls neither, so of theirs only
+    those that bring the weights."""
+    found: list[nn.Module] = []
+    module = layer
+    while isinstance(module, ParamWrapper):
+        for group in (module.lora_A, module.lora_B):
+            factors = [group._modules[name] for name in active_names(module, group)]
+            found += [each for each in factors if has_hooks(each) and moves_weights(each) is None]
+        module = module._modules["base_layer"]
+        if has_hooks(module):
+            found.append(module)
+    return found
+
+
+def _hooks_refusal(modules: list[nn.Module], x: Tensor | None) -> str | None:
+    """Why the hooks cannot run around the kernels, for an input or for any."""
+    for module in modules:
+        if plain_class(module) is not type(module) or type(module).__name__ == FSDP1:
+            return NESTED_HOOKS
+        if (reason := moves_weights(module, x)) is not None:
+            return NESTED_HOOKS if reason in ("", HOOKED) else reason
+    return None
+
+
+def _read_hooked(layer: Any, reason: str) -> Any:
+    """What `read_parameters` gives inside the hooks, or the reason."""
+    with lock_of(layer):
+        modules = _hooked_modules(layer)
+        refused = _hooks_refusal(modules, None) if modules else reason
+    return read_parameters(layer, True) if refused is None else refused
+
+
+def _run_hooked(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Any:
+    if torch.compiler.is_compiling():
+        return reason
+    # it would see calls of the modules with the layer's input and output
+    if _has_any_global_hook():
+        return EVERY
+    y: Any = None
+
+    def innermost(x: Tensor) -> Tensor:
+        nonlocal y
+        y = _run(layer, x, args, kwargs, True)
+        # PEFT's forward runs once the hooks are done
+        return x if type(y) is str else y
+
+    # in another thread's call the modules look as if they were replaced
+    with lock_of(layer):
+        modules = _hooked_modules(layer)
+        refused = (call_refusal(x) or _hooks_refusal(modules, x)) if modules else reason
+        if refused is not None:
+            return refused
+        after = call_inside(modules, x, innermost)
+    return y if type(y) is str else after
+
+
 def run_parameters(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The output of a call, or why PEFT must run it."""
-    found = read_parameters(layer)
+    y = _run(layer, x, args, kwargs, False)
+    return _run_hooked(layer, x, args, kwargs, y) if type(y) is str and y in _BEHIND_HOOKS else y
+
+
+def _run(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inside: bool) -> Any:
+    found = read_parameters(layer, inside)
     if type(found) is str:
         return found
     module, form, adapted = found
@@ -227,6 +293,8 @@ FusedParamWrapper.__name__ = ParamWrapper.__name__
 def survey_parameter(name: str, layer: Any, survey: Survey) -> None:
     """Adds to the survey what the layer's next call would do if it were fused."""
     found = read_parameters(layer)
+    if type(found) is str and found in _BEHIND_HOOKS:
+        found = _read_hooked(layer, found)
     if type(found) is str:
         survey.left[name] = found
         return
