@@ -52,7 +52,10 @@ def row_major(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 and (t.shape[0] < 2 or t.stride(0) >= t.shape[1]) else t.contiguous()
 
 
-def add_adapter(source, target, b, h, *, gain=None, bias=None, mask=None, mask_from=False):
+def add_adapter(
+    source: Tensor | None, target: Tensor, b: Tensor | tuple[Tensor] | None, h: Tensor, *, gain: Tensor | None = None,
+    bias: Tensor | None = None, mask: tuple[int, int, float] | None = None, mask_from: bool = False,
+) -> None:  # fmt: skip
     """target = gain ⊙ (source + mask ⊙ (h b)) + bias, b [rank, out]; with mask_from the mask is on
     both terms. source is float32, or of target's dtype, or None."""
     _cpu.expand(source, target, b, gain, bias, h, mask, mask_from, torch.get_num_threads())

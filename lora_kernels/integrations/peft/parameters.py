@@ -158,7 +158,7 @@ def _hooked_modules(layer: Any) -> list[nn.Module]:
     """The modules within that have hooks. PEFT reads A and B and calls neither, so of theirs only
     those that bring the weights."""
     found: list[nn.Module] = []
-    module = layer
+    module: Any = layer
     while isinstance(module, ParamWrapper):
         for group in (module.lora_A, module.lora_B):
             factors = [group._modules[name] for name in active_names(module, group)]

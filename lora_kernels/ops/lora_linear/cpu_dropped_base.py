@@ -23,7 +23,7 @@ def forward(call):
     drop, over = dropout_args(call.dropout, call.seed), inverse_keep_rate(call.dropout, call.seed)
     h = x.new_empty(len(x), len(call.a), dtype=torch.float32)
     _cpu.shrink(x, call.a, None, h, call.scale, drop, threads)
-    sums, of_kept = (x.new_empty(len(x), len(w), dtype=torch.float32) for _ in range(2))
+    sums, of_kept = (x.new_empty(len(x), w.shape[0], dtype=torch.float32) for _ in range(2))
     _cpu.tiles(x, w, None, call.b, sums, None, call.bias, None, h, 1.0, None, False, threads)
     _cpu.tiles(_kept(x, h, drop), w, None, call.b, of_kept, None, None, None, h / over, 1.0, None, False, threads)
     sums.addcmul_(of_kept, (gain - 1) * over)
