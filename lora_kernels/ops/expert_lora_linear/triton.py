@@ -62,7 +62,7 @@ def backward(call):
     da, db, dbias, dgain = (torch.empty_like(t, dtype=gradient_dtype(t, need)) if need else None for t, need in like)
     p = None
     if call.b is not None and (needs.x or needs.a):
-        p = x.new_empty(len(x), call.b.shape[2], dtype=torch.float32)
+        p = x.new_empty(len(dy), call.b.shape[2], dtype=torch.float32)
         _product(call, dy, call.b.mT, p, scaled=call.gain, scale=float(call.scale))
     if needs.x:
         w = call.w if call.transposed else call.w.mT
@@ -84,7 +84,7 @@ def backward(call):
 
 def _in_one_pass(call):
     """Not in the deterministic mode, where all numbers of tokens have one form."""
-    few = ceil_div(len(call.x), len(call.w)) <= FEW and call.b.shape[2] <= THIN
+    few = ceil_div(call.tokens, len(call.w)) <= FEW and call.b.shape[2] <= THIN
     return few and not torch.are_deterministic_algorithms_enabled()
 
 
