@@ -21,11 +21,12 @@ def forward(call):
     """(y, h if kept, z if kept) of a `Forward`; x and w bf16, w by rows or packed."""
     x, w, gain, threads = row_major(call.x), call.w, call.gain.float(), torch.get_num_threads()
     drop, over = dropout_args(call.dropout, call.seed), inverse_keep_rate(call.dropout, call.seed)
-    h = x.new_empty(len(x), len(call.a), dtype=torch.float32)
-    _cpu.shrink(x, call.a, None, h, call.scale, drop, threads)
     sums, of_kept = (x.new_empty(len(x), w.shape[0], dtype=torch.float32) for _ in range(2))
+    h = x.new_empty(len(x), len(call.a), dtype=torch.float32)
+    # of what is kept, h is (1 - p) of that of x̃
+    _cpu.tiles(_kept(x, h, drop), w, call.a, call.b, of_kept, None, None, None, h, call.scale, None, False, threads)
+    h *= over
     _cpu.tiles(x, w, None, call.b, sums, None, call.bias, None, h, 1.0, None, False, threads)
-    _cpu.tiles(_kept(x, h, drop), w, None, call.b, of_kept, None, None, None, h / over, 1.0, None, False, threads)
     sums.addcmul_(of_kept, (gain - 1) * over)
     z = of_kept.mul_(over).to(x.dtype) if call.keep_z else None
     return sums.to(x.dtype), h if call.keep_h else None, z
