@@ -37,6 +37,28 @@ struct Experts : Stack {
   }
 };
 
+// Their weights: such a tuple, or (codes and scales of all experts, experts), whose tensors are the
+// caller's own, too.
+struct ExpertWeights : Experts {
+  Weight coded;
+  explicit ExpertWeights(pybind11::handle given) : Experts(is_coded(given) ? pybind11::none() : given) {
+    if (!is_coded(given)) return;
+    coded.read(PyTuple_GET_ITEM(given.ptr(), 0));
+    count = PyLong_AsLongLong(PyTuple_GET_ITEM(given.ptr(), 1));
+    if (count < 1 || coded.codes.first || coded.rows % count) {
+      throw pybind11::value_error("experts: the rows of a quantised w are not those of so many experts");
+    }
+    matrix = coded, matrix.rows /= count;
+    first = matrix;
+  }
+  const Quantised* packed() const { return coded.packed(); }
+
+ private:
+  static bool is_coded(pybind11::handle given) {
+    return PyTuple_Check(given.ptr()) && PyTuple_GET_SIZE(given.ptr()) == 2;
+  }
+};
+
 // (expert, first token, end), one after another in one list
 inline std::vector<Segment> segments_of(const pybind11::list& numbers, int64_t experts, int64_t tokens) {
   std::vector<Segment> found;
@@ -85,7 +107,8 @@ inline void expert_product_of(Matrix x, pybind11::handle index, pybind11::handle
                               pybind11::handle b, Matrix y, Matrix z, pybind11::handle bias, pybind11::handle gain,
                               pybind11::handle scaled, Matrix h, float scale, bool back, int64_t small,
                               const pybind11::list& segments, int threads) {
-  const Experts of_w(w), of_a(a), of_b(b), of_bias(bias), of_gain(gain), of_scaled(scaled);
+  const ExpertWeights of_w(w);
+  const Experts of_a(a), of_b(b), of_bias(bias), of_gain(gain), of_scaled(scaled);
   Tokens of_x(index, x);
   const int64_t tokens = of_x.count, n_in = x.cols, experts = of_w.count, rank = of_a.matrix.rows;
   const int64_t n_out = back ? of_w.matrix.cols : of_w.matrix.rows;
@@ -111,6 +134,7 @@ inline void expert_product_of(Matrix x, pybind11::handle index, pybind11::handle
       x,     of_w, of_a, of_b,  y,    z,       of_bias, of_gain,        of_scaled, floats(h, "expert_product"),
       scale, back, n_in, n_out, rank, experts, small,   std::move(all), threads};
   p.index = std::move(of_x.index);
+  p.packed = of_w.packed();
   // of an adapter that is not there the kernels see the type alone
   if (!of_a.count) p.a.first.type = p.b.first.type = p.w.first.type;
   call.run([&] { expert_product(*chosen, p); });
@@ -153,7 +177,8 @@ inline void expert_backward_small_of(Matrix dy, Matrix x, pybind11::handle index
                                      pybind11::handle a, pybind11::handle b, pybind11::handle gain, Matrix h, Matrix dx,
                                      pybind11::handle da, pybind11::handle db, float scale,
                                      const pybind11::list& segments, int threads) {
-  const Experts of_w(w), of_a(a), of_b(b), of_gain(gain), for_a(da), for_b(db);
+  const ExpertWeights of_w(w);
+  const Experts of_a(a), of_b(b), of_gain(gain), for_a(da), for_b(db);
   Tokens of_x(index, x);
   const int64_t tokens = of_x.count, n_in = x.cols, n_out = dy.cols, experts = of_w.count, rank = of_a.matrix.rows;
   std::vector<Segment> all = segments_of(segments, experts, tokens);
@@ -176,12 +201,14 @@ inline void expert_backward_small_of(Matrix dy, Matrix x, pybind11::handle index
       dy,    x,    dx,    of_w, of_a,    of_b,           of_gain, for_a, for_b, floats(h, "expert_backward_small"),
       scale, n_in, n_out, rank, experts, std::move(all), threads};
   p.index = std::move(of_x.index);
+  p.packed = of_w.packed();
   call.run([&] { expert_backward_small(*chosen, p); });
 }
 
 inline void expert_norm_of(pybind11::handle w, pybind11::handle a, pybind11::handle b, Matrix w_squared, Matrix norm,
                            float scale, float max_condition, int threads) {
-  const Experts of_w(w), of_a(a), of_b(b);
+  const ExpertWeights of_w(w);
+  const Experts of_a(a), of_b(b);
   const int64_t experts = of_w.count, n_out = of_w.matrix.rows, n_in = of_w.matrix.cols, rank = of_a.matrix.rows;
   Call call("expert_norm", double(experts) * double(n_out) * double(n_in) * double(rank), threads, {&w_squared, &norm});
   of_a.check("a", experts, rank, n_in);
@@ -202,7 +229,8 @@ inline void expert_norm_of(pybind11::handle w, pybind11::handle a, pybind11::han
                      n_out,
                      rank,
                      experts,
-                     threads};
+                     threads,
+                     of_w.packed()};
   call.run([&] { expert_norm(*chosen, p); });
 }
 

@@ -15,7 +15,7 @@ namespace lk {
 // `parts` and `layout` as QuantisedWeight.fields() gives them, and which rows.
 struct Weight : Matrix {
   static constexpr int MOST = 7;
-  static constexpr size_t LAYOUT = 11;
+  static constexpr size_t LAYOUT = 12;
   Quantised codes;
   PyObject* sources[MOST] = {};  // the tensors of codes, borrowed from the caller
   int count = 0;
@@ -31,7 +31,7 @@ struct Weight : Matrix {
     const auto layout = py::reinterpret_borrow<py::sequence>(given[py::int_(2)]);
     const size_t given_numbers = layout.size();
     if (given_numbers != 6 && given_numbers != LAYOUT)
-      throw py::value_error("a quantised w: 6 or 11 numbers say how it lies");
+      throw py::value_error("a quantised w: 6 or 12 numbers say how it lies");
     int64_t numbers[LAYOUT] = {};
     for (size_t i = 0; i < given_numbers; i++) numbers[i] = layout[i].cast<int64_t>();
     tuple = from, count = 0;
@@ -44,12 +44,13 @@ struct Weight : Matrix {
     codes.code = Code(numbers[0]), codes.n_in = numbers[2], codes.type = DType(numbers[3]);
     codes.block = numbers[4], codes.outer_block = numbers[5];
     codes.block_rows = numbers[6], codes.order = Order(numbers[7]), codes.numbers = elements;
-    codes.zero_rounded = numbers[10];
+    codes.zero_rounded = numbers[10], codes.expert_rows = numbers[11];
     codes.first = given[py::int_(3)].cast<int64_t>(), rows = given[py::int_(4)].cast<int64_t>();
     if (numbers[0] < 0 || numbers[0] > 3 || numbers[3] < 0 || numbers[3] > 2 || codes.block < 1 ||
         codes.outer_block < 1 || codes.block_rows < 0 || numbers[7] < 0 || numbers[7] > 2 ||
         (codes.order == Order::halves && elements % 2) || codes.first < 0 || rows < 0 ||
-        rows > numbers[1] - codes.first) {
+        rows > numbers[1] - codes.first ||
+        (codes.expert_rows && (numbers[1] % codes.expert_rows || !codes.block_rows))) {
       throw py::value_error("a quantised w: its layout is not one that the kernels read");
     }
     const bool nibbles = codes.code == Code::nibbles, zeros = numbers[9], exponents = numbers[8];
@@ -59,8 +60,11 @@ struct Weight : Matrix {
       throw py::value_error("a quantised w: parts are missing");
     }
     const auto over = [](int64_t some, int64_t by) { return (some + by - 1) / by; };
-    const int64_t blocks = codes.block_rows ? over(numbers[1], codes.block_rows) * over(numbers[2], codes.block)
-                                            : over(elements, codes.block);
+    // each expert's last tiles may be smaller
+    const int64_t tall = codes.expert_rows ? codes.expert_rows : std::max<int64_t>(numbers[1], 1);
+    const int64_t blocks = codes.block_rows
+                               ? numbers[1] / tall * over(tall, codes.block_rows) * over(numbers[2], codes.block)
+                               : over(elements, codes.block);
     codes.codes = static_cast<const uint8_t*>(part(given[py::int_(0)], nibbles ? (elements + 1) / 2 : elements, 8));
     int next = 0;
     codes.table = nibbles ? floats(parts[next++], 16) : nullptr;

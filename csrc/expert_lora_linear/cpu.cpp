@@ -22,6 +22,7 @@ using LK_LEVEL::with_type;
 constexpr int64_t CHUNK = 512;      // tokens whose packed rows stay in the caches
 constexpr int64_t PIECE = 1 << 22;  // float32 sums that are there at a time
 constexpr int64_t UNIT = 96;        // columns: whole tiles of the kernels
+constexpr int64_t OF_CODES = 192;   // the same and whole blocks of codes
 
 // Floats of one thread, kept from segment to segment.
 class Scratch {
@@ -79,7 +80,7 @@ class Product {
     const int64_t tokens = s.last - s.first, columns = last - first;
     const View x = rows_of(p_.x, p_.index, s.first, s.last, 0, p_.n_in, own_[3]), scaled = at(p_.scaled, s.expert);
     const View y = part(p_.y, s.first, first), z = part(p_.z, s.first, first);
-    const View w = part(at(p_.w, s.expert), p_.back ? 0 : first, p_.back ? first : 0);
+    const Base w = Base(p_.w, p_.packed, s.expert, p_.back ? p_.n_in : p_.n_out, p_.back).from(first);
     const View of_b = part(b, first, 0);
     const View gain = part(at(p_.gain, s.expert), 0, first), bias = part(at(p_.bias, s.expert), 0, first);
     const bool keeps = p_.h && first == 0;
@@ -87,10 +88,10 @@ class Product {
     const bool by_rows = a.col == 1 || !a.data;
     if (!p_.back && tokens <= p_.small && !scaled.data && by_rows && y.data) {
       return k_.forward_small(
-          {x, w, a, of_b, y, z, bias, gain, kept, p_.scale, {}, tokens, p_.n_in, columns, p_.rank, 1});
+          {x, w.w(), a, of_b, y, z, bias, gain, kept, p_.scale, {}, tokens, p_.n_in, columns, p_.rank, 1, w.packed()});
     }
     float* const h = kept ? kept : own_[0].floats(tokens * p_.rank);
-    if (k_.tiles && w.type == DType::bf16 && x.type == DType::bf16) {
+    if (k_.tiles && w.w().type == DType::bf16 && x.type == DType::bf16) {
       return by_tiles(s, x, scaled, w, a, of_b, y, z, bias, gain, h, columns);
     }
     if (p_.rank) k_.shrink({x, a, scaled, h, p_.scale, {}, tokens, p_.n_in, p_.rank, 1});
@@ -101,7 +102,7 @@ class Product {
       const View sums = y.type == DType::f32 ? to : View{own_[2].floats(tokens * some), some, 1, DType::f32};
       for (int64_t t = 0; t < tokens; t += CHUNK) {
         const int64_t count = std::min(CHUNK, tokens - t);
-        base(part(x, t, 0), scaled, part(w, p_.back ? 0 : n, p_.back ? n : 0), part(sums, t, 0), count, some);
+        base(part(x, t, 0), scaled, w.from(n), part(sums, t, 0), count, some);
       }
       finish(sums, part(of_b, n, 0), p_.rank, to, part(z, 0, n), part(gain, 0, n), part(bias, 0, n), h, tokens, some);
     }
@@ -109,13 +110,13 @@ class Product {
 
  private:
   // sums = (x ⊙ scaled) Wᵀ, or back W
-  void base(const View& x, const View& scaled, const View& w, const View& sums, int64_t tokens, int64_t columns) {
+  void base(const View& x, const View& scaled, const Base& w, const View& sums, int64_t tokens, int64_t columns) {
     if (p_.back) {
       float* const left = own_[1].floats(tokens * p_.n_in);
       scale_rows(x, scaled, tokens, p_.n_in, true, left);
-      return k_.outer({w, sums, {}, left, {}, p_.n_in, columns, tokens, 1});
+      return k_.outer({w.w(), sums, {}, left, {}, p_.n_in, columns, tokens, 1, w.packed()});
     }
-    k_.base_product({multiplied(x, scaled, tokens), w, sums, tokens, p_.n_in, columns, 1});
+    k_.base_product({multiplied(x, scaled, tokens), w.w(), sums, tokens, p_.n_in, columns, 1, w.packed()});
   }
 
   // x ⊙ scaled in float32, or x
@@ -126,7 +127,7 @@ class Product {
     return {to, p_.n_in, 1, DType::f32};
   }
 
-  void by_tiles(const Segment& s, View x, const View& scaled, const View& w, const View& a, const View& b,
+  void by_tiles(const Segment& s, View x, const View& scaled, const Base& w, const View& a, const View& b,
                 const View& y, const View& z, const View& bias, const View& gain, float* h, int64_t columns) {
     const int64_t tokens = s.last - s.first, rank = p_.rank;
     if (!y.data) columns = 0;
@@ -135,7 +136,7 @@ class Product {
     if (!p_.back || !(bias.data || gain.data || z.data)) {
       const View after = p_.back ? View{} : gain;
       return k_.tiles({x,
-                       w,
+                       w.w(),
                        a,
                        b,
                        y,
@@ -150,14 +151,16 @@ class Product {
                        p_.n_in,
                        columns,
                        rank,
-                       1});
+                       1,
+                       w.packed()});
     }
     const int64_t most = std::max(UNIT, PIECE / tokens / UNIT * UNIT);
     for (int64_t n = 0; n < columns; n += most) {
       const int64_t some = std::min(most, columns - n);
       const View sums{own_[2].floats(tokens * some), some, 1, DType::f32};
+      const Base rest = w.from(n);
       k_.tiles({x,
-                part(w, 0, n),
+                rest.w(),
                 n ? View{} : a,
                 part(b, n, 0),
                 sums,
@@ -172,7 +175,8 @@ class Product {
                 p_.n_in,
                 some,
                 rank,
-                1});
+                1,
+                rest.packed()});
       finish(sums, {}, 0, part(y, 0, n), part(z, 0, n), part(gain, 0, n), part(bias, 0, n), h, tokens, some);
     }
   }
@@ -238,9 +242,9 @@ void expert_product(const Kernels& kernels, const ExpertProduct& p) {
     Scratch own[4];
     Product product(kernels, p, own);
     const int64_t columns = p.y.data ? p.n_out : 1;
-    share_segments(p.segments, columns, UNIT, thread, threads, [&](size_t i, int64_t first, int64_t last) {
-      product.run(p.segments[i], a.of(i), b.of(i), first, last);
-    });
+    share_segments(
+        p.segments, columns, p.packed ? OF_CODES : UNIT, thread, threads,
+        [&](size_t i, int64_t first, int64_t last) { product.run(p.segments[i], a.of(i), b.of(i), first, last); });
   }
 }
 
@@ -274,9 +278,10 @@ void expert_backward_small(const Kernels& kernels, const ExpertBackwardSmall& p)
     // whole segments: the kernel makes all gradients at once
     share_segments(p.segments, 1, 1, thread, threads, [&](size_t i, int64_t, int64_t) {
       const Segment& s = p.segments[i];
+      const Base w(p.w, p.packed, s.expert, p.n_out);
       kernels.backward_small({part(p.dy, s.first, 0),
                               rows_of(p.x, p.index, s.first, s.last, 0, p.n_in, own),
-                              at(p.w, s.expert),
+                              w.w(),
                               at(p.a, s.expert),
                               b.of(i),
                               at(p.gain, s.expert),
@@ -290,7 +295,8 @@ void expert_backward_small(const Kernels& kernels, const ExpertBackwardSmall& p)
                               p.n_in,
                               p.n_out,
                               p.rank,
-                              1});
+                              1,
+                              w.packed()});
     });
 #pragma omp barrier
     db.scatter(thread, threads);

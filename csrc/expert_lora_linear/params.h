@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../common/types.h"
+#include "../quantised/params.h"
 
 namespace lk {
 
@@ -33,6 +34,7 @@ struct ExpertProduct {
   std::vector<Segment> segments;
   int threads;
   std::vector<int64_t> index = {};  // [tokens], or empty
+  const Quantised* packed = nullptr;  // W of all experts, in the place of the numbers of w
 };
 
 // da = pᵀ x [rank, in], db = (dy ⊙ gain)ᵀ h [out, rank], and over the tokens dbias = Σ dy and
@@ -61,6 +63,7 @@ struct ExpertBackwardSmall {
   std::vector<Segment> segments;
   int threads;
   std::vector<int64_t> index = {};
+  const Quantised* packed = nullptr;  // W of all experts, in the place of the numbers of w
 };
 
 }  // namespace lk

@@ -26,6 +26,29 @@ inline View at(const Stack& s, int64_t i) {
   return v;
 }
 
+// An expert's W from one of its rows on, or of `back` products from a column on: numbers, or codes.
+class Base {
+ public:
+  // `rows`: of an expert
+  Base(const Stack& w, const Quantised* packed, int64_t expert, int64_t rows, bool back = false)
+      : w_(packed ? w.first : at(w, expert)), coded_(packed), back_(back) {
+    if (packed) codes_ = *packed, codes_.first += expert * rows;
+  }
+  Base from(int64_t n) const {
+    Base b = *this;
+    if (!coded_) b.w_ = part(w_, back_ ? 0 : n, back_ ? n : 0);
+    else (back_ ? b.codes_.column : b.codes_.first) += n;
+    return b;
+  }
+  const View& w() const { return w_; }
+  const Quantised* packed() const { return coded_ ? &codes_ : nullptr; }
+
+ private:
+  View w_;
+  Quantised codes_;
+  bool coded_, back_;
+};
+
 // What one of the threads does: f(index of a segment, first column, end). The shares are of equal
 // work, so a segment may be cut, at a multiple of `unit` columns. No sum depends on the cuts.
 template <typename F>

@@ -21,16 +21,18 @@ void expert_norm(const Kernels& k, const ExpertNorm& p) {
     std::vector<float> held;
     share_segments(all, p.n_out, 96, thread, threads, [&](size_t e, int64_t first, int64_t last) {
       const int64_t rows = last - first, at_first = int64_t(e) * p.n_out + first;
-      const View w = part(at(p.w, int64_t(e)), first, 0), a = at(p.a, int64_t(e));
+      const Base w = Base(p.w, p.packed, int64_t(e), p.n_out).from(first);
+      const View a = at(p.a, int64_t(e));
       View products;  // A Wᵀ [rank, rows]
       if (tiles) {
         held.resize(size_t(p.rank * rows));
         products = {held.data(), rows, 1, DType::f32};
-        k.tiles({a, w, {}, {}, products, {}, {}, {}, nullptr, 1.f, {}, false, p.rank, p.n_in, rows, 0, 1});
+        k.tiles(
+            {a, w.w(), {}, {}, products, {}, {}, {}, nullptr, 1.f, {}, false, p.rank, p.n_in, rows, 0, 1, w.packed()});
       }
       const View squared{p.w_squared ? const_cast<float*>(p.w_squared) + at_first : nullptr, 0, 1, DType::f32};
-      k.weight_norm({w, a, part(b.of(e), first, 0), squared, products, p.norm + at_first, p.scale, p.max_condition,
-                     p.n_in, rows, p.rank, 1});
+      k.weight_norm({w.w(), a, part(b.of(e), first, 0), squared, products, p.norm + at_first, p.scale, p.max_condition,
+                     p.n_in, rows, p.rank, 1, w.packed()});
     });
   }
 }

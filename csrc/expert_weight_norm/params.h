@@ -12,6 +12,7 @@ struct ExpertNorm {
   float scale, max_condition;
   int64_t n_in, n_out, rank, experts;
   int threads;
+  const Quantised* packed = nullptr;  // W of all experts, in the place of the numbers of w
 };
 
 }  // namespace lk

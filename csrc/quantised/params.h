@@ -20,13 +20,15 @@ enum class Order : int64_t {
 };
 
 // Without `block_rows` numbers count row by row, across the ends of rows, and number i has the scale
-// of block i / block. With it blocks are [block_rows, block], row by row of W, cut off at its edges.
+// of block i / block. With it blocks are [block_rows, block], row by row of W, cut off at its edges
+// and, where `expert_rows` are those of one of many matrices, at the end of each.
 struct Quantised {
   Code code = Code::nibbles;
   DType type = DType::f32;
   const uint8_t* codes = nullptr;
-  int64_t first = 0;  // row of the whole that is this one's first
-  int64_t n_in = 0, block = 1, block_rows = 0;
+  int64_t first = 0;   // row of the whole that is this one's first
+  int64_t column = 0;  // of the whole that is this one's first
+  int64_t n_in = 0, block = 1, block_rows = 0, expert_rows = 0;
   int64_t numbers = 0;  // of the whole
   Order order = Order::high_first;
   const float* scales = nullptr;  // of a block; or nested: outer_table[inner] · outer[block / outer_block] + offset

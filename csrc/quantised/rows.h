@@ -127,17 +127,24 @@ LK_INLINE void halves(const Quantised& q, const Values<T>& values, int64_t at, i
 // asks for the codes of W[n, k : k + count]
 LK_INLINE void ask_for(const Quantised& q, int64_t n, int64_t k, int64_t count) {
   const bool bytes = q.code != Code::nibbles || q.order == Order::halves;
-  int64_t at = (q.first + n) * q.n_in + k;
+  int64_t at = (q.first + n) * q.n_in + q.column + k;
   if (q.order == Order::halves && at >= q.numbers / 2) at -= q.numbers / 2;
   const int64_t in_byte = bytes ? 1 : 2;
   for (int64_t i = at / in_byte; i < (at + count) / in_byte; i += 64) __builtin_prefetch(q.codes + i, 0, 2);
+}
+
+// how many rows of tiles are before that of a row of W
+LK_INLINE int64_t tile_row(const Quantised& q, int64_t row) {
+  if (!q.expert_rows) return row / q.block_rows;
+  const int64_t tiles = (q.expert_rows + q.block_rows - 1) / q.block_rows;
+  return row / q.expert_rows * tiles + row % q.expert_rows / q.block_rows;
 }
 
 // calls piece(block, at, count, to) for the numbers of each block in W[n, k : k + count]
 template <typename T, typename Piece>
 LK_INLINE void by_block(const Quantised& q, int64_t n, int64_t k, int64_t count, T* to, Piece piece) {
   const int64_t row = q.first + n, first = row * q.n_in + k, along = q.block_rows ? k : first;
-  const int64_t before = q.block_rows ? row / q.block_rows * ((q.n_in + q.block - 1) / q.block) : 0;
+  const int64_t before = q.block_rows ? tile_row(q, row) * ((q.n_in + q.block - 1) / q.block) : 0;
   int64_t block = before + along / q.block, some = q.block - along % q.block;
   for (int64_t i = 0; i < count; i += some, some = q.block, block++) {
     some = std::min(some, count - i);
@@ -181,6 +188,7 @@ void dequantise_row(const Quantised& q, int64_t n, int64_t k, int64_t count, T* 
 template <typename T>
 void dequantise_rows(const Quantised& q, int64_t n, int64_t rows, int64_t k, int64_t count, T* to, int64_t row) {
   if (!count) return;
+  k += q.column;
 #if LK_VL == 16
   if (in_steps(q) && k % STEP == 0 && count % STEP == 0) {
     if (q.code == Code::nibbles) return rows_in_steps<Nibbles>(q, n, rows, k, count, to, row);

@@ -106,7 +106,7 @@ class Survey:
     def add_experts(
         self,
         name: str,
-        w: Tensor,
+        w: Tensor | QuantisedWeight,
         bias: Tensor | None,
         a: Tensor | None,
         b: Tensor | None,
@@ -116,7 +116,7 @@ class Survey:
         """The same of the weights of experts: one token of the first one."""
 
         def call(x: Tensor) -> Tensor:
-            ends = torch.ones(len(w), dtype=torch.int64, device=w.device)
+            ends = torch.ones(w.shape[0], dtype=torch.int64, device=w.device)
             return expert_lora_linear(x, ends, w, a, b, scale, bias, None, transposed)
 
         kind = (*(_kind(t) for t in (w, bias, a, b) if t is not None), "experts", transposed)

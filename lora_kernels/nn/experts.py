@@ -18,6 +18,7 @@ from lora_kernels.nn.forms import Form, gate_of
 from lora_kernels.ops.expert_lora_linear import expert_lora_linear
 from lora_kernels.ops.gated_activation import gated_activation
 from lora_kernels.ops.lora_linear.op import autocasts, without_autocast
+from lora_kernels.ops.quantised import QuantisedWeight
 from lora_kernels.ops.registry import ON_GPU, forced_backend
 
 _ELEMENTS_AT_ONCE = 1 << 18  # a megabyte in float32
@@ -26,7 +27,7 @@ _ELEMENTS_AT_ONCE = 1 << 18  # a megabyte in float32
 class Adapted(NamedTuple):
     """A parameter [experts, out, in], or as `Form.transposed` has it, and its adapter."""
 
-    w: Tensor
+    w: Tensor | QuantisedWeight
     a: Tensor | None
     """[experts, r, in]; None without an active adapter."""
     b: Tensor | None
@@ -172,7 +173,7 @@ def run_split(form: Form, adapted: Adapted, x: Tensor, sizes: list[int]) -> Tens
     return _product(form, adapted, x, torch.tensor(sizes, device=x.device).cumsum(0))
 
 
-def product_dtype(form: Form, w: Tensor, x: Tensor) -> torch.dtype:
+def product_dtype(form: Form, w: Tensor | QuantisedWeight, x: Tensor) -> torch.dtype:
     """The dtype in which the module multiplies."""
     if form.casts or x.dtype is torch.float64 or not autocasts(x.device.type):
         return w.dtype

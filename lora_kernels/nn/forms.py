@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lora_kernels.nn.quantised_experts import is_fp8, only_codes_parametrised
+
 
 class Form(NamedTuple):
     """How a module computes with its parameters."""
@@ -117,10 +119,14 @@ _DECORATED, _WITHOUT_EAGER = Form((), False, ROUTED), Form(("",), False, ROUTED)
 def form_of(module: Any, cls: Any = None) -> Form | str:
     """How the module computes, or one of the class `cls` with its attributes; or why that is not
     known."""
-    cls = cls or type(module)
     if "parametrizations" in module._modules:
+        if cls is not None or not only_codes_parametrised(module):
+            return "another parametrization is on the module"
         # such a class is of one call alone
-        return "another parametrization is on the module"
+        cls = type(module).__bases__[0]
+    cls = cls or type(module)
+    if is_fp8(cls):
+        return Form(_GATED if module.has_gate else ("up_proj", "down_proj"), False, ROUTED)
     if cls not in _forms:
         _forms[cls] = _class_form(cls)
     form = _forms[cls]

@@ -112,20 +112,25 @@ def _of_4bit(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
         return "bitsandbytes has packed the 4-bit weight for its own inference on this CPU"
     if state.shape is None or tuple(state.shape) != (module.out_features, module.in_features):
         return f"the 4-bit weight is of shape {state.shape}, not [out, in]"
-    codes = _plain(weight)
+    return of_4bit_state(weight, state, dtype)
+
+
+def of_4bit_state(weight: Tensor, state: Any, dtype: torch.dtype) -> QuantisedWeight:
+    """A weight of bitsandbytes and its QuantState, in the state's shape."""
+    codes = plain(weight)
     named: dict[str, Any] = {}
     scales = state.absmax
     if state.nested:
         outer = state.state2
         named = {
-            "outer": _floats(outer.absmax), "outer_table": _floats(outer.code), "outer_block": outer.blocksize,
-            "offset": _floats(state.offset),
+            "outer": floats(outer.absmax), "outer_table": floats(outer.code), "outer_block": outer.blocksize,
+            "offset": floats(state.offset),
         }  # fmt: skip
     else:
-        scales = _floats(scales)
+        scales = floats(scales)
     return QuantisedWeight(
         codes if codes.dtype is torch.uint8 else codes.view(torch.uint8),
-        state.shape, scales, state.blocksize, dtype, table=_floats(state.code), **named,
+        state.shape, scales, state.blocksize, dtype, table=floats(state.code), **named,
     )  # fmt: skip
 
 
@@ -135,17 +140,17 @@ def _of_8bit(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
         return "the 8-bit layer has no weight of its own"
     if state.has_fp16_weights:
         return "the 8-bit layer keeps its weight in 16 bits"
-    codes = state.CB if state.CB is not None else _plain(weight)
+    codes = state.CB if state.CB is not None else plain(weight)
     largest = state.SCB if state.SCB is not None else getattr(weight, "SCB", None)
     if codes.dtype is not torch.int8:
         return "the 8-bit weight is not quantised yet"
     if largest is None:
         return "the 8-bit weight has no scales (SCB): it is not quantised yet, or was made anew without them"
-    scales = _floats(largest).reshape(-1) * INT8_STEP
+    scales = floats(largest).reshape(-1) * INT8_STEP
     return QuantisedWeight(codes, codes.shape, scales, codes.shape[1], dtype)
 
 
-def _plain(weight: Tensor) -> Tensor:
+def plain(weight: Tensor) -> Tensor:
     """The tensor without the library's class, which asks for its functions again at each call."""
     if torch.compiler.is_compiling():
         with torch._C.DisableTorchFunctionSubclass():
@@ -155,8 +160,8 @@ def _plain(weight: Tensor) -> Tensor:
     return weight.detach().as_subclass(Tensor)  # not .data, whose version stays as it is
 
 
-def _floats(tensor: Tensor) -> Tensor:
-    tensor = _plain(tensor)
+def floats(tensor: Tensor) -> Tensor:
+    tensor = plain(tensor)
     return tensor if tensor.dtype in (torch.float32, POWERS) else tensor.float()
 
 
@@ -172,7 +177,7 @@ def _of_torchao(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
 
 
 def _of_fp8(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
-    weight, scales = _plain(module.weight), _plain(module.weight_scale_inv)
+    weight, scales = plain(module.weight), plain(module.weight_scale_inv)
     n_out, n_in = module.out_features, module.in_features
     if getattr(module, "activation_scale", None) is not None:
         return "the float8 layer has a fixed scale for its inputs, too"
@@ -181,7 +186,7 @@ def _of_fp8(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
     scales = scales.view(POWERS) if scales.dtype is torch.uint8 else scales
     if weight.dtype is torch.int8:  # two numbers of MXFP4
         weight, blocks = weight.view(torch.uint8), (1, n_in // scales.shape[-1])
-        return _of_blocks(weight, scales, None, blocks, dtype, (n_out, n_in), table=_table(E2M1, weight), order=LOW_FIRST)
+        return _of_blocks(weight, scales, None, blocks, dtype, (n_out, n_in), table=table_of(E2M1, weight), order=LOW_FIRST)
     return _of_blocks(weight, scales, None, (n_out, n_in) if scales.numel() == 1 else module.block_size, dtype)
 
 
@@ -201,8 +206,8 @@ def _of_hqq(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
         return f"HQQ's scales and zeros are {scales.dtype} and {zeros.dtype}, not of its compute dtype {rounds}"
     numbers = shape[0] * shape[1]
     return QuantisedWeight(
-        _plain(codes).view(torch.uint8), shape, _floats(scales), numbers // scales.numel(), dtype, _table(range(16), codes),
-        order=HALVES, zeros=_floats(zeros), zero_rounded=rounds is not torch.float32,
+        plain(codes).view(torch.uint8), shape, floats(scales), numbers // scales.numel(), dtype, table_of(range(16), codes),
+        order=HALVES, zeros=floats(zeros), zero_rounded=rounds is not torch.float32,
     )  # fmt: skip
 
 
@@ -216,7 +221,7 @@ def _of_compressed(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
     if held.get("weight_g_idx") is not None:
         return "the columns of the weight are in the order of their activations (weight_g_idx)"
     shape = n_out, n_in = module.out_features, module.in_features
-    scales, zeros = _plain(held["weight_scale"]), held.get("weight_zero_point")
+    scales, zeros = plain(held["weight_scale"]), held.get("weight_zero_point")
     strategy = str(getattr(how.strategy, "value", how.strategy))
     blocks = {"tensor": shape, "channel": (1, n_in), "group": (1, how.group_size), "block": how.block_structure}.get(strategy)
     if blocks is None or held.get("weight_global_scale") is not None:
@@ -224,16 +229,16 @@ def _of_compressed(module: Any, dtype: torch.dtype) -> QuantisedWeight | str:
     scales = scales.view(POWERS) if scales.dtype is torch.uint8 else scales
     packed = held.get("weight_packed")
     if packed is None:
-        return _of_blocks(_plain(held["weight"]), scales, zeros, blocks, dtype)
+        return _of_blocks(plain(held["weight"]), scales, zeros, blocks, dtype)
     if how.num_bits != 4 or n_in % 8:
         return f"compressed-tensors packs {how.num_bits} bits and rows of {n_in}; wanted are 4 and a multiple of 8"
-    codes = _plain(packed).view(torch.uint8)
+    codes = plain(packed).view(torch.uint8)
     if packed.dtype is torch.uint8:
-        return _of_blocks(codes, scales, zeros, blocks, dtype, shape, table=_table(E2M1, codes), order=LOW_FIRST)
+        return _of_blocks(codes, scales, zeros, blocks, dtype, shape, table=table_of(E2M1, codes), order=LOW_FIRST)
     if zeros is not None and zeros.dtype is torch.int32:  # eight rows in a number
         shifts = torch.arange(0, 32, 4, device=zeros.device)
-        zeros = ((_plain(zeros)[:, None] >> shifts[:, None]) & 15).reshape(-1, zeros.shape[-1])[:n_out] - 8
-    return _of_blocks(codes, scales, zeros, blocks, dtype, shape, table=_table(range(-8, 8), codes), order=LOW_FIRST)
+        zeros = ((plain(zeros)[:, None] >> shifts[:, None]) & 15).reshape(-1, zeros.shape[-1])[:n_out] - 8
+    return _of_blocks(codes, scales, zeros, blocks, dtype, shape, table=table_of(range(-8, 8), codes), order=LOW_FIRST)
 
 
 def _of_blocks(
@@ -249,15 +254,15 @@ def _of_blocks(
     # which a compiler cannot ask; to subtract zeros gives the same bits
     if zeros is not None and (torch.compiler.is_compiling() or bool((zeros != 0).any())):
         rounds = zeros.is_floating_point()  # integers and their differences are exact in 16 bits
-        named |= {"zeros": _floats(zeros.to(dtype) if rounds else zeros).contiguous(), "zero_rounded": rounds}
+        named |= {"zeros": floats(zeros.to(dtype) if rounds else zeros).contiguous(), "zero_rounded": rounds}
     if rows >= n_out and columns >= n_in:
         size, block_rows = n_out * n_in, 0
     else:
         size, block_rows = columns, 0 if rows == 1 and n_in % columns == 0 else rows
     return QuantisedWeight(
-        _plain(codes), torch.Size(shape), _floats(scales).contiguous(), size, dtype, block_rows=block_rows, **named
+        plain(codes), torch.Size(shape), floats(scales).contiguous(), size, dtype, block_rows=block_rows, **named
     )
 
 
-def _table(values: Any, like: Tensor) -> Tensor:
+def table_of(values: Any, like: Tensor) -> Tensor:
     return torch.tensor(tuple(values), dtype=torch.float32, device=like.device)

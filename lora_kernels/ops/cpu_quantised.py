@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import _cpu
+from lora_kernels.ops.cpu_tensors import stack_args
 from lora_kernels.ops.quantised.weight import DTYPES
 from lora_kernels.ops.refusals import READ
 
@@ -49,6 +50,11 @@ def weight_of(call: Any) -> Tensor | Packed:
     return Packed.of(call.w, call.parts, call.layout) if call.layout else call.w
 
 
+def expert_args(w: Tensor | Packed, experts: int) -> tuple[Any, ...] | None:
+    """What C++ is told of the weights of all experts."""
+    return (w, experts) if isinstance(w, Packed) else stack_args(w)
+
+
 def held(w: Tensor | Packed) -> Tensor | Packed:
     """The same memory under other tensors, for what reads W piece by piece: `.data =` of another
     thread does not reach them."""
@@ -68,6 +74,13 @@ def widened(w: Tensor | Packed) -> Tensor:
         return w.float()
     out = w.codes.new_empty(w.shape, dtype=torch.float32)
     widen_into(out, w)
+    return out
+
+
+def in_own_dtype(w: Packed) -> Tensor:
+    """The numbers of these rows."""
+    out = w.codes.new_empty(w.shape, dtype=w.dtype)
+    _cpu.dequantise(w, out, torch.get_num_threads())
     return out
 
 

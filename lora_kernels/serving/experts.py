@@ -63,13 +63,14 @@ def experts_at(modules: Mapping[str, nn.Module], name: str) -> dict[str, Experts
     found = {f"{path}.{each}": Experts(module, each, form) for each in names if each in form.weights}
     if not found:
         return f"{parameter} of {kind}: its experts' matrices are {' and '.join(form.weights)}"
-    return next((why for each in found.values() if (why := _refusal(each))), found)
+    # a call reads all matrices, also those that no adapter changes
+    return next((why for each in form.weights if (why := _refusal(module, each))), found)
 
 
-def _refusal(experts: Experts) -> str | None:
-    w = experts.module._parameters.get(experts.parameter)
-    what = f"{experts.parameter} of {type(experts.module).__name__}"
+def _refusal(module: nn.Module, parameter: str) -> str | None:
+    w = module._parameters.get(parameter)
+    what = f"{parameter} of {type(module).__name__}"
     if w is None or type(w) not in (Tensor, nn.Parameter) or w.dim() != 3 or w.dtype not in FLOATS:
         return f"{what}: it is no floating parameter of three dimensions in memory"
-    count = getattr(experts.module, "num_experts", w.shape[0])
+    count = getattr(module, "num_experts", w.shape[0])
     return None if count == w.shape[0] else f"{what}: it is of {w.shape[0]} of the module's {count} experts"

@@ -1,9 +1,13 @@
 """Quantised weights for tests, made without the libraries that write them."""
 
+from dataclasses import replace
+
 import torch
 
 from lora_kernels import QuantisedWeight
+from lora_kernels.ops.quantised.formula import dequantised
 from lora_kernels.ops.quantised.weight import E2M1, HALVES, LOW_FIRST
+from lora_kernels.testing import make_expert_problem
 
 # of bitsandbytes' nf4 and fp4, whose values its own tests hold
 NF4 = (
@@ -83,3 +87,21 @@ def make_format(name, n_out, n_in, dtype=torch.float32, block=32, block_rows=3, 
     if name in ("mxfp4", "e4m3 powers"):
         named["scales"] = (codes(blocks) % 7 + (118 if name == "mxfp4" else 112)).view(torch.float8_e8m0fnu)
     return QuantisedWeight(**named)
+
+
+def make_experts(name, experts, n_out, n_in, dtype=torch.float32, **options):
+    """A weight [experts, n_out, n_in] of one of KINDS or FORMATS; an even count of numbers."""
+    make = make_quantised if name in KINDS else make_format
+    if not name.endswith("tiles"):
+        return replace(make(name, experts * n_out, n_in, dtype=dtype, **options), shape=(experts, n_out, n_in))
+    each = [make(name, n_out, n_in, dtype=dtype, seed=e, **options) for e in range(experts)]
+    codes = torch.cat([w.codes.view(torch.uint8) for w in each]).view(each[0].codes.dtype)
+    return replace(each[0], shape=(experts, n_out, n_in), codes=codes, scales=torch.cat([w.scales for w in each]))
+
+
+def over_codes(w, sizes, n_in, n_out, transposed=False, **flags):
+    """An `expert_lora_linear` problem whose W is w, and whose oracle knows its numbers."""
+    numbers = dequantised(w)
+    p = make_expert_problem(sizes, n_in, n_out, dtype=w.dtype, transposed=transposed, **flags)
+    layers = [replace(e, w=of.T if transposed else of) for e, of in zip(p.experts, numbers, strict=True)]
+    return replace(p, w=w, experts=layers)

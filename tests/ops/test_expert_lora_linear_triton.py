@@ -15,6 +15,7 @@ from lora_kernels.ops import missing_backends
 from lora_kernels.testing import assert_expert_problem, make_expert_problem, run_experts
 from lora_kernels.testing.interpreter_memory import InterpreterViolation
 from tests.ops.interpreted import deterministic, interpreted
+from tests.ops.quantised import make_experts, over_codes
 
 if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)
@@ -44,6 +45,16 @@ def test_one_token():
     are."""
     with deterministic(False), use_backend("triton", simulate=True):
         assert_expert_problem(make_expert_problem([0, 1, 0], 40, 33, dtype=BF16))
+
+
+def test_codes_become_numbers_in_a_launch_of_their_own():
+    for name, transposed in (("nested", True), ("int8", False)):
+        w = make_experts(name, 5, *((16, 32) if transposed else (32, 16)), torch.bfloat16)
+        p = over_codes(w, [3, 0, 2, 1, 0], 16, 32, transposed, gain=True)
+        with deterministic(False), interpreted() as names:
+            assert_expert_problem(p)
+        forward = [PRODUCT, "dequantise_kernel", PRODUCT]
+        assert names == [*forward, *forward, OUTER, *forward, OUTER], names  # the gradient of gain asks for z again
 
 
 def test_no_tokens_and_no_experts_with_tokens():

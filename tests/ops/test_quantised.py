@@ -231,7 +231,7 @@ def test_fields_go_and_come():
     ({"table": None}, TypeError, "table must be torch.float32, found NoneType"),
     ({"table": torch.ones(15)}, ValueError, "table must be 16 numbers"),
     ({"outer": torch.ones(1)}, TypeError, "scales must be torch.uint8, found torch.float32"),
-    ({"shape": (128,)}, ValueError, r"shape must be \[out, in\], found \[128\]"),
+    ({"shape": (128,)}, ValueError, r"shape must be \[out, in\] or \[experts, out, in\], found \[128\]"),
     ({"block": 0}, ValueError, "blocks must have numbers, found 0 and 256"),
     ({"dtype": torch.int8}, TypeError, "dtype must be a floating one"),
 ])  # fmt: skip

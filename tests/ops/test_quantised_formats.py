@@ -214,8 +214,9 @@ def test_the_kernels_refuse_another_layout():
     w = make_format("mxfp4", 8, 64)
     codes, parts, layout = w.fields()
     for change, message in (
-        (layout[:8], "6 or 11 numbers"), ([9, *layout[1:]], "not one that"), ([*layout[:7], 7, *layout[8:]], "not one that"),
-        ([*layout[:9], 1, 0], "parts are missing"), ([*layout[:4], 16, *layout[5:]], "a part with gaps"),
+        (layout[:8], "6 or 12 numbers"), ([9, *layout[1:]], "not one that"), ([*layout[:7], 7, *layout[8:]], "not one that"),
+        ([*layout[:9], 1, 0, 0], "parts are missing"), ([*layout[:4], 16, *layout[5:]], "a part with gaps"),
+        ([*layout[:11], 3], "not one that"), ([*layout[:11], 4], "not one that"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"a quantised w: .*{message}"):
             widened(Packed.of(codes, parts, change))

@@ -209,7 +209,7 @@ def test_blocks_larger_than_the_weight(block):
     ("int8", {"table": torch.ones(16)}, "table must be None without codes of 4 bits"),
     ("nibbles", {"offset": torch.ones(1)}, "offset must be None without outer"),
     ("nibbles", {"outer_table": torch.ones(256)}, "outer_table must be None without outer"),
-    ("nibbles", {"shape": (-8, -16)}, r"shape must be \[out, in\], found \[-8, -16\]"),
+    ("nibbles", {"shape": (-8, -16)}, r"shape must be \[out, in\] or \[experts, out, in\], found \[-8, -16\]"),
 ])  # fmt: skip
 def test_parts_that_do_not_belong(kind, change, message):
     with pytest.raises(ValueError, match=f"QuantisedWeight: {message}"):

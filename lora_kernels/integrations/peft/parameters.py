@@ -30,8 +30,10 @@ from lora_kernels.integrations.peft.state import ARGUMENTS, PLAIN, type_name
 from lora_kernels.integrations.report import Survey
 from lora_kernels.nn.experts import Adapted, product_dtype, run_routed, run_sorted, run_split, run_with_identities
 from lora_kernels.nn.forms import IDENTITIES, LINEAR, ROUTED, SPLIT, Form, form_of
-from lora_kernels.ops import lora_linear
+from lora_kernels.nn.quantised_experts import is_parametrised, keeps_numbers_for_a_call, quantised_experts
+from lora_kernels.ops import QuantisedWeight, lora_linear
 from lora_kernels.ops.lora_linear.op import autocasts, without_autocast
+from lora_kernels.ops.quantised.op import codes_refusal
 from lora_kernels.ops.registry import PREFERENCE, forced_backend
 
 try:
@@ -45,6 +47,7 @@ EXPERTS_ON = frozenset(
 )
 """The kinds of devices that have kernels of experts."""
 NESTED_HOOKS = "a hook waits for the call of base_layer"
+CODES_TRANSPOSED = "the quantised weight is [in, out], which no kernel of a layer reads"
 _BEHIND_HOOKS = (NESTED_HOOKS, ON_META)
 _INDICES = (torch.int64, torch.int32)
 _FURTHER = {ROUTED: 2, IDENTITIES: 2, SPLIT: 1}
@@ -65,7 +68,7 @@ def read_parameters(layer: Any, inside: bool = False) -> Any:
             return f"{module.parameter_name} is adapted twice"
         wrappers[module.parameter_name] = module
         module = module._modules["base_layer"]
-    if not inside and has_hooks(module):
+    if not inside and has_hooks(module) and not _only_keeps_numbers(module):
         return NESTED_HOOKS
     form: Any = form_of(module)
     if type(form) is str:
@@ -83,6 +86,8 @@ def read_parameters(layer: Any, inside: bool = False) -> Any:
     if form.kind == IDENTITIES:
         if type(module.identity_expert) is not nn.Identity:
             return f"the identity of the experts is {type_name(module.identity_expert)}"
+        if type(found[0].w) is QuantisedWeight:
+            return f"{form.weights[0]} is quantised, with the identities among its experts"
         # the forward never reads those of identities
         w, a, b = (t if t is None else t[: module.num_routed_experts] for t in found[0][:3])
         found[0] = found[0]._replace(w=w, a=a, b=b)
@@ -91,10 +96,21 @@ def read_parameters(layer: Any, inside: bool = False) -> Any:
     return module, form, found
 
 
+def _only_keeps_numbers(module: Any) -> bool:
+    """Whether all that runs around the module's forward are bitsandbytes' hooks of codes."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    others = module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__
+    return not others and all(map(keeps_numbers_for_a_call, hooks))
+
+
 def _read_adapted(module: Any, name: str, wrapper: Any, form: Form) -> Any:
     """One parameter with its adapters as one, or why PEFT must run the layer."""
     w = module._parameters.get(name)
-    if (reason := frozen_refusal(w)) is not None:
+    if w is None and is_parametrised(module, name):
+        w = quantised_experts(module, name)
+        if type(w) is str:
+            return w
+    elif (reason := frozen_refusal(w)) is not None:
         return f"{reason} ({name})"
     if w.dim() != (2 if form.kind == LINEAR else 3):
         return f"{name} has {w.dim()} dimensions"
@@ -230,6 +246,8 @@ def _run(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], insi
     if x.dtype is not w.dtype and not form.casts and (torch.float64 in (x.dtype, w.dtype) or not autocasts(x.device.type)):
         return f"the input is {x.dtype}"
     if form.kind == LINEAR:
+        if form.transposed and type(w) is QuantisedWeight:
+            return CODES_TRANSPOSED
         return _run_linear(form, adapted[0], x)
     if (reason := _kernels_refusal(w)) is not None:
         return reason
@@ -256,8 +274,10 @@ def _run_linear(form: Form, adapted: Any, x: Tensor) -> Tensor:
         return lora_linear(x.to(dtype), (w.t() if form.transposed else w).to(dtype), a, b, scale, bias)
 
 
-def _kernels_refusal(w: Tensor) -> str | None:
+def _kernels_refusal(w: Tensor | QuantisedWeight) -> str | None:
     """Why no kernel of experts runs where their weights are; the reference is slower than PEFT."""
+    if type(w) is QuantisedWeight and not w.is_meta and (reason := codes_refusal(w)) is not None:
+        return reason
     there = w.is_meta or w.device.type in EXPERTS_ON or forced_backend()
     return None if there else f"there are no kernels of experts for {w.device.type}"
 
@@ -302,7 +322,8 @@ def survey_parameter(name: str, layer: Any, survey: Survey) -> None:
     # the weight that this layer adapts
     w, a, b, scale, bias, _ = adapted[form.weights.index(layer.parameter_name)]
     if form.kind == LINEAR:
-        if (reason := device_refusal(w)) is not None:
+        transposed_codes = CODES_TRANSPOSED if form.transposed and type(w) is QuantisedWeight else None
+        if (reason := transposed_codes or device_refusal(w)) is not None:
             survey.left[name] = reason
         else:
             survey.add_layer(name, w.t() if form.transposed else w, bias, a, b, scale, 0.0, False)

@@ -26,10 +26,15 @@ class Forward(NamedTuple):
     """Whether z = x Wᵀ + h Bᵀ [tokens, out] is wanted, for the gradient of gain."""
     index: Tensor | None = None
     """[tokens]: x is [rows, in], and token t is its row index[t]."""
+    parts: list[Tensor] | None = None
+    layout: list[int] | None = None
+    """Where W is quantised: w, parts and layout are then `QuantisedWeight.fields()`."""
 
     @property
     def n_out(self) -> int:
         """The features of y."""
+        if self.layout:
+            return self.layout[2] if self.transposed else self.layout[1] // len(self.offsets)
         return self.w.shape[2 if self.transposed else 1]
 
     @property
@@ -57,11 +62,13 @@ class Backward(NamedTuple):
     needs: list[int]
     """As `lora_linear.call.Needs`; of an op's schema it can be a list alone."""
     index: Tensor | None = None
+    parts: list[Tensor] | None = None
+    layout: list[int] | None = None
 
     def products(self) -> Forward:
         """The call whose y is z = x Wᵀ + h Bᵀ."""
         of = self.x, self.w, self.a, self.b, self.offsets, self.scale
-        return Forward(*of, None, None, self.transposed, False, False, self.index)
+        return Forward(*of, None, None, self.transposed, False, False, self.index, self.parts, self.layout)
 
 
 def gathered(call: Forward | Backward) -> Tensor:

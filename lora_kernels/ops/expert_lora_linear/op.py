@@ -18,6 +18,7 @@ from lora_kernels.ops.expert_lora_linear.call import Backward, Forward
 from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_gradients, requested_kinds
 from lora_kernels.ops.lora_linear.call import Needs, keeps_z
 from lora_kernels.ops.lora_linear.op import FLOATS, _any_autocast, check_kinds, scaled_b, without_autocast
+from lora_kernels.ops.quantised import QuantisedWeight
 from lora_kernels.ops.registry import declare
 from lora_kernels.ops.scale import traced_scale
 
@@ -27,7 +28,7 @@ OP = "expert_lora_linear"
 def expert_lora_linear(
     x: Tensor,
     offsets: Tensor,
-    w: Tensor,
+    w: Tensor | QuantisedWeight,
     a: Tensor | None,
     b: Tensor | None,
     scale: float | Tensor = 1.0,
@@ -43,7 +44,8 @@ def expert_lora_linear(
     `transposed` [experts, in, out]; a [experts, r, in], b [experts, out, r], any strides, both None
     for experts without an adapter; bias and gain [experts, out]. Returns [tokens, out] in the dtype
     of x. Rows from the last offset on belong to no expert: their y and dx are zero. w of an expert
-    without tokens is not read.
+    without tokens is not read. w may be a `QuantisedWeight` of the same three dimensions, whose
+    numbers are rounded to the dtype of x once, in both directions; W is not formed.
 
     With `index` [tokens], int64, x is [rows, in], token t is its row index[t], and it is the tokens
     that are sorted by expert. On the CPU no permuted copy of x is made, nor kept for backward. dx
@@ -75,12 +77,15 @@ def expert_lora_linear(
     elif isinstance(scale, Tensor):
         b, scale = scaled_b(b, scale, x), 1.0
     factor: Any = traced_scale(scale)
-    call = Forward(x, w, a, b, offsets, factor, bias, gain, transposed, False, False, index)
+    parts = layout = None
+    if isinstance(w, QuantisedWeight):
+        w, parts, layout = w.fields()
+    call = Forward(x, w, a, b, offsets, factor, bias, gain, transposed, False, False, index, parts, layout)
     if (forward_ad._current_level >= 0 or under_functorch()) and transformed():
         with without_autocast(x):
             return _forward.formula(call)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, a, b, bias, gain)):
-        return _ExpertLoRALinear.apply(x, w, a, b, offsets, factor, bias, gain, transposed, index)
+        return _ExpertLoRALinear.apply(x, w, a, b, offsets, factor, bias, gain, transposed, index, parts, layout)
     return _forward(call)[0]
 
 
@@ -88,6 +93,8 @@ def _check_arguments(x, offsets, w, a, b, scale, bias, gain, transposed, index):
     check_kinds(OP, scale, x=x, offsets=offsets, w=w, a=a, b=b, bias=bias, gain=gain, index=index)
     if x.dim() != 2 or w.dim() != 3:
         raise ValueError(f"{OP}: x must have two dimensions and w three, found x {list(x.shape)}, w {list(w.shape)}")
+    if isinstance(w, QuantisedWeight) and not w.shape[0]:
+        raise ValueError(f"{OP}: a quantised w must have experts, found {list(w.shape)}")
     experts, n_out, n_in = w.shape if not transposed else (w.shape[0], w.shape[2], w.shape[1])
     if x.shape[1] != n_in:
         order = "[experts, in, out]" if transposed else "[experts, out, in]"
@@ -147,23 +154,25 @@ _PLACES = [Needs._fields.index(name) if name in Needs._fields else -1 for name i
 
 class _ExpertLoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, a, b, offsets, scale, bias, gain, transposed, index):
+    def forward(ctx, x, w, a, b, offsets, scale, bias, gain, transposed, index, parts, layout):
         learns_gain = gain is not None and ctx.needs_input_grad[_FIELDS.index("gain")]
         # whether a gain is zero, so that y does not give z back, would be a question to the GPU
         keep_z = learns_gain and (keeps_z(bias, gain, False) or not x.is_cpu)
-        y, h, z = _forward(Forward(x, w, a, b, offsets, scale, bias, gain, transposed, b is not None, keep_z, index))
+        call = Forward(x, w, a, b, offsets, scale, bias, gain, transposed, b is not None, keep_z, index, parts, layout)
+        y, h, z = _forward(call)
         kept_y = y if learns_gain and not keep_z else None
         kept_h = None if b is None else h
-        ctx.save_for_backward(x, w, a, b, offsets, bias, gain, kept_h, kept_y, z if keep_z else None, index)
-        ctx.rest = scale, transposed, [OWN_DTYPE, *map(gradient_kind, (a, b, bias, gain))]
+        kept_z = z if keep_z else None
+        ctx.save_for_backward(x, w, a, b, offsets, bias, gain, kept_h, kept_y, kept_z, index, *(parts or ()))
+        ctx.rest = scale, transposed, layout, [OWN_DTYPE, *map(gradient_kind, (a, b, bias, gain))]
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, w, a, b, offsets, bias, gain, h, y, z, index = ctx.saved_tensors
-        (scale, transposed, kinds), wants = ctx.rest, ctx.needs_input_grad
+        x, w, a, b, offsets, bias, gain, h, y, z, index, *parts = ctx.saved_tensors
+        (scale, transposed, layout, kinds), wants = ctx.rest, ctx.needs_input_grad
         needs = requested_kinds(kinds, [wants[i] for i in _LEARNT])
-        call = Backward(dy, x, w, a, b, offsets, scale, bias, gain, transposed, h, y, z, needs, index)
+        call = Backward(dy, x, w, a, b, offsets, scale, bias, gain, transposed, h, y, z, needs, index, parts, layout)
         grads = (*differentiable(_gradients, _formula, call, dy), None)
         return tuple([grads[i] for i in _PLACES])
 

@@ -6,11 +6,13 @@ import torch
 from lora_kernels.ops.expert_lora_linear.call import gathered, segments_of
 from lora_kernels.ops.gradients import gradient_dtype, laid_out_as
 from lora_kernels.ops.lora_linear.call import Needs
+from lora_kernels.ops.quantised.formula import experts_weight_of
 from lora_kernels.ops.registry import implements
 
 
 @implements("expert_lora_linear_forward", "reference")
 def forward(call):
+    call = _dequantised(call)
     x, tokens = gathered(call), call.tokens
     ys, hs, zs, last = [], [], [], 0
     for e, first, last in segments_of(call.offsets, tokens):
@@ -29,7 +31,8 @@ def forward(call):
 
 @implements("expert_lora_linear_backward", "reference")
 def backward(call):
-    x, needs = gathered(call), Needs(*call.needs)
+    call, needs = _dequantised(call), Needs(*call.needs)
+    x = gathered(call)
     dxs, found = [], {name: {} for name in ("a", "b", "bias", "gain")}
     for e, first, last in segments_of(call.offsets, len(x)):
         w, a, b, _, gain = _of_expert(call, e)
@@ -48,6 +51,11 @@ def backward(call):
     dx = None if dx is None else dx.to(x.dtype)
     like = zip((call.a, call.b, call.bias, call.gain), found.values(), needs[1:], strict=True)
     return dx, *(_all_experts(of, t, need) if need else None for t, of, need in like)
+
+
+def _dequantised(call):
+    """The same call with W as a tensor."""
+    return call._replace(w=experts_weight_of(call, len(call.offsets)), parts=None, layout=None)
 
 
 def _of_expert(call, e):

@@ -1,6 +1,7 @@
 """Triton: h, then y, in two launches for all experts, or of few tokens in one; backward P and dx,
 dA, and dB with the sums over the tokens, in four. Their number does not grow with that of the
-experts."""
+experts. Codes of all experts become numbers before, in one launch more, and stay for the time of a
+call."""
 
 import torch
 
@@ -20,6 +21,7 @@ from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import sound_schedule
+from lora_kernels.ops.triton_quantised import Quantised, dequantise_rows
 from lora_kernels.ops.triton_skinny import precision, strides
 
 MOST = 1024  # experts: each program looks at all offsets
@@ -27,8 +29,11 @@ FEW, THIN = 16, 32  # tokens of an expert and ranks whose h and y are one launch
 
 
 def refusal(call):
-    tensors = {name: getattr(call, name) for name in ("x", "w", "a", "b", "bias", "gain")}
-    many = f"w has {len(call.w)} experts; the kernel looks at {MOST} at most" if len(call.w) > MOST else None
+    if call.layout and (reason := Quantised(call.w, call.parts, call.layout).refusal()):
+        return reason
+    names = ("x", "a", "b", "bias", "gain") if call.layout else ("x", "w", "a", "b", "bias", "gain")
+    tensors, experts = {name: getattr(call, name) for name in names}, len(call.offsets)
+    many = f"w has {experts} experts; the kernel looks at {MOST} at most" if experts > MOST else None
     return refuse_dtypes(**tensors) or refuse_negated(**tensors) or many or refuse_device(call.x)
 
 
@@ -47,9 +52,9 @@ def forward(call):
     scale = float(call.scale)
     if call.b is not None and not one_pass:
         _product(call, x, call.a, h, scale=scale)
-    w = call.w.mT if call.transposed else call.w
+    w = _weight(call)
     how = {"a": call.a, "scale": scale} if one_pass else {}
-    _product(call, x, w, y, h=h, b=call.b, gain=call.gain, bias=call.bias, z=z, **how)
+    _product(call, x, w.mT if call.transposed else w, y, h=h, b=call.b, gain=call.gain, bias=call.bias, z=z, **how)
     return y, h if call.keep_h else None, z
 
 
@@ -65,12 +70,12 @@ def backward(call):
         p = x.new_empty(len(dy), call.b.shape[2], dtype=torch.float32)
         _product(call, dy, call.b.mT, p, scaled=call.gain, scale=float(call.scale))
     if needs.x:
-        w = call.w if call.transposed else call.w.mT
-        _product(call, dy, w, dx, h=p, b=None if call.a is None else call.a.mT, scaled=call.gain)
+        w = _weight(call)
+        _product(call, dy, w if call.transposed else w.mT, dx, h=p, b=None if call.a is None else call.a.mT, scaled=call.gain)
     if needs.a:
         _outer(call, x, p, da)
     if needs.b or needs.bias or needs.gain:
-        sums = [dy.new_empty(len(call.w), dy.shape[1], dtype=torch.float32) if need else None for need in needs[3:]]
+        sums = [dy.new_empty(len(call.offsets), dy.shape[1], dtype=torch.float32) if need else None for need in needs[3:]]
         v = call.z if needs.gain else None
         if needs.gain and v is None:  # whether y divided by gain gives it back is not known here
             v = forward(call.products())[0]
@@ -82,9 +87,17 @@ def backward(call):
     return summed(dx, call), da, db, dbias, dgain
 
 
+def _weight(call):
+    """W of all experts as numbers."""
+    if not call.layout:
+        return call.w
+    w, experts = dequantise_rows(Quantised(call.w, call.parts, call.layout)), len(call.offsets)
+    return w.view(experts, w.shape[0] // max(experts, 1), w.shape[1])
+
+
 def _in_one_pass(call):
     """Not in the deterministic mode, where all numbers of tokens have one form."""
-    few = ceil_div(call.tokens, len(call.w)) <= FEW and call.b.shape[2] <= THIN
+    few = ceil_div(call.tokens, len(call.offsets)) <= FEW and call.b.shape[2] <= THIN
     return few and not torch.are_deterministic_algorithms_enabled()
 
 
@@ -116,7 +129,7 @@ def _product(call, x, w, y, *, a=None, h=None, b=None, gain=None, bias=None, sca
 
 def _outer(call, u, p, out, *, gain=None, v=None, of_u=None, of_uv=None):
     """What `expert_outer_kernel` makes: out [experts, r, n]."""
-    (m, n), experts, r = u.shape, len(call.w), 1 if p is None else p.shape[1]
+    (m, n), experts, r = u.shape, len(call.offsets), 1 if p is None else p.shape[1]
     t = tile("expert_outer", u, dtype=u.dtype, heavy=of_uv is not None)
     bn, br, taken = power_of_two(n, most=t.columns), power_of_two(r, most=t.ranks), precision(u)
     warps, stages = sound_schedule(u, [p], taken, bn, t.warps, t.stages)

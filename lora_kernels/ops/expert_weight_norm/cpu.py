@@ -4,6 +4,7 @@ transposed W, take `weight_norm`'s kernels, one expert after the other."""
 import torch
 
 from lora_kernels import _cpu
+from lora_kernels.ops.cpu_quantised import Packed, expert_args, held, in_own_dtype, refuse_codes
 from lora_kernels.ops.cpu_tensors import stack_args
 from lora_kernels.ops.gradients import gradient_dtype
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
@@ -14,20 +15,22 @@ from lora_kernels.ops.weight_norm.op import _forward as layer_forward
 
 
 def refusal(call):
-    tensors = {"w": call.w, "a": call.a, "b": call.b}
-    return refuse_dtypes(**tensors) or refuse_negated(**tensors)
+    tensors = {"a": call.a, "b": call.b} if call.layout else {"w": call.w, "a": call.a, "b": call.b}
+    of_codes = refuse_codes(call.w, call.parts, call.layout) if call.layout else None
+    return of_codes or refuse_dtypes(**tensors) or refuse_negated(**tensors)
 
 
 @implements("expert_weight_norm_forward", "cpu", refusal)
 def forward(call):
-    w, squared = call.w, call.w_squared
-    norm = w.new_empty(call.b.shape[:2], dtype=torch.float32)
-    if call.transposed or w.stride(2) != 1 or not w.numel():
-        for row, member in zip(norm, call.members(), strict=True):
+    w, squared = _weight(call), call.w_squared
+    norm = call.w.new_empty(call.b.shape[:2], dtype=torch.float32)
+    by_rows = isinstance(w, Packed) or w.stride(2) == 1
+    if call.transposed or not by_rows or not w.numel():
+        for row, member in zip(norm, call.members(_members(call, w)), strict=True):
             row.copy_(layer_forward(member))
         return norm
     squared = None if squared is None else squared.to(torch.float32).contiguous()
-    tensors = [stack_args(t) for t in (w, call.a, call.b)]
+    tensors = expert_args(w, len(call.a)), stack_args(call.a), stack_args(call.b)
     _cpu.expert_norm(*tensors, squared, norm, call.scale, MAX_CONDITION[w.dtype], torch.get_num_threads())
     return norm
 
@@ -36,8 +39,23 @@ def forward(call):
 def backward(call):
     like = zip((call.a, call.b), call.needs, strict=True)
     found = [torch.empty_like(t, dtype=gradient_dtype(t, need)) if need else None for t, need in like]
-    for e, member in enumerate(call.members()):
+    for e, member in enumerate(call.members(_members(call, _weight(call)))):
         for whole, part in zip(found, layer_backward(member), strict=True):
             if whole is not None:
                 whole[e].copy_(part)
     return tuple(found)
+
+
+def _weight(call):
+    return held(Packed.of(call.w, call.parts, call.layout)) if call.layout else call.w
+
+
+def _members(call, w):
+    """W [out, in] of each expert; the numbers of codes are there of one expert at a time."""
+    if not isinstance(w, Packed):
+        yield from w.mT if call.transposed else w
+        return
+    rows = w.rows // len(call.a)
+    for e in range(len(call.a)):
+        numbers = in_own_dtype(w.some(slice(e * rows, (e + 1) * rows)))
+        yield numbers.T if call.transposed else numbers

@@ -6,7 +6,7 @@ by `weight_norm`'s factored form, W read once and BA never formed.
 Source: DoRA, arXiv:2402.09353, eq. 5 and §4.3.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from lora_kernels.ops.derivatives import transformed
 from lora_kernels.ops.gradients import gradient_dtype, gradient_kind, requested_kinds
 from lora_kernels.ops.lora_linear.op import FLOATS, check_kinds, without_autocast
+from lora_kernels.ops.quantised import QuantisedWeight
+from lora_kernels.ops.quantised.weight import DTYPES
 from lora_kernels.ops.registry import declare
 from lora_kernels.ops.scale import traced_scale
 from lora_kernels.ops.weight_norm.op import Norm, NormBackward, differentiable_norm
@@ -23,12 +25,18 @@ OP = "expert_weight_norm"
 
 
 def expert_weight_norm(
-    w: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, w_squared: Tensor | None = None, transposed: bool = False
+    w: Tensor | QuantisedWeight,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor = 1.0,
+    w_squared: Tensor | None = None,
+    transposed: bool = False,
 ) -> Tensor:
     """Norm (1) of each row of each adapted weight.
 
-    Shapes: w [experts, out, in], or with `transposed` [experts, in, out]; a [experts, r, in], b
-    [experts, out, r], any strides; returns [experts, out] in float32 (float64 if w is float64).
+    Shapes: w [experts, out, in], or with `transposed` [experts, in, out], which may be a
+    `QuantisedWeight`; a [experts, r, in], b [experts, out, r], any strides; returns [experts, out]
+    in float32 (float64 if w is float64).
     `w_squared` [experts, out] is ‖W‖² of each row, when the caller has it. Sums, errors, gradients
     (to a, b and a tensor `scale`) and further derivatives are as in `weight_norm`; those of a and b
     lie as these do.
@@ -43,19 +51,24 @@ def expert_weight_norm(
         wide = torch.promote_types(torch.promote_types(b.dtype, w.dtype), torch.float32)
         b, scale = b.to(wide) * scale.to(wide).reshape(()), 1.0
     factor: Any = traced_scale(scale)
-    with without_autocast(w):
+    codes, parts, layout = w.fields() if isinstance(w, QuantisedWeight) else (w, None, None)
+    with without_autocast(codes):
         if transformed():
-            return _forward.formula(ExpertNorm(w, a, b, factor, w_squared, transposed))
+            return _forward.formula(ExpertNorm(codes, a, b, factor, w_squared, transposed, parts, layout))
         if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-            return _ExpertWeightNorm.apply(w, a, b, factor, w_squared, transposed)
-        return _forward(ExpertNorm(w, a, b, factor, w_squared, transposed))
+            return _ExpertWeightNorm.apply(codes, a, b, factor, w_squared, transposed, parts, layout)
+        return _forward(ExpertNorm(codes, a, b, factor, w_squared, transposed, parts, layout))
 
 
 def _check_arguments(w, a, b, scale, w_squared, transposed):
     check_kinds(OP, scale, w=w, a=a, b=b, w_squared=w_squared)
     if w.dim() != 3 or a.dim() != 3:
         raise ValueError(f"{OP}: w and a must have three dimensions, found w {list(w.shape)}, a {list(a.shape)}")
-    experts, n_out, n_in = w.mT.shape if transposed else w.shape
+    experts, n_out, n_in = w.shape
+    if transposed:
+        n_out, n_in = n_in, n_out
+    if isinstance(w, QuantisedWeight) and not experts:
+        raise ValueError(f"{OP}: a quantised w must have experts, found {list(w.shape)}")
     rank = a.shape[1]
     if a.shape != (experts, rank, n_in) or rank < 1:
         raise ValueError(f"{OP}: a must have shape [{experts}, r, {n_in}] with r of at least 1, found {list(a.shape)}")
@@ -77,20 +90,20 @@ def _check_arguments(w, a, b, scale, w_squared, transposed):
 
 class _ExpertWeightNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w, a, b, scale, w_squared, transposed):
-        n = _forward(ExpertNorm(w, a, b, scale, w_squared, transposed))
-        ctx.save_for_backward(w, a, b, n)
-        ctx.rest = scale, transposed, (gradient_kind(a), gradient_kind(b))
+    def forward(ctx, w, a, b, scale, w_squared, transposed, parts, layout):
+        n = _forward(ExpertNorm(w, a, b, scale, w_squared, transposed, parts, layout))
+        ctx.save_for_backward(w, a, b, n, *(parts or ()))
+        ctx.rest = scale, transposed, layout, (gradient_kind(a), gradient_kind(b))
         return n
 
     @staticmethod
     def backward(ctx, dn):
-        scale, transposed, kinds = ctx.rest
-        w, a, b, n = ctx.saved_tensors
+        scale, transposed, layout, kinds = ctx.rest
+        w, a, b, n, *parts = ctx.saved_tensors
         needs = requested_kinds(kinds, ctx.needs_input_grad[1:3])
-        call = ExpertNormBackward(dn, n, w, a, b, scale, transposed, needs)
+        call = ExpertNormBackward(dn, n, w, a, b, scale, transposed, needs, parts, layout)
         da, db = differentiable_norm(_backward, call)
-        return None, da, db, None, None, None
+        return None, da, db, None, None, None, None, None
 
 
 class ExpertNorm(NamedTuple):
@@ -102,11 +115,14 @@ class ExpertNorm(NamedTuple):
     scale: float
     w_squared: Tensor | None
     transposed: bool
+    parts: list[Tensor] | None = None
+    layout: list[int] | None = None
+    """Where W is quantised: w, parts and layout are then `QuantisedWeight.fields()`."""
 
-    def members(self) -> Iterator[Norm]:
-        """Each expert as a call of its own."""
-        for e, (w, a, b) in enumerate(zip(self.w, self.a, self.b, strict=True)):
-            yield Norm(w.T if self.transposed else w, a, b, self.scale, None if self.w_squared is None else self.w_squared[e])
+    def members(self, weights: Iterable[Any]) -> Iterator[Norm]:
+        """Each expert as a call of its own, with its W [out, in]."""
+        for e, (w, a, b) in enumerate(zip(weights, self.a, self.b, strict=True)):
+            yield Norm(w, a, b, self.scale, None if self.w_squared is None else self.w_squared[e])
 
 
 class ExpertNormBackward(NamedTuple):
@@ -121,15 +137,18 @@ class ExpertNormBackward(NamedTuple):
     scale: float
     transposed: bool
     needs: list[int]
+    parts: list[Tensor] | None = None
+    layout: list[int] | None = None
 
-    def members(self) -> Iterator[NormBackward]:
-        """Each expert as a call of its own."""
-        for dn, n, w, a, b in zip(self.dn, self.n, self.w, self.a, self.b, strict=True):
-            yield NormBackward(dn, n, w.T if self.transposed else w, a, b, self.scale, self.needs)
+    def members(self, weights: Iterable[Any]) -> Iterator[NormBackward]:
+        """Each expert as a call of its own, with its W [out, in]."""
+        for dn, n, w, a, b in zip(self.dn, self.n, weights, self.a, self.b, strict=True):
+            yield NormBackward(dn, n, w, a, b, self.scale, self.needs)
 
 
 def _fake_norm(call):
-    return call.w.new_empty(call.b.shape[:2], dtype=torch.promote_types(call.w.dtype, torch.float32))
+    dtype = DTYPES[call.layout[3]] if call.layout else call.w.dtype
+    return call.w.new_empty(call.b.shape[:2], dtype=torch.promote_types(dtype, torch.float32))
 
 
 def _fake_backward(call):

@@ -10,8 +10,13 @@ def weight_of(call):
     return dequantised(QuantisedWeight.of_fields(call.w, call.parts, call.layout)) if call.layout else call.w
 
 
+def experts_weight_of(call, experts):
+    """The same of all experts, whose W is three-dimensional."""
+    return dequantised(QuantisedWeight.of_fields(call.w, call.parts, call.layout, experts)) if call.layout else call.w
+
+
 def dequantised(w):
-    """W of a QuantisedWeight, [out, in] in its dtype."""
+    """W of a QuantisedWeight in its shape and dtype."""
     flat, numbers = w.codes.reshape(-1), w.numel()
     if w.kind == NIBBLES:
         high, low = flat >> 4, flat & 15
@@ -32,7 +37,7 @@ def spread(w, of_blocks):
     """A number of each block for each number of W."""
     if not w.block_rows:
         return of_blocks.reshape(-1).repeat_interleave(min(w.block, w.numel()))[: w.numel()]
-    n_out, n_in = w.shape
-    tiles = of_blocks.reshape(-(-n_out // w.block_rows), -(-n_in // w.block))
-    across = tiles.repeat_interleave(min(w.block, n_in), 1)[:, :n_in]
-    return across.repeat_interleave(min(w.block_rows, n_out), 0)[:n_out].reshape(-1)
+    *experts, n_out, n_in = w.shape
+    tiles = of_blocks.reshape(*experts, -(-n_out // w.block_rows), -(-n_in // w.block))
+    across = tiles.repeat_interleave(min(w.block, n_in), -1)[..., :n_in]
+    return across.repeat_interleave(min(w.block_rows, n_out), -2)[..., :n_out, :].reshape(-1)

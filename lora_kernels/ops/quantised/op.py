@@ -19,14 +19,14 @@ class Codes(NamedTuple):
 
 
 def dequantise(weight: QuantisedWeight) -> Tensor:
-    """W [out, in] in the weight's dtype, each number rounded once. It equals, bit for bit, what the
+    """W in the weight's shape and dtype, each number rounded once. It equals, bit for bit, what the
     library that wrote the codes makes of them.
 
     Raises:
         NotImplementedError: the forced backend refuses; the message says why.
     """
     with torch.no_grad():
-        return _dequantise(Codes(*weight.fields()))
+        return _dequantise(Codes(*weight.fields())).view(weight.shape)
 
 
 def _fake(call):

@@ -7,4 +7,4 @@ from lora_kernels.ops.registry import implements
 
 @implements("dequantise", "reference")
 def dequantise(call):
-    return dequantised(QuantisedWeight.of_fields(*call))
+    return dequantised(QuantisedWeight.of_fields(*call)).flatten(0, -2)

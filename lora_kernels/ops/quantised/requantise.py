@@ -21,8 +21,8 @@ from lora_kernels.ops.quantised.weight import HALVES, INT8, LOW_FIRST, NIBBLES, 
 
 
 def requantised(w: Tensor, like: QuantisedWeight) -> QuantisedWeight:
-    """w [out, in], finite, as codes: `like` with other codes, scales and zeros. W is read in
-    float32.
+    """w of the shape of `like`, finite, as codes: `like` with other codes, scales and zeros. W is
+    read in float32.
 
     Raises:
         ValueError: w has another shape than `like`, or is on another device.
@@ -61,10 +61,10 @@ def requantised(w: Tensor, like: QuantisedWeight) -> QuantisedWeight:
 def _range(wide: Tensor, like: QuantisedWeight) -> tuple[Tensor, Tensor]:
     """The least and the largest number of each block, or 0 if that is beyond."""
     if like.block_rows:
-        (n_out, n_in), rows, columns = like.shape, like.block_rows, like.block
+        (*experts, n_out, n_in), rows, columns = like.shape, like.block_rows, like.block
         down, across = -(-n_out // rows), -(-n_in // columns)
         tiles = F.pad(wide, (0, across * columns - n_in, 0, down * rows - n_out))
-        blocks = tiles.view(down, rows, across, columns).transpose(1, 2).reshape(like.blocks, rows * columns)
+        blocks = tiles.view(*experts, down, rows, across, columns).transpose(-3, -2).reshape(like.blocks, rows * columns)
     else:
         size = min(like.block, max(like.numel(), 1))
         blocks = F.pad(wide.view(-1), (0, like.blocks * size - like.numel())).view(like.blocks, size)

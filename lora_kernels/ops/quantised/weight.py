@@ -25,14 +25,17 @@ _KINDS = ("4-bit codes", "int8", "float8_e4m3fn", "float8_e5m2")
 
 @dataclass(frozen=True, eq=False)
 class QuantisedWeight:
-    """W [out, in] as codes and scales, for ops in the place of `w`:
+    """W [out, in], or of experts [experts, out, in], as codes and scales, for ops in the place of
+    `w`:
 
         W[n, k] = (value(code[n, k]) - zero(n, k)) · scale(n, k)                             (1)
 
     in float32, and then rounded to `dtype`. Numbers count row by row, and each `block` of them,
     across the ends of rows, has one scale and, with `zeros`, one zero; the last block may be
     shorter. With `block_rows` blocks are of that many rows and of `block` columns instead, counted
-    row by row, and those at W's edges may be smaller. A scale may be a power of two
+    row by row, and those at W's edges may be smaller. The rows of experts are counted on from one
+    to the next, so blocks may cross from one to another, but those of `block_rows` end at each
+    one's edges. A scale may be a power of two
     (float8_e8m0fnu, as in MXFP4), or an 8-bit code ("double quantised"):
 
         scale[i] = outer_table[scales[i]] · outer[i // outer_block] + offset                 (2)
@@ -81,8 +84,8 @@ class QuantisedWeight:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", torch.Size(self.shape))
-        if len(self.shape) != 2 or min(self.shape) < 0:
-            raise ValueError(f"QuantisedWeight: shape must be [out, in], found {list(self.shape)}")
+        if len(self.shape) not in (2, 3) or min(self.shape) < 0:
+            raise ValueError(f"QuantisedWeight: shape must be [out, in] or [experts, out, in], found {list(self.shape)}")
         if self.codes.dtype not in _CODES:
             raise TypeError(
                 f"QuantisedWeight: codes must be uint8, int8, float8_e4m3fn or float8_e5m2, found {self.codes.dtype}"
@@ -137,7 +140,7 @@ class QuantisedWeight:
     def blocks(self) -> int:
         """How many there are."""
         if self.block_rows:
-            return -(-self.shape[0] // self.block_rows) * -(-self.shape[1] // self.block)
+            return self.experts * -(-self.shape[-2] // self.block_rows) * -(-self.shape[-1] // self.block)
         return -(-self.numel() // self.block)
 
     @property
@@ -153,10 +156,15 @@ class QuantisedWeight:
         return self.codes.is_cuda
 
     def dim(self) -> int:
-        return 2
+        return len(self.shape)
+
+    @property
+    def experts(self) -> int:
+        """How many matrices there are."""
+        return self.shape[0] if len(self.shape) == 3 else 1
 
     def numel(self) -> int:
-        return self.shape[0] * self.shape[1]
+        return self.experts * self.shape[-2] * self.shape[-1]
 
     @property
     def nbytes(self) -> int:
@@ -169,7 +177,7 @@ class QuantisedWeight:
         return self if dtype is self.dtype else replace(self, dtype=dtype)
 
     def dequantise(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Formula (1) as a tensor [out, in], in another dtype than its own if that is given."""
+        """Formula (1) as a tensor of W's shape, in another dtype than its own if that is given."""
         from lora_kernels.ops.quantised.op import dequantise
 
         return dequantise(self if dtype is None else self.to(dtype))
@@ -177,21 +185,30 @@ class QuantisedWeight:
     def fields(self) -> tuple[Tensor, list[Tensor], list[int]]:
         """(codes, other tensors, numbers), as the ops pass them on. The numbers are (kind, out, in,
         dtype, block, outer_block), and more only where one of these is not 0: (block_rows, order,
-        whether scales are powers, whether there are zeros, zero_rounded)."""
+        whether scales are powers, whether there are zeros, zero_rounded, the rows of an expert
+        where the tiles at its edge are smaller). `out` counts the rows of all experts."""
         return self._fields() if self._kept is None else self._kept
 
     def _fields(self) -> tuple[Tensor, list[Tensor], list[int]]:
         scales, powers = self.scales, self.scales.dtype is POWERS
         tensors = (self.table, _bytes(scales) if powers else scales, self.outer_table, self.outer, self.offset, self.zeros)
-        layout = [self.kind, *self.shape, DTYPES.index(self.dtype), self.block, self.outer_block]
+        n_out, n_in = self.shape[-2], self.shape[-1]
+        layout = [self.kind, self.experts * n_out, n_in, DTYPES.index(self.dtype), self.block, self.outer_block]
         # pieces of one row that fill it are blocks across rows
-        block_rows = 0 if self.block_rows == 1 and self.shape[1] % self.block == 0 else self.block_rows
-        more = [block_rows, self.order, int(powers), int(self.zeros is not None), int(self.zero_rounded)]
+        block_rows = 0 if self.block_rows == 1 and n_in % self.block == 0 else self.block_rows
+        expert_rows = n_out if len(self.shape) == 3 and block_rows and n_out % block_rows else 0
+        more = [block_rows, self.order, int(powers), int(self.zeros is not None), int(self.zero_rounded), expert_rows]
         codes = _bytes(self.codes) if self.kind >= E4M3 else self.codes
         return codes, [t for t in tensors if t is not None], layout + more if any(more) else layout
 
     def packed(self) -> tuple[Tensor, list[Tensor], list[int], int, int]:
-        """`fields`, the first row and how many: all of W, as the CPU's kernels read it."""
+        """`fields`, the first row and how many: all of W, as the CPU's kernels of a layer read it.
+
+        Raises:
+            ValueError: W is of experts.
+        """
+        if len(self.shape) != 2:
+            raise ValueError(f"QuantisedWeight: the w of a layer must be [out, in], found {list(self.shape)}")
         codes, parts, layout = self.fields()
         return codes, parts, layout, 0, layout[1]
 
@@ -199,10 +216,12 @@ class QuantisedWeight:
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     @staticmethod
-    def of_fields(codes: Tensor, parts: list[Tensor], layout: list[int]) -> "QuantisedWeight":
-        """What `fields` gave, again."""
+    def of_fields(codes: Tensor, parts: list[Tensor], layout: list[int], experts: int | None = None) -> "QuantisedWeight":
+        """What `fields` gave, again: [out, in], or with `experts` theirs."""
         kind, n_out, n_in, dtype, block, outer_block, *more = layout
-        block_rows, order, powers, has_zeros, zero_rounded = more or (0,) * 5
+        block_rows, order, powers, has_zeros, zero_rounded, expert_rows = more or (0,) * 6
+        experts = experts or (n_out // expert_rows if expert_rows else None)
+        shape: tuple[int, ...] = (n_out, n_in) if experts is None else (experts, n_out // experts, n_in)
         rest = list(parts)
         if kind >= E4M3:
             codes = codes.view(torch.float8_e4m3fn if kind == E4M3 else torch.float8_e5m2)
@@ -212,7 +231,7 @@ class QuantisedWeight:
             rest[0] = rest[0].view(POWERS)
         named |= dict(zip(("scales", "outer_table", "outer", "offset"), rest, strict=False))
         return QuantisedWeight(
-            codes, torch.Size((n_out, n_in)), block=block, dtype=DTYPES[dtype], outer_block=outer_block,
+            codes, torch.Size(shape), block=block, dtype=DTYPES[dtype], outer_block=outer_block,
             block_rows=block_rows, order=order, zero_rounded=bool(zero_rounded), **named,
         )  # fmt: skip
 
