@@ -33,7 +33,7 @@ struct ExpertProduct {
   int64_t small;  // tokens up to which one kernel streams W once, adapter and all
   std::vector<Segment> segments;
   int threads;
-  std::vector<int64_t> index = {};  // [tokens], or empty
+  std::vector<int64_t> index = {};    // [tokens], or empty
   const Quantised* packed = nullptr;  // W of all experts, in the place of the numbers of w
 };
 

@@ -148,13 +148,14 @@ def _find_parameters(model: nn.Module, wanted: list[str], strict: bool) -> dict[
 
 
 def _parameters_of(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """The module and the last name of each parameter, by its name."""
-    return {
-        f"{name}.{parameter}": (name, parameter)
-        for name, module in model.named_modules()
-        for parameter, tensor in module._parameters.items()
-        if tensor is not None
-    }
+    """The module and the last name of each parameter, by its name; those that a parametrization
+    computes count, too."""
+    found = {}
+    for name, module in model.named_modules():
+        held = [parameter for parameter, tensor in module._parameters.items() if tensor is not None]
+        computed: Any = module._modules.get("parametrizations") or ()
+        found.update({f"{name}.{parameter}": (name, parameter) for parameter in (*held, *computed)})
+    return found
 
 
 def _parameter_hint(model: nn.Module, wanted: list[str] | str) -> str:

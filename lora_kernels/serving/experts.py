@@ -51,7 +51,11 @@ def experts_at(modules: Mapping[str, nn.Module], name: str) -> dict[str, Experts
     owner, _, parameter = name.rpartition(".")
     path, wanted = (owner, parameter) if name not in modules else (name, None)
     module = modules.get(path)
-    if module is None or not any(p is not None and p.dim() == 3 for p in module._parameters.values()):
+    if module is None:
+        return None
+    # those that a parametrization computes are no parameters
+    three = any(p is not None and p.dim() == 3 for p in module._parameters.values())
+    if not three and "parametrizations" not in module._modules:
         return None
     form = form_of(module)
     kind = type(module).__name__
