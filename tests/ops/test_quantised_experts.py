@@ -25,6 +25,7 @@ from lora_kernels.testing import assert_expert_problem, run_experts
 from tests.ops.cpu import at_level
 from tests.ops.quantised import FORMATS, KINDS, make_experts, over_codes
 from tests.ops.test_cpu_levels import levels
+from tests.ops.test_expert_lora_linear_index import assert_as_gathered, indexed
 
 ALL = (*KINDS, *FORMATS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -219,9 +220,9 @@ def test_schemas_and_compile(backend):
     assert layout[-1] == 48
     ops = torch.ops.lora_kernels
     given = p.x, codes, p.a, p.b, p.offsets, 0.5, p.bias, p.gain, False
-    torch.library.opcheck(ops.expert_lora_linear_forward.default, (*given, True, False, parts, layout))
-    y, h, _ = ops.expert_lora_linear_forward.default(*given, True, False, parts, layout)
-    backward = (p.dy, *given, h, y, None, [1] * 5, parts, layout)
+    torch.library.opcheck(ops.expert_lora_linear_forward.default, (*given, True, False, None, parts, layout))
+    y, h, _ = ops.expert_lora_linear_forward.default(*given, True, False, None, parts, layout)
+    backward = (p.dy, *given, h, y, None, [1] * 5, None, parts, layout)
     torch.library.opcheck(ops.expert_lora_linear_backward.default, backward)
     norm = codes, p.a, p.b, 0.5, None, False, parts, layout
     torch.library.opcheck(ops.expert_weight_norm_forward.default, norm)
@@ -232,6 +233,26 @@ def test_schemas_and_compile(backend):
     )
     compiled = torch.compile(lambda x: expert_lora_linear(x, p.offsets, p.w, p.a, p.b), fullgraph=True, backend="aot_eager")
     assert compiled(p.x).equal(expert_lora_linear(p.x, p.offsets, p.w, p.a, p.b))
+
+
+@pytest.mark.parametrize("name", ["nested", "mxfp4", "e4m3 tiles"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_x_through_an_index(backend, name, transposed):
+    """Few tokens, some and many, and one expert alone: the numbers of a gathered x."""
+    for dtype in DTYPES:
+        for sizes in ([3, 0, 70, 14], [0, 0, 9], [40, 2]):
+            p = make_problem(name, sizes, 128, 66, dtype, transposed, gain=dtype is not torch.float16, bias=True, left=2)
+            assert_as_gathered(p)
+
+
+def test_opcheck_with_an_index(backend):
+    p = make_problem("mxfp4", [3, 0, 9], 64, 48, bias=True)
+    (codes, parts, layout), (x, index) = p.w.fields(), indexed(p)
+    ops, given = torch.ops.lora_kernels, (x, codes, p.a, p.b, p.offsets, 0.5, p.bias, None, False)
+    torch.library.opcheck(ops.expert_lora_linear_forward.default, (*given, True, False, index, parts, layout))
+    _, h, _ = ops.expert_lora_linear_forward.default(*given, True, False, index, parts, layout)
+    backward = (p.dy, *given, h, None, None, [1, 1, 1, 1, 0], index, parts, layout)
+    torch.library.opcheck(ops.expert_lora_linear_backward.default, backward)
 
 
 def test_autocast_reads_the_codes_as_its_dtype(backend):
