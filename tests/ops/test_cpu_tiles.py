@@ -235,16 +235,18 @@ def test_what_is_below_the_smallest_normal_number_is_at_most_lost(tokens):
     assert (y.double()[exact.abs() > 2.0**-122] != 0).all()
 
 
+@pytest.mark.parametrize("gains", ["trained", "any"])
 @pytest.mark.parametrize("rank", [5, 70])
 @pytest.mark.parametrize("tokens", [1, 9, 70])
-def test_a_base_that_is_dropped_too_is_two_products(monkeypatch, tokens, rank):
-    """DoRA with dropout: y is rounded once and dx twice, and no W becomes float32."""
+def test_a_base_that_is_dropped_too_is_products_of_bf16(monkeypatch, tokens, rank, gains):
+    """DoRA with dropout: y and dx are rounded once or little more, and no W becomes float32."""
     from lora_kernels import lora_linear
     from lora_kernels.ops.lora_linear import cpu
 
     monkeypatch.setattr(cpu, "held", lambda w: pytest.fail("W is widened"))
     x, w, a, b = random(7, (tokens, 257), (140, 257), (rank, 257), (140, rank))
     gain, bias, dy = random(8, (140,), (140,), (tokens, 140))
+    gain = 1 + 0.1 * gain if gains == "trained" else gain
     x, w, a, b, gain, bias, dy = (t.bfloat16() for t in (x, w, a, b * 0.1, gain, bias, dy))
     learnt = [t.requires_grad_() for t in (x, a, b, gain)]
     seed = torch.tensor(11)
@@ -257,6 +259,6 @@ def test_a_base_that_is_dropped_too_is_two_products(monkeypatch, tokens, rank):
     wanted = gains * z + (xs - dropped) @ w.double().T + bias.double()
     assert_within_rounding(y.detach(), wanted.detach(), torch.bfloat16, 1.02 if rank < 48 else 1.1, name="y")
     for name, found, right, times in zip(
-        ("dx", "da", "db", "dgain"), grads, torch.autograd.grad(wanted, wide, dy.double()), (1.6, 1.6, 1.6, 1.6), strict=True
+        ("dx", "da", "db", "dgain"), grads, torch.autograd.grad(wanted, wide, dy.double()), (1.1, 1.5, 1.5, 1.5), strict=True
     ):
         assert_within_rounding(found, right, torch.bfloat16, times, name=name)

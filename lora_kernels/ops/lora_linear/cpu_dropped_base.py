@@ -40,12 +40,14 @@ def _kept(x, h, drop):
 
 
 def input_gradient(call, dy, drop, p, dtype):
-    """dx of a `Backward` with p [tokens, r]. dy ⊙ gain is rounded before its product with W, as
-    without dropout; the rest is exact, so dx = dy W + mask ⊙ ((dy ⊙ gain) W + p A − dy W)."""
-    w, threads = call.w, torch.get_num_threads()
+    """dx of a `Backward` with p [tokens, r]. dy ⊙ (gain − 1) is rounded before its product with W
+    where that is less than gain, as trained ones are; else it enters as three bf16 numbers."""
+    w, a, gain, threads = call.w, transposed(call.a), call.gain.float() - 1, torch.get_num_threads()
     of_base, rescaled = (dy.new_empty(call.x.shape, dtype=torch.float32) for _ in range(2))
     _cpu.tiles(dy, w, None, None, of_base, None, None, None, None, 1.0, None, True, threads)
-    _cpu.tiles(dy, w, None, transposed(call.a), rescaled, None, None, call.gain, p, 1.0, None, True, threads)
-    rescaled -= of_base
+    if bool((gain >= -0.5).all()):
+        _cpu.tiles(dy, w, None, a, rescaled, None, None, gain, p, 1.0, None, True, threads)
+    else:
+        _cpu.tiles(dy * gain, w, None, a, rescaled, None, None, None, p, 1.0, None, True, threads)
     add_adapter(rescaled, rescaled, None, p, mask=drop, mask_from=True)
     return torch.add(of_base, rescaled, out=of_base.new_empty(of_base.shape, dtype=dtype))
