@@ -25,9 +25,9 @@ INITS = (True, False, "gaussian")
 
 
 class LoRAExperts(AdapterLayer):
-    """y[t] = Σ_j weights[t, j] · down[e](act(up[e](x[t]))) with e = index[t, j], where for each
-    adapted matrix, up or down,
+    """The experts e = index[t, j] of each token, with adapters on both matrices, up and down:
 
+        y[t] = Σ_j weights[t, j] · down[e](act(up[e](x[t])))
         up[e](x) = gain[e] ⊙ (W[e] x + scaling · B[e] A[e] x) + bias[e]
 
     by `lora_kernels.ops.expert_lora_linear`: no W + scaling · BA is formed, and experts without

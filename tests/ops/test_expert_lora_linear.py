@@ -98,7 +98,8 @@ def test_an_expert_has_the_bits_of_its_own_layer(backend):
         y = expert_lora_linear(*p.arguments())
         for e, (first, last) in enumerate(((0, 3), (3, 3), (3, 23), (23, 24))):
             alone = lora_linear(p.x[first:last], p.w[e], p.a[e], p.b[e], p.scale, p.bias[e], p.gain[e])
-            if backend == "reference":  # whose library's bits follow the memory's alignment
+            # bits follow the memory's alignment in the library, the tile's rows in Triton
+            if backend != "cpu":
                 torch.testing.assert_close(y[first:last], alone)
             else:
                 assert y[first:last].equal(alone), (dtype, e)
@@ -194,6 +195,8 @@ def test_a_zero_gain_still_gets_its_gradient(backend):
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_what_does_not_fit_is_named(backend, change, error, words):
+    if backend == "triton" and "never fall" in words:
+        pytest.skip("to read the offsets would wait for the GPU")
     p = replace(make_expert_problem([3, 1]), **change)
     with pytest.raises(error, match=re.escape(f"expert_lora_linear: {words}")):
         expert_lora_linear(*p.arguments())

@@ -2,6 +2,7 @@
 its gradients."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,3 +108,27 @@ def test_what_does_not_fit_is_named(backend, change, error, words):
     given = {"w": torch.zeros(2, 6, 5), "a": torch.zeros(2, 3, 5), "b": torch.zeros(2, 6, 3), "scale": 1.0, "w_squared": None}
     with pytest.raises(error, match=re.escape(f"expert_weight_norm: {words}")):
         expert_weight_norm(**given | change)
+
+
+@pytest.mark.parametrize("kind", [None, "nested"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_triton_interpreted(transposed, kind):
+    """As one layer after the other, with numbers or codes, and its gradients."""
+    pytest.importorskip("triton")
+    from tests.ops.interpreted import deterministic, interpreted
+    from tests.ops.quantised import make_quantised
+
+    w, a, b = experts(3, 40, 32, 6, torch.float32, peft=True)
+    w = w.mT.contiguous() if transposed else w
+    if kind:
+        flat = make_quantised(kind, w.shape[0] * w.shape[1], w.shape[2], 32)
+        of_codes = replace(flat, shape=tuple(w.shape))
+        w = flat.dequantise().view(w.shape)
+    dn, found = torch.randn(3, 40), {}
+    for name, weight in (("interpreted", of_codes if kind else w), ("reference", w)):
+        leaves = a.detach().requires_grad_(), b.detach().requires_grad_()
+        with deterministic(False), interpreted() if name == "interpreted" else use_backend(name):
+            n = expert_weight_norm(weight, *leaves, 1.5, transposed=transposed)
+            found[name] = n.detach(), *torch.autograd.grad(n, leaves, dn)
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
