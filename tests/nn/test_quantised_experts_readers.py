@@ -41,7 +41,7 @@ def test_gpt_oss(dtype):
         (random_bytes(2, 3, 4, 16), random_bytes(2, 4, 3), ValueError, "found [2, 3, 4, 16] and [2, 4, 3]"),
         (random_bytes(2, 3, 4, 8), random_bytes(2, 3, 4), ValueError, "found [2, 3, 4, 8] and [2, 3, 4]"),
     ],
-    ids=str,
+    ids=["dtype", "two dimensions", "order", "block"],
 )
 def test_what_is_no_mxfp4(blocks, scales, error, words):
     with pytest.raises(error, match=re.escape(words)):

@@ -9,6 +9,7 @@ from lora_kernels import (
     QuantisedWeight,
     dora_linear,
     expert_lora_linear,
+    expert_weight_norm,
     explain,
     lora_linear,
     lora_linear_group,
@@ -30,6 +31,7 @@ def every_op(dtype):
     sum(y.sum() for y in lora_linear_group(x, [Member(w, a, b, 0.5), Member(w, a, b, 0.5)])).backward()
     weight_norm(w, a, b, 0.5).sum().backward()
     expert_lora_linear(x, torch.tensor([2, 3]), torch.stack([w, w]), a.expand(2, -1, -1), b.expand(2, -1, -1)).sum().backward()
+    expert_weight_norm(torch.stack([w, w]), a.expand(2, -1, -1), b.expand(2, -1, -1)).sum().backward()
     with torch.no_grad():
         row_norm_squared(w)
         dora_linear(x, w, a, b, m, 0.5)
