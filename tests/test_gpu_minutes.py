@@ -44,6 +44,7 @@ class Clock:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_the_tiny_dry_run_of_a_timed_run(tmp_path):
     """Each part in its processes, on kernels for sm_90; the bench on one core, as others are at
     work."""

@@ -147,6 +147,8 @@ def test_other_architectures(simulated, arch):
 
 
 MORE_BUGS = [
+    (skinny.OUTER, "if (r >= p.r || n >= p.n) return;", "if (n >= p.n) return;"),
+    (cuda.DX, "uint64_t(m + i * 16 + odd * 8)", "uint64_t(m + i * 16)"),
     (skinny.SIDES, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
     (skinny.SIDES, "(step + STAGES - 1, steps", "(step + STAGES, steps"),
     (skinny.SIDES, "min(p.r, rank + RANK), RANK / 16);\n        __syncthreads();", "min(p.r, rank + RANK), RANK / 16);"),
@@ -168,8 +170,6 @@ MORE_BUGS = [
     (skinny.SIDES, "  __syncthreads();  // all copies", "  __syncwarp();  //"),
     (skinny.SIDES, "if (m < end && r < p.r)", "if (r < p.r)"),
     (skinny.OUTER, "    __syncthreads();  // the tiles of the step before have been read\n", ""),
-    (skinny.OUTER, "if (r >= p.r || n >= p.n) return;", "if (n >= p.n) return;"),
-    (cuda.DX, "uint64_t(m + i * 16 + odd * 8)", "uint64_t(m + i * 16)"),
     (cuda.DX, "load_rows(f, p_rest, i);", ""),
     (skinny.SUMS, "if (p.gain[n] != 0) return;", "return;"),
     (cuda.DX, "", ""),

@@ -237,6 +237,7 @@ def test_backward_reads_w_once_in_bytes():
 
 
 MORE_BUGS_OF_DX = [
+    ("0x3120", "0x3210"),
     ("  __syncthreads();  // all copies", "  __syncwarp();  //"),
     ("cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
     ("step + 1) * STEP, end);\n    __syncthreads();", "step + 1) * STEP, end);"),
@@ -252,7 +253,6 @@ MORE_BUGS_OF_DX = [
 @needs_nvcc
 @pytest.mark.parametrize(("old", "new"), [
     ("    __syncthreads();  // the tiles have been read\n", ""),
-    ("0x3120", "0x3210"),
     ("token < p.m && at < p.k", "at < p.k"),
     ("", ""),
     *(pytest.param(*bug, marks=pytest.mark.slow) for bug in MORE_BUGS_OF_DX),
