@@ -7,7 +7,7 @@ from pathlib import Path
 import peft
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, WIDE = 96, 128, 4, 2, 192
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "gate_proj", "up_proj", "down_proj"]
@@ -42,7 +42,13 @@ def build(folder: Path) -> Path:
             if name.endswith("bias"):
                 p.normal_(0, 0.3)
     made.save_pretrained(folder / "model")
-    for i, (kind, options) in enumerate(KINDS.items()):
+    save_adapters(folder, KINDS)
+    return folder
+
+
+def save_adapters(folder: Path, kinds: dict[str, dict]) -> None:
+    """Writes an adapter of each kind for the model of a folder, with random numbers."""
+    for i, (kind, options) in enumerate(kinds.items()):
         model = peft.get_peft_model(base(folder), peft.LoraConfig(**options))
         torch.manual_seed(i + 1)
         for name, p in model.named_parameters():
@@ -51,11 +57,10 @@ def build(folder: Path) -> Path:
                     # a magnitude near what it was, and B that changes what is generated
                     p.mul_(1 + 0.3 * torch.randn_like(p)) if "magnitude" in name else p.copy_(0.15 * torch.randn_like(p))
         model.save_pretrained(folder / kind)
-    return folder
 
 
 def base(folder: Path):
-    return LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
 
 
 def wanted(folder: Path, kind: str | None, prompt: list[int]) -> tuple[list[int], list[float]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import llama
 import peft
 import torch
+from llama import base, save_adapters
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
@@ -65,14 +66,7 @@ def build(folder: Path, family: str) -> Path:
             if name.endswith("gate.weight"):
                 p.normal_(0, 0.3)
     made.save_pretrained(folder / "model")
-    for i, (kind, options) in enumerate(KINDS.items()):
-        model = peft.get_peft_model(base(folder), peft.LoraConfig(**options))
-        torch.manual_seed(i + 1)
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                with torch.no_grad():
-                    p.mul_(1 + 0.3 * torch.randn_like(p)) if "magnitude" in name else p.copy_(0.15 * torch.randn_like(p))
-        model.save_pretrained(folder / kind)
+    save_adapters(folder, KINDS)
     write_modules(folder, family, "modules", 4)
     write_modules(folder, family, "ragged", 5, lambda expert, part: (expert + part) % 4)
     write_modules(folder, family, "expert_dora", 3, lambda expert, part: 3 if (expert, part) != (1, 2) else 0, dora=True)
@@ -103,10 +97,6 @@ def write_modules(folder, family, kind, r, rank_of=None, dora=False):
     config.base_model_name_or_path = str(folder / "model")
     config.save_pretrained(folder / kind)
     save_file(tensors, folder / kind / "adapter_model.safetensors")
-
-
-def base(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
 
 
 def merged(folder: Path, kind: str):

@@ -1,6 +1,8 @@
 """What the tests of the layers share: PEFT's layer beside ours, a float64 oracle, and training."""
 
 import copy
+import io
+import pickle
 
 import peft
 import torch
@@ -133,3 +135,14 @@ def bits(tensor):
 def fresh(layer):
     """A copy that has computed nothing yet."""
     return copy.deepcopy(layer)
+
+
+def through_pickle(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+def through_torch_save(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)

@@ -1,13 +1,11 @@
 """The layers as modules: copies, files, compilation, checkpointing, threads."""
 
 import copy
-import io
-import pickle
 import threading
 
 import pytest
 import torch
-from layer_helpers import KINDS, adapter, bits, fit, gradients, linear, ours
+from layer_helpers import KINDS, adapter, bits, fit, gradients, linear, ours, through_pickle, through_torch_save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,17 +19,6 @@ simple_kinds = pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.fixture(autouse=True)
 def no_graphs_of_other_tests():
     torch.compiler.reset()
-
-
-def through_pickle(layer):
-    return pickle.loads(pickle.dumps(layer))
-
-
-def through_torch_save(layer):
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @kinds

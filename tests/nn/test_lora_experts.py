@@ -2,12 +2,11 @@
 module."""
 
 import copy
-import io
-import pickle
 import sys
 
 import pytest
 import torch
+from layer_helpers import through_pickle, through_torch_save
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -207,17 +206,6 @@ def test_merging_and_taking_it_back(name, use_dora):
         with pytest.raises(ValueError, match="merged down_proj must be finite"):
             layer.merge(safe=True)
         assert not layer.merged
-
-
-def through_pickle(layer):
-    return pickle.loads(pickle.dumps(layer))
-
-
-def through_torch_save(layer):
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch_save])

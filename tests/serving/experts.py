@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_kernels.serving import Adapter, AdapterPool, Factors, serve, unserve
 from tests.integrations.fuse_helpers import VOCABULARY
+from tests.serving.served import randomised
 
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "max_position_embeddings": 64, "eos_token_id": None}  # fmt: skip
@@ -48,14 +49,7 @@ def trained(model, kind, seed=1):
     """A PEFT model over a copy, with a random adapter of a kind."""
     with torch.random.fork_rng():
         made = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**KINDS[kind])).eval()
-    generator = torch.Generator().manual_seed(seed + sum(map(ord, kind)))
-    with torch.no_grad():
-        for name, p in made.named_parameters():
-            if "lora_A" in name or "lora_B" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-            elif "magnitude" in name:
-                p.mul_(1 + 0.3 * torch.randn(p.shape, generator=generator))
-    return made
+    return randomised(made, kind, seed)
 
 
 def modules_of(model):

@@ -31,6 +31,11 @@ def trained(kind, seed=1):
     """A PEFT model with an adapter of a kind whose numbers are random."""
     torch.manual_seed(0)
     model = peft.get_peft_model(llama(), peft.LoraConfig(**KINDS[kind])).eval()
+    return randomised(model, kind, seed)
+
+
+def randomised(model, kind, seed):
+    """A PEFT model whose adapter gets numbers that the kind and the seed draw."""
     generator = torch.Generator().manual_seed(seed + sum(map(ord, kind)))
     with torch.no_grad():
         for name, p in model.named_parameters():

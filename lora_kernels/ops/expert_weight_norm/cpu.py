@@ -6,12 +6,10 @@ import torch
 from lora_kernels import _cpu
 from lora_kernels.ops.cpu_quantised import Packed, expert_args, held, in_own_dtype, refuse_codes
 from lora_kernels.ops.cpu_tensors import stack_args
-from lora_kernels.ops.gradients import gradient_dtype
+from lora_kernels.ops.expert_weight_norm.members import gradients_of_each, norms_of_each
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.weight_norm.op import MAX_CONDITION
-from lora_kernels.ops.weight_norm.op import _backward as layer_backward
-from lora_kernels.ops.weight_norm.op import _forward as layer_forward
 
 
 def refusal(call):
@@ -23,12 +21,10 @@ def refusal(call):
 @implements("expert_weight_norm_forward", "cpu", refusal)
 def forward(call):
     w, squared = _weight(call), call.w_squared
-    norm = call.w.new_empty(call.b.shape[:2], dtype=torch.float32)
     by_rows = isinstance(w, Packed) or w.stride(2) == 1
     if call.transposed or not by_rows or not w.numel():
-        for row, member in zip(norm, call.members(_members(call, w)), strict=True):
-            row.copy_(layer_forward(member))
-        return norm
+        return norms_of_each(call, _members(call, w))
+    norm = call.w.new_empty(call.b.shape[:2], dtype=torch.float32)
     squared = None if squared is None else squared.to(torch.float32).contiguous()
     tensors = expert_args(w, len(call.a)), stack_args(call.a), stack_args(call.b)
     _cpu.expert_norm(*tensors, squared, norm, call.scale, MAX_CONDITION[w.dtype], torch.get_num_threads())
@@ -37,13 +33,7 @@ def forward(call):
 
 @implements("expert_weight_norm_backward", "cpu", refusal)
 def backward(call):
-    like = zip((call.a, call.b), call.needs, strict=True)
-    found = [torch.empty_like(t, dtype=gradient_dtype(t, need)) if need else None for t, need in like]
-    for e, member in enumerate(call.members(_members(call, _weight(call)))):
-        for whole, part in zip(found, layer_backward(member), strict=True):
-            if whole is not None:
-                whole[e].copy_(part)
-    return tuple(found)
+    return gradients_of_each(call, _members(call, _weight(call)))
 
 
 def _weight(call):

@@ -1,15 +1,11 @@
 """Triton: `weight_norm`'s kernels, one expert after the other, which read each W once. Codes become
 the numbers of one expert at a time."""
 
-import torch
-
-from lora_kernels.ops.gradients import gradient_dtype
+from lora_kernels.ops.expert_weight_norm.members import gradients_of_each, norms_of_each
 from lora_kernels.ops.launch import refuse_device
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
 from lora_kernels.ops.triton_quantised import Quantised, dequantise_rows
-from lora_kernels.ops.weight_norm.op import _backward as layer_backward
-from lora_kernels.ops.weight_norm.op import _forward as layer_forward
 
 
 def refusal(call):
@@ -20,21 +16,12 @@ def refusal(call):
 
 @implements("expert_weight_norm_forward", "triton", refusal)
 def forward(call):
-    norm = call.w.new_empty(call.b.shape[:2], dtype=torch.float32)
-    for row, member in zip(norm, call.members(_weights(call)), strict=True):
-        row.copy_(layer_forward(member))
-    return norm
+    return norms_of_each(call, _weights(call))
 
 
 @implements("expert_weight_norm_backward", "triton", refusal)
 def backward(call):
-    like = zip((call.a, call.b), call.needs, strict=True)
-    found = [torch.empty_like(t, dtype=gradient_dtype(t, need)) if need else None for t, need in like]
-    for e, member in enumerate(call.members(_weights(call))):
-        for whole, part in zip(found, layer_backward(member), strict=True):
-            if whole is not None:
-                whole[e].copy_(part)
-    return tuple(found)
+    return gradients_of_each(call, _weights(call))
 
 
 def _weights(call):
