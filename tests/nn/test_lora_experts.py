@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from layer_helpers import through_pickle, through_torch_save
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +16,7 @@ from lora_kernels.nn import LoRAExperts
 from lora_kernels.ops.expert_weight_norm import cache
 from lora_kernels.testing.poison import poisoned
 from tests.integrations.experts_helpers import EXPERTS, HIDDEN, INNER, TOP_K, Config, choices, experts_class, inputs
+from tests.nn.layer_helpers import through_pickle, through_torch_save
 from tests.nn.test_snapshot import neither
 
 NAMES = ["MixtralExperts", "GptOssExperts", "NemotronHExperts", "Llama4TextExperts"]
