@@ -65,8 +65,8 @@ def count_bytes(
 
 
 def count_expert_bytes(
-    m: int, k: int, n: int, r: int, experts: int, top: int, forward: bool = False, peft: bool = False, arch: int = 80,
-    cache: int = 50 * MIB, line: int = 128, resident: int = 132,
+    m: int, k: int, n: int, r: int, experts: int, top: int, forward: bool = False, peft: bool = False,
+    index: bool = False, arch: int = 80, cache: int = 50 * MIB, line: int = 128, resident: int = 132,
 ) -> dict[str, Any]:  # fmt: skip
     """The same of `expert_lora_linear`, and its shared-memory accesses over the fewest possible: m
     tokens with `top` experts each, drawn at random, so M = m · top rows, of which H experts have
@@ -75,28 +75,33 @@ def count_expert_bytes(
 
         least = 2 · (4 · MK + 3 · MN + 2 · H KN + (2 H + E) · r (K + N))
         least = 2 · (MK + MN + H (KN + r (K + N)))                                  only y
+
+    With `index` x has m rows, which three of the four MK and that of y read, and there is the index
+    itself, 8 M each time.
     """
     chosen = torch.stack([torch.randperm(experts)[:top] for _ in range(m)])
     counts = torch.bincount(chosen.reshape(-1), minlength=experts)
     rows, hit = m * top, int((counts > 0).sum())
-    x, w = random_matrix(rows, k), random_matrix(experts * n, k).view(experts, n, k)
+    x, w = random_matrix(m if index else rows, k), random_matrix(experts * n, k).view(experts, n, k)
+    at = chosen.reshape(-1).argsort(stable=True) // top if index else None
     a, b = random_matrix(experts * r, k).view(experts, r, k), random_matrix(experts * n, r).view(experts, n, r)
     if peft:
         b = b.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     leaves = [t.requires_grad_(not forward) for t in (x, a, b)]
     with use_backend("triton", simulate=True), device(arch, trace=True, check=False, resident=resident, shuffle=False) as sim:
-        y = expert_lora_linear(x, counts.cumsum(0), w, a, b, 2.0)
+        y = expert_lora_linear(x, counts.cumsum(0), w, a, b, 2.0, index=at)
         if not forward:
             torch.autograd.grad(y, leaves, random_matrix(rows, n))
     through, apart = sim.dram(cache, line), sim.dram(cache, line, apart=True)
     if forward:
-        least = 2 * (rows * (k + n) + hit * (k * n + r * (k + n)))
+        least = 2 * (len(x) * k + rows * n + hit * (k * n + r * (k + n)))
     else:
-        least = 2 * (rows * (4 * k + 3 * n) + 2 * hit * k * n + (2 * hit + experts) * r * (k + n))
+        least = 2 * ((3 * len(x) + rows) * k + 3 * rows * n + 2 * hit * k * n + (2 * hit + experts) * r * (k + n))
+    least += 8 * rows * (1 if forward else 3) if index else 0
     return {
         "arch": arch, "m": m, "k": k, "n": n, "r": r, "experts": experts, "top": top, "hit": hit, "forward": forward,
-        "peft": peft, "cache": cache, "line": line, "resident": resident, "launches": sim.launches, "read": through[0],
-        "written": through[1], "apart_read": apart[0], "apart_written": apart[1], "least": least,
+        "peft": peft, "index": index, "cache": cache, "line": line, "resident": resident, "launches": sim.launches,
+        "read": through[0], "written": through[1], "apart_read": apart[0], "apart_written": apart[1], "least": least,
         "shared": sim.counters["shared_wavefronts"] / max(sim.counters["shared_ideal"], 1),
     }  # fmt: skip
 
@@ -115,10 +120,11 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=1)
     parser.add_argument("--forward", action="store_true")
     parser.add_argument("--peft", action="store_true")
+    parser.add_argument("--index", action="store_true")
     parser.add_argument("--out", type=Path)
     options = vars(parser.parse_args())
     out, options["cache"] = options.pop("out"), options["cache"] * MIB
-    of_experts = {name: options.pop(name) for name in ("experts", "top", "forward", "peft")}
+    of_experts = {name: options.pop(name) for name in ("experts", "top", "forward", "peft", "index")}
     began = time.monotonic()
     torch.manual_seed(0)
     if of_experts["experts"]:

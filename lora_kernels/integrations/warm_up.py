@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.nn import GroupedLinear, LoRALinear
-from lora_kernels.nn.forms import LINEAR, ROUTED, Form
+from lora_kernels.nn import GroupedLinear, LoRAExperts, LoRALinear
+from lora_kernels.nn.forms import IDENTITIES, ROUTED, SORTED, SPLIT, Form, form_of
 from lora_kernels.nn.quantised_base import form_of_codes
 from lora_kernels.ops import tuning
 from lora_kernels.ops.cost import Problem
@@ -117,6 +117,10 @@ def _fused_layers(model: nn.Module) -> Iterator[_Layer]:
                 yield _of_module(name, module, members[0].in_features, members[0].weight, _own_dtype(members[0]))
         elif isinstance(module, LoRALinear):
             yield _of_module(name, module, module.in_features, module.weight, _own_dtype(module))
+        elif isinstance(module, LoRAExperts):
+            form: Any = form_of(module, module._origin[0])
+            if not isinstance(form, str):
+                yield _experts(name, module, module, form, getattr(module, form.weights[0]))
         elif peft is None:
             continue
         elif isinstance(module, peft.FUSED_LINEAR):
@@ -126,7 +130,10 @@ def _fused_layers(model: nn.Module) -> Iterator[_Layer]:
             yield _of_module(name, module, module.in_features, weight, own)
         elif isinstance(module, peft.FusedParamWrapper):
             within.update(module.modules())
-            yield from _experts(name, module, peft.read_parameters(module))
+            found = peft.read_parameters(module)
+            if not isinstance(found, str):
+                experts, form, adapted = found
+                yield _experts(name, module, experts, form, adapted[0].w)
         else:
             yield from _groups(name, module, peft)
 
@@ -152,26 +159,22 @@ def _groups(name: str, parent: nn.Module, peft: Any) -> Iterator[_Layer]:
         yield _Layer(name, layers, call, first.in_features, weight.device, weight.dtype)
 
 
-def _experts(name: str, layer: nn.Module, found: Any) -> Iterator[_Layer]:
-    """PEFT's layer of a module's parameters, whose state `read_parameters` gave; none where that is
-    a reason."""
-    if isinstance(found, str):
-        return
-    module, form, adapted = found
-    w: Tensor = adapted[0].w
-    width = w.shape[-2 if form.transposed else -1]
+def _experts(name: str, layer: nn.Module, module: nn.Module, form: Form, w: Tensor) -> _Layer:
+    """A layer of the parameters of a module, the first of which is w."""
 
     def call(x: Tensor) -> Any:
         return layer(x, *_routing(module, form, x, w.shape[0]))
 
     # every expert of Llama 4 gets all tokens
-    copies = 1 if form.kind in (LINEAR, ROUTED) else w.shape[0]
-    yield _Layer(name, [layer], call, width, w.device, w.dtype, copies)
+    copies = w.shape[0] if form.kind == SORTED else 1
+    return _Layer(name, [layer], call, w.shape[-2 if form.transposed else -1], w.device, w.dtype, copies)
 
 
-def _routing(module: Any, form: Form, x: Tensor, experts: int) -> tuple[Tensor, ...]:
-    """Experts of each token, one after another, and their weights."""
-    if form.kind != ROUTED:
+def _routing(module: Any, form: Form, x: Tensor, experts: int) -> tuple[Any, ...]:
+    """Experts of each token, one after another, and their weights; or how many tokens each has."""
+    if form.kind == SPLIT:
+        return ([len(x) // experts + (e < len(x) % experts) for e in range(experts)],)
+    if form.kind not in (ROUTED, IDENTITIES):
         return ()
     holders = (module, getattr(module, "config", None))
     found = [getattr(holder, name, None) for holder in holders for name in ("top_k", "num_experts_per_tok")]

@@ -66,20 +66,27 @@ def file_shapes(module: nn.Module, name: str, r: int) -> dict[str, tuple[int, ..
     return {"lora_A.weight": (r * experts, n_in), "lora_B.weight": (n_out, r * experts), MAGNITUDE: magnitude}
 
 
-def check_routed(layer: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """x, index and weights of a call, if they fit together."""
+def routed_fault(args: tuple[Any, ...]) -> TypeError | ValueError | None:
+    """What keeps (x, index, weights) from being the arguments of experts that a router chooses."""
     if len(args) != 3 or not all(isinstance(t, Tensor) for t in args):
         kinds = ", ".join(type(t).__name__ for t in args)
-        raise TypeError(f"{layer}: wanted are three tensors, (x, index, weights), found ({kinds})")
+        return TypeError(f"wanted are three tensors, (x, index, weights), found ({kinds})")
     x, index, weights = args
     if x.dim() != 2 or index.dim() != 2 or index.shape != weights.shape or len(index) != len(x):
         found = ", ".join(str(list(t.shape)) for t in args)
-        raise ValueError(f"{layer}: x must be [tokens, in], index and weights [tokens, k], found {found}")
+        return ValueError(f"x must be [tokens, in], index and weights [tokens, k], found {found}")
     if index.dtype not in _INDICES or not weights.is_floating_point():
-        found = f"found {index.dtype} and {weights.dtype}"
-        raise TypeError(f"{layer}: index must be int64 or int32 and weights floating, {found}")
+        return TypeError(f"index must be int64 or int32 and weights floating, found {index.dtype} and {weights.dtype}")
     if index.is_cpu and not torch.compiler.is_compiling() and index.numel() and int(index.min()) < 0:
-        raise ValueError(f"{layer}: index must hold numbers of experts, found {int(index.min())}")
+        return ValueError("index must hold numbers of experts, found a negative one")
+    return None
+
+
+def check_routed(layer: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """x, index and weights of a call, if they fit together."""
+    if (fault := routed_fault(args)) is not None:
+        raise type(fault)(f"{layer}: {fault}")
+    x, index, weights = args
     return x, index, weights
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.nn.quantised_experts import is_fp8, only_codes_parametrised
 
@@ -138,9 +139,12 @@ def form_of(module: Any, cls: Any = None) -> Form | str:
 def gate_of(module: Any) -> str | None:
     """What stands between the two products of experts, "silu" or "gelu_tanh", if it is the plain
     gate of transformers and nothing watches it."""
+    if not torch.compiler.is_compiling() and _has_any_global_hook():
+        return None
     moe = _interface_module()
-    # where there is no such method it is what the form says, the plain gate
-    apply = getattr(type(module), "_apply_gate", None)
+    # a layer of ours has its module's methods; where there is no such one it is the plain gate
+    cls = module.__dict__.get("_origin", (type(module),))[0]
+    apply = getattr(cls, "_apply_gate", None)
     if "_apply_gate" in module.__dict__ or (apply is not None and (moe is None or apply is not moe._default_apply_gate)):
         return None
     act = module.act_fn

@@ -137,13 +137,6 @@ class LoRAExperts(AdapterLayer):
                     return found.__get__(self, type(self)) if hasattr(found, "__get__") else found
             raise
 
-    def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        # a method, lest somebody take the gate of a class without it for the plain one
-        if hasattr(self._origin[0], "_apply_gate"):
-            return self._origin[0]._apply_gate(self, gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.act_fn(gate) * up
-
     @torch.no_grad()
     def _first_factors(self, name: str) -> tuple[Tensor, Tensor]:
         weight, (experts, n_out, n_in) = self._parameters[name], peft_shape(self, name)

@@ -32,6 +32,15 @@ class Parts(NamedTuple):
     outer_block: Any
 
 
+class Wanted(NamedTuple):
+    """Which of the experts of a weight have tokens."""
+
+    offsets: Any
+    """[experts], the end of each one's tokens."""
+    groups: Any
+    """Of numbers of each."""
+
+
 class Quantised(NamedTuple):
     """A QuantisedWeight by its fields, as an op has them."""
 
@@ -78,9 +87,10 @@ def _shift(block: int) -> int:
     return -1 if block & (block - 1) else block.bit_length() - 1
 
 
-def dequantise_rows(w: Quantised, first: int = 0, rows: int | None = None) -> Tensor:
+def dequantise_rows(w: Quantised, first: int = 0, rows: int | None = None, offsets: Tensor | None = None) -> Tensor:
     """Rows `first` to `first + rows` of W, [rows, in] in its dtype: a slab. Each byte of them is
-    read once."""
+    read once. `offsets` [experts], of a W of experts: the numbers of those without tokens are
+    neither read nor written."""
     (n, k), rows = w.shape, w.shape[0] - first if rows is None else rows
     assert 0 <= first <= first + rows <= n
     out = w.codes.new_empty(rows, k, dtype=w.dtype)
@@ -88,6 +98,7 @@ def dequantise_rows(w: Quantised, first: int = 0, rows: int | None = None) -> Te
     args = w.arguments(t.depth)
     group = args["GROUP"]
     args |= {"out": out, "first": first * k // group, "count": rows * k // group, "GROUPS": t.columns // group}
+    args["wanted"] = None if offsets is None else Wanted(offsets.contiguous(), n // max(len(offsets), 1) * k // group)
     launch_triton(
         dequantise_kernel, (ceil_div(rows * k, t.columns),), args, [out], warps=t.warps, stages=t.stages, registers=t.registers
     )
@@ -183,12 +194,18 @@ def load_values(weight, table, groups, inside, KIND: tl.constexpr, GROUP: tl.con
 
 @triton.jit
 def dequantise_kernel(
-    weight, out, first, count, KIND: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr, OUTER_SHIFT: tl.constexpr,
+    weight, out, first, count, wanted, KIND: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr, OUTER_SHIFT: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """out: `count` groups of a weight from `first` on, one after another."""
+    """out: `count` groups of a weight from `first` on, one after another; of experts those of the
+    `wanted`."""
     places = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     inside, groups = places < count, first + places
+    if wanted is not None:
+        expert = groups // wanted.groups
+        start = tl.load(wanted.offsets + expert - 1, mask=inside & (expert > 0), other=0)
+        # as of offsets that no kernel takes for others: one below 0 counts as 0
+        inside &= tl.load(wanted.offsets + expert, mask=inside, other=0) > tl.maximum(start, 0)
     scales = load_scales(weight, groups, inside, GROUP, SHIFT, OUTER_SHIFT)
     numbers = load_values(weight, load_table(weight, KIND), groups, inside, KIND, GROUP) * scales[:, None]
     at = places[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [GROUPS, GROUP]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.nn.expert_checks import check_routed
 from lora_kernels.nn.experts import Adapted, Routing, run_routed
 from lora_kernels.nn.forms import Form, form_of
 from lora_kernels.ops.lora_linear.op import without_autocast
@@ -77,7 +78,8 @@ class ServedExperts(Served):
         """The output for x [tokens, in], index and weights [tokens, k].
 
         Raises:
-            ValueError: it is not known whose the rows of x are, or the arguments are others.
+            TypeError, ValueError: the arguments are others, or it is not known whose the rows of x
+                are.
         """
         form: Any = form_of(module)
         if isinstance(form, str):
@@ -98,15 +100,7 @@ class ServedExperts(Served):
     def _arguments(self, call: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         if kwargs:
             args = inspect.signature(call).bind(module, *args, **kwargs).args[1:]
-        shapes = [list(t.shape) for t in args if isinstance(t, Tensor)]
-        fits = len(args) == len(shapes) == 3 and len(shapes[0]) == len(shapes[1]) == 2
-        if not fits or shapes[1] != shapes[2] or shapes[0][0] != shapes[1][0]:
-            wanted = "x [tokens, in], and the index and weight of its experts, [tokens, k]"
-            raise ValueError(f"adapters: {self.name} takes {wanted}, found {shapes}")
-        index = args[1]
-        if index.is_cpu and index.numel() and int(index.min()) < 0:
-            raise ValueError(f"adapters: {self.name}: an expert's index is negative")
-        return args
+        return check_routed(f"adapters: {self.name}", args)
 
     def with_plan(
         self, module: nn.Module, form: Form, frame: Frame, plan: BatchPlan, x: Tensor, index: Tensor, weights: Tensor

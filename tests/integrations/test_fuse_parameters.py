@@ -108,7 +108,8 @@ def test_odd_indices_are_pefts():
     for one in (fused, stock):
         with pytest.raises(RuntimeError, match="non-negative"):
             one.base_model.model.experts(inputs(), index - 1, weights)
-    assert report.fallbacks()[OUTER] == {"an expert's index is negative": 1}
+    reason = "in the call of the experts index must hold numbers of experts, found a negative one"
+    assert report.fallbacks()[OUTER] == {reason: 1}
 
 
 def test_other_arguments_are_pefts():

@@ -6,15 +6,18 @@ import itertools
 
 import pytest
 import torch
-from experts_helpers import OUTER, adapted, block, choices, fused_of
+from experts_helpers import EXPERTS, HIDDEN, OUTER, Config, adapted, block, block_of, choices, fused_of
 from fuse_helpers import model
 from group_helpers import pair as group_pair
+from test_fuse_experts_forms import Split
 from torch import nn
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
 from lora_kernels import explain, fuse, use_backend, warm_up
 from lora_kernels.nn import DoRALinear, GroupedLinear, LoRAEmbedding, LoRALinear
 from lora_kernels.ops import tuning
 from lora_kernels.ptxsim.triton_ptx import _compiled
+from tests.nn.test_lora_experts import experts, layer_of
 
 compiled = pytest.fixture(lambda: lambda: _compiled.cache_info().misses)
 
@@ -111,6 +114,32 @@ def test_experts_that_fuse_took_over(name, training, compiled):
         if training:
             y.backward(torch.randn_like(y))
         assert compiled() == before and not report.fallbacks()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_experts_of_other_forms(training, compiled):
+    """LongCat's, JetMoE's, and a layer of ours over Mixtral's and over Llama 4's."""
+    config, bf16 = Config(), torch.bfloat16
+    config.n_routed_experts, config.zero_expert_num, config.hidden_act = EXPERTS - 2, 2, "silu"
+    longcat, report = fused_of(block_of(LongcatFlashExperts, config, choices(3), bf16))
+    jetmoe, of_jetmoe = fused_of(adapted(Split([1, 0, 1, 0, 0, 1]).to(bf16), target_parameters=["experts.weight"]))
+    native = nn.ModuleDict({name: layer_of(experts(name, bf16)) for name in ("MixtralExperts", "Llama4TextExperts")})
+    native["MixtralExperts"].config.num_experts_per_tok = 3
+    routing = choices(3), torch.ones(3, 3, dtype=bf16)
+    calls = {
+        longcat: (longcat.base_model.model.experts, routing), jetmoe: (jetmoe.base_model.model.experts, ([1, 0, 1, 0, 0, 1],)),
+        native: (native["MixtralExperts"], routing),
+    }  # fmt: skip
+    with use_backend("triton", simulate=True):
+        for model, (layer, further) in calls.items():
+            assert warm_up(model.train(training), 4) == ([*native] if model is native else [OUTER])
+            before = compiled()
+            y = layer(torch.randn(3, HIDDEN, dtype=bf16, requires_grad=training), *further)
+            if training:
+                y.backward(torch.randn_like(y))
+            assert compiled() == before
+        native["Llama4TextExperts"](torch.randn(3 * EXPERTS, HIDDEN, dtype=bf16))
+        assert compiled() == before and not report.fallbacks() and not of_jetmoe.fallbacks()
 
 
 def test_one_matrix_and_what_peft_runs(compiled):

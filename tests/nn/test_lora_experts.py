@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
-from lora_kernels import ops, refresh
+from lora_kernels import explain, ops, refresh
 from lora_kernels.nn import LoRAExperts
 from lora_kernels.ops.expert_weight_norm import cache
 from lora_kernels.testing.poison import poisoned
@@ -128,6 +129,22 @@ def test_it_begins_as_its_base(name):
                     norm = first._norms[p].gain(first._frozen(p), *(first._factor(k, p) for k in ("A", "B")), first.scaling[p],
                         first._factor("magnitude_vector", p))  # fmt: skip
                     assert torch.equal(norm, torch.ones_like(norm))
+
+
+@names
+def test_the_plain_gate_is_one_pass_unless_somebody_watches(name):
+    made, args = experts(name), arguments(name)
+    layer = layer_of(made)
+    ran = {decision.op for decision in explain(layer, *args).decisions}
+    assert ("gated_activation_forward" in ran) is (name in ("MixtralExperts", "Llama4TextExperts"))
+    y, seen = layer(*args), []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        torch.testing.assert_close(layer(*args), y)
+    finally:
+        handle.remove()
+    # the act_fn of gpt-oss is a formula in its _apply_gate
+    assert seen == ([layer] if name == "GptOssExperts" else [layer.act_fn, layer])
 
 
 def test_the_module_goes_on_as_it_was():
@@ -363,7 +380,7 @@ def test_bad_calls_are_refused():
         ((x,), TypeError, "three tensors"),
         ((x, index[1:], weights), ValueError, r"found \[17, 24\], \[16, 3\], \[17, 3\]"),
         ((x, index.double(), weights), TypeError, "index must be int64 or int32"),
-        ((x, index - 1, weights), ValueError, "index must hold numbers of experts, found -1"),
+        ((x, index - 1, weights), ValueError, "index must hold numbers of experts, found a negative one"),
         ((x.double(), index, weights), TypeError, "x must have the dtype of gate_up_proj, torch.float32, found torch.float64"),
     ):
         with pytest.raises(error, match=says):

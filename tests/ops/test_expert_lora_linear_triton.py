@@ -15,12 +15,15 @@ from lora_kernels.ops import missing_backends
 from lora_kernels.testing import assert_expert_problem, make_expert_problem, run_experts
 from lora_kernels.testing.interpreter_memory import InterpreterViolation
 from tests.ops.interpreted import deterministic, interpreted
-from tests.ops.quantised import make_experts, over_codes
+from tests.ops.quantised import dequantised, make_experts, over_codes
+from tests.ops.quantised_plants import planted
+from tests.ops.test_expert_lora_linear_index import assert_as_gathered
 
 if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)
 
 from lora_kernels.ops.expert_lora_linear import triton, triton_kernels
+from lora_kernels.ops.triton_quantised import Quantised, dequantise_rows
 
 BF16, F32 = torch.bfloat16, torch.float32
 PRODUCT, OUTER = "expert_product_kernel", "expert_outer_kernel"
@@ -55,6 +58,22 @@ def test_codes_become_numbers_in_a_launch_of_their_own():
             assert_expert_problem(p)
         forward = ["dequantise_kernel", PRODUCT]
         assert names == [*forward, PRODUCT, *forward, OUTER, *forward, OUTER], names  # the gradient of gain asks for z again
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("", ""),
+    ("mask=inside & (expert > 0)", "mask=inside & (expert > 1)"),
+    ("> tl.maximum(start, 0)", ">= tl.maximum(start, 0)"),
+])  # fmt: skip
+def test_codes_of_experts_without_tokens_stay_codes(old, new, monkeypatch, tmp_path):
+    if old:
+        planted(monkeypatch, tmp_path, old, new)
+    w, sizes = make_experts("nested", 5, 12, 40, BF16), [3, 0, 2, 1, 0]
+    for dtype in (torch.int32, torch.int64):
+        with deterministic(False), interpreted():
+            numbers = dequantise_rows(Quantised(*w.fields()), offsets=torch.tensor(sizes).cumsum(0).to(dtype)).view(w.shape)
+        each = zip(numbers, dequantised(w), sizes, strict=True)
+        assert all(of.equal(wanted) if size else of.isnan().all() for of, wanted, size in each) is (not old)
 
 
 def test_no_tokens_and_no_experts_with_tokens():
@@ -98,7 +117,41 @@ def test_offsets_that_leave_the_tokens_read_nothing_else(offsets):
     pytest.param("", "", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_planted_bugs(old, new, monkeypatch, tmp_path):
-    """From a changed copy of the file."""
+    plant(old, new, monkeypatch, tmp_path)
+    with pytest.raises((AssertionError, InterpreterViolation)) if old else nullcontext():
+        # h in the launch of y, and in one of its own
+        for few in (triton.FEW, 0):
+            monkeypatch.setattr(triton, "FEW", few)
+            with deterministic(False), interpreted():
+                assert_expert_problem(make_expert_problem([3, 0, 18, 1], 20, 20, 2, left=2, gain=True, bias=True))
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("", ""),
+    ("of_x, x_rows = rows_of_tokens(tokens, rows, end)", "of_x, x_rows = rows, end"),
+    ("of_u_rows, u_rows = rows_of_tokens(tokens, rows, end)", "of_u_rows, u_rows = rows, end"),
+    ("mask=places < end, other=limit)", "mask=places < end - 1, other=limit)"),
+])  # fmt: skip
+def test_an_index(old, new, monkeypatch, tmp_path):
+    plant(old, new, monkeypatch, tmp_path)
+    for few in (triton.FEW, 0) if not old else (triton.FEW,):
+        monkeypatch.setattr(triton, "FEW", few)
+        with pytest.raises((AssertionError, InterpreterViolation)) if old else nullcontext():
+            with deterministic(False), interpreted(seed=4):
+                assert_as_gathered(make_expert_problem([3, 0, 18, 1], 20, 20, 2, BF16, left=2, gain=True))
+
+
+def test_rows_that_there_are_not_are_not_read():
+    p = make_expert_problem([2, 1, 1], 16, 16, 2)
+    for row in (-1, 4, -(2**40), 2**40):
+        index = torch.tensor([0, row, 3, 1])
+        with deterministic(False), interpreted(), torch.no_grad():
+            y = expert_lora_linear(*p.arguments(), index)
+        assert y.isfinite().all() and not y[1].any()
+
+
+def plant(old, new, monkeypatch, tmp_path):
+    """The kernels from a changed copy of the file."""
     text = Path(triton_kernels.__file__).read_text()
     assert not old or text.count(old) == 1, old
     copy = tmp_path / "planted_experts.py"
@@ -109,9 +162,3 @@ def test_planted_bugs(old, new, monkeypatch, tmp_path):
     spec.loader.exec_module(changed)
     for name in (PRODUCT, OUTER):
         monkeypatch.setattr(triton, name, getattr(changed, name))
-    with pytest.raises((AssertionError, InterpreterViolation)) if old else nullcontext():
-        # h in the launch of y, and in one of its own
-        for few in (triton.FEW, 0):
-            monkeypatch.setattr(triton, "FEW", few)
-            with deterministic(False), interpreted():
-                assert_expert_problem(make_expert_problem([3, 0, 18, 1], 20, 20, 2, left=2, gain=True, bias=True))

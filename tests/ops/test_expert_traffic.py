@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from lora_kernels import expert_lora_linear, use_backend
+from lora_kernels import expert_lora_linear, expert_weight_norm, use_backend
 from lora_kernels.ops import missing_backends
 from lora_kernels.ops.launch import recorded
 from tests.ops.interpreted import deterministic
+from tests.ops.quantised import make_experts
 
 if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)
@@ -50,6 +51,16 @@ def test_launches_do_not_grow_with_the_experts(vectors):
         assert launches(8, 4, vectors=vectors) == ([PRODUCT] * 2, back)
 
 
+def test_norms_are_one_launch():
+    for kind in (None, "nested"):
+        for experts in (4, 32):
+            a, b = torch.empty(experts, 4, 32, dtype=BF16), torch.empty(experts, 48, 4, dtype=BF16)
+            w = make_experts(kind, experts, 48, 32, BF16) if kind else torch.empty(experts, 48, 32, dtype=BF16)
+            with use_backend("triton", simulate=True), recorded() as found:
+                expert_weight_norm(w, a, b, 0.5)
+            assert [one.name for one in found] == ["quantised_norm_kernel" if kind else "norm_kernel"]
+
+
 @pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
 def test_a_step_moves_the_floor(arch):
     """With an empty cache for each launch; dy is read thrice, where the floor has it twice. B is
@@ -58,6 +69,17 @@ def test_a_step_moves_the_floor(arch):
     assert row["launches"] == 6 and row["shared"] <= 1.3
     assert row["least"] <= row["apart_read"] + row["apart_written"] <= 1.1 * row["least"]
     assert row["read"] + row["written"] < row["apart_read"] + row["apart_written"]
+
+
+@pytest.mark.parametrize("forward", [False, True], ids=["step", "y"])
+def test_an_index_needs_no_copy_of_x(forward):
+    """The bytes of x in the place of those of a row for each of its experts."""
+    shape = {"m": 64, "k": 512, "n": 64, "r": 8, "experts": 4, "top": 4, "forward": forward, "cache": 2 * MIB, "line": 64}
+    one, other = (count_expert_bytes(**shape, index=index) for index in (False, True))
+    assert one["launches"] == other["launches"]
+    for row in (one, other):
+        assert row["least"] <= row["apart_read"] + row["apart_written"] <= 1.15 * row["least"]
+    assert other["apart_read"] < 0.8 * one["apart_read"]
 
 
 @pytest.mark.parametrize(("m", "experts", "top"), [(1, 128, 8), (3, 8, 2), (64, 8, 2)])

@@ -28,6 +28,7 @@ from lora_kernels.integrations.peft.inside import call_inside, lock_of
 from lora_kernels.integrations.peft.linear import count_fallback
 from lora_kernels.integrations.peft.state import ARGUMENTS, PLAIN, type_name
 from lora_kernels.integrations.report import Survey
+from lora_kernels.nn.expert_checks import routed_fault
 from lora_kernels.nn.experts import Adapted, product_dtype, run_routed, run_sorted, run_split, run_with_identities
 from lora_kernels.nn.forms import IDENTITIES, LINEAR, ROUTED, SPLIT, Form, form_of
 from lora_kernels.nn.quantised_experts import is_parametrised, keeps_numbers_for_a_call, quantised_experts
@@ -49,7 +50,6 @@ EXPERTS_ON = frozenset(
 NESTED_HOOKS = "a hook waits for the call of base_layer"
 CODES_TRANSPOSED = "the quantised weight is [in, out], which no kernel of a layer reads"
 _BEHIND_HOOKS = (NESTED_HOOKS, ON_META)
-_INDICES = (torch.int64, torch.int32)
 _FURTHER = {ROUTED: 2, IDENTITIES: 2, SPLIT: 1}
 """Arguments after x."""
 
@@ -285,12 +285,8 @@ def _kernels_refusal(w: Tensor | QuantisedWeight) -> str | None:
 def _routed_refusal(count: int, x: Tensor, index: Any, weights: Any, experts: int) -> str | None:
     if type(index) not in PLAIN or type(weights) not in PLAIN:
         return f"the experts' indices and weights are {type_name(index)} and {type_name(weights)}"
-    if x.dim() != 2 or index.dim() != 2 or index.shape != weights.shape or index.shape[0] != x.shape[0]:
-        return f"the experts get {list(x.shape)}, {list(index.shape)} and {list(weights.shape)}"
-    if index.dtype not in _INDICES or not weights.is_floating_point():
-        return f"the experts' indices and weights are {index.dtype} and {weights.dtype}"
-    if index.is_cpu and not torch.compiler.is_compiling() and index.numel() and int(index.min()) < 0:
-        return "an expert's index is negative"
+    if (fault := routed_fault((x, index, weights))) is not None:
+        return f"in the call of the experts {fault}"
     return None if count == experts else f"the module has {count} experts, its weights {experts}"
 
 

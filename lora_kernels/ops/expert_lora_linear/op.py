@@ -48,9 +48,9 @@ def expert_lora_linear(
     numbers are rounded to the dtype of x once, in both directions; W is not formed.
 
     With `index` [tokens], int64, x is [rows, in], token t is its row index[t], and it is the tokens
-    that are sorted by expert. On the CPU no permuted copy of x is made, nor kept for backward. dx
-    is then the sum over the tokens of each row: of their gradients in the dtype of x, in float32
-    and rounded once.
+    that are sorted by expert. No permuted copy of x is made, nor kept for backward. dx is then the
+    sum over the tokens of each row: of their gradients in the dtype of x, in float32 and rounded
+    once.
 
     x and w share one dtype (float32, bfloat16, float16 or float64); a and b share one, which may be
     another. Sums are taken in float32 (float64 for float64) and rounded once. Under autocast x and

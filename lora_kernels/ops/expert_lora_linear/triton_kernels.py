@@ -21,13 +21,17 @@ class Tokens(NamedTuple):
     offsets: Any
     """[experts], the end of each."""
     experts: Any
+    index: Any = None
+    """[m], the row of each token, or None where row t is that of token t."""
+    rows: Any = None
+    """Of what `index` tells the rows."""
 
 
 class ProductLayer(NamedTuple):
     """What `expert_product_kernel` multiplies; None for what there is not."""
 
     x: Any
-    """[m, k]."""
+    """[m, k], or [rows, k] with an index."""
     w: Any
     """[experts, n, k]."""
     a: Any
@@ -67,7 +71,7 @@ class OuterLayer(NamedTuple):
     """What `expert_outer_kernel` sums over the tokens of each expert."""
 
     u: Any
-    """[m, n]."""
+    """[m, n], or [rows, n] with an index."""
     v: Any
     """[m, n], whose product with u is summed, or None."""
     p: Any
@@ -110,6 +114,18 @@ def segment_of_tile(tokens, m, tile, E: tl.constexpr, BM: tl.constexpr):
     return expert, first, tl.sum(tl.where(here, ends, 0), 0)
 
 
+@triton.jit
+def rows_of_tokens(tokens, places, end):
+    """Where the tokens lie, and how many rows there are. A token from `end` on lies beyond, and so
+    does one whose row there is not."""
+    if tokens.index is None:
+        return places, end
+    else:
+        limit = tl.cast(tokens.rows, tl.int64)
+        rows = tl.load(tokens.index + places, mask=places < end, other=limit)
+        return tl.where(rows < 0, limit, rows), limit
+
+
 @triton.jit(do_not_specialize=["m", "tiles"])
 def expert_product_kernel(
     tokens, layer, m, tiles, PRECISION: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -125,9 +141,10 @@ def expert_product_kernel(
     sums, h = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BR), tl.float32)
     gain, bias = tl.zeros((BN,), tl.float32) + 1.0, tl.zeros((BN,), tl.float32)
     if expert < tokens.experts:
+        of_x, x_rows = rows_of_tokens(tokens, rows, end)
         for begin in range(0, k, BK):
             depth = begin + tl.arange(0, BK).to(tl.int64)
-            xs = load_tile(layer.x, rows, depth, layer.x0, layer.x1, end, k)  # [BM, BK]
+            xs = load_tile(layer.x, of_x, depth, layer.x0, layer.x1, x_rows, k)  # [BM, BK]
             if layer.scaled is not None:
                 by = tl.load(layer.scaled + e * k + depth, mask=depth < k, other=0.0).to(tl.float32)
                 xs = xs.to(tl.float32) * by[None, :]
@@ -175,7 +192,8 @@ def expert_outer_kernel(
     sums, of_u, of_uv = tl.zeros((BN, BR), tl.float32), tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
     for first in range(start, end, BM):
         rows = first + tl.arange(0, BM).to(tl.int64)
-        us = load_tile(layer.u, rows, columns, layer.u0, layer.u1, end, n)  # [BM, BN]
+        of_u_rows, u_rows = rows_of_tokens(tokens, rows, end)
+        us = load_tile(layer.u, of_u_rows, columns, layer.u0, layer.u1, u_rows, n)  # [BM, BN]
         if layer.p is not None:
             ps = load_tile(layer.p, rows, ranks, r, 1, end, r)  # [BM, BR]
             sums = dot_accumulate(tl.trans(us), ps, sums, PRECISION)

@@ -1,10 +1,11 @@
-"""Triton: `weight_norm`'s kernels, one expert after the other, which read each W once. Codes become
-the numbers of one expert at a time."""
+"""Triton: the norms of all experts in one launch. Their gradients, and norms over transposed codes,
+take one expert after the other, and codes become the numbers of one at a time."""
 
 from lora_kernels.ops.expert_weight_norm.members import gradients_of_each, norms_of_each
 from lora_kernels.ops.launch import refuse_device
 from lora_kernels.ops.refusals import refuse_dtypes, refuse_negated
 from lora_kernels.ops.registry import implements
+from lora_kernels.ops.triton_norms import norms, norms_of_codes
 from lora_kernels.ops.triton_quantised import Quantised, dequantise_rows
 
 
@@ -16,7 +17,11 @@ def refusal(call):
 
 @implements("expert_weight_norm_forward", "triton", refusal)
 def forward(call):
-    return norms_of_each(call, _weights(call))
+    if not call.layout:
+        return norms(call.w.mT if call.transposed else call.w, call.a, call.b, call.scale)
+    if call.transposed:
+        return norms_of_each(call, _weights(call))
+    return norms_of_codes(Quantised(call.w, call.parts, call.layout), call.a, call.b, call.scale)
 
 
 @implements("expert_weight_norm_backward", "triton", refusal)
