@@ -11,17 +11,17 @@ from lora_kernels.testing.gates import Budget, Change
 from tests.gates.calls import BF16, F16, F32, WIDE, on_chips
 
 
-def weight(kind: str, dtype: torch.dtype = BF16) -> QuantisedWeight:
+def weight(kind: str, dtype: torch.dtype = BF16, shape: tuple[int, int] = (WIDE, WIDE)) -> QuantisedWeight:
     """As bitsandbytes lays it: nf4 with nested scales, int8 with one for each row; or float8 in
     blocks."""
-    size = WIDE * WIDE
-    block = WIDE if kind == "int8" else 64
+    size = shape[0] * shape[1]
+    block = shape[1] if kind == "int8" else 64
     if kind == "nf4":
         codes, scales = (torch.empty(n, dtype=torch.uint8) for n in (size // 2, size // block))
         nested = torch.empty(size // block // 256), torch.empty(256), torch.empty(())
-        return QuantisedWeight(codes, (WIDE, WIDE), scales, block, dtype, torch.empty(16), *nested)
-    codes = torch.empty(WIDE, WIDE, dtype={"int8": torch.int8, "float8": torch.float8_e4m3fn}[kind])
-    return QuantisedWeight(codes, (WIDE, WIDE), torch.empty(size // block), block, dtype)
+        return QuantisedWeight(codes, shape, scales, block, dtype, torch.empty(16), *nested)
+    codes = torch.empty(shape, dtype={"int8": torch.int8, "float8": torch.float8_e4m3fn}[kind])
+    return QuantisedWeight(codes, shape, torch.empty(size // block), block, dtype)
 
 
 def few(kind: str, m: int, r: int = 16, dtype: torch.dtype = BF16, dropout: float = 0.0) -> Callable[[], None]:
