@@ -99,7 +99,8 @@ GATES = [
             "gfx942": Change(per=66, matrix="v_mfma", units=8, wide=8, blocks=4),
         }, last=True),
     on_chips(
-        "experts, bf16, dA by an index", "expert_outer_kernel", experts(index=True), Budget(19, "HMMA", units=16, wide=4, blocks=2), {
+        "experts, bf16, dA by an index", "expert_outer_kernel", experts(index=True),
+        Budget(19, "HMMA", units=16, wide=4, blocks=2), {
             "sm_90": Change(per=27, matrix="HGMMA", units=8, wide=8, blocks=5),
             "sm_100": Change(per=26, matrix="UTCHMMA", units=8, blocks=6),
             "gfx942": Change(per=34.5, matrix="v_mfma", units=8, wide=6, blocks=3),
