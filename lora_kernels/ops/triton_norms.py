@@ -23,18 +23,18 @@ from lora_kernels.ops.triton_skinny import HALVES, dot_accumulate, load_tile
 class NormLayer(NamedTuple):
     """The layer of the kernels below."""
 
-    n: Any
-    k: Any
+    w: Any
+    """[n, k], None where it is codes."""
+    a: Any
+    """[r, k], or None for ‖w‖² alone."""
+    b: Any
+    """[n, r]."""
     norm: Any
     """[n], or [experts, n], float32."""
-    w: Any = None
-    """[n, k]."""
-    a: Any = None
-    """[r, k]."""
-    b: Any = None
-    """[n, r]."""
-    scale: Any = None
-    r: Any = None
+    scale: Any
+    n: Any
+    k: Any
+    r: Any
     w0: Any = None
     w1: Any = None
     a0: Any = None
@@ -42,7 +42,7 @@ class NormLayer(NamedTuple):
     b0: Any = None
     b1: Any = None
     of_expert: Any = None
-    """The strides from an expert's w, a and b to the next one's; None of one layer."""
+    """The strides from an expert's a, b and w to the next one's; None of one layer."""
 
 
 @triton.jit
@@ -55,9 +55,9 @@ def norm_kernel(
     w, a, b, norm = layer.w, layer.a, layer.b, layer.norm
     if layer.of_expert is not None:
         expert = tl.program_id(1).to(tl.int64)
-        w += expert * layer.of_expert[0]
-        a += expert * layer.of_expert[1]
-        b += expert * layer.of_expert[2]
+        w += expert * layer.of_expert[2]
+        a += expert * layer.of_expert[0]
+        b += expert * layer.of_expert[1]
         norm += expert * n
     rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     ranks = tl.arange(0, BR).to(tl.int64)
@@ -94,8 +94,8 @@ def quantised_norm_kernel(
     code_rows, end = rows, n
     if layer.of_expert is not None:
         expert = tl.program_id(1).to(tl.int64)
-        a += expert * layer.of_expert[1]
-        b += expert * layer.of_expert[2]
+        a += expert * layer.of_expert[0]
+        b += expert * layer.of_expert[1]
         norm += expert * n
         code_rows, end = expert * n + rows, expert * n + n
     ranks, table = tl.arange(0, BR).to(tl.int64), load_table(weight, KIND)
@@ -127,33 +127,31 @@ def norms(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     (n, k), r = w.shape[-2:], a.shape[-2]
     norm = w.new_empty(w.shape[:-1], dtype=torch.float32)
     t = tile("norm", w, dtype=w.dtype, factors=a.dtype, r=r)
-    precision = _precision(a)
-    layer = NormLayer(n, k, norm, w, a, b, float(scale), r, *_strides(w, a, b), _of_expert(w, a, b))
+    rows, precision = t.rows, _precision(a)
+    layer = NormLayer(w, a, b, norm, float(scale), n, k, r, **_strides(w=w, a=a, b=b))
+    if sound_schedule(b, [a], precision, rows, t.warps, t.stages) != (t.warps, t.stages):
+        # rows, whose products are mma.sync; of two warps b and w would not fit the registers
+        rows = 32
     args = {
-        "layer": layer, "MORE": r > t.ranks, "PRECISION": precision, "BR": power_of_two(r, most=t.ranks), "BN": t.rows,
+        "layer": layer, "MORE": r > t.ranks, "PRECISION": precision, "BR": power_of_two(r, most=t.ranks), "BN": rows,
         "BK": t.depth,
     }  # fmt: skip
-    if sound_schedule(b, [a], precision, t.rows, t.warps, t.stages) != (t.warps, t.stages):
-        # rows, whose products are mma.sync; of two warps b and w would not fit the registers
-        args["BN"] = 32
-    grid = _grid(norm, args["BN"])
-    launch_triton(norm_kernel, grid, args, [norm], warps=t.warps, stages=t.stages, registers=t.registers)
+    launch_triton(norm_kernel, _grid(norm, rows), args, [norm], warps=t.warps, stages=t.stages, registers=t.registers)
     return norm
 
 
 def norms_of_codes(w: Quantised, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """The same over codes, w [n, k] or [experts · n, k], which are read once."""
     norm = a.new_empty(b.shape[:-1], dtype=torch.float32)
-    layer = NormLayer(
-        b.shape[-2], w.shape[1], norm, None, a, b, float(scale), a.shape[-2], None, None, *_strides(a, b), _of_expert(a, a, b)
-    )
+    (n, r), k = b.shape[-2:], w.shape[1]
+    layer = NormLayer(None, a, b, norm, float(scale), n, k, r, **_strides(a=a, b=b))
     return _launch_over_codes(w, layer, _precision(a))
 
 
 def squares_of_codes(w: Quantised) -> Tensor:
     """‖W‖² of each row."""
     n, k = w.shape
-    return _launch_over_codes(w, NormLayer(n, k, w.codes.new_empty(n, dtype=torch.float32)), None)
+    return _launch_over_codes(w, NormLayer(None, None, None, w.codes.new_empty(n, dtype=torch.float32), None, n, k, None), None)
 
 
 def _launch_over_codes(w: Quantised, layer: NormLayer, precision: str | None) -> Tensor:
@@ -169,13 +167,12 @@ def _launch_over_codes(w: Quantised, layer: NormLayer, precision: str | None) ->
     return norm
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    """Of rows and columns."""
-    return [stride for t in tensors for stride in t.stride()[-2:]]
-
-
-def _of_expert(*tensors: Tensor) -> tuple[int, ...] | None:
-    return tuple(t.stride(0) for t in tensors) if tensors[0].dim() == 3 else None
+def _strides(**tensors: Tensor) -> dict[str, Any]:
+    """Of a, b and maybe w: those of rows and columns, and from one expert to the next."""
+    found: dict[str, Any] = {f"{name}{i}": t.stride(i - 2) for name, t in tensors.items() for i in (0, 1)}
+    if tensors["a"].dim() == 3:
+        found["of_expert"] = tuple([tensors[name].stride(0) for name in "abw" if name in tensors])
+    return found
 
 
 def _grid(norm: Tensor, rows: int) -> tuple[int, ...]:
