@@ -88,7 +88,9 @@ def backward(call):
         _gradients(call, few, x, dy, v, p, da, db, dbias, dgain)
         _gradients(call, small, x, dy, v, None, None, None, dbias, dgain)
         if by_y:
-            dgain.div_(call.gain)
+            # the gain of an expert without tokens may be anything
+            some = slice(None) if len(segments) == experts else [e for e, *_ in segments]
+            dgain[some] /= call.gain[some]
     for e, rows in many:
         h, y, z = (None if t is None else t[rows] for t in (call.h, call.y, call.z))
         layer = _layer(call, w, transposed, e)
