@@ -37,7 +37,9 @@ LK_INLINE Curve curve_of(vec g, bool tanh) {
   const vec one = splat(1.f), below = exponential(-held);
   // 0 below, where a large g would show what is left, and for a NaN, which g then is itself
   const vec s = (vec)((uvec)(one / (one + below)) & (uvec)(v > least));
-  return {g * s, s + g * s * (below * s) * dv};
+  // 0 beyond, where g and dv make a large number of what is left; a NaN stays one
+  const vec rest = (vec)((uvec)(g * s * (below * s) * dv) & ~((uvec)(v >= most) | (uvec)(v <= least)));
+  return {g * s, s + rest};
 }
 
 template <typename T>

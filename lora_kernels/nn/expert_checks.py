@@ -66,8 +66,15 @@ def file_shapes(module: nn.Module, name: str, r: int) -> dict[str, tuple[int, ..
     return {"lora_A.weight": (r * experts, n_in), "lora_B.weight": (n_out, r * experts), MAGNITUDE: magnitude}
 
 
-def routed_fault(args: tuple[Any, ...]) -> TypeError | ValueError | None:
-    """What keeps (x, index, weights) from being the arguments of experts that a router chooses."""
+def most_of_index(module: Any, experts: int) -> int | None:
+    """The largest number that the choices of so many experts may have, where that is known: theirs
+    or, of no expert, how many there are; expert parallelism takes any beyond for the latter."""
+    return None if getattr(module, "_is_expert_parallel", False) else experts
+
+
+def routed_fault(args: tuple[Any, ...], most: int | None) -> TypeError | ValueError | None:
+    """What keeps (x, index, weights) from being the arguments of experts that a router chooses, of
+    numbers up to `most`."""
     if len(args) != 3 or not all(isinstance(t, Tensor) for t in args):
         kinds = ", ".join(type(t).__name__ for t in args)
         return TypeError(f"wanted are three tensors, (x, index, weights), found ({kinds})")
@@ -77,14 +84,38 @@ def routed_fault(args: tuple[Any, ...]) -> TypeError | ValueError | None:
         return ValueError(f"x must be [tokens, in], index and weights [tokens, k], found {found}")
     if index.dtype not in _INDICES or not weights.is_floating_point():
         return TypeError(f"index must be int64 or int32 and weights floating, found {index.dtype} and {weights.dtype}")
-    if index.is_cpu and not torch.compiler.is_compiling() and index.numel() and int(index.min()) < 0:
-        return ValueError("index must hold numbers of experts, found a negative one")
+    if index.is_cpu and not torch.compiler.is_compiling() and index.numel():
+        least, largest = map(int, torch.aminmax(index))
+        if least < 0:
+            return ValueError("index must hold numbers of experts, found a negative one")
+        if most is not None and largest > most:
+            return ValueError(f"index must hold numbers of experts up to {most}, found {largest}")
     return None
 
 
-def check_routed(layer: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """x, index and weights of a call, if they fit together."""
-    if (fault := routed_fault(args)) is not None:
+def sorted_fault(args: tuple[Any, ...], experts: int, features: int) -> TypeError | ValueError | None:
+    """What keeps (x,) from being as many tokens of so many features for each of the experts."""
+    if len(args) != 1 or not isinstance(args[0], Tensor):
+        kinds = ", ".join(type(t).__name__ for t in args)
+        return TypeError(f"wanted is one tensor, x, found ({kinds})")
+    (x,) = args
+    if x.dim() == 0 or x.numel() % (experts * features):
+        wanted = f"as many tokens of {features} features for each of the {experts} experts"
+        return ValueError(f"x must hold {wanted}, found {list(x.shape)}")
+    return None
+
+
+def check_sorted(layer: str, args: tuple[Any, ...], experts: int, features: int) -> Tensor:
+    """x of such a call."""
+    if (fault := sorted_fault(args, experts, features)) is not None:
+        raise type(fault)(f"{layer}: {fault}")
+    x: Tensor = args[0]
+    return x
+
+
+def check_routed(layer: str, args: tuple[Any, ...], module: Any, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, index and weights of a call of the module, if they fit together."""
+    if (fault := routed_fault(args, most_of_index(module, experts))) is not None:
         raise type(fault)(f"{layer}: {fault}")
     x, index, weights = args
     return x, index, weights

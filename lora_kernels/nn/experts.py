@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_kernels.nn.forms import Form, gate_of
+from lora_kernels.ops.derivatives import transformed
 from lora_kernels.ops.expert_lora_linear import expert_lora_linear
 from lora_kernels.ops.gated_activation import gated_activation
 from lora_kernels.ops.lora_linear.op import autocasts, without_autocast
@@ -80,7 +81,7 @@ class _Combine(torch.autograd.Function):
         out = y.new_empty(places.shape[0], y.shape[1], dtype=wide)
         for part in _parts(len(out), places.shape[1], y):
             rows = y.index_select(0, places[part].reshape(-1)).to(wide)
-            out[part] = torch.bmm(weights[part, None].to(wide), rows.view(-1, places.shape[1], y.shape[1]))[:, 0]
+            out[part] = torch.bmm(weights[part, None].to(wide), rows.view(*places[part].shape, y.shape[1]))[:, 0]
         return out
 
     @staticmethod
@@ -117,6 +118,11 @@ def _bags(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
 
 def combine_choices(y: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     """Σ_j weights[t, j] · y[routing.places[t, j]], [tokens, out], in the wider of both dtypes."""
+    if transformed():
+        # torch.func and forward mode want torch's own ops
+        wide, places = torch.promote_types(y.dtype, weights.dtype), routing.places
+        rows = y.to(wide).index_select(0, places.reshape(-1)).view(*places.shape, y.shape[1])
+        return (weights.to(wide)[..., None] * rows).sum(1)
     return _Combine.apply(y, weights, routing.choices, routing.tokens, routing.places)
 
 

@@ -112,7 +112,8 @@ _GATES = {
 }
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NAMES = {"torch": torch, "F": functional}
-_forms: dict[type[nn.Module], Form | None] = {nn.Linear: _OF_LINEAR}
+_forms: dict[type[nn.Module], tuple[Any, Form | None]] = {nn.Linear: (nn.Linear.forward, _OF_LINEAR)}
+"""Of each class its forward, which a library may replace later, and what that computes."""
 # the attributes of the instance say the rest; of the latter unless its own forward runs
 _DECORATED, _WITHOUT_EAGER = Form((), False, ROUTED), Form(("",), False, ROUTED)
 
@@ -128,9 +129,10 @@ def form_of(module: Any, cls: Any = None) -> Form | str:
     cls = cls or type(module)
     if is_fp8(cls):
         return Form(_GATED if module.has_gate else ("up_proj", "down_proj"), False, ROUTED)
-    if cls not in _forms:
-        _forms[cls] = _class_form(cls)
-    form = _forms[cls]
+    held = _forms.get(cls)
+    if held is None or held[0] is not cls.forward:
+        held = _forms[cls] = cls.forward, _class_form(cls)
+    form = held[1]
     if form is None:
         return f"the forward of {cls.__name__} is not known"
     return _decorated_form(module, cls, form) if form in (_DECORATED, _WITHOUT_EAGER) else form
@@ -173,12 +175,12 @@ def _decorated_form(module: Any, cls: Any, form: Form) -> Form | str:
     """Of experts whose forward transformers' interface chooses."""
     moe: Any = _interface_module()
     name = module.config._experts_implementation or "eager"
-    wanted = {"grouped_mm": moe.grouped_mm_experts_forward, "batched_mm": moe.batched_mm_experts_forward}
-    if name == "eager":
-        if form is _WITHOUT_EAGER:
-            return f"the eager forward of {cls.__name__} is not known"
-    elif name not in wanted or moe.ALL_EXPERTS_FUNCTIONS[name] is not wanted[name]:
+    # no function is "eager" but the class's own, unless somebody registered one
+    wanted = {"eager": None, "grouped_mm": moe.grouped_mm_experts_forward, "batched_mm": moe.batched_mm_experts_forward}
+    if name not in wanted or moe.ALL_EXPERTS_FUNCTIONS.get(name) is not wanted[name]:
         return f"the experts' implementation is {name}"
+    if name == "eager" and form is _WITHOUT_EAGER:
+        return f"the eager forward of {cls.__name__} is not known"
     weights = _GATED if module.has_gate else ("up_proj", "down_proj")
     return Form(weights, bool(module.is_transposed), ROUTED, name == "grouped_mm")
 

@@ -12,7 +12,7 @@ from typing_extensions import Self
 from lora_kernels.nn.base import AdapterLayer, initial_scaling
 from lora_kernels.nn.checks import check_flag, check_number, check_rank
 from lora_kernels.nn.dora import keeping_magnitudes, widen
-from lora_kernels.nn.expert_checks import check_parameters, check_routed, experts_refusal, for_each, peft_shape
+from lora_kernels.nn.expert_checks import check_parameters, check_routed, check_sorted, experts_refusal, for_each, peft_shape
 from lora_kernels.nn.experts import Adapted, run_routed, run_sorted
 from lora_kernels.nn.flat_parameters import constant
 from lora_kernels.nn.forms import ROUTED, Form, form_of
@@ -197,10 +197,10 @@ class LoRAExperts(AdapterLayer):
             raise RuntimeError(f"{self._class_name()}: {form}")
         adapted = [self._adapted_matrix(name) for name in form.weights]
         if form.kind == ROUTED:
-            x, index, weights = check_routed(self._class_name(), args)
+            x, index, weights = check_routed(self._class_name(), args, self, adapted[0].w.shape[0])
             self._check_dtype(x, form)
             return run_routed(self, form, adapted, x, index, weights)
-        x = args[0]
+        x = check_sorted(self._class_name(), args, adapted[0].w.shape[0], self.hidden_size)
         self._check_dtype(x, form)
         return run_sorted(self, form, adapted, x)
 

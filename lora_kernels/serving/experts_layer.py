@@ -100,7 +100,8 @@ class ServedExperts(Served):
     def _arguments(self, call: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         if kwargs:
             args = inspect.signature(call).bind(module, *args, **kwargs).args[1:]
-        return check_routed(f"adapters: {self.name}", args)
+        experts = next(iter(self.sites.values())).experts
+        return check_routed(f"adapters: {self.name}", args, module, experts)
 
     def with_plan(
         self, module: nn.Module, form: Form, frame: Frame, plan: BatchPlan, x: Tensor, index: Tensor, weights: Tensor

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from experts_helpers import (
+    EXPERTS,
     GATED,
     HIDDEN,
     NESTED,
@@ -65,6 +66,22 @@ def test_other_implementations_are_pefts(monkeypatch):
     left_to_peft(block(implementation="mine"), "the experts' implementation is mine")
     monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS, "grouped_mm", mine)
     left_to_peft(block(implementation="grouped_mm"), "the experts' implementation is grouped_mm")
+    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS, "eager", mine)
+    left_to_peft(block(), "the experts' implementation is eager")
+
+
+def test_a_forward_that_a_library_replaces_later_is_pefts(monkeypatch):
+    mixtral = experts_class("MixtralExperts")
+    stock = block()
+    fused, report = fused_of(stock)
+    fused(inputs())
+    own = mixtral.forward
+    monkeypatch.setattr(mixtral, "forward", lambda *args: 2 * own(*args))
+    torch.testing.assert_close(fused(inputs()), stock(inputs()))
+    assert report.fallbacks()[OUTER] == {"the forward of MixtralExperts is not known": 1}
+    monkeypatch.setattr(mixtral, "forward", own)
+    fused(inputs())
+    assert report.fallbacks()[OUTER] == {"the forward of MixtralExperts is not known": 1}
 
 
 def test_unknown_classes_are_pefts(monkeypatch):
@@ -110,6 +127,16 @@ def test_odd_indices_are_pefts():
             one.base_model.model.experts(inputs(), index - 1, weights)
     reason = "in the call of the experts index must hold numbers of experts, found a negative one"
     assert report.fallbacks()[OUTER] == {reason: 1}
+    for implementation, error in (("eager", RuntimeError), ("batched_mm", IndexError)):
+        stock = block(implementation=implementation)
+        fused, report = fused_of(stock)
+        beyond = index.clone()
+        beyond[3, 1] = EXPERTS + 1
+        for one in (fused, stock):
+            with pytest.raises(error, match="Class values|out of bounds"):
+                one.base_model.model.experts(inputs(), beyond, weights)
+        reason = f"in the call of the experts index must hold numbers of experts up to {EXPERTS}, found {EXPERTS + 1}"
+        assert report.fallbacks()[OUTER] == {reason: 1}
 
 
 def test_other_arguments_are_pefts():

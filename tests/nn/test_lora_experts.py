@@ -371,20 +371,3 @@ def test_modules_that_are_no_known_experts_are_refused():
         change(made)
         with pytest.raises(TypeError, match=says):
             LoRAExperts.from_experts(made)
-
-
-def test_bad_calls_are_refused():
-    layer = layer_of(experts())
-    x, index, weights = arguments("MixtralExperts")
-    for args, error, says in (
-        ((x,), TypeError, "three tensors"),
-        ((x, index[1:], weights), ValueError, r"found \[17, 24\], \[16, 3\], \[17, 3\]"),
-        ((x, index.double(), weights), TypeError, "index must be int64 or int32"),
-        ((x, index - 1, weights), ValueError, "index must hold numbers of experts, found a negative one"),
-        ((x.double(), index, weights), TypeError, "x must have the dtype of gate_up_proj, torch.float32, found torch.float64"),
-    ):
-        with pytest.raises(error, match=says):
-            layer(*args)
-    layer.config = Config("deepgemm")
-    with pytest.raises(RuntimeError, match="the experts' implementation is deepgemm"):
-        layer(x, index, weights)

@@ -79,7 +79,8 @@ def test_the_reference(tanh):
 @pytest.mark.parametrize("level", levels())
 @gates
 def test_every_gate_of_bfloat16(level, tanh):
-    """All finite numbers, infinities and NaN: relative errors, not one of what is far away."""
+    """All finite numbers, infinities and NaN: relative errors, not one of what is far away; and the
+    gradients of the finite ones and NaN."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     gate = bits.view(torch.bfloat16)[:, None]
     gate = gate[gate[:, 0].abs() != torch.inf] if tanh else gate
@@ -88,6 +89,11 @@ def test_every_gate_of_bfloat16(level, tanh):
         y = gated_activation(x, tanh)
     wanted = plain(x.double(), tanh)
     torch.testing.assert_close(y.double(), wanted, rtol=3e-5 if tanh else 1e-5, atol=1e-35, equal_nan=True)
+    x = x[x[:, 0].abs() != torch.inf]
+    with at_level(level), use_backend("cpu"):
+        _, found = results(lambda x: gated_activation(x, tanh), x, torch.ones(len(x), 1))
+    _, wanted = results(lambda x: plain(x, tanh), x.double(), torch.ones(len(x), 1, dtype=torch.float64))
+    torch.testing.assert_close(found.double(), wanted, rtol=3e-5, atol=1e-6, equal_nan=True)
 
 
 def test_strides_and_twice(backend):

@@ -28,7 +28,7 @@ from lora_kernels.integrations.peft.inside import call_inside, lock_of
 from lora_kernels.integrations.peft.linear import count_fallback
 from lora_kernels.integrations.peft.state import ARGUMENTS, PLAIN, type_name
 from lora_kernels.integrations.report import Survey
-from lora_kernels.nn.expert_checks import routed_fault
+from lora_kernels.nn.expert_checks import most_of_index, routed_fault, sorted_fault
 from lora_kernels.nn.experts import Adapted, product_dtype, run_routed, run_sorted, run_split, run_with_identities
 from lora_kernels.nn.forms import IDENTITIES, LINEAR, ROUTED, SPLIT, Form, form_of
 from lora_kernels.nn.quantised_experts import is_parametrised, keeps_numbers_for_a_call, quantised_experts
@@ -254,7 +254,8 @@ def _run(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], insi
     if form.kind in (ROUTED, IDENTITIES):
         index, weights = args
         run, count = (run_routed, "num_experts") if form.kind == ROUTED else (run_with_identities, "num_routed_experts")
-        if (reason := _routed_refusal(getattr(module, count), x, index, weights, w.shape[0])) is not None:
+        most = most_of_index(module, w.shape[0]) if form.kind == ROUTED else module.total_experts - 1
+        if (reason := _routed_refusal(getattr(module, count), x, index, weights, w.shape[0], most)) is not None:
             return reason
         return run(module, form, adapted, x, index, weights)
     if form.kind == SPLIT:
@@ -262,8 +263,8 @@ def _run(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], insi
         if type(sizes) is not list or len(sizes) != w.shape[0] or x.dim() != 2 or sum(sizes) != x.shape[0]:
             return f"the sizes are not how many of the tokens each of {w.shape[0]} experts has"
         return run_split(form, adapted[0], x, sizes)
-    if x.dim() == 0 or x.numel() % (w.shape[0] * module.hidden_size):
-        return f"the input has the shape {list(x.shape)}"
+    if (fault := sorted_fault((x,), w.shape[0], module.hidden_size)) is not None:
+        return f"in the call of the experts {fault}"
     return run_sorted(module, form, adapted, x)
 
 
@@ -282,10 +283,10 @@ def _kernels_refusal(w: Tensor | QuantisedWeight) -> str | None:
     return None if there else f"there are no kernels of experts for {w.device.type}"
 
 
-def _routed_refusal(count: int, x: Tensor, index: Any, weights: Any, experts: int) -> str | None:
+def _routed_refusal(count: int, x: Tensor, index: Any, weights: Any, experts: int, most: int | None) -> str | None:
     if type(index) not in PLAIN or type(weights) not in PLAIN:
         return f"the experts' indices and weights are {type_name(index)} and {type_name(weights)}"
-    if (fault := routed_fault((x, index, weights))) is not None:
+    if (fault := routed_fault((x, index, weights), most)) is not None:
         return f"in the call of the experts {fault}"
     return None if count == experts else f"the module has {count} experts, its weights {experts}"
 
