@@ -179,6 +179,13 @@ def run_split(form: Form, adapted: Adapted, x: Tensor, sizes: list[int]) -> Tens
     return _product(form, adapted, x, torch.tensor(sizes, device=x.device).cumsum(0))
 
 
+def multiplies(form: Form, w: Tensor | QuantisedWeight, x: Tensor) -> bool:
+    """Whether the module takes an x of that dtype."""
+    if x.dtype is w.dtype or form.casts:
+        return True
+    return torch.float64 not in (x.dtype, w.dtype) and autocasts(x.device.type)
+
+
 def product_dtype(form: Form, w: Tensor | QuantisedWeight, x: Tensor) -> torch.dtype:
     """The dtype in which the module multiplies."""
     if form.casts or x.dtype is torch.float64 or not autocasts(x.device.type):

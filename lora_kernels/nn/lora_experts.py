@@ -13,13 +13,12 @@ from lora_kernels.nn.base import AdapterLayer, initial_scaling
 from lora_kernels.nn.checks import check_flag, check_number, check_rank
 from lora_kernels.nn.dora import keeping_magnitudes, widen
 from lora_kernels.nn.expert_checks import check_parameters, check_routed, check_sorted, experts_refusal, for_each, peft_shape
-from lora_kernels.nn.experts import Adapted, run_routed, run_sorted
+from lora_kernels.nn.experts import Adapted, multiplies, run_routed, run_sorted
 from lora_kernels.nn.flat_parameters import constant
 from lora_kernels.nn.forms import ROUTED, Form, form_of
 from lora_kernels.nn.init import expert_factors
 from lora_kernels.nn.snapshot import changing, of_one_state
 from lora_kernels.ops import ExpertNormCache, dora_gain, expert_weight_norm, merged_weight
-from lora_kernels.ops.lora_linear.op import autocasts
 
 INITS = (True, False, "gaussian")
 
@@ -245,8 +244,7 @@ class LoRAExperts(AdapterLayer):
 
     def _check_dtype(self, x: Tensor, form: Form) -> None:
         w = getattr(self, self.adapted[0])
-        wide = torch.float64 in (x.dtype, w.dtype)
-        if x.dtype is not w.dtype and not form.casts and (wide or not autocasts(x.device.type)):
+        if not multiplies(form, w, x):
             raise TypeError(f"{self._class_name()}: x must have the dtype of {self.adapted[0]}, {w.dtype}, found {x.dtype}")
 
     def _base_weights(self) -> list[nn.Parameter]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn.expert_checks import check_routed
-from lora_kernels.nn.experts import Adapted, Routing, run_routed
+from lora_kernels.nn.experts import Adapted, Routing, multiplies, run_routed
 from lora_kernels.nn.forms import Form, form_of
 from lora_kernels.ops.lora_linear.op import without_autocast
 from lora_kernels.ops.multi_lora import BatchPlan, multi_lora_add_
@@ -85,6 +85,9 @@ class ServedExperts(Served):
         if isinstance(form, str):
             raise ValueError(f"adapters: {self.name}: {form}")
         x, index, weights = self._arguments(call, module, args, kwargs)
+        w: Any = module._parameters[form.weights[0]]
+        if not multiplies(form, w, x):
+            raise TypeError(f"adapters: {self.name}: x must have the dtype of {form.weights[0]}, {w.dtype}, found {x.dtype}")
         plan = frame.plans.get((self.layouts.get(1), x.shape)) or frame.plan_of(self, x, x.shape[:-1])
         assert plan is not None  # it is refused where an adapter changes the layer
         pool = frame.batch.pool

@@ -264,6 +264,20 @@ def test_what_is_refused(tmp_path):
         oss.load("a", random_adapter(oss, dora=True))
 
 
+def test_bad_calls_are_refused(tmp_path):
+    model, pool, _ = served(base("mixtral"), tmp_path, ["experts"])
+    layer, index = model.get_submodule(EXPERTS), torch.tensor([[0, 3], [4, 1]])
+    x, weights = torch.randn(2, 32), torch.rand(2, 2)
+    for args, error, says in (
+        ((x.double(), index), TypeError, "x must have the dtype of gate_up_proj, torch.float32, found torch.float64"),
+        ((x.bfloat16(), index), TypeError, "x must have the dtype of gate_up_proj, torch.float32, found torch.bfloat16"),
+        ((x, index + 2), ValueError, "index must hold numbers of experts up to 5, found 6"),
+        ((x, index - 1), ValueError, "index must hold numbers of experts, found a negative one"),
+    ):
+        with pytest.raises(error, match=says), pool.batch(["experts", None]):
+            layer(*args, weights)
+
+
 def test_a_copy_serves_nobody(tmp_path):
     model, pool, _ = served(base("mixtral"), tmp_path, ["experts"])
     other, x = copy.deepcopy(model), tokens(2)

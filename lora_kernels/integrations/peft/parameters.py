@@ -29,11 +29,11 @@ from lora_kernels.integrations.peft.linear import count_fallback
 from lora_kernels.integrations.peft.state import ARGUMENTS, PLAIN, type_name
 from lora_kernels.integrations.report import Survey
 from lora_kernels.nn.expert_checks import most_of_index, routed_fault, sorted_fault
-from lora_kernels.nn.experts import Adapted, product_dtype, run_routed, run_sorted, run_split, run_with_identities
+from lora_kernels.nn.experts import Adapted, multiplies, product_dtype, run_routed, run_sorted, run_split, run_with_identities
 from lora_kernels.nn.forms import IDENTITIES, LINEAR, ROUTED, SPLIT, Form, form_of
 from lora_kernels.nn.quantised_experts import is_parametrised, keeps_numbers_for_a_call, quantised_experts
 from lora_kernels.ops import QuantisedWeight, lora_linear
-from lora_kernels.ops.lora_linear.op import autocasts, without_autocast
+from lora_kernels.ops.lora_linear.op import without_autocast
 from lora_kernels.ops.quantised.op import codes_refusal
 from lora_kernels.ops.registry import PREFERENCE, forced_backend
 
@@ -243,7 +243,7 @@ def _run(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], insi
     if (reason := call_refusal(x)) is not None:
         return reason
     w = adapted[0].w
-    if x.dtype is not w.dtype and not form.casts and (torch.float64 in (x.dtype, w.dtype) or not autocasts(x.device.type)):
+    if not multiplies(form, w, x):
         return f"the input is {x.dtype}"
     if form.kind == LINEAR:
         if form.transposed and type(w) is QuantisedWeight:
