@@ -4,7 +4,7 @@
     ours        PEFT's layer after `fuse`
     peft        PEFT's layer
     torch       the best plain PyTorch: base, then the adapter added in place (addmm); for DoRA the
-                factored norm
+                factored norm, and with dropout a second product with W
     compile     that formula through torch.compile
     reference   our reference backend
 
@@ -28,20 +28,21 @@ FORWARD, BACKWARD = [1, 4, 16, 64, 512], [64, 512]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def make_peft_layer(n_in, n_out, r, dtype, use_dora=False, base=None):
-    """PEFT's LoRA layer over nn.Linear (`base` if given), in `dtype`, with random B."""
+def make_peft_layer(n_in, n_out, r, dtype, use_dora=False, base=None, dropout=0.0):
+    """PEFT's LoRA layer in training, over nn.Linear (`base` if given), in `dtype`, B random."""
     holder = nn.Sequential(base or nn.Linear(n_in, n_out, bias=False)).to(dtype)
-    config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=["0"], use_dora=use_dora)
+    config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=["0"], use_dora=use_dora, lora_dropout=dropout)
     made = peft.get_peft_model(holder, config, autocast_adapter_dtype=False).base_model.model[0]
     nn.init.normal_(made.lora_B["default"].weight, std=0.02)
     return made
 
 
-def lora_in_torch(x, w, a, b, scale, magnitude=None):
+def lora_in_torch(x, w, a, b, scale, magnitude=None, dropout=0.0):
     """LoRA, or with a magnitude DoRA, in PyTorch without forming BA; W's own norm is summed each
-    time."""
-    h = F.linear(x, a) * scale
-    y = F.linear(x, w)
+    time. DoRA's dropout drops the input of the rescaled base, too, as PEFT's does."""
+    dropped = F.dropout(x, dropout) if dropout else x
+    h = F.linear(dropped, a) * scale
+    y = F.linear(x if magnitude is None else dropped, w)
     if magnitude is None and not torch.is_grad_enabled():
         return y.addmm_(h, b.T)
     y = torch.addmm(y, h, b.T)
@@ -50,7 +51,8 @@ def lora_in_torch(x, w, a, b, scale, magnitude=None):
     with torch.no_grad():
         squared = torch.linalg.vector_norm(w, dim=1, dtype=torch.float32) ** 2
         norm = factored_norm(w, a, b, scale, squared)
-    return y * (magnitude / norm.to(x.dtype))
+    y = y * (magnitude / norm.to(x.dtype))
+    return y + F.linear(x - dropped, w) if dropout else y
 
 
 def factored_norm(w, a, b, scale, squared):
@@ -61,10 +63,10 @@ def factored_norm(w, a, b, scale, squared):
     return (squared + 2 * scale * cross + scale**2 * update).sqrt()
 
 
-def contenders(n_in, n_out, tokens, r, dtype, backward, use_dora, more=False):
+def contenders(n_in, n_out, tokens, r, dtype, backward, use_dora, more=False, dropout=0.0):
     """The calls to time, by name; `more` adds compile and reference."""
-    stock = make_peft_layer(n_in, n_out, r, dtype, use_dora)
-    ours = make_peft_layer(n_in, n_out, r, dtype, use_dora, stock.base_layer)
+    stock = make_peft_layer(n_in, n_out, r, dtype, use_dora, None, dropout)
+    ours = make_peft_layer(n_in, n_out, r, dtype, use_dora, stock.base_layer, dropout)
     ours.__class__ = FusedLinear
     x = torch.randn(tokens, n_in, dtype=dtype, requires_grad=backward)
     dy = torch.randn(tokens, n_out, dtype=dtype)
@@ -85,7 +87,7 @@ def contenders(n_in, n_out, tokens, r, dtype, backward, use_dora, more=False):
         return lambda: run_step(call)
 
     def torch_call(function):
-        return timed_call(lambda x: function(x, stock.base_layer.weight, a, b, 2.0, magnitude))
+        return timed_call(lambda x: function(x, stock.base_layer.weight, a, b, 2.0, magnitude, dropout))
 
     def on_reference():
         with use_backend("reference"):

@@ -5,6 +5,7 @@ Prints every case where it is, with the ratio; exit status 1 where there is one.
     --dtypes float32        of float32, bfloat16, float16
     --shapes 576 1024       square layers
     --tokens 1 64 --ranks 8 --kinds lora dora --what forward step
+    --dropout 0.1           of the adapters, which train; 0 if not given
     --threads 1             by the time of one core, which a busy machine disturbs least
     --seconds 0.3           of each case, at least; --limit 30 leaves out what would take longer
     --all                   prints what is not slower, too
@@ -51,7 +52,8 @@ def cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 for tokens in options.tokens:
                     for r in options.ranks:
                         for kind in options.kinds:
-                            yield {"dtype": dtype, "size": size, "M": tokens, "r": r, "kind": kind, "what": what}
+                            case = {"dtype": dtype, "size": size, "M": tokens, "r": r, "kind": kind, "what": what}
+                            yield {**case, "dropout": options.dropout}
 
 
 def ratio(seconds: dict[str, float]) -> float:
@@ -71,7 +73,7 @@ def measure(case: dict[str, Any], seconds: float, limit: float) -> dict[str, Any
     size, backward = case["size"], case["what"] == "step"
     torch.manual_seed(0)
     dtype = getattr(torch, case["dtype"])
-    calls = contenders(size, size, case["M"], case["r"], dtype, backward, case["kind"] == "dora")
+    calls = contenders(size, size, case["M"], case["r"], dtype, backward, case["kind"] == "dora", dropout=case["dropout"])
     calls.pop("linear")
     if (measured_once(calls["peft"]) + measured_once(calls["ours"])) * MIN_CALLS > limit:
         return None
@@ -107,8 +109,9 @@ def line(row: dict[str, Any]) -> str:
     """A case in words."""
     s = row["seconds"]
     rival = min(("peft", "torch"), key=s.__getitem__)
+    dropout = f" dropout={row['dropout']}" if row["dropout"] else ""
     return (
-        f"{row['level']:10} {row['dtype']:8} {row['kind']} {row['what']:7} {row['size']}² M={row['M']} r={row['r']}:"
+        f"{row['level']:10} {row['dtype']:8} {row['kind']} {row['what']:7} {row['size']}² M={row['M']} r={row['r']}{dropout}:"
         f" {row['ratio']:.2f} × {'PEFT' if rival == 'peft' else 'PyTorch'}, {1e6 * s[rival]:.0f} µs"
     )
 
@@ -145,6 +148,14 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     return f"{slower} of {len(measured)} slower than {ALLOWED}{middle}; {len(rows) - len(measured)} left out"
 
 
+def probability(text: str) -> float:
+    """A number from 0 on and below 1, as a dropout is."""
+    p = float(text)
+    if not 0.0 <= p < 1.0:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), found {text}")
+    return p
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 1 if a case is slower."""
     argv = sys.argv[1:] if argv is None else argv
@@ -154,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, numbers in (("shapes", SHAPES), ("tokens", TOKENS), ("ranks", RANKS)):
         parser.add_argument(f"--{name}", nargs="+", type=int, default=numbers)
     parser.add_argument("--levels", nargs="+")
+    parser.add_argument("--dropout", type=probability, default=0.0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=0.3)
     parser.add_argument("--limit", type=float, default=60.0)

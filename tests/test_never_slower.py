@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import never_slower, tune, tune_cpu
+from bench import lora_linear, never_slower, tune, tune_cpu
+from lora_kernels.ops.dropout import mask
+from lora_kernels.ops.lora_linear import op
 from lora_kernels.ops.tables import cpu as table
 from lora_kernels.ops.tables.cpu import ALL, CpuRow
 
-CASE = {"dtype": "float32", "size": 64, "M": 2, "r": 8, "kind": "lora", "what": "step"}
+CASE = {"dtype": "float32", "size": 64, "M": 2, "r": 8, "kind": "lora", "what": "step", "dropout": 0.0}
 
 
 def row(ratio, level="avx2"):
@@ -22,10 +24,11 @@ def row(ratio, level="avx2"):
 def test_every_case_of_the_rule():
     everything = argparse.Namespace(
         dtypes=never_slower.DTYPES, shapes=never_slower.SHAPES, tokens=never_slower.TOKENS, ranks=never_slower.RANKS,
-        kinds=("lora",), what=never_slower.WHAT,
+        kinds=("lora",), what=never_slower.WHAT, dropout=0.1,
     )  # fmt: skip
     found = list(never_slower.cases(everything))
     assert len(found) == 3 * 4 * 6 * 2 * 2 and found[0]["size"] == 576 and found[-1]["size"] == 11008
+    assert {case["dropout"] for case in found} == {0.1}
 
 
 def test_violations_are_printed_and_counted(monkeypatch, capsys, tmp_path):
@@ -55,10 +58,32 @@ def test_a_case_over_the_limit_is_measured_again_and_the_middle_counts(monkeypat
 
 
 def test_a_level_is_measured_in_a_process_of_its_own():
-    few = "--dtypes float32 --shapes 32 --tokens 2 --ranks 2 --kinds lora --what step --seconds 0 --threads 1".split()
-    [found] = never_slower.rows_of("portable", few)
+    few = "--dtypes float32 --shapes 32 --tokens 2 --ranks 2 --kinds lora --what step --seconds 0 --threads 1 --dropout 0.3"
+    [found] = never_slower.rows_of("portable", few.split())
     assert found["level"] == "portable" and set(found["seconds"]) == {"ours", "peft", "torch"}
     assert found["ratio"] == never_slower.ratio(found["seconds"])
+    assert found["dropout"] == 0.3 and " r=2 dropout=0.3: " in never_slower.line(found)
+
+
+def test_dropout_is_that_of_the_layers(monkeypatch):
+    asked, contenders = [], lora_linear.contenders
+    monkeypatch.setattr(lora_linear, "contenders", lambda *args, **more: asked.append(more) or contenders(*args, **more))
+    for dropout in (0.0, 0.3):
+        never_slower.measure({**CASE, "dropout": dropout}, 0.0, 60.0)
+    assert asked == [{"dropout": 0.0}, {"dropout": 0.3}]
+    with pytest.raises(SystemExit):
+        never_slower.main(["--dropout", "1"])
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_all_that_is_timed_drops_and_computes_one_thing(monkeypatch, use_dora):
+    calls = lora_linear.contenders(40, 24, 6, 4, torch.float32, False, use_dora, dropout=0.4)
+    assert not any(torch.equal(calls[name](), calls[name]()) for name in ("ours", "peft", "torch"))
+    seed = torch.tensor(5)
+    kept = mask(seed, 0.4, 6, 40, torch.float32, seed.device)
+    monkeypatch.setattr(op, "draw_seed", lambda: seed)
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, *_: x * kept)
+    torch.testing.assert_close(calls["torch"](), calls["ours"]())
 
 
 def planted(won, names, sizes=(576, 1024)):
