@@ -15,7 +15,7 @@ import torch
 from lora_kernels import _cpu
 from lora_kernels.ops.cpu_amx import on_tiles, product_back
 from lora_kernels.ops.cpu_gemm import back_product, base_product, base_product_slices, choice, outer_on_tiles
-from lora_kernels.ops.cpu_quantised import Packed, held, refuse_codes, some_rows, weight_of, widened
+from lora_kernels.ops.cpu_quantised import Packed, refuse_codes, weight_of
 from lora_kernels.ops.cpu_tensors import add_adapter, dropout_args, row_major, transposed
 from lora_kernels.ops.gradients import empty_gradient, gradient_dtype
 from lora_kernels.ops.lora_linear import cpu_dropped_base, library
@@ -77,8 +77,8 @@ def _packed(call):
 def _forward(call):
     x, w = call.x, call.w
     tokens = x.shape[0]
-    if tokens and call.drop_base and w.numel() and on_tiles(x, w):
-        return cpu_dropped_base.forward(call)
+    if tokens and call.drop_base and w.numel():
+        return (cpu_dropped_base.forward if on_tiles(x, w) else cpu_dropped_base.wide_forward)(call)
     if tokens and not call.drop_base and w.numel():
         row = choice(x.dtype)
         if tokens <= row.small or (tokens <= row.small_codes and isinstance(w, Packed)):
@@ -160,7 +160,7 @@ def _forward_thin(call):
 
 
 def _forward_large(call):
-    w, a, b, bias, gain, drop_base, keep_z = call.w, call.a, call.b, call.bias, call.gain, call.drop_base, call.keep_z
+    w, a, b, bias, gain, keep_z = call.w, call.a, call.b, call.bias, call.gain, call.keep_z
     x, drop = row_major(call.x), dropout_args(call.dropout, call.seed)
     tokens, n_out = x.shape[0], w.shape[0]
     h = x.new_empty(tokens, a.shape[0], dtype=torch.float32)
@@ -170,7 +170,7 @@ def _forward_large(call):
             y += bias.to(x.dtype)
         return y, h.zero_() if call.keep_h else None, torch.zeros_like(y) if keep_z else None
     _cpu.shrink(x, a, None, h, call.scale, drop, torch.get_num_threads())
-    if x.dtype is torch.float32 and not drop_base:
+    if x.dtype is torch.float32:
         # in place: a second buffer of y's size costs more in page faults than the passes themselves
         wide, rows = base_product(x, w), transposed(b)
         y, z = wide, None
@@ -180,27 +180,16 @@ def _forward_large(call):
         add_adapter(wide, y, rows, h, gain=gain, bias=bias)
         return y, h if call.keep_h else None, z
     y, z = x.new_empty(tokens, n_out), x.new_empty(tokens, n_out if keep_z else 0)
-    dropped = x
-    rest = None
-    if drop_base:
-        w, wide = held(w), x.float()
-        dropped = torch.empty_like(wide)
-        add_adapter(wide, dropped, None, h, mask=drop, mask_from=True)
-        rest = wide - dropped
     # float32 between the passes where there is more than one, so that y is rounded once
-    for rows, wide in base_product_slices(dropped, w):
+    for rows, wide in base_product_slices(x, w):
         slice_b, slice_gain, slice_bias = b[rows], _rows_or_none(gain, rows), _rows_or_none(bias, rows)
         target = y[:, rows]
-        if rest is None and not keep_z:
+        if not keep_z:
             add_adapter(wide, target, transposed(slice_b), h, gain=slice_gain, bias=slice_bias)
             continue
         add_adapter(wide, wide, transposed(slice_b), h)
-        if keep_z:
-            z[:, rows].copy_(wide)
-        add_adapter(wide, wide, None, h, gain=slice_gain, bias=slice_bias)
-        if rest is not None:
-            wide += rest @ widened(some_rows(w, rows)).T
-        target.copy_(wide)
+        z[:, rows].copy_(wide)
+        add_adapter(wide, target, None, h, gain=slice_gain, bias=slice_bias)
     return y, h if call.keep_h else None, z if keep_z else None
 
 
@@ -244,13 +233,15 @@ def _gradients_of(dx_dtype, call):
         _cpu.tiles(dy, w, transposed(b), transposed(a), dx, None, None, gain, p, scale, drop, True, threads)
     elif p is not None:
         _cpu.shrink(dy, transposed(b), gain, p, scale, None, threads)
-        if needs.x and call.drop_base and on_tiles(dy, w):
-            dx = cpu_dropped_base.input_gradient(call, dy, drop, p, dx_dtype)
+        if needs.x and call.drop_base:
+            by_tiles = on_tiles(dy, w)
+            one = cpu_dropped_base.input_gradient if by_tiles else cpu_dropped_base.wide_input_gradient
+            dx = one(call, dy, drop, p, dx_dtype)
         elif needs.x and _by_library(call, dy, dx_dtype):
             dx = torch.empty_like(x)
             library.input_gradient(_expand, [dy], [None], [Layer(call)], [p], dx)
         elif needs.x:
-            dx = _input_gradient(dx_dtype, dy, w, a, gain, p, drop, call.drop_base)
+            dx = _input_gradient(dx_dtype, dy, w, a, gain, p, drop)
     if needs.a:
         da = empty_gradient(a, needs.a)
         if drop is None and (rows := _rows_on_tiles(p, x, da, 0)) is not None:
@@ -340,14 +331,8 @@ def group_backward(call):
     return backward_each(partial(_gradients, torch.float32), call)
 
 
-def _input_gradient(dtype, dy, w, a, gain, p, drop, drop_base):
-    """(dy ⊙ gain) W + mask ⊙ (p A), or for a dropped base dy W + mask ⊙ ((dy ⊙ (gain - 1)) W + p
-    A)."""
-    if drop_base:
-        w = held(w)
-        wide = back_product(dy * (gain - 1), w)
-        add_adapter(wide, wide, a, p, mask=drop, mask_from=True)
-        return (wide + back_product(dy, w)).to(dtype)
+def _input_gradient(dtype, dy, w, a, gain, p, drop):
+    """(dy ⊙ gain) W + mask ⊙ (p A)."""
     product = back_product(dy if gain is None else dy * gain.to(torch.float32), w)
     dx = product if dtype is torch.float32 else torch.empty_like(product, dtype=dtype)
     add_adapter(product, dx, a, p, mask=drop)
