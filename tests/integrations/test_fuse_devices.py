@@ -49,6 +49,15 @@ def test_a_gpu_without_triton(monkeypatch):
     devices._refusal.cache_clear()
 
 
+def test_an_amd_gpu_without_triton(monkeypatch):
+    """A CUDA C++ module that was built elsewhere does not help there."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(devices, "missing_backends", lambda: {"triton": "No module named 'triton'"})
+    devices._refusal.cache_clear()
+    assert devices.device_refusal(tensor("cuda")) == "there are no kernels for cuda: triton: No module named 'triton'"
+    devices._refusal.cache_clear()
+
+
 NETS = {
     "linear": (lambda: nn.Linear(24, 40), lambda: torch.randn(3, 24)),
     "embedding": (lambda: nn.Embedding(24, 40), lambda: torch.arange(5)),

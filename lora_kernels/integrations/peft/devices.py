@@ -3,6 +3,7 @@ own forward."""
 
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from lora_kernels.ops.launch import refuse_device
@@ -23,7 +24,9 @@ def device_refusal(t: Tensor) -> str | None:
 
 @cache
 def _refusal(kind: str) -> str | None:
-    kernels = [backend for backend in PREFERENCE.get(kind, ()) if backend != "reference"]
+    # a build of CUDA C++ may be there beside torch for AMD, where it cannot run
+    absent = {"reference", *(["cuda"] if torch.version.hip else [])}
+    kernels = [backend for backend in PREFERENCE.get(kind, ()) if backend not in absent]
     if not kernels:
         return f"there are no kernels for {kind}"
     missing = missing_backends()
