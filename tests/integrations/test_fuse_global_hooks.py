@@ -6,6 +6,7 @@ import contextlib
 import pytest
 import torch
 from torch.nn.modules import module as module_hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
@@ -103,6 +104,74 @@ def test_an_unknown_hook_sees_every_call(kind):
     assert list(report.fallbacks().values()) == [{EVERY: 1}] * 2
     results(fused)
     assert list(report.fallbacks().values()) == [{EVERY: 1}] * 2
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("kind", REGISTER)
+def test_an_unknown_hook_sees_the_tensors_that_it_saw_under_peft(kind, use_dora):
+    seen = []
+
+    def hook(module, *values):
+        tensors = [t.detach().clone() for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
+        seen.append((type(module).__name__.replace("Fused", ""), tensors))
+
+    calls = []
+    for one in pair(use_dora=use_dora):
+        with registered(kind, hook):
+            results(one)
+        calls.append(seen[:])
+        seen.clear()
+    stock, fused = calls
+    assert len(stock) > 8 and [name for name, _ in stock] == [name for name, _ in fused]
+    for (_, wanted), (_, found) in zip(stock, fused, strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(wanted, found, strict=True))
+
+
+def test_what_a_hook_makes_of_an_inner_module_counts():
+    def hook(module, args, output):
+        return 3 * output if getattr(module, "out_features", None) == 4 else None  # lora_A
+
+    stock, fused = pair()
+    plain = stock(inputs())
+    with registered("forward", hook):
+        found, wanted = fused(inputs()), stock(inputs())
+    assert torch.equal(found, wanted) and not torch.allclose(wanted, plain)
+
+
+class Words(torch.nn.Module):
+    """A layer of each kind that is no linear one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv = torch.nn.Embedding(12, 24), torch.nn.Conv1d(24, 24, 3, padding=1)
+        self.attend = torch.nn.MultiheadAttention(24, 2, batch_first=True)
+
+    def forward(self, ids):
+        x = self.conv(self.embed(ids).mT).mT
+        return self.attend(x, x, x, need_weights=False)[0]
+
+
+def test_an_unknown_hook_sees_into_layers_of_every_kind():
+    stock, fused = pair(torch.float64, net=Words, target_modules=["embed", "conv", "attend"])
+    report, seen, ids = fuse(fused), [], torch.arange(10).view(2, 5)
+    assert len(report.fused) == 3
+    with torch.no_grad():
+        torch.testing.assert_close(fused(ids), stock(ids))
+        assert not report.fallbacks()
+        with registered("forward", lambda module, *_: seen.append(type(module).__name__)):
+            expected = stock(ids)
+            wanted, seen = seen, []
+            assert torch.equal(fused(ids), expected)
+    assert [name.replace("Fused", "") for name in seen] == wanted
+    assert list(report.fallbacks().values()) == [{EVERY: 1}] * 3
+
+
+def test_a_profiler_leaves_calls_on_the_kernels():
+    stock, fused = pair()
+    report = fuse(fused)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_modules=True, record_shapes=True):
+        torch.testing.assert_close(results(fused), results(stock))
+    assert not report.fallbacks()
 
 
 def test_a_hook_says_that_it_wants_whole_layers_only():

@@ -168,6 +168,46 @@ def test_gradients_in_a_flat_parameter_are_pefts(alone):
     torch.testing.assert_close(found[1], found[0])
 
 
+def gradients_of_step(one):
+    """Of the adapters, whole."""
+    one(**tokens(), use_cache=False).loss.backward()
+    grads = {name: p.grad for name, p in one.named_parameters() if p.grad is not None}
+    one.zero_grad()
+    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for name, g in grads.items()}
+
+
+@pytest.mark.parametrize("wrapper", ["fully_shard", "fully_shard of inner modules"])
+def test_gradients_of_fully_shard_are_pefts(alone, wrapper):
+    """Of a model that was sharded and called before `fuse`."""
+    wanted, one = gradients_of_step(model(True)), WRAPPERS[wrapper](model(True))
+    if wrapper == "fully_shard":
+        torch.testing.assert_close(gradients_of_step(one), wanted)
+    report = fuse(one, strict=True)
+    assert len(report.fused) == 14 and set(report.fused.values()) == {"cpu"}
+    torch.testing.assert_close(gradients_of_step(one), wanted)
+    assert not report.fallbacks()
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_kept_gains_see_each_step(alone, wrapper):
+    """Other weights may come to the addresses of those before."""
+    stock, one = model(True), WRAPPERS[wrapper](model(True))
+    report = fuse(one, strict=True)
+    ones = [(m, torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.5)) for m in (stock, one)]
+    logits = []
+    for _ in range(3):
+        with torch.no_grad():
+            wanted = stock(**tokens(), use_cache=False).logits
+            for _ in range(2):
+                torch.testing.assert_close(one(**tokens(), use_cache=False).logits, wanted)
+        logits.append(wanted)
+        for each, optimizer in ones:
+            each(**tokens(), use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not torch.allclose(logits[0], logits[2], atol=0.01) and not report.fallbacks()
+
+
 def test_a_trained_weight_in_a_flat_parameter_is_pefts_and_refused_by_native_layers(alone):
     one = model(False)
     one.base_model.model.model.layers[0].mlp.down_proj.base_layer.weight.requires_grad_()
@@ -189,7 +229,19 @@ def test_mixed_precision_is_asked_for_as_the_call_will_find_it(alone):
     assert losses(one)[0] == pytest.approx(losses(model(False))[0], rel=1e-2)
     assert not report.fallbacks()
 
-    one, mesh = model(False), init_device_mesh("cpu", (1,))
+    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    found = []
+    for fused in (False, True):
+        one, mesh = model(False), init_device_mesh("cpu", (1,))
+        for block in one.base_model.model.model.layers:
+            fully_shard(block, mesh=mesh, mp_policy=low)
+        if fused:
+            report = fuse(one, strict=True)
+        found.append(losses(one))
+    assert set(report.fused.values()) == {"cpu"} and not report.fallbacks()
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
+
+    one = model(False)
     layer = lora_layers(one)[0]
     fully_shard(layer.lora_A["default"], mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     report = fuse(one)
@@ -252,18 +304,20 @@ class Partitions:
             add(hook)
 
 
-def test_partitioned_weights_come_and_go_as_in_zero_3():
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_partitioned_weights_come_and_go_as_in_zero_3(use_dora):
     torch.manual_seed(0)
     nets = []
     for _ in range(2):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
-        one = peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=["0", "2"]))
+        one = peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=["0", "2"], use_dora=use_dora))
         randomise(one)
         nets.append(one)
     stock, fused = nets
     for layer in lora_layers(fused):
-        for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+        inner = (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
+        for module in (layer.base_layer, *(m for each in inner for m in each.values())):
             Partitions(module).register(module)
     report = fuse(fused, strict=True)
     assert set(report.fused.values()) == {"cpu"}

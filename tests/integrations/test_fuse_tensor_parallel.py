@@ -88,6 +88,18 @@ def test_second_derivatives(alone):
     assert not report.fallbacks()
 
 
+def test_dora_is_pefts_which_raises(alone):
+    """Its norm adds a DTensor to a plain one."""
+    for fused in (False, True):
+        one = parallel(model(net=Biased, use_dora=True))
+        if fused:
+            report = fuse(one)
+            assert list(report.left.values()) == ["DoraLinearVariant in tensor parallelism"] * 2
+        with pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"):
+            one(torch.ones(3, 24))
+    assert report.fallbacks()["base_model.model.a"] == {"DoraLinearVariant in tensor parallelism": 1}
+
+
 def only_base(one):
     return parallel(one, {"a.base_layer": ColwiseParallel})
 
