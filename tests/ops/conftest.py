@@ -1,11 +1,8 @@
-import os
-import re
-from pathlib import Path
-
 import pytest
 
 from lora_kernels.ops import launch
 from lora_kernels.testing import poisoned
+from tests.ops import plants
 
 
 @pytest.fixture(autouse=True)
@@ -16,26 +13,21 @@ def poisoned_memory():
 
 
 @pytest.fixture
-def planted(tmp_path, monkeypatch):
-    """Puts a bug into a file of CUDA C++ or into what it includes, and of its kernels keeps one,
-    which is quicker to compile; with nothing to replace the kernel is as it was."""
+def planted(monkeypatch, request):
+    """Puts a bug into a file of CUDA C++, where of its kernels it keeps one, which is quicker to
+    compile; with nothing to replace the kernel is as it was. Kernels of other files have none."""
+    from lora_kernels.ptxsim import nvcc
+
     monkeypatch.setattr(launch, "_tickets", {})  # a bug may leave them as they must not be
 
     def plant(source, old, new, keep, times=1):
-        texts = {p.relative_to(launch.CSRC): p.read_text() for p in launch.CSRC.rglob("*") if p.suffix in (".cu", ".cuh", ".h")}
-        named = [Path(source)]
-        for path in named:  # and what it includes
-            found = re.findall(r'#include "(.*)"', texts[path])
-            named += [p for name in found if (p := Path(os.path.normpath(path.parent / name))) not in named]
-        assert not old or sum(texts[path].count(old) for path in named) == times > 0, old
-        for path in named:
-            texts[path] = texts[path].replace(old, new) if old else texts[path]
-            if str(path) == source:
-                texts[path] = re.sub(rf"^LK_\w+\((?!{keep},)[^;{{}}]*?\)$", "", texts[path], flags=re.MULTILINE)
-        for path, text in texts.items():
-            (tmp_path / path).parent.mkdir(exist_ok=True)
-            (tmp_path / path).write_text(text)
-        monkeypatch.setattr(launch, "CSRC", tmp_path)
+        bug, others, compile_ptx = plants.Plant(old, new, times), plants.alike(request.node), nvcc.compile_ptx
+        assert plants.planted(launch.CSRC / source, bug, keep), old
 
-    plant.source = launch.CSRC
+        def with_bug(path, *options):
+            of_bug = path == launch.CSRC / source
+            return plants.compiled(path, keep, bug, others, *options) if of_bug else compile_ptx(path, *options)
+
+        monkeypatch.setattr(nvcc, "compile_ptx", with_bug)
+
     return plant
