@@ -65,9 +65,7 @@ def test_a_fallback_warns_once_for_each_reason(op):
 def test_a_warning_points_at_the_caller(monkeypatch):
     monkeypatch.setattr(registry, "_warned", set())
     p = make_problem(3, 8, 8, 2, torch.float32, torch.float64)
-    with pytest.warns(
-        FallbackWarning, match="lora_linear_forward runs on the slow reference. cpu: a is .*float64"
-    ) as seen:
+    with pytest.warns(FallbackWarning, match="lora_linear_forward runs on the slow reference. cpu: a is .*float64") as seen:
         lora_linear(*p.arguments())
     assert os.path.basename(seen[0].filename) == os.path.basename(__file__)
 
@@ -83,9 +81,7 @@ def test_float64_is_the_reference_without_a_warning():
 def test_a_forced_backend_refuses_in_words(op):
     with use_backend("cpu"):
         assert op(Call(torch.ones(2))).equal(torch.full((2,), 2.0))
-        with pytest.raises(
-            NotImplementedError, match=f"^{op.name} cannot run on cpu: x has 4 elements, the limit is 3$"
-        ):
+        with pytest.raises(NotImplementedError, match=f"^{op.name} cannot run on cpu: x has 4 elements, the limit is 3$"):
             op(Call(torch.ones(4)))
     with use_backend("cuda"), pytest.raises(NotImplementedError, match=f"^{op.name} cannot run on cuda: "):
         op(Call(torch.ones(2)))
@@ -242,26 +238,38 @@ def test_a_missing_backend_has_a_reason(tmp_path, monkeypatch):
 
 
 CALL = """
-import torch, lora_kernels
+import lora_kernels
 shapes = (2, 3), (4, 3), (1, 3), (4, 1)
 print(lora_kernels.explain(lora_kernels.lora_linear, *map(torch.ones, shapes)))
 """
+# torch is imported once, which takes seconds, and each call has a process that begins behind that
+FORKS = """
+import os, sys, torch
+for value in sys.argv[2:]:
+    if not os.fork():
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{value}.{name}", os.O_CREAT | os.O_WRONLY), stream)
+        os.environ.pop("LORA_KERNELS_BACKEND", None)
+        os.environ |= {"LORA_KERNELS_BACKEND": value[1:]} if value[0] == "=" else {}
+        exec(sys.argv[1])
+        break
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+BY_VARIABLE = {
+    "none": ("lora_linear_forward: cpu", ""),
+    "=": ("lora_linear_forward: cpu", ""),
+    "=cpu": ("lora_linear_forward: cpu", ""),
+    "=reference": ("lora_linear_forward: reference", ""),
+    "=gpu": ("", "ValueError: backend must be one of reference, cpu, triton, cuda, found 'gpu'"),
+    "=triton": ("", "NotImplementedError: lora_linear_forward cannot run on triton: "),
+}
 
 
-@pytest.mark.parametrize(
-    "value, first_line, error",
-    [
-        (None, "lora_linear_forward: cpu", ""),
-        ("", "lora_linear_forward: cpu", ""),
-        ("cpu", "lora_linear_forward: cpu", ""),
-        ("reference", "lora_linear_forward: reference", ""),
-        ("gpu", "", "ValueError: backend must be one of reference, cpu, triton, cuda, found 'gpu'"),
-        ("triton", "", "NotImplementedError: lora_linear_forward cannot run on triton: "),
-    ],
-)
-def test_environment(value, first_line, error):
-    environment = {k: v for k, v in os.environ.items() if k != "LORA_KERNELS_BACKEND"}
-    environment |= {} if value is None else {"LORA_KERNELS_BACKEND": value}
-    done = subprocess.run([sys.executable, "-c", CALL], env=environment, capture_output=True, text=True, timeout=60)
-    assert (done.stdout.splitlines() or [""])[0] == first_line, done.stderr
-    assert error in done.stderr and (done.returncode != 0) == bool(error)
+def test_environment(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", FORKS, CALL, *BY_VARIABLE]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    for status, (value, (first_line, error)) in zip(done.stdout.split(), BY_VARIABLE.items(), strict=True):
+        said, told = ((tmp_path / f"{value}.{name}").read_text() for name in ("out", "err"))
+        assert (said.splitlines() or [""])[0] == first_line, (value, told)
+        assert error in told and (status != "0") == bool(error), (value, told)

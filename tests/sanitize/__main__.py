@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -53,26 +54,33 @@ def main() -> None:
     planted_only = sys.argv[1:] == ["--plant"]
     if sys.argv[1:] and not planted_only:
         sys.exit(f"sanitize: only --plant is known, found {' '.join(sys.argv[1:])}")
-    for sanitizer in ("thread", "address"):
-        targets = ["kernels"] if sanitizer == "thread" or planted_only else ["kernels", "_cpu"]
-        folder = build(sanitizer, *targets)
-        driver = [str(folder / "tests" / "sanitize" / "kernels")]
-        if sanitizer == "thread":
-            driver = [*same_addresses(), *driver]
-        run(f"{sanitizer}, planted bugs", *driver, "--plant")
-        if planted_only:
-            continue
-        run(f"{sanitizer}, kernels", *driver)
-        if sanitizer == "address":
-            # first of all libraries, since Python was built without it; then the one that throws
-            # exceptions, which it watches. What Python and torch never free is not looked at
-            module = next((folder / "python").glob("_cpu*.so"))
-            run(
-                "address, tests of the ops", sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p",
-                "tests.sanitize.instrumented", *TESTS, LK_SANITIZED=str(module), PYTHONPATH=str(ROOT),
-                LD_PRELOAD=f"{library('libasan.so')} {library('libstdc++.so')}", ASAN_OPTIONS="detect_leaks=0",
-                OMP_WAIT_POLICY="passive",
-            )  # fmt: skip
+    folder = build("thread", "kernels")
+    # what a driver does keeps half of two cores busy: the other build goes beside it
+    with ThreadPoolExecutor(1) as beside:
+        thread = beside.submit(look, "thread", folder, planted_only)
+        folder = build("address", "kernels", *([] if planted_only else ["_cpu"]))
+        look("address", folder, planted_only)
+        thread.result()
+
+
+def look(sanitizer: str, folder: Path, planted_only: bool) -> None:
+    driver = [str(folder / "tests" / "sanitize" / "kernels")]
+    if sanitizer == "thread":
+        driver = [*same_addresses(), *driver]
+    run(f"{sanitizer}, planted bugs", *driver, "--plant")
+    if planted_only:
+        return
+    run(f"{sanitizer}, kernels", *driver)
+    if sanitizer == "address":
+        # first of all libraries, since Python was built without it; then the one that throws
+        # exceptions, which it watches. What Python and torch never free is not looked at
+        module = next((folder / "python").glob("_cpu*.so"))
+        run(
+            "address, tests of the ops", sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p",
+            "tests.sanitize.instrumented", *TESTS, LK_SANITIZED=str(module), PYTHONPATH=str(ROOT),
+            LD_PRELOAD=f"{library('libasan.so')} {library('libstdc++.so')}", ASAN_OPTIONS="detect_leaks=0",
+            OMP_WAIT_POLICY="passive",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
