@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_kernels.ops.launch import ceil_div, launch_triton, power_of_two
 from lora_kernels.ops.tables.tiles import tile
 from lora_kernels.ops.triton_compiler import sound_schedule
-from lora_kernels.ops.triton_quantised import Quantised, groups_of_tile, load_scales, load_table, load_values, rounded
+from lora_kernels.ops.triton_quantised import Quantised, load_numbers_of_tile, load_scales_of_tile, load_table, rounded
 from lora_kernels.ops.triton_skinny import HALVES, dot_accumulate, load_tile
 
 
@@ -46,9 +46,7 @@ class NormLayer(NamedTuple):
 
 
 @triton.jit
-def norm_kernel(
-    layer, MORE: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr
-):
+def norm_kernel(layer, MORE: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
     """norm [n] = ‖w + scale · b a‖. MORE: there are more ranks than BR, and b does not stay in
     registers."""
     n, k, r = layer.n, layer.k, layer.r
@@ -101,9 +99,8 @@ def quantised_norm_kernel(
     ranks, table = tl.arange(0, BR).to(tl.int64), load_table(weight, KIND)
     squares = tl.zeros((BN, BK), tl.float32)
     for first in range(0, k, BK):
-        groups, inside = groups_of_tile(code_rows, first, end, k, GROUP, BK)
-        scales = load_scales(weight, groups, inside, GROUP, SHIFT, OUTER_SHIFT)
-        numbers = load_values(weight, table, groups, inside, KIND, GROUP) * scales[:, None]
+        scales = load_scales_of_tile(weight, code_rows, first, end, k, KIND, GROUP, SHIFT, OUTER_SHIFT, BK)
+        numbers = load_numbers_of_tile(weight, table, scales, code_rows, first, end, k, KIND, GROUP, BK)
         adapted = tl.reshape(rounded(numbers, DTYPE), (BN, BK))
         if layer.a is not None:
             depth = first + tl.arange(0, BK).to(tl.int64)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lora_kernels import explain, fuse, use_backend, warm_up
-from lora_kernels.integrations.peft import devices, linear
+from lora_kernels.integrations.peft import linear
 from lora_kernels.integrations.peft import quantised as over_quantised
 from lora_kernels.nn import LoRALinear
-from lora_kernels.ops import missing_backends, registry
+from lora_kernels.ops import missing_backends
 from tests.integrations.fuse_helpers import errs_as_stock, fused_copy, gradients
 
 pytest.importorskip("bitsandbytes")
@@ -19,25 +19,10 @@ if "triton" in missing_backends():
     pytest.skip(missing_backends()["triton"], allow_module_level=True)
 
 from lora_kernels.ops import triton_quantised
-from lora_kernels.ptxsim import triton_ptx
-from lora_kernels.testing.triton_interpreter import interpret
 from tests.ops.interpreted import interpreted
 
 BF16 = torch.bfloat16
 A, B = "base_model.model.a", "base_model.model.b"
-
-
-@pytest.fixture
-def as_gpu(monkeypatch):
-    """The CPU is a device with Triton's kernels alone, and no backend is forced."""
-    monkeypatch.setitem(registry.PREFERENCE, "cpu", ("triton", "reference"))
-    monkeypatch.setattr(over_quantised, "_EVERY_FORMAT", ("meta",))
-    monkeypatch.setattr(triton_ptx, "simulate_triton", lambda *launch, **_: interpret(*launch))
-    devices._refusal.cache_clear()
-    token = registry._simulated.set(True)
-    yield
-    registry._simulated.reset(token)
-    devices._refusal.cache_clear()
 
 
 @pytest.mark.parametrize(("kind", "lora"), [
@@ -66,8 +51,8 @@ def test_the_report(as_gpu):
 
 
 def test_what_no_kernel_reads(as_gpu, monkeypatch):
-    monkeypatch.setattr(triton_quantised, "beyond_blocks", lambda layout: "zeros")
-    left_with("triton: w has zeros, which the kernels do not read")
+    monkeypatch.setattr(triton_quantised.Quantised, "refusal", lambda w: "w has zeros")
+    left_with("triton: w has zeros")
 
 
 def test_a_device_that_is_not_ready(as_gpu, monkeypatch):

@@ -187,9 +187,6 @@ def test_what_goes_beyond_blocks():
         "hqq": f"{order} and zeros", "int8 zeros": "zeros", "int8 tiles": "tiles of scales",
         "e4m3 tiles": "tiles of scales", "e5m2 rows": "codes of float8_e5m2", "e4m3 powers": "powers of two as scales",
     }  # fmt: skip
-    for name, words in found.items():
-        with use_backend("triton", simulate=True), pytest.raises(NotImplementedError, match=f"w has {words}, which"):
-            make_format(name, 8, 64).dequantise()
     for kind in KINDS:
         assert beyond_blocks(make_quantised(kind, 8, 64).fields()[2]) is None
 

@@ -158,10 +158,10 @@ def test_a_step_moves_the_floor(tokens, forms, launches):
 
 
 BUGS = [
-    ("groups_of_tile(outputs + BN, column", "groups_of_tile(outputs, column"),
-    ("layer.n, k, GROUP, BK)\n        numbers", "layer.n, k, GROUP, BK)\n        groups -= column // GROUP\n        numbers"),
+    ("(weight, outputs + BN, column", "(weight, outputs, column"),
+    ("scales, outputs, column, layer.n", "scales, outputs, 0, layer.n"),
     ("tl.reshape(numbers.to(ds.dtype), (BN, BK))", "tl.trans(tl.reshape(numbers.to(ds.dtype), (BK, BN)))"),
-    ("scales, outputs = next_scales, first", "scales, outputs = tl.sort(next_scales), first"),
+    ("scales, outputs = next_scales, first", "scales, outputs = (tl.sort(next_scales[0]),), first"),
     ("gains = tl.load(layer.gain + outputs, mask", "gains = tl.load(layer.gain + 0 * outputs, mask"),
     ("depth = tl.cdiv(tl.cdiv(layer.n, BN), SPLITS) * BN", "depth = layer.n // SPLITS"),
     ("(tile - tiles) * SPLITS + tl.program_id(1), sums", "tile - tiles, sums"),

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from lora_kernels.ops.lora_linear.triton_forward import epilogue, reduce_split_k
 from lora_kernels.ops.triton_dropout import dropout_mask
-from lora_kernels.ops.triton_quantised import groups_of_tile, load_scales, load_table, load_values
+from lora_kernels.ops.triton_quantised import load_numbers_of_tile, load_scales_of_tile, load_table
 from lora_kernels.ops.triton_skinny import dot_accumulate, load_tile
 
 
@@ -24,18 +24,15 @@ def mainloop_of_codes(
     """
     accumulator, h = tl.zeros((BN, BM), tl.float32), tl.zeros((BR, BM), tl.float32)
     ranks, table = tl.arange(0, BR).to(tl.int64), load_table(weight, KIND)
-    groups, inside = groups_of_tile(columns, begin, layer.n, shared.k, GROUP, BK)
-    next_scales = load_scales(weight, groups, inside, GROUP, SHIFT, OUTER_SHIFT)
+    next_scales = load_scales_of_tile(weight, columns, begin, layer.n, shared.k, KIND, GROUP, SHIFT, OUTER_SHIFT, BK)
     for first in range(begin, end, BK):
         scales = next_scales
-        groups, inside = groups_of_tile(columns, first + BK, layer.n, shared.k, GROUP, BK)
         # a step ahead, since a scale that is a code itself takes one load after another
-        next_scales = load_scales(weight, groups, inside, GROUP, SHIFT, OUTER_SHIFT)
+        next_scales = load_scales_of_tile(weight, columns, first + BK, layer.n, shared.k, KIND, GROUP, SHIFT, OUTER_SHIFT, BK)
         depth = first + tl.arange(0, BK).to(tl.int64)
         xs = load_tile(shared.x, depth, rows, shared.x1, shared.x0, shared.k, m)  # [BK, BM]
         as_ = load_tile(layer.a, ranks, depth, layer.a0, layer.a1, layer.r, shared.k)  # [BR, BK]
-        groups, inside = groups_of_tile(columns, first, layer.n, shared.k, GROUP, BK)
-        numbers = load_values(weight, table, groups, inside, KIND, GROUP) * scales[:, None]
+        numbers = load_numbers_of_tile(weight, table, scales, columns, first, layer.n, shared.k, KIND, GROUP, BK)
         ws = tl.reshape(numbers.to(xs.dtype), (BN, BK))
         accumulator = dot_accumulate(ws, xs, accumulator, PRECISION)
         dropped_xs = xs

@@ -8,7 +8,7 @@ import triton.language as tl
 from lora_kernels.ops.lora_linear.triton_forward import add_adapter, reduce_split_k
 from lora_kernels.ops.triton_dropout import dropout_mask
 from lora_kernels.ops.triton_partials import reduce_partials
-from lora_kernels.ops.triton_quantised import groups_of_tile, load_scales, load_table, load_values
+from lora_kernels.ops.triton_quantised import load_numbers_of_tile, load_scales_of_tile, load_table
 from lora_kernels.ops.triton_skinny import dot_accumulate, load_tile
 
 
@@ -21,16 +21,13 @@ def mainloop_of_codes_over_outputs(
     k]. It is summed as its transpose, as in the forward."""
     accumulator, table = tl.zeros((BK, BM), tl.float32), load_table(weight, KIND)
     outputs = begin + tl.arange(0, BN).to(tl.int64)
-    groups, inside = groups_of_tile(outputs, column, layer.n, k, GROUP, BK)
-    next_scales = load_scales(weight, groups, inside, GROUP, SHIFT, OUTER_SHIFT)
+    next_scales = load_scales_of_tile(weight, outputs, column, layer.n, k, KIND, GROUP, SHIFT, OUTER_SHIFT, BK)
     for first in range(begin, end, BN):
         scales, outputs = next_scales, first + tl.arange(0, BN).to(tl.int64)
-        groups, inside = groups_of_tile(outputs + BN, column, layer.n, k, GROUP, BK)
         # a step ahead, since a scale that is a code itself takes one load after another
-        next_scales = load_scales(weight, groups, inside, GROUP, SHIFT, OUTER_SHIFT)
+        next_scales = load_scales_of_tile(weight, outputs + BN, column, layer.n, k, KIND, GROUP, SHIFT, OUTER_SHIFT, BK)
         ds = load_tile(layer.dy, outputs, rows, layer.d1, layer.d0, layer.n, m)  # [BN, BM]
-        groups, inside = groups_of_tile(outputs, column, layer.n, k, GROUP, BK)
-        numbers = load_values(weight, table, groups, inside, KIND, GROUP) * scales[:, None]
+        numbers = load_numbers_of_tile(weight, table, scales, outputs, column, layer.n, k, KIND, GROUP, BK)
         ws = tl.reshape(numbers.to(ds.dtype), (BN, BK))
         scaled = ds
         if layer.gain is not None:
@@ -56,9 +53,9 @@ def gradient_of_zero_gain_of_codes(
         ds = tl.load(layer.dy + rows * layer.d0 + n * layer.d1, mask=rows < m, other=0.0).to(tl.float32)[:, None]
         for first in range(0, k, BK):
             xs = load_tile(shared.x, rows, first + tl.arange(0, BK).to(tl.int64), shared.x0, shared.x1, m, k)  # [BM, BK]
-            groups, inside = groups_of_tile(n + tl.arange(0, 1), first, layer.n, k, GROUP, BK)
-            scales = load_scales(weight, groups, inside, GROUP, SHIFT, OUTER_SHIFT)
-            numbers = load_values(weight, table, groups, inside, KIND, GROUP) * scales[:, None]
+            outputs = n + tl.arange(0, 1)
+            scales = load_scales_of_tile(weight, outputs, first, layer.n, k, KIND, GROUP, SHIFT, OUTER_SHIFT, BK)
+            numbers = load_numbers_of_tile(weight, table, scales, outputs, first, layer.n, k, KIND, GROUP, BK)
             ws = tl.reshape(numbers.to(xs.dtype), (1, BK))
             of_w += ds * xs.to(tl.float32) * ws.to(tl.float32)
         for first in range(0, r, BR):
