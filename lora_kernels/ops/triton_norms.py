@@ -46,7 +46,9 @@ class NormLayer(NamedTuple):
 
 
 @triton.jit
-def norm_kernel(layer, MORE: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
+def norm_kernel(
+    layer, MORE: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr
+):
     """norm [n] = ‖w + scale · b a‖. MORE: there are more ranks than BR, and b does not stay in
     registers."""
     n, k, r = layer.n, layer.k, layer.r

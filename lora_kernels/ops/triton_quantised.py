@@ -208,8 +208,8 @@ def float_of_e8m0(codes):
 
 @triton.jit
 def load_scales(weight, blocks, inside, KIND: tl.constexpr, OUTER_SHIFT: tl.constexpr):
-    """The scale of each block, float32, of the shape of `blocks`, 0 where not `inside`; and its
-    zero, if there are any. In a tuple."""
+    """The scale of each block, float32, of the shape of `blocks`, and its zero, if there are any, in
+    a tuple. Where not `inside` the scale is 0, or 2^-127, whose square is."""
     scales = tl.load(weight.scales + blocks, mask=inside, other=0)
     if weight.outer is not None:
         outer = tl.load(weight.outer + quotient(blocks, weight.outer_block, OUTER_SHIFT), mask=inside, other=0.0)
@@ -218,7 +218,7 @@ def load_scales(weight, blocks, inside, KIND: tl.constexpr, OUTER_SHIFT: tl.cons
         scales = tl.fma(fine, outer, tl.zeros(fine.shape, tl.float32)) + tl.load(weight.offset)
         scales = tl.where(inside, scales, 0.0)
     elif (KIND >> 4) & 1:
-        scales = tl.where(inside, float_of_e8m0(scales), 0.0)
+        scales = float_of_e8m0(scales)
     if weight.zeros is None:
         return (scales,)
     else:
@@ -228,13 +228,11 @@ def load_scales(weight, blocks, inside, KIND: tl.constexpr, OUTER_SHIFT: tl.cons
 @triton.jit
 def float_of_e4m3(codes):
     """float8_e4m3fn, by its bits, since sm_80 has no instruction for it."""
-    bits = codes.to(tl.int32)
-    size = bits & 127
-    # exponents count from 7 there, from 127 in float32; below 8 there is none
-    normal = ((size << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-    found = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
-    found = tl.where(size == 127, float("nan"), found)
-    return tl.where(bits > 127, -found, found)
+    bits = codes.to(tl.int8, bitcast=True).to(tl.int32)
+    # sign and significand where float32 has them; exponents count from 7 there, from 127 in float32
+    found = ((bits << 20) & -0x78100000).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    # of the last size, which is NaN, 480 would come
+    return tl.where(tl.abs(found) == 480.0, float("nan"), found)
 
 
 @triton.jit
