@@ -8,11 +8,13 @@ weighted sum over each token's experts) with LoRA on both weights, forward + bac
     frozen NAME  the same module without an adapter: y and the gradient of x alone
     loop       each expert's rows through F.linear, and through A and B
     split      torch's grouped_mm for W, A and B, which forms no W + sBA either
+    op mxfp4   op over codes of the same numbers, with --codes
 
     --shapes qwen mixtral   Qwen3-30B-A3B's layer, and Mixtral's scaled down
     --dtypes bfloat16 float32 --tokens 64 512
     --threads 1             by processor time, which a busy machine disturbs least
     --seconds 5             of each case, at least ten rounds of each contender
+    --codes                 W has numbers that MXFP4 has, as gpt-oss's experts
     --only NAME...          with ours these contenders, or those whose names begin so
     --quick                 few and small, to see that it works
     --no-memory             leaves out the peaks of memory
@@ -36,7 +38,7 @@ from typing import Any
 
 R, SCALE = 16, 2.0
 # hidden, intermediate, experts, of which each token takes
-SHAPES = {"qwen": (2048, 768, 128, 8), "mixtral": (1024, 3584, 8, 2), "quick": (64, 48, 8, 2)}
+SHAPES = {"qwen": (2048, 768, 128, 8), "mixtral": (1024, 3584, 8, 2), "quick": (64, 32, 8, 2)}
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 DTYPES, TOKENS = ("bfloat16", "float32"), (64, 512)
 GOALS = {"qwen": 1 / 8, "mixtral": 1 / 2.5}
@@ -61,6 +63,21 @@ def experts_module(shape: str, dtype: Any) -> Any:
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5).requires_grad_(False)
     return torch.nn.ModuleDict({"experts": made})
+
+
+def mxfp4_experts(module: Any) -> dict[str, Any]:
+    """Random codes, by the name of the weight, whose numbers the module gets."""
+    import torch
+
+    from lora_kernels.nn.quantised_experts import mxfp4_weight
+
+    found = {}
+    for name, p in module.named_parameters():
+        experts, n_out, n_in = p.shape
+        blocks = torch.randint(256, (experts, n_out, n_in // 32, 16), dtype=torch.uint8)
+        found[name] = mxfp4_weight(blocks, torch.full((experts, n_out, n_in // 32), 121, dtype=torch.uint8), p.dtype)
+        p.data.copy_(found[name].dequantise())
+    return found
 
 
 def peft_experts(holder: Any) -> tuple[Any, dict[str, Any]]:
@@ -168,7 +185,8 @@ def contenders(case: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     hidden, _, experts, _ = SHAPES[shape]
     holder = experts_module(shape, dtype)
     module = holder["experts"]
-    config, up, down = module.config, module.gate_up_proj, module.down_proj
+    codes = mxfp4_experts(module) if case.get("codes") else {}
+    config, dense = module.config, dict(module.named_parameters())
     index, weights = routing(shape, case["tokens"])
     weights = weights.to(dtype)
     x = torch.randn(case["tokens"], hidden, dtype=dtype, requires_grad=True)
@@ -185,10 +203,10 @@ def contenders(case: dict[str, Any]) -> dict[str, Callable[[], Any]]:
 
         return step
 
-    def block(linear: Callable[..., Any]) -> Callable[[], Any]:
+    def block(linear: Callable[..., Any], weights_by_name: Any = dense) -> Callable[[], Any]:
         def run(rows: Any, ends: Any, experts: int) -> Any:
-            of_up, of_down = (by_experts(factors[name], experts) for name in ("gate_up_proj", "down_proj"))
-            return linear(swiglu(linear(rows, ends, up, *of_up)), ends, down, *of_down)
+            up, down = ((weights_by_name[name], *by_experts(factors[name], experts)) for name in ("gate_up_proj", "down_proj"))
+            return linear(swiglu(linear(rows, ends, *up)), ends, *down)
 
         return timed(lambda: sorted_by_expert(run, x, index, weights, experts))
 
@@ -205,6 +223,8 @@ def contenders(case: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         "split": block(linear_by_split),
         "loop": block(linear_by_loop),
     }
+    if codes:
+        found["op mxfp4"] = block(linear_by_ours, codes)
     for name in IMPLEMENTATIONS:
         # a copy of the weights for each token
         if name != "batched_mm" or case["tokens"] * SHAPES[shape][3] <= experts:
@@ -286,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--codes", action="store_true")
     parser.add_argument("--only", nargs="+", default=("",))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
@@ -308,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for shape in options.shapes:
         for dtype in options.dtypes:
             for tokens in options.tokens:
-                case = {"shape": shape, "dtype": dtype, "tokens": tokens}
+                case = {"shape": shape, "dtype": dtype, "tokens": tokens, "codes": options.codes}
                 rows.append({**case, "seconds": measure(case, options.seconds, options.only)})
                 print(line(rows[-1]), flush=True)
     peaks = {}

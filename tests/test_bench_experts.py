@@ -15,14 +15,16 @@ def row(ours, shape="qwen", **rivals):
     return {"shape": shape, "dtype": "bfloat16", "tokens": 64, "seconds": {"ours": ours, **rivals}}
 
 
-def test_contenders_compute_one_thing(monkeypatch):
+@pytest.mark.parametrize("codes", [False, True], ids=["", "codes"])
+def test_contenders_compute_one_thing(codes, monkeypatch):
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
     found, backward = [], torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", lambda y, dy: found.append(y.detach()) or backward(y, dy))
-    case = {"shape": "quick", "dtype": "float32", "tokens": 4}
+    case = {"shape": "quick", "dtype": "float32", "tokens": 4, "codes": codes}
     calls = experts.contenders(case)
     assert {"ours", "op", "split", "loop", "peft eager", "peft grouped_mm", "peft batched_mm", "frozen eager"} <= calls.keys()
+    assert ("op mxfp4" in calls) is codes
     for call in calls.values():
         call()
     results = dict(zip(calls, found, strict=True))
