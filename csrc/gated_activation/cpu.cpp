@@ -24,22 +24,18 @@ LK_INLINE vec exponential(vec x) {
 struct Curve {
   vec value, slope;
 };
+LK_INLINE vec within(vec v, float most) { return v < splat(-most) ? splat(-most) : v > splat(most) ? splat(most) : v; }
 // f(g) and f'(g)
 LK_INLINE Curve curve_of(vec g, bool tanh) {
-  constexpr float MOST = 87.f, ROOT = 1.59576912f, CUBE = 0.044715f;
-  vec v = g, dv = splat(1.f);
-  if (tanh) {
-    const vec square = g * g;
-    v = splat(ROOT) * (g + splat(CUBE) * square * g), dv = splat(ROOT) * (splat(1.f) + splat(3 * CUBE) * square);
-  }
-  const vec most = splat(MOST), least = splat(-MOST);
-  const vec held = v < least ? least : v > most ? most : v;
-  const vec one = splat(1.f), below = exponential(-held);
+  constexpr float MOST = 87.f, FAR = 16.f, ROOT = 1.59576912f, CUBE = 0.044715f;
+  const vec one = splat(1.f), v = tanh ? splat(ROOT) * (g + splat(CUBE) * (g * g) * g) : g;
+  const vec held = within(v, MOST), below = exponential(-held);
   // 0 below, where a large g would show what is left, and for a NaN, which g then is itself
-  const vec s = (vec)((uvec)(one / (one + below)) & (uvec)(v > least));
-  // 0 beyond, where g and dv make a large number of what is left; a NaN stays one
-  const vec rest = (vec)((uvec)(g * s * (below * s) * dv) & ~((uvec)(v >= most) | (uvec)(v <= least)));
-  return {g * s, s + rest};
+  const vec s = (vec)((uvec)(one / (one + below)) & (uvec)(v > splat(-MOST)));
+  // so does f' above: v(FAR) is beyond MOST
+  const vec near = tanh ? within(g, FAR) : held;
+  const vec dv = tanh ? splat(ROOT) * (one + splat(3 * CUBE) * (near * near)) : one;
+  return {g * s, s + near * s * (below * s) * dv};
 }
 
 template <typename T>
