@@ -54,12 +54,14 @@ def test_more_sums_than_are_there_at_once(on_cpu, dtype, transposed):
     """Of 16 bits the columns come in pieces; bits are those of a layer alone, whose pieces are
     others."""
     sizes, n_out = [600, 0, 610], 7200
-    p = make_expert_problem(sizes, 8, n_out, 2, dtype, transposed=transposed, bias=True)
-    y = expert_lora_linear(*p.arguments())
+    p = make_expert_problem(sizes, 8, n_out, 2, dtype, transposed=transposed, bias=True, gain=True)
+    y = expert_lora_linear(*replace(p, gain=p.gain.requires_grad_()).arguments())
+    (dgain,) = torch.autograd.grad(y, p.gain, p.dy)  # by z, which comes in pieces, too
     for e, rows in ((0, slice(0, 600)), (2, slice(600, 1210))):
         w = p.w[e].T if transposed else p.w[e]
         wanted = p.x[rows].float() @ w.float().T + 1.5 * (p.x[rows].float() @ p.a[e].float().T) @ p.b[e].float().T
-        torch.testing.assert_close(y[rows], (wanted + p.bias[e].float()).to(dtype))
+        torch.testing.assert_close(y[rows], (wanted * p.gain[e].float() + p.bias[e].float()).to(dtype))
+        torch.testing.assert_close(dgain[e].float(), (p.dy[rows].float() * wanted).sum(0), rtol=2e-2, atol=0.5)
 
 
 @dtypes
@@ -76,6 +78,29 @@ def test_the_number_of_threads_changes_no_bit(on_cpu, dtype):
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             assert all(one[name].equal(two[name]) for name in one)
+
+
+@dtypes
+def test_threads_share_the_gradients(on_cpu, dtype):
+    """So much work that there is a team, which cuts segments: each thread has the columns that it
+    takes, of rows by an index, too."""
+    row = replace(choice(dtype), small_back=0, streamed_from=1, streamed=500, addmm_back_from=501)
+    p = make_expert_problem([5, 0, 40, 1], 400, 301, 33, dtype, gain=True, bias=True)
+    index = torch.arange(46).flip(0)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with forced_choice(row):
+                found = run_experts(p)
+                leaves = p.require_grad()
+                y = expert_lora_linear(p.x[index], *p.arguments()[1:], index)
+                by_index = torch.autograd.grad(y, list(leaves.values()), p.dy)
+            results.append(found)
+            assert y.equal(found["y"]) and all(t.equal(found[n]) for n, t in zip(leaves, by_index, strict=True) if n != "x")
+    finally:
+        torch.set_num_threads(before)
+    assert all(each[name].equal(t) for each in results for name, t in results[0].items())
 
 
 def test_the_number_of_threads_changes_no_norm(on_cpu):
