@@ -6,6 +6,7 @@
 namespace lk::LK_LEVEL {
 
 constexpr int GROUPS = 8;  // counters computed together; 4 columns each
+constexpr int WORDS = 4 * GROUPS;
 
 typedef uint64_t wide __attribute__((vector_size(GROUPS * 8)));
 
@@ -25,34 +26,81 @@ LK_INLINE wide multiply(wide a, uint32_t b) {
 #endif
 }
 
+// The group of each lane, so that `store_words` has them in order by one instruction.
+#if LK_VL == 16
+constexpr wide LANES = {0, 4, 1, 5, 2, 6, 3, 7};
+#elif LK_VL == 8
+constexpr wide LANES = {0, 2, 1, 3, 4, 6, 5, 7};
+#else
+constexpr wide LANES = {0, 1, 2, 3, 4, 5, 6, 7};
+#endif
+
+// word[4 g] to word[4 g + 3] of each group: the halves of its lane in `first`, then in `second`
+LK_INLINE void store_words(wide first, wide second, uint32_t* word) {
+#if LK_VL == 16
+  _mm512_storeu_si512(word, _mm512_unpacklo_epi64((__m512i)first, (__m512i)second));
+  _mm512_storeu_si512(word + WORDS / 2, _mm512_unpackhi_epi64((__m512i)first, (__m512i)second));
+#elif LK_VL == 8
+  __m256i one[2], two[2];
+  std::memcpy(one, &first, sizeof first);
+  std::memcpy(two, &second, sizeof second);
+  for (int i = 0; i < 2; i++) {
+    _mm256_storeu_si256((__m256i*)(word + 16 * i), _mm256_unpacklo_epi64(one[i], two[i]));
+    _mm256_storeu_si256((__m256i*)(word + 16 * i + 8), _mm256_unpackhi_epi64(one[i], two[i]));
+  }
+#else
+  for (int i = 0; i < GROUPS; i++) {
+    for (int half = 0; half < 2; half++) {
+      word[4 * i + half] = uint32_t(first[i] >> 32 * half);
+      word[4 * i + 2 + half] = uint32_t(second[i] >> 32 * half);
+    }
+  }
+#endif
+}
+
+// mask[i] = keep or 0 for the CHAINS * WORDS columns from 4 `group` on; a round waits for the one
+// before it, so that two chains take little longer than one
+template <int CHAINS>
+LK_INLINE void mask_words(const Dropout& drop, int64_t row, int64_t group, float* mask) {
+  // each 64-bit lane holds one 32-bit word; the high half of what is multiplied does not count
+  wide c0[CHAINS], c1[CHAINS], c2[CHAINS], c3[CHAINS];
+  for (int i = 0; i < CHAINS; i++) {
+    c0[i] = LANES + uint64_t(group + GROUPS * i), c1[i] = wide{} + uint64_t(row);
+    c2[i] = wide{} + uint64_t(row) / 0x100000000u, c3[i] = wide{};
+  }
+  uint32_t k0 = uint32_t(drop.seed), k1 = uint32_t(drop.seed >> 32);
+  LK_UNROLL for (int round = 0; round < 10; round++) {
+    LK_UNROLL for (int i = 0; i < CHAINS; i++) {
+      const wide p0 = multiply(c0[i], 0xD2511F53u), p1 = multiply(c2[i], 0xCD9E8D57u);
+      c0[i] = (p1 >> 32) ^ c1[i] ^ k0;
+      c2[i] = (p0 >> 32) ^ c3[i] ^ k1;
+      c1[i] = p1;
+      c3[i] = p0;
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  const wide low = wide{} + 0xffffffffu;
+  uint32_t word[CHAINS * WORDS];
+  LK_UNROLL for (int i = 0; i < CHAINS; i++)
+      store_words((c0[i] & low) | c1[i] << 32, (c2[i] & low) | c3[i] << 32, word + WORDS * i);
+  const uint32_t threshold = drop.threshold;
+  const float keep = drop.keep;  // read once: the mask is no part of `drop`
+  for (int i = 0; i < CHAINS * WORDS; i++) mask[i] = word[i] >= threshold ? keep : 0.f;
+}
+
 // mask[i] = keep or 0 for columns first..first+count of one row; first is a multiple of 4
 static __attribute__((noinline)) void dropout_mask(const Dropout& drop, int64_t row, int64_t first, int64_t count,
                                                    float* mask) {
-  const wide low = wide{} + 0xffffffffu;
-  wide lane;
-  for (int i = 0; i < GROUPS; i++) lane[i] = i;
-  for (int64_t done = 0; done < count; done += 4 * GROUPS) {
-    // each 64-bit lane holds one 32-bit word, so that a product keeps its high half
-    wide c0 = lane + uint64_t((first + done) / 4), c1 = wide{} + (uint64_t(row) & 0xffffffffu);
-    wide c2 = wide{} + uint64_t(row) / 0x100000000u, c3 = {};
-    uint32_t k0 = uint32_t(drop.seed), k1 = uint32_t(drop.seed >> 32);
-    for (int round = 0; round < 10; round++) {
-      const wide p0 = multiply(c0, 0xD2511F53u), p1 = multiply(c2, 0xCD9E8D57u);
-      c0 = (p1 >> 32) ^ c1 ^ k0;
-      c2 = (p0 >> 32) ^ c3 ^ k1;
-      c1 = p1 & low;
-      c3 = p0 & low;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    uint32_t word[GROUPS][4];
-    for (int i = 0; i < GROUPS; i++) {
-      word[i][0] = uint32_t(c0[i]), word[i][1] = uint32_t(c1[i]), word[i][2] = uint32_t(c2[i]),
-      word[i][3] = uint32_t(c3[i]);
-    }
-    const int64_t n = count - done < 4 * GROUPS ? count - done : 4 * GROUPS;
-    for (int64_t i = 0; i < n; i++) mask[done + i] = word[i / 4][i % 4] >= drop.threshold ? drop.keep : 0.f;
+  int64_t done = 0;
+  for (; LK_VL == 16 && done + 2 * WORDS <= count; done += 2 * WORDS) {
+    mask_words<2>(drop, row, (first + done) / 4, mask + done);
   }
+  for (; done + WORDS <= count; done += WORDS) mask_words<1>(drop, row, (first + done) / 4, mask + done);
+  if (done == count) return;
+  float rest[WORDS];
+  mask_words<1>(drop, row, (first + done) / 4, rest);
+  std::memcpy(mask + done, rest, size_t(count - done) * sizeof(float));
 }
 
 }  // namespace lk::LK_LEVEL

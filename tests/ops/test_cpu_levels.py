@@ -10,6 +10,7 @@ import torch
 
 from lora_kernels import use_backend, weight_norm
 from lora_kernels.ops import row_norm_squared
+from lora_kernels.ops.dropout import mask
 from lora_kernels.ops.multi_lora import multi_lora
 from lora_kernels.testing import assert_expert_problem, assert_problem, make_expert_problem, make_problem, run
 from tests.ops.cpu import at_level
@@ -30,6 +31,18 @@ def levels():
 def level(request):
     with at_level(request.param), use_backend("cpu"):
         yield request.param
+
+
+@pytest.mark.parametrize("width", [1, 4, 31, 32, 33, 63, 64, 65, 96, 129, 200])
+def test_the_mask_of_any_width(level, width):
+    """Blocks of 32 and 64 columns, and what is left of them."""
+    from lora_kernels.ops.cpu_tensors import add_adapter, dropout_args
+
+    for number in (3, -(2**62) + 5):
+        seed, found = torch.tensor(number), torch.full((7, width), torch.nan)
+        drop = dropout_args(0.3, seed)
+        add_adapter(torch.ones(7, width), found, None, torch.empty(7, 1), mask=drop, mask_from=True)
+        assert torch.equal(found, mask(seed, 0.3, 7, width, torch.float32, seed.device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

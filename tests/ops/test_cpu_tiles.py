@@ -241,9 +241,10 @@ def test_what_is_below_the_smallest_normal_number_is_at_most_lost(tokens):
 def test_a_base_that_is_dropped_too_is_products_of_bf16(monkeypatch, tokens, rank, gains):
     """DoRA with dropout: y and dx are rounded once or little more, and no W becomes float32."""
     from lora_kernels import lora_linear
-    from lora_kernels.ops.lora_linear import cpu
+    from lora_kernels.ops.lora_linear import cpu_dropped_base
 
-    monkeypatch.setattr(cpu, "held", lambda w: pytest.fail("W is widened"))
+    for name in ("wide_forward", "wide_input_gradient"):
+        monkeypatch.setattr(cpu_dropped_base, name, lambda *args: pytest.fail("W is widened"))
     x, w, a, b = random(7, (tokens, 257), (140, 257), (rank, 257), (140, rank))
     gain, bias, dy = random(8, (140,), (140,), (tokens, 140))
     gain = 1 + 0.1 * gain if gains == "trained" else gain
