@@ -24,20 +24,6 @@ from lora_kernels.ops.refusals import READ
 from lora_kernels.ops.tables.tiles import tile
 
 
-class Tiles(NamedTuple):
-    """Of scales, several rows of W each."""
-
-    rows: Any
-    across: Any
-    """How many lie beside each other."""
-    groups: Any
-    """Of numbers in a row of W."""
-    expert_rows: Any
-    """Of W, where tiles end with each expert, else None."""
-    expert_tiles: Any
-    """How many lie below each other there."""
-
-
 class Parts(NamedTuple):
     """The tensors of a QuantisedWeight, None for what there is not."""
 
@@ -52,8 +38,16 @@ class Parts(NamedTuple):
     zeros: Any = None
     half: Any = None
     """Of the groups, where codes lie in halves."""
-    tiles: Any = None
-    """`Tiles`, where blocks are not across rows."""
+    tile_rows: Any = None
+    """Of W, where blocks are tiles."""
+    tiles_across: Any = None
+    """How many of these lie beside each other."""
+    row_groups: Any = None
+    """Of numbers in a row of W there."""
+    expert_rows: Any = None
+    """Of W, where tiles end with each expert."""
+    expert_tiles: Any = None
+    """How many lie below each other there."""
 
 
 class Wanted(NamedTuple):
@@ -94,9 +88,11 @@ class Quantised(NamedTuple):
         scales, outer_table, outer, offset = (*rest, None, None, None)[:4]
         group = math.gcd(block, k, most, n * k // 2 if order == HALVES else 0)
         half = n * k // 2 // group if order == HALVES else None
+        tiles = (block_rows, ceil_div(k, block), k // group) if block_rows else (None,) * 3
         of_expert = (expert_rows, ceil_div(expert_rows, block_rows)) if expert_rows else (None, None)
-        tiles = Tiles(block_rows, ceil_div(k, block), k // group, *of_expert) if block_rows else None
-        parts = Parts(self.codes, table, scales, outer_table, outer, offset, block, outer_block, zeros, half, tiles)
+        parts = Parts(
+            self.codes, table, scales, outer_table, outer, offset, block, outer_block, zeros, half, *tiles, *of_expert
+        )
         how = kind | order << 2 | powers << 4 | (dtype if zero_rounded else 0) << 5
         return {"weight": parts, "KIND": how, "GROUP": group, "SHIFT": _shift(block), "OUTER_SHIFT": _shift(outer_block)}
 
@@ -179,22 +175,22 @@ def blocks_of_tiles(weight, rows, columns, SHIFT: tl.constexpr):
     """Of numbers in these rows and columns, of which there are fewer than 2³¹, the block where
     blocks are tiles."""
     rows = rows.to(tl.int32)
-    if weight.tiles.expert_rows is None:
-        down = rows // weight.tiles.rows
+    if weight.expert_rows is None:
+        down = rows // weight.tile_rows
     else:
-        experts = rows // weight.tiles.expert_rows
-        down = experts * weight.tiles.expert_tiles + (rows - experts * weight.tiles.expert_rows) // weight.tiles.rows
-    return down.to(tl.int64) * weight.tiles.across + quotient(columns.to(tl.int32), weight.block, SHIFT)
+        experts = rows // weight.expert_rows
+        down = experts * weight.expert_tiles + (rows - experts * weight.expert_rows) // weight.tile_rows
+    return down.to(tl.int64) * weight.tiles_across + quotient(columns.to(tl.int32), weight.block, SHIFT)
 
 
 @triton.jit
 def blocks_of_groups(weight, groups, GROUP: tl.constexpr, SHIFT: tl.constexpr):
     """The block of each group."""
-    if weight.tiles is None:
+    if weight.tile_rows is None:
         return quotient(groups * GROUP, weight.block, SHIFT)
     else:
-        rows = groups // weight.tiles.groups
-        return blocks_of_tiles(weight, rows, (groups - rows * weight.tiles.groups) * GROUP, SHIFT)
+        rows = groups // weight.row_groups
+        return blocks_of_tiles(weight, rows, (groups - rows * weight.row_groups) * GROUP, SHIFT)
 
 
 @triton.jit
@@ -208,7 +204,7 @@ def float_of_e8m0(codes):
 
 @triton.jit
 def load_scales(weight, blocks, inside, KIND: tl.constexpr, OUTER_SHIFT: tl.constexpr):
-    """The scale of each block, float32, of the shape of `blocks`, and its zero, if there are any, in
+    """The scale of each block, float32, of the shape of `blocks`, and its zero if there are any, as
     a tuple. Where not `inside` the scale is 0, or 2^-127, whose square is."""
     scales = tl.load(weight.scales + blocks, mask=inside, other=0)
     if weight.outer is not None:
@@ -297,7 +293,7 @@ def load_scales_of_tile(
 ):  # fmt: skip
     """`load_scales` of the groups of `groups_of_tile`."""
     groups, inside = groups_of_tile(rows, first, n, k, GROUP, BK)
-    if weight.tiles is None:
+    if weight.tile_rows is None:
         blocks = blocks_of_groups(weight, groups, GROUP, SHIFT)
     else:
         columns = first + tl.arange(0, BK // GROUP) * GROUP

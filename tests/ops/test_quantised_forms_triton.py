@@ -239,12 +239,12 @@ BUGS = [
     ("rounded(values - scales[1][:, None], KIND >> 5)", "values - scales[1][:, None]", "hqq"),
     ("rounded(values - scales[1][:, None], KIND >> 5)", "values", "int8 zeros"),
     ("tl.load(weight.zeros + blocks, mask", "tl.load(weight.zeros + blocks + 1, mask", "int4 zeros"),
-    ("weight.tiles.groups) * GROUP, SHIFT", "weight.tiles.groups) * GROUP * 2, SHIFT", "e4m3 tiles"),
-    ("down = rows // weight.tiles.rows", "down = (rows + 1) // weight.tiles.rows", "e4m3 tiles"),
-    (".to(tl.int64) * weight.tiles.across", ".to(tl.int64) * weight.block", "int8 tiles"),
-    ("(rows - experts * weight.tiles.expert_rows)", "(rows - experts)", "experts"),
-    ("down = experts * weight.tiles.expert_tiles", "down = experts * (weight.tiles.expert_tiles - 1)", "experts"),
-    ("if weight.tiles.expert_rows is None", "if weight.tiles is not None", "experts"),
+    ("weight.row_groups) * GROUP, SHIFT", "weight.row_groups) * GROUP * 2, SHIFT", "e4m3 tiles"),
+    ("down = rows // weight.tile_rows", "down = (rows + 1) // weight.tile_rows", "e4m3 tiles"),
+    (".to(tl.int64) * weight.tiles_across", ".to(tl.int64) * weight.block", "int8 tiles"),
+    ("(rows - experts * weight.expert_rows)", "(rows - experts)", "experts"),
+    ("down = experts * weight.expert_tiles", "down = experts * (weight.expert_tiles - 1)", "experts"),
+    ("if weight.expert_rows is None", "if weight.tile_rows is not None", "experts"),
     ("tl.uint16) << 8", "tl.uint16) << 7", "e5m2 rows"),
 ]  # fmt: skip
 
