@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError, LoraConfig
-from lora_kernels.adapters.expert_slots import expert_slots, per_expert_slots, tensor_of
+from lora_kernels.adapters.expert_slots import expert_slots, in_other_order, per_expert_slots, tensor_of
 from lora_kernels.adapters.foreign import PREFIX, what_is_there
 from lora_kernels.adapters.inits import as_plain_lora, check_init, drawn_init, init_kinds, refuse_drawn_init
 from lora_kernels.adapters.inject import (
@@ -161,7 +161,7 @@ def load_adapter(
         slots = slots_of(model, selection, config)
         if config is not asked:
             slots = per_expert_slots(model, selection, slots)
-        tensors = read_tensors(path, slots, weights_file)
+        slots, tensors = read_slots(path, slots, weights_file)
     base = Base.of(model, selection, config.bias)
     with torch.random.fork_rng(devices=[]), ExitStack() as undo:
         new: dict[str, nn.Module] = {}
@@ -216,6 +216,26 @@ def open_adapter(folder: Path) -> Iterator[list[tuple[BufferedReader, int]]]:
         except AdapterError as error:
             raise AdapterError(f"{error}{what_is_there(folder)}") from error
         yield files
+
+
+def read_slots(
+    path: Path, slots: dict[str, Slot], file: tuple[BufferedReader, int]
+) -> tuple[dict[str, Slot], dict[str, Tensor]]:
+    """The tensors of a file, and their slots in whichever order of experts' layers it has.
+
+    Raises:
+        AdapterError: they are not those of the adapter.
+    """
+    other = in_other_order(slots)
+    try:
+        return slots, read_tensors(path, slots, file)
+    except AdapterError:
+        if other is None:
+            raise
+        file[0].seek(0)
+        with suppress(AdapterError):
+            return other, read_tensors(path, other, file)
+        raise
 
 
 def slots_of(model: nn.Module, selection: Selection, config: LoraConfig) -> dict[str, Slot]:

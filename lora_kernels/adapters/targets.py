@@ -11,6 +11,8 @@ from torch import nn
 from lora_kernels.adapters.config import AdapterError, LoraConfig, short_repr
 from lora_kernels.adapters.patterns import Budget, NamePattern, suffix_starts
 from lora_kernels.nn import LoRALinear
+from lora_kernels.nn.forms import Form, form_of
+from lora_kernels.nn.quantised_experts import parameter_names
 
 # what PEFT adapts when target_modules is None, by model_type
 _DEFAULTS = {
@@ -154,6 +156,8 @@ def _parameters_of(model: nn.Module) -> dict[str, tuple[str, str]]:
     for name, module in model.named_modules():
         held = [parameter for parameter, tensor in module._parameters.items() if tensor is not None]
         computed: Any = module._modules.get("parametrizations") or ()
+        if computed and isinstance(form := form_of(module), Form):
+            held = [each for each in parameter_names(module, form.weights) if each in computed or each in held]
         found.update({f"{name}.{parameter}": (name, parameter) for parameter in (*held, *computed)})
     return found
 

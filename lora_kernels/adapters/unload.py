@@ -26,9 +26,7 @@ from lora_kernels.ops.lora_linear.op import FLOATS
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def merge_and_unload(
-    model: Model, *, safe: bool = False, dtype: torch.dtype | None = None, requantise: bool = False
-) -> Model:
+def merge_and_unload(model: Model, *, safe: bool = False, dtype: torch.dtype | None = None, requantise: bool = False) -> Model:
     """Puts a plain module with the merged weight in the place of every layer with an adapter, in
     place, and returns the model. It has no trace of adapters then. `save_pretrained` and
     `state_dict` are those of a merged base.
@@ -49,6 +47,8 @@ def merge_and_unload(
     Raises:
         AdapterError: there is no adapter, or `dtype` or `requantise` is given where no base is
             quantised, or where a layer is merged to something else already.
+        NotImplementedError: `requantise` of a base whose library cannot, or FP8Experts without it;
+            nothing has changed.
         TypeError: dtype is not a floating one.
         RuntimeError: a weight is computed by pruning or a parametrization; nothing has changed.
         ValueError: an embedding has max_norm, or `safe` and a merged weight is not finite; nothing
@@ -90,9 +90,9 @@ def _check_codes(layers: dict[str, Layer], dtype: torch.dtype | None, requantise
     if not layers and (requantise or dtype is not None):
         raise AdapterError(f"merge_and_unload: {'requantise' if requantise else 'dtype'} is for a quantised base; no base is")
     for name, layer in layers.items():
-        asked = requantise, dtype or layer.weight.dtype
-        if layer.merged and asked != (layer._requantised is not None, layer.weight.dtype):
-            raise AdapterError(f"merge_and_unload: {name} is merged to {layer.weight.dtype} already; unmerge() it first")
+        again, found = layer._merged_as()
+        if layer.merged and (requantise, dtype or found) != (again, found):
+            raise AdapterError(f"merge_and_unload: {name} is merged to {found} already; unmerge() it first")
 
 
 def _floating_dtype(model: nn.Module) -> torch.dtype | None:

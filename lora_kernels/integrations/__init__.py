@@ -188,7 +188,8 @@ def _ask_about_ours(model: nn.Module, survey: Survey) -> None:
         elif isinstance(layer, LoRAEmbedding):
             survey.fused[name] = "torch"
         elif isinstance(layer, LoRAExperts):
-            for adapted in map(layer._adapted_matrix, layer.adapted):
+            for parameter in layer.adapted:
+                adapted = layer._adapted_matrix(parameter, layer._weight_in(parameter))
                 survey.add_experts(name, adapted.w, adapted.bias, adapted.a, adapted.b, adapted.scale, layer._transposed)
 
 

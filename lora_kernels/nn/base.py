@@ -165,6 +165,10 @@ class AdapterLayer(nn.Module):
                 f" {adapted.numel()} values that are not; nothing has changed"
             )
 
+    def _merged_as(self) -> tuple[bool, torch.dtype]:
+        """Whether the merged weight was quantised again, and its dtype."""
+        return self._requantised is not None, self.weight.dtype
+
     def unmerge(self) -> None:
         """Takes the adapter out of `weight`, which is then the parameter of before `merge`.
 
@@ -293,7 +297,7 @@ class AdapterLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with changing(self):
             if self._quantised is not None:
-                fn = _keeping_codes(fn, self._quantised, self._requantised)
+                fn = keeping_codes(fn, self._quantised, self._requantised)
             if self._unmerged is not None:
                 # as one of the parameters: what is tied to it must stay so
                 self._parameters["_unmerged"] = self._unmerged
@@ -337,9 +341,7 @@ class AdapterLayer(nn.Module):
         with changing(self):
             if self._quantised is not None:
                 state_dict = self._quantised.named_weight(state_dict, prefix)
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
             if self._quantised is not None:
                 self._share_parameters()
                 self._quantised.load(state_dict, prefix, unexpected_keys, error_msgs)
@@ -364,7 +366,7 @@ HOOKS = (
 _MODULE_KEYS = frozenset(vars(nn.Module()))
 
 
-def _keeping_codes(fn: Callable[[Tensor], Tensor], *bases: QuantisedBase | None) -> Callable[[Tensor], Tensor]:
+def keeping_codes(fn: Callable[[Tensor], Tensor], *bases: Any) -> Callable[[Tensor], Tensor]:
     """A function of `_apply` that casts neither codes, which may lie in memory of a floating dtype,
     nor their scales."""
     held = [base for base in bases if base is not None]

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from lora_kernels.nn.checks import check_weight
 from lora_kernels.nn.forms import LINEAR, ROUTED, SORTED, Form, form_of
+from lora_kernels.nn.quantised_experts import experts_weight, parameter_names, plain_class
+from lora_kernels.ops.quantised import QuantisedWeight
 
 MAGNITUDE = "lora_magnitude_vector"
 _INDICES = (torch.int64, torch.int32)
 _OWN = frozenset(
     "adapted r lora_alpha use_rslora use_dora detach_norm scaling enabled _init _norms _unmerged _transposed _origin"
-    " _origin_parameters _trained _changes".split()
+    " _origin_parameters _trained _changes _quantised".split()
 )
 """The attributes of the adapter's layer, which has those of the module, too."""
 
@@ -23,7 +25,7 @@ def experts_refusal(module: nn.Module, parameters: Iterable[str] = ()) -> str | 
     form = form_of(module)
     if isinstance(form, str):
         return form
-    cls = type(module).__name__
+    cls = plain_class(module).__name__
     if form.kind == LINEAR:
         return f"{cls} has one matrix and no experts"
     if form.kind not in (ROUTED, SORTED):
@@ -34,24 +36,39 @@ def experts_refusal(module: nn.Module, parameters: Iterable[str] = ()) -> str | 
         return f"{cls} has a forward of its own, which the adapter's layer would replace"
     if taken := sorted(_OWN & vars(module).keys()):
         return f"{cls} has an attribute {taken[0]}, as the adapter's layer does"
-    weights: list[Any] = [module._parameters.get(name) for name in form.weights]
+    weights: list[Any] = [experts_weight(module, name) for name in form.weights]
     for name, weight in zip(form.weights, weights, strict=True):
+        if isinstance(weight, str):
+            return f"{name} of {cls} cannot be read: {weight}"
         try:
-            check_weight(cls, weight, name)
+            if not isinstance(weight, QuantisedWeight):
+                check_weight(cls, weight, name)
         except TypeError as error:
             return str(error)
-        if weight.dim() != 3 or (weight.dtype, len(weight)) != (weights[0].dtype, len(weights[0])):
+    for weight in weights:
+        if weight.dim() != 3 or (weight.dtype, weight.shape[0]) != (weights[0].dtype, weights[0].shape[0]):
             shapes = ", ".join(f"{each.dtype} {list(each.shape)}" for each in weights)
             return f"the weights of {cls} must be [experts, …] in one dtype, found {shapes}"
-    if len(weights[0]) == 1 and getattr(module, "is_transposed", False):
+    if weights[0].shape[0] == 1 and getattr(module, "is_transposed", False):
         return f"{cls} has one expert, whose [in, out] PEFT takes for [out, in]"
     return None
 
 
+def experts_shape(module: nn.Module, name: str) -> torch.Size:
+    """[experts, …] of a parameter, or of the numbers that its codes stand for."""
+    held = vars(module).get("_quantised")
+    if held is not None and name in held.shapes:
+        shape: torch.Size = held.shapes[name]
+        return shape
+    weight: Any = experts_weight(module, name)
+    if isinstance(weight, str):
+        raise TypeError(f"{name} of {plain_class(module).__name__} cannot be read: {weight}")
+    return weight.shape
+
+
 def peft_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
     """(experts, out, in) of a parameter as PEFT's ParamWrapper takes it."""
-    weight: Any = module._parameters[name]
-    experts, *matrix = weight.shape
+    experts, *matrix = experts_shape(module, name)
     n_out, n_in = matrix[::-1] if getattr(module, "is_transposed", False) else matrix
     return experts, n_out, n_in
 
@@ -61,8 +78,7 @@ def file_shapes(module: nn.Module, name: str, r: int) -> dict[str, tuple[int, ..
     have."""
     experts, n_out, n_in = peft_shape(module, name)
     form: Any = form_of(module, vars(module).get("_origin", (None,))[0])
-    weight: Any = module._parameters[name]
-    magnitude = experts, weight.shape[2 if form.transposed else 1]
+    magnitude = experts, experts_shape(module, name)[2 if form.transposed else 1]
     return {"lora_A.weight": (r * experts, n_in), "lora_B.weight": (n_out, r * experts), MAGNITUDE: magnitude}
 
 
@@ -128,7 +144,7 @@ def check_parameters(layer: str, module: nn.Module, form: Form, parameters: Iter
     wanted = set(form.weights if parameters is None else parameters)
     if not wanted or not wanted <= set(form.weights):
         raise ValueError(f"{layer}: parameters must be some of {', '.join(form.weights)}, found {sorted(map(str, wanted))}")
-    return tuple(name for name in module._parameters if name in wanted)
+    return tuple(name for name in parameter_names(module, form.weights) if name in wanted)
 
 
 def for_each(layer: str, option: str, value: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:

@@ -179,8 +179,8 @@ def run_split(form: Form, adapted: Adapted, x: Tensor, sizes: list[int]) -> Tens
     return _product(form, adapted, x, torch.tensor(sizes, device=x.device).cumsum(0))
 
 
-def multiplies(form: Form, w: Tensor | QuantisedWeight, x: Tensor) -> bool:
-    """Whether the module takes an x of that dtype."""
+def multiplies(form: Form, w: Any, x: Tensor) -> bool:
+    """Whether the module, whose weights have the dtype of w, takes an x of its dtype."""
     if x.dtype is w.dtype or form.casts:
         return True
     return torch.float64 not in (x.dtype, w.dtype) and autocasts(x.device.type)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
-from lora_kernels.nn.quantised_experts import is_fp8, only_codes_parametrised
+from lora_kernels.nn.quantised_experts import is_fp8, only_codes_parametrised, plain_class
 
 
 class Form(NamedTuple):
@@ -124,9 +124,7 @@ def form_of(module: Any, cls: Any = None) -> Form | str:
     if "parametrizations" in module._modules:
         if cls is not None or not only_codes_parametrised(module):
             return "another parametrization is on the module"
-        # such a class is of one call alone
-        cls = type(module).__bases__[0]
-    cls = cls or type(module)
+    cls = cls or plain_class(module)
     if is_fp8(cls):
         return Form(_GATED if module.has_gate else ("up_proj", "down_proj"), False, ROUTED)
     held = _forms.get(cls)

@@ -1,5 +1,5 @@
-"""The quantised weight of one layer, kept while the library's layer holds the parts it is made
-of: to look at them costs a tenth of making it anew."""
+"""The quantised weight of one layer, or of experts, kept while the library's module holds the parts
+it is made of: to look at them costs a tenth of making it anew."""
 
 from operator import is_
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn.quantised import quantised_weight
+from lora_kernels.nn.quantised_experts import quantised_experts
 from lora_kernels.ops.quantised import QuantisedWeight
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -41,17 +42,50 @@ class KeptWeight:
             return kept
         with torch.inference_mode(False):  # it stays for calls that autograd records
             found = quantised_weight(module, dtype)
+        self._keep(dtype, parts, rest, found)
+        return found
+
+    def _keep(self, dtype: torch.dtype, parts: tuple[Any, ...], rest: tuple[Any, ...], found: Any) -> None:
         if isinstance(found, QuantisedWeight):
             # what another dtype's calls still hold of an older state would keep its memory
             same = {d: each for d, each in self._held.items() if all(map(is_, parts, each[0]))}
             self._held = {**same, dtype: (parts, rest, found)}
-        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KeptWeight":
         return KeptWeight()
 
     def __reduce__(self) -> Any:
         return KeptWeight, ()
+
+
+class KeptExperts(KeptWeight):
+    """The same of one parameter of a module of experts."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def __call__(self, module: nn.Module, dtype: torch.dtype) -> QuantisedWeight | str:
+        """`quantised_experts(module, name, dtype)`; a text, too, where the parameter is of codes no
+        more."""
+        name = self._name
+        parts, rest = _parts_of_experts(module, name)
+        held = self._held.get(dtype)
+        if held is not None and held[1] == rest and all(map(is_, parts, held[0])):
+            kept: QuantisedWeight = held[2]
+            return kept
+        with torch.inference_mode(False):
+            found = quantised_experts(module, name, dtype)
+        self._keep(dtype, parts, rest, found)
+        return f"{name} is of codes no more" if found is None else found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KeptExperts":
+        return KeptExperts(self._name)
+
+    def __reduce__(self) -> Any:
+        return KeptExperts, (self._name,)
 
 
 def _parts(module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -94,12 +128,32 @@ def _parts_of_4bit(module: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         state = module.__dict__.get("quant_state")
     if state is None:
         return (weight, None), (address,)
+    return _parts_of_state(weight, state, address)
+
+
+def _parts_of_state(weight: Any, state: Any, address: int | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     packed = state.__dict__.get("packing_format_for_cpu", False)
     if not state.nested:
         return (weight, state, state.absmax, state.code), (address, packed, *_versions(state.absmax, state.code))
     outer = state.state2
     parts = (state.absmax, state.code, state.offset, outer.absmax, outer.code)
     return (weight, state, outer, *parts), (address, packed, *_versions(*parts))
+
+
+def _parts_of_experts(module: Any, name: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What `quantised_experts` looks at."""
+    held: Any = module._modules.get("parametrizations")
+    if held is not None:
+        if name not in held._modules:
+            return (None,), ()
+        found = held._modules[name]
+        weight, first = found._parameters.get("original"), found._modules["0"]
+        state = first.__dict__.get("quant_state")
+        if state is None or weight is None or len(found._modules) > 1:
+            return (weight, state, *found._modules.values()), ()
+        return _parts_of_state(weight, state, _address(weight))
+    parts = module._parameters.get(name), module._parameters.get(f"{name}_scale_inv")
+    return parts, (*map(_address, parts), *_versions(*parts), module.__dict__.get("block_size"))
 
 
 def _address(weight: Any) -> int | None:

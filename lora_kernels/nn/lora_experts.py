@@ -9,21 +9,23 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lora_kernels.nn.base import AdapterLayer, initial_scaling
+from lora_kernels.nn.base import initial_scaling, keeping_codes
 from lora_kernels.nn.checks import check_flag, check_number, check_rank
 from lora_kernels.nn.dora import keeping_magnitudes, widen
 from lora_kernels.nn.expert_checks import check_parameters, check_routed, check_sorted, experts_refusal, for_each, peft_shape
 from lora_kernels.nn.experts import Adapted, multiplies, run_routed, run_sorted
-from lora_kernels.nn.flat_parameters import constant
 from lora_kernels.nn.forms import ROUTED, Form, form_of
 from lora_kernels.nn.init import expert_factors
+from lora_kernels.nn.quantised_experts_base import QuantisedExperts
 from lora_kernels.nn.snapshot import changing, of_one_state
+from lora_kernels.nn.stand_in import StandIn
 from lora_kernels.ops import ExpertNormCache, dora_gain, expert_weight_norm, merged_weight
+from lora_kernels.ops.quantised import QuantisedWeight
 
 INITS = (True, False, "gaussian")
 
 
-class LoRAExperts(AdapterLayer):
+class LoRAExperts(StandIn):
     """The experts e = index[t, j] of each token, with adapters on both matrices, up and down:
 
         y[t] = Σ_j weights[t, j] · down[e](act(up[e](x[t])))
@@ -46,6 +48,11 @@ class LoRAExperts(AdapterLayer):
 
     While merged, or with the adapter off, the module's own forward runs.
 
+    A matrix may be of codes: FP8Experts, or one that `bitsandbytes.nn.parametrize` made nf4 or fp4,
+    whose codes then stand under its name, in `state_dict` as the library has it. Every product is
+    from the codes, with numbers of the dtype of x, or of the module where it casts x; none are made
+    of all experts. On other devices than the CPU the library runs while the adapter is off.
+
     Raises:
         TypeError: an option has the wrong type, or the module is not one of known experts.
         ValueError: an option is outside its range; the message names it. Nothing has changed.
@@ -58,7 +65,6 @@ class LoRAExperts(AdapterLayer):
     scaling: dict[str, float]  # type: ignore[assignment]
     adapted: tuple[str, ...]
     """The adapted parameters, in the order in which the module has them."""
-    _unmerged: dict[str, nn.Parameter] | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -89,6 +95,7 @@ class LoRAExperts(AdapterLayer):
             raise ValueError(f"{name}: init_lora_weights must be True, False or 'gaussian', found {init_lora_weights!r}")
         self.enabled, self._unmerged, self._init = True, None, init_lora_weights
         self.scaling = self._initial_scalings()
+        self._quantised = QuantisedExperts.of(experts, form.weights)
         self._take_over(experts)
         self._transposed = form.transposed
         self._norms = {p: ExpertNormCache(form.transposed) for p in self.adapted if use_dora}
@@ -108,39 +115,10 @@ class LoRAExperts(AdapterLayer):
         mode; the same as the constructor."""
         return cls(experts, *args, **options)
 
-    def _take_over(self, experts: nn.Module) -> None:
-        """The module's attributes, parameters, buffers and modules, by their names."""
-        plain = frozenset(vars(nn.Module()))
-        self._origin = type(experts), {key: value for key, value in vars(experts).items() if key not in plain}
-        vars(self).update(self._origin[1])
-        self._origin_parameters = tuple(experts._parameters)
-        self._trained = [name for name, p in experts._parameters.items() if p is not None and p.requires_grad]
-        for name, parameter in experts._parameters.items():
-            self.register_parameter(name, parameter)
-        for name, buffer in experts._buffers.items():
-            self.register_buffer(name, buffer, persistent=name not in experts._non_persistent_buffers_set)
-        for name, module in experts._modules.items():
-            self.add_module(name, module)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # what the forwards of experts call is the class's
-            origin = self.__dict__.get("_origin")
-            if origin is None or name.startswith("__"):
-                raise
-            for cls in origin[0].__mro__:
-                if name in vars(cls):
-                    found = vars(cls)[name]
-                    return found.__get__(self, type(self)) if hasattr(found, "__get__") else found
-            raise
-
     @torch.no_grad()
     def _first_factors(self, name: str) -> tuple[Tensor, Tensor]:
-        weight, (experts, n_out, n_in) = self._parameters[name], peft_shape(self, name)
-        assert weight is not None
-        r = self.r[name]
+        (experts, n_out, n_in), r = peft_shape(self, name), self.r[name]
+        weight = self._like(name)
         a, b = expert_factors(self._init, r, experts, n_in, n_out, weight)
         a, b = a.view(experts, r, n_in), b.view(n_out, r, experts).permute(2, 0, 1)
         return (b.mT.contiguous(), a.mT.contiguous()) if self._is_mirrored() else (a, b.contiguous())
@@ -187,21 +165,24 @@ class LoRAExperts(AdapterLayer):
             TypeError, ValueError: the tensors do not fit the experts.
             RuntimeError: the module's configuration chose an implementation that is not known.
         """
-        if not self.enabled or self._unmerged is not None:
+        held, is_plain = self._quantised, not self.enabled or self._unmerged is not None
+        if is_plain and held is None:
             return self._plain_forward(args, kwargs)
         if kwargs:
             args = inspect.signature(self._origin[0].forward).bind(self, *args, **kwargs).args[1:]
         form = form_of(self, self._origin[0])
         if isinstance(form, str):
             raise RuntimeError(f"{self._class_name()}: {form}")
-        adapted = [self._adapted_matrix(name) for name in form.weights]
+        name, count = self._class_name(), self._count(form.weights[0])
         if form.kind == ROUTED:
-            x, index, weights = check_routed(self._class_name(), args, self, adapted[0].w.shape[0])
-            self._check_dtype(x, form)
-            return run_routed(self, form, adapted, x, index, weights)
-        x = check_sorted(self._class_name(), args, adapted[0].w.shape[0], self.hidden_size)
+            x, *routing = check_routed(name, args, self, count)
+        else:
+            x, routing = check_sorted(name, args, count, self.hidden_size), []
+        if held is not None and not self.enabled and x.device.type != "cpu":
+            return held.output(args)
         self._check_dtype(x, form)
-        return run_sorted(self, form, adapted, x)
+        adapted = [self._adapted_matrix(name, self._matrix(name, x, form)) for name in form.weights]
+        return run_routed(self, form, adapted, x, *routing) if routing else run_sorted(self, form, adapted, x)
 
     def _plain_forward(self, args: Any, kwargs: Any) -> Tensor:
         """The module's own forward, with the weights as they stand, or the base's while the adapter
@@ -215,36 +196,44 @@ class LoRAExperts(AdapterLayer):
         y: Tensor = self._origin[0].forward(module, *args, **kwargs)
         return y
 
-    def _adapted_matrix(self, name: str) -> Adapted:
-        w = self._frozen(name)
+    def _adapted_matrix(self, name: str, w: Tensor | QuantisedWeight) -> Adapted:
+        """What a product computes with: no adapter where there is none, or it is off or merged,
+        which is so here over codes alone."""
         bias = getattr(self, f"{name}_bias", None)
-        if name not in self.adapted:
+        if name not in self.adapted or not self.enabled or self._unmerged is not None:
             return Adapted(w, None, None, 1.0, bias)
         a, b, scale = self._factor("A", name), self._factor("B", name), self.scaling[name]
         return Adapted(w, a, b, scale, bias, self._gain(name, w, a, b) if self.use_dora else None)
 
-    def _gain(self, name: str, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def _matrix(self, name: str, x: Tensor, form: Form) -> Tensor | QuantisedWeight:
+        held, merged = self._quantised, self._unmerged or {}
+        of_codes = held is not None and name in held.names
+        if name in merged and self.enabled:
+            held = self._requantised
+            of_codes = of_codes and held is not None
+        elif name in merged and not of_codes:
+            return merged[name]
+        return held.weight(name, held.dtype_for(form, x)) if held is not None and of_codes else self._frozen(name)
+
+    def _gain(self, name: str, w: Any, a: Tensor, b: Tensor) -> Tensor:
         magnitude, scale = self._factor("magnitude_vector", name), self.scaling[name]
         if self.detach_norm:
             return self._norms[name].gain(w, a, b, scale, magnitude)
         return dora_gain(magnitude, expert_weight_norm(w, a, b, scale, None, self._transposed))
 
     @torch.no_grad()
-    def _norm(self, name: str) -> Tensor:
-        w, a, b = self._frozen(name), self._factor("A", name), self._factor("B", name)
+    def _norm(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        w, a, b = self._weight_in(name, dtype), self._factor("A", name), self._factor("B", name)
         return expert_weight_norm(w, a, b, self.scaling[name], None, self._transposed)
-
-    def _frozen(self, name: str) -> Tensor:
-        w: Tensor = getattr(self, name)
-        return constant(self, name, w) if w.requires_grad else w
 
     def _factor(self, kind: str, name: str) -> Tensor:
         found: Tensor = getattr(self, f"lora_{kind}_{name}")
         return found
 
     def _check_dtype(self, x: Tensor, form: Form) -> None:
-        w = getattr(self, self.adapted[0])
-        if not multiplies(form, w, x):
+        held = self._quantised
+        w: Any = getattr(self, self.adapted[0]) if held is None else held
+        if not (multiplies(form, w, x) if held is None else held.takes(form, x)):
             raise TypeError(f"{self._class_name()}: x must have the dtype of {self.adapted[0]}, {w.dtype}, found {x.dtype}")
 
     def _base_weights(self) -> list[nn.Parameter]:
@@ -254,15 +243,18 @@ class LoRAExperts(AdapterLayer):
     def _base_weight(self) -> nn.Parameter:
         return self._base_weights()[0]
 
-    def merge(self, safe: bool = False, *, dtype: torch.dtype | None = None, requantise: bool = False) -> None:
+    def merge(self, safe: bool = False, *, dtype: torch.dtype | None = None, requantise: bool = False) -> float | None:
         """Puts the adapters into the weights, expert by expert: sums in float32 (float64 for
         float64), one rounding to the weight's dtype.
 
         As in AdapterLayer.merge, the merged weights are other parameters, the layer's own, and the
         base's come back bit for bit with `unmerge`. So a merged layer holds two tensors of each
-        adapted weight; `merge_and_unload` lets the base's go, layer after layer.
+        adapted weight; `merge_and_unload` lets the base's go, layer after layer. Of codes the
+        merged weight is floating, of `dtype` or what it was in before, or with `requantise` codes
+        of the same form; then the largest relative error of a matrix is returned.
 
         Raises:
+            NotImplementedError: FP8Experts without `requantise`: they have no floating form.
             RuntimeError: the layer is merged already, or a weight is computed by pruning or a
                 parametrization.
             TypeError, ValueError: as AdapterLayer.merge. Nothing has changed.
@@ -270,11 +262,18 @@ class LoRAExperts(AdapterLayer):
         if self.merged:
             raise RuntimeError(f"{self._class_name()}: merge() on a merged layer; call unmerge() first")
         self._check_merge_options(safe, dtype, requantise)
-        bases = {name: self._plain_weight("merge", name) for name in self.adapted}
-        own = self._merged_weights(safe)
+        for name in self.adapted:
+            self._plain_weight("merge", name)
+        own: dict[str, Any] = self._merged_weights(safe or requantise, torch.float32 if requantise else dtype)
+        again = error = None
+        if requantise and self._quantised is not None:
+            again, error = self._quantised.requantised(own)
+            own = {name: p for name, p in again.parameters().items() if p is not self._parameters[name]}
         with changing(self):
-            self._unmerged = bases
+            self._unmerged = {name: self._plain_weight("merge", name) for name in own}
+            self._requantised = again
             self._parameters.update(own)
+        return error
 
     def check_merge(self, safe: bool = False, dtype: torch.dtype | None = None, requantise: bool = False) -> None:
         """Raises what `merge` would."""
@@ -282,27 +281,38 @@ class LoRAExperts(AdapterLayer):
         for name in self.adapted:
             self._plain_weight("merge", name)
             if safe and not self.merged:
-                self._check_merged(name, self._merged(name))
+                self._check_merged(name, self._merged(name, dtype))
 
-    def _merged_weights(self, safe: bool) -> dict[str, nn.Parameter]:
+    def _check_merge_options(self, safe: bool, dtype: torch.dtype | None, requantise: bool) -> None:
+        super()._check_merge_options(safe, dtype, requantise)
+        if self._quantised is not None and (reason := self._quantised.merge_refusal(requantise)) is not None:
+            raise NotImplementedError(f"{self._class_name()}: merge: {reason}")
+
+    def _merged_as(self) -> tuple[bool, torch.dtype]:
+        return self._requantised is not None, getattr(self, self.adapted[0]).dtype
+
+    def _merged_weights(self, safe: bool, dtype: torch.dtype | None = None) -> dict[str, nn.Parameter]:
         found = {}
         for name in self.adapted:
-            found[name] = nn.Parameter(self._merged(name), requires_grad=False)
+            found[name] = nn.Parameter(self._merged(name, dtype), requires_grad=False)
             if safe:
                 self._check_merged(name, found[name])
         return found
 
-    def _merged(self, name: str) -> Tensor:
-        """gain ⊙ (W + scaling·BA) of all experts, as the parameter lies."""
-        w, a, b, scale = self._frozen(name), self._factor("A", name), self._factor("B", name), self.scaling[name]
+    def _merged(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """gain ⊙ (W + scaling·BA) of all experts, as the parameter lies; over codes in a dtype."""
+        a, b, scale = self._factor("A", name), self._factor("B", name), self.scaling[name]
         # the merged tensor must be as the weight is: one made in inference mode could never be
         # trained through
-        with torch.inference_mode(w.is_inference()), torch.no_grad():
-            gain = dora_gain(self._factor("magnitude_vector", name), self._norm(name)) if self.use_dora else None
-            merged = torch.empty_like(w)
-            for e, (each, out) in enumerate(zip(w, merged, strict=True)):
-                if self._transposed:
-                    each, out = each.mT, out.mT
+        with torch.inference_mode(getattr(self, name).is_inference()), torch.no_grad():
+            w = self._weight_in(name, dtype)
+            gain = dora_gain(self._factor("magnitude_vector", name), self._norm(name, dtype)) if self.use_dora else None
+            merged = w.dequantise() if isinstance(w, QuantisedWeight) else torch.empty_like(w)
+            for e, out in enumerate(merged):
+                out = out.mT if self._transposed else out
+                each = out  # the numbers of codes, which are changed in place
+                if not isinstance(w, QuantisedWeight):
+                    each = w[e].mT if self._transposed else w[e]
                 merged_weight(each, a[e], b[e], scale, None if gain is None else gain[e], out=out)
         return merged
 
@@ -319,7 +329,7 @@ class LoRAExperts(AdapterLayer):
             self._plain_weight("unmerge", name)
         with changing(self):
             self._parameters.update(bases)
-            self._unmerged = None
+            self._unmerged = self._requantised = None
 
     def plain_layer(self, merged: bool, safe: bool = False) -> nn.Module:
         """The module that this layer replaced, anew: with its class, attributes, hooks and mode,
@@ -328,19 +338,13 @@ class LoRAExperts(AdapterLayer):
         Raises:
             ValueError: as merge.
         """
+        if merged and not self.merged:
+            self._check_merge_options(safe, None, False)
         if merged:
             weights = {} if self.merged else self._merged_weights(safe)
         else:
             weights = self._unmerged or {}
-        plain = self._furnished(None, weights)
-        for name, module in self._modules.items():
-            plain.add_module(name, module)
-        return plain
-
-    def _empty_origin(self, held: Any) -> nn.Module:
-        plain = super()._empty_origin(held)
-        vars(plain).update({key: vars(self)[key] for key in self._origin[1] if key in vars(self)})
-        return plain
+        return self._plain_module(weights)
 
     def set_scale(self, factor: float) -> None:
         """As AdapterLayer.set_scale, of every adapted parameter."""
@@ -368,6 +372,8 @@ class LoRAExperts(AdapterLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with changing(self):
             held = self._unmerged
+            if self._quantised is not None:
+                fn = keeping_codes(fn, self._quantised, self._requantised)
             # as parameters: what is tied to one must stay so
             self._parameters.update({f"_unmerged_{name}": p for name, p in (held or {}).items()})
             try:
@@ -375,6 +381,7 @@ class LoRAExperts(AdapterLayer):
             finally:
                 if held is not None:
                     self._unmerged = {name: self._parameters.pop(f"_unmerged_{name}") for name in held}  # type: ignore[misc]
+                self._share_parameters()
                 self._clear_norms()
 
     def _load_from_state_dict(self, *args: Any) -> None:

@@ -177,18 +177,10 @@ class QuantisedBase:
         unexpected[:] = [key for key in unexpected if key not in found]
 
     def _load_state(self, state: Any, found: dict[str, Tensor], prefix: str, errors: list[str]) -> None:
-        if not found:
-            return
         weight = self.module.weight
-        try:
-            new = type(state).from_dict({key.removeprefix(prefix): t for key, t in found.items()}, weight.device)
-        except (AssertionError, KeyError, ValueError, TypeError) as error:
-            errors.append(f"{prefix}weight: what stands beside its codes cannot be read: {error}")
-            return
-        if new.shape != self.shape:
-            errors.append(f"{prefix}weight: the codes are of a weight {list(self.shape)}, found {list(new.shape or ())}")
-            return
-        weight.quant_state = self.module.quant_state = new
+        new = load_state(state, found, f"{prefix}weight", weight.device, errors)
+        if new is not None:
+            weight.quant_state = self.module.quant_state = new
 
     def _load_scales(self, found: dict[str, Tensor], prefix: str, errors: list[str]) -> None:
         scales = found.get(f"{prefix}SCB")
@@ -276,6 +268,24 @@ def _as_torchao(like: Any, w: Tensor) -> nn.Parameter | None:
         how = {"mm_config": like.mm_config, "kernel_preference": like.kernel_preference}
         new = kinds.Float8Tensor.from_hp(w, like.qdata.dtype, granularity, **how)
     return nn.Parameter(new, requires_grad=False)
+
+
+def load_state(
+    state: Any, found: Mapping[str, Tensor], name: str, device: torch.device, errors: list[str]
+) -> Any:  # fmt: skip
+    """A QuantState of bitsandbytes from what a `state_dict` has beside the codes called so; None
+    where there is nothing, or an error was added."""
+    if not found:
+        return None
+    try:
+        new = type(state).from_dict({key.removeprefix(f"{name}."): t.clone() for key, t in found.items()}, device)
+    except (AssertionError, KeyError, ValueError, TypeError) as error:
+        errors.append(f"{name}: what stands beside its codes cannot be read: {error}")
+        return None
+    if new.shape != state.shape:
+        errors.append(f"{name}: the codes are of a weight {list(state.shape)}, found {list(new.shape or ())}")
+        return None
+    return new
 
 
 def rebind_forward(module: nn.Module) -> None:

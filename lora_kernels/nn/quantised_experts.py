@@ -9,6 +9,7 @@ No library is imported here: a module can be one of its classes only if somebody
 """
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,6 +45,27 @@ def is_parametrised(module: nn.Module, name: str) -> bool:
     return found is not None and name in found
 
 
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; of one with parametrizations, whose own is of it alone, that of
+    before."""
+    return type(module).__bases__[0] if "parametrizations" in module._modules else type(module)
+
+
+def may_hold_codes(module: nn.Module) -> bool:
+    """Whether a library that is known here may keep matrices of the module as codes."""
+    return is_fp8(type(module)) or only_codes_parametrised(module)
+
+
+def parameter_names(module: nn.Module, weights: Iterable[str]) -> list[str]:
+    """The names of a module's parameters, with those of `weights` that are of codes: in their order
+    there, and before all others, for a parametrization does not keep its place."""
+    moved = [name for name in weights if is_parametrised(module, name)]
+    if not moved:
+        return list(module._parameters)
+    first = [name for name in weights if name in moved or name in module._parameters]
+    return [*first, *(name for name in module._parameters if name not in first)]
+
+
 def keeps_numbers_for_a_call(hook: Any) -> bool:
     """Whether a hook only holds the numbers that bitsandbytes makes of codes until the end of a
     module's call."""
@@ -61,6 +83,13 @@ def quantised_experts(module: nn.Module, name: str, dtype: torch.dtype | None = 
         return _of_fp8(module, name, dtype) if is_fp8(type(module)) else None
     except (TypeError, ValueError) as error:
         return str(error)
+
+
+def experts_weight(module: nn.Module, name: str) -> Tensor | QuantisedWeight | str | None:
+    """The parameter of that name, of codes what they stand for; in words why it cannot be read;
+    None if there is none."""
+    found = quantised_experts(module, name)
+    return module._parameters.get(name) if found is None else found
 
 
 def mxfp4_weight(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> QuantisedWeight:

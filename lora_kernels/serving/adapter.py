@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters.config import AdapterError, LoraConfig
-from lora_kernels.adapters.expert_slots import per_expert_slots
-from lora_kernels.adapters.files import matrix_shape, open_adapter, slots_of
+from lora_kernels.adapters.expert_slots import in_other_order, per_expert_slots
+from lora_kernels.adapters.files import matrix_shape, open_adapter, read_slots, slots_of
 from lora_kernels.adapters.foreign import PREFIX
 from lora_kernels.adapters.inits import check_init
 from lora_kernels.adapters.inject import first_names, uncompiled_model
 from lora_kernels.adapters.per_expert import as_fused
 from lora_kernels.adapters.storage import CONFIG_NAME, WEIGHTS_NAME
 from lora_kernels.adapters.targets import Target, select_targets
-from lora_kernels.adapters.weights import Slot, check_finite, read_tensors
+from lora_kernels.adapters.weights import Slot, check_finite
 from lora_kernels.nn.base import initial_scaling
 from lora_kernels.serving.experts import Experts
 from lora_kernels.serving.parameters import expert_factors, experts_of
@@ -151,7 +151,7 @@ def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
             targets, experts, slots = _select_slots(uncompiled_model(model), config)
         except AdapterError as error:
             raise AdapterError(f"{folder}: {error}") from error
-        tensors = read_tensors(folder / WEIGHTS_NAME, slots, weights_file)
+        slots, tensors = read_slots(folder / WEIGHTS_NAME, slots, weights_file)
     check_base(model, slots, tensors, str(folder / WEIGHTS_NAME))
     return _build_adapter(targets, experts, slots, config, tensors)
 
@@ -165,6 +165,9 @@ def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> 
     """
     config = config if isinstance(config, LoraConfig) else LoraConfig.from_dict(config.to_dict(), _ALSO)
     targets, experts, slots = _select_slots(uncompiled_model(model), config)
+    other, shapes = in_other_order(slots), {key: t.shape for key, t in tensors.items()}
+    if other is not None and _fit(shapes, other) and not _fit(shapes, slots):
+        slots = other
     own = {key: slot for key, slot in slots.items() if slot.role == "own"}
     # a trainer may write to its own at any time
     tensors = {key: t.detach().to("cpu", copy=True) if key in own else t for key, t in tensors.items()}
@@ -180,6 +183,10 @@ def adapter_of(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> 
     return _build_adapter(targets, experts, slots, config, tensors)
 
 
+def _fit(shapes: Mapping[str, torch.Size], slots: Mapping[str, Slot]) -> bool:
+    return all(shapes.get(key) == slot.shape for key, slot in slots.items() if slot.role == "own")
+
+
 def check_base(model: nn.Module, slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], where: str) -> None:
     """Raises AdapterError where an adapter repeats a weight of its base, as PEFT does of an adapted
     embedding, and the model has another: the adapter is not for it."""
@@ -190,9 +197,7 @@ def check_base(model: nn.Module, slots: Mapping[str, Slot], tensors: Mapping[str
                 raise AdapterError(f"{where}: {key} differs from the base weight of the model, which a batch shares")
 
 
-def _select_slots(
-    model: nn.Module, config: LoraConfig
-) -> tuple[list[Target], dict[str, Experts], dict[str, Slot]]:
+def _select_slots(model: nn.Module, config: LoraConfig) -> tuple[list[Target], dict[str, Experts], dict[str, Slot]]:
     given, config = config, as_fused(config, model)
     selection = select_targets(model, config, strict=False)
     check_init(config)

@@ -15,8 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lora_kernels.adapters.config import AdapterError
 from lora_kernels.nn.quantised import is_quantised
 from lora_kernels.nn.quantised_base import QuantisedBase, form_of_codes
+from lora_kernels.nn.quantised_experts import plain_class
 from lora_kernels.ops.quantised import QuantisedWeight
-from lora_kernels.serving.experts import KEY, Experts
+from lora_kernels.serving.experts import KEY, CodedMatrix, Experts
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -49,7 +50,7 @@ def form_of(module: nn.Module | Experts) -> tuple[tuple[int, int], torch.dtype]:
     """[rows, columns] of a layer's weight, of experts of each, and the dtype that it is multiplied
     in."""
     if isinstance(module, Experts):
-        return module.matrix, module.weight.dtype
+        return module.matrix, module.dtype
     weight: Tensor = module.weight  # type: ignore[assignment]
     if is_quantised(module):
         return form_of_codes(module)
@@ -80,7 +81,7 @@ def weight_of(weight: Tensor | QuantisedWeight) -> Any:
 def check_kind(name: str, module: nn.Module | Experts) -> None:
     """Raises TypeError unless a batch can add to what the module computes: of a weight that is not
     plain, one row is tried."""
-    if isinstance(module, Experts):  # found to be plain when they were looked for
+    if isinstance(module, Experts):  # they were read when they were looked for
         return
     weight: Tensor = module.weight  # type: ignore[assignment]
     # of plain tensors, too, where a wrapper made its parameters anew
@@ -164,9 +165,11 @@ class BaseWatch:
     def __init__(self, model: nn.Module, sites: Mapping[str, Any]) -> None:
         self._model, self._sites = model, sites
         self._paths_of = {name: _path_of(name, site) for name, site in sites.items()}
-        modules = {name: model.get_submodule(path) for name, (path, _) in self._paths_of.items()}
-        self._parameters = {name: module._parameters for name, module in modules.items()}
-        self._coded = {name: QuantisedBase(m) for name, m in modules.items() if is_quantised(m)}
+        self._parameters = {name: model.get_submodule(path)._parameters for name, (path, _) in self._paths_of.items()}
+        self._coded: dict[str, QuantisedBase | CodedMatrix] = {}
+        """By module, what says how the codes of its weight lie."""
+        for name, site in sites.items():
+            self._look_at_codes(name, model.get_submodule(_owner_of(name, site)))
         self._kinds = {name: type(self._weight_at(name)) for name in sites}
         self.unfit: dict[str, str] = {}
         """By module, why its pages cannot be used with the model as it is."""
@@ -178,6 +181,15 @@ class BaseWatch:
 
     def _weight_at(self, name: str) -> Tensor | None:
         return self._parameters[name].get(self._paths_of[name][1])
+
+    def _look_at_codes(self, name: str, module: nn.Module) -> None:
+        """Raises TypeError where they cannot be read."""
+        site = self._sites[name]
+        if site.parameter is not None:
+            if site.is_coded:
+                self._coded[name] = CodedMatrix(module, site.parameter)
+        elif is_quantised(module):
+            self._coded[name] = QuantisedBase(module)
 
     def weight(self, name: str) -> Tensor | QuantisedWeight:
         if name in self._coded:
@@ -243,13 +255,14 @@ class BaseWatch:
     def follow(self, all_weights: bool = False) -> None:
         """Looks at every layer anew: `unfit`, and `pending` for weights that are others now, or for
         all."""
-        there = {name: _module_at(self._model, path) for name, (path, _) in self._paths_of.items()}
+        there = {name: _module_at(self._model, _owner_of(name, site)) for name, site in self._sites.items()}
         ours = {name for name, module in there.items() if _is_served(module, self._sites[name])}
         changed, unfit, state = set(), {}, {}
         for name, module in there.items():
             replaced = bool(ours) and name not in ours
             if module is not None and not replaced:
-                self._parameters[name] = module._parameters
+                holder = _module_at(self._model, self._paths_of[name][0])
+                self._parameters[name] = {} if holder is None else holder._parameters
             now = state[name] = Known(self._weight_at(name))
             why = f"{type(module).__name__} has replaced the layer of `serve`" if replaced else self._misfit(name, module)
             if why is not None:
@@ -274,16 +287,17 @@ class BaseWatch:
         if module is None:
             return "the model has no such layer any more"
         if weight is None:
-            return f"the {type(module).__name__} there has no {self._paths_of[name][1]} of its own"
+            key = self._paths_of[name][1]
+            what = f"no codes of {site.parameter} any more" if key == "original" else f"no {key} of its own"
+            return f"the {plain_class(module).__name__} there has {what}"
         if type(weight) is not self._kinds[name]:
             return f"its weight was a {self._kinds[name].__name__}, and is a {type(weight).__name__}"
-        if is_quantised(module):
-            try:
-                self._coded[name] = QuantisedBase(module)
-            except TypeError as error:
-                return str(error)
-        if name in self._coded and (module.out_features, module.in_features) != site.shape:
-            return f"the pages are for a weight {list(site.shape)}, it is {[module.out_features, module.in_features]}"
+        try:
+            self._look_at_codes(name, module)
+        except TypeError as error:
+            return str(error)
+        if name in self._coded and (found_shape := self._coded[name].shape) != site.numbers:
+            return f"the pages are for a weight {list(site.numbers)}, it is {list(found_shape)}"
         wanted, found = (
             f"{list(shape)} {dtype} on {device}"
             for shape, dtype, device in (
@@ -308,7 +322,13 @@ def _path_of(name: str, site: Any) -> tuple[str, str]:
     """The path of a site's module, and the name of its weight there."""
     if site.parameter is None:
         return name, "weight"
-    return name.rpartition(".")[0], site.parameter
+    owner = _owner_of(name, site)
+    return (f"{owner}.parametrizations.{site.parameter}", "original") if site.is_parametrised else (owner, site.parameter)
+
+
+def _owner_of(name: str, site: Any) -> str:
+    """The path of a site's module."""
+    return name if site.parameter is None else name.rpartition(".")[0]
 
 
 def _module_at(model: nn.Module, name: str) -> nn.Module | None:

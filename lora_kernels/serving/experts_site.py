@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels.nn.quantised_experts import is_parametrised
 from lora_kernels.ops import dora_gain
 from lora_kernels.ops.expert_weight_norm import expert_weight_norm
 from lora_kernels.serving.adapter import Factors
+from lora_kernels.serving.base import weight_of
 from lora_kernels.serving.experts import Experts
 from lora_kernels.serving.site import Pages
 
@@ -17,11 +19,14 @@ class ExpertsSite(Pages):
     an adapter's pages. Nobody but the pool calls it, under its lock."""
 
     def __init__(self, experts: Experts, generation: Tensor, pages: int, max_rank: int) -> None:
-        self.shape, self.dtype = (experts.count, *experts.matrix), experts.weight.dtype
+        self.shape, self.dtype = (experts.count, *experts.matrix), experts.dtype
         super().__init__(*experts.matrix, self.dtype, generation, pages, max_rank, experts=experts.count)
         self.parameter, self._transposed, self._has_bias = experts.parameter, experts.form.transposed, experts.has_bias
-        self.weight_shape, self.weight_dtype = tuple(experts.weight.shape), self.dtype
+        self.weight_shape, self.weight_dtype = tuple(experts.weight.shape), experts.weight.dtype
         self.device = experts.weight.device
+        self.numbers = tuple(experts.shape)
+        """The shape of the weight, or of the numbers that its codes stand for."""
+        self.is_coded, self.is_parametrised = experts.codes is not None, is_parametrised(experts.module, experts.parameter)
 
     def refusal(self, f: Factors) -> str | None:
         if f.bias is not None:
@@ -35,7 +40,7 @@ class ExpertsSite(Pages):
         if f.magnitude is None:
             return None
         a, b = (t.to(self.device, self.dtype, non_blocking=True) for t in (f.a, f.b))
-        norm = expert_weight_norm(weight.detach(), a, b, f.scale, None, self._transposed)
+        norm = expert_weight_norm(weight_of(weight), a, b, f.scale, None, self._transposed)
         return dora_gain(f.magnitude.to(norm, non_blocking=True), norm).float()
 
     def renew_gain(self, slot: int, magnitude: Tensor, scale: float, weight: Any, mark: int) -> None:

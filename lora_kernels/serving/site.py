@@ -276,7 +276,7 @@ class Site(Pages):
         self.shape, self.dtype = form_of(module)
         super().__init__(*self.shape, self.dtype, generation, pages, max_rank)
         self.weight_shape, self.weight_dtype = tuple(module.weight.shape), module.weight.dtype
-        self.device = module.weight.device
+        self.device, self.numbers = module.weight.device, self.shape
         self._squared: tuple[int, Tensor] | None = None
 
     def gain(self, f: Factors, weight: Tensor | QuantisedWeight, mark: int) -> Tensor | None:

@@ -127,6 +127,7 @@ def _quantised_key(scale: float, w: QuantisedWeight, others: tuple[Tensor, ...])
     codes, parts, _ = w.fields()
     if codes.is_inference() or any(t.is_inference() for t in parts):
         return None
+    others = others if w.dim() == 2 else (*_as_matrices(*others),)
     found = fingerprint(codes if codes.dim() == 2 else codes.view(-1, 1), *others)
     versions = [codes._version, *((t.data_ptr(), t._version) for t in parts)]
     return found and (found, scale, versions, ref(w))
