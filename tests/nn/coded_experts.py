@@ -1,11 +1,13 @@
 """Modules of experts whose matrices are codes, and the same over the numbers that the codes stand
 for."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lora_kernels.nn import LoRAExperts
 from lora_kernels.nn.forms import form_of
 from lora_kernels.nn.quantised_experts import experts_weight, quantised_experts
 from lora_kernels.ops.quantised import QuantisedWeight
@@ -100,3 +102,28 @@ def no_numbers(monkeypatch):
     functional = pytest.importorskip("bitsandbytes.functional")
     for owner, name in ((functional, "dequantize_4bit"), (QuantisedWeight, "dequantise")):
         monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("all numbers are made"))
+
+
+def layer_over(module, seed=1, **options):
+    return trained(LoRAExperts.from_experts(module, **{"r": 3, "lora_alpha": 5} | options), seed)
+
+
+def both(codes, dtype=torch.float32, module=None, **options):
+    """A layer over codes, that over their numbers, and the module of these."""
+    layer = layer_over(module_of(codes, dtype) if module is None else module, **options)
+    numbers = dense_of(codes, layer._quantised.module, dtype)
+    return (
+        layer,
+        with_factors_of(LoRAExperts.from_experts(copy.deepcopy(numbers), r=3, lora_alpha=5, **options), layer),
+        numbers,
+    )
+
+
+def close(one, other, bound=1e-5):
+    error = (one.double() - other.double()).norm() / other.double().norm()
+    assert error <= bound, error
+
+
+def same_bits(one, other):
+    """Few of torch's functions take 8-bit floats."""
+    return one.dtype is other.dtype and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

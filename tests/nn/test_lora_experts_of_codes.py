@@ -17,12 +17,15 @@ from lora_kernels.testing.poison import poisoned
 from tests.nn.coded_experts import (
     BNB,
     CODES,
+    both,
     class_of,
+    close,
     dense,
     dense_of,
+    layer_over,
     module_of,
     no_numbers,
-    trained,
+    same_bits,
     with_factors_of,
 )
 from tests.nn.layer_helpers import through_pickle, through_torch_save
@@ -30,33 +33,7 @@ from tests.nn.test_lora_experts import arguments, exact, experts, found, gradien
 
 pytest.importorskip("bitsandbytes.nn.parametrize")
 codes = pytest.mark.parametrize("codes", CODES)
-of_library = pytest.mark.parametrize("codes", BNB)
 OPTIONS = [{"use_dora": True}, {"use_dora": True, "detach_norm": False}, {}]
-
-
-def layer_over(module, seed=1, **options):
-    return trained(LoRAExperts.from_experts(module, **{"r": 3, "lora_alpha": 5} | options), seed)
-
-
-def both(codes, dtype=torch.float32, module=None, **options):
-    """A layer over codes, that over their numbers, and the module of these."""
-    layer = layer_over(module_of(codes, dtype) if module is None else module, **options)
-    numbers = dense_of(codes, layer._quantised.module, dtype)
-    return (
-        layer,
-        with_factors_of(LoRAExperts.from_experts(copy.deepcopy(numbers), r=3, lora_alpha=5, **options), layer),
-        numbers,
-    )
-
-
-def close(one, other, bound=1e-5):
-    error = (one.double() - other.double()).norm() / other.double().norm()
-    assert error <= bound, error
-
-
-def same_bits(one, other):
-    """Few of torch's functions take 8-bit floats."""
-    return one.dtype is other.dtype and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 @codes
@@ -236,107 +213,6 @@ def test_casts_and_moves(codes):
     assert all(held.parameter(name) is layer._parameters[name] for name in held.parameters())
 
 
-@of_library
-@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-def test_merged_to_floats(codes, use_dora):
-    layer, _, numbers = both(codes, torch.bfloat16, use_dora=use_dora)
-    args, names = arguments(class_of(codes)), form_names(layer)
-    module = layer._quantised.module
-    plain_state = {name: t.clone() for name, t in layer.plain_layer(False).state_dict().items()}
-    with torch.no_grad():
-        wanted, held = layer(*args), [layer._parameters[name] for name in names]
-        with layer.adapter_disabled():
-            base = layer(*args)
-        for dtype in (None, torch.float32, torch.float16):
-            layer.merge(safe=True, dtype=dtype)
-            assert all(layer._parameters[name].dtype is (dtype or torch.bfloat16) for name in names)
-            assert layer.state_dict().keys() == numbers.state_dict().keys()
-            close(layer(*args), wanted, 2e-2)
-            with layer.adapter_disabled():
-                assert torch.equal(layer(*args), base)
-            again = copy.deepcopy(layer)
-            again.unmerge()
-            assert torch.equal(again(*args), wanted)
-            merged = layer.plain_layer(True).to(dtype)
-            assert type(merged) is type(numbers) and merged.state_dict().keys() == numbers.state_dict().keys()
-            same = [t.to(merged.down_proj.dtype) if t.is_floating_point() else t for t in args]
-            close(merged(*same), wanted, 2e-2)
-            other = copy.deepcopy(layer).to(torch.float16).to(torch.float32)
-            close(other(*args), wanted, 2e-2)
-            other.unmerge()
-            close(other(*args), wanted, 2e-2)
-            layer.unmerge()
-            assert all(layer._parameters[name] is p for name, p in zip(names, held, strict=True))
-            assert torch.equal(layer(*args), wanted)
-        exact_w = layer._merged(names[0], torch.float64)
-        layer.merge(dtype=torch.float32)
-        close(layer._parameters[names[0]], exact_w, 1e-6)
-        layer.unmerge()
-    plain = layer.plain_layer(False)
-    assert type(plain).__name__ == type(module).__name__ and plain is not module
-    state = plain.state_dict()
-    state = plain.state_dict()
-    assert state.keys() == plain_state.keys() and all(torch.equal(t, plain_state[key]) for key, t in state.items())
-    assert all(plain.parametrizations[name].original is p for name, p in zip(names, held, strict=True))
-    assert all(torch.equal(dense(plain, name), dense(module, name)) for name in names)
-
-
-def form_names(layer):
-    return layer._quantised.weights
-
-
-@codes
-@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-def test_merged_and_quantised_again(codes, use_dora):
-    layer, args = layer_over(module_of(codes), use_dora=use_dora), arguments(class_of(codes))
-    names, args64 = form_names(layer), [t.double() if t.is_floating_point() else t for t in args]
-    held, numbers = {name: layer._parameters[name] for name in names}, dense_of(codes, layer._quantised.module)
-    with torch.no_grad():
-        wanted = layer(*args)
-        exact = {name: layer._merged(name, torch.float32) for name in names}
-        error = layer.merge(requantise=True)
-        merged = layer._requantised.module
-        errors = [float((dense(merged, name) - w).norm() / w.norm()) for name, w in exact.items()]
-        assert error == pytest.approx(max(errors)) and 0.01 < error < (0.05 if codes == "fp8" else 0.3)
-        for name, w in exact.items():
-            getattr(numbers, name).data = dense(merged, name)
-            # each block in its own scale: no number is further away than half a step
-            assert float((dense(merged, name) - w).abs().max() / w.abs().max()) < 0.25
-        close(layer(*args), numbers.double()(*args64))
-        y = layer(*args)
-        assert {*layer.state_dict()} == {*module_of(codes).state_dict()}
-        for again in (copy.deepcopy(layer), through_torch_save(layer), layer.to(torch.float16).float()):
-            close(again(*args), y, 3e-3)
-        plain = layer.plain_layer(True)
-        assert type(plain).__name__ == type(module_of(codes)).__name__
-        assert all(same_bits(t, layer.state_dict()[key]) for key, t in plain.state_dict().items())
-        assert all(torch.equal(dense(plain, name), dense(merged, name)) for name in names)
-        with layer.adapter_disabled():
-            base = layer(*args)
-        layer.unmerge()
-        assert all(layer._parameters[name] is p for name, p in held.items())
-        close(layer(*args), wanted, 2e-3)
-        with layer.adapter_disabled():
-            assert torch.equal(layer(*args), base)
-
-
-def test_what_merge_refuses():
-    layer = layer_over(module_of("nf4"))
-    with pytest.raises(TypeError, match="merge: dtype must be float32"):
-        layer.merge(dtype=torch.int8)
-    with torch.no_grad():
-        layer.lora_B_down_proj[0, 0, 0] = torch.inf
-    for options in ({"safe": True}, {"requantise": True}):
-        with pytest.raises(ValueError, match="merged down_proj must be finite"):
-            layer.merge(**options)
-    assert not layer.merged
-    fp8 = layer_over(module_of("fp8"))
-    for call in (fp8.merge, fp8.check_merge, lambda: fp8.plain_layer(True)):
-        with pytest.raises(NotImplementedError, match="FP8Experts have no floating form: requantise=True merges to codes"):
-            call()
-    assert not fp8.merged and type(fp8.plain_layer(False)) is type(fp8._quantised.module)
-
-
 @pytest.mark.parametrize("only", [["gate_up_proj"], ["down_proj"]], ids=str)
 @pytest.mark.parametrize("adapted", [None, ["gate_up_proj"], ["down_proj"]], ids=str)
 def test_one_matrix_of_codes(only, adapted):
@@ -366,6 +242,34 @@ def test_one_matrix_of_codes(only, adapted):
         assert torch.equal(again(*args), results["y"])
     with pytest.raises(TypeError, match=f"x must have the dtype of {layer.adapted[0]}, torch.float32, found torch.bfloat16"):
         again(args[0].bfloat16(), *args[1:])
+    again.bfloat16()
+    close(again(args[0].bfloat16(), *args[1:]), results["y"], 3e-2)
+
+
+def test_parameters_that_a_move_replaces():
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        for kind in ("nested", "fp8"):
+            layer, args = layer_over(module_of(kind)), arguments(class_of(kind))
+            before, wanted = dict(layer._parameters), layer(*args)
+            layer.double().float()
+            held = layer._quantised
+            assert all(layer._parameters[name] is not before[name] for name in held.names)
+            assert all(held.parameter(name) is layer._parameters[name] for name in held.parameters())
+            close(layer(*args), wanted)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def test_scales_that_must_be_copied_are_followed():
+    module, args = module_of("fp8"), arguments("MixtralExperts")
+    module.down_proj_scale_inv.data = module.down_proj_scale_inv.data.bfloat16()
+    layer = layer_over(module)
+    with torch.no_grad():
+        layer(*args)
+        layer.down_proj_scale_inv.mul_(3)
+        again = with_factors_of(LoRAExperts.from_experts(dense_of("fp8", module), r=3, lora_alpha=5), layer)
+        close(layer(*args), again(*args))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -379,15 +283,15 @@ def test_gradient_checkpointing(reentrant):
     assert all(torch.equal(t, wanted[n]) for n, t in results.items())
 
 
-def test_a_compiled_layer_is_one_graph_with_the_bits_of_eager():
+@pytest.mark.parametrize("kind", ["nested", pytest.param("fp8", marks=pytest.mark.slow)])
+def test_a_compiled_layer_is_one_graph_with_the_bits_of_eager(kind):
     torch._dynamo.reset()
-    for kind in ("nested", "fp8"):
-        layer, args = layer_over(module_of(kind), use_dora=True), arguments(class_of(kind))
-        wanted = found(layer, args)
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        args = [t.detach().requires_grad_() if t.is_floating_point() else t for t in args]
-        results = gradients_of(compiled(*args), {**leaves(layer), **named(args)})
-        assert all(torch.equal(results[n], t) for n, t in wanted.items()), kind
+    layer, args = layer_over(module_of(kind), use_dora=True), arguments(class_of(kind))
+    wanted = found(layer, args)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    args = [t.detach().requires_grad_() if t.is_floating_point() else t for t in args]
+    results = gradients_of(compiled(*args), {**leaves(layer), **named(args)})
+    assert all(torch.equal(results[n], t) for n, t in wanted.items())
     torch._dynamo.reset()
 
 
