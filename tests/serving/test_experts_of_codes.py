@@ -242,6 +242,16 @@ def test_numbers_that_become_codes():
         model(tokens(1), adapters=["a"])
 
 
+def test_a_matrix_that_becomes_codes_outside_a_batch():
+    model, _ = coded("mixtral", "nf4", only=NAMES[:1])
+    serve(model, pool_of(model))
+    x = tokens(2)
+    model(x)
+    for path in (EXPERTS, EXPERTS.replace("0", "1")):
+        parametrize.replace_parameter_4bit(model.get_submodule(path), "down_proj")
+    assert_rows(model(x).logits, [None] * 2, {None: numbers_of(model, "mixtral").double()}, x)
+
+
 def test_sizes_and_what_cannot_be_read():
     model, plain = coded("qwen3", "nf4")
     sizes = [AdapterPool.sizing(each, [8], slots=1, modules=[EXPERTS]) for each in (model, plain)]
