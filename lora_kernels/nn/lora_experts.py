@@ -174,15 +174,16 @@ class LoRAExperts(StandIn):
         if isinstance(form, str):
             raise RuntimeError(f"{self._class_name()}: {form}")
         name, count = self._class_name(), self._count(form.weights[0])
+        routing: Any = None
         if form.kind == ROUTED:
             x, *routing = check_routed(name, args, self, count)
         else:
-            x, routing = check_sorted(name, args, count, self.hidden_size), []
+            x = check_sorted(name, args, count, self.hidden_size)
         if held is not None and not self.enabled and x.device.type != "cpu":
             return held.output(args)
         self._check_dtype(x, form)
         adapted = [self._adapted_matrix(name, self._matrix(name, x, form)) for name in form.weights]
-        return run_routed(self, form, adapted, x, *routing) if routing else run_sorted(self, form, adapted, x)
+        return run_sorted(self, form, adapted, x) if routing is None else run_routed(self, form, adapted, x, *routing)
 
     def _plain_forward(self, args: Any, kwargs: Any) -> Tensor:
         """The module's own forward, with the weights as they stand, or the base's while the adapter
