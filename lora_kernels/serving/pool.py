@@ -50,8 +50,8 @@ class AdapterPool(PoolCore):
     The base is the model's: if its weights change, the next load, or the next call of a served
     layer, an open batch's too, computes the gains anew. Where pages do not fit any more (another
     shape or dtype, another layer) the batch, the call or the load raises BaseChangedError. A weight
-    may be quantised if it is a tensor that nn.Linear multiplies with; DoRA wants that it
-    dequantises.
+    may be quantised if it is a tensor that nn.Linear multiplies with, and DoRA wants that it
+    dequantises; or of experts that bitsandbytes has parametrised, or FP8Experts.
 
     Raises:
         TypeError, ValueError: a module is none of these, has a dtype that is not supported, or the

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from lora_kernels.nn import LoRAExperts
 from lora_kernels.nn.forms import form_of
@@ -55,10 +56,12 @@ def fp8_of(weights, block=(8, 8), config=None):
     module = fp8.FP8Experts(config, block_size=block)
     rows, columns = block
     for name, w in weights.items():
-        tiles = w.detach().float().unflatten(2, (-1, columns)).unflatten(1, (-1, rows))
+        _, n_out, n_in = w.shape
+        room = nn.functional.pad(w.detach().float(), (0, -n_in % columns, 0, -n_out % rows))
+        tiles = room.unflatten(2, (-1, columns)).unflatten(1, (-1, rows))
         scales = tiles.abs().amax((2, 4)) / 448
-        codes = (tiles / scales[:, :, None, :, None]).to(torch.float8_e4m3fn)
-        getattr(module, name).data, getattr(module, f"{name}_scale_inv").data = codes.view(w.shape), scales
+        codes = (tiles / scales[:, :, None, :, None]).view(room.shape)[:, :n_out, :n_in]
+        getattr(module, name).data, getattr(module, f"{name}_scale_inv").data = codes.to(torch.float8_e4m3fn), scales
     return module
 
 

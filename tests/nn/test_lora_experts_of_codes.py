@@ -3,6 +3,7 @@ all that a layer is put through."""
 
 import copy
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lora_kernels.nn import LoRAExperts
 from lora_kernels.nn.quantised_experts_base import QuantisedExperts
 from lora_kernels.ops.expert_weight_norm import cache
 from lora_kernels.testing.poison import poisoned
+from tests.integrations.experts_helpers import experts_class
 from tests.nn.coded_experts import (
     BNB,
     CODES,
@@ -22,6 +24,7 @@ from tests.nn.coded_experts import (
     close,
     dense,
     dense_of,
+    fp8_of,
     layer_over,
     module_of,
     no_numbers,
@@ -33,6 +36,7 @@ from tests.nn.test_lora_experts import arguments, exact, experts, found, gradien
 
 pytest.importorskip("bitsandbytes.nn.parametrize")
 codes = pytest.mark.parametrize("codes", CODES)
+GATED = ["gate_up_proj", "down_proj"]
 OPTIONS = [{"use_dora": True}, {"use_dora": True, "detach_norm": False}, {}]
 
 
@@ -51,6 +55,36 @@ def test_outputs_and_gradients(codes, options):
             assert error < max(bound / 10, least, 1.5 * its), f"{key} in {dtype}: {error}, over numbers {its}"
         with torch.no_grad():
             close(layer(*args), results["y"], bound)
+
+
+@pytest.mark.parametrize("kind", ["nested", "fp8"])
+def test_sizes_of_models_err_as_numbers_do(kind):
+    """Tiles of 128 × 128, the last of them smaller, and blocks within rows."""
+    library = pytest.importorskip("bitsandbytes.nn.parametrize")
+    sizes = {"num_local_experts": 4, "hidden_size": 256, "intermediate_size": 192, "moe_intermediate_size": 192}
+    config = SimpleNamespace(**sizes, hidden_act="silu", _experts_implementation="eager", dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    numbers = experts_class("MixtralExperts")(config)
+    for p in numbers.parameters():
+        nn.init.normal_(p, std=256**-0.5)
+    if kind == "fp8":
+        # 192 numbers are a tile and a half
+        module = fp8_of({name: getattr(numbers, name) for name in GATED}, (128, 128), config)
+    else:
+        module = copy.deepcopy(numbers.bfloat16())
+        for name in GATED:
+            library.replace_parameter_4bit(module, name, compress_statistics=True)
+    for name in GATED:
+        getattr(numbers, name).data = dense(module, name, torch.bfloat16)
+    layer = layer_over(module, r=16, use_dora=True)
+    over_numbers = with_factors_of(LoRAExperts.from_experts(copy.deepcopy(numbers), r=16, lora_alpha=5, use_dora=True), layer)
+    draw = torch.Generator().manual_seed(1)
+    index = torch.stack([torch.randperm(4, generator=draw)[:2] for _ in range(40)])
+    args = torch.randn(40, 256, generator=draw).bfloat16(), index, torch.rand(40, 2, generator=draw)
+    mine, its = found(layer, args), found(over_numbers, args)
+    for key, wanted in exact(over_numbers, numbers, args).items():
+        error, allowed = (float((each[key].double() - wanted).norm() / wanted.norm()) for each in (mine, its))
+        assert error < 1.3 * allowed + 1e-6, f"{key}: {error}, over numbers {allowed}"
 
 
 @codes
