@@ -20,9 +20,7 @@ def clean(slots):
     return [replace(s, **{n: getattr(s, n).nan_to_num() for n in ("a", "b", "gain", "bias")}) for s in slots]
 
 
-@pytest.mark.parametrize(
-    ("outs", "k"), [([5], 1), ([3, 4], 1), ([5], 2), pytest.param([3, 4], 2, marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.parametrize(("outs", "k"), [([5], 1), ([3, 4], 1), ([5], 2), ([3, 4], 2)], ids=str)
 def test_gradcheck(k, outs):
     x, w, slots, slot, weights, bias = draw(5, 6, outs, [3, 2, 9], k, torch.float64)
     slots = clean(slots)
@@ -34,9 +32,11 @@ def test_gradcheck(k, outs):
         sites = [replace(s, **dict(zip(names, tensors[2 * i : 2 * i + 2], strict=True))) for i, s in enumerate(slots)]
         return multi_lora(x, w, sites, plan, bias)
 
-    assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True)
+    # number by number once; of a random direction where only the weights or the slices differ
+    one = k == len(outs) == 1
+    assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True, fast_mode=not one)
     # the second derivatives are those of each call of lora_linear, whatever their number
-    assert len(outs) > 1 or torch.autograd.gradgradcheck(call, leaves)
+    assert len(outs) > 1 or torch.autograd.gradgradcheck(call, leaves, fast_mode=not one)
 
 
 def test_the_tangent_of_a_batch_without_gradients():

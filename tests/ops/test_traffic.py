@@ -35,8 +35,8 @@ def tensors(m, k, n, r, dtype=BF16):
     return x.requires_grad_(), w, a.requires_grad_(), b.requires_grad_()
 
 
-M, K, R = 4096, 512, 16
-CACHE = 2 * MIB  # holds W and a GROUP of row blocks but not x, as 50 MiB do at 8192 x 4096 x 4096
+M, K, R = 2048, 512, 16
+CACHE = 7 * MIB // 4  # holds W and a GROUP of row blocks but not x, as 50 MiB do at 8192 x 4096 x 4096
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def scaled(monkeypatch):
     """As many rows a part as on the whole grid, where fewer programs would leave multiprocessors
     without work."""
     monkeypatch.setattr(triton_skinny, "part_of_rows", lambda *_: 512)
-    monkeypatch.setattr(backend, "_tile_order", lambda *sizes: {"GROUP": 8, "SLAB": 0})
+    monkeypatch.setattr(backend, "_tile_order", lambda *sizes: {"GROUP": 4, "SLAB": 0})
 
 
 def counted(layer, *args):
