@@ -15,7 +15,7 @@ from lora_kernels.nn import LoRAExperts
 from lora_kernels.nn.quantised_experts_base import QuantisedExperts
 from lora_kernels.ops.expert_weight_norm import cache
 from lora_kernels.testing.poison import poisoned
-from tests.integrations.experts_helpers import experts_class
+from tests.integrations.experts_helpers import EXPERTS, HIDDEN, experts_class
 from tests.nn.coded_experts import (
     BNB,
     CODES,
@@ -327,6 +327,30 @@ def test_a_compiled_layer_is_one_graph_with_the_bits_of_eager(kind):
     results = gradients_of(compiled(*args), {**leaves(layer), **named(args)})
     assert all(torch.equal(results[n], t) for n, t in wanted.items())
     torch._dynamo.reset()
+
+
+@codes
+def test_bad_calls_are_refused(codes):
+    """Of the experts that the codes are of, however they lie."""
+    layer, (x, *routing) = layer_over(module_of(codes)), arguments(class_of(codes))
+    for call in (layer, layer_off(layer)):
+        if not routing:
+            with pytest.raises(ValueError, match=f"as many tokens of {HIDDEN} features for each of the {EXPERTS} experts, f"):
+                call(x[1:])
+            continue
+        index, weights = routing
+        with pytest.raises(ValueError, match=f"index must hold numbers of experts up to {EXPERTS}, found {EXPERTS + 1}"):
+            call(x, index.clone().fill_(EXPERTS + 1), weights)
+        with pytest.raises(TypeError, match=r"wanted are three tensors, \(x, index, weights\), found \(Tensor, Tensor\)"):
+            call(x, index)
+
+
+def layer_off(layer):
+    def call(*args):
+        with layer.adapter_disabled():
+            return layer(*args)
+
+    return call
 
 
 def test_codes_that_cannot_be_read():

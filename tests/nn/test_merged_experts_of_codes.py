@@ -1,13 +1,35 @@
 """nn.LoRAExperts over codes, merged to floating weights and to codes again."""
 
 import copy
+import importlib
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from torch import nn
 
-from tests.nn.coded_experts import BNB, CODES, both, class_of, close, dense, dense_of, layer_over, module_of, same_bits
+from lora_kernels.nn import LoRAExperts
+from lora_kernels.nn.forms import form_of
+from tests.integrations.experts_helpers import Config
+from tests.nn.coded_experts import (
+    BNB,
+    CODES,
+    both,
+    class_of,
+    close,
+    dense,
+    dense_of,
+    layer_over,
+    module_of,
+    same_bits,
+    with_factors_of,
+)
 from tests.nn.layer_helpers import through_torch_save
 from tests.nn.test_lora_experts import arguments
+from tests.nn.test_snapshot import neither
 
 pytest.importorskip("bitsandbytes.nn.parametrize")
 codes = pytest.mark.parametrize("codes", CODES)
@@ -113,3 +135,59 @@ def test_what_merge_refuses():
         with pytest.raises(NotImplementedError, match="FP8Experts have no floating form: requantise=True merges to codes"):
             call()
     assert not fp8.merged and type(fp8.plain_layer(False)) is type(fp8._quantised.module)
+
+
+def test_a_change_beside_calls_is_whole():
+    """A call has one scale for both matrices, and merged weights, codes again, or adapters."""
+    layer, args, states = layer_over(module_of("nf4"), use_dora=True), arguments("MixtralExperts"), []
+    layer.requires_grad_(False)
+
+    def change():
+        for scale in (-1, 1):
+            layer.set_scale(scale)
+            layer.merge(requantise=scale > 0)
+            layer.unmerge()
+
+    for scale in (-1, 1):
+        layer.set_scale(scale)
+        states.append(layer(*args))
+        layer.merge(requantise=scale > 0)
+        states.append(layer(*args))
+        layer.unmerge()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        wrong, calls = neither(lambda: layer(*args), states, change)
+    finally:
+        sys.setswitchinterval(before)
+    assert wrong == 0 and calls > 10
+
+
+@pytest.mark.slow
+def test_all_models_of_transformers():
+    """Of every class that has transformers' interface and a known loop."""
+    library = pytest.importorskip("bitsandbytes.nn.parametrize")
+    args, done = arguments("MixtralExperts"), 0
+    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        for name in re.findall(r"^@use_experts_implementation.*\nclass (\w+)\(", file.read_text(), re.MULTILINE):
+            torch.manual_seed(0)
+            cls = getattr(importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}"), name)
+            numbers = cls(Config())
+            for p in numbers.parameters():
+                nn.init.normal_(p, std=0.3)
+            if isinstance(form := form_of(numbers), str):
+                continue
+            module = copy.deepcopy(numbers)
+            for parameter in form.weights:
+                library.replace_parameter_4bit(module, parameter)
+                getattr(numbers, parameter).data = dense(module, parameter)
+            layer = layer_over(module, use_dora=True)
+            other = with_factors_of(LoRAExperts.from_experts(numbers, r=3, lora_alpha=5, use_dora=True), layer)
+            with torch.no_grad():
+                wanted = other(*args)
+                close(layer(*args), wanted)
+                layer.merge()
+                close(layer(*args), wanted)
+                close(layer.plain_layer(True)(*args), wanted)
+            done += 1
+    assert done > 60
