@@ -65,6 +65,17 @@ def fp8_of(weights, block=(8, 8), config=None):
     return module
 
 
+def mxfp4_of(config):
+    """transformers' FP8Experts of random codes of four bits, with powers of two for 32 numbers."""
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    module, draw = fp8.FP8Experts(config, expert_dtype="fp4", scale_fmt="ue8m0"), torch.Generator().manual_seed(0)
+    for name in ("gate_up_proj", "down_proj"):
+        codes, scales = getattr(module, name), getattr(module, f"{name}_scale_inv")
+        codes.data = torch.randint(256, codes.shape, generator=draw).to(torch.uint8).view(torch.int8)
+        scales.data = torch.randint(120, 124, scales.shape, generator=draw).to(torch.uint8).view(scales.dtype)
+    return module
+
+
 def dense(module, name, dtype=torch.float32):
     """The matrix of that name, or its codes', as numbers in a dtype."""
     w = quantised_experts(module, name, dtype)

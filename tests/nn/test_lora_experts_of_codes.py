@@ -27,6 +27,7 @@ from tests.nn.coded_experts import (
     fp8_of,
     layer_over,
     module_of,
+    mxfp4_of,
     no_numbers,
     same_bits,
     with_factors_of,
@@ -57,7 +58,7 @@ def test_outputs_and_gradients(codes, options):
             close(layer(*args), results["y"], bound)
 
 
-@pytest.mark.parametrize("kind", ["nested", "fp8"])
+@pytest.mark.parametrize("kind", ["nested", "fp8", "mxfp4"])
 def test_sizes_of_models_err_as_numbers_do(kind):
     """Tiles of 128 × 128, the last of them smaller, and blocks within rows."""
     library = pytest.importorskip("bitsandbytes.nn.parametrize")
@@ -70,6 +71,8 @@ def test_sizes_of_models_err_as_numbers_do(kind):
     if kind == "fp8":
         # 192 numbers are a tile and a half
         module = fp8_of({name: getattr(numbers, name) for name in GATED}, (128, 128), config)
+    elif kind == "mxfp4":
+        module = mxfp4_of(config)
     else:
         module = copy.deepcopy(numbers.bfloat16())
         for name in GATED:
@@ -85,6 +88,25 @@ def test_sizes_of_models_err_as_numbers_do(kind):
     for key, wanted in exact(over_numbers, numbers, args).items():
         error, allowed = (float((each[key].double() - wanted).norm() / wanted.norm()) for each in (mine, its))
         assert error < 1.3 * allowed + 1e-6, f"{key}: {error}, over numbers {allowed}"
+    with torch.no_grad():
+        exact_w = layer._merged("down_proj", torch.float32)
+        state = layer.state_dict()
+        error = layer.merge(requantise=True)
+        merged = dense(layer._requantised.module, "down_proj")
+        assert float((merged - exact_w).norm() / exact_w.norm()) <= error * (1 + 1e-5) < 0.3
+        close(layer(*args), with_merged(numbers, layer)(*args), 3e-2)
+        layer.unmerge()
+        again = layer_over(copy.deepcopy(layer).plain_layer(False), seed=9, r=16, use_dora=True)
+        again.load_state_dict(state)
+        assert torch.equal(again(*args), layer(*args))
+
+
+def with_merged(numbers, layer):
+    """A module of numbers with those of the merged codes."""
+    other = copy.deepcopy(numbers)
+    for name in GATED:
+        getattr(other, name).data = dense(layer._requantised.module, name, torch.bfloat16)
+    return other
 
 
 @codes
