@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from fuse_helpers import LLAMA_LAYERS, fused_copy, inputs, llama, model, pair, randomise, step, tokens
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
 from lora_kernels import fuse, unfuse
 
@@ -132,6 +133,44 @@ def test_a_changing_scale_is_a_symbol_of_one_more_graph(kind):
     assert counter.frame_count == 2
 
 
+class Lookup(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Embedding(12, 24)
+
+    def forward(self, ids):
+        return self.a(ids)
+
+
+class Window(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Conv1d(24, 8, 3)
+
+    def forward(self, x):
+        return self.a(x)
+
+
+OTHERS = {
+    "lora_bias": ({"lora_bias": True}, inputs()),
+    "embedding": ({"net": Lookup, "target_modules": ["a"]}, torch.arange(6)),
+    "convolution": ({"net": Window, "target_modules": ["a"]}, inputs().T[None].contiguous()),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_changing_scale_of_other_layers_is_a_symbol_too(kind):
+    values, x = OTHERS[kind]
+    _, fused = pair(**values)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    call = torch.compile(fused, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for factor in (1.0, 0.3, 2.7, -1.1):
+            fused.base_model.model.a.set_scale("default", factor)
+            torch.testing.assert_close(call(x), fused(x))
+    assert counter.frame_count == 2
+
+
 @pytest.mark.slow
 def test_a_changing_scale_in_inductor():
     layer = pair()[1].base_model.model.a
@@ -163,6 +202,24 @@ def test_equal_blocks_with_scales_of_their_own_share_their_graphs(scales, graphs
             block.compile(fullgraph=True, backend=counter)
         assert torch.equal(fused(inputs()), expected)
     assert counter.frame_count == graphs
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_scales_that_are_tensors_need_one_graph(use_dora):
+    """As PEFT makes them for adapters that are swapped under a compiled model."""
+    twelve = torch.nn.Sequential(*(Block() for _ in range(12)))
+    _, fused = pair(net=lambda: twelve, target_modules=["linear"], use_dora=use_dora)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    blocks = fused.base_model.model
+    for i, block in enumerate(blocks):
+        block.linear.set_scale("default", 1 + i / 8)
+    prepare_model_for_compiled_hotswap(fused, target_rank=4)
+    with torch.no_grad():
+        expected = fused(inputs())
+        for block in blocks:
+            block.compile(fullgraph=True, backend=counter)
+        torch.testing.assert_close(fused(inputs()), expected)
+    assert counter.frame_count == 1
 
 
 def test_a_compiled_dora_model_sees_new_weights_without_gradients():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn.flat_parameters import constant
+from lora_kernels.ops.scale import traced_scale
 
 ON_META = "the adapter's weights are on the meta device; once they are loaded it runs on the kernels"
 _PLAIN = (Tensor, nn.Parameter)
@@ -43,6 +44,7 @@ def with_lora_bias(bias: Tensor | None, own: Tensor, scale: float | Tensor) -> T
         return own
     wide = torch.promote_types(own.dtype, torch.float32)
     own = own if own.dtype is wide else own.to(wide)
+    scale = traced_scale(scale)
     if isinstance(scale, Tensor):
         own, scale = own * scale, 1.0
     if bias is None:

@@ -29,6 +29,7 @@ from lora_kernels.integrations.peft.linear import cached_gain, count_fallback
 from lora_kernels.integrations.peft.state import PLAIN, type_name
 from lora_kernels.integrations.report import Survey
 from lora_kernels.ops import dora_gain
+from lora_kernels.ops.scale import traced_scale
 
 try:
     from peft.tuners.lora import variants
@@ -199,7 +200,7 @@ def _grouped_gain(w: Tensor, a: Tensor, b: Tensor, scale: Any, magnitude: Tensor
 def _add(y: Tensor, h: Tensor, lora_b: Any, scale: Any) -> Tensor:
     """y + scale · B h, in place where the dtype allows: y [n, out, …], h [n, r, …], B [out, r,
     1…]."""
-    b = lora_b.weight
+    b, scale = lora_b.weight, traced_scale(scale)
     if isinstance(scale, Tensor):
         b, scale = b * scale, 1.0
     wide = torch.promote_types(y.dtype, h.dtype)

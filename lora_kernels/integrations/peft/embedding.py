@@ -28,6 +28,7 @@ from lora_kernels.integrations.peft.hooks import has_hooks
 from lora_kernels.integrations.peft.linear import cached_gain, count_fallback
 from lora_kernels.integrations.peft.state import PLAIN, type_name
 from lora_kernels.integrations.report import Survey
+from lora_kernels.ops.scale import traced_scale
 
 try:
     from peft.tuners.lora import variants
@@ -123,6 +124,7 @@ def _adapted(layer: Any, x: Tensor, state: EmbeddingState) -> Tensor:
         rows = _columns(base, a, indices)  # [r, tokens]
         if embed_scale is not None:
             rows = rows * embed_scale.to(rows.dtype)
+        scale = traced_scale(scale)
         if isinstance(scale, Tensor):
             rows, scale = rows * scale, 1.0
         b = b if gain is None else b * gain[:, None]

@@ -156,6 +156,7 @@ def _is_added_in_place(y: Tensor, x: Tensor, part: Part) -> bool:
         and part.dropout == 0.0
         and part.own_bias is None
         and type(part.scale) is float
+        and not torch.compiler.is_compiling()  # a symbol would become a constant of the graph
         and x.dtype is y.dtype
         and y.is_contiguous()
         and not torch.is_autocast_enabled(x.device.type)
