@@ -106,6 +106,9 @@ def test_strides_and_twice(backend):
             assert found.equal(t)
     turned = dy.T.contiguous().T
     assert results(gated_activation, x, turned)[1].equal(wanted[1])
+    rows = (torch.full((9, c + 7), torch.nan, dtype=x.dtype)[:, 3 : c + 3].copy_(t) for c, t in ((40, x), (20, dy)))
+    for found, t in zip(results(gated_activation, *rows), wanted, strict=True):
+        assert found.equal(t)
 
 
 def test_the_gates_are_those_of_pytorch():
