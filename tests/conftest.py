@@ -46,6 +46,7 @@ def pytest_xdist_make_scheduler(config, log):
     class Scheduling(LoadScopeScheduling):
         _split_scope = staticmethod(scope_of)
 
+    gc.enable()  # here nothing is collected
     config.option.loadscopereorder = False  # the order is that of collection
     return Scheduling(config, log)
 
