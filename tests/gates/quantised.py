@@ -7,20 +7,31 @@ import torch
 
 from lora_kernels import QuantisedWeight, lora_linear, weight_norm
 from lora_kernels.ops.dispatch import forced_candidate
+from lora_kernels.ops.quantised.weight import HALVES, LOW_FIRST, POWERS
 from lora_kernels.testing.gates import Budget, Change
 from tests.gates.calls import BF16, F16, F32, WIDE, on_chips
 
 
 def weight(kind: str, dtype: torch.dtype = BF16, shape: tuple[int, int] = (WIDE, WIDE)) -> QuantisedWeight:
     """As bitsandbytes lays it: nf4 with nested scales, int8 with one for each row; or float8 in
-    blocks."""
+    blocks or in tiles as DeepSeek's, MXFP4 as gpt-oss's, HQQ."""
     size = shape[0] * shape[1]
     block = shape[1] if kind == "int8" else 64
     if kind == "nf4":
         codes, scales = (torch.empty(n, dtype=torch.uint8) for n in (size // 2, size // block))
         nested = torch.empty(size // block // 256), torch.empty(256), torch.empty(())
         return QuantisedWeight(codes, shape, scales, block, dtype, torch.empty(16), *nested)
-    codes = torch.empty(shape, dtype={"int8": torch.int8, "float8": torch.float8_e4m3fn}[kind])
+    if kind in ("mxfp4", "hqq"):
+        block, order = (32, LOW_FIRST) if kind == "mxfp4" else (64, HALVES)
+        scales = torch.empty(size // block, dtype=POWERS if kind == "mxfp4" else F32)
+        zeros = None if kind == "mxfp4" else torch.empty(size // block)
+        return QuantisedWeight(
+            torch.empty(size // 2, dtype=torch.uint8), shape, scales, block, dtype, torch.empty(16), order=order, zeros=zeros,
+            zero_rounded=zeros is not None,
+        )  # fmt: skip
+    codes = torch.empty(shape, dtype=torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+    if kind == "tiles":
+        return QuantisedWeight(codes, shape, torch.empty(size // 128**2), 128, dtype, block_rows=128)
     return QuantisedWeight(codes, shape, torch.empty(size // block), block, dtype)
 
 
@@ -72,8 +83,11 @@ GATES = [
     on_chips("dequantise, int8", "dequantise_kernel", whole("int8"), Budget(34.5, units=2, blocks=6), {
         "gfx942": Change(per=38, blocks=4),
     }),
-    on_chips("dequantise, float8", "dequantise_kernel", whole("float8"), Budget(84, units=2, blocks=6), {
-        "gfx942": Change(per=68, blocks=4),
+    on_chips("dequantise, float8", "dequantise_kernel", whole("float8"), Budget(51, units=2, blocks=6), {
+        "gfx942": Change(per=47, blocks=4),
+    }),
+    on_chips("dequantise, mxfp4", "dequantise_kernel", whole("mxfp4"), Budget(35, units=3, blocks=6), {
+        "gfx942": Change(per=37, blocks=4),
     }),
     on_chips(
         "codes, nf4, r=16, 16 tokens", "quantised_forward_kernel", few("nf4", 16),
@@ -87,7 +101,17 @@ GATES = [
         }),
     on_chips(
         "codes, float8, r=16, 16 tokens", "quantised_forward_kernel", few("float8", 16),
-        Budget(46, "HMMA", units=16, wide=25, blocks=2), {
+        Budget(29.5, "HMMA", units=16, wide=25, blocks=2), {
+            "gfx942": Change(per=49.5, matrix="v_mfma", units=8, wide=9),
+        }),
+    on_chips(
+        "codes, mxfp4, r=16, 16 tokens", "quantised_forward_kernel", few("mxfp4", 16),
+        Budget(19.6, "HMMA", units=16, wide=24, blocks=3), {
+            "gfx942": Change(per=43, matrix="v_mfma", units=8, wide=4, blocks=2),
+        }),
+    on_chips(
+        "codes, hqq, r=16, 16 tokens", "quantised_forward_kernel", few("hqq", 16),
+        Budget(36, "HMMA", units=16, wide=29, blocks=2), {
             "gfx942": Change(per=62, matrix="v_mfma", units=8, wide=9),
         }),
     on_chips(
@@ -117,6 +141,10 @@ GATES = [
            Change(per=80, matrix="v_mfma", units=4, wide=23, blocks=3)),
           ("int8, r=16, 16 tokens", back("int8", 16), Budget(38.5, "HMMA", units=8, wide=56, blocks=3),
            Change(per=82.5, matrix="v_mfma", units=4, wide=28)),
+          ("mxfp4, r=16, 16 tokens", back("mxfp4", 16), Budget(37, "HMMA", units=8, wide=51, blocks=4),
+           Change(per=77, matrix="v_mfma", units=4, wide=23, blocks=3)),
+          ("tiles, r=16, 16 tokens", back("tiles", 16), Budget(60, "HMMA", units=8, wide=56, blocks=3),
+           Change(per=98, matrix="v_mfma", units=4, wide=28)),
           ("nf4, r=64, gain, dropout, 64 tokens", back("nf4", 64, 64, gain=True, dropout=0.1),
            Budget(14.1, "HMMA", units=32, wide=46, blocks=2), Change(per=62, matrix="v_mfma", units=8, wide=35)),
           ("nf4, fp16, r=16, gain, 64 tokens", back("nf4", 64, dtype=F16, gain=True),
