@@ -153,9 +153,11 @@ def test_strides(backend, name):
 
 def test_gradients_lie_as_their_tensors_do(backend):
     """So that those of PEFT's parameters need no copy."""
-    p = make_expert_problem([3, 0, 20, 1], rank=6, peft=True, bias=True)
-    results = run_experts(p)
-    assert all(results[name].stride() == getattr(p, name).stride() for name in ("a", "b", "bias"))
+    p = make_expert_problem([3, 0, 20, 1], rank=6, peft=True, bias=True, gain=True)
+    turned = {name: getattr(p, name).T.contiguous().T for name in ("bias", "gain")}
+    for each in (p, replace(p, **turned)):
+        results = run_experts(each)
+        assert all(results[name].stride() == getattr(each, name).stride() for name in ("a", "b", "bias", "gain"))
 
 
 def test_a_zero_gain_still_gets_its_gradient(backend):

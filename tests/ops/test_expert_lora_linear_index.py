@@ -145,3 +145,13 @@ def test_rows_beyond_x_are_refused(row):
     words = f"expert_lora_linear: index must name the 4 rows of x, found {row} at token 2"
     with use_backend("cpu"), pytest.raises(ValueError, match=re.escape(words)):
         expert_lora_linear(*p.arguments(), torch.tensor([0, 1, row, 3]))
+
+
+def test_sums_over_the_tokens_of_a_row_are_rounded_once():
+    p = make_expert_problem([30, 0, 34], dtype=torch.bfloat16)
+    x, index = p.x[:1].detach().requires_grad_(), torch.zeros(64, dtype=torch.int64)
+    of_tokens = x.detach().expand(64, -1).clone().requires_grad_()
+    with use_backend("cpu"):
+        (found,) = torch.autograd.grad(expert_lora_linear(x, *p.arguments()[1:], index), x, p.dy)
+        (each,) = torch.autograd.grad(expert_lora_linear(of_tokens, *p.arguments()[1:]), of_tokens, p.dy)
+    torch.testing.assert_close(found[0].double(), each.double().sum(0), rtol=2**-8, atol=1e-4)
