@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 VIEWS = "the weights are FSDP's views and no parameters"
@@ -28,7 +29,8 @@ def frozen_view(module: nn.Module, name: str, view: Tensor) -> bool:
 def constant(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
     """The parameter of a module; where it is a frozen one's view, one tensor without grad as long
     as the view lives."""
-    if not parameter.requires_grad or not frozen_view(module, name, parameter):
+    # a compiler can neither read nor keep what stands beside a tensor
+    if not parameter.requires_grad or torch.compiler.is_compiling() or not frozen_view(module, name, parameter):
         return parameter
     held = vars(parameter)
     if _CONSTANT not in held:

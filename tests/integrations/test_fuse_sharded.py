@@ -208,6 +208,20 @@ def test_kept_gains_see_each_step(alone, wrapper):
     assert not torch.allclose(logits[0], logits[2], atol=0.01) and not report.fallbacks()
 
 
+@pytest.mark.parametrize("wrapper", ["blocks", "fully_shard"])
+def test_compiled_blocks(alone, wrapper):
+    """A compiler cannot ask which views of a flat parameter are frozen: there PEFT's forward is
+    what it compiles."""
+    stock, one = losses(model(False)), model(False)
+    torch._dynamo.reset()
+    for block in one.base_model.model.model.layers:
+        block.compile(backend="eager")
+    one = WRAPPERS[wrapper](one)
+    fuse(one, strict=True)
+    assert losses(one) == pytest.approx(stock, rel=1e-5)
+    torch._dynamo.reset()
+
+
 def test_a_trained_weight_in_a_flat_parameter_is_pefts_and_refused_by_native_layers(alone):
     one = model(False)
     one.base_model.model.model.layers[0].mlp.down_proj.base_layer.weight.requires_grad_()
