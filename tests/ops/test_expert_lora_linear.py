@@ -62,7 +62,7 @@ def test_flags_in_float64(flags):
 
 
 @dtypes
-@pytest.mark.parametrize("rank", [1, 3, 17, 70])
+@pytest.mark.parametrize("rank", [1, 3, 17, 70, 512])
 @pytest.mark.parametrize("peft", [False, True], ids=["", "peft"])
 def test_ranks(backend, dtype, rank, peft):
     assert_expert_problem(make_expert_problem([2, 0, 40], 50, 67, rank, dtype, gain=True, peft=peft))

@@ -126,6 +126,17 @@ def test_planted_bugs(old, new, monkeypatch, tmp_path):
                 assert_expert_problem(make_expert_problem([3, 0, 18, 1], 20, 20, 2, left=2, gain=True, bias=True))
 
 
+def test_a_tokens_bits_do_not_hang_on_the_others():
+    """In the deterministic mode, in which few and many tokens take the same sums."""
+    p = make_expert_problem([3, 0, 40, 1], 40, 33, 6, BF16, left=2, gain=True, bias=True)
+    with deterministic(True), interpreted(), torch.no_grad():
+        y = expert_lora_linear(*p.arguments())
+        for token, expert in ((0, 0), (2, 0), (3, 2), (30, 2), (43, 3)):
+            ends = (torch.arange(4) >= expert).int()
+            alone = expert_lora_linear(p.x[token : token + 1], ends, *p.arguments()[2:])
+            assert alone.equal(y[token : token + 1]), token
+
+
 @pytest.mark.parametrize(("old", "new"), [
     ("", ""),
     ("of_x, x_rows = rows_of_tokens(tokens, rows, end)", "of_x, x_rows = rows, end"),
