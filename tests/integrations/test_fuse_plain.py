@@ -219,6 +219,7 @@ def test_the_layer_that_peft_made_is_not_plain():
     kind=st.sampled_from(list(INPUTS)),
 )
 @example(dora=True, half=True, changes=["dropout", "the layer in eval mode"], kind="3-d")
+@example(dora=False, half=False, changes=["a float64 base"], kind="on meta")
 @settings(max_examples=150, deadline=None)
 def test_any_states_are_as_python_reads_them(dora, half, changes, kind):
     try:

@@ -31,6 +31,7 @@ from lora_kernels.integrations.peft.linear import count_fallback
 from lora_kernels.integrations.peft.state import PLAIN, type_name
 from lora_kernels.integrations.report import Survey
 from lora_kernels.ops import lora_linear
+from lora_kernels.ops.lora_linear.op import autocasts
 
 try:
     from peft.tuners.lora.layer import Linear, MultiheadAttention
@@ -175,7 +176,7 @@ def _call_refusal(call: Call, state: AttentionState) -> str | None:
     dtype = query.dtype
     if not (dtype is key.dtype is value.dtype):
         return f"query, key and value are {dtype}, {key.dtype} and {value.dtype}"
-    casts = torch.is_autocast_enabled(query.device.type) and torch.float64 not in (dtype, w.dtype)
+    casts = autocasts(query.device.type) and torch.float64 not in (dtype, w.dtype)
     if dtype is not w.dtype and not casts:
         return f"the input is {dtype}, the base weight {w.dtype}"
     return _mask_refusal(call, base)
@@ -307,7 +308,7 @@ def _weighted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
     else:
         mask = mask[0] if mask.shape[:2] == (1, 1) else mask.expand(n, heads, -1, -1).flatten(0, 1)
         scores = torch.baddbmm(mask, q, k_t)
-    in_place = not (scores.requires_grad or torch.is_autocast_enabled(q.device.type))
+    in_place = not (scores.requires_grad or autocasts(q.device.type))
     weights = torch.softmax(scores, -1, out=scores) if in_place else scores.softmax(-1)
     if dropout > 0.0:
         weights = F.dropout(weights, dropout)

@@ -21,6 +21,7 @@ from lora_kernels.integrations.peft.checkpoints import UNKNOWN, epoch_of_checkpo
 from lora_kernels.integrations.peft.linear import FusedLinear, cached_gain
 from lora_kernels.integrations.peft.state import read_state
 from lora_kernels.ops import Member, group_pays, lora_linear_group
+from lora_kernels.ops.lora_linear.op import autocasts
 
 KEY = "_lora_kernels_siblings"  # of a layer's own dictionary
 _SIGHTINGS = 2  # of the same layers in the same order, before they form a group
@@ -368,7 +369,8 @@ _CONDITIONS = ("the tensor", "whether the tensor requires grad", "grad mode", "a
 
 def _conditions(x: Tensor) -> tuple[Any, ...]:
     """What a call depends on besides the layer: `_CONDITIONS` names them."""
-    autocast = (torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)) if _any_autocast() else None
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if _any_autocast() and autocasts(device) else None
     stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
     return x._version, x.requires_grad, torch.is_grad_enabled(), autocast, stream, _modes()
 

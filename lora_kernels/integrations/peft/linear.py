@@ -18,7 +18,7 @@ from lora_kernels.integrations.peft.adapters import call_refusal, watcher_refusa
 from lora_kernels.integrations.peft.state import ARGUMENTS, read_state
 from lora_kernels.nn.kept_weight import KeptWeight
 from lora_kernels.ops import NormCache, QuantisedWeight, dora_gain, lora_linear, weight_norm
-from lora_kernels.ops.lora_linear.op import FLOATS
+from lora_kernels.ops.lora_linear.op import FLOATS, autocasts
 
 try:
     from lora_kernels.ops.cpu_tensors import plain_call, plain_classes
@@ -112,7 +112,7 @@ def input_refusal(layer: Linear, x: Tensor, state: Any) -> str | None:
     w, a = state[0], state[2]
     if x.dtype is not w.dtype or (x.dtype is not a.dtype and not layer.cast_input_dtype_enabled):
         same = (x.dtype is torch.float64) == (w.dtype is torch.float64)
-        if not (torch.is_autocast_enabled(x.device.type) and x.dtype in FLOATS and same):
+        if not (autocasts(x.device.type) and x.dtype in FLOATS and same):
             return f"the input is {x.dtype}, its casting is {'on' if layer.cast_input_dtype_enabled else 'off'}"
     return None
 

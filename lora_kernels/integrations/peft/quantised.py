@@ -31,7 +31,7 @@ from lora_kernels.nn.kept_weight import KeptWeight
 from lora_kernels.nn.quantised import quantised_weight
 from lora_kernels.nn.quantised_base import product_of_codes
 from lora_kernels.ops import QuantisedWeight
-from lora_kernels.ops.lora_linear.op import FLOATS
+from lora_kernels.ops.lora_linear.op import FLOATS, autocasts
 from lora_kernels.ops.quantised import codes_refusal
 from lora_kernels.ops.registry import forced_backend
 
@@ -158,7 +158,7 @@ def _forward(
         count_fallback(layer, f"the input is {type(x).__name__}")
         return None
     cast = None
-    if _any_autocast() and torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+    if _any_autocast() and autocasts(x.device.type) and x.dtype is not torch.float64:
         cast = torch.get_autocast_dtype(x.device.type)
     found = dtypes(layer, layer._modules["base_layer"], x, cast)
     if isinstance(found, str):

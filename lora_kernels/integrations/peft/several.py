@@ -22,6 +22,7 @@ from lora_kernels.integrations.peft.linear import WAYS, Way, cached_gain, input_
 from lora_kernels.integrations.peft.state import ALORA_VARIANT, SEVERAL, read_state
 from lora_kernels.nn.quantised_base import product_of_codes
 from lora_kernels.ops import QuantisedWeight, lora_linear
+from lora_kernels.ops.lora_linear.op import autocasts
 
 # tokens; below it the adapters' copies cost more than passes over the output
 JOIN_FROM = 2
@@ -159,7 +160,7 @@ def _is_added_in_place(y: Tensor, x: Tensor, part: Part) -> bool:
         and not torch.compiler.is_compiling()  # a symbol would become a constant of the graph
         and x.dtype is y.dtype
         and y.is_contiguous()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not autocasts(x.device.type)
     )
 
 

@@ -18,6 +18,7 @@ from lora_kernels.integrations.peft.factors import VELORA
 from lora_kernels.integrations.peft.linear import WAYS, Way, input_refusal
 from lora_kernels.integrations.peft.state import ARGUMENTS, read_state
 from lora_kernels.ops import QuantisedWeight
+from lora_kernels.ops.lora_linear.op import autocasts
 
 try:
     from peft.tuners.lora.variants import VeloraLinearVariant
@@ -36,7 +37,7 @@ def run_velora(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     w, bias, a, b, scale, dropout, _ = state
     if reason := input_refusal(layer, x, state):
         return reason
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or autocasts(x.device.type):
         return f"{VELORA}, under autocast or a compiler"
     (name,) = active_names(layer, layer._modules["lora_A"]._modules)
     # what is changed in place must be no view

@@ -17,7 +17,7 @@ from lora_kernels.ops.derivatives import differentiable, transformed, under_func
 from lora_kernels.ops.expert_lora_linear.call import Backward, Forward
 from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_gradients, requested_kinds
 from lora_kernels.ops.lora_linear.call import Needs, keeps_z
-from lora_kernels.ops.lora_linear.op import FLOATS, _any_autocast, check_kinds, scaled_b, without_autocast
+from lora_kernels.ops.lora_linear.op import FLOATS, _any_autocast, autocasts, check_kinds, scaled_b, without_autocast
 from lora_kernels.ops.quantised import QuantisedWeight
 from lora_kernels.ops.registry import declare
 from lora_kernels.ops.scale import traced_scale
@@ -67,7 +67,7 @@ def expert_lora_linear(
             on the CPU, the offsets fall or leave the tokens; the message names the tensor.
         NotImplementedError: the forced backend refuses; the message says why.
     """
-    if _any_autocast() and torch.is_autocast_enabled(x.device.type):
+    if _any_autocast() and autocasts(x.device.type):
         cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
         with without_autocast(x):
             return expert_lora_linear(x.to(cast), offsets, w.to(cast), a, b, scale, bias, gain, transposed, index)

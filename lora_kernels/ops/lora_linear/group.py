@@ -20,7 +20,15 @@ from lora_kernels.ops.dropout import draw_seed
 from lora_kernels.ops.gradients import OWN_DTYPE, gradient_dtype, gradient_kind, requested_gradients, requested_kinds
 from lora_kernels.ops.lora_linear.call import Codes, GroupBackward, GroupForward, drops_base, keeps_z, one_by_one, side_by_side
 from lora_kernels.ops.lora_linear.layouts import strided_input
-from lora_kernels.ops.lora_linear.op import _any_autocast, _check_arguments, _compiling, lora_linear, scaled_b, without_autocast
+from lora_kernels.ops.lora_linear.op import (
+    _any_autocast,
+    _check_arguments,
+    _compiling,
+    autocasts,
+    lora_linear,
+    scaled_b,
+    without_autocast,
+)
 from lora_kernels.ops.quantised import QuantisedWeight
 from lora_kernels.ops.registry import ON_GPU, declare, forced_backend
 
@@ -72,7 +80,7 @@ def lora_linear_group(
         NotImplementedError: the forced backend refuses; the message says why.
     """
     dropouts = _dropout_of_members(members, dropout)
-    if _any_autocast() and torch.is_autocast_enabled(x.device.type):
+    if _any_autocast() and autocasts(x.device.type):
         cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
         with without_autocast(x):
             members = [Member(m.w.to(cast), *m[1:]) for m in members]

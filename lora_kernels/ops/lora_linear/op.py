@@ -89,7 +89,7 @@ def lora_linear(
         y = plain_forward(x, w, a, b, scale, bias, gain) if dropout_semantics == "peft" else None
         if y is not None:
             return y
-    if _any_autocast() and torch.is_autocast_enabled(x.device.type):
+    if _any_autocast() and autocasts(x.device.type):
         cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
         with without_autocast(x):
             w = w if w_scale is not None else w.to(cast)

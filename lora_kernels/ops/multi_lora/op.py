@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lora_kernels.ops.derivatives import transformed, under_functorch
-from lora_kernels.ops.lora_linear.op import FLOATS, _any_autocast, without_autocast
+from lora_kernels.ops.lora_linear.op import FLOATS, _any_autocast, autocasts, without_autocast
 from lora_kernels.ops.multi_lora.plan import BatchPlan, Slots, tensors_of
 from lora_kernels.ops.multi_lora.training import trained
 from lora_kernels.ops.quantised import QuantisedWeight
@@ -49,7 +49,7 @@ def multi_lora(
         ValueError: a shape or device does not fit; the message names the tensor.
         NotImplementedError: the forced backend refuses; the message says why.
     """
-    if _any_autocast() and torch.is_autocast_enabled(x.device.type):
+    if _any_autocast() and autocasts(x.device.type):
         cast = x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
         with without_autocast(x):
             return multi_lora(x.to(cast), w.to(cast), slots, plan, bias)
