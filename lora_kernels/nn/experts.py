@@ -194,7 +194,26 @@ def product_dtype(form: Form, w: Tensor | QuantisedWeight, x: Tensor) -> torch.d
 
 
 def _product(form: Form, adapted: Adapted, x: Tensor, ends: Tensor, index: Tensor | None = None) -> Tensor:
-    w, a, b, scale, bias, gain = adapted
-    dtype = product_dtype(form, w, x)
+    dtype = product_dtype(form, adapted.w, x)
     with without_autocast(x):
-        return expert_lora_linear(x.to(dtype), ends, w.to(dtype), a, b, scale, bias, gain, form.transposed, index)
+        (w, a, b, scale, bias, gain), ends = _in_dtype(adapted, ends, dtype)
+        return expert_lora_linear(x.to(dtype), ends, w, a, b, scale, bias, gain, form.transposed, index)
+
+
+def _in_dtype(adapted: Adapted, ends: Tensor, dtype: torch.dtype) -> tuple[Adapted, Tensor]:
+    """W in a dtype, as autocast wants it. On a CPU that is a copy of the experts with tokens alone,
+    which are then all there are."""
+    w = adapted.w
+    if w.dtype is dtype or not isinstance(w, Tensor) or not w.is_cpu or torch.compiler.is_compiling() or transformed():
+        return adapted._replace(w=w.to(dtype)), ends
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    found = (ends > starts).nonzero()[:, 0]
+    if len(found) == len(ends):
+        return adapted._replace(w=w.to(dtype)), ends
+    found = found if len(found) else ends.new_zeros(1, dtype=torch.int64)
+    of_found = w.new_empty(len(found), *w.shape[1:], dtype=dtype)
+    for out, e in zip(of_found, found.tolist(), strict=True):
+        out.copy_(w[e])
+    _, a, b, scale, bias, gain = adapted
+    a, b, bias, gain = (None if t is None else t.index_select(0, found) for t in (a, b, bias, gain))
+    return Adapted(of_found, a, b, scale, bias, gain), ends[found]

@@ -173,6 +173,33 @@ def test_autocast(dtype, implementation):
     assert not report.fallbacks()
 
 
+def test_autocast_takes_the_experts_with_tokens_alone():
+    """A copy of all of W would be more than the products of few tokens."""
+
+    class Casts(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            y = func(*args, **(kwargs or {}))
+            source = args[1] if func is torch.ops.aten.copy_.default else args[0] if args else None
+            if func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+                self.numbers += y.numel() * (source.dtype is torch.float32 and y.dtype is torch.bfloat16)
+            return y
+
+    for index in (torch.tensor([[0], [3], [3]]), torch.empty(0, 1, dtype=torch.int64)):
+        stock = block(index=index)
+        fused, x = fused_of(stock)[0], inputs(tokens=len(index))
+        with torch.autocast("cpu", torch.bfloat16):
+            layer, chosen = fused.base_model.model.experts, routed(fused, x)
+            with torch.no_grad(), Casts() as casts:
+                assert layer(x, *chosen).shape == x.shape
+            if len(index):  # stock gives no gradients of no tokens
+                found, theirs = gradients(fused, x), gradients(stock, x)
+                errs_as_stock(found, theirs, exact(stock, x), 3)
+        of_one = 3 * HIDDEN * INNER
+        assert len(index.unique()) * of_one <= casts.numbers < (len(index.unique()) + 1) * of_one + 1
+
+
 def test_grouped_products_are_in_the_dtype_of_the_weights():
     """As transformers has it, whatever autocast says."""
     fused, x = fused_of(block(implementation="grouped_mm"))[0], inputs()
