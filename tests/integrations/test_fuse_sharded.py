@@ -96,17 +96,25 @@ def test_one_process(alone, wrapper, first, use_dora):
     train(wrapper, use_dora, first)
 
 
-def test_experts_by_blocks(alone):
+def shard_experts(first):
+    """Fails unless fused experts in a sharded block have the numbers of stock PEFT alone. All
+    processes have the same tokens, so that the mean of their gradients is each one's."""
     stock = experts_helpers.block()
     for name, p in stock.named_parameters():
         p.requires_grad_("lora_" in name)
     one = copy.deepcopy(stock)
-    fully_shard(one.base_model.model, mesh=init_device_mesh("cpu", (1,)))
-    report = fuse(one, strict=True)
+    report = fuse(one, strict=True) if first == "fuse" else None
+    fully_shard(one.base_model.model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    report = report or fuse(one, strict=True)
     found = gradients(one, experts_helpers.inputs())
     for name, t in gradients(stock, experts_helpers.inputs()).items():
         torch.testing.assert_close(getattr(found[name], "full_tensor", lambda name=name: found[name])(), t)
     assert len(report.fused) == 2 and not report.fallbacks()
+
+
+@pytest.mark.parametrize("first", ["fuse", "wrap"])
+def test_experts_by_blocks(alone, first):
+    shard_experts(first)
 
 
 def _run(rank, file):
@@ -118,6 +126,8 @@ def _run(rank, file):
                 train(wrapper, use_dora, first)
     for use_dora in (False, True):
         train_native(use_dora)
+    for first in ("fuse", "wrap"):
+        shard_experts(first)
     dist.destroy_process_group()
 
 
