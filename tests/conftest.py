@@ -18,6 +18,16 @@ sys.path.append(str(Path(__file__).parents[1]))
 gc.disable()
 
 
+def pytest_configure(config):
+    """hypothesis draws the same examples in each run, lest a change fail for what is not its own;
+    with --hypothesis-profile=default others."""
+    if importlib.util.find_spec("hypothesis") is not None and not config.getoption("--hypothesis-profile", None):
+        import hypothesis
+
+        hypothesis.settings.register_profile("the same", derandomize=True)
+        hypothesis.settings.load_profile("the same")
+
+
 def pytest_collection_finish(session):
     gc.freeze()
     gc.enable()
