@@ -121,9 +121,8 @@ _DECORATED, _WITHOUT_EAGER = Form((), False, ROUTED), Form(("",), False, ROUTED)
 def form_of(module: Any, cls: Any = None) -> Form | str:
     """How the module computes, or one of the class `cls` with its attributes; or why that is not
     known."""
-    if "parametrizations" in module._modules:
-        if cls is not None or not only_codes_parametrised(module):
-            return "another parametrization is on the module"
+    if "parametrizations" in module._modules and (cls is not None or not only_codes_parametrised(module)):
+        return "another parametrization is on the module"
     cls = cls or plain_class(module)
     if is_fp8(cls):
         return Form(_GATED if module.has_gate else ("up_proj", "down_proj"), False, ROUTED)

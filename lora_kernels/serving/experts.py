@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn.forms import ROUTED, Form, form_of
-from lora_kernels.nn.quantised_experts import plain_class, quantised_experts
+from lora_kernels.nn.quantised_experts import experts_weight, plain_class
 from lora_kernels.nn.quantised_experts_base import QuantisedExperts
 from lora_kernels.ops.lora_linear.op import FLOATS
 from lora_kernels.ops.quantised import QuantisedWeight
@@ -98,14 +98,13 @@ def _is_called_by_its_class(module: nn.Module) -> bool:
 
 
 def _refusal(module: nn.Module, parameter: str) -> str | None:
-    w: Any = quantised_experts(module, parameter)
+    w: Any = experts_weight(module, parameter)
     what = f"{parameter} of {plain_class(module).__name__}"
     if isinstance(w, str):
         return f"{what}: {w}"
-    if w is None:
-        w = module._parameters.get(parameter)
-        if w is None or type(w) not in (Tensor, nn.Parameter) or w.dim() != 3 or w.dtype not in FLOATS:
-            return f"{what}: it is no floating parameter of three dimensions in memory"
+    plain = type(w) in (Tensor, nn.Parameter) and w.dim() == 3 and w.dtype in FLOATS
+    if not plain and type(w) is not QuantisedWeight:
+        return f"{what}: it is no floating parameter of three dimensions in memory"
     count = getattr(module, "num_experts", w.shape[0])
     return None if count == w.shape[0] else f"{what}: it is of {w.shape[0]} of the module's {count} experts"
 

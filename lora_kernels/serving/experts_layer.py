@@ -101,9 +101,9 @@ class ServedExperts(Served):
             weight = module._parameters.get(parameter) if held is None else held.parameter(parameter)
             pool.look_at_weight(name, weight, frame.modules)
         if frame.routes is None:
-            return self.with_plan(module, form, frame, plan, x, index, weights)
+            return self.with_plan(module, form, held, frame, plan, x, index, weights)
         with torch._C.DisableTorchFunction():
-            y = self.with_plan(module, form, frame, plan, x, index, weights)
+            y = self.with_plan(module, form, held, frame, plan, x, index, weights)
         frame.routes.note(y, frame.routes.owners(x))
         return y
 
@@ -138,7 +138,8 @@ class ServedExperts(Served):
         return check_routed(f"adapters: {self.name}", args, module, experts)
 
     def with_plan(
-        self, module: nn.Module, form: Form, frame: Frame, plan: BatchPlan, x: Tensor, index: Tensor, weights: Tensor
+        self, module: nn.Module, form: Form, held: QuantisedExperts | None, frame: Frame, plan: BatchPlan, x: Tensor,
+        index: Tensor, weights: Tensor,
     ) -> Tensor:  # fmt: skip
         plans: list[BatchPlan] = []
 
@@ -154,7 +155,7 @@ class ServedExperts(Served):
                 multi_lora_add_(y, rows.to(y.dtype), site.slots, plans[0])
 
         with torch.no_grad():
-            adapted = base_matrices(module, form, self.codes_of(module, form), x)
+            adapted = base_matrices(module, form, held, x)
             return run_routed(module, form, adapted, x, index, weights, add)
 
 

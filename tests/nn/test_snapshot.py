@@ -47,7 +47,8 @@ def neither(call, states, change):
             except Exception as error:
                 failures.append(error)
 
-    other = threading.Thread(target=changes)
+    before, other = sys.getswitchinterval(), threading.Thread(target=changes)
+    sys.setswitchinterval(1e-5)
     other.start()
     try:
         end, wrong, calls = time.monotonic() + SECONDS, 0, 0
@@ -58,6 +59,7 @@ def neither(call, states, change):
     finally:
         done.set()
         other.join()
+        sys.setswitchinterval(before)
     assert not failures
     return wrong, calls
 
